@@ -1,0 +1,57 @@
+"""Train recurrent language models with evolution strategies: no backpropagation, only seeds and losses travel.
+
+    import esjax
+
+    run = esjax.train(esjax.Config(seconds=60))
+    for info in run:
+        print(info.step, info.loss)
+    print(run.generate("ROMEO\\n")[0].text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig
+    from esjax.devices import prepare_devices
+    from esjax.errors import EsjaxError
+    from esjax.loading import load
+    from esjax.models import Model
+    from esjax.training import StepInfo, Trainer, resume, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EsConfig",
+    "EsjaxError",
+    "GruConfig",
+    "Model",
+    "OptimConfig",
+    "RnnConfig",
+    "StepInfo",
+    "Trainer",
+    "load",
+    "prepare_devices",
+    "resume",
+    "train",
+]
+
+_HOME = {
+    "EsjaxError": "errors",
+    "Model": "models",
+    "StepInfo": "training",
+    "Trainer": "training",
+    "prepare_devices": "devices",
+    "resume": "training",
+    "train": "training",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # JAX takes a second to import; `esjax --help` and settings do without it.
+    if name not in __all__:
+        raise AttributeError(f"module 'esjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"esjax.{_HOME.get(name, 'config')}"), name)

@@ -1,0 +1,239 @@
+"""Every setting: typed, frozen, checked when it is made; YAML in and out.
+
+The docstring under each field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from esjax.errors import EsjaxError
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_positive(section: Section, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(value is None or (math.isfinite(value) and value > 0), f"{name} must be above 0, got {value}")
+
+
+def _check_range(section: Section, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(low <= value < high, f"{name} must be at least {low} and below {high}, got {value}")
+
+
+class RnnConfig(Section, tag="rnn", tag_field="name"):
+    """The original's multiplicative network: one state, updated by several layers."""
+
+    hidden_size: int = 32
+    """Width of the state."""
+
+    n_layers: int = 1
+    """Updates of the state a token."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "hidden_size", "n_layers")
+
+
+class GruConfig(Section, tag="gru", tag_field="name"):
+    """A gated recurrent unit."""
+
+    hidden_size: int = 32
+    """Width of the state."""
+
+    head_size: int = 128
+    """Width of the hidden layer between state and prediction."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "hidden_size", "head_size")
+
+
+ModelConfig = RnnConfig | GruConfig
+
+
+class DataConfig(Section):
+    """The text, and how it is cut."""
+
+    text: str = "builtin:shakespeare"
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc."""
+
+    documents: Literal["paragraph", "line", "file"] = "paragraph"
+    """What a document is: a run of lines up to a blank one, a line, or a whole file."""
+
+    vocabulary: Literal["char", "byte"] = "char"
+    """Tokens are characters, or bytes of UTF-8."""
+
+    vocab_size: int | None = None
+    """At most so many token ids, UNK and STOP included; the rarest characters become UNK. None: as many as there are."""
+
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation, chosen by a hash of their text."""
+
+    window: int = 16
+    """Tokens a pair is scored on, per sequence."""
+
+    burn_in: int = 1
+    """Tokens read before the window, without being scored, to prepare the state."""
+
+    batch_size: int = 1
+    """Sequences a pair is scored on."""
+
+    new_tokens_interval: int = 1
+    """Steps for which the same windows are kept."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "window", "batch_size", "new_tokens_interval")
+        _check_range(self, 0, 1, "held_out")
+        _check_range(self, 0, math.inf, "burn_in")
+        _check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
+        _check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
+
+
+class EsConfig(Section):
+    """Evolution strategies."""
+
+    space: Literal["full", "low_rank"] = "low_rank"
+    """Perturb every weight by itself, or each matrix by a product of few vectors."""
+
+    rank: int = 1
+    """Rank of a low_rank perturbation."""
+
+    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    """Distribution of the perturbation: ±1, the same on all hardware, or normal."""
+
+    sigma: float = 0.1
+    """Standard deviation of the perturbation, in units of each weight's typical size."""
+
+    population_size: int = 8192
+    """Members a step, both signs of each pair counted; even."""
+
+    time_per_step: float | None = None
+    """Seconds of evaluation a step, in place of a fixed population: as many pairs as fit."""
+
+    shaping: Literal["zscore", "centered_rank", "sign", "raw"] = "zscore"
+    """How the two losses of a pair become the weight of its perturbation."""
+
+    chunk_pairs: int | None = None
+    """Pairs a device evaluates at a time. None: chosen for the device. It changes speed and memory, no result."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "rank", "sigma", "population_size", "time_per_step", "chunk_pairs")
+        _check(self.population_size % 2 == 0, f"population_size must be even, got {self.population_size}")
+
+
+class OptimConfig(Section):
+    """From the estimate of the gradient to an update."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Rule of the update."""
+
+    learning_rate: float = 0.01
+    """Step size, in units of each weight's typical size."""
+
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """Course of the learning rate after the warm-up."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises in a line."""
+
+    decay_steps: int | None = None
+    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: step at which it has fallen to 71% (None: 200)."""
+
+    beta1: float = 0.9
+    """Adam: memory of the mean."""
+
+    beta2: float = 0.999
+    """Adam: memory of the mean square."""
+
+    eps: float = 1e-8
+    """Adam: added to the root of the mean square."""
+
+    momentum: float = 0.9
+    """sgd: share of the last update that is kept."""
+
+    weight_decay: float = 0.0
+    """Share of each weight that is taken off, times the learning rate, a step."""
+
+    average: float = 0.1
+    """Part of the run so far that the evaluated weights are averaged over; 0: the newest weights are evaluated."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "learning_rate", "decay_steps", "eps")
+        _check_range(self, 0, 1, "beta1", "beta2", "momentum")
+        _check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        _check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
+
+
+class Config(Section):
+    """Settings of a run."""
+
+    seed: int = 0
+    """Names the run: initial weights, perturbations and windows follow from it."""
+
+    steps: int | None = None
+    """Stop when so many steps are done. None: no such limit."""
+
+    seconds: float | None = None
+    """Stop so many seconds after the first finished step. None: no such limit."""
+
+    checkpoint_time: float = 60.0
+    """Seconds between checkpoints."""
+
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+
+    evaluate_time: float = 10.0
+    """Seconds between evaluations on the held-out documents."""
+
+    data: DataConfig = DataConfig()
+    es: EsConfig = EsConfig()
+    optim: OptimConfig = OptimConfig()
+    model: ModelConfig = RnnConfig()
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
+        _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if self.optim.schedule == "cosine" and self.optim.decay_steps is None and self.steps is None:
+            raise ValueError("optim.schedule cosine needs optim.decay_steps or steps, to know where it ends")
+
+
+MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
+
+
+def from_yaml(text: str, source: str) -> Config:
+    """Read settings; those that are not named keep their defaults.
+
+    Args:
+        text: YAML.
+        source: What to call the text in an error.
+
+    Raises:
+        EsjaxError: A setting is unknown, of the wrong type or out of range.
+    """
+    try:
+        # Not strict: YAML 1.1 reads 1e-3 as a string.
+        return msgspec.yaml.decode(text, type=Config, strict=False)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise EsjaxError(f"{source}: {error}".replace("`$.", "`").replace("\n", " ")) from error
+
+
+def to_yaml(config: Config) -> str:
+    """Write all settings, defaults included, so that later defaults do not change an old run."""
+    return msgspec.yaml.encode(config, order="deterministic").decode()
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """Copy settings with some of them changed, and check them again."""
+    return msgspec.structs.replace(config, **changes)

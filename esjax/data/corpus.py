@@ -1,0 +1,88 @@
+"""The text of a run, cut, split and encoded."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jaxtyping import Int32
+from numpy import ndarray
+
+from esjax.config import DataConfig
+from esjax.data.ngram import fit_ngrams, ngram_losses
+from esjax.data.sources import load_documents, split_documents
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary
+from esjax.errors import EsjaxError
+
+Split = Literal["train", "held_out", "all"]
+
+Tokens = Int32[ndarray, "..."]
+
+
+class Corpus(NamedTuple):
+    """Encoded documents.
+
+    Attributes:
+        vocabulary: From characters or bytes to ids.
+        train: Documents to train on.
+        held_out: Documents to evaluate on.
+        train_bytes: UTF-8 bytes of the training documents, one more for the end of each.
+        held_out_bytes: The same for the held-out documents.
+        digest: Hash of all documents, in order.
+        note: Something the person should be told about the source, or "".
+    """
+
+    vocabulary: Vocabulary
+    train: list[Tokens]
+    held_out: list[Tokens]
+    train_bytes: int
+    held_out_bytes: int
+    digest: str
+    note: str
+
+    def split(self, name: Split) -> tuple[list[Tokens], int]:
+        """Return the documents of a split and their bytes.
+
+        Raises:
+            EsjaxError: There are none.
+        """
+        documents, size = {
+            "train": (self.train, self.train_bytes),
+            "held_out": (self.held_out, self.held_out_bytes),
+            "all": (self.train + self.held_out, self.train_bytes + self.held_out_bytes),
+        }[name]
+        if not documents:
+            raise EsjaxError(f"the {name} split holds no document; raise data.held_out, add text or take another split")
+        return documents, size
+
+    def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
+        """Score documents with the n-gram models of the training split: nats per token by name."""
+        return ngram_losses(fit_ngrams(self.train, self.vocabulary.size), documents)
+
+
+def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpus:
+    """Read, split and encode the text that the settings name.
+
+    Args:
+        config: Settings of the data.
+        vocabulary: Of an existing run. None: fitted to the training split.
+
+    Raises:
+        EsjaxError: The text cannot be used, see `esjax.data.sources`.
+    """
+    text = load_documents(config.text, config.documents)
+    train, held_out = split_documents(text.documents, config.held_out)
+    if vocabulary is None:
+        vocabulary = fit_vocabulary(config.vocabulary, train, config.vocab_size)
+    return Corpus(
+        vocabulary,
+        [vocabulary.encode(document) for document in train],
+        [vocabulary.encode(document) for document in held_out],
+        _bytes(train),
+        _bytes(held_out),
+        hashlib.blake2b("\0".join(text.documents).encode(), digest_size=16).hexdigest(),
+        text.note,
+    )
+
+
+def _bytes(documents: Sequence[str]) -> int:
+    return sum(len(document.encode()) + 1 for document in documents)

@@ -1,0 +1,102 @@
+"""N-gram models: what a loss is read against.
+
+The probability of a token after the n-1 tokens before it mixes the counts seen there with the model of one token
+less, by Witten and Bell's weights (1991, method C):
+
+    p(w | h) = (count(h, w) + types(h) * p(w | shorter h)) / (count(h) + types(h))
+
+down to the uniform distribution. Contexts do not reach across documents: before a document stand STOPs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from esjax.tokens import STOP
+
+NAMES = ("unigram", "bigram", "trigram")
+
+DENSE = 2**25
+"""Codes below which a table of counts is faster than sorting."""
+
+
+class Level(NamedTuple):
+    """Counts of one order: sorted codes of contexts and of n-grams."""
+
+    contexts: Int64[ndarray, " contexts"]
+    context_counts: Int64[ndarray, " contexts"]
+    context_types: Int64[ndarray, " contexts"]
+    grams: Int64[ndarray, " grams"]
+    gram_counts: Int64[ndarray, " grams"]
+
+
+class NgramModel(NamedTuple):
+    """Counts of the orders 1 to n over a vocabulary."""
+
+    levels: tuple[Level, ...]
+    vocab_size: int
+
+
+def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(NAMES)) -> NgramModel:
+    """Count the n-grams of documents, STOP at the end of each included."""
+    levels = []
+    for n in range(1, order + 1):
+        context, token = _codes(documents, vocab_size, n)
+        grams, gram_counts = _tally(context * vocab_size + token, vocab_size**n)
+        contexts, context_counts = _tally(context, vocab_size ** (n - 1))
+        _, context_types = _tally(grams // vocab_size, vocab_size ** (n - 1))
+        levels.append(Level(contexts, context_counts, context_types, grams, gram_counts))
+    return NgramModel(tuple(levels), vocab_size)
+
+
+def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, float]:
+    """Score documents: mean nats per token, STOP included, for each order.
+
+    Returns:
+        Losses by name, `NAMES` in order.
+    """
+    probability: Float64[ndarray, " tokens"] | None = None
+    losses = {}
+    for n, level in enumerate(model.levels, start=1):
+        context, token = _codes(documents, model.vocab_size, n)
+        if probability is None:
+            probability = np.full(len(token), 1 / model.vocab_size)
+        seen = _count(level.grams, level.gram_counts, context * model.vocab_size + token)
+        total = _count(level.contexts, level.context_counts, context)
+        types = _count(level.contexts, level.context_types, context)
+        # A context never seen has no types: the shorter model stands alone.
+        weight = np.where(total == 0, 1, types)
+        probability = (seen + weight * probability) / (total + weight)
+        losses[NAMES[n - 1]] = float(-np.mean(np.log(probability)))
+    return losses
+
+
+def _codes(documents: Sequence[ndarray], vocab_size: int, n: int) -> tuple[ndarray, ndarray]:
+    """Give every token of every document the code of its n-1 predecessors, as a number to base `vocab_size`."""
+    start = np.full(n - 1, STOP, np.int64)
+    stop = np.array([STOP], np.int64)
+    padded = np.concatenate([part for document in documents for part in (start, document, stop)])
+    lengths = np.array([len(document) + n for document in documents])
+    positions = np.arange(len(padded)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    here = np.flatnonzero(positions >= n - 1)
+    context = np.zeros(len(here), np.int64)
+    for back in range(n - 1, 0, -1):
+        context = context * vocab_size + padded[here - back]
+    return context, padded[here]
+
+
+def _tally(codes: ndarray, bound: int) -> tuple[ndarray, ndarray]:
+    """Count equal codes, all below `bound`: sorted codes and their counts."""
+    if bound > DENSE:
+        return np.unique(codes, return_counts=True)
+    counts = np.bincount(codes, minlength=bound)
+    present = np.flatnonzero(counts)
+    return present, counts[present]
+
+
+def _count(codes: ndarray, counts: ndarray, wanted: ndarray) -> ndarray:
+    index = np.minimum(np.searchsorted(codes, wanted), len(codes) - 1)
+    return np.where(codes[index] == wanted, counts[index], 0)

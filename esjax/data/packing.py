@@ -1,0 +1,84 @@
+"""From documents to arrays without padding: a stream to draw windows from, and lanes to score whole documents."""
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Int32, UInt32
+from numpy import ndarray
+
+from esjax.errors import EsjaxError
+from esjax.tokens import STOP
+
+
+def pack_stream(documents: Sequence[Int32[ndarray, "..."]]) -> Int32[ndarray, " length"]:
+    """Join documents into one stream: STOP before the first and after each."""
+    stop = np.array([STOP], np.int32)
+    return np.concatenate([stop, *(part for document in documents for part in (document, stop))])
+
+
+def check_stream(length: int, window_length: int) -> None:
+    """Refuse a stream that no window fits into.
+
+    Raises:
+        EsjaxError: It is shorter than a window.
+    """
+    if length < window_length:
+        raise EsjaxError(
+            f"the training text holds {length} tokens, fewer than data.window + data.burn_in = {window_length}; "
+            "shorten the window or add text"
+        )
+
+
+def draw_windows(
+    stream: Int[Array, " length"], seeds: UInt32[Array, "pairs 2"], sequences: int, window_length: int
+) -> Int[Array, "pairs sequences window_length"]:
+    """Draw each pair's windows of consecutive tokens, uniformly, from its seed.
+
+    Args:
+        stream: Packed documents, at least `window_length` tokens.
+        seeds: One seed a pair, of the stream of keys `esjax.noise.WINDOWS`.
+        sequences: Windows of a pair.
+        window_length: Tokens of a window, the burn-in included.
+    """
+
+    def starts(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.randint(key, (sequences,), 0, stream.shape[0] - window_length + 1)
+
+    positions = jax.vmap(starts)(seeds)[:, :, None] + jnp.arange(window_length)
+    return stream[positions]
+
+
+class Lanes(NamedTuple):
+    """Whole documents, one after another in each lane, every one ended by STOP.
+
+    Attributes:
+        tokens: Ids; STOP where a lane has run out.
+        scored: Whether a token belongs to a document.
+    """
+
+    tokens: Int32[ndarray, "lanes length"]
+    scored: Bool[ndarray, "lanes length"]
+
+
+def pack_lanes(documents: Sequence[Int32[ndarray, "..."]]) -> Lanes:
+    """Deal documents to as many lanes as the longest document leaves full, the longest first to the shortest lane."""
+    lengths = [len(document) + 1 for document in documents]
+    rows: list[list[ndarray]] = [[] for _ in range(max(1, sum(lengths) // max(lengths)))]
+    queue = [(0, lane) for lane in range(len(rows))]
+    for document in sorted(documents, key=len, reverse=True):
+        length, lane = heapq.heappop(queue)
+        rows[lane].append(document)
+        heapq.heappush(queue, (length + len(document) + 1, lane))
+    shape = (len(rows), max(length for length, _ in queue))
+    tokens = np.full(shape, STOP, np.int32)
+    scored = np.zeros(shape, bool)
+    for lane, row in enumerate(rows):
+        packed = pack_stream(row)[1:]
+        tokens[lane, : len(packed)] = packed
+        scored[lane, : len(packed)] = True
+    return Lanes(tokens, scored)

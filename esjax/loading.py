@@ -1,0 +1,94 @@
+"""A finished or running run, read from its folder to write text and to be scored."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from esjax.checkpoint import restore_newest
+from esjax.config import Config, replace
+from esjax.data.corpus import Split, load_corpus
+from esjax.data.vocabulary import Vocabulary
+from esjax.devices import local_mesh
+from esjax.es import init_state
+from esjax.models import Model, build_model
+from esjax.models.model import Params
+from esjax.optimizer import make_optimizer
+from esjax.run_folder import RunFolder
+from esjax.trained import Scored, Trained, Written
+
+
+class Evaluation(NamedTuple):
+    """A score beside the n-gram models of the same text's training split.
+
+    Attributes:
+        scored: The model's score.
+        baselines: Nats per token by name: unigram, bigram, trigram.
+    """
+
+    scored: Scored
+    baselines: dict[str, float]
+
+
+class Loaded(NamedTuple):
+    """A model read back from its run folder.
+
+    Attributes:
+        config: The run's settings.
+        vocabulary: From characters or bytes to ids.
+        step: Steps it was trained for.
+        params: The weights to use: the average that the settings ask for.
+        trained: Compiled functions around it.
+    """
+
+    config: Config
+    vocabulary: Vocabulary
+    step: int
+    params: Params
+    trained: Trained
+
+    def generate(self, prompt: str = "", **settings: float) -> list[Written]:
+        """Sample texts, see `Trained.write`."""
+        return self.trained.write(self.params, prompt, **settings)
+
+    def search(self, prompt: str = "", **settings: int) -> list[Written]:
+        """Find the most probable texts, see `Trained.search`."""
+        return self.trained.search(self.params, prompt, **settings)
+
+    def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
+        """Score whole documents, beside n-gram models fitted to the training split of the same text.
+
+        Args:
+            text: As the setting data.text; None: the run's own.
+            split: Which of the text's documents.
+
+        Raises:
+            EsjaxError: The text cannot be used, or the split holds no document.
+        """
+        data = self.config.data if text is None else replace(self.config.data, text=text)
+        corpus = load_corpus(data, self.vocabulary)
+        documents, size = corpus.split(split)
+        return Evaluation(self.trained.score(self.params, documents, size), corpus.baselines(documents))
+
+
+def load(
+    path: str | Path, *, model: Callable[[int], Model] | None = None, tell: Callable[[str], None] = print
+) -> Loaded:
+    """Read a run from its newest checkpoint.
+
+    Args:
+        path: Run folder.
+        model: Builds the run's own model from the vocabulary's size, if it was trained with one.
+        tell: Called with a line for each damaged checkpoint.
+
+    Raises:
+        EsjaxError: It is no run folder, or no checkpoint is whole.
+    """
+    folder = RunFolder(Path(path))
+    config, vocabulary = folder.config, folder.vocabulary
+    built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+    optimizer = make_optimizer(config.optim, config.steps)
+    like = jax.eval_shape(lambda: init_state(built.init(jax.random.key(0)), optimizer))
+    state = restore_newest(folder.checkpoints, like, tell).state
+    return Loaded(config, vocabulary, int(state.step), state.average, Trained(built, vocabulary, local_mesh()))

@@ -1,0 +1,15 @@
+"""Architectures: one a file, all behind the contract in `model.py`."""
+
+from esjax.config import ModelConfig, RnnConfig
+from esjax.models.gru import gru
+from esjax.models.model import Model
+from esjax.models.rnn import rnn
+
+__all__ = ["Model", "build_model", "gru", "rnn"]
+
+
+def build_model(config: ModelConfig, vocab_size: int) -> Model:
+    """Build the model that the settings name."""
+    if isinstance(config, RnnConfig):
+        return rnn(vocab_size, config.hidden_size, config.n_layers)
+    return gru(vocab_size, config.hidden_size, config.head_size)

@@ -1,0 +1,86 @@
+"""A gated recurrent unit (Cho et al. 2014, in the form of cuDNN) with a hidden layer in the head.
+
+With x = E[token] of width 3D split in three, and y = h U + b split likewise:
+
+    r = sigmoid(x_r + y_r)      z = sigmoid(x_z + y_z)      n = tanh(x_n + r * y_n)
+    h <- z * h + (1 - z) * n
+    logits = relu(h W1 + b1) W2 + b2
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from esjax.models.model import Logits, Model, Token
+from esjax.models.primitives import Matrix, lookup, matmul
+
+
+class GruParams(NamedTuple):
+    """All weights."""
+
+    start: Float[Array, " hidden"]
+    embedding: Matrix
+    """E, [vocabulary, 3 hidden]."""
+    recurrent: Matrix
+    """U, [hidden, 3 hidden]."""
+    recurrent_bias: Float[Array, " gates"]
+    head_hidden: Matrix
+    """W1, [hidden, head]."""
+    head_hidden_bias: Float[Array, " head"]
+    head_output: Matrix
+    """W2, [head, vocabulary]."""
+    head_output_bias: Float[Array, " vocabulary"]
+
+
+def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
+    """Build the network.
+
+    Args:
+        vocab_size: V, number of token ids.
+        hidden_size: D, width of the state.
+        head_size: Width of the head's hidden layer.
+    """
+    unit = GruParams(
+        start=1.0,
+        embedding=1.0,
+        recurrent=hidden_size**-0.5,
+        recurrent_bias=1.0,
+        head_hidden=hidden_size**-0.5,
+        head_hidden_bias=1.0,
+        head_output=head_size**-0.5,
+        head_output_bias=1.0,
+    )
+
+    def init(key: Key[Array, ""]) -> GruParams:
+        embedding_key, recurrent_key, hidden_key, output_key = jax.random.split(key, 4)
+        orthogonal = jax.nn.initializers.orthogonal()
+        gates = [orthogonal(k, (hidden_size, hidden_size), jnp.float32) for k in jax.random.split(recurrent_key, 3)]
+        return GruParams(
+            start=jnp.zeros(hidden_size),
+            embedding=jax.random.normal(embedding_key, (vocab_size, 3 * hidden_size)),
+            recurrent=jnp.concatenate(gates, axis=1),
+            recurrent_bias=jnp.zeros(3 * hidden_size),
+            head_hidden=unit.head_hidden * math.sqrt(2) * jax.random.normal(hidden_key, (hidden_size, head_size)),
+            head_hidden_bias=jnp.zeros(head_size),
+            head_output=unit.head_output * jax.random.normal(output_key, (head_size, vocab_size)),
+            head_output_bias=jnp.zeros(vocab_size),
+        )
+
+    def initial_state(params: GruParams) -> Float[Array, " hidden"]:
+        return params.start
+
+    def predict(params: GruParams, state: Float[Array, " hidden"]) -> Logits:
+        hidden = jax.nn.relu(matmul(state, params.head_hidden) + params.head_hidden_bias)
+        return matmul(hidden, params.head_output) + params.head_output_bias
+
+    def consume(params: GruParams, state: Float[Array, " hidden"], token: Token) -> Float[Array, " hidden"]:
+        x_reset, x_update, x_new = jnp.split(lookup(params.embedding, token), 3)
+        y_reset, y_update, y_new = jnp.split(matmul(state, params.recurrent) + params.recurrent_bias, 3)
+        reset = jax.nn.sigmoid(x_reset + y_reset)
+        update = jax.nn.sigmoid(x_update + y_update)
+        return update * state + (1 - update) * jnp.tanh(x_new + reset * y_new)
+
+    return Model(init, initial_state, predict, consume, unit=unit, factored=True)

@@ -1,0 +1,49 @@
+"""The contract between an architecture and everything that trains, scores or samples it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, Key
+
+Params = Any
+"""A pytree of float32 arrays."""
+
+State = Any
+"""A pytree of arrays: what the network remembers of the tokens it has consumed."""
+
+Logits = Float[Array, " vocabulary"]
+Token = Int[Array, ""]
+
+
+class Model(NamedTuple):
+    """Pure functions for one sequence; batches and populations are made outside, by `jax.vmap`.
+
+    A prediction is read from the state *before* the token it predicts is consumed. Keeping `predict` and
+    `consume` apart makes it impossible for a model to see the token it is scored on.
+
+    Attributes:
+        init: `(key) -> params`.
+        initial_state: `(params) -> state` at the start of a document.
+        predict: `(params, state) -> logits` of the next token, shape [vocabulary].
+        consume: `(params, state, token) -> state` after the token.
+        unit: A pytree like `params` of positive floats: the size of a typical entry of each leaf. Perturbations
+            and updates are multiples of it, so that sigma and the learning rate mean the same for every leaf and
+            for every width. None: 1 everywhere.
+        factored: Whether every matrix is used through `esjax.models.primitives` alone, so that low-rank
+            perturbations need never be added to it. When in doubt, False: slower, never wrong.
+    """
+
+    init: Callable[[Key[Array, ""]], Params]
+    initial_state: Callable[[Params], State]
+    predict: Callable[[Params, State], Logits]
+    consume: Callable[[Params, State, Token], State]
+    unit: Params | None = None
+    factored: bool = False
+
+    def step(self, params: Params, state: State, token: Token) -> tuple[State, Logits]:
+        """Predict one token, then consume it.
+
+        Returns:
+            The state after the token, and the logits with which the token was predicted.
+        """
+        return self.consume(params, state, token), self.predict(params, state)

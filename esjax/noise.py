@@ -1,0 +1,160 @@
+"""From a seed to a perturbation, and from many weighted seeds to their sum.
+
+A perturbation ε has entries of mean 0 and variance 1 and is named by its seed alone: it comes out the same
+whatever the chunking, the number of devices or the host. Two kinds of noise:
+
+- rademacher: ±1, the bits of threefry. Bit-exact on every platform, cheap, and as good as a normal for finite
+  differences (Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient").
+- gaussian: standard normals. The same on one kind of hardware only.
+
+Two spaces:
+
+- full: one entry of ε per parameter.
+- low_rank: for a matrix, ε = Σ_r a_r b_rᵀ / √R with noise vectors a_r, b_r (Sarkar et al. 2025, "Evolution
+  Strategies at the Hyperscale", section 4); any other leaf gets a full ε.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt32
+
+from esjax.models.model import Model, Params
+from esjax.models.primitives import HIGHEST, LowRank
+
+PERTURBATIONS = 0
+"""Stream of keys from which perturbations grow."""
+
+WINDOWS = 1
+"""Stream of keys from which the windows of text are drawn."""
+
+BITS = 32
+
+
+@struct.dataclass
+class Factors:
+    """The two sides of a low-rank ε, before the division by √rank."""
+
+    left: Float[Array, "*pairs rank rows"]
+    right: Float[Array, "*pairs rank columns"]
+
+
+Noise = Any
+"""A pytree like the parameters; each leaf is an array of the leaf's shape, or `Factors`."""
+
+Total = Any
+"""A pytree like the parameters: Σ weight * ε, before the division by √rank."""
+
+
+class Space(NamedTuple):
+    """How members differ from the parameters.
+
+    Attributes:
+        sample: `(seed) -> noise` of one pair.
+        perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`.
+        weigh: `(noise of a batch of pairs, weights[pairs]) -> total`, exact integers for Rademacher noise.
+        mean: `(total, scale) -> pytree` with `scale * Σ weight * ε`.
+        exact: Whether totals are integers, so that they are the same in any order of summation.
+    """
+
+    sample: Callable[[UInt32[Array, "2"]], Noise]
+    perturb: Callable[[Params, Noise, Float[Array, ""]], Params]
+    weigh: Callable[[Noise, Float[Array, " pairs"]], Total]
+    mean: Callable[[Total, Float[Array, ""]], Params]
+    exact: bool
+
+
+def pair_seeds(
+    run_seed: int, stream: int, step: Int[Array, ""] | int, pairs: Int[Array, " pairs"]
+) -> UInt32[Array, "pairs 2"]:
+    """Derive the seed of each pair from the run, the stream, the step and the pair's index."""
+    key = jax.random.fold_in(jax.random.key(run_seed, impl="threefry2x32"), stream)
+    key = jax.random.fold_in(key, step)
+    return jax.vmap(lambda pair: jax.random.key_data(jax.random.fold_in(key, pair)))(pairs)
+
+
+def draw(kind: Literal["rademacher", "gaussian"], seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
+    """Draw `count` independent numbers of mean 0 and variance 1 from a seed."""
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    if kind == "gaussian":
+        return jax.random.normal(key, (count,))
+    words = jax.random.bits(key, (-(-count // BITS),), jnp.uint32)
+    # Each bit becomes the sign bit of a 1.0: three integer operations and no conversion.
+    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32)) & jnp.uint32(1 << 31)
+    one = jnp.uint32(0x3F800000)
+    return jax.lax.bitcast_convert_type(signs | one, jnp.float32).reshape(-1)[:count]
+
+
+def make_space(
+    model: Model,
+    params: Params,
+    *,
+    space: Literal["full", "low_rank"],
+    noise: Literal["rademacher", "gaussian"],
+    sigma: float,
+    rank: int,
+) -> Space:
+    """Lay out the noise of one pair over the leaves of `params` (arrays, or their shapes and dtypes).
+
+    Args:
+        model: Gives the unit of each leaf, and whether low-rank members may stay factored.
+        params: The parameters, or a pytree of `jax.ShapeDtypeStruct` like them.
+        space: Full or low-rank perturbations.
+        noise: Distribution of the entries, or of the factors' entries.
+        sigma: Standard deviation of a perturbation, in units of each leaf.
+        rank: Number of factor pairs of a low-rank perturbation, at least 1.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    units = [1.0] * len(leaves) if model.unit is None else treedef.flatten_up_to(model.unit)
+    shapes = [leaf.shape for leaf in leaves]
+    factored = [space == "low_rank" and len(shape) == 2 for shape in shapes]
+    counts = [
+        rank * sum(shape) if is_factored else math.prod(shape)
+        for shape, is_factored in zip(shapes, factored, strict=True)
+    ]
+
+    def sample(seed: UInt32[Array, "2"]) -> Noise:
+        flat = draw(noise, seed, sum(counts))
+        parts = jnp.split(flat, [sum(counts[: i + 1]) for i in range(len(counts) - 1)])
+
+        def shaped(part: Float[Array, " count"], shape: tuple[int, ...], is_factored: bool) -> Any:
+            if not is_factored:
+                return part.reshape(shape)
+            left, right = jnp.split(part, [rank * shape[0]])
+            return Factors(left.reshape(rank, shape[0]), right.reshape(rank, shape[1]))
+
+        return treedef.unflatten([shaped(*args) for args in zip(parts, shapes, factored, strict=True)])
+
+    def perturb(params: Params, noise: Noise, sign: Float[Array, ""]) -> Params:
+        def member(leaf: Array, epsilon: Any, unit: float) -> Any:
+            scale = sign * (sigma * unit)
+            if not isinstance(epsilon, Factors):
+                return leaf + scale * epsilon
+            scale = scale / math.sqrt(rank)
+            if model.factored:
+                return LowRank(leaf, epsilon.left, epsilon.right, scale)
+            return leaf + scale * jnp.matmul(epsilon.left.T, epsilon.right, precision=HIGHEST)
+
+        epsilons = treedef.flatten_up_to(noise)
+        return treedef.unflatten(map(member, treedef.flatten_up_to(params), epsilons, units))
+
+    def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Total:
+        def total(epsilon: Any) -> Array:
+            if not isinstance(epsilon, Factors):
+                return jnp.einsum("k,k...->...", weights, epsilon, precision=HIGHEST)
+            right = weights[:, None, None] * epsilon.right
+            return jnp.einsum("krm,krn->mn", epsilon.left, right, precision=HIGHEST)
+
+        return treedef.unflatten(map(total, treedef.flatten_up_to(noise)))
+
+    def mean(total: Total, scale: Float[Array, ""]) -> Params:
+        def finish(leaf: Array, is_factored: bool) -> Array:
+            return leaf.astype(jnp.float32) * (scale / math.sqrt(rank) if is_factored else scale)
+
+        return treedef.unflatten(map(finish, treedef.flatten_up_to(total), factored))
+
+    return Space(sample, perturb, weigh, mean, exact=noise == "rademacher")

@@ -1,0 +1,45 @@
+"""From settings to an optax transformation; `esjax.es` takes any other as well."""
+
+import jax
+import optax
+
+from esjax.config import OptimConfig
+
+DECAY_STEPS = 200
+"""Step at which inverse_sqrt has fallen to 71%, unless the settings say another."""
+
+
+def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
+    """Build the learning rate as a function of the step.
+
+    After a linear warm-up of `warmup_steps`: constant; cosine, down to 0 at `decay_steps`; or inverse_sqrt, which
+    falls as 1 / sqrt(1 + step / decay_steps) and needs no end to be known.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: Length of the run, in place of `decay_steps` where that is not set.
+    """
+    peak = config.learning_rate
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max((config.decay_steps or steps) - config.warmup_steps, 1))
+    elif config.schedule == "inverse_sqrt":
+
+        def after(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+            return peak * (1 + step / (config.decay_steps or DECAY_STEPS)) ** -0.5
+    else:
+        after = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return after
+    # The first step is (1 / warmup_steps) of the peak, not 0: a step of size 0 would be wasted.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:
+    """Build the optimizer by name: adam (Kingma & Ba 2015) or sgd with momentum, with decoupled weight decay."""
+    if config.optimizer == "adam":
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    else:
+        direction = optax.trace(config.momentum)
+    decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    return optax.chain(direction, *decay, optax.scale_by_learning_rate(learning_rate(config, steps)))

@@ -1,0 +1,139 @@
+"""What a run leaves on disk, except the checkpoints' own format.
+
+    config.yaml       the settings; they start the same run again
+    run.json          version of this layout, and the hash of the text
+    vocabulary.json   the symbols, ids 2 and up in order
+    metrics.jsonl     one line a step
+    samples.txt       text written on the way
+    checkpoints/      see `esjax.checkpoint`
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import esjax
+from esjax.config import Config, from_yaml, to_yaml
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+
+FORMAT = 1
+"""Version of the layout."""
+
+
+class RunFolder:
+    """A run on disk, open for reading; `lock` it before writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing run.
+
+        Raises:
+            EsjaxError: It is not a run folder, or one of another version.
+        """
+        self.path = path
+        if not path.is_dir():
+            raise EsjaxError(f"there is no run folder {str(path)!r}")
+        run = self._read_json("run.json")
+        if run.get("format") != FORMAT:
+            raise EsjaxError(
+                f"{str(path)!r} is a run folder of format {run.get('format')}, this is esjax {esjax.__version__} with "
+                f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
+            )
+        self.text_digest: str = run.get("text_digest", "")
+        self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
+        stored = self._read_json("vocabulary.json")
+        try:
+            self.vocabulary = Vocabulary(stored["kind"], tuple(stored["symbols"]))
+        except (KeyError, TypeError) as error:
+            raise EsjaxError(f"{path / 'vocabulary.json'} is damaged: {error!r}; restore it from a copy") from error
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: Config, vocabulary: Vocabulary, text_digest: str) -> "RunFolder":
+        """Make a new run folder.
+
+        Raises:
+            EsjaxError: Something is there already, or it cannot be written.
+        """
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
+        run = {"format": FORMAT, "esjax": esjax.__version__, "text_digest": text_digest}
+        stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            (path / "vocabulary.json").write_text(json.dumps(stored, ensure_ascii=False) + "\n", encoding="utf-8")
+            (path / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def lock(self) -> None:
+        """Claim the run for this process, until it ends or `unlock` is called.
+
+        Raises:
+            EsjaxError: Another process trains it, or it cannot be written.
+        """
+        try:
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise EsjaxError(f"cannot write the run folder {str(self.path)!r}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise EsjaxError(f"{str(self.path)!r} is being trained by another process; stop that one first") from error
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Give the run free."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def open_metrics(self, step: int) -> IO[str]:
+        """Open the metrics for appending, without the lines of steps after `step`: they will be done again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            swap = path.with_suffix(".swap")
+            swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(swap, path)
+        return path.open("a", encoding="utf-8")
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Append a text that the model wrote."""
+        with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
+            samples.write(f"--- step {step}\n{text}\n\n")
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise EsjaxError(f"{str(self.path)!r} is not a run folder: it has no {name}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsjaxError(f"cannot read {self.path / name}: {error}") from error
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self._read(name))
+        except json.JSONDecodeError as error:
+            raise EsjaxError(f"{self.path / name} is damaged: {error}; restore it from a copy") from error
+        if not isinstance(value, dict):
+            raise EsjaxError(f"{self.path / name} is damaged: it is no JSON object; restore it from a copy")
+        return value
+
+
+def _step_of(line: str) -> float:
+    """Read the step of a metrics line; a torn line counts as never written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,152 @@
+"""A model with its weights and its vocabulary: it writes text and is scored."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy import ndarray
+
+from esjax.data.packing import pack_lanes
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.evaluate import PAIRS_AXIS
+from esjax.generate import Sampling, beam_search, read, sample
+from esjax.models.model import Model, Params
+from esjax.score import make_score
+from esjax.tokens import UNK
+
+
+class Scored(NamedTuple):
+    """How well a model predicts whole documents, the STOP at the end of each included.
+
+    Attributes:
+        nats_per_token: Mean loss.
+        bits_per_byte: The same per UTF-8 byte of the documents, one more for the end of each.
+        tokens: Tokens scored.
+        unknown_tokens: Tokens among them that are outside the vocabulary and were scored as UNK.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    unknown_tokens: int
+
+
+class Written(NamedTuple):
+    """A text that a model wrote after a prompt.
+
+    Attributes:
+        text: Without the prompt.
+        log_probability: Of the whole continuation, in nats, for beam search; None for sampling.
+    """
+
+    text: str
+    log_probability: float | None = None
+
+
+class Trained:
+    """Compiled functions around one model; the weights are passed in, so that they may still be changing."""
+
+    def __init__(self, model: Model, vocabulary: Vocabulary, mesh: Mesh) -> None:
+        """Set up; nothing is compiled yet."""
+        self.model = model
+        self.vocabulary = vocabulary
+        self._mesh = mesh
+        self._score = jax.jit(make_score(model))
+        self._read = jax.jit(partial(read, model))
+        self._sample = jax.jit(
+            jax.vmap(partial(sample, model), in_axes=(None, None, 0, None, None)), static_argnums=(3,)
+        )
+        self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
+
+    def lanes(self, documents: Sequence[ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Pack encoded documents for `score`, spread over all devices."""
+        lanes = pack_lanes(documents)
+        missing = -len(lanes.tokens) % self._mesh.size
+        spread = NamedSharding(self._mesh, PartitionSpec(PAIRS_AXIS))
+        tokens, scored = (np.pad(array, ((0, missing), (0, 0))) for array in lanes)
+        return jax.device_put(jnp.asarray(tokens), spread), jax.device_put(jnp.asarray(scored), spread)
+
+    def loss(self, params: Params, lanes: tuple[jax.Array, jax.Array]) -> float:
+        """Mean nats per token over packed documents."""
+        return float(self._score(params, *lanes))
+
+    def score(self, params: Params, documents: Sequence[ndarray], size: int) -> Scored:
+        """Score whole documents.
+
+        Args:
+            params: The weights.
+            documents: Encoded documents.
+            size: UTF-8 bytes of the documents, one more for the end of each.
+        """
+        nats = self.loss(params, self.lanes(documents))
+        tokens = sum(len(document) + 1 for document in documents)
+        unknown = sum(int(np.count_nonzero(document == UNK)) for document in documents)
+        return Scored(nats, nats * tokens / size / math.log(2), tokens, unknown)
+
+    def write(
+        self,
+        params: Params,
+        prompt: str = "",
+        *,
+        max_tokens: int = 400,
+        count: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[Written]:
+        """Sample continuations of a prompt, each until the model ends the document or `max_tokens` are reached.
+
+        Args:
+            params: The weights.
+            prompt: Start of a document; characters outside the vocabulary are read as UNK.
+            max_tokens: Most tokens to write, at least 1.
+            count: Number of texts, at least 1.
+            seed: Names the texts: equal seeds, equal texts.
+            temperature: At least 0; 0 takes the most probable token each time.
+            top_k: Choose among so many most probable tokens; 0: among all.
+            top_p: Choose among the most probable tokens that reach this probability together, in (0, 1].
+
+        Raises:
+            EsjaxError: A number is out of range.
+        """
+        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
+        _require(count >= 1, f"count must be at least 1, got {count}")
+        _require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
+        _require(top_k >= 0, f"top_k must be at least 0, got {top_k}")
+        _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
+        _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
+        state = self._read(params, self.vocabulary.encode(prompt))
+        keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), count)
+        tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
+        return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
+
+    def search(self, params: Params, prompt: str = "", *, beams: int = 4, max_tokens: int = 400) -> list[Written]:
+        """Find the most probable continuations of a prompt by beam search, best first.
+
+        Args:
+            params: The weights.
+            prompt: Start of a document; characters outside the vocabulary are read as UNK.
+            beams: Continuations kept at every length, at least 1.
+            max_tokens: Most tokens to write, at least 1.
+
+        Raises:
+            EsjaxError: A number is out of range.
+        """
+        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
+        _require(beams >= 1, f"beams must be at least 1, got {beams}")
+        state = self._read(params, self.vocabulary.encode(prompt))
+        found = self._beam_search(params, state, beams, max_tokens)
+        pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
+        return [Written(self.vocabulary.decode(row), float(total)) for row, total in pairs if np.isfinite(total)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EsjaxError(message)

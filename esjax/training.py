@@ -1,0 +1,328 @@
+"""Joins everything: a run is an object to iterate over, one step at a time."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from esjax.checkpoint import Checkpoints, restore_newest
+from esjax.config import Config
+from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.packing import pack_stream
+from esjax.devices import local_mesh
+from esjax.errors import EsjaxError
+from esjax.evaluate import Loss
+from esjax.fitness import shape
+from esjax.interrupts import stop_on_signals
+from esjax.models import Model, build_model
+from esjax.models.model import Params
+from esjax.replica import Replica
+from esjax.run_folder import RunFolder
+from esjax.trained import Scored, Trained, Written
+
+ModelFactory = Callable[[int], Model]
+"""`(vocab_size) -> model`."""
+
+class Limits(NamedTuple):
+    """Where iteration ends.
+
+    Attributes:
+        steps: Steps of the whole run, or None.
+        seconds: Seconds after the first step finished in this iteration, or None.
+    """
+
+    steps: int | None
+    seconds: float | None
+
+
+SAMPLE_TOKENS = 300
+"""Length of the texts written on the way."""
+
+
+class StepInfo(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        step: Steps done so far, this one included.
+        seconds: Training time so far, from the first finished step.
+        loss: Mean nats per token over the finite losses of the population.
+        population: Members evaluated, both signs counted.
+        void_pairs: Pairs left out because a loss of theirs is not finite.
+        applied: Whether the update was made: not if most losses are not finite, or all pairs are equal.
+        gradient_norm: Euclidean norm of the estimate, in units of each weight's typical size.
+        update_norm: Euclidean norm of the change of the weights, in the same units.
+        member_tokens: Tokens scored so far, times members.
+        member_tokens_per_second: Rate of this step.
+        held_out: Nats per token over the held-out documents, with the averaged weights; None if not measured.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    population: int
+    void_pairs: int
+    applied: bool
+    gradient_norm: float
+    update_norm: float
+    member_tokens: int
+    member_tokens_per_second: float
+    held_out: float | None = None
+
+
+class Trainer:
+    """A run: iterate over it to train, and write or score with it at any time.
+
+    Iteration ends at the limits of the settings, or after the step during which Ctrl-C or SIGTERM came. With a run
+    folder, it leaves a checkpoint however it ends, and going on is iterating again.
+
+    Attributes:
+        config: Settings.
+        corpus: The text.
+        limits: Where iteration ends; may be changed.
+        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
+        folder: Where the run is kept, or None.
+        last: Info of the last step, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        folder: RunFolder | None = None,
+        *,
+        model: ModelFactory | None = None,
+        loss: Loss | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """Set up a run; use `train` or `resume` to get one."""
+        mesh = local_mesh()
+        vocabulary = corpus.vocabulary
+        built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+        self.config = config
+        self.corpus = corpus
+        self.limits = Limits(config.steps, config.seconds)
+        self.folder = folder
+        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
+        self.last: StepInfo | None = None
+        self.tell = tell or (lambda line: print(line, file=sys.stderr))
+        self._replica = Replica(config, built, pack_stream(corpus.train), mesh, loss)
+        self._trained = Trained(built, vocabulary, mesh)
+        self._lanes = self._trained.lanes(corpus.held_out) if corpus.held_out else None
+        self._seconds = 0.0
+        self._member_tokens = 0
+        self._trouble = ""
+
+    def __repr__(self) -> str:
+        """Say where the run stands."""
+        where = f" in {str(self.folder.path)!r}" if self.folder else ""
+        return f"<esjax run{where}: {self.step} steps, {self._member_tokens:,} member-tokens>"
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self._replica.state.step)
+
+    @property
+    def params(self) -> Params:
+        """The weights to use: the average that the settings ask for."""
+        return self._replica.state.average
+
+    def generate(self, prompt: str = "", **settings: float) -> list[Written]:
+        """Sample texts, see `Trained.write`."""
+        return self._trained.write(self.params, prompt, **settings)
+
+    def evaluate(self) -> Scored:
+        """Score the held-out documents.
+
+        Raises:
+            EsjaxError: There are none.
+        """
+        return self._trained.score(self.params, *self.corpus.split("held_out"))
+
+    def __iter__(self) -> Iterator[StepInfo]:
+        """Train, and yield what each step did."""
+        config, limits = self.config, self.limits
+        if limits.steps is not None and self.step >= limits.steps:
+            raise EsjaxError(f"the run has done {self.step} steps, and its limit is {limits.steps}; raise steps to go on")
+        with ExitStack() as stack:
+            asked = stack.enter_context(stop_on_signals())
+            record = self._open_folder(stack)
+            began_at: float | None = None  # when the first step of this session was finished
+            evaluate_at = checkpoint_at = 0.0
+            before = self._seconds
+            while True:
+                started = time.perf_counter()
+                info = self._take_step()
+                now = time.perf_counter()
+                if began_at is None:
+                    began_at, evaluate_at, checkpoint_at = now, now, now + config.checkpoint_time
+                session = now - began_at
+                self._seconds = before + session
+                done = (
+                    asked.is_set()
+                    or (limits.steps is not None and info.step >= limits.steps)
+                    or (limits.seconds is not None and session >= limits.seconds)
+                )
+                held_out = None
+                if self._lanes is not None and (done or now >= evaluate_at):
+                    held_out = self._trained.loss(self.params, self._lanes)
+                    evaluate_at = time.perf_counter() + config.evaluate_time
+                scored = info.population * config.data.batch_size * config.data.window
+                self.last = info._replace(
+                    seconds=self._seconds,
+                    member_tokens=self._member_tokens,
+                    member_tokens_per_second=scored / (now - started),
+                    held_out=held_out,
+                )
+                if record:
+                    _write_metrics(record.metrics, self.last)
+                if record and (done or now >= checkpoint_at):
+                    record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
+                    record.metrics.flush()
+                    record.folder.add_sample(info.step, self.generate(max_tokens=SAMPLE_TOKENS, seed=info.step)[0].text)
+                    checkpoint_at = time.perf_counter() + config.checkpoint_time
+                yield self.last
+                if done:
+                    return
+
+    def _open_folder(self, stack: ExitStack) -> "_Record | None":
+        if self.folder is None:
+            return None
+        self.folder.lock()
+        stack.callback(self.folder.unlock)
+        checkpoints = Checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        # However the iteration ends, what is trained is kept.
+        stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
+        metrics = stack.enter_context(self.folder.open_metrics(self.step))
+        return _Record(self.folder, checkpoints, metrics)
+
+    def _take_step(self) -> StepInfo:
+        config = self.config
+        losses = self._score_population()
+        shaped = shape(losses, config.es.shaping, config.es.sigma)
+        if shaped.trouble:
+            self._replica.skip()
+            gradient_norm = update_norm = 0.0
+        else:
+            update = self._replica.apply(shaped.weights, shaped.scale)
+            gradient_norm, update_norm = float(update.gradient_norm), float(update.update_norm)
+        if shaped.trouble and shaped.trouble != self._trouble:
+            self.tell(f"step {self.step}: {shaped.trouble}; no update")
+        self._trouble = shaped.trouble
+        self._member_tokens += losses.size * config.data.batch_size * config.data.window
+        finite = losses[np.isfinite(losses)]
+        return StepInfo(
+            step=self.step,
+            seconds=0.0,
+            loss=float(finite.mean()) if finite.size else math.nan,
+            population=losses.size,
+            void_pairs=shaped.void_pairs,
+            applied=not shaped.trouble,
+            gradient_norm=gradient_norm,
+            update_norm=update_norm,
+            member_tokens=self._member_tokens,
+            member_tokens_per_second=0.0,
+        )
+
+    def _score_population(self) -> Float[np.ndarray, "pairs 2"]:
+        budget = self.config.es.time_per_step
+        started = time.perf_counter()
+        blocks = [self._replica.losses(0)]
+        while budget is not None:
+            spent = time.perf_counter() - started
+            if spent + spent / len(blocks) > budget:  # the next block would not fit
+                break
+            blocks.append(self._replica.losses(len(blocks)))
+        return np.concatenate(blocks)
+
+
+class _Record(NamedTuple):
+    """An open run folder."""
+
+    folder: RunFolder
+    checkpoints: Checkpoints
+    metrics: IO[str]
+
+
+def _write_metrics(metrics: IO[str], info: StepInfo) -> None:
+    row = {name: value for name, value in info._asdict().items() if value is not None}
+    if math.isnan(info.loss):
+        row["loss"] = None  # JSON has no NaN
+    metrics.write(json.dumps(row) + "\n")
+
+
+def train(
+    config: Config | None = None,
+    out: str | Path | None = None,
+    *,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """Begin a run; iterate over the result to train.
+
+    Args:
+        config: Settings; None: the defaults.
+        out: Run folder to make. None: nothing is written.
+        model: Builds a model of one's own, in place of the one that the settings name.
+        loss: A loss of one's own, in place of cross entropy.
+        tell: Called with each line that a person should see. None: they go to standard error.
+
+    Raises:
+        EsjaxError: The text cannot be used, or the folder exists already.
+    """
+    config = config or Config()
+    corpus = load_corpus(config.data)
+    trainer = Trainer(config, corpus, model=model, loss=loss, tell=tell)
+    if corpus.note:
+        trainer.tell(corpus.note)
+    if out is not None:
+        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest)
+    return trainer
+
+
+def resume(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """Go on with a run from its newest checkpoint; iterate over the result to train.
+
+    Args:
+        path: Run folder.
+        steps: Stop when the run has done so many steps in all.
+        seconds: Stop so many seconds after the first step finished from now. With neither of the two, the limits of
+            the run's settings hold.
+        model: The run's own model, if it was given one.
+        loss: The run's own loss, if it was given one.
+        tell: Called with each line that a person should see. None: they go to standard error.
+
+    Raises:
+        EsjaxError: It is no run folder, its text has changed, or no checkpoint is whole.
+    """
+    folder = RunFolder(Path(path))
+    corpus = load_corpus(folder.config.data, folder.vocabulary)
+    if corpus.digest != folder.text_digest:
+        raise EsjaxError(
+            f"the text {folder.config.data.text!r} is not the one {str(path)!r} was trained on; put the old one back, "
+            "or train anew"
+        )
+    trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, tell=tell)
+    restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
+    trainer._replica.state = restored.state
+    trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
+    if steps is not None or seconds is not None:
+        trainer.limits = Limits(steps, seconds)
+    return trainer
