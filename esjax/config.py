@@ -126,10 +126,11 @@ class EsConfig(Section):
     """How the two losses of a pair become the weight of its perturbation."""
 
     chunk_pairs: int | None = None
-    """Pairs a device evaluates at a time. None: chosen for the device. It changes speed and memory, no result."""
+    """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "rank", "sigma", "population_size", "time_per_step", "chunk_pairs")
+        _check_positive(self, "rank", "sigma", "population_size", "time_per_step")
+        _check(self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}")
         _check(self.population_size % 2 == 0, f"population_size must be even, got {self.population_size}")
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Int8, PyTree, UInt32
+from jaxtyping import Array, Float, Int8, PyTree, UInt32
 
 from esjax.evaluate import PAIRS_AXIS, into_chunks
 from esjax.models.model import Params
@@ -25,16 +25,16 @@ class TrainState:
     """Everything that a later step depends on.
 
     Attributes:
-        step: Number of updates applied or found void.
+        step: Number of updates applied or found void, int32.
         params: The parameters around which members are perturbed.
         opt_state: State of the optax transformation.
         average: The parameters to evaluate and generate with: a running average of `params`.
     """
 
-    step: Int[Array, ""]
-    params: PyTree[Float[Array, "..."]]
+    step: PyTree
+    params: PyTree
     opt_state: PyTree
-    average: PyTree[Float[Array, "..."]]
+    average: PyTree
 
 
 class UpdateInfo(NamedTuple):
@@ -128,7 +128,7 @@ def make_apply_total(
         if average_fraction == 0:
             average = params
         else:
-            share = jnp.minimum(1.0, 1 / (average_fraction * (step - 1) + 1))
+            share = 1 / (average_fraction * state.step.astype(jnp.float32) + 1)
             average = jax.tree.map(lambda old, new: old + share * (new - old), state.average, params)
         info = UpdateInfo(optax.tree.norm(estimate), optax.tree.norm(updates))
         return TrainState(step, params, opt_state, average), info

@@ -67,8 +67,8 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
         space: How members differ from the parameters.
         loss: Loss of one member on one sequence.
         mesh: Devices that share the population; one axis, `PAIRS_AXIS`.
-        chunk_pairs: Pairs that one device evaluates at a time: as many as its cache or memory likes. It does not
-            change a loss.
+        chunk_pairs: Pairs that one device evaluates at a time: as many as its cache or memory likes. Another number
+            may change the last bit of a loss; another number of devices does not.
 
     Returns:
         `(params, seeds, tokens) -> losses`: the mean loss of the members +ε and -ε over their sequences, which
@@ -113,11 +113,11 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
 def into_chunks(x: Array, shards: int, chunk_pairs: int) -> Array:
     """Fold the axis of pairs into [chunks, pairs of a chunk], padded with zeros to equal work for every shard.
 
-    The number of chunks is a multiple of `shards`; chunks are no larger than asked for, and no larger than the
-    pairs need.
+    The size of a chunk does not depend on the number of shards, since XLA may sum in another order for another size:
+    so a loss is the same to the last bit on any number of devices. It is at least 2, since XLA drops an axis of 1.
     """
     pairs = x.shape[0]
-    chunks = -(-pairs // (shards * chunk_pairs)) * shards
-    size = -(-pairs // chunks)
+    size = max(2, min(chunk_pairs, pairs))
+    chunks = -(-pairs // (shards * size)) * shards
     padding = [(0, chunks * size - pairs)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])

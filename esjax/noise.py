@@ -84,7 +84,7 @@ def draw(kind: Literal["rademacher", "gaussian"], seed: UInt32[Array, "2"], coun
         return jax.random.normal(key, (count,))
     words = jax.random.bits(key, (-(-count // BITS),), jnp.uint32)
     # Each bit becomes the sign bit of a 1.0: three integer operations and no conversion.
-    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32)) & jnp.uint32(1 << 31)
+    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32)[None, :]) & jnp.uint32(1 << 31)
     one = jnp.uint32(0x3F800000)
     return jax.lax.bitcast_convert_type(signs | one, jnp.float32).reshape(-1)[:count]
 

@@ -116,4 +116,4 @@ def _chunk_pairs(config: Config, model: Model, params: Params, mesh: Mesh) -> in
     if config.es.space == "full" or not model.factored:
         member_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         pairs = min(pairs, CHUNK_BYTES // (2 * member_bytes))
-    return max(pairs, 1)
+    return max(pairs, 2)

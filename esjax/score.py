@@ -33,6 +33,6 @@ def make_score(model: Model) -> Score:
             (_, total), _ = jax.lax.scan(step, start, (tokens, scored))
             return total
 
-        return jnp.sum(jax.vmap(lane_total)(tokens, scored)) / jnp.sum(scored)
+        return jnp.sum(jax.vmap(lane_total)(tokens, scored)) / jnp.sum(scored, dtype=jnp.float32)
 
     return score

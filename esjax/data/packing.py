@@ -49,7 +49,7 @@ def draw_windows(
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         return jax.random.randint(key, (sequences,), 0, stream.shape[0] - window_length + 1)
 
-    positions = jax.vmap(starts)(seeds)[:, :, None] + jnp.arange(window_length)
+    positions = jax.vmap(starts)(seeds)[:, :, None] + jnp.arange(window_length)[None, None, :]
     return stream[positions]
 
 

@@ -17,6 +17,12 @@ from jaxtyping import Array, Float, Key
 from esjax.models.model import Logits, Model, Token
 from esjax.models.primitives import Matrix, lookup, matmul
 
+BIAS_UNIT = 0.3
+"""Unit of the biases: with 1, their perturbations drown those of the matrices."""
+
+FIRST_LOGITS = 0.1
+"""Size of the first logits: small, so that a run begins at the uniform distribution."""
+
 
 class GruParams(NamedTuple):
     """All weights."""
@@ -47,11 +53,11 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
         start=1.0,
         embedding=1.0,
         recurrent=hidden_size**-0.5,
-        recurrent_bias=1.0,
+        recurrent_bias=BIAS_UNIT,
         head_hidden=hidden_size**-0.5,
-        head_hidden_bias=1.0,
+        head_hidden_bias=BIAS_UNIT,
         head_output=head_size**-0.5,
-        head_output_bias=1.0,
+        head_output_bias=BIAS_UNIT,
     )
 
     def init(key: Key[Array, ""]) -> GruParams:
@@ -65,7 +71,7 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
             recurrent_bias=jnp.zeros(3 * hidden_size),
             head_hidden=unit.head_hidden * math.sqrt(2) * jax.random.normal(hidden_key, (hidden_size, head_size)),
             head_hidden_bias=jnp.zeros(head_size),
-            head_output=unit.head_output * jax.random.normal(output_key, (head_size, vocab_size)),
+            head_output=unit.head_output * FIRST_LOGITS * jax.random.normal(output_key, (head_size, vocab_size)),
             head_output_bias=jnp.zeros(vocab_size),
         )
 

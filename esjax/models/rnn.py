@@ -13,13 +13,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from esjax.models.model import Logits, Model, Token
 from esjax.models.primitives import Matrix, lookup, matmul
 
 HEAD_WIDTH = 4
 """Width of the head's hidden layer, in widths of the state."""
+
+CONSTANT_SHARE = 4
+"""One in so many entries of the state starts as a constant."""
+
+FIRST_LOGITS = 0.1
+"""Size of the first logits: small, so that a run begins at the uniform distribution."""
 
 
 class Layer(NamedTuple):
@@ -61,20 +67,12 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
 
     def init(key: Key[Array, ""]) -> RnnParams:
         hidden_key, output_key, *layer_keys = jax.random.split(key, 2 + n_layers)
-        orthogonal = jax.nn.initializers.orthogonal()
-
-        def layer(layer_key: Key[Array, ""]) -> Layer:
-            recurrent_key, embedding_key = jax.random.split(layer_key)
-            return Layer(
-                recurrent=orthogonal(recurrent_key, (hidden_size, hidden_size), jnp.float32),
-                embedding=jax.random.normal(embedding_key, (vocab_size, hidden_size)),
-            )
-
+        is_constant = jnp.arange(hidden_size) < max(1, hidden_size // CONSTANT_SHARE)
         return RnnParams(
-            start=jnp.zeros(hidden_size),
-            layers=tuple(layer(layer_key) for layer_key in layer_keys),
+            start=jnp.where(is_constant, 1.0, 0.0),
+            layers=tuple(_init_layer(layer_key, vocab_size, is_constant) for layer_key in layer_keys),
             head_hidden=unit.head_hidden * math.sqrt(2) * jax.random.normal(hidden_key, (hidden_size, inner)),
-            head_output=unit.head_output * jax.random.normal(output_key, (inner, vocab_size)),
+            head_output=unit.head_output * FIRST_LOGITS * jax.random.normal(output_key, (inner, vocab_size)),
         )
 
     def initial_state(params: RnnParams) -> Float[Array, " hidden"]:
@@ -89,3 +87,22 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
         return state
 
     return Model(init, initial_state, predict, consume, unit=unit, factored=True)
+
+
+def _init_layer(key: Key[Array, ""], vocab_size: int, is_constant: Bool[Array, " hidden"]) -> Layer:
+    """Draw a layer that begins by remembering the newest token best.
+
+    The update is a product, so that nothing of a token gets into a state of zeros, and what has got in stays: with
+    orthogonal U and normal E the state drifts to where it never was in training, and a run sits at the unigram loss.
+    So a part of the entries starts, and keeps itself, at a constant, s <- tanh(2s), and feeds the others through U;
+    the others forget, s_j <- tanh(s_j (1 - E_j) + E_j input_j), with E around 1. All of it is free to change.
+    """
+    feed_key, embedding_key = jax.random.split(key)
+    hidden_size = is_constant.size
+    feed = jax.random.normal(feed_key, (hidden_size, hidden_size)) / jnp.sqrt(jnp.sum(is_constant))
+    feeds = is_constant[:, None] & ~is_constant[None, :]
+    embedding = 1 + jax.random.normal(embedding_key, (vocab_size, hidden_size))
+    return Layer(
+        recurrent=jnp.diag(jnp.where(is_constant, 1.0, -1.0)) + jnp.where(feeds, feed, 0.0),
+        embedding=jnp.where(is_constant, 1.0, embedding),
+    )

@@ -1,0 +1,209 @@
+"""What is saved comes back bit by bit, and what is damaged is passed over and said."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from esjax.checkpoint import Checkpoints, digest, restore_newest
+from esjax.errors import EsjaxError
+from esjax.es import TrainState, init_state
+
+
+def random_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw floats of any bits but NaN: nothing that a compressor could shorten."""
+    bits = rng.integers(0, 2**32, shape, np.uint32)
+    floats = bits.view(np.float32)
+    floats[np.isnan(floats)] = -0.0
+    return floats
+
+
+def state_at(step: int) -> TrainState:
+    rng = np.random.default_rng(step)
+    params = {"matrix": random_bits(rng, (40, 30)), "vector": random_bits(rng, (5,))}
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(optax.constant_schedule(0.1)))
+    state = init_state(jax.tree.map(jnp.asarray, params), optimizer)
+    average = {name: jnp.asarray(random_bits(rng, leaf.shape)) for name, leaf in params.items()}
+    return replace(state, step=jnp.int32(step), average=average)
+
+
+def save(folder: Path, *steps: int, keep: int = 3) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for step in steps:
+        checkpoints.save(state_at(step), step / 4, step * 1000)
+    checkpoints.close()
+
+
+def restore(folder: Path) -> tuple[int, list[str]]:
+    """Read the newest whole checkpoint and see that it is what was saved: its step, and what was told."""
+    told: list[str] = []
+    restored = restore_newest(folder, state_at(0), told.append)
+    step = int(restored.state.step)
+    assert digest(restored.state) == digest(state_at(step))
+    assert (restored.seconds, restored.member_tokens) == (step / 4, step * 1000)
+    return step, told
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def truncate(checkpoint: Path) -> None:
+    """Cut every file of the arrays in half, as a full disk or a power cut may."""
+    files = [path for path in (checkpoint / "state").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit_of_the_weights(checkpoint: Path) -> None:
+    weights = np.asarray(state_at(int(checkpoint.name)).params["matrix"]).tobytes()
+    found = [path for path in checkpoint.rglob("*") if path.is_file() and weights in path.read_bytes()]
+    assert found  # the weights lie there as they are
+    for path in found:
+        content = bytearray(path.read_bytes())
+        content[content.index(weights) + 400] ^= 1
+        path.write_bytes(content)
+
+
+def forge_the_digest(checkpoint: Path) -> None:
+    path = checkpoint / "progress" / "metadata"
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({**progress, "digest": "0" * 32}))
+
+
+def test_a_state_comes_back_bit_by_bit(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    restored = restore_newest(tmp_path, state_at(0), pytest.fail)
+    saved = state_at(7)
+    structures: list[Any] = [jax.tree.structure(state) for state in (restored.state, saved)]
+    assert structures[0] == structures[1]
+    for left, right in zip(jax.tree.leaves(restored.state), jax.tree.leaves(saved), strict=True):
+        assert left.dtype == right.dtype
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+    assert (restored.seconds, restored.member_tokens) == (1.75, 7000)
+
+
+def test_shapes_alone_are_enough_to_read_a_state(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    like = jax.eval_shape(lambda: state_at(0))
+    assert digest(restore_newest(tmp_path, like, pytest.fail).state) == digest(state_at(7))
+
+
+def test_the_digest_sees_every_bit_and_every_leaf() -> None:
+    state = state_at(1)
+    digests = {digest(state), digest(replace(state, step=jnp.int32(2)))}
+    for params, where in ((state.params, "params"), (state.average, "average")):
+        for name, leaf in params.items():
+            bits = np.array(leaf)
+            bits.view(np.uint32).reshape(-1)[-1] ^= 1
+            changes: dict[str, Any] = {where: {**params, name: jnp.asarray(bits)}}
+            digests.add(digest(replace(state, **changes)))
+    assert len(digests) == 6
+    assert digest(state) == digest(state_at(1))
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 5, 8, keep=2)
+    assert steps_in(tmp_path) == [5, 8]
+    assert restore(tmp_path) == (8, [])
+
+
+def test_a_run_goes_on_in_the_same_folder(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    save(tmp_path, 3, keep=2)
+    assert steps_in(tmp_path) == [2, 3]
+
+
+def test_the_tenth_step_is_newer_than_the_ninth(tmp_path: Path) -> None:
+    save(tmp_path, 9, 10)
+    assert restore(tmp_path) == (10, [])
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    save(tmp_path, 4, 4)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert restore(tmp_path) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(truncate, ""), (flip_a_bit_of_the_weights, "digest"), (forge_the_digest, "digest")],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    save(tmp_path, 1, 2, 3)
+    damage(tmp_path / "3")
+    step, told = restore(tmp_path)
+    assert step == 2
+    assert len(told) == 1
+    assert str(tmp_path / "3") in told[0]
+    assert reason in told[0]
+    assert "\n" not in told[0]
+
+
+def test_a_checkpoint_that_lost_a_part_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "2" / "progress")
+    step, told = restore(tmp_path)
+    assert step == 1
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_training_on_from_before_a_damaged_checkpoint_is_saved(tmp_path: Path, step: int) -> None:
+    """What is trained after 1, with 3 damaged, must be kept, at a step before the damaged one and at its own."""
+    save(tmp_path, 1, 3)
+    truncate(tmp_path / "3")
+    assert restore(tmp_path)[0] == 1
+    save(tmp_path, step)
+    assert restore(tmp_path)[0] == step
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for step in ("1", "2"):
+        forge_the_digest(tmp_path / step)
+    told: list[str] = []
+    with pytest.raises(EsjaxError, match="damaged") as caught:
+        restore_newest(tmp_path, state_at(0), told.append)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [str(tmp_path / step) in line for step, line in zip("21", told, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_checkpoint_is_an_error(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path if exists else tmp_path / "none"
+    with pytest.raises(EsjaxError, match="no checkpoint"):
+        restore_newest(folder, state_at(0), pytest.fail)
+
+
+def test_a_half_written_checkpoint_is_ignored_and_cleared_away(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    half = tmp_path / "3.orbax-checkpoint-tmp"  # what a save is called until it is complete
+    shutil.copytree(tmp_path / "2", half)
+    truncate(half)
+    assert restore(tmp_path) == (2, [])
+    save(tmp_path, 3)
+    assert restore(tmp_path) == (3, [])
+    assert not half.exists()
+
+
+def test_a_state_of_another_shape_is_not_taken(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    other = state_at(0)
+    wider = replace(other, params={**other.params, "vector": jnp.zeros(6)})
+    with pytest.raises(EsjaxError):
+        restore_newest(tmp_path, wider, lambda line: None)

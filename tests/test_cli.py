@@ -1,0 +1,512 @@
+"""The command line as a person uses it: what it does, and one clear line for each mistake."""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import esjax.training
+from esjax import cli
+from esjax.config import Config, GruConfig, RnnConfig, from_yaml
+from esjax.errors import EsjaxError
+
+RUN_PY = Path(__file__).parents[1] / "experiments" / "run.py"
+
+SENTENCE = "the cat sat on a mat and saw no dog there but it did not mind at all so be it"
+TEXT = "\n\n".join(SENTENCE[i : i + 20] for i in range(0, 60, 3)) + "\n"
+
+TINY = (
+    *("--data.text", "text.txt", "--data.held-out", "0.3", "--data.window", "4"),
+    *("--es.population-size", "8", "--model.hidden-size", "4"),
+)
+
+LONG_NAME = "a-name-of-a-run-that-does-not-fit-into-the-eighty-columns-of-an-old-terminal-by-far"
+
+
+class Called(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*words: str) -> Called:
+    """Run a command in this process, on streams like those of a terminal."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    code: Any = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main(words)
+        except SystemExit as end:
+            code = end.code
+    return Called(code or 0, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def succeed(*words: str) -> Called:
+    called = call(*words)
+    assert called.code == 0, called.err
+    return called
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    """Leave JAX as conftest.py has set it up, except that optax multiplies floats with counts of steps."""
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(cli, "prepare", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, in_process: None) -> tuple[Path, Called]:
+    """A folder with a text and a run of three steps with two checkpoints, and what training it wrote."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        called = succeed("train", *TINY, "--steps", "3", "--checkpoint-time", "1e-9", "--out", LONG_NAME)
+    (folder / LONG_NAME).rename(folder / "run")
+    return folder, called
+
+
+@pytest.fixture
+def work(trained: tuple[Path, Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, as the working directory."""
+    work = tmp_path / "work"
+    shutil.copytree(trained[0], work)
+    monkeypatch.chdir(work)
+    return work
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what it does ---
+
+
+def test_train_leaves_a_run(trained: tuple[Path, Called]) -> None:
+    folder, called = trained
+    run = folder / "run"
+    config = from_yaml((run / "config.yaml").read_text(), "config.yaml")
+    assert (config.steps, config.es.population_size, config.data.window) == (3, 8, 4)
+    assert config.model.hidden_size == 4
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3]
+    assert all(row["population"] == 8 and math.isfinite(row["loss"]) for row in metrics(run))
+    # Three steps of 8 members on 4 tokens each.
+    assert metrics(run)[-1]["member_tokens"] == 3 * 8 * 4
+    assert checkpoints(run) == [2, 3]
+    assert "--- step 3\n" in (run / "samples.txt").read_text()
+    for name in ("unigram", "bigram", "trigram"):
+        assert name in called.err
+
+
+def test_the_folder_is_said_on_one_line_however_long_its_name(trained: tuple[Path, Called]) -> None:
+    assert trained[1].err.splitlines()[-1] == f"kept in {LONG_NAME}"
+
+
+def test_resume_goes_on_to_more_steps(work: Path) -> None:
+    before = metrics(work / "run")
+    succeed("resume", "run", "--steps", "4")
+    after = metrics(work / "run")
+    assert after[:3] == before
+    assert [row["step"] for row in after] == [1, 2, 3, 4]
+    assert after[3]["member_tokens"] == 4 * 8 * 4
+    assert after[3]["seconds"] >= before[2]["seconds"]
+    assert checkpoints(work / "run") == [2, 3, 4]
+
+
+def test_evaluate_prints_the_score_beside_the_baselines(work: Path) -> None:
+    lines = succeed("evaluate", "run").out.splitlines()
+    assert re.fullmatch(r"\d+\.\d{4} nats/token, \d+\.\d{4} bits/byte, \d+ tokens", lines[0])
+    assert [line.split()[1] for line in lines[1:]] == ["unigram", "bigram", "trigram"]
+    # The run's last figure, by the same weights on the same documents.
+    assert float(lines[0].split()[0]) == pytest.approx(metrics(work / "run")[-1]["held_out"], abs=1e-4)
+
+
+def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
+    splits = {name: json.loads(succeed("evaluate", "run", "--json", "--split", name).out) for name in ("train", "all")}
+    splits["held_out"] = json.loads(succeed("evaluate", "--json", "run").out)
+    for scores in splits.values():
+        assert list(scores) == [
+            *("nats_per_token", "bits_per_byte", "tokens", "unknown_tokens"),
+            *("unigram", "bigram", "trigram"),
+        ]
+    # Every character of the text is scored, a line end less and a STOP more for each of its documents.
+    documents = TEXT.rstrip("\n").split("\n\n")
+    assert splits["all"]["tokens"] == sum(len(document) + 1 for document in documents)
+    train, held_out, everything = splits["train"], splits["held_out"], splits["all"]
+    assert held_out["tokens"] > 0
+    for name in ("tokens", "unknown_tokens"):
+        assert train[name] + held_out[name] == everything[name]
+    for name in ("nats_per_token", "unigram", "bigram", "trigram"):
+        # The model's means are float32 sums of some hundred losses.
+        total = train[name] * train["tokens"] + held_out[name] * held_out["tokens"]
+        assert total / everything["tokens"] == pytest.approx(everything[name], rel=1e-5)
+    # The text is ASCII: a byte a character and one for each end, so bits per byte are nats over log 2.
+    assert everything["bits_per_byte"] == pytest.approx(everything["nats_per_token"] / math.log(2), rel=1e-6)
+
+
+def test_evaluate_takes_another_text_and_says_what_is_unknown(work: Path) -> None:
+    (work / "other.txt").write_text("the CAT\n\nsat\n\non A mat")
+    called = succeed("evaluate", "run", "--data.text", "other.txt", "--split", "all")
+    assert ", 21 tokens" in called.out  # 7 + 3 + 8 characters and 3 STOPs
+    assert "4 tokens are outside the vocabulary" in called.out
+
+
+def test_generate_writes_the_same_text_for_the_same_seed(work: Path) -> None:
+    words = ("generate", "run", "--max-tokens", "30", "--count", "4", "--prompt", "the ")
+    first = succeed(*words, "--seed", "5").out
+    assert first == succeed(*words, "--seed", "5").out
+    assert first != succeed(*words, "--seed", "6").out
+    texts = first.split("---\n")
+    assert len(texts) == 5
+    assert texts[-1] == ""
+    assert all(text.startswith("the ") for text in texts[:-1])
+
+
+def test_generate_searches_with_beams_the_best_first(work: Path) -> None:
+    words = ("generate", "run", "--max-tokens", "6", "--beams", "5")
+    called = succeed(*words, "--count", "3")
+    found = [float(number) for number in re.findall(r"\[log probability (-\d+\.\d\d)\]", called.err)]
+    assert len(found) == 3
+    assert found == sorted(found, reverse=True)
+    assert called.out.count("---\n") == 3
+    best = succeed(*words)
+    assert best.out == called.out.split("---\n")[0]
+
+
+def test_generate_says_which_characters_it_does_not_know(work: Path) -> None:
+    called = succeed("generate", "run", "--max-tokens", "2", "--prompt", "thZ!eZ")
+    assert called.err == "not in the model's vocabulary, read as unknown: 'Z' '!'\n"
+    assert called.out.startswith("thZ!eZ")
+
+
+def test_generate_takes_a_prompt_that_is_no_text(work: Path) -> None:
+    """Bytes that are not UTF-8 reach Python as lone surrogates."""
+    called = call("generate", "run", "--max-tokens", "2", "--prompt", "th\udcff")
+    assert called.code in (0, 2)
+    assert re.match(r"(error: |not in the model's vocabulary).*\n\Z", called.err)
+
+
+def test_imported_weights_are_scored(work: Path) -> None:
+    hidden, vocab, layers = 2, 4, 1
+    count = hidden + layers * (hidden + vocab) * hidden + 4 * hidden * (hidden + vocab)
+    np.save("weights.npy", np.array([hidden, vocab, layers] + [0.0] * count, np.float32))
+    (work / "characters.json").write_text('["a", "b"]')
+    (work / "ab.txt").write_text("ab\n\nba\n\naab")
+    called = succeed("import-npy", "weights.npy", "--chars", "characters.json", "--out", "imported")
+    assert called.out.startswith("esjax evaluate imported --data.text ")  # what to do next
+    words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
+    scores = json.loads(succeed(*words).out)
+    # Weights of zero predict the uniform distribution over the four ids.
+    assert scores["nats_per_token"] == pytest.approx(math.log(4), rel=1e-6)
+    assert scores["tokens"] == 3 + 3 + 4
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
+    """Find the settings that `train` hands to the trainer."""
+    seen: list[Config] = []
+
+    def train(settings: Config, *rest: Any, **more: Any) -> None:
+        seen.append(settings)
+        raise EsjaxError("seen")
+
+    monkeypatch.setattr(esjax.training, "train", train)
+    called = call("train", *words)
+    assert called.err == "error: seen\n"
+    return seen[0]
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+@pytest.mark.parametrize(("name", "model"), [("rnn", RnnConfig), ("gru", GruConfig)])
+def test_a_model_may_be_named_anywhere(
+    monkeypatch: pytest.MonkeyPatch, position: int, name: str, model: type[RnnConfig | GruConfig]
+) -> None:
+    words = ["--steps", "3", "--model.hidden-size", "5"]
+    words.insert(position, name)
+    settings = settings_of(monkeypatch, *words)
+    assert settings.model == model(hidden_size=5)
+    assert settings.steps == 3
+
+
+def test_a_value_that_is_called_like_a_model_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(monkeypatch, "--data.text", "gru", "rnn", "--model.n-layers", "2")
+    assert settings.data.text == "gru"
+    assert settings.model == RnnConfig(n_layers=2)
+
+
+@pytest.mark.parametrize("form", [["--config", "my.yaml"], ["--config=my.yaml"]])
+def test_options_go_before_the_settings_file_and_it_before_the_defaults(
+    work: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
+) -> None:
+    Path("my.yaml").write_text("seed: 7\nes: {sigma: 1e-2, rank: 3}\nmodel: {name: gru, head_size: 9}")
+    settings = settings_of(monkeypatch, "--es.rank", "4", *form, "--model.hidden-size", "6", "--optim.beta1", "0.5")
+    assert (settings.seed, settings.es.sigma, settings.es.rank, settings.optim.beta1) == (7, 0.01, 4, 0.5)
+    assert settings.model == GruConfig(hidden_size=6, head_size=9)
+    assert settings.es.noise == Config().es.noise
+
+
+def test_a_model_named_on_the_line_goes_before_that_of_the_file(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my.yaml").write_text("model: {name: gru, head_size: 9}")
+    settings = settings_of(monkeypatch, "--config", "my.yaml", "rnn", "--model.n-layers", "2")
+    assert settings.model == RnnConfig(n_layers=2)
+
+
+def test_a_runs_own_settings_start_the_same_run_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(monkeypatch, "--config", "run/config.yaml")
+    assert settings == from_yaml(Path("run/config.yaml").read_text(), "")
+
+
+def test_an_option_may_complete_a_settings_file(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my.yaml").write_text("optim: {schedule: cosine}")
+    settings = settings_of(monkeypatch, "--config", "my.yaml", "--steps", "10")
+    assert (settings.optim.schedule, settings.steps) == ("cosine", 10)
+
+
+# --- what it refuses ---
+
+MISTAKES = {
+    "unknown command": (["trian"], "trian"),
+    "missing text": (["train", *TINY, "--data.text", "none.txt"], "none.txt"),
+    "path too long": (["train", *TINY, "--data.text", "x" * 300], "xxx"),
+    "unknown builtin": (["train", *TINY, "--data.text", "builtin:none"], "builtin:none"),
+    "text that is not UTF-8": (["train", *TINY, "--data.text", "latin.txt"], "latin.txt"),
+    "existing folder": (["train", *TINY, "--out", "run"], "run"),
+    "existing file": (["train", *TINY, "--out", "text.txt"], "text.txt"),
+    "folder in a file": (["train", *TINY, "--out", "text.txt/run"], "text.txt/run"),
+    "missing settings": (["train", *TINY, "--config", "none.yaml"], "none.yaml"),
+    "folder of settings": (["train", *TINY, "--config", "run"], "run"),
+    "broken settings": (["train", *TINY, "--config", "broken.yaml"], "broken.yaml"),
+    "wrong settings": (["train", *TINY, "--config", "wrong.yaml"], "sigmoid"),
+    "two models": (["train", "rnn", *TINY, "gru"], "rnn and gru"),
+    "text shorter than a window": (["train", *TINY, "--data.window", "100000"], "data.window"),
+    "nothing to train on": (["train", *TINY, "--data.held-out", "0.9999999"], "held_out"),
+    "resume of nothing": (["resume", "none"], "none"),
+    "resume of a file": (["resume", "text.txt"], "text.txt"),
+    "resume of another folder": (["resume", "other"], "other"),
+    "resume at the limit": (["resume", "run"], "limit is 3"),
+    "resume to fewer steps": (["resume", "run", "--steps", "1"], "limit is 1"),
+    "resume with other text": (["resume", "moved"], "text"),
+    "evaluate nothing": (["evaluate", "none"], "none"),
+    "evaluate on a missing text": (["evaluate", "run", "--data.text", "none.txt"], "none.txt"),
+    "evaluate on an empty split": (["evaluate", "run", "--data.text", "one.txt"], "held_out"),
+    "generate from nothing": (["generate", "none"], "none"),
+    "generate without checkpoint": (["generate", "begun"], "checkpoint"),
+    "negative temperature": (["generate", "run", "--temperature", "-1"], "temperature"),
+    "temperature that is no number": (["generate", "run", "--temperature", "nan"], "temperature"),
+    "negative top_k": (["generate", "run", "--top-k", "-1"], "top_k"),
+    "top_p of zero": (["generate", "run", "--top-p", "0"], "top_p"),
+    "no text": (["generate", "run", "--count", "0"], "count"),
+    "no tokens": (["generate", "run", "--max-tokens", "0"], "max_tokens"),
+    "no beams": (["generate", "run", "--beams", "0"], "beams"),
+    "no text of a beam search": (["generate", "run", "--beams", "2", "--count", "0"], "count"),
+    "seed too large": (["generate", "run", "--seed", "4294967296"], "seed"),
+    "import of nothing": (["import-npy", "none.npy", "--chars", "a.json", "--out", "new"], "none.npy"),
+    "import of a text": (["import-npy", "text.txt", "--chars", "a.json", "--out", "new"], "text.txt"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, work: Path) -> None:
+    words, named = MISTAKES[mistake]
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("one.txt").write_text("the cat")
+    Path("broken.yaml").write_text("es: {sigma: 1")
+    Path("wrong.yaml").write_text("es: {sigmoid: 1}")
+    Path("other").mkdir()
+    Path("other/photo.jpg").write_bytes(b"")
+    shutil.copytree("run", "begun")
+    shutil.rmtree("begun/checkpoints")
+    shutil.copytree("run", "moved")
+    moved = Path("moved/config.yaml")
+    moved.write_text(moved.read_text().replace("text.txt", "one.txt"))
+    before = contents(work)
+
+    called = call(*words)
+    assert called.code == 2
+    assert called.out == ""
+    assert called.err.startswith("error: ")
+    assert called.err.count("\n") == 1
+    assert called.err.endswith("\n")
+    assert named in called.err
+    after = contents(work)
+    after = {path: content for path, content in after.items() if Path(path).name != ".lock"}
+    assert after == {path: content for path, content in before.items() if Path(path).name != ".lock"}
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train", "--no-such-option", "1"], "no-such-option"),
+        (["train", "--steps", "two"], "steps"),
+        (["train", "--es.noise", "pink"], "noise"),
+        (["train", "--es.sigma", "-1"], "sigma"),
+        (["train", "--es.population-size", "7"], "population_size"),
+        (["train", "--data.vocab-size", "2"], "vocab_size"),
+        (["train", "--seed", "-1"], "seed"),
+        (["train", "--steps", "0"], "steps"),
+        (["train", "--optim.schedule", "cosine"], "decay_steps"),
+        (["train", "--data.text"], "data.text"),
+        (["train", "--config"], "config"),
+        (["train", "gru", "--model.n-layers", "2"], "n-layers"),
+        (["evaluate", "run", "--split", "none"], "split"),
+        (["evaluate"], "DIR"),
+        (["resume"], "DIR"),
+        (["generate", "run", "--count", "many"], "count"),
+        (["import-npy", "weights.npy"], "chars"),
+    ],
+)
+def test_a_wrong_option_is_refused(words: list[str], named: str, work: Path) -> None:
+    """These are the option parser's own words, over several lines."""
+    before = contents(work)
+    called = call(*words)
+    assert called.code == 2
+    assert called.out == ""
+    assert named in called.err
+    assert "Traceback" not in called.err
+    assert contents(work) == before
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(words: list[str]) -> None:
+    called = succeed(*words)
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in called.out
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "prepare", interrupted)
+    try:
+        called = call("generate", "run")
+    except KeyboardInterrupt:
+        pytest.fail("a KeyboardInterrupt leaves main: Python prints a traceback")
+    assert called.code == 128 + signal.SIGINT  # what shells expect
+
+
+# --- processes of their own ---
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"]])
+def test_help_imports_neither_jax_nor_flax(words: list[str]) -> None:
+    program = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+    slow = {"jax", "jaxlib", "flax", "optax", "orbax"} & set(sys.modules)
+    assert not slow, slow
+    print("ended well")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(RUN_PY), *words], capture_output=True, text=True)
+    assert done.stdout.endswith("ended well\n"), done.stderr
+    assert "usage: esjax" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a person's shell, with one cache of compiled programs for all of these tests."""
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+def stop_after_a_step(words: list[str], number: signal.Signals, surroundings: dict[str, str]) -> str:
+    """Run a command, send it a signal after its first step, see that it ends well; what it said after that."""
+    process = subprocess.Popen(
+        [sys.executable, str(RUN_PY), *words],
+        env=surroundings,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    watchdog = threading.Timer(120, process.kill)  # a process that hangs shall fail the test
+    watchdog.start()
+    try:
+        said = ""
+        while not said.startswith("step "):
+            said = process.stderr.readline()
+            assert said, "it ended before its first step"
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait() == 0, rest
+    finally:
+        watchdog.cancel()
+        process.kill()
+    return rest
+
+
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_to_go_on_from(work: Path, surroundings: dict[str, str]) -> None:
+    """SIGINT ends a training and SIGTERM the one that goes on from there."""
+    run = work / "stopped"
+    last = 0
+    for words, number in (
+        (["train", *TINY, "--data.held-out", "0", "--out", "stopped"], signal.SIGINT),
+        (["resume", "stopped"], signal.SIGTERM),
+    ):
+        rest = stop_after_a_step(words, number, surroundings)
+        assert "Traceback" not in rest
+        assert "kept in stopped" in rest
+        steps = [row["step"] for row in metrics(run)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert steps[-1] > last
+        last = steps[-1]
+        assert checkpoints(run)[-1] == last
+
+
+def run_alone(surroundings: dict[str, str], devices: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, with so many devices."""
+    return subprocess.run(
+        [sys.executable, str(RUN_PY), *words],
+        env={**surroundings, "JAX_NUM_CPU_DEVICES": str(devices)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_damaged_checkpoint_is_said_without_a_traceback(work: Path, surroundings: dict[str, str]) -> None:
+    for path in Path("run/checkpoints/3/state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        for position in range(0, len(content), 50):
+            content[position] ^= 1
+        path.write_bytes(content)
+    done = run_alone(surroundings, len(jax.devices()), "generate", "run", "--max-tokens", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("checkpoint run/checkpoints/3 is damaged and passed over")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_run_is_read_on_a_machine_with_fewer_devices(work: Path, surroundings: dict[str, str]) -> None:
+    done = run_alone(surroundings, 1, "evaluate", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    here = json.loads(succeed("evaluate", "run", "--json").out)
+    # The same lanes, summed in another order.
+    assert json.loads(done.stdout) == pytest.approx(here, rel=1e-5)

@@ -1,0 +1,204 @@
+"""Settings check themselves, and YAML carries them there and back."""
+
+import ast
+import inspect
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+
+from esjax import config as config_module
+from esjax.config import (
+    Config,
+    DataConfig,
+    EsConfig,
+    GruConfig,
+    OptimConfig,
+    RnnConfig,
+    Section,
+    from_yaml,
+    replace,
+    to_yaml,
+)
+from esjax.errors import EsjaxError
+
+SECTIONS: list[type[Section]] = [Config, DataConfig, EsConfig, OptimConfig, RnnConfig, GruConfig]
+
+UNUSUAL = Config(
+    seed=2**32 - 1,
+    steps=7,
+    seconds=1.5,
+    data=DataConfig(text="ä: #ö 'ü'", documents="line", vocabulary="byte", vocab_size=3, held_out=0.0),
+    es=EsConfig(space="full", noise="gaussian", sigma=1e-30, time_per_step=0.1, chunk_pairs=2),
+    optim=OptimConfig(optimizer="sgd", schedule="cosine", learning_rate=1 / 3, decay_steps=9, average=1.0),
+    model=GruConfig(hidden_size=1),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), UNUSUAL])
+def test_yaml_carries_every_setting_there_and_back(config: Config) -> None:
+    text = to_yaml(config)
+    assert from_yaml(text, "file") == config
+    for section in (config, config.data, config.es, config.optim, config.model):
+        for field in msgspec.structs.fields(section):
+            assert f"{field.name}:" in text  # defaults too
+
+
+def test_yaml_that_names_a_few_settings_keeps_the_rest() -> None:
+    assert from_yaml("es: {sigma: 0.5}", "file") == Config(es=EsConfig(sigma=0.5))
+
+
+def test_a_float_without_a_point_is_read_as_a_float() -> None:
+    config = from_yaml("optim: {learning_rate: 1e-3}\nes: {sigma: 2e+1}\nseconds: 60", "file")
+    assert (config.optim.learning_rate, config.es.sigma, config.seconds) == (0.001, 20.0, 60.0)
+    assert all(type(value) is float for value in (config.optim.learning_rate, config.es.sigma, config.seconds))
+
+
+@pytest.mark.parametrize(("name", "model"), [("rnn", RnnConfig), ("gru", GruConfig)])
+def test_yaml_names_the_model(name: str, model: type[Section]) -> None:
+    assert from_yaml(f"model: {{name: {name}, hidden_size: 5}}", "file").model == model(hidden_size=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [
+        ("stepz: 3", "stepz"),
+        ("es: {sigmoid: 1}", "sigmoid"),
+        ("es: {sigma: loud}", "sigma"),
+        ("es: {sigma: [1]}", "sigma"),
+        ("es: {noise: pink}", "noise"),
+        ("steps: 1.5", "steps"),
+        ("data: 7", "data"),
+        ("model: {name: transformer}", "model"),
+        ("model: {name: rnn, head_size: 3}", "head_size"),
+        ("seed: -1", "seed"),
+        ("seed: 4294967296", "seed"),
+        ("steps: 0", "steps"),
+        ("seconds: 0", "seconds"),
+        ("seconds: .nan", "seconds"),
+        ("checkpoint_time: 0", "checkpoint_time"),
+        ("evaluate_time: -1", "evaluate_time"),
+        ("keep_checkpoints: 0", "keep_checkpoints"),
+        ("es: {sigma: 0}", "sigma"),
+        ("es: {sigma: .inf}", "sigma"),
+        ("es: {rank: 0}", "rank"),
+        ("es: {population_size: 0}", "population_size"),
+        ("es: {population_size: 3}", "population_size"),
+        ("es: {time_per_step: 0}", "time_per_step"),
+        ("es: {chunk_pairs: 0}", "chunk_pairs"),
+        ("data: {window: 0}", "window"),
+        ("data: {burn_in: -1}", "burn_in"),
+        ("data: {batch_size: 0}", "batch_size"),
+        ("data: {new_tokens_interval: 0}", "new_tokens_interval"),
+        ("data: {held_out: 1}", "held_out"),
+        ("data: {held_out: -0.1}", "held_out"),
+        ("data: {vocab_size: 2}", "vocab_size"),
+        ("data: {text: ''}", "text"),
+        ("model: {name: rnn, hidden_size: 0}", "hidden_size"),
+        ("model: {name: rnn, n_layers: 0}", "n_layers"),
+        ("model: {name: gru, head_size: -1}", "head_size"),
+        ("optim: {learning_rate: 0}", "learning_rate"),
+        ("optim: {warmup_steps: -1}", "warmup_steps"),
+        ("optim: {decay_steps: 0}", "decay_steps"),
+        ("optim: {beta1: 1}", "beta1"),
+        ("optim: {beta2: 1}", "beta2"),
+        ("optim: {momentum: 1}", "momentum"),
+        ("optim: {eps: 0}", "eps"),
+        ("optim: {weight_decay: -1}", "weight_decay"),
+        ("optim: {weight_decay: .nan}", "weight_decay"),
+        ("optim: {average: 1.1}", "average"),
+        ("optim: {average: .nan}", "average"),
+        ("optim: {schedule: cosine}", "decay_steps"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, setting: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        from_yaml(text, "my/config.yaml")
+    message = str(caught.value)
+    assert message.startswith("my/config.yaml: ")
+    assert setting in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["es: [", "\t", "es: {sigma: 1", "- 1", "just words", "a: b: c", "\x00"])
+def test_text_that_holds_no_settings_is_one_line(text: str) -> None:
+    with pytest.raises(EsjaxError, match=r"^my/config.yaml: ") as caught:
+        from_yaml(text, "my/config.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing set\n"])
+def test_a_file_that_sets_nothing_gives_the_defaults(text: str) -> None:
+    assert from_yaml(text, "file") == Config()
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_settings_are_frozen(section: type[Section]) -> None:
+    settings = section()
+    for field in msgspec.structs.fields(section):
+        with pytest.raises(AttributeError):
+            setattr(settings, field.name, getattr(settings, field.name))
+
+
+def test_replace_changes_a_copy_and_checks_it() -> None:
+    settings = EsConfig()
+    assert replace(settings, sigma=0.5) == EsConfig(sigma=0.5)
+    assert settings == EsConfig()
+    with pytest.raises(ValueError, match="sigma must be above 0"):
+        replace(settings, sigma=-0.5)
+    with pytest.raises(ValueError, match="even"):
+        replace(settings, population_size=7)
+
+
+def test_cosine_without_an_end_is_refused() -> None:
+    cosine = OptimConfig(schedule="cosine")
+    with pytest.raises(ValueError, match="decay_steps or steps"):
+        Config(optim=cosine)
+    assert Config(optim=cosine, steps=10).optim is cosine
+    assert Config(optim=replace(cosine, decay_steps=10)).steps is None
+
+
+def sections_in_source() -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(config_module))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_has_a_help(section: type[Section]) -> None:
+    body = sections_in_source()[section.__name__].body
+    documented = set()
+    for field, after in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match after:
+                case ast.Expr(ast.Constant(str(text))) if text.strip():
+                    documented.add(field.target.id)
+    groups = {"data", "es", "optim", "model"} if section is Config else set()
+    assert documented | groups == {field.name for field in msgspec.structs.fields(section)}
+
+
+def test_every_section_is_tried_here() -> None:
+    assert set(sections_in_source()) - {"Section"} == {section.__name__ for section in SECTIONS}
+
+
+@pytest.mark.parametrize(
+    ("original", "section"),
+    [
+        ("time_per_step", EsConfig),
+        ("sigma", EsConfig),
+        ("learning_rate", OptimConfig),
+        ("optimizer", OptimConfig),
+        ("beta1", OptimConfig),
+        ("beta2", OptimConfig),
+        ("hidden_size", RnnConfig),
+        ("n_layers", RnnConfig),
+        ("vocab_size", DataConfig),
+        ("batch_size", DataConfig),
+        ("new_tokens_interval", DataConfig),
+        ("checkpoint_time", Config),
+    ],
+)
+def test_the_original_programs_settings_have_their_place(original: str, section: type[Section]) -> None:
+    holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
+    assert section in holders
+    assert not set(holders) - {section, GruConfig}  # in one place, beside the other model

@@ -1,0 +1,111 @@
+"""The population's losses: the same however they are computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from jaxtyping import Array
+from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
+
+from esjax.evaluate import cross_entropy, into_chunks, make_evaluate
+from esjax.config import GruConfig
+from esjax.models import Model, build_model
+
+LOSS = cross_entropy(burn_in=1)
+
+
+def evaluate(model: Model, devices: int = 1, chunk_pairs: int = 64, pairs: int = PAIRS, **settings: object) -> Array:
+    space = space_of(model, **settings)
+    run = jax.jit(make_evaluate(model, space, LOSS, mesh_of(devices), chunk_pairs))
+    return run(params_of(model), seeds_of(pairs), tokens_of(pairs))
+
+
+SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("space", "rank"), SPACES)
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_the_population_is_a_loop_over_members(name: str, space: str, rank: int, noise: str) -> None:
+    """Reference: one member, one sequence at a time, without vmap."""
+    model = MODELS[name]
+    chosen = space_of(model, space=space, rank=rank, noise=noise)
+    losses = evaluate(model, space=space, rank=rank, noise=noise)
+    params, seeds, tokens = params_of(model), seeds_of(), tokens_of()
+
+    @jax.jit
+    def loss_of(seed: Array, sign: Array, sequence: Array) -> Array:
+        return LOSS(model, chosen.perturb(params, chosen.sample(seed), sign), sequence)
+
+    for pair in range(PAIRS):
+        for side, sign in enumerate([1.0, -1.0]):
+            alone = np.mean([loss_of(seeds[pair], jnp.float32(sign), sequence) for sequence in tokens[pair]])
+            np.testing.assert_allclose(losses[pair, side], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_low_rank_members_are_those_of_the_added_up_matrices(name: str, rank: int) -> None:
+    factored = evaluate(MODELS[name], rank=rank)
+    added_up = evaluate(MODELS[name]._replace(factored=False), rank=rank)
+    np.testing.assert_allclose(factored, added_up, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("space", ["full", "low_rank"])
+def test_one_device_is_two_is_four_bit_for_bit(name: str, space: str) -> None:
+    one = evaluate(MODELS[name], devices=1, chunk_pairs=3, space=space)
+    np.testing.assert_array_equal(one, evaluate(MODELS[name], devices=2, chunk_pairs=3, space=space))
+    np.testing.assert_array_equal(one, evaluate(MODELS[name], devices=4, chunk_pairs=3, space=space))
+
+
+def test_devices_change_no_bit_at_the_size_of_the_defaults() -> None:
+    """Larger products are split and summed in ways that small ones are not."""
+    model = build_model(GruConfig(), vocab_size=83)
+    one, four = (evaluate(model, devices, chunk_pairs=32, pairs=200) for devices in (1, 4))
+    np.testing.assert_array_equal(one, four)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chunk_pairs", [1, 2, 5, 12])
+def test_the_chunk_size_changes_no_more_than_the_last_bits(name: str, chunk_pairs: int) -> None:
+    """A loss near 2 is a mean of 10 terms, each a sum of up to 16 products: a few units of 1.2e-7 relative."""
+    np.testing.assert_allclose(
+        evaluate(MODELS[name], chunk_pairs=3), evaluate(MODELS[name], chunk_pairs=chunk_pairs), rtol=2e-6
+    )
+
+
+@pytest.mark.parametrize("pairs", [1, 5, 11])
+def test_any_number_of_pairs_fits_any_number_of_devices(pairs: int) -> None:
+    whole = evaluate(MODELS["gru"], chunk_pairs=2)
+    part = jax.jit(make_evaluate(MODELS["gru"], space_of(MODELS["gru"]), LOSS, mesh_of(4), 2))(
+        params_of(MODELS["gru"]), seeds_of()[:pairs], tokens_of()[:pairs]
+    )
+    np.testing.assert_array_equal(whole[:pairs], part)
+
+
+def test_both_signs_see_the_same_tokens_and_differ() -> None:
+    losses = evaluate(MODELS["gru"], sigma=1e-7)
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-5)
+    assert (np.asarray(evaluate(MODELS["gru"]))[:, 0] != np.asarray(evaluate(MODELS["gru"]))[:, 1]).all()
+
+
+def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy() -> None:
+    """Closed form: the loss 3 * start[0] differs between the signs by 2 * 3 * sigma * unit * ε."""
+    model = MODELS["gru"]
+    space = space_of(model, sigma=0.25)
+    run = make_evaluate(model, space, lambda model, params, tokens: 3 * params.start[0], mesh_of(1), 8)
+    losses = run(params_of(model), seeds_of(), tokens_of())
+    signs = jax.vmap(space.sample)(seeds_of()).start[:, 0]
+    np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * signs, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("pairs", "shards", "chunk"), [(12, 1, 5), (12, 4, 64), (7, 2, 2), (1, 4, 3), (4096, 2, 512)])
+def test_chunks_hold_every_pair_once_in_equal_shares(pairs: int, shards: int, chunk: int) -> None:
+    chunks = into_chunks(jnp.arange(1, pairs + 1), shards, chunk)
+    assert chunks.shape[0] % shards == 0
+    assert chunks.shape[1] == max(2, min(chunk, pairs))
+    flat = np.asarray(chunks).reshape(-1)
+    np.testing.assert_array_equal(flat[:pairs], np.arange(1, pairs + 1))
+    assert not flat[pairs:].any()

@@ -1,0 +1,99 @@
+"""Shaping: hand arithmetic, and what must happen to losses that are not finite."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esjax.fitness import LIMIT, shape
+
+METHODS = ["zscore", "centered_rank", "sign", "raw"]
+
+
+def losses_of(*differences: float, level: float = 2.0) -> np.ndarray:
+    """Pairs at different levels of difficulty, with the given loss(+ε) - loss(-ε)."""
+    base = level + np.arange(len(differences))
+    return np.stack([base + np.array(differences) / 2, base - np.array(differences) / 2], axis=1).astype(np.float32)
+
+
+def values_of(losses: np.ndarray, method: str, sigma: float = 0.25) -> np.ndarray:
+    """Shaped values; `scale` holds the division by the number of pairs that count as well."""
+    shaped = shape(losses, method, sigma)  # type: ignore[arg-type]
+    return shaped.weights * shaped.scale * (len(losses) - shaped.void_pairs)
+
+
+def test_zscore_by_hand() -> None:
+    # Root mean square of (3, -1, 1, -1) is √3.
+    np.testing.assert_allclose(
+        values_of(losses_of(3, -1, 1, -1), "zscore"), np.array([3, -1, 1, -1]) / np.sqrt(3), atol=0.5 / 16
+    )
+
+
+def test_centered_rank_by_hand() -> None:
+    # Ranks 3, 0.5, 2, 0.5 of 0..3, the two equal ones sharing theirs.
+    np.testing.assert_allclose(
+        values_of(losses_of(3, -1, 1, -1), "centered_rank"),
+        np.array([3, 0.5, 2, 0.5]) / 3 - 0.5,
+        atol=0.25 / LIMIT,
+    )
+
+
+def test_sign_by_hand() -> None:
+    np.testing.assert_array_equal(values_of(losses_of(3, -0.25, 0, -1), "sign"), [1, -1, 0, -1])
+
+
+def test_raw_is_the_finite_difference() -> None:
+    # d / (2 * 0.25), in steps of the largest over LIMIT.
+    np.testing.assert_allclose(values_of(losses_of(3, -1, 1, -1), "raw"), np.array([6, -2, 2, -2]), atol=3.0 / LIMIT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worse_plus_side_weighs_uphill(method: str) -> None:
+    weights = shape(losses_of(2, -2, 1, -1), method, 0.1).weights  # type: ignore[arg-type]
+    assert (np.sign(weights) == [1, -1, 1, -1]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pairs_difficulty_does_not_matter(method: str) -> None:
+    differences = (1.5, -0.5, 0.25, -2.0)
+    easy, hard = losses_of(*differences), losses_of(*differences, level=64.0)
+    np.testing.assert_array_equal(shape(easy, method, 0.1).weights, shape(hard, method, 0.1).weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pair_that_is_not_finite_weighs_nothing_and_changes_no_other(method: str, bad: float) -> None:
+    good = losses_of(3, -1, 1, -2)
+    mixed = np.insert(good, 2, [[bad, 2.0]], axis=0)
+    expected, got = shape(good, method, 0.1), shape(mixed, method, 0.1)  # type: ignore[arg-type]
+    assert got.void_pairs == 1
+    assert not got.trouble
+    np.testing.assert_array_equal(np.delete(got.weights, 2), expected.weights)
+    assert got.weights[2] == 0
+    assert got.scale == expected.scale
+
+
+def test_a_step_whose_losses_are_mostly_not_finite_is_void() -> None:
+    losses = losses_of(1, -1, 2, -2)
+    losses[:2] = np.nan
+    assert not shape(losses, "zscore", 0.1).trouble
+    losses[2, 1] = np.inf
+    shaped = shape(losses, "zscore", 0.1)
+    assert "3 of 4 pairs" in shaped.trouble
+    assert not shaped.weights.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_losses_are_trouble_and_no_update(method: str) -> None:
+    shaped = shape(losses_of(0, 0, 0), method, 0.1)  # type: ignore[arg-type]
+    assert "equal" in shaped.trouble
+    assert not shaped.weights.any()
+
+
+@given(st.lists(st.floats(width=32), min_size=2, max_size=40), st.sampled_from(METHODS))
+def test_any_floats_give_small_finite_integers(values: list[float], method: str) -> None:
+    losses = np.array(values[: len(values) // 2 * 2], np.float32).reshape(-1, 2)
+    shaped = shape(losses, method, 0.1)  # type: ignore[arg-type]
+    assert shaped.weights.dtype == np.int8
+    assert np.abs(shaped.weights.astype(int)).max() <= LIMIT
+    assert np.isfinite(shaped.scale)

@@ -1,0 +1,135 @@
+"""Architectures against an independent float64 numpy implementation, and the primitives against plain matrices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import MODELS, VOCAB, params_of
+
+from esjax.config import GruConfig, RnnConfig
+from esjax.evaluate import consume, cross_entropy
+from esjax.models import build_model
+from esjax.models.primitives import LowRank, lookup, matmul
+from esjax.score import make_score
+from esjax.tokens import STOP
+
+TOKENS = np.array([3, 0, 1, 5, 6, 2, 2, 1, 1, 4])
+"""Two ends of a document (1) in a row among them."""
+
+
+def wide(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+def rnn_step(p: Any, s: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.maximum(s @ p.head_hidden, 0) @ p.head_output
+    for layer in p.layers:
+        s = np.tanh(s + (s @ layer.recurrent) * layer.embedding[token])
+    return s, logits
+
+
+def gru_step(p: Any, h: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.maximum(h @ p.head_hidden + p.head_hidden_bias, 0) @ p.head_output + p.head_output_bias
+    d = len(h)
+    x, y = p.embedding[token], h @ p.recurrent + p.recurrent_bias
+    r = 1 / (1 + np.exp(-(x[:d] + y[:d])))
+    z = 1 / (1 + np.exp(-(x[d : 2 * d] + y[d : 2 * d])))
+    n = np.tanh(x[2 * d :] + r * y[2 * d :])
+    return z * h + (1 - z) * n, logits
+
+
+STEPS = {"rnn": rnn_step, "gru": gru_step}
+
+
+def reference_losses(name: str, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """Nats of each token; the state starts anew after STOP."""
+    p = wide(params)
+    state, losses = p.start, []
+    for token in tokens:
+        after, logits = STEPS[name](p, state, int(token))
+        losses.append(np.log(np.exp(logits).sum()) - logits[token])
+        state = p.start if token == STOP else after
+    return np.array(losses)
+
+
+def busy(params: Any) -> Any:
+    """Give every weight a size at which it matters, start state and biases too."""
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.7, leaf.shape), jnp.float32), params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_equations(name: str) -> None:
+    model, params = MODELS[name], busy(params_of(MODELS[name]))
+    state = reference = np.random.default_rng(1).normal(size=4)
+    for token in TOKENS:
+        got_state, got_logits = model.step(params, jnp.asarray(state, jnp.float32), jnp.int32(token))
+        reference, logits = STEPS[name](wide(params), np.asarray(state, np.float64), int(token))
+        # float32 through a handful of sums of up to 16 products of size 1: 1e-6 relative, times a few.
+        np.testing.assert_allclose(got_logits, logits, atol=2e-5)
+        np.testing.assert_allclose(got_state, reference, atol=2e-5)
+        state = reference
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("burn_in", [0, 1, 3])
+def test_the_scan_is_step_by_step(name: str, burn_in: int) -> None:
+    model, params = MODELS[name], busy(params_of(MODELS[name]))
+    expected = reference_losses(name, params, TOKENS)[burn_in:].mean()
+    got = cross_entropy(burn_in)(model, params, jnp.asarray(TOKENS, jnp.int32))
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_score_counts_just_the_tokens_of_documents(name: str) -> None:
+    model, params = MODELS[name], busy(params_of(MODELS[name]))
+    tokens = np.stack([TOKENS, TOKENS[::-1]]).astype(np.int32)
+    scored = np.arange(10)[None, :] < np.array([[10], [7]])
+    both = np.concatenate([reference_losses(name, params, row)[keep] for row, keep in zip(tokens, scored, strict=True)])
+    np.testing.assert_allclose(
+        make_score(model)(params, jnp.asarray(tokens), jnp.asarray(scored)), both.mean(), rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_carried_over_a_stop(name: str) -> None:
+    model, params = MODELS[name], busy(params_of(MODELS[name]))
+    state = consume(model, params, jnp.full(4, 0.9), jnp.int32(STOP))
+    np.testing.assert_array_equal(state, model.initial_state(params))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_factored_matrix_acts_like_the_added_up_one(rank: int) -> None:
+    rng = np.random.default_rng(2)
+    weight, left, right, x = (
+        rng.normal(size=shape).astype(np.float32) for shape in [(5, 3), (rank, 5), (rank, 3), (5,)]
+    )
+    matrix = LowRank(jnp.asarray(weight), jnp.asarray(left), jnp.asarray(right), jnp.float32(-0.3))
+    added_up = weight.astype(np.float64) - 0.3 * left.T.astype(np.float64) @ right
+    np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), x @ added_up, atol=5e-6)
+    np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
+
+
+def test_a_first_model_predicts_about_uniformly() -> None:
+    for config in (RnnConfig(), GruConfig()):
+        model = build_model(config, 80)
+        params = model.init(jax.random.key(0))
+        state = consume(model, params, model.initial_state(params), jnp.int32(9))
+        assert np.ptp(model.predict(params, state)) < 1.5  # ±0.1-ish logits: a factor e^1.5 at the very most
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_unit_has_one_positive_number_a_leaf(name: str) -> None:
+    model = MODELS[name]
+    assert jax.tree.structure(model.unit) == jax.tree.structure(params_of(model))
+    assert all(unit > 0 for unit in jax.tree.leaves(model.unit))
+
+
+def test_the_start_of_the_rnn_is_learnable() -> None:
+    """A state of zeros would stay zero whatever is read: the update is a product."""
+    model = build_model(RnnConfig(hidden_size=8, n_layers=2), VOCAB)
+    params = model.init(jax.random.key(0))
+    states = [consume(model, params, model.initial_state(params), jnp.int32(token)) for token in (2, 3)]
+    assert np.abs(states[0] - states[1]).max() > 0.1

@@ -1,0 +1,76 @@
+"""A file imports only from the rooms above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "esjax"
+
+# From the top of the house to the ground floor; files of one tuple do not see each other.
+FLOORS = [
+    ("esjax", "esjax.errors", "esjax.tokens"),
+    ("esjax.config",),
+    ("esjax.models.model", "esjax.models.primitives"),
+    ("esjax.models.rnn", "esjax.models.gru"),
+    ("esjax.models",),
+    ("esjax.noise", "esjax.fitness"),
+    ("esjax.evaluate",),
+    ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer"),
+    # Above this line everything is pure: no clock, file, socket, environment or logging.
+    ("esjax.data", "esjax.data.sources", "esjax.data.vocabulary", "esjax.data.packing", "esjax.data.ngram"),
+    ("esjax.data.corpus",),
+    ("esjax.devices", "esjax.interrupts", "esjax.replica", "esjax.trained", "esjax.checkpoint", "esjax.run_folder"),
+    ("esjax.loading", "esjax.training", "esjax.import_npy"),
+    ("esjax.progress",),
+    ("esjax.cli",),
+]
+PURE_FLOORS = 8
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+
+IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["esjax", *path.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top, in a function or for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            found.add(node.module or "")
+    return found
+
+
+def test_every_file_has_a_floor() -> None:
+    assert set(modules()) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", [name for name in FLOOR if name != "esjax"])
+def test_imports_go_up(name: str) -> None:
+    for imported in imports(modules()[name]):
+        if imported.split(".")[0] == "esjax":
+            assert FLOOR[imported] < FLOOR[name], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", [name for names in FLOORS[:PURE_FLOORS] for name in names if name != "esjax"])
+def test_core_is_pure(name: str) -> None:
+    assert not {imported.split(".")[0] for imported in imports(modules()[name])} & IMPURE
+
+
+def test_one_room_knows_orbax() -> None:
+    users = {name for name, path in modules().items() if any(m.startswith("orbax") for m in imports(path))}
+    assert users == {"esjax.checkpoint"}
+
+
+def test_core_keeps_clear_of_nnx() -> None:
+    assert not any("nnx" in m for path in modules().values() for m in imports(path))

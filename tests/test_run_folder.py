@@ -1,0 +1,214 @@
+"""What lies in a run folder, what is refused, and what is left alone."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from esjax.config import Config, DataConfig, to_yaml
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.run_folder import FORMAT, RunFolder
+
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+
+CONFIG = Config(seed=5, data=DataConfig(text="some/text.txt"))
+VOCABULARY = Vocabulary("char", ("a", " ", "é", "\n", '"', "\U0001f600"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "first"
+    RunFolder.create(path, CONFIG, VOCABULARY, "digest of the text")
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(EsjaxError) as caught:
+        RunFolder(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_new_run_is_read_back_as_it_was_made(path: Path) -> None:
+    folder = RunFolder(path)
+    assert folder.config == CONFIG
+    assert folder.vocabulary == VOCABULARY
+    assert folder.text_digest == "digest of the text"
+    assert (path / "config.yaml").read_text(encoding="utf-8") == to_yaml(CONFIG)
+
+
+def test_the_bytes_vocabulary_is_read_back(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", CONFIG, Vocabulary("byte"), "")
+    assert RunFolder(tmp_path / "run").vocabulary == Vocabulary("byte")
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert RunFolder.create(tmp_path / "run", CONFIG, VOCABULARY, "").config == CONFIG
+
+
+def test_an_existing_run_is_left_alone(path: Path) -> None:
+    before = contents(path)
+    with pytest.raises(EsjaxError, match="exists already") as caught:
+        RunFolder.create(path, Config(), Vocabulary("byte"), "other")
+    assert str(path) in str(caught.value)
+    assert contents(path) == before
+
+
+def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(EsjaxError, match="exists already"):
+        RunFolder.create(tmp_path / "run", CONFIG, VOCABULARY, "")
+    assert contents(tmp_path) == {"run": b"mine"}
+
+
+def test_a_folder_inside_a_file_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EsjaxError, match="cannot write"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG, VOCABULARY, "")
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@needs_permissions
+def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(EsjaxError, match="cannot write"):
+        RunFolder.create(tmp_path / "run", CONFIG, VOCABULARY, "")
+
+
+@needs_permissions
+def test_an_unwritable_run_cannot_be_locked_but_read(path: Path) -> None:
+    path.chmod(0o500)
+    folder = RunFolder(path)
+    with pytest.raises(EsjaxError, match="cannot write"):
+        folder.lock()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refused(tmp_path / "none")
+
+
+def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    message = refused(tmp_path)
+    assert str(tmp_path) in message
+    assert "not a run folder" in message
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "vocabulary.json"])
+def test_a_missing_part_is_named(path: Path, name: str) -> None:
+    (path / name).unlink()
+    assert name in refused(path)
+
+
+def test_another_format_is_told_with_both_numbers_and_the_version_to_use(path: Path) -> None:
+    (path / "run.json").write_text(json.dumps({"format": FORMAT + 1, "esjax": "9.8.7"}))
+    message = refused(path)
+    assert f"format {FORMAT + 1}" in message
+    assert f"format {FORMAT}" in message
+    assert "9.8.7" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("run.json", ""),
+        ("run.json", '{"format": 1'),
+        ("run.json", "[1]"),
+        ("run.json", "\udcff"),
+        ("vocabulary.json", ""),
+        ("vocabulary.json", '{"kind": "char", "symbols": ["a"'),
+        ("vocabulary.json", '{"kind": "char"}'),
+        ("vocabulary.json", '{"symbols": ["a"]}'),
+        ("vocabulary.json", '{"kind": "char", "symbols": 3}'),
+        ("vocabulary.json", '{"kind": "char", "symbols": [1, 2]}'),
+        ("vocabulary.json", '{"kind": "char", "symbols": ["ab"]}'),
+        ("vocabulary.json", '{"kind": "char", "symbols": ["a", "a"]}'),
+        ("vocabulary.json", '{"kind": "words", "symbols": ["a"]}'),
+        ("vocabulary.json", "\udcff"),
+        ("config.yaml", "seed: [1"),
+        ("config.yaml", "seed: many"),
+        ("config.yaml", "\udcff"),
+    ],
+)
+def test_a_damaged_file_is_named(path: Path, name: str, damage: str) -> None:
+    (path / name).write_text(damage, encoding="utf-8", errors="surrogateescape")
+    assert name in refused(path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(path: Path) -> None:
+    (path / "config.yaml").unlink()
+    (path / "config.yaml").mkdir()
+    assert "config.yaml" in refused(path)
+
+
+def test_a_run_has_one_lock(path: Path) -> None:
+    first, second = RunFolder(path), RunFolder(path)
+    first.lock()
+    with pytest.raises(EsjaxError, match="another process") as caught:
+        second.lock()
+    assert str(path) in str(caught.value)
+    first.unlock()
+    second.lock()
+    with pytest.raises(EsjaxError, match="another process"):
+        first.lock()
+    second.unlock()
+
+
+def test_unlocking_what_is_not_locked_does_nothing(path: Path) -> None:
+    first, second = RunFolder(path), RunFolder(path)
+    first.lock()
+    second.unlock()
+    with pytest.raises(EsjaxError, match="another process"):
+        second.lock()
+    first.unlock()
+
+
+def lines(path: Path) -> list[str]:
+    return (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_metrics_are_appended(path: Path) -> None:
+    folder = RunFolder(path)
+    for step in (1, 2):
+        with folder.open_metrics(step) as metrics:
+            metrics.write(json.dumps({"step": step}) + "\n")
+    assert lines(path) == ['{"step": 1}', '{"step": 2}']
+
+
+def test_metrics_after_the_checkpoint_are_cut_off(path: Path) -> None:
+    written = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
+    (path / "metrics.jsonl").write_text("".join(line + "\n" for line in written))
+    with RunFolder(path).open_metrics(3) as metrics:
+        metrics.write('{"step": 4}\n')
+    assert lines(path) == [*written[:3], '{"step": 4}']
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step"', "{}", '"step"', "\0\0\0\0"])
+def test_a_torn_last_line_of_metrics_is_dropped(path: Path, torn: str) -> None:
+    (path / "metrics.jsonl").write_text('{"step": 1}\n' + torn)
+    with RunFolder(path).open_metrics(2) as metrics:
+        metrics.write('{"step": 2}\n')
+    assert lines(path) == ['{"step": 1}', '{"step": 2}']
+
+
+def test_metrics_that_cannot_be_read_are_no_traceback(path: Path) -> None:
+    (path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe')
+    with RunFolder(path).open_metrics(1) as metrics:
+        metrics.write('{"step": 2}\n')
+    assert lines(path) == ['{"step": 1}', '{"step": 2}']
+
+
+def test_samples_are_appended_under_their_step(path: Path) -> None:
+    folder = RunFolder(path)
+    folder.add_sample(3, "first\ntext")
+    folder.add_sample(4, "é")
+    samples = (path / "samples.txt").read_text(encoding="utf-8")
+    assert samples == "--- step 3\nfirst\ntext\n\n--- step 4\né\n\n"

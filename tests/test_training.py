@@ -1,0 +1,250 @@
+"""The whole loop: it learns, resumes to the bit, stops when asked, compiles once and does not grow."""
+
+import json
+import logging
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import esjax
+from esjax.checkpoint import digest
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
+from esjax.errors import EsjaxError
+from esjax.models import gru
+from esjax.training import Trainer, resume, train
+
+pytestmark = pytest.mark.usefixtures("lenient_promotion")
+
+TEXT = "\n\n".join(f"the cat sat on the mat {n} times" for n in range(60))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def config(text: Path) -> Config:
+    return Config(
+        steps=6,
+        data=DataConfig(text=str(text), window=6, held_out=0.2),
+        es=EsConfig(population_size=32),
+        model=GruConfig(hidden_size=4, head_size=8),
+    )
+
+
+def state_digest(trainer: Trainer) -> str:
+    return digest(trainer._replica.state)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("model", [GruConfig(hidden_size=8, head_size=16), RnnConfig(hidden_size=8)])
+def test_it_learns_to_beat_letter_frequencies(config: Config, model: GruConfig | RnnConfig) -> None:
+    """Reference: the unigram model of the training documents, on the held-out ones."""
+    config = replace(
+        config, steps=150, model=model, es=EsConfig(population_size=512), optim=OptimConfig(learning_rate=0.1)
+    )
+    trainer = train(config)
+    infos = list(trainer)
+    assert len(infos) == 150
+    assert infos[-1].held_out is not None
+    assert infos[-1].held_out < trainer.baselines["unigram"] - 0.3
+    assert trainer.evaluate().nats_per_token == pytest.approx(infos[-1].held_out)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_resumed_is_uninterrupted_bit_for_bit(config: Config, tmp_path: Path, optimizer: str) -> None:
+    optim = OptimConfig(optimizer=optimizer, schedule="cosine", decay_steps=6, warmup_steps=2)  # type: ignore[arg-type]
+    config = replace(config, optim=optim)
+    whole = train(config, tmp_path / "whole")
+    list(whole)
+    list(train(replace(config, steps=2), tmp_path / "parts"))
+    list(resume(tmp_path / "parts", steps=4))
+    last = resume(tmp_path / "parts", steps=6)
+    list(last)
+    assert state_digest(last) == state_digest(whole)
+    assert [row["loss"] for row in rows(tmp_path / "parts")] == [row["loss"] for row in rows(tmp_path / "whole")]
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_equal_settings_give_equal_runs_and_another_seed_another(config: Config) -> None:
+    first, again, other = train(config), train(config), train(replace(config, seed=1))
+    for trainer in (first, again, other):
+        list(trainer)
+    assert state_digest(first) == state_digest(again)
+    assert state_digest(first) != state_digest(other)
+
+
+def test_leaving_the_loop_early_keeps_what_was_trained(config: Config, tmp_path: Path) -> None:
+    trainer = train(config, tmp_path / "run")
+    for info in trainer:
+        if info.step == 3:
+            break
+    assert resume(tmp_path / "run").step == 3
+    assert [info.step for info in trainer] == [4, 5, 6]
+
+
+def test_an_error_in_the_loop_keeps_what_was_trained(config: Config, tmp_path: Path) -> None:
+    def interrupted() -> None:
+        for info in train(config, tmp_path / "run"):
+            if info.step == 2:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert resume(tmp_path / "run").step == 2
+
+
+def test_iterating_outside_the_main_thread_works(config: Config) -> None:
+    trainer = train(config)
+    thread = threading.Thread(target=lambda: list(trainer))
+    thread.start()
+    thread.join()
+    assert trainer.step == 6
+
+
+def test_metrics_hold_what_they_promise(config: Config, tmp_path: Path) -> None:
+    list(train(config, tmp_path / "run"))
+    lines = rows(tmp_path / "run")
+    for n, row in enumerate(lines, start=1):
+        assert row["step"] == n
+        assert row["population"] == 32
+        assert row["member_tokens"] == n * 32 * 6  # members times window
+        assert row["void_pairs"] == 0
+        assert {"seconds", "loss", "update_norm", "member_tokens_per_second", "applied"} <= set(row)
+    assert "held_out" in lines[-1]
+    assert "held_out" not in lines[2]
+    assert "--- step 6" in (tmp_path / "run" / "samples.txt").read_text()
+
+
+def test_the_run_folder_starts_the_same_run_again(config: Config, tmp_path: Path) -> None:
+    first = train(config, tmp_path / "run")
+    list(first)
+    stored = esjax.config.from_yaml((tmp_path / "run" / "config.yaml").read_text(), "config.yaml")
+    again = train(stored)
+    list(again)
+    assert state_digest(first) == state_digest(again)
+
+
+def test_a_time_budget_takes_the_population_that_fits(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: a clock that moves one second each time it is asked."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    config = replace(config, steps=2, es=EsConfig(time_per_step=4.0, chunk_pairs=3))
+    trainer = train(config)
+    infos = list(trainer)
+    block = 2 * 3 * len(jax.local_devices())
+    # Asked after 1 block at 1 s: 2 fit, ... after k blocks at k s: k + 1 blocks need k + 1 s, the fifth would not fit.
+    assert [info.population for info in infos] == [4 * block, 4 * block]
+
+
+def test_a_time_budget_is_the_fixed_population_of_the_same_pairs(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = 2 * 3 * len(jax.local_devices())
+    monkeypatch.setattr(time, "perf_counter", iter(float(n) for n in range(10**6)).__next__)
+    timed = train(replace(config, steps=1, es=EsConfig(time_per_step=2.0, chunk_pairs=3)))
+    fixed = train(replace(config, steps=1, es=EsConfig(population_size=2 * pairs, chunk_pairs=3)))
+    assert [info.population for info in timed] == [2 * pairs]
+    list(fixed)
+    assert state_digest(timed) == state_digest(fixed)
+
+
+@pytest.mark.parametrize("time_per_step", [None, 0.05])
+def test_nothing_is_compiled_after_the_first_step(
+    config: Config, caplog: pytest.LogCaptureFixture, time_per_step: float | None
+) -> None:
+    es = EsConfig(population_size=32, time_per_step=time_per_step, chunk_pairs=4)
+    trainer = train(replace(config, steps=12, evaluate_time=1e-6, es=es))
+    steps = iter(trainer)
+    next(steps)
+    next(steps)  # two blocks' totals are added in the first step of several blocks
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        list(steps)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
+def test_memory_is_flat_over_a_thousand_steps(config: Config, tmp_path: Path) -> None:
+    config = replace(config, steps=1100, evaluate_time=0.05, checkpoint_time=0.5)
+    steps = iter(train(config, tmp_path / "run"))
+
+    def peak_mib() -> float:
+        scale = 1024 if sys.platform == "linux" else 1024**2
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+    for _ in range(100):
+        next(steps)
+    before, arrays = peak_mib(), len(jax.live_arrays())
+    for _ in steps:
+        pass
+    assert peak_mib() - before < 30
+    assert len(jax.live_arrays()) <= arrays + 5
+
+
+def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
+    """Reference: the loss asks for a start state of 2s alone, which has a known minimum."""
+    run = train(
+        replace(config, steps=60, optim=OptimConfig(learning_rate=0.1)),
+        model=lambda vocab_size: gru(vocab_size, 3, 5)._replace(factored=False),
+        loss=lambda model, params, tokens: jnp.sum((params.start - 2) ** 2),
+    )
+    list(run)
+    np.testing.assert_allclose(run.params.start, 2, atol=0.3)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(jnp.nan, "not finite"), (1.5, "equal")])
+def test_a_step_that_says_nothing_is_not_applied_and_said_once(config: Config, value: float, reason: str) -> None:
+    told: list[str] = []
+    run = train(config, loss=lambda model, params, tokens: jnp.float32(value), tell=told.append)
+    before = jax.tree.map(np.asarray, run.params)
+    infos = list(run)
+    assert [info.applied for info in infos] == [False] * 6
+    assert run.step == 6
+    jax.tree.map(np.testing.assert_array_equal, before, run.params)
+    assert len(told) == 1
+    assert reason in told[0]
+
+
+def test_a_run_past_its_limit_says_how_to_go_on(config: Config, tmp_path: Path) -> None:
+    list(train(config, tmp_path / "run"))
+    with pytest.raises(EsjaxError, match="raise steps"):
+        next(iter(resume(tmp_path / "run")))
+
+
+def test_another_text_is_refused_at_resume(config: Config, tmp_path: Path, text: Path) -> None:
+    list(train(config, tmp_path / "run"))
+    text.write_text(TEXT + "\n\nmore")
+    with pytest.raises(EsjaxError, match="is not the one"):
+        resume(tmp_path / "run")
+
+
+def test_nothing_is_left_behind_when_the_text_is_wrong(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(EsjaxError):
+        train(replace(config, data=DataConfig(text=str(tmp_path / "none"))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_held_out_documents_trains(config: Config) -> None:
+    run = train(replace(config, data=replace(config.data, held_out=0.0)))
+    infos = list(run)
+    assert run.baselines == {}
+    assert infos[-1].held_out is None
+
+
+def test_texts_are_named_by_their_seed(config: Config) -> None:
+    run = train(config)
+    next(iter(run))
+    assert run.generate("the", seed=1) == run.generate("the", seed=1)
+    assert run.generate("the", seed=1, max_tokens=50) != run.generate("the", seed=2, max_tokens=50)
