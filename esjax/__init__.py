@@ -1,11 +1,11 @@
-"""Train recurrent language models with evolution strategies: no backpropagation, only seeds and losses travel.
+r"""Train recurrent language models with evolution strategies: no backpropagation, only seeds and losses travel.
 
-    import esjax
+import esjax
 
-    run = esjax.train(esjax.Config(seconds=60))
-    for info in run:
-        print(info.step, info.loss)
-    print(run.generate("ROMEO\\n")[0].text)
+run = esjax.train(esjax.Config(seconds=60))
+for info in run:
+    print(info.step, info.loss)
+print(run.generate("ROMEO\n")[0].text)
 """
 
 import importlib

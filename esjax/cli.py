@@ -291,6 +291,13 @@ def _fail(console: Console, message: str) -> NoReturn:
 def _usage() -> str:
     lines = [f"  {name:12}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: esjax COMMAND ...", "", "Train language models with evolution strategies.", "", *lines, ""]
-        + ["esjax COMMAND --help lists the options of a command."]
+        [
+            "usage: esjax COMMAND ...",
+            "",
+            "Train language models with evolution strategies.",
+            "",
+            *lines,
+            "",
+            "esjax COMMAND --help lists the options of a command.",
+        ]
     )

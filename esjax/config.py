@@ -76,7 +76,7 @@ class DataConfig(Section):
     """Tokens are characters, or bytes of UTF-8."""
 
     vocab_size: int | None = None
-    """At most so many token ids, UNK and STOP included; the rarest characters become UNK. None: as many as there are."""
+    """At most so many token ids, UNK and STOP included; rarer characters become UNK. None: as many as there are."""
 
     held_out: float = 0.05
     """Share of the documents kept for evaluation, chosen by a hash of their text."""
@@ -130,7 +130,9 @@ class EsConfig(Section):
 
     def __post_init__(self) -> None:
         _check_positive(self, "rank", "sigma", "population_size", "time_per_step")
-        _check(self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}")
+        _check(
+            self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
+        )
         _check(self.population_size % 2 == 0, f"population_size must be even, got {self.population_size}")
 
 
@@ -150,7 +152,7 @@ class OptimConfig(Section):
     """Steps over which the learning rate rises in a line."""
 
     decay_steps: int | None = None
-    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: step at which it has fallen to 71% (None: 200)."""
+    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: step at which 71% is left (None: 100)."""
 
     beta1: float = 0.9
     """Adam: memory of the mean."""

@@ -95,9 +95,7 @@ def make_weigh_seeds(space: Space, mesh: Mesh, chunk_pairs: int) -> WeighSeeds:
         return jax.lax.psum(total, PAIRS_AXIS)
 
     def weigh_seeds(seeds: UInt32[Array, "pairs 2"], weights: Int8[Array, " pairs"]) -> Total:
-        return weigh_shard(
-            into_chunks(seeds, mesh.size, chunk_pairs), into_chunks(weights, mesh.size, chunk_pairs)
-        )
+        return weigh_shard(into_chunks(seeds, mesh.size, chunk_pairs), into_chunks(weights, mesh.size, chunk_pairs))
 
     return weigh_seeds
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -48,11 +48,11 @@ class Loaded(NamedTuple):
     params: Params
     trained: Trained
 
-    def generate(self, prompt: str = "", **settings: float) -> list[Written]:
+    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
         """Sample texts, see `Trained.write`."""
         return self.trained.write(self.params, prompt, **settings)
 
-    def search(self, prompt: str = "", **settings: int) -> list[Written]:
+    def search(self, prompt: str = "", **settings: Any) -> list[Written]:
         """Find the most probable texts, see `Trained.search`."""
         return self.trained.search(self.params, prompt, **settings)
 

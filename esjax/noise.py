@@ -14,6 +14,7 @@ Two spaces:
   Strategies at the Hyperscale", section 4); any other leaf gets a full ε.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -108,29 +109,27 @@ def make_space(
         sigma: Standard deviation of a perturbation, in units of each leaf.
         rank: Number of factor pairs of a low-rank perturbation, at least 1.
     """
+    units = jax.tree.map(lambda _: 1.0, params) if model.unit is None else model.unit
+    factored = jax.tree.map(lambda leaf: space == "low_rank" and len(leaf.shape) == 2, params)
     leaves, treedef = jax.tree.flatten(params)
-    units = [1.0] * len(leaves) if model.unit is None else treedef.flatten_up_to(model.unit)
-    shapes = [leaf.shape for leaf in leaves]
-    factored = [space == "low_rank" and len(shape) == 2 for shape in shapes]
-    counts = [
-        rank * sum(shape) if is_factored else math.prod(shape)
-        for shape, is_factored in zip(shapes, factored, strict=True)
-    ]
+    layout = [(leaf.shape, is_factored) for leaf, is_factored in zip(leaves, jax.tree.leaves(factored), strict=True)]
+    counts = [rank * sum(shape) if is_factored else math.prod(shape) for shape, is_factored in layout]
 
     def sample(seed: UInt32[Array, "2"]) -> Noise:
         flat = draw(noise, seed, sum(counts))
-        parts = jnp.split(flat, [sum(counts[: i + 1]) for i in range(len(counts) - 1)])
+        parts = jnp.split(flat, list(itertools.accumulate(counts))[:-1])
 
-        def shaped(part: Float[Array, " count"], shape: tuple[int, ...], is_factored: bool) -> Any:
+        def shaped(part: Float[Array, " count"], shape: tuple[int, ...], is_factored: bool) -> Array | Factors:
             if not is_factored:
                 return part.reshape(shape)
             left, right = jnp.split(part, [rank * shape[0]])
             return Factors(left.reshape(rank, shape[0]), right.reshape(rank, shape[1]))
 
-        return treedef.unflatten([shaped(*args) for args in zip(parts, shapes, factored, strict=True)])
+        noises = [shaped(part, *leaf_layout) for part, leaf_layout in zip(parts, layout, strict=True)]
+        return jax.tree.unflatten(treedef, noises)
 
     def perturb(params: Params, noise: Noise, sign: Float[Array, ""]) -> Params:
-        def member(leaf: Array, epsilon: Any, unit: float) -> Any:
+        def member(leaf: Array, epsilon: Array | Factors, unit: float) -> Array | LowRank:
             scale = sign * (sigma * unit)
             if not isinstance(epsilon, Factors):
                 return leaf + scale * epsilon
@@ -139,22 +138,21 @@ def make_space(
                 return LowRank(leaf, epsilon.left, epsilon.right, scale)
             return leaf + scale * jnp.matmul(epsilon.left.T, epsilon.right, precision=HIGHEST)
 
-        epsilons = treedef.flatten_up_to(noise)
-        return treedef.unflatten(map(member, treedef.flatten_up_to(params), epsilons, units))
+        return jax.tree.map(member, params, noise, units)
 
     def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Total:
-        def total(epsilon: Any) -> Array:
+        def total(epsilon: Array | Factors) -> Array:
             if not isinstance(epsilon, Factors):
                 return jnp.einsum("k,k...->...", weights, epsilon, precision=HIGHEST)
             right = weights[:, None, None] * epsilon.right
             return jnp.einsum("krm,krn->mn", epsilon.left, right, precision=HIGHEST)
 
-        return treedef.unflatten(map(total, treedef.flatten_up_to(noise)))
+        return jax.tree.map(total, noise, is_leaf=lambda leaf: isinstance(leaf, Factors))
 
     def mean(total: Total, scale: Float[Array, ""]) -> Params:
         def finish(leaf: Array, is_factored: bool) -> Array:
             return leaf.astype(jnp.float32) * (scale / math.sqrt(rank) if is_factored else scale)
 
-        return treedef.unflatten(map(finish, treedef.flatten_up_to(total), factored))
+        return jax.tree.map(finish, total, factored)
 
     return Space(sample, perturb, weigh, mean, exact=noise == "rademacher")

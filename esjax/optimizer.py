@@ -5,7 +5,7 @@ import optax
 
 from esjax.config import OptimConfig
 
-DECAY_STEPS = 200
+DECAY_STEPS = 100
 """Step at which inverse_sqrt has fallen to 71%, unless the settings say another."""
 
 
@@ -21,7 +21,9 @@ def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
     """
     peak = config.learning_rate
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max((config.decay_steps or steps) - config.warmup_steps, 1))
+        end = config.decay_steps or steps
+        assert end is not None  # the settings see to it
+        after = optax.cosine_decay_schedule(peak, max(end - config.warmup_steps, 1))
     elif config.schedule == "inverse_sqrt":
 
         def after(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:

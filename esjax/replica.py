@@ -1,5 +1,7 @@
 """A host's copy of the run: it scores pairs and applies updates, and knows neither clock nor file nor network."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,7 @@ class Replica:
 
     def skip(self) -> None:
         """Count a step that was found void, and change nothing else."""
-        self.state = self.state.replace(step=self.state.step + 1)
+        self.state = dataclasses.replace(self.state, step=self.state.step + 1)
 
 
 def _chunk_pairs(config: Config, model: Model, params: Params, mesh: Mesh) -> int:

@@ -1,11 +1,11 @@
 """What a run leaves on disk, except the checkpoints' own format.
 
-    config.yaml       the settings; they start the same run again
-    run.json          version of this layout, and the hash of the text
-    vocabulary.json   the symbols, ids 2 and up in order
-    metrics.jsonl     one line a step
-    samples.txt       text written on the way
-    checkpoints/      see `esjax.checkpoint`
+config.yaml       the settings; they start the same run again
+run.json          version of this layout, and the hash of the text
+vocabulary.json   the symbols, ids 2 and up in order
+metrics.jsonl     one line a step
+samples.txt       text written on the way
+checkpoints/      see `esjax.checkpoint`
 """
 
 import fcntl

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from esjax.trained import Scored, Trained, Written
 
 ModelFactory = Callable[[int], Model]
 """`(vocab_size) -> model`."""
+
 
 class Limits(NamedTuple):
     """Where iteration ends.
@@ -134,7 +135,7 @@ class Trainer:
         """The weights to use: the average that the settings ask for."""
         return self._replica.state.average
 
-    def generate(self, prompt: str = "", **settings: float) -> list[Written]:
+    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
         """Sample texts, see `Trained.write`."""
         return self._trained.write(self.params, prompt, **settings)
 
@@ -150,7 +151,9 @@ class Trainer:
         """Train, and yield what each step did."""
         config, limits = self.config, self.limits
         if limits.steps is not None and self.step >= limits.steps:
-            raise EsjaxError(f"the run has done {self.step} steps, and its limit is {limits.steps}; raise steps to go on")
+            raise EsjaxError(
+                f"the run has done {self.step} steps, and its limit is {limits.steps}; raise steps to go on"
+            )
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
             record = self._open_folder(stack)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import esjax.training
 from esjax import cli
@@ -27,7 +28,8 @@ from esjax.errors import EsjaxError
 RUN_PY = Path(__file__).parents[1] / "experiments" / "run.py"
 
 SENTENCE = "the cat sat on a mat and saw no dog there but it did not mind at all so be it"
-TEXT = "\n\n".join(SENTENCE[i : i + 20] for i in range(0, 60, 3)) + "\n"
+WORDS = SENTENCE.split()
+TEXT = "\n\n".join(" ".join(WORDS[i : i + 5]) for i in range(len(WORDS) - 4)) + "\n"
 
 TINY = (
     *("--data.text", "text.txt", "--data.held-out", "0.3", "--data.window", "4"),
@@ -64,11 +66,20 @@ def succeed(*words: str) -> Called:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_process() -> Iterator[None]:
-    """Leave JAX as conftest.py has set it up, except that optax multiplies floats with counts of steps."""
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave JAX as conftest.py has set it up, but keep compiled programs, and let optax multiply floats with steps."""
+    cache: dict[str, Any] = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs"))}
+    cache["jax_persistent_cache_min_compile_time_secs"] = 0.0
+    before = {name: getattr(jax.config, name) for name in cache}
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(cli, "prepare", lambda: None)
+        for name, value in cache.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

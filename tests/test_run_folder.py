@@ -95,6 +95,24 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in refused(tmp_path / "none")
 
 
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    name = "x" * 300
+    assert name in refused(tmp_path / name)
+    with pytest.raises(EsjaxError, match=name):
+        RunFolder.create(tmp_path / name, CONFIG, VOCABULARY, "")
+
+
+@needs_permissions
+def test_a_place_that_may_not_be_looked_into_is_refused(path: Path) -> None:
+    path.parent.chmod(0)
+    try:
+        assert str(path) in refused(path)
+        with pytest.raises(EsjaxError):
+            RunFolder.create(path, CONFIG, VOCABULARY, "")
+    finally:
+        path.parent.chmod(0o700)
+
+
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"")
     message = refused(tmp_path)

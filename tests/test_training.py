@@ -109,7 +109,12 @@ def test_an_error_in_the_loop_keeps_what_was_trained(config: Config, tmp_path: P
 
 def test_iterating_outside_the_main_thread_works(config: Config) -> None:
     trainer = train(config)
-    thread = threading.Thread(target=lambda: list(trainer))
+
+    def iterate() -> None:
+        with jax.numpy_dtype_promotion("standard"):  # holds for one thread
+            list(trainer)
+
+    thread = threading.Thread(target=iterate)
     thread.start()
     thread.join()
     assert trainer.step == 6

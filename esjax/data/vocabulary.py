@@ -1,7 +1,7 @@
 """From characters or bytes to token ids and back."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Vocabulary(NamedTuple):
         ids = {symbol: i + FIRST for i, symbol in enumerate(self.symbols)}
         return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | ndarray) -> str:
         """Turn ids into text; STOP is left out, UNK and broken UTF-8 are written as a replacement character."""
         if self.kind == "byte":
             return b"".join(

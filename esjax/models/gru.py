@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from esjax.models.model import Logits, Model, Token
-from esjax.models.primitives import Matrix, lookup, matmul
+from esjax.models.primitives import Matrix, Vector, lookup, matmul
 
 BIAS_UNIT = 0.3
 """Unit of the biases: with 1, their perturbations drown those of the matrices."""
@@ -27,18 +27,22 @@ FIRST_LOGITS = 0.1
 class GruParams(NamedTuple):
     """All weights."""
 
-    start: Float[Array, " hidden"]
+    start: Vector
+    """State at the start of a document, [hidden]."""
     embedding: Matrix
     """E, [vocabulary, 3 hidden]."""
     recurrent: Matrix
     """U, [hidden, 3 hidden]."""
-    recurrent_bias: Float[Array, " gates"]
+    recurrent_bias: Vector
+    """b, [3 hidden]."""
     head_hidden: Matrix
     """W1, [hidden, head]."""
-    head_hidden_bias: Float[Array, " head"]
+    head_hidden_bias: Vector
+    """b1, [head]."""
     head_output: Matrix
     """W2, [head, vocabulary]."""
-    head_output_bias: Float[Array, " vocabulary"]
+    head_output_bias: Vector
+    """b2, [vocabulary]."""
 
 
 def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:

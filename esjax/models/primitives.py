@@ -5,6 +5,8 @@ population shares one product with the base matrix, and a member adds only its o
 "Evolution Strategies at the Hyperscale", Sarkar et al. 2025, section 4).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -31,10 +33,14 @@ class LowRank:
     scale: Float[Array, ""]
 
 
-Matrix = Float[Array, "rows columns"] | LowRank
+Matrix = Any
+"""A leaf of a model's parameters: an array [rows, columns] or a `LowRank`; in `Model.unit`, a float."""
+
+Vector = Any
+"""A leaf of a model's parameters: an array [size]; in `Model.unit`, a float."""
 
 
-def matmul(x: Float[Array, " rows"], matrix: Matrix) -> Float[Array, " columns"]:
+def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"] | LowRank) -> Float[Array, " columns"]:
     """Multiply a row vector with a matrix."""
     if not isinstance(matrix, LowRank):
         return jnp.matmul(x, matrix, precision=HIGHEST)
@@ -42,7 +48,7 @@ def matmul(x: Float[Array, " rows"], matrix: Matrix) -> Float[Array, " columns"]
     return base + _combine(matrix, jnp.matmul(matrix.left, x, precision=HIGHEST))
 
 
-def lookup(matrix: Matrix, token: Int[Array, ""]) -> Float[Array, " columns"]:
+def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]) -> Float[Array, " columns"]:
     """Read the row of an embedding table that belongs to a token."""
     if not isinstance(matrix, LowRank):
         return matrix[token]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from esjax.models.model import Logits, Model, Token
-from esjax.models.primitives import Matrix, lookup, matmul
+from esjax.models.primitives import Matrix, Vector, lookup, matmul
 
 HEAD_WIDTH = 4
 """Width of the head's hidden layer, in widths of the state."""
@@ -40,8 +40,8 @@ class Layer(NamedTuple):
 class RnnParams(NamedTuple):
     """All weights, in the order of the original's weight file."""
 
-    start: Float[Array, " hidden"]
-    """s0."""
+    start: Vector
+    """s0, [hidden]."""
     layers: tuple[Layer, ...]
     head_hidden: Matrix
     """W1, [hidden, 4 hidden]."""
