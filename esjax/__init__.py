@@ -1,11 +1,13 @@
 r"""Train recurrent language models with evolution strategies: no backpropagation, only seeds and losses travel.
 
-import esjax
+For example:
 
-run = esjax.train(esjax.Config(seconds=60))
-for info in run:
-    print(info.step, info.loss)
-print(run.generate("ROMEO\n")[0].text)
+    import esjax
+
+    run = esjax.train(esjax.Config(seconds=60))
+    for info in run:
+        print(info.step, info.loss)
+    print(run.generate("ROMEO\n")[0].text)
 """
 
 import importlib

@@ -1,14 +1,20 @@
 """Training states on disk; the only file that knows orbax.
 
-A checkpoint appears under its step's number when it is complete, and carries a digest that is checked when it is
-read, so that a damaged one is passed over for the one before it.
+    checkpoints/120/seal.json    progress of the run, and a hash of every file of the state
+    checkpoints/120/state/       the state, as orbax writes it
+
+A checkpoint gets its step's number as a name when it is complete. One whose files do not agree with its seal is
+damaged: reading passes over it for the one before, and writing sets it aside.
 """
 
 import hashlib
+import json
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +24,9 @@ from esjax.errors import EsjaxError
 from esjax.es import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
+
+SEAL = "seal.json"
+STATE = "state"
 
 
 class Restored(NamedTuple):
@@ -38,25 +47,44 @@ class Checkpoints:
     """The checkpoints of a run, the newest few of them kept."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder for writing, and make it if it is not there."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        """Open the folder for writing; make it if it is not there, and set damaged checkpoints aside."""
+        self._folder = folder
+        self._keep = keep
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path)
+        for step in _steps(folder):
+            path = folder / str(step)
+            if _damage(path):
+                os.replace(path, _unused(folder / f"{step}.damaged"))
 
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
-        """Write a state in the background; a step that is there already is not written again."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        progress = {"seconds": seconds, "member_tokens": member_tokens, "digest": digest(state)}
-        self._manager.wait_until_finished()  # orbax would skip a save while another is running
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        )
+        """Write a state; a step that is there already is not written again.
 
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        Raises:
+            EsjaxError: The disk is full, or cannot be written; the checkpoints before stay as they are.
+        """
+        step = int(state.step)
+        path = self._folder / str(step)
+        if path.exists():
+            return
+        partial = path.with_suffix(".partial")
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((partial / STATE).absolute(), state)
+            seal = {
+                "seconds": seconds,
+                "member_tokens": member_tokens,
+                "leaves": _leaves(state),
+                "files": _hashes(partial / STATE),
+            }
+            (partial / SEAL).write_text(json.dumps(seal), encoding="utf-8")
+            os.replace(partial, path)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise EsjaxError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
+        for old in _steps(self._folder)[self._keep :]:
+            shutil.rmtree(self._folder / str(old))
 
 
 def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
@@ -64,36 +92,22 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
 
     Args:
         folder: The run's checkpoints.
-        like: A state of the same structure, shapes and shardings.
+        like: A state of the same structure, shapes and dtypes, with the shardings to restore to.
         tell: Called with a line for each checkpoint that is passed over.
 
     Raises:
-        EsjaxError: There is none.
+        EsjaxError: There is none, or it holds the state of another model.
     """
-    steps = []
-    if folder.is_dir():
-        steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+    steps = _steps(folder)
     for step in steps:
-        try:
-            return _restore(folder / str(step), like)
-        except Exception as error:  # orbax raises whatever its storage layers raise
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-            tell(f"checkpoint {folder / str(step)} is damaged and passed over ({reason})")
+        path = folder / str(step)
+        damage = _damage(path)
+        if not damage:
+            return _restore(path, like)
+        tell(f"checkpoint {path} is damaged and passed over ({damage})")
     if steps:
         raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
     raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: train anew")
-
-
-def _restore(path: Path, like: TrainState) -> Restored:
-    abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        found: Any = checkpointer.restore(
-            path.absolute(),
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
-        )
-    if digest(found.state) != found.progress["digest"]:
-        raise ValueError("its digest does not agree")
-    return Restored(found.state, found.progress["seconds"], found.progress["member_tokens"])
 
 
 def digest(state: TrainState) -> str:
@@ -104,3 +118,60 @@ def digest(state: TrainState) -> str:
         summary.update(f"{array.dtype}{array.shape}".encode())
         summary.update(np.ascontiguousarray(array).tobytes())
     return summary.hexdigest()
+
+
+def _restore(path: Path, like: TrainState) -> Restored:
+    seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+    expected = _leaves(like)
+    strange = [name for name in {**expected, **seal["leaves"]} if expected.get(name) != seal["leaves"].get(name)]
+    if strange:
+        raise EsjaxError(
+            f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
+            f"{seal['leaves'].get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own again"
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore((path / STATE).absolute(), like)
+    return Restored(state, seal["seconds"], seal["member_tokens"])
+
+
+def _leaves(state: TrainState) -> dict[str, str]:
+    """Describe each array of a state by its type and shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _steps(folder: Path) -> list[int]:
+    """List the steps that have a checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _damage(path: Path) -> str:
+    """Say what is wrong with a checkpoint, or ""."""
+    try:
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        files, _, _, _ = seal["files"], seal["leaves"], float(seal["seconds"]), int(seal["member_tokens"])
+        found = _hashes(path / STATE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its seal cannot be read: {_first_line(error)}"
+    changed = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
+    return f"changed since it was written: {changed[0]}" if changed else ""
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for path in files
+    }
+
+
+def _unused(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

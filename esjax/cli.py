@@ -134,14 +134,18 @@ class Generate:
 
     def run(self, console: Console) -> None:
         """Print the texts."""
+        if self.count < 1:
+            raise EsjaxError(f"count must be at least 1, got {self.count}")
+        if any(0xD800 <= ord(character) < 0xE000 for character in self.prompt):
+            raise EsjaxError("the prompt is not UTF-8 text")
         prepare()
         from esjax.loading import load
 
         loaded = load(self.run_folder, tell=_teller(console))
+        tell = _teller(console)
         unknown = loaded.vocabulary.unknown(self.prompt)
         if unknown:
-            named = " ".join(map(repr, unknown))
-            console.print(f"not in the model's vocabulary, read as unknown: {named}", markup=False, highlight=False)
+            tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")
         texts: list[Written]
         if self.beams is None:
             texts = loaded.generate(
@@ -157,7 +161,7 @@ class Generate:
             texts = loaded.search(self.prompt, beams=self.beams, max_tokens=self.max_tokens)[: self.count]
         for text in texts:
             if text.log_probability is not None:
-                console.print(f"[log probability {text.log_probability:.2f}]", markup=False, highlight=False)
+                tell(f"[log probability {text.log_probability:.2f}]")
             print(self.prompt + text.text)
             if len(texts) > 1:
                 print("---")
@@ -202,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -241,13 +247,16 @@ def _parse_train(words: list[str]) -> Train:
     if named:
         settings = replace(settings, model=MODELS[words[named[0]]]())
         words = words[: named[0]] + words[named[0] + 1 :]
-    return tyro.cli(
-        Train,
-        args=words,
-        prog="esjax train",
-        default=Train(settings),
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    try:
+        return tyro.cli(
+            Train,
+            args=words,
+            prog="esjax train",
+            default=Train(settings),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:  # of the settings as a whole; those of a section come as a box of tyro's
+        raise EsjaxError(str(error)) from error
 
 
 def _awaits_value(word: str) -> bool:
@@ -275,8 +284,8 @@ def _train(trainer: "Trainer", console: Console) -> None:
     print(trainer.generate(max_tokens=300, seed=trainer.step)[0].text)
     if trainer.last is not None and trainer.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items())
-        console.print(f"held-out {trainer.last.held_out:.4f} nats/token ({against})", highlight=False)
-    console.print(f"kept in {trainer.folder.path}", highlight=False, markup=False)
+        trainer.tell(f"held-out {trainer.last.held_out:.4f} nats/token ({against})")
+    trainer.tell(f"kept in {trainer.folder.path}")
 
 
 def _teller(console: Console) -> Callable[[str], None]:

@@ -14,7 +14,16 @@ from esjax.errors import EsjaxError
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings."""
+    """A group of settings; raises ValueError where one is of the wrong type or out of range."""
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(type(self)):
+            value = getattr(self, field.name)
+            if not isinstance(value, Section):
+                try:
+                    msgspec.convert(value, field.type)
+                except msgspec.ValidationError as error:
+                    raise ValueError(f"{field.name}: {error}, got {value!r}") from error
 
 
 def _check(condition: bool, message: str) -> None:
@@ -25,7 +34,7 @@ def _check(condition: bool, message: str) -> None:
 def _check_positive(section: Section, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _check(value is None or (math.isfinite(value) and value > 0), f"{name} must be above 0, got {value}")
+        _check(value is None or (math.isfinite(value) and value > 0), f"{name} must be above 0 and finite, got {value}")
 
 
 def _check_range(section: Section, low: float, high: float, *names: str) -> None:
@@ -44,6 +53,7 @@ class RnnConfig(Section, tag="rnn", tag_field="name"):
     """Updates of the state a token."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "hidden_size", "n_layers")
 
 
@@ -53,10 +63,11 @@ class GruConfig(Section, tag="gru", tag_field="name"):
     hidden_size: int = 32
     """Width of the state."""
 
-    head_size: int = 128
+    head_size: int = 64
     """Width of the hidden layer between state and prediction."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "hidden_size", "head_size")
 
 
@@ -81,7 +92,7 @@ class DataConfig(Section):
     held_out: float = 0.05
     """Share of the documents kept for evaluation, chosen by a hash of their text."""
 
-    window: int = 16
+    window: int = 32
     """Tokens a pair is scored on, per sequence."""
 
     burn_in: int = 1
@@ -94,6 +105,7 @@ class DataConfig(Section):
     """Steps for which the same windows are kept."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "window", "batch_size", "new_tokens_interval")
         _check_range(self, 0, 1, "held_out")
         _check_range(self, 0, math.inf, "burn_in")
@@ -113,10 +125,10 @@ class EsConfig(Section):
     noise: Literal["rademacher", "gaussian"] = "rademacher"
     """Distribution of the perturbation: ±1, the same on all hardware, or normal."""
 
-    sigma: float = 0.1
+    sigma: float = 0.2
     """Standard deviation of the perturbation, in units of each weight's typical size."""
 
-    population_size: int = 8192
+    population_size: int = 4096
     """Members a step, both signs of each pair counted; even."""
 
     time_per_step: float | None = None
@@ -129,6 +141,7 @@ class EsConfig(Section):
     """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "rank", "sigma", "population_size", "time_per_step")
         _check(
             self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
@@ -142,17 +155,18 @@ class OptimConfig(Section):
     optimizer: Literal["adam", "sgd"] = "adam"
     """Rule of the update."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.1
     """Step size, in units of each weight's typical size."""
 
-    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "inverse_sqrt"
     """Course of the learning rate after the warm-up."""
 
     warmup_steps: int = 0
     """Steps over which the learning rate rises in a line."""
 
     decay_steps: int | None = None
-    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: step at which 71% is left (None: 100)."""
+    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: steps after the warm-up until 71% is left
+    (None: 100)."""
 
     beta1: float = 0.9
     """Adam: memory of the mean."""
@@ -173,6 +187,7 @@ class OptimConfig(Section):
     """Part of the run so far that the evaluated weights are averaged over; 0: the newest weights are evaluated."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "learning_rate", "decay_steps", "eps")
         _check_range(self, 0, 1, "beta1", "beta2", "momentum")
         _check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
@@ -203,13 +218,12 @@ class Config(Section):
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
     optim: OptimConfig = OptimConfig()
-    model: ModelConfig = RnnConfig()
+    model: ModelConfig = GruConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
         _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
-        if self.optim.schedule == "cosine" and self.optim.decay_steps is None and self.steps is None:
-            raise ValueError("optim.schedule cosine needs optim.decay_steps or steps, to know where it ends")
 
 
 MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
@@ -227,7 +241,8 @@ def from_yaml(text: str, source: str) -> Config:
     """
     try:
         # Not strict: YAML 1.1 reads 1e-3 as a string.
-        return msgspec.yaml.decode(text, type=Config, strict=False)
+        values = msgspec.yaml.decode(text)
+        return msgspec.convert({} if values is None else values, Config, strict=False)
     except (msgspec.MsgspecError, ValueError) as error:
         raise EsjaxError(f"{source}: {error}".replace("`$.", "`").replace("\n", " ")) from error
 

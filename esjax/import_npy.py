@@ -4,6 +4,7 @@ The vector holds three numbers (D, V, L) and then, row by row: s0; U_i and E_i o
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from numpy import ndarray
 
 from esjax.checkpoint import Checkpoints
 from esjax.config import Config, RnnConfig
-from esjax.data.vocabulary import FIRST, Vocabulary
+from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError
 from esjax.es import init_state
 from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
@@ -45,13 +46,12 @@ def import_npy(weights: Path, characters: Path, out: Path) -> None:
     folder = RunFolder.create(out, config, vocabulary, text_digest="")
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
-    checkpoints.close()
 
 
 def _read_weights(path: Path) -> tuple[Config, RnnParams]:
     try:
         flat = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise EsjaxError(f"cannot read {str(path)!r} as a .npy file of numbers: {error}") from error
     if not isinstance(flat, np.ndarray) or flat.ndim != 1 or flat.dtype.kind != "f" or flat.size < 3:
         raise EsjaxError(f"{str(path)!r} is not a vector of floats that begins with D, V, L")
@@ -64,6 +64,8 @@ def _read_weights(path: Path) -> tuple[Config, RnnParams]:
         raise EsjaxError(
             f"{str(path)!r} holds {body.size} weights, but D={hidden}, V={vocab}, L={layers} need {expected}"
         )
+    if not np.isfinite(body).all():
+        raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
     return Config(model=RnnConfig(hidden_size=hidden, n_layers=layers)), unflatten(body, hidden, vocab, layers)
 
 
@@ -94,7 +96,7 @@ def _read_characters(path: Path) -> list[str]:
         raise EsjaxError(f"{str(path)!r} is not a JSON list of characters or of [character, count] pairs")
     symbols = [entry[0] if isinstance(entry, list) and entry else entry for entry in table]
     for position, symbol in enumerate(symbols):
-        if not isinstance(symbol, str) or len(symbol) != 1:
+        if not is_symbol(symbol):
             raise EsjaxError(f"entry {position} of {str(path)!r} is {symbol!r}, not a character")
     if len(set(symbols)) != len(symbols):
         raise EsjaxError(f"{str(path)!r} names a character twice")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from esjax.checkpoint import restore_newest
 from esjax.config import Config, replace
@@ -89,6 +90,11 @@ def load(
     config, vocabulary = folder.config, folder.vocabulary
     built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
     optimizer = make_optimizer(config.optim, config.steps)
-    like = jax.eval_shape(lambda: init_state(built.init(jax.random.key(0)), optimizer))
+    mesh = local_mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: init_state(built.init(jax.random.key(0)), optimizer)),
+    )
     state = restore_newest(folder.checkpoints, like, tell).state
-    return Loaded(config, vocabulary, int(state.step), state.average, Trained(built, vocabulary, local_mesh()))
+    return Loaded(config, vocabulary, int(state.step), state.average, Trained(built, vocabulary, mesh))

@@ -4,6 +4,7 @@ import jax
 import optax
 
 from esjax.config import OptimConfig
+from esjax.errors import EsjaxError
 
 DECAY_STEPS = 100
 """Step at which inverse_sqrt has fallen to 71%, unless the settings say another."""
@@ -18,11 +19,15 @@ def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
     Args:
         config: Settings of the optimizer.
         steps: Length of the run, in place of `decay_steps` where that is not set.
+
+    Raises:
+        EsjaxError: The schedule is cosine and has no end.
     """
     peak = config.learning_rate
     if config.schedule == "cosine":
         end = config.decay_steps or steps
-        assert end is not None  # the settings see to it
+        if end is None:
+            raise EsjaxError("optim.schedule cosine needs optim.decay_steps or steps, to know where it ends")
         after = optax.cosine_decay_schedule(peak, max(end - config.warmup_steps, 1))
     elif config.schedule == "inverse_sqrt":
 

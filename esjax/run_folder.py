@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import esjax
 from esjax.config import Config, from_yaml, to_yaml
-from esjax.data.vocabulary import Vocabulary
+from esjax.data.vocabulary import Vocabulary, is_symbol
 from esjax.errors import EsjaxError
 
 FORMAT = 1
@@ -33,7 +33,11 @@ class RunFolder:
             EsjaxError: It is not a run folder, or one of another version.
         """
         self.path = path
-        if not path.is_dir():
+        try:
+            there = path.is_dir()
+        except OSError as error:
+            raise EsjaxError(f"cannot look for the run folder {str(path)!r}: {error.strerror}") from error
+        if not there:
             raise EsjaxError(f"there is no run folder {str(path)!r}")
         run = self._read_json("run.json")
         if run.get("format") != FORMAT:
@@ -43,11 +47,7 @@ class RunFolder:
             )
         self.text_digest: str = run.get("text_digest", "")
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
-        stored = self._read_json("vocabulary.json")
-        try:
-            self.vocabulary = Vocabulary(stored["kind"], tuple(stored["symbols"]))
-        except (KeyError, TypeError) as error:
-            raise EsjaxError(f"{path / 'vocabulary.json'} is damaged: {error!r}; restore it from a copy") from error
+        self.vocabulary = self._read_vocabulary()
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -57,7 +57,11 @@ class RunFolder:
         Raises:
             EsjaxError: Something is there already, or it cannot be written.
         """
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        try:
+            taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        except OSError as error:
+            raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
+        if taken:
             raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
         run = {"format": FORMAT, "esjax": esjax.__version__, "text_digest": text_digest}
         stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
@@ -102,7 +106,11 @@ class RunFolder:
         """Open the metrics for appending, without the lines of steps after `step`: they will be done again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _step_of(line) <= step
+            ]
             swap = path.with_suffix(".swap")
             swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(swap, path)
@@ -112,6 +120,14 @@ class RunFolder:
         """Append a text that the model wrote."""
         with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
             samples.write(f"--- step {step}\n{text}\n\n")
+
+    def _read_vocabulary(self) -> Vocabulary:
+        stored = self._read_json("vocabulary.json")
+        kind, symbols = stored.get("kind"), stored.get("symbols", ())
+        distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
+        if kind not in ("char", "byte") or not distinct:
+            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy")
+        return Vocabulary(kind, tuple(symbols))
 
     def _read(self, name: str) -> str:
         try:

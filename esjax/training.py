@@ -201,7 +201,6 @@ class Trainer:
         self.folder.lock()
         stack.callback(self.folder.unlock)
         checkpoints = Checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
-        stack.callback(checkpoints.close)
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         metrics = stack.enter_context(self.folder.open_metrics(self.step))

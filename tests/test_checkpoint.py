@@ -1,6 +1,7 @@
 """What is saved comes back bit by bit, and what is damaged is passed over and said."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +40,6 @@ def save(folder: Path, *steps: int, keep: int = 3) -> None:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
         checkpoints.save(state_at(step), step / 4, step * 1000)
-    checkpoints.close()
 
 
 def restore(folder: Path) -> tuple[int, list[str]]:
@@ -74,10 +74,14 @@ def flip_a_bit_of_the_weights(checkpoint: Path) -> None:
         path.write_bytes(content)
 
 
-def forge_the_digest(checkpoint: Path) -> None:
-    path = checkpoint / "progress" / "metadata"
-    progress = json.loads(path.read_text())
-    path.write_text(json.dumps({**progress, "digest": "0" * 32}))
+def forge_the_seal(checkpoint: Path) -> None:
+    path = checkpoint / "seal.json"
+    seal = json.loads(path.read_text())
+    path.write_text(json.dumps({**seal, "files": dict.fromkeys(seal["files"], "0" * 32)}))
+
+
+def add_a_file(checkpoint: Path) -> None:
+    (checkpoint / "state" / "stranger").write_text("")
 
 
 def test_a_state_comes_back_bit_by_bit(tmp_path: Path) -> None:
@@ -138,7 +142,12 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(truncate, ""), (flip_a_bit_of_the_weights, "digest"), (forge_the_digest, "digest")],
+    [
+        (truncate, "changed"),
+        (flip_a_bit_of_the_weights, "changed"),
+        (forge_the_seal, "changed"),
+        (add_a_file, "stranger"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over_and_said(
     tmp_path: Path, damage: Callable[[Path], None], reason: str
@@ -155,7 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
 
 def test_a_checkpoint_that_lost_a_part_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
-    shutil.rmtree(tmp_path / "2" / "progress")
+    (tmp_path / "2" / "seal.json").unlink()
     step, told = restore(tmp_path)
     assert step == 1
     assert len(told) == 1
@@ -171,10 +180,35 @@ def test_training_on_from_before_a_damaged_checkpoint_is_saved(tmp_path: Path, s
     assert restore(tmp_path)[0] == step
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        save(tmp_path, 1, 3)
+        truncate(tmp_path / "3")
+    save(tmp_path, 4)
+    assert steps_in(tmp_path) == [1, 4]
+    assert (tmp_path / "3.damaged" / "state").is_dir()
+    assert (tmp_path / "3.damaged.1" / "state").is_dir()
+
+
+def test_a_failed_save_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*names: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, 1)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(EsjaxError, match="No space left"):
+        checkpoints.save(state_at(2), 0.0, 0)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+    assert restore(tmp_path) == (1, [])
+
+
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     for step in ("1", "2"):
-        forge_the_digest(tmp_path / step)
+        forge_the_seal(tmp_path / step)
     told: list[str] = []
     with pytest.raises(EsjaxError, match="damaged") as caught:
         restore_newest(tmp_path, state_at(0), told.append)
@@ -192,7 +226,7 @@ def test_no_checkpoint_is_an_error(tmp_path: Path, exists: bool) -> None:
 
 def test_a_half_written_checkpoint_is_ignored_and_cleared_away(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
-    half = tmp_path / "3.orbax-checkpoint-tmp"  # what a save is called until it is complete
+    half = tmp_path / "3.partial"  # what a save is called until it is complete
     shutil.copytree(tmp_path / "2", half)
     truncate(half)
     assert restore(tmp_path) == (2, [])
@@ -205,5 +239,5 @@ def test_a_state_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     save(tmp_path, 1)
     other = state_at(0)
     wider = replace(other, params={**other.params, "vector": jnp.zeros(6)})
-    with pytest.raises(EsjaxError):
-        restore_newest(tmp_path, wider, lambda line: None)
+    with pytest.raises(EsjaxError, match="does not hold the state of the model"):
+        restore_newest(tmp_path, wider, pytest.fail)

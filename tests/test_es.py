@@ -125,6 +125,7 @@ def step_by_hand(optimizer: optax.GradientTransformation, average: float, steps:
 def test_an_update_moves_each_leaf_by_its_unit_against_the_estimate() -> None:
     """Reference: params - learning_rate * unit * scale * Σ weight * ε, written out in float64."""
     model = MODELS["gru"]
+    assert model.unit is not None
     space = space_of(model)
     before, after = step_by_hand(optax.sgd(0.5), 0, 1)
     noise = jax.vmap(space.sample)(seeds_of(40, 0))
@@ -155,7 +156,7 @@ def test_the_norms_are_in_units_of_each_leaf() -> None:
 
 
 def test_the_average_looks_back_over_a_share_of_the_run() -> None:
-    """Reference: Shamir & Zhang's recursion, avg_t = (1 - (η+1)/(t+η)) avg + (η+1)/(t+η) params_t with η + 1 = 1 / share."""
+    """Reference: Shamir & Zhang's recursion, avg_t = (1 - w) avg + w params_t, w = (η+1)/(t+η), η + 1 = 1 / share."""
     states = step_by_hand(optax.sgd(0.1), 0.25, 6)
     average = None
     for t, state in enumerate(states[1:], start=1):

@@ -8,8 +8,8 @@ from conftest import mesh_of
 from jaxtyping import Array
 from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
 
-from esjax.evaluate import cross_entropy, into_chunks, make_evaluate
 from esjax.config import GruConfig
+from esjax.evaluate import cross_entropy, into_chunks, make_evaluate
 from esjax.models import Model, build_model
 
 LOSS = cross_entropy(burn_in=1)

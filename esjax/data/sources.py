@@ -71,18 +71,25 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
 
 
 def _find(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        if not found:
-            raise EsjaxError(f"the folder {source!r} holds no file")
-        return found
-    if path.exists():
-        return [path]
-    found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+            problem = f"the folder {source!r} holds no file"
+        elif path.exists():
+            return [path]
+        else:
+            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            problem = f"no file, folder or glob matches {source!r}"
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a home of nobody
+        raise EsjaxError(f"cannot look for {source!r}: {error}") from error
     if not found:
-        raise EsjaxError(f"no file, folder or glob matches {source!r}")
+        raise EsjaxError(problem)
     return found
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _read(path: Path) -> str:
@@ -98,9 +105,9 @@ def _cut(text: str, documents: Documents) -> list[str]:
     if documents == "file":
         pieces = [text]
     elif documents == "line":
-        pieces = text.splitlines()
+        pieces = text.replace("\r\n", "\n").split("\n")
     else:
-        pieces = re.split(r"\n[ \t]*(?:\n[ \t]*)+", text.replace("\r\n", "\n"))
+        pieces = re.split(r"\n(?:[ \t]*\n)+", text.replace("\r\n", "\n"))
     return [piece for piece in (piece.strip("\n") for piece in pieces) if piece.strip()]
 
 

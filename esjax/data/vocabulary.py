@@ -56,6 +56,11 @@ class Vocabulary(NamedTuple):
         return [character for character in dict.fromkeys(text) if character not in known]
 
 
+def is_symbol(value: object) -> bool:
+    """Tell whether a value from a file can be a symbol: one character that can be written."""
+    return isinstance(value, str) and len(value) == 1 and not 0xD800 <= ord(value) < 0xE000
+
+
 def fit_vocabulary(kind: Literal["char", "byte"], documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
     """Make the vocabulary of a text: its characters by falling frequency, equal ones by code point.
 
