@@ -281,7 +281,7 @@ def _train(trainer: "Trainer", console: Console) -> None:
         trainer.tell = progress.tell
         for info in trainer:
             progress.update(info)
-    print(trainer.generate(max_tokens=300, seed=trainer.step)[0].text)
+    print(f"\n{trainer.sample()}\n")
     if trainer.last is not None and trainer.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in trainer.baselines.items())
         trainer.tell(f"held-out {trainer.last.held_out:.4f} nats/token ({against})")

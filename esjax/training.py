@@ -43,8 +43,11 @@ class Limits(NamedTuple):
     seconds: float | None
 
 
-SAMPLE_TOKENS = 300
-"""Length of the texts written on the way."""
+SAMPLE_DOCUMENTS = 4
+"""Documents of a sample."""
+
+SAMPLE_TOKENS = 200
+"""Most tokens of each."""
 
 
 class StepInfo(NamedTuple):
@@ -139,6 +142,11 @@ class Trainer:
         """Sample texts, see `Trained.write`."""
         return self._trained.write(self.params, prompt, **settings)
 
+    def sample(self) -> str:
+        """Write a few documents, named by the step."""
+        texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
+        return "\n\n".join(written.text for written in texts)
+
     def evaluate(self) -> Scored:
         """Score the held-out documents.
 
@@ -189,7 +197,7 @@ class Trainer:
                 if record and (done or now >= checkpoint_at):
                     record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
                     record.metrics.flush()
-                    record.folder.add_sample(info.step, self.generate(max_tokens=SAMPLE_TOKENS, seed=info.step)[0].text)
+                    record.folder.add_sample(info.step, self.sample())
                     checkpoint_at = time.perf_counter() + config.checkpoint_time
                 yield self.last
                 if done:

@@ -1,0 +1,32 @@
+"""The Python in README and docs runs, made small."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = {
+    "esjax.prepare_devices()": "",  # these tests have started JAX already
+    "esjax.Config(steps=300)": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc'))",
+    "esjax.Config(seconds=60)": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc'))",
+}
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.parametrize("name", ["README.md", "docs/extending.md"])
+def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    code = "\n".join(blocks)
+    for long, small in SMALL.items():
+        code = code.replace(long, small)
+    assert "steps=2" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, name, "exec"), {"__name__": "page"})
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:esjax|experiments|notebooks|docs)/[\w/.]*)`|\]\((docs/[\w.]+)\)", text):
+        assert (ROOT / (name[0] or name[1])).exists(), name
