@@ -521,3 +521,14 @@ def test_a_run_is_read_on_a_machine_with_fewer_devices(work: Path, surroundings:
     here = json.loads(succeed("evaluate", "run", "--json").out)
     # The same lanes, summed in another order.
     assert json.loads(done.stdout) == pytest.approx(here, rel=1e-5)
+
+
+def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esjax.training._write_metrics", full)
+    called = call("resume", "run", "--steps", "5")
+    assert called.code == 2
+    assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert checkpoints(Path("run"))[-1] == 4  # the step that was done is kept
