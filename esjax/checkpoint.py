@@ -58,6 +58,11 @@ class Checkpoints:
             if _damage(path):
                 os.replace(path, _unused(folder / f"{step}.damaged"))
 
+    @property
+    def newest(self) -> int:
+        """Step of the newest checkpoint; 0 if there is none."""
+        return max(_steps(self._folder), default=0)
+
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
         """Write a state; a step that is there already is not written again.
 
@@ -78,13 +83,15 @@ class Checkpoints:
                 "leaves": _leaves(state),
                 "files": _hashes(partial / STATE),
             }
-            (partial / SEAL).write_text(json.dumps(seal), encoding="utf-8")
+            _write_durably(partial / SEAL, json.dumps(seal))
             os.replace(partial, path)
         except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise EsjaxError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
         for old in _steps(self._folder)[self._keep :]:
-            shutil.rmtree(self._folder / str(old))
+            doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
+            os.replace(self._folder / str(old), doomed)
+            shutil.rmtree(doomed)
 
 
 def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
@@ -165,6 +172,14 @@ def _hashes(folder: Path) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         for path in files
     }
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Write a file that is on the disk when this returns; orbax does the same with its own."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _unused(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """The command line: arguments in, one clear line out when they are wrong."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -91,7 +92,8 @@ class Evaluate:
 
         evaluation = load(self.run_folder, tell=_teller(console)).evaluate(self.text, self.split)
         if self.json:
-            print(json.dumps({**evaluation.scored._asdict(), **evaluation.baselines}))
+            row = {**evaluation.scored._asdict(), **evaluation.baselines}
+            print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
             return
         scored = evaluation.scored
         print(f"{scored.nats_per_token:.4f} nats/token, {scored.bits_per_byte:.4f} bits/byte, {scored.tokens:,} tokens")

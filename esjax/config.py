@@ -19,6 +19,9 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(type(self)):
             value = getattr(self, field.name)
+            if hasattr(value, "item"):  # a number of numpy's
+                value = value.item()
+                msgspec.structs.force_setattr(self, field.name, value)
             if not isinstance(value, Section):
                 try:
                     msgspec.convert(value, field.type)
@@ -110,6 +113,8 @@ class DataConfig(Section):
         _check_range(self, 0, 1, "held_out")
         _check_range(self, 0, math.inf, "burn_in")
         _check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
+        if self.vocabulary == "byte":
+            _check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
         _check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
 
 

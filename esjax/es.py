@@ -68,9 +68,10 @@ def make_weigh_seeds(space: Space, mesh: Mesh, chunk_pairs: int) -> WeighSeeds:
 
     Returns:
         `(seeds, weights) -> total`, Σ weight * ε over any number of pairs. With Rademacher noise the total is int32
-        and exact, whatever the chunking and the devices; totals of several calls may be added. Exact while a chunk
-        holds at most 2^24 / 127 / rank pairs and a step at most 2^31 / 127 / rank. Jit it.
+        and exact, whatever the chunking and the devices; totals of several calls may be added. Exact while a step
+        holds at most 2^31 / 127 / rank pairs, 16 million at rank 1. Jit it.
     """
+    chunk_pairs = min(chunk_pairs, space.exact_pairs)  # float32 holds every integer up to 2^24
 
     def weigh_chunk(seeds: Array, weights: Array) -> Total:
         noise = jax.vmap(space.sample)(seeds)

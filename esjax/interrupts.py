@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,19 +20,27 @@ def stop_on_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    over = False
 
     def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        restore()
+        if not (over or asked.is_set()):
+            asked.set()
+            return
+        # Not ours: it may still come here if another run beside this one ended later and put this handler back.
+        handler = before[number]
+        if callable(handler):
+            handler(number, frame)
+        elif handler is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in SIGNALS:
         signal.signal(number, ask)
     try:
         yield asked
     finally:
-        restore()
+        over = True
+        for number, handler in before.items():
+            if signal.getsignal(number) is ask:
+                signal.signal(number, handler)

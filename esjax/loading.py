@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esjax.checkpoint import restore_newest
@@ -74,22 +75,28 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path: str | Path, *, model: Callable[[int], Model] | None = None, tell: Callable[[str], None] = print
+    path: str | Path,
+    *,
+    model: Callable[[int], Model] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    tell: Callable[[str], None] = print,
 ) -> Loaded:
     """Read a run from its newest checkpoint.
 
     Args:
         path: Run folder.
         model: Builds the run's own model from the vocabulary's size, if it was trained with one.
+        optimizer: The run's own optimizer, if it was trained with one; its state is part of a checkpoint.
         tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: It is no run folder, or no checkpoint is whole.
+        EsjaxError: It is no run folder, no checkpoint is whole, or a model or optimizer of its own is missing.
     """
     folder = RunFolder(Path(path))
+    folder.check_own(model=model, optimizer=optimizer)
     config, vocabulary = folder.config, folder.vocabulary
     built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
-    optimizer = make_optimizer(config.optim, config.steps)
+    optimizer = optimizer or make_optimizer(config.optim, config.steps)
     mesh = local_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
     like = jax.tree.map(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
+from esjax.fitness import LIMIT
 from esjax.models.model import Model, Params
 from esjax.models.primitives import HIGHEST, LowRank
 
@@ -32,6 +33,9 @@ PERTURBATIONS = 0
 
 WINDOWS = 1
 """Stream of keys from which the windows of text are drawn."""
+
+INIT = 2
+"""Stream of keys from which the first parameters are drawn."""
 
 BITS = 32
 
@@ -59,22 +63,30 @@ class Space(NamedTuple):
         perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`.
         weigh: `(noise of a batch of pairs, weights[pairs]) -> total`, exact integers for Rademacher noise.
         mean: `(total, scale) -> pytree` with `scale * Σ weight * ε`.
+        numbers: Numbers of noise that a pair needs.
         exact: Whether totals are integers, so that they are the same in any order of summation.
+        exact_pairs: Pairs that `weigh` sums exactly in float32, for weights up to `esjax.fitness.LIMIT`.
     """
 
     sample: Callable[[UInt32[Array, "2"]], Noise]
     perturb: Callable[[Params, Noise, Float[Array, ""]], Params]
     weigh: Callable[[Noise, Float[Array, " pairs"]], Total]
     mean: Callable[[Total, Float[Array, ""]], Params]
+    numbers: int
     exact: bool
+    exact_pairs: int
+
+
+def stream_seed(run_seed: int, stream: int) -> UInt32[Array, "2"]:
+    """Derive the seed of one of the run's streams of keys."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(run_seed, impl="threefry2x32"), stream))
 
 
 def pair_seeds(
-    run_seed: int, stream: int, step: Int[Array, ""] | int, pairs: Int[Array, " pairs"]
+    stream: UInt32[Array, "2"], step: Int[Array, ""] | int, pairs: Int[Array, " pairs"]
 ) -> UInt32[Array, "pairs 2"]:
-    """Derive the seed of each pair from the run, the stream, the step and the pair's index."""
-    key = jax.random.fold_in(jax.random.key(run_seed, impl="threefry2x32"), stream)
-    key = jax.random.fold_in(key, step)
+    """Derive the seed of each pair from the stream, the step and the pair's index."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(stream, impl="threefry2x32"), step)
     return jax.vmap(lambda pair: jax.random.key_data(jax.random.fold_in(key, pair)))(pairs)
 
 
@@ -155,4 +167,12 @@ def make_space(
 
         return jax.tree.map(finish, total, factored)
 
-    return Space(sample, perturb, weigh, mean, exact=noise == "rademacher")
+    return Space(
+        sample,
+        perturb,
+        weigh,
+        mean,
+        numbers=sum(counts),
+        exact=noise == "rademacher",
+        exact_pairs=2**24 // (LIMIT * rank),
+    )

@@ -1,7 +1,7 @@
 """What a run leaves on disk, except the checkpoints' own format.
 
-config.yaml       the settings; they start the same run again
-run.json          version of this layout, and the hash of the text
+config.yaml       the settings; they start the same run again, but for what run.json names
+run.json          version of this layout, hash of the text, names of a model, loss or optimizer of its own
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
 samples.txt       text written on the way
@@ -11,7 +11,9 @@ checkpoints/      see `esjax.checkpoint`
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import esjax
@@ -46,13 +48,28 @@ class RunFolder:
                 f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
             )
         self.text_digest: str = run.get("text_digest", "")
+        self.own: dict[str, str] = run.get("own", {})
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, path: Path, config: Config, vocabulary: Vocabulary, text_digest: str) -> "RunFolder":
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        vocabulary: Vocabulary,
+        text_digest: str,
+        own: Mapping[str, str] = MappingProxyType({}),
+    ) -> "RunFolder":
         """Make a new run folder.
+
+        Args:
+            path: Where.
+            config: Settings.
+            vocabulary: Symbols.
+            text_digest: Hash of the text; "": there is none.
+            own: Names of what the run was given beside its settings: model, loss, optimizer.
 
         Raises:
             EsjaxError: Something is there already, or it cannot be written.
@@ -63,7 +80,7 @@ class RunFolder:
             raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
         if taken:
             raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
-        run = {"format": FORMAT, "esjax": esjax.__version__, "text_digest": text_digest}
+        run = {"format": FORMAT, "esjax": esjax.__version__, "text_digest": text_digest, "own": dict(own)}
         stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +90,24 @@ class RunFolder:
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         return cls(path)
+
+    def check_own(self, **given: object) -> None:
+        """See that what the run was given beside its settings is given again.
+
+        Args:
+            given: What the caller has for model, loss, optimizer; None: nothing.
+
+        Raises:
+            EsjaxError: The run had one of its own, or had none.
+        """
+        for kind, value in given.items():
+            name = self.own.get(kind)
+            if name and value is None:
+                raise EsjaxError(
+                    f"{str(self.path)!r} was trained with a {kind} of its own, {name}; give it again, {kind}=…"
+                )
+            if value is not None and not name:
+                raise EsjaxError(f"{str(self.path)!r} was trained with the {kind} of its settings; leave {kind}= out")
 
     @property
     def checkpoints(self) -> Path:

@@ -23,15 +23,13 @@ def make_score(model: Model) -> Score:
         params: Params, tokens: Int[Array, "lanes length"], scored: Bool[Array, "lanes length"]
     ) -> Float[Array, ""]:
         def lane_total(tokens: Int[Array, " length"], scored: Bool[Array, " length"]) -> Float[Array, ""]:
-            def step(carry: tuple[State, Array], at: tuple[Array, Array]) -> tuple[tuple[State, Array], None]:
-                state, total = carry
-                token, counts = at
+            def step(state: State, token: Array) -> tuple[State, Array]:
                 loss = token_loss(model.predict(params, state), token)
-                return (consume(model, params, state, token), total + jnp.where(counts, loss, 0)), None
+                return consume(model, params, state, token), loss
 
-            start = (model.initial_state(params), jnp.float32(0))
-            (_, total), _ = jax.lax.scan(step, start, (tokens, scored))
-            return total
+            _, losses = jax.lax.scan(step, model.initial_state(params), tokens)
+            # Summed afterwards: added up one by one, millions of float32 losses would lose a part of the sum.
+            return jnp.sum(jnp.where(scored, losses, 0))
 
         return jnp.sum(jax.vmap(lane_total)(tokens, scored)) / jnp.sum(scored, dtype=jnp.float32)
 

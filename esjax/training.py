@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import optax
 from jaxtyping import Float
 
 from esjax.checkpoint import Checkpoints, restore_newest
@@ -103,6 +104,7 @@ class Trainer:
         *,
         model: ModelFactory | None = None,
         loss: Loss | None = None,
+        optimizer: optax.GradientTransformation | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
@@ -116,7 +118,9 @@ class Trainer:
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
         self.last: StepInfo | None = None
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
-        self._replica = Replica(config, built, pack_stream(corpus.train), mesh, loss)
+        if config.data.held_out > 0 and not corpus.held_out:
+            self.tell("no document is held out, so nothing is evaluated; give more documents, or cut them smaller")
+        self._replica = Replica(config, built, pack_stream(corpus.train), mesh, loss, optimizer)
         self._trained = Trained(built, vocabulary, mesh)
         self._lanes = self._trained.lanes(corpus.held_out) if corpus.held_out else None
         self._seconds = 0.0
@@ -157,10 +161,11 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield what each step did."""
-        config, limits = self.config, self.limits
-        if limits.steps is not None and self.step >= limits.steps:
+        config = self.config
+        if self.limits.steps is not None and self.step >= self.limits.steps:
             raise EsjaxError(
-                f"the run has done {self.step} steps, and its limit is {limits.steps}; raise steps to go on"
+                f"the run has done {self.step} steps, and its limit is {self.limits.steps}; raise steps to go on "
+                "(in Python: run.limits)"
             )
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
@@ -178,8 +183,8 @@ class Trainer:
                 self._seconds = before + session
                 done = (
                     asked.is_set()
-                    or (limits.steps is not None and info.step >= limits.steps)
-                    or (limits.seconds is not None and session >= limits.seconds)
+                    or (self.limits.steps is not None and info.step >= self.limits.steps)
+                    or (self.limits.seconds is not None and session >= self.limits.seconds)
                 )
                 held_out = None
                 if self._lanes is not None and (done or now >= evaluate_at):
@@ -209,6 +214,10 @@ class Trainer:
         self.folder.lock()
         stack.callback(self.folder.unlock)
         checkpoints = Checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
+        if checkpoints.newest > self.step:
+            raise EsjaxError(
+                f"{str(self.folder.path)!r} was trained on to step {checkpoints.newest} since; resume it from there"
+            )
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         metrics = stack.enter_context(self.folder.open_metrics(self.step))
@@ -218,15 +227,18 @@ class Trainer:
         config = self.config
         losses = self._score_population()
         shaped = shape(losses, config.es.shaping, config.es.sigma)
-        if shaped.trouble:
-            self._replica.skip()
-            gradient_norm = update_norm = 0.0
-        else:
+        trouble = shaped.trouble
+        gradient_norm = update_norm = 0.0
+        if not trouble:
             update = self._replica.apply(shaped.weights, shaped.scale)
             gradient_norm, update_norm = float(update.gradient_norm), float(update.update_norm)
-        if shaped.trouble and shaped.trouble != self._trouble:
-            self.tell(f"step {self.step}: {shaped.trouble}; no update")
-        self._trouble = shaped.trouble
+            if not math.isfinite(update_norm):
+                trouble = "the update is not finite; lower optim.learning_rate"
+        if trouble:
+            self._replica.skip()
+        if trouble and trouble != self._trouble:
+            self.tell(f"step {self.step}: {trouble}; no update")
+        self._trouble = trouble
         self._member_tokens += losses.size * config.data.batch_size * config.data.window
         finite = losses[np.isfinite(losses)]
         return StepInfo(
@@ -235,7 +247,7 @@ class Trainer:
             loss=float(finite.mean()) if finite.size else math.nan,
             population=losses.size,
             void_pairs=shaped.void_pairs,
-            applied=not shaped.trouble,
+            applied=not trouble,
             gradient_norm=gradient_norm,
             update_norm=update_norm,
             member_tokens=self._member_tokens,
@@ -264,9 +276,9 @@ class _Record(NamedTuple):
 
 def _write_metrics(metrics: IO[str], info: StepInfo) -> None:
     row = {name: value for name, value in info._asdict().items() if value is not None}
-    if math.isnan(info.loss):
-        row["loss"] = None  # JSON has no NaN
-    metrics.write(json.dumps(row) + "\n")
+    # JSON has no NaN and no infinity.
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    metrics.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def train(
@@ -275,6 +287,7 @@ def train(
     *,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Begin a run; iterate over the result to train.
@@ -284,6 +297,7 @@ def train(
         out: Run folder to make. None: nothing is written.
         model: Builds a model of one's own, in place of the one that the settings name.
         loss: A loss of one's own, in place of cross entropy.
+        optimizer: Any optax transformation, in place of the one that the settings name.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
@@ -291,11 +305,16 @@ def train(
     """
     config = config or Config()
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, model=model, loss=loss, tell=tell)
+    trainer = Trainer(config, corpus, model=model, loss=loss, optimizer=optimizer, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None:
-        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest)
+        own = {
+            kind: getattr(value, "__qualname__", type(value).__name__)
+            for kind, value in (("model", model), ("loss", loss), ("optimizer", optimizer))
+            if value is not None
+        }
+        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own)
     return trainer
 
 
@@ -306,6 +325,7 @@ def resume(
     seconds: float | None = None,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Go on with a run from its newest checkpoint; iterate over the result to train.
@@ -317,19 +337,24 @@ def resume(
             the run's settings hold.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
+        optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, or no checkpoint is whole.
+        EsjaxError: It is no run folder, its text has changed, no checkpoint is whole, or a model, loss or optimizer of
+            its own is missing.
     """
     folder = RunFolder(Path(path))
+    folder.check_own(model=model, loss=loss, optimizer=optimizer)
+    if not folder.text_digest:
+        raise EsjaxError(f"{str(path)!r} holds imported weights and no text; train anew")
     corpus = load_corpus(folder.config.data, folder.vocabulary)
     if corpus.digest != folder.text_digest:
         raise EsjaxError(
             f"the text {folder.config.data.text!r} is not the one {str(path)!r} was trained on; put the old one back, "
             "or train anew"
         )
-    trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, tell=tell)
+    trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, optimizer=optimizer, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens

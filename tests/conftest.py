@@ -1,11 +1,17 @@
 """Strict JAX, four CPU devices, and shapes checked at every call of the package."""
 
+import tempfile
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same small programs.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="esjax-tests-")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 install_import_hook("esjax", "typechecker.check")

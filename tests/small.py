@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from esjax.models import Model, gru, rnn
 from esjax.models.model import Params
-from esjax.noise import Space, make_space, pair_seeds
+from esjax.noise import Space, make_space, pair_seeds, stream_seed
 
 VOCAB = 7
 PAIRS = 12
@@ -29,7 +29,7 @@ def params_of(model: Model) -> Params:
 
 
 def seeds_of(pairs: int = PAIRS, step: int = 5) -> Array:
-    return pair_seeds(1, 0, step, jnp.arange(pairs))
+    return pair_seeds(stream_seed(1, 0), step, jnp.arange(pairs))
 
 
 def tokens_of(pairs: int = PAIRS, sequences: int = 2, length: int = 6) -> Array:

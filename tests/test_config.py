@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from esjax import config as config_module
@@ -30,7 +31,7 @@ UNUSUAL = Config(
     seed=2**32 - 1,
     steps=7,
     seconds=1.5,
-    data=DataConfig(text="ä: #ö 'ü'", documents="line", vocabulary="byte", vocab_size=3, held_out=0.0),
+    data=DataConfig(text="ä: #ö 'ü'", documents="line", vocabulary="char", vocab_size=3, held_out=0.0),
     es=EsConfig(space="full", noise="gaussian", sigma=1e-30, time_per_step=0.1, chunk_pairs=2),
     optim=OptimConfig(optimizer="sgd", schedule="cosine", learning_rate=1 / 3, decay_steps=9, average=1.0),
     model=GruConfig(hidden_size=1),
@@ -208,3 +209,14 @@ def test_the_original_programs_settings_have_their_place(original: str, section:
     holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
     assert section in holders
     assert not set(holders) - {section, GruConfig}  # in one place, beside the other model
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = EsConfig(sigma=np.float64(0.25), rank=np.int64(2))  # type: ignore[arg-type]
+    assert config == EsConfig(sigma=0.25, rank=2)
+    assert type(config.sigma) is float
+
+
+def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
+    with pytest.raises(ValueError, match="256 bytes"):
+        DataConfig(vocabulary="byte", vocab_size=100)

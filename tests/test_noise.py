@@ -10,7 +10,7 @@ import pytest
 from small import MODELS, PAIRS, params_of, seeds_of, space_of
 
 from esjax.models.primitives import LowRank
-from esjax.noise import Factors, draw, pair_seeds
+from esjax.noise import Factors, draw, pair_seeds, stream_seed
 
 NOISES = ["rademacher", "gaussian"]
 SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 3)]
@@ -52,13 +52,13 @@ def test_rademacher_bits_are_those_of_threefry() -> None:
 def test_runs_streams_steps_and_pairs_differ() -> None:
     pairs = jnp.arange(4)
     names = itertools.product([0, 1], [0, 1], [0, 1])
-    seeds = np.concatenate([np.asarray(pair_seeds(run, stream, step, pairs)) for run, stream, step in names])
+    seeds = np.concatenate([pair_seeds(stream_seed(run, stream), step, pairs) for run, stream, step in names])
     assert len({tuple(seed) for seed in seeds.tolist()}) == len(seeds)
 
 
 def test_seeds_do_not_depend_on_the_range_they_are_asked_in() -> None:
-    whole = pair_seeds(1, 0, 5, jnp.arange(20))
-    np.testing.assert_array_equal(whole[7:12], pair_seeds(1, 0, 5, jnp.arange(7, 12)))
+    whole = pair_seeds(stream_seed(1, 0), 5, jnp.arange(20))
+    np.testing.assert_array_equal(whole[7:12], pair_seeds(stream_seed(1, 0), 5, jnp.arange(7, 12)))
 
 
 @pytest.mark.parametrize("noise", NOISES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from esjax.data.packing import check_stream, draw_windows, pack_lanes, pack_stream
 from esjax.errors import EsjaxError
-from esjax.noise import WINDOWS, pair_seeds
+from esjax.noise import WINDOWS, pair_seeds, stream_seed
 from esjax.tokens import STOP
 
 DOCUMENTS = st.lists(
@@ -20,7 +20,7 @@ DOCUMENTS = st.lists(
 
 
 def seeds_of(pairs: int, step: int = 0) -> jnp.ndarray:
-    return pair_seeds(7, WINDOWS, jnp.int32(step), jnp.arange(pairs))
+    return pair_seeds(stream_seed(7, WINDOWS), jnp.int32(step), jnp.arange(pairs))
 
 
 def test_a_stream_has_a_stop_before_the_first_and_after_each_document() -> None:

@@ -4,22 +4,30 @@ import gc
 import json
 import logging
 import resource
+import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import mesh_of
+from jaxtyping import Array
 
 import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
 from esjax.errors import EsjaxError
-from esjax.models import gru
-from esjax.training import Trainer, resume, train
+from esjax.models import Model, gru
+from esjax.models.model import Params
+from esjax.noise import make_space
+from esjax.replica import _chunk_pairs
+from esjax.training import Limits, Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -256,3 +264,102 @@ def test_texts_are_named_by_their_seed(config: Config) -> None:
     next(iter(run))
     assert run.generate("the", seed=1) == run.generate("the", seed=1)
     assert run.generate("the", seed=1, max_tokens=50) != run.generate("the", seed=2, max_tokens=50)
+
+
+def test_a_run_that_was_trained_on_elsewhere_is_left_alone(config: Config, tmp_path: Path) -> None:
+    stale = train(config, tmp_path / "run")
+    next(iter(stale))
+    list(resume(tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(EsjaxError, match="was trained on to step 6 since"):
+        next(iter(stale))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert resume(tmp_path / "run").step == 6
+
+
+def own_model(vocab_size: int) -> Model:
+    return gru(vocab_size, 4, 8)
+
+
+def own_loss(model: Model, params: Params, tokens: Array) -> Array:
+    return jnp.sum((params.start - 2) ** 2)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("model", own_model), ("loss", own_loss), ("optimizer", optax.adam(0.05))])
+def test_what_a_run_was_given_must_be_given_again(config: Config, tmp_path: Path, kind: str, value: object) -> None:
+    """Reference: the uninterrupted run."""
+    given: dict[str, Any] = {kind: value}
+    whole = train(config, **given)
+    list(whole)
+    list(train(replace(config, steps=3), tmp_path / "run", **given))
+    with pytest.raises(EsjaxError, match=f"{kind} of its own"):
+        resume(tmp_path / "run", steps=6)
+    again = resume(tmp_path / "run", steps=6, **given)
+    list(again)
+    assert state_digest(again) == state_digest(whole)
+    list(train(config, tmp_path / "plain"))
+    with pytest.raises(EsjaxError, match=f"leave {kind}= out"):
+        resume(tmp_path / "plain", **given)
+
+
+def test_an_update_that_is_not_finite_is_not_made(config: Config, tmp_path: Path) -> None:
+    told: list[str] = []
+    optim = OptimConfig(optimizer="sgd", learning_rate=3e38, schedule="constant")
+    run = train(replace(config, optim=optim, steps=3), tmp_path / "run", tell=told.append)
+    before = jax.tree.map(np.asarray, run.params)
+    assert [info.applied for info in run] == [False] * 3
+    jax.tree.map(np.testing.assert_array_equal, before, run.params)
+    assert len(told) == 1
+    assert "lower optim.learning_rate" in told[0]
+    assert [row["update_norm"] for row in rows(tmp_path / "run")] == [None] * 3
+
+
+def test_limits_may_be_changed_on_the_way(config: Config) -> None:
+    run = train(config)
+    for info in run:
+        if info.step == 2:
+            run.limits = Limits(steps=4, seconds=None)
+    assert run.step == 4
+
+
+def test_a_model_that_is_not_float32_is_refused(config: Config) -> None:
+    def half(vocab_size: int) -> Model:
+        model = own_model(vocab_size)
+        return model._replace(init=lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(key)))
+
+    with pytest.raises(EsjaxError, match="is bfloat16; make it float32"):
+        train(config, model=half)
+
+
+def test_a_missing_held_out_part_is_said(config: Config, tmp_path: Path) -> None:
+    told: list[str] = []
+    data = replace(config.data, documents="file", held_out=1e-6)
+    train(replace(config, data=data), tell=told.append)
+    assert len(told) == 1
+    assert "no document is held out" in told[0]
+
+
+def test_many_cores_share_a_population(config: Config) -> None:
+    """The defaults cut it into 16 chunks whatever the number of devices, so that 16 cores have work."""
+    replica = train(replace(config, es=EsConfig(population_size=4096)))._replica
+    space = make_space(replica.model, replica.state.params, space="low_rank", noise="rademacher", sigma=0.1, rank=1)
+    assert _chunk_pairs(Config(), replica.model, space, replica.state.params, mesh_of(4)) == 2048 // 16
+
+
+def test_a_first_ctrl_c_stops_and_a_second_acts_as_before(config: Config) -> None:
+    steps = iter(train(replace(config, steps=100)))
+    next(steps)
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert [info.step for info in steps] == [2]
+
+
+def test_two_runs_side_by_side_give_the_signals_back(config: Config) -> None:
+    first, second = iter(train(config)), iter(train(config))
+    next(first)
+    next(second)
+    first.close()  # type: ignore[attr-defined]
+    second.close()  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Int, Int32, Integer, UInt32
 from numpy import ndarray
 
 from esjax.errors import EsjaxError
@@ -34,7 +34,7 @@ def check_stream(length: int, window_length: int) -> None:
 
 
 def draw_windows(
-    stream: Int[Array, " length"], seeds: UInt32[Array, "pairs 2"], sequences: int, window_length: int
+    stream: Integer[Array, " length"], seeds: UInt32[Array, "pairs 2"], sequences: int, window_length: int
 ) -> Int[Array, "pairs sequences window_length"]:
     """Draw each pair's windows of consecutive tokens, uniformly, from its seed.
 
@@ -50,7 +50,7 @@ def draw_windows(
         return jax.random.randint(key, (sequences,), 0, stream.shape[0] - window_length + 1)
 
     positions = jax.vmap(starts)(seeds)[:, :, None] + jnp.arange(window_length)[None, None, :]
-    return stream[positions]
+    return stream[positions].astype(jnp.int32)  # the stream may be of a smaller type, since every device holds it
 
 
 class Lanes(NamedTuple):

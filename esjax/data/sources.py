@@ -29,7 +29,7 @@ def load_documents(source: str, documents: Documents) -> Text:
     """Read a text and cut it into documents.
 
     Args:
-        source: A file, a folder (every readable text file in it), a glob, or `builtin:NAME`.
+        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`.
         documents: What a document is.
 
     Raises:

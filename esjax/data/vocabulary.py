@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class Vocabulary(NamedTuple):
         """Turn text into ids; characters outside the vocabulary become UNK."""
         if self.kind == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + FIRST
-        ids = {symbol: i + FIRST for i, symbol in enumerate(self.symbols)}
+        ids = _ids(self.symbols)
         return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
 
     def decode(self, ids: Sequence[int] | ndarray) -> str:
@@ -54,6 +55,11 @@ class Vocabulary(NamedTuple):
             return []
         known = set(self.symbols)
         return [character for character in dict.fromkeys(text) if character not in known]
+
+
+@lru_cache(maxsize=4)
+def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
+    return {symbol: i + FIRST for i, symbol in enumerate(symbols)}
 
 
 def is_symbol(value: object) -> bool:
