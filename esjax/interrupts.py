@@ -41,6 +41,6 @@ def stop_on_signals() -> Iterator[threading.Event]:
         yield asked
     finally:
         over = True
-        for number, handler in before.items():
+        for number in SIGNALS:
             if signal.getsignal(number) is ask:
-                signal.signal(number, handler)
+                signal.signal(number, before[number])
