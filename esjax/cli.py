@@ -1,7 +1,5 @@
 """The command line: arguments in, one clear line out when they are wrong."""
 
-import json
-import math
 import os
 import sys
 import time
@@ -89,11 +87,11 @@ class Evaluate:
         """Print the scores."""
         prepare()
         from esjax.loading import load
+        from esjax.run_folder import json_line
 
         evaluation = load(self.run_folder, tell=_teller(console)).evaluate(self.text, self.split)
         if self.json:
-            row = {**evaluation.scored._asdict(), **evaluation.baselines}
-            print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
+            print(json_line({**evaluation.scored._asdict(), **evaluation.baselines}))
             return
         scored = evaluation.scored
         print(f"{scored.nats_per_token:.4f} nats/token, {scored.bits_per_byte:.4f} bits/byte, {scored.tokens:,} tokens")
@@ -138,13 +136,14 @@ class Generate:
         """Print the texts."""
         if self.count < 1:
             raise EsjaxError(f"count must be at least 1, got {self.count}")
-        if any(0xD800 <= ord(character) < 0xE000 for character in self.prompt):
-            raise EsjaxError("the prompt is not UTF-8 text")
         prepare()
+        from esjax.data.vocabulary import is_symbol
         from esjax.loading import load
 
-        loaded = load(self.run_folder, tell=_teller(console))
+        if not all(map(is_symbol, self.prompt)):
+            raise EsjaxError("the prompt is not UTF-8 text")
         tell = _teller(console)
+        loaded = load(self.run_folder, tell=tell)
         unknown = loaded.vocabulary.unknown(self.prompt)
         if unknown:
             tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")

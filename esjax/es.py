@@ -102,14 +102,14 @@ def make_weigh_seeds(space: Space, mesh: Mesh, chunk_pairs: int) -> WeighSeeds:
 
 
 def make_apply_total(
-    space: Space, optimizer: optax.GradientTransformation, unit: PyTree | None, average_fraction: float
+    space: Space, optimizer: optax.GradientTransformation, units: PyTree, average_fraction: float
 ) -> ApplyTotal:
     """Make the function that turns a total into the next state.
 
     Args:
         space: How members differ from the parameters.
         optimizer: Any optax transformation; it sees the estimate, and the parameters, in units of each leaf.
-        unit: Size of a typical entry of each leaf, see `Model.unit`.
+        units: Size of a typical entry of each leaf, see `Model.units`.
         average_fraction: Part of the run, in (0, 1], over which `TrainState.average` looks back, by
             polynomial-decay averaging (Shamir & Zhang 2013, section 4); 0: no averaging.
 
@@ -118,7 +118,6 @@ def make_apply_total(
     """
 
     def apply_total(state: TrainState, total: Total, scale: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
-        units = jax.tree.map(lambda _: 1.0, state.params) if unit is None else unit
         estimate = space.mean(total, scale)
         in_units = jax.tree.map(lambda leaf, unit: leaf / unit, state.params, units)
         updates, opt_state = optimizer.update(estimate, state.opt_state, in_units)

@@ -14,8 +14,8 @@ from esjax.data.corpus import Split, load_corpus
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.es import init_state
-from esjax.models import Model, build_model
-from esjax.models.model import Params
+from esjax.models import build_model
+from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
 from esjax.run_folder import RunFolder
 from esjax.trained import Scored, Trained, Written
@@ -77,7 +77,7 @@ class Loaded(NamedTuple):
 def load(
     path: str | Path,
     *,
-    model: Callable[[int], Model] | None = None,
+    model: ModelFactory | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] = print,
 ) -> Loaded:

@@ -121,7 +121,7 @@ def make_space(
         sigma: Standard deviation of a perturbation, in units of each leaf.
         rank: Number of factor pairs of a low-rank perturbation, at least 1.
     """
-    units = jax.tree.map(lambda _: 1.0, params) if model.unit is None else model.unit
+    units = model.units(params)
     factored = jax.tree.map(lambda leaf: space == "low_rank" and len(leaf.shape) == 2, params)
     leaves, treedef = jax.tree.flatten(params)
     layout = [(leaf.shape, is_factored) for leaf, is_factored in zip(leaves, jax.tree.leaves(factored), strict=True)]

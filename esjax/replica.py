@@ -102,7 +102,7 @@ class Replica:
 
         self._losses = jax.jit(losses)
         self._weigh = jax.jit(weigh)
-        self._apply = jax.jit(make_apply_total(space, optimizer, model.unit, config.optim.average))
+        self._apply = jax.jit(make_apply_total(space, optimizer, model.units(params), config.optim.average))
         self._tokens = jax.device_put(jnp.asarray(_smallest(stream)), everywhere)
         # Arguments, not constants: a run of another seed finds its programs compiled already.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
@@ -116,7 +116,7 @@ class Replica:
     def apply(self, weights: Int8[np.ndarray, " pairs"], scale: float) -> UpdateInfo:
         """Update with the shaped weights of whole blocks, from block 0 on.
 
-        An update that is not finite is not made: `update_norm` tells.
+        An update that is not finite is skipped: `update_norm` tells.
         """
         total = None
         for block, part in enumerate(np.split(weights, len(weights) // self.block_pairs)):
@@ -125,6 +125,8 @@ class Replica:
         state, info = self._apply(self.state, total, jnp.float32(scale))
         if np.isfinite(info.update_norm):
             self.state = state
+        else:
+            self.skip()
         return info
 
     def skip(self) -> None:

@@ -10,6 +10,7 @@ checkpoints/      see `esjax.checkpoint`
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,6 +181,12 @@ class RunFolder:
         if not isinstance(value, dict):
             raise EsjaxError(f"{self.path / name} is damaged: it is no JSON object; restore it from a copy")
         return value
+
+
+def json_line(numbers: Mapping[str, float]) -> str:
+    """Write named numbers as one line of JSON, which has no NaN and no infinity: they become null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,5 @@
 """Joins everything: a run is an object to iterate over, one step at a time."""
 
-import json
 import math
 import sys
 import time
@@ -22,14 +21,11 @@ from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.fitness import shape
 from esjax.interrupts import stop_on_signals
-from esjax.models import Model, build_model
-from esjax.models.model import Params
+from esjax.models import build_model
+from esjax.models.model import ModelFactory, Params
 from esjax.replica import Replica
-from esjax.run_folder import RunFolder
+from esjax.run_folder import RunFolder, json_line
 from esjax.trained import Scored, Trained, Written
-
-ModelFactory = Callable[[int], Model]
-"""`(vocab_size) -> model`."""
 
 
 class Limits(NamedTuple):
@@ -174,7 +170,7 @@ class Trainer:
             evaluate_at = checkpoint_at = 0.0
             before = self._seconds
             while True:
-                started = time.perf_counter()
+                started, tokens_before = time.perf_counter(), self._member_tokens
                 info = self._take_step()
                 now = time.perf_counter()
                 if began_at is None:
@@ -190,11 +186,9 @@ class Trainer:
                 if self._lanes is not None and (done or now >= evaluate_at):
                     held_out = self._trained.loss(self.params, self._lanes)
                     evaluate_at = time.perf_counter() + config.evaluate_time
-                scored = info.population * config.data.batch_size * config.data.window
                 self.last = info._replace(
                     seconds=self._seconds,
-                    member_tokens=self._member_tokens,
-                    member_tokens_per_second=scored / (now - started),
+                    member_tokens_per_second=(info.member_tokens - tokens_before) / (now - started),
                     held_out=held_out,
                 )
                 if record:
@@ -229,13 +223,13 @@ class Trainer:
         shaped = shape(losses, config.es.shaping, config.es.sigma)
         trouble = shaped.trouble
         gradient_norm = update_norm = 0.0
-        if not trouble:
+        if trouble:
+            self._replica.skip()
+        else:
             update = self._replica.apply(shaped.weights, shaped.scale)
             gradient_norm, update_norm = float(update.gradient_norm), float(update.update_norm)
             if not math.isfinite(update_norm):
                 trouble = "the update is not finite; lower optim.learning_rate"
-        if trouble:
-            self._replica.skip()
         if trouble and trouble != self._trouble:
             self.tell(f"step {self.step}: {trouble}; no update")
         self._trouble = trouble
@@ -276,9 +270,7 @@ class _Record(NamedTuple):
 
 def _write_metrics(metrics: IO[str], info: StepInfo) -> None:
     row = {name: value for name, value in info._asdict().items() if value is not None}
-    # JSON has no NaN and no infinity.
-    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-    metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+    metrics.write(json_line(row) + "\n")
 
 
 def train(

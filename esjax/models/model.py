@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int, Key
 
 Params = Any
@@ -40,6 +41,10 @@ class Model(NamedTuple):
     unit: Params | None = None
     factored: bool = False
 
+    def units(self, params: Params) -> Params:
+        """Return the unit of each leaf, 1 where the model names none."""
+        return jax.tree.map(lambda _: 1.0, params) if self.unit is None else self.unit
+
     def step(self, params: Params, state: State, token: Token) -> tuple[State, Logits]:
         """Predict one token, then consume it.
 
@@ -47,3 +52,7 @@ class Model(NamedTuple):
             The state after the token, and the logits with which the token was predicted.
         """
         return self.consume(params, state, token), self.predict(params, state)
+
+
+ModelFactory = Callable[[int], Model]
+"""`(vocab_size) -> model`."""
