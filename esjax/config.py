@@ -107,11 +107,19 @@ class DataConfig(Section):
     new_tokens_interval: int = 1
     """Steps for which the same windows are kept."""
 
+    block_tokens: int | None = None
+    """Train on a block of so many tokens, a fresh one every new_tokens_interval steps; for a text too large to send to
+    every host. None: the whole text."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "window", "batch_size", "new_tokens_interval")
+        _check_positive(self, "window", "batch_size", "new_tokens_interval", "block_tokens")
         _check_range(self, 0, 1, "held_out")
         _check_range(self, 0, math.inf, "burn_in")
+        _check(
+            self.block_tokens is None or self.block_tokens >= self.window + self.burn_in,
+            f"block_tokens must be at least window + burn_in = {self.window + self.burn_in}, got {self.block_tokens}",
+        )
         _check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
         if self.vocabulary == "byte":
             _check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
@@ -219,6 +227,9 @@ class Config(Section):
 
     evaluate_time: float = 10.0
     """Seconds between evaluations on the held-out documents."""
+
+    ledger: bool = False
+    """Keep every update, to replay the run, and so that nothing is lost when it is killed; always on with hosts."""
 
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
