@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
+from esjax.snapshot import leaf_types
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
 
@@ -80,7 +81,7 @@ class Checkpoints:
             seal = {
                 "seconds": seconds,
                 "member_tokens": member_tokens,
-                "leaves": _leaves(state),
+                "leaves": leaf_types(state),
                 "files": _hashes(partial / STATE),
             }
             _write_durably(partial / SEAL, json.dumps(seal))
@@ -129,7 +130,7 @@ def digest(state: TrainState) -> str:
 
 def _restore(path: Path, like: TrainState) -> Restored:
     seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-    expected = _leaves(like)
+    expected = leaf_types(like)
     strange = [name for name in {**expected, **seal["leaves"]} if expected.get(name) != seal["leaves"].get(name)]
     if strange:
         raise EsjaxError(
@@ -139,12 +140,6 @@ def _restore(path: Path, like: TrainState) -> Restored:
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore((path / STATE).absolute(), like)
     return Restored(state, seal["seconds"], seal["member_tokens"])
-
-
-def _leaves(state: TrainState) -> dict[str, str]:
-    """Describe each array of a state by its type and shape."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _steps(folder: Path) -> list[int]:

@@ -20,7 +20,8 @@ FLOORS = [
     ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer"),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
     ("esjax.data", "esjax.data.sources", "esjax.data.vocabulary", "esjax.data.packing", "esjax.data.ngram"),
-    ("esjax.data.corpus",),
+    ("esjax.data.corpus", "esjax.data.delivery"),
+    ("esjax.ledger", "esjax.snapshot"),
     ("esjax.devices", "esjax.interrupts", "esjax.replica", "esjax.trained", "esjax.checkpoint", "esjax.run_folder"),
     ("esjax.loading", "esjax.training", "esjax.import_npy"),
     ("esjax.progress",),
