@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
+from esjax.files import write_durably
 from esjax.snapshot import leaf_types
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
@@ -84,7 +85,7 @@ class Checkpoints:
                 "leaves": leaf_types(state),
                 "files": _hashes(partial / STATE),
             }
-            _write_durably(partial / SEAL, json.dumps(seal))
+            write_durably(partial / SEAL, json.dumps(seal))
             os.replace(partial, path)
         except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -167,14 +168,6 @@ def _hashes(folder: Path) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         for path in files
     }
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Write a file that is on the disk when this returns; orbax does the same with its own."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _unused(path: Path) -> Path:

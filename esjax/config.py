@@ -207,6 +207,21 @@ class OptimConfig(Section):
         _check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
 
 
+class HostsConfig(Section):
+    """Training on many hosts."""
+
+    spot_check: float = 0.0
+    """Share of a fixed population that two hosts score, to find one that lies or computes wrongly."""
+
+    digest_interval: int = 100
+    """Steps between comparisons of the hosts' states, beside those at checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "digest_interval")
+        _check(0 <= self.spot_check <= 1, f"spot_check must be from 0 to 1, got {self.spot_check}")
+
+
 class Config(Section):
     """Settings of a run."""
 
@@ -234,6 +249,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
     optim: OptimConfig = OptimConfig()
+    hosts: HostsConfig = HostsConfig()
     model: ModelConfig = GruConfig()
 
     def __post_init__(self) -> None:

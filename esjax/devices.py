@@ -36,6 +36,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_mesh() -> "Mesh":
+    """Take one CPU, for a process that computes next to nothing."""
+    import jax
+
+    from esjax.evaluate import PAIRS_AXIS
+
+    devices = jax.devices("cpu")[:1]
+    return jax.make_mesh((1,), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
 def local_mesh() -> "Mesh":
     """Line up all local devices along the population's axis."""
     import jax

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esjax.checkpoint import restore_newest
 from esjax.config import Config, replace
-from esjax.data.corpus import Split, load_corpus
+from esjax.data.corpus import Corpus, Split, load_corpus
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
+from esjax.errors import EsjaxError
 from esjax.es import init_state
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
@@ -72,6 +73,23 @@ class Loaded(NamedTuple):
         corpus = load_corpus(data, self.vocabulary)
         documents, size = corpus.split(split)
         return Evaluation(self.trained.score(self.params, documents, size), corpus.baselines(documents))
+
+
+def load_run_corpus(folder: RunFolder) -> Corpus:
+    """Read the text that a run was trained on.
+
+    Raises:
+        EsjaxError: It cannot be used, has changed, or there is none.
+    """
+    if not folder.text_digest:
+        raise EsjaxError(f"{str(folder.path)!r} holds imported weights and no text; train anew")
+    corpus = load_corpus(folder.config.data, folder.vocabulary)
+    if corpus.digest != folder.text_digest:
+        raise EsjaxError(
+            f"the text {folder.config.data.text!r} is not the one {str(folder.path)!r} was trained on; put the old one "
+            "back, or train anew"
+        )
+    return corpus
 
 
 def load(

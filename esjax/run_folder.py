@@ -1,17 +1,22 @@
 """What a run leaves on disk, except the checkpoints' own format.
 
 config.yaml       the settings; they start the same run again, but for what run.json names
-run.json          version of this layout, hash of the text, names of a model, loss or optimizer of its own
+run.json          version of this layout, name of the run, hash of the text, names of a model, loss or optimizer of
+                  its own
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
 samples.txt       text written on the way
 checkpoints/      see `esjax.checkpoint`
+ledger            every update, if the run keeps them, see `esjax.ledger`
+epoch             how often a coordinator was started
+keys/             who may join, see `esjax.hosts.keys`
 """
 
 import fcntl
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +26,7 @@ import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, is_symbol
 from esjax.errors import EsjaxError
+from esjax.files import write_durably
 
 FORMAT = 1
 """Version of the layout."""
@@ -48,6 +54,7 @@ class RunFolder:
                 f"{str(path)!r} is a run folder of format {run.get('format')}, this is esjax {esjax.__version__} with "
                 f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
             )
+        self.name: str = run.get("name", "")
         self.text_digest: str = run.get("text_digest", "")
         self.own: dict[str, str] = run.get("own", {})
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
@@ -81,7 +88,13 @@ class RunFolder:
             raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
         if taken:
             raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
-        run = {"format": FORMAT, "esjax": esjax.__version__, "text_digest": text_digest, "own": dict(own)}
+        run = {
+            "format": FORMAT,
+            "esjax": esjax.__version__,
+            "name": secrets.token_hex(8),
+            "text_digest": text_digest,
+            "own": dict(own),
+        }
         stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -114,6 +127,25 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        """File of the ledger."""
+        return self.path / "ledger"
+
+    def next_epoch(self) -> int:
+        """Count a start of a coordinator, durably, and return its number, from 1 on.
+
+        Raises:
+            EsjaxError: It cannot be read or written.
+        """
+        path = self.path / "epoch"
+        try:
+            epoch = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
+            write_durably(path, f"{epoch}\n")
+        except (OSError, ValueError) as error:
+            raise EsjaxError(f"cannot count the coordinator's start in {str(path)!r}: {error}") from error
+        return epoch
 
     def lock(self) -> None:
         """Claim the run for this process, until it ends or `unlock` is called.

@@ -1,0 +1,78 @@
+"""The command line: arguments in, one clear line out when they are wrong."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import tyro
+from rich.console import Console
+
+from esjax.cli.hosts import Join, Replay, Serve, Status, Token
+from esjax.cli.shared import parse_settings, prepare
+from esjax.cli.train import Resume, Train
+from esjax.cli.use import Evaluate, Generate, ImportNpy
+from esjax.errors import EsjaxError
+
+__all__ = ["COMMANDS", "main", "prepare"]
+
+COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "resume": Resume,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "serve": Serve,
+    "join": Join,
+    "status": Status,
+    "token": Token,
+    "replay": Replay,
+    "import-npy": ImportNpy,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exit with 2 on a mistake that a person can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=True)
+    try:
+        _parse(words).run(console)
+    except EsjaxError as error:
+        _fail(console, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a disk that filled up, a folder that was taken away
+        _fail(console, str(error))
+
+
+def _parse(words: list[str]) -> Any:
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0)
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise EsjaxError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    if name in ("train", "serve"):
+        return parse_settings(COMMANDS[name], name, rest)
+    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")
+
+
+def _fail(console: Console, message: str) -> NoReturn:
+    console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _usage() -> str:
+    lines = [f"  {name:12}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: esjax COMMAND ...",
+            "",
+            "Train language models with evolution strategies.",
+            "",
+            *lines,
+            "",
+            "esjax COMMAND --help lists the options of a command.",
+        ]
+    )

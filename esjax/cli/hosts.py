@@ -1,0 +1,229 @@
+"""serve, join, status, token and replay."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from esjax.cli.shared import Run, new_folder, prepare, show, teller
+from esjax.config import Config
+from esjax.errors import EsjaxError
+
+if TYPE_CHECKING:
+    from esjax.hosts.keys import Token as TokenFile
+    from esjax.hosts.wire import Status as StatusReply
+
+Address = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADDRESS")]
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Begin, or go on with, a run that hosts join over the network.
+
+    Takes the settings of train. Hosts need nothing but the line that this prints.
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+    config: Path | None = None
+    """YAML file of settings; options on the command line go before it."""
+
+    out: Path | None = None
+    """Run folder to make. None: runs/ and the time of day."""
+
+    resume: Path | None = None
+    """Run folder to go on with, in place of a new one; of the settings, only steps and seconds count then."""
+
+    bind: str = "tcp://127.0.0.1:5555"
+    """Where to listen; broadcasts are at the next port. 0.0.0.0: on every interface."""
+
+    keys: Path | None = None
+    """Folder of the keys. None: "keys" in the run folder, and no keys on a loopback address."""
+
+    plain_text_anywhere: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Listen on any address without keys: whoever reaches it can read along and take part."""
+
+    def run(self, console: Console) -> None:
+        """Coordinate until a limit or Ctrl-C."""
+        # A coordinator touches no weight: it leaves accelerators to the hosts.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        prepare()
+        from esjax.hosts.serve import Listen, resume_serving, serve
+
+        tell = teller(console)
+        listen = Listen(self.bind, self.keys, self.plain_text_anywhere)
+        if self.resume is None:
+            server = serve(self.settings, new_folder(self.out), listen, tell=tell)
+        else:
+            steps, seconds = self.settings.steps, self.settings.seconds
+            server = resume_serving(self.resume, listen, steps=steps, seconds=seconds, tell=tell)
+
+        @contextmanager
+        def announce() -> Iterator[None]:
+            token = f" --token-file {server.token}" if server.token else ""
+            print(f"esjax join {server.address}{token}", flush=True)
+            yield
+
+        server.while_open = announce
+        show(server, console)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Take part in a run with this machine's devices."""
+
+    address: Address
+    """Of the coordinator, tcp://HOST:PORT."""
+
+    token_file: Path | None = None
+    """What the coordinator's keys let this host in with."""
+
+    name: str | None = None
+    """What the host is called; of two of one name the newer counts. None: made up."""
+
+    lifetime: float | None = None
+    """Leave after so many seconds."""
+
+    patience: float = 600.0
+    """Give up after so many seconds without a word from the coordinator."""
+
+    def run(self, console: Console) -> None:
+        """Take part until training ends, SIGTERM or Ctrl-C."""
+        token = _token(self.token_file)
+        if self.lifetime is not None and not self.lifetime > 0:
+            raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
+        prepare()
+        from esjax.hosts.join import TASKS, join
+
+        try:
+            join(
+                self.address,
+                token=token,
+                name=self.name,
+                lifetime=self.lifetime,
+                patience=self.patience,
+                tell=teller(console),
+            )
+        except EsjaxError as error:
+            teller(console)(f"error: {error}")
+            code = 2
+        else:
+            code = 0
+        if any(thread.name == TASKS for thread in threading.enumerate()):
+            # Devices cannot be interrupted, and Python cannot end while they are at it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show how a run and its hosts do."""
+
+    address: Address
+    """Of the coordinator, tcp://HOST:PORT."""
+
+    token_file: Path | None = None
+    """What the coordinator's keys let this host in with."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print it."""
+        from esjax.hosts.ask import ask_status
+
+        status = ask_status(self.address, _token(self.token_file))
+        if self.json:
+            import msgspec
+
+            print(msgspec.json.encode(msgspec.structs.asdict(status)).decode())
+        else:
+            _print(status)
+
+
+@dataclass(frozen=True)
+class Token:
+    """Make or revoke what a host needs to join."""
+
+    action: Annotated[Literal["new", "revoke"], tyro.conf.Positional]
+    """new: make one, and let its key in. revoke: let its key in no more, at once."""
+
+    keys: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="KEYS")]
+    """Folder of the coordinator's keys: RUN/keys, or what serve was given with --keys."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of the token."""
+
+    address: str = "tcp://127.0.0.1:5555"
+    """Where hosts reach the coordinator."""
+
+    def run(self, console: Console) -> None:
+        """Change the folder; a running coordinator sees it."""
+        from esjax.hosts.keys import ServerKeys
+        from esjax.hosts.transport import new_keypair, parse_address
+
+        keys = ServerKeys(self.keys, new_keypair, teller(console))
+        if self.action == "new":
+            parse_address(self.address)
+            print(f"esjax join {self.address} --token-file {keys.new_token(self.name, self.address)}")
+        else:
+            keys.revoke_token(self.name)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Rebuild a run's weights from its ledger alone, and say whether the digests agree."""
+
+    run_folder: Run
+    """Run folder."""
+
+    def run(self, console: Console) -> None:
+        """Print what was found; exit with 1 if a digest differs."""
+        prepare()
+        from esjax.replay import replay
+
+        found = replay(self.run_folder, tell=teller(console))
+        print(found.summary())
+        sys.exit(0 if found.agrees else 1)
+
+
+def _token(path: Path | None) -> "TokenFile | None":
+    from esjax.hosts.keys import load_token
+
+    return None if path is None else load_token(path)
+
+
+def _print(status: "StatusReply") -> None:
+    loss = "none yet" if status.loss is None else f"{status.loss:.3f}"
+    held_out = "" if status.held_out is None else f"  held-out {status.held_out:.3f}"
+    rate = f"{status.member_tokens_per_second / 1e6:.2f} M/s"
+    print(f"run {status.run}  step {status.step:,}  loss {loss}{held_out}  {'paused' if status.paused else rate}")
+    table = Table("host", "state", "step", "members/s", "share", "last seen", "digest", "device", "note", box=None)
+    for host in status.hosts:
+        mark = " *" if host.slot == status.anchor else ""
+        table.add_row(
+            host.name + mark,
+            host.state,
+            f"{host.step:,}",
+            f"{host.members_per_second:,.0f}",
+            f"{host.share:.0%}",
+            f"{host.last_seen:.0f} s",
+            host.digest[:8],
+            host.device,
+            host.note,
+        )
+    Console().print(table)
+    if any(host.slot == status.anchor for host in status.hosts):
+        print("* its state is the one that is kept")
+    for reason, count in sorted(status.counters.items()):
+        print(f"turned down: {count:,} x {reason}")

@@ -1,0 +1,99 @@
+"""What the commands have in common."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from esjax.config import MODELS, Config, from_yaml, replace
+from esjax.errors import EsjaxError
+
+if TYPE_CHECKING:
+    from esjax.hosts.serve import Server
+    from esjax.training import Trainer
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+def prepare() -> None:
+    """Set up the devices, before anything imports JAX."""
+    from esjax.devices import prepare_devices
+
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    prepare_devices(Path(home) / "esjax")
+
+
+def new_folder(out: Path | None) -> Path:
+    """Name the run folder to make: `out`, or the time of day."""
+    return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def teller(console: Console) -> Callable[[str], None]:
+    """Make the function that shows a person a line."""
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(run: "Trainer | Server", console: Console) -> None:
+    """Train, with a line of progress."""
+    from esjax.progress import Progress
+
+    assert run.folder is not None
+    with Progress(console, run.baselines, run.limits) as progress:
+        run.tell = progress.tell
+        for info in run:
+            progress.update(info)
+    if run.last is not None and run.last.held_out is not None:
+        against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
+        run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
+    run.tell(f"kept in {run.folder.path}")
+
+
+def parse_settings(command: Any, name: str, words: list[str]) -> Any:
+    """Read settings from a file, then a model's name, then the options, each over the one before.
+
+    Args:
+        command: A dataclass whose field `settings` is a `Config`.
+        name: Of the command.
+        words: After the command.
+    """
+    settings = Config()
+    path = _option(words, "--config")
+    if path is not None:
+        try:
+            settings = from_yaml(Path(path).read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
+    named = [i for i, word in enumerate(words) if word in MODELS and not (i and _awaits_value(words[i - 1]))]
+    if len(named) > 1:
+        raise EsjaxError(f"one model at a time, not {' and '.join(words[i] for i in named)}")
+    if named:
+        settings = replace(settings, model=MODELS[words[named[0]]]())
+        words = words[: named[0]] + words[named[0] + 1 :]
+    try:
+        return tyro.cli(
+            command,
+            args=words,
+            prog=f"esjax {name}",
+            default=command(settings),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValueError as error:  # of the settings as a whole; those of a section come as a box of tyro's
+        raise EsjaxError(str(error)) from error
+
+
+def _awaits_value(word: str) -> bool:
+    return word.startswith("--") and "=" not in word and word != "--help"
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """Find an option's value before the whole line can be read."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == name:
+            return following
+        if word.startswith(name + "="):
+            return word.removeprefix(name + "=")
+    return None

@@ -1,0 +1,74 @@
+"""train and resume."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from esjax.cli.shared import Run, new_folder, prepare, show, teller
+from esjax.config import Config
+from esjax.errors import EsjaxError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model from scratch.
+
+    Name a model, rnn or gru, anywhere among the options to choose it and to see its settings: esjax train gru --help.
+    """
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+    config: Path | None = None
+    """YAML file of settings; options on the command line go before it."""
+
+    out: Path | None = None
+    """Run folder to make. None: runs/ and the time of day."""
+
+    workers: int = 0
+    """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
+
+    def run(self, console: Console) -> None:
+        """Train until a limit or Ctrl-C."""
+        if self.workers < 0:
+            raise EsjaxError(f"workers must be at least 0, got {self.workers}")
+        prepare()
+        out = new_folder(self.out)
+        if self.workers:
+            from esjax.hosts.local import local_workers
+            from esjax.hosts.serve import Listen, serve
+
+            server = serve(self.settings, out, Listen("tcp://127.0.0.1:0"), tell=teller(console))
+            server.while_open = lambda: local_workers(server.address, self.workers, out)
+            show(server, console)
+            return
+        from esjax.training import train
+
+        run = train(self.settings, out, tell=teller(console))
+        show(run, console)
+        print(f"\n{run.sample()}\n")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest checkpoint."""
+
+    run_folder: Run
+    """Run folder."""
+
+    steps: int | None = None
+    """Stop when the run has done so many steps in all."""
+
+    seconds: float | None = None
+    """Stop so many seconds after the first step finished from now."""
+
+    def run(self, console: Console) -> None:
+        """Train until a limit or Ctrl-C."""
+        prepare()
+        from esjax.training import resume
+
+        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, tell=teller(console))
+        show(trainer, console)
+        print(f"\n{trainer.sample()}\n")

@@ -1,0 +1,137 @@
+"""evaluate, generate and import-npy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from esjax.cli.shared import Run, prepare, teller
+from esjax.errors import EsjaxError
+
+if TYPE_CHECKING:
+    from esjax.trained import Written
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a model on whole documents, beside n-gram models."""
+
+    run_folder: Run
+    """Run folder."""
+
+    text: Annotated[str | None, tyro.conf.arg(name="data.text")] = None
+    """Another text: a file, a folder, a glob, builtin:shakespeare or builtin:pydoc."""
+
+    split: Literal["train", "held_out", "all"] = "held_out"
+    """Which of the text's documents."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print the scores."""
+        prepare()
+        from esjax.loading import load
+        from esjax.run_folder import json_line
+
+        evaluation = load(self.run_folder, tell=teller(console)).evaluate(self.text, self.split)
+        if self.json:
+            print(json_line({**evaluation.scored._asdict(), **evaluation.baselines}))
+            return
+        scored = evaluation.scored
+        print(f"{scored.nats_per_token:.4f} nats/token, {scored.bits_per_byte:.4f} bits/byte, {scored.tokens:,} tokens")
+        if scored.unknown_tokens:
+            print(f"{scored.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
+        for name, value in evaluation.baselines.items():
+            print(f"{value:.4f} {name}")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write text: sampled, or with --beams the most probable."""
+
+    run_folder: Run
+    """Run folder."""
+
+    prompt: str = ""
+    """Start of the text."""
+
+    beams: int | None = None
+    """Width of a beam search, in place of sampling."""
+
+    temperature: float = 1.0
+    """Below 1: safer; above 1: bolder; 0: always the most probable token."""
+
+    top_k: int = 0
+    """Choose among so many most probable tokens; 0: among all."""
+
+    top_p: float = 1.0
+    """Choose among the most probable tokens that reach this probability together."""
+
+    max_tokens: int = 400
+    """Most tokens to write; the text ends earlier where the model ends the document."""
+
+    seed: int = 0
+    """Names the texts: equal seeds, equal texts."""
+
+    count: int = 1
+    """Number of texts."""
+
+    def run(self, console: Console) -> None:
+        """Print the texts."""
+        if self.count < 1:
+            raise EsjaxError(f"count must be at least 1, got {self.count}")
+        prepare()
+        from esjax.data.vocabulary import is_symbol
+        from esjax.loading import load
+
+        if not all(map(is_symbol, self.prompt)):
+            raise EsjaxError("the prompt is not UTF-8 text")
+        tell = teller(console)
+        loaded = load(self.run_folder, tell=tell)
+        unknown = loaded.vocabulary.unknown(self.prompt)
+        if unknown:
+            tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")
+        texts: list[Written]
+        if self.beams is None:
+            texts = loaded.generate(
+                self.prompt,
+                max_tokens=self.max_tokens,
+                count=self.count,
+                seed=self.seed,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+            )
+        else:
+            texts = loaded.search(self.prompt, beams=self.beams, max_tokens=self.max_tokens)[: self.count]
+        for text in texts:
+            if text.log_probability is not None:
+                tell(f"[log probability {text.log_probability:.2f}]")
+            print(self.prompt + text.text)
+            if len(texts) > 1:
+                print("---")
+
+
+@dataclass(frozen=True)
+class ImportNpy:
+    """Make a run folder of the original program's weight file."""
+
+    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A .npy vector: D, V, L and the weights."""
+
+    chars: Path
+    """JSON list of characters, or of [character, count] pairs; ids 2 and up in that order."""
+
+    out: Path
+    """Run folder to make."""
+
+    def run(self, console: Console) -> None:
+        """Make the folder."""
+        prepare()
+        from esjax.import_npy import import_npy
+
+        import_npy(self.weights, self.chars, self.out)
+        print(f"esjax evaluate {self.out} --data.text TEXT")

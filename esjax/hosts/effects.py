@@ -1,0 +1,107 @@
+"""What the coordinator is given, and what it wants done."""
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+from esjax.hosts.wire import Envelope
+
+
+class History(Protocol):
+    """The updates so far."""
+
+    @property
+    def first(self) -> int:
+        """Number of the first update."""
+
+    def updates(self, from_step: int, limit_bytes: int) -> list[bytes]:
+        """Return consecutive updates as they were recorded, at least one if there is one."""
+
+
+class Snapshot(NamedTuple):
+    """A state as bytes, and the step at which it was taken."""
+
+    step: int
+    data: bytes
+    digest: str
+
+
+class Terms(NamedTuple):
+    """What a run asks of every host.
+
+    Attributes:
+        run: Name of the run.
+        epoch: Number of this start of the coordinator.
+        unit: Pairs that are never split between hosts.
+        vocab_size: Number of token ids.
+        answers: Hashes of known noise by kind of noise.
+        own: Names of the run's own model, loss and optimizer.
+        publish_port: Port of the broadcasts.
+        state_bytes: Size of a snapshot.
+    """
+
+    run: str
+    epoch: int
+    unit: int
+    vocab_size: int
+    answers: dict[str, str]
+    own: dict[str, str]
+    publish_port: int = 0
+    state_bytes: int = 0
+
+
+class Publish(NamedTuple):
+    """Send to everybody."""
+
+    envelope: Envelope
+
+
+class Record(NamedTuple):
+    """Write an update to the ledger before anything else is done."""
+
+    step: int
+    payload: bytes
+
+
+class RecordDigest(NamedTuple):
+    """Write down the digest of the state at a step."""
+
+    step: int
+    digest: str
+
+
+class Store(NamedTuple):
+    """Write a checkpoint, then call `Coordinator.stored`."""
+
+    snapshot: Snapshot
+
+
+class Tell(NamedTuple):
+    """Say a line to the person who watches."""
+
+    line: str
+
+
+class Closed(NamedTuple):
+    """A step is finished.
+
+    Attributes:
+        step: Steps done so far.
+        loss: Mean of the finite losses, or NaN.
+        population: Members scored.
+        void_pairs: Pairs left out because a loss of theirs is not finite.
+        trouble: Why no update is made, or "".
+    """
+
+    step: int
+    loss: float
+    population: int
+    void_pairs: int
+    trouble: str
+
+
+Effect = Publish | Record | RecordDigest | Store | Tell | Closed
+
+
+def hash_bytes(data: bytes) -> str:
+    """Hash what is sent in parts."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,163 @@
+"""Does a host's tasks with its devices."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+
+from esjax.checkpoint import digest
+from esjax.config import from_yaml, replace
+from esjax.data.delivery import unpack_text
+from esjax.data.vocabulary import Vocabulary
+from esjax.devices import local_mesh
+from esjax.errors import EsjaxError
+from esjax.evaluate import Loss
+from esjax.hosts import wire
+from esjax.hosts.tasks import (
+    Apply,
+    Build,
+    Built,
+    Done,
+    Failed,
+    Load,
+    Measure,
+    Result,
+    Score,
+    Scored,
+    TakeDigest,
+    TakeSnapshot,
+    Task,
+    UseBlock,
+    Value,
+)
+from esjax.models import build_model
+from esjax.models.model import ModelFactory
+from esjax.replica import Replica
+from esjax.snapshot import from_bytes, to_bytes
+from esjax.trained import Trained
+
+
+class Engine:
+    """A replica, once it is built, and what it is asked to do."""
+
+    def __init__(
+        self,
+        replica: Replica | None = None,
+        *,
+        model: ModelFactory | None = None,
+        loss: Loss | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Begin with a replica, or with none until `Build`.
+
+        Args:
+            replica: The replica, if there is one already.
+            model: Builds a model of one's own.
+            loss: A loss of one's own.
+            optimizer: An optimizer of one's own.
+            tell: Called with each line that a person should see.
+        """
+        self._replica = replica
+        self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._tell = tell
+        self._measure: Callable[[], float | None] = lambda: None
+
+    def do(self, task: Task) -> Result:
+        """Do a task; what fails comes back as `Failed`, with the reason in one line."""
+        try:
+            return self._build(task) if isinstance(task, Build) else self._do(task)
+        except EsjaxError as error:
+            return Failed(str(error))
+        except jax.errors.JaxRuntimeError as error:
+            return Failed(f"the devices failed: {str(error).splitlines()[0][:300]}")
+
+    def _do(self, task: Task) -> Result:
+        replica = self._replica
+        assert replica is not None
+        if isinstance(task, Score):
+            started = time.perf_counter()
+            losses = replica.losses(wire.pairs_of(task.spans))
+            return Scored(losses, time.perf_counter() - started)
+        if isinstance(task, Apply):
+            return self._apply(replica, task)
+        if isinstance(task, Load):
+            replica.state = from_bytes(task.snapshot, replica.state)
+        elif isinstance(task, UseBlock):
+            replica.use_tokens(np.frombuffer(task.tokens, f"<u{len(task.tokens) // self._block_tokens}"))
+        elif isinstance(task, TakeDigest):
+            return Value(digest(replica.state))
+        elif isinstance(task, TakeSnapshot):
+            return Value(to_bytes(replica.state))
+        elif isinstance(task, Measure):
+            return Value(self._measure())
+        return Done(int(replica.state.step))
+
+    def _apply(self, replica: Replica, task: Apply) -> Done:
+        norms: tuple[float | None, float | None] = (None, None)
+        for payload in task.updates:
+            norms = make_update(replica, payload)
+        return Done(int(replica.state.step), *norms)
+
+    def _build(self, task: Build) -> Result:
+        config = from_yaml(task.config, "the run's settings")
+        text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
+        build = self._model or (lambda size: build_model(config.model, size))
+        model = build(task.vocab_size)
+        mesh = local_mesh()
+        self._block_tokens = config.data.block_tokens or 0
+        stream = text.stream
+        if self._block_tokens:
+            stream = np.zeros(self._block_tokens, np.min_scalar_type(task.vocab_size - 1))
+        while True:
+            replica = Replica(config, model, stream, mesh, self._loss, self._optimizer)
+            try:
+                _compile(replica)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or replica.chunk_pairs <= 2:
+                    raise
+                fewer = max(2, replica.chunk_pairs // 2)
+                self._tell(f"out of memory with {replica.chunk_pairs} pairs at a time; trying {fewer}")
+                config = replace(config, es=replace(config.es, chunk_pairs=fewer))
+        self._replica = replica
+        if text.held_out:
+            trained = Trained(model, Vocabulary("byte"), mesh)
+            lanes = trained.lanes(text.held_out)
+            self._measure = lambda: trained.loss(replica.state.average, lanes)
+        return Built(replica.granule)
+
+
+def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float | None]:
+    """Take a replica one step on.
+
+    Args:
+        replica: At the step of the update.
+        payload: The update, as it is published and kept in the ledger.
+
+    Returns:
+        Norms of the estimate and of the update; None for a void step.
+
+    Raises:
+        EsjaxError: The update is of another step.
+    """
+    update = wire.unpack_update(payload)
+    step = int(replica.state.step)
+    if update.header.step != step:
+        raise EsjaxError(f"update {update.header.step} came to a state at step {step}")
+    if not update.header.applied:
+        replica.skip()
+        return None, None
+    info = replica.apply(update.pairs(), update.weights, update.header.scale)
+    return float(info.gradient_norm), float(info.update_norm)
+
+
+def _compile(replica: Replica) -> None:
+    """Run everything once, so that the first step is as fast as the others."""
+    first = replica.state
+    pairs = np.arange(replica.granule, dtype=np.uint32)
+    replica.losses(pairs)
+    replica.apply(pairs, np.ones(len(pairs), np.int8), 0.0)
+    replica.state = first

@@ -1,0 +1,200 @@
+"""A host that takes part in a run somewhere else."""
+
+import platform
+import queue
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import jax
+import optax
+
+from esjax.errors import EsjaxError
+from esjax.evaluate import Loss
+from esjax.hosts import wire
+from esjax.hosts.answers import describe_devices, kind_of, noise_answers
+from esjax.hosts.engine import Engine
+from esjax.hosts.keys import Token
+from esjax.hosts.tasks import Failed, Result, Task
+from esjax.hosts.transport import ClientTransport, Limits
+from esjax.hosts.worker import Worker
+from esjax.interrupts import stop_on_signals
+from esjax.models.model import ModelFactory
+
+LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
+
+POLL = 0.1
+"""Seconds between looks at the clock."""
+
+TASKS = "esjax-tasks"
+"""Name of the thread that keeps the devices busy."""
+
+CLOSE = 1.0
+"""Seconds that the devices have to finish what they are at, when all is over."""
+
+FAREWELL = 10.0
+"""Seconds to hand in what is scored and to say goodbye."""
+
+
+class Own(NamedTuple):
+    """What a run was given beside its settings: a model, a loss, an optimizer of its own."""
+
+    model: ModelFactory | None = None
+    loss: Loss | None = None
+    optimizer: optax.GradientTransformation | None = None
+
+    def names(self) -> dict[str, str]:
+        """Name what there is."""
+        return {
+            kind: getattr(value, "__qualname__", type(value).__name__)
+            for kind, value in self._asdict().items()
+            if value is not None
+        }
+
+
+NOTHING = Own()
+
+
+def join(
+    address: str,
+    *,
+    token: Token | None = None,
+    name: str | None = None,
+    lifetime: float | None = None,
+    patience: float = 600.0,
+    own: Own = NOTHING,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Take part in a run until it ends, SIGTERM or Ctrl-C comes, or the lifetime is over.
+
+    Args:
+        address: tcp://HOST:PORT of the coordinator.
+        token: Read from a token file, if the coordinator has keys.
+        name: What this host is called; of two of one name the newer counts. None: made up.
+        lifetime: Seconds after which the host leaves. None: no such limit.
+        patience: Seconds to wait for a coordinator that says nothing.
+        own: The model, loss and optimizer of the run's own, if it has some.
+        tell: Called with each line that a person should see.
+
+    Raises:
+        EsjaxError: The coordinator turned the host away, or is not to be reached, or the devices failed.
+    """
+    devices = jax.local_devices()
+    name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
+    now = time.monotonic()
+    worker = Worker(
+        name,
+        describe_devices(devices)[:128],
+        kind_of(devices),
+        noise_answers(),
+        own.names(),
+        now=now,
+        jitter=random.random,
+    )
+    engine = Engine(model=own.model, loss=own.loss, optimizer=own.optimizer, tell=tell)
+    tell(f"{name}: joining {address}")
+    with ExitStack() as stack:
+        transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
+        asked = stack.enter_context(stop_on_signals())
+        hands = _Hands(engine, transport.wake)
+        stack.callback(hands.close)
+        ends_at = now + (lifetime if lifetime is not None else float("inf"))
+        left_at = float("inf")
+        listening = 0
+        phase = ""
+        while not worker.left:
+            now = time.monotonic()
+            if asked.is_set():
+                worker.leave("it was stopped")
+            elif now >= ends_at:
+                worker.leave("its lifetime is over")
+            worker.tick(now)
+            for result in hands.results():
+                worker.finished(result, now)
+            task = worker.task()
+            if task is not None:
+                hands.give(task)
+            if worker.reconnect:
+                tell("no word from the coordinator; connecting anew")
+                transport.reconnect()
+                listening = 0
+                worker.reconnected(now)
+            if worker.joined and worker.joined.publish_port != listening:
+                listening = worker.joined.publish_port
+                transport.subscribe(listening)
+            request = worker.request(now)
+            if request is not None:
+                transport.request(wire.encode(request))
+            if worker.phase != phase:
+                phase = worker.phase
+                tell(f"{name}: {phase}")
+            if worker.leaving and left_at == float("inf"):
+                left_at = now + FAREWELL
+            if now >= left_at:
+                break
+            if now - worker.silent_since > patience:
+                raise EsjaxError(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
+            received = transport.poll(POLL)
+            if received.refused:
+                raise EsjaxError(received.refused)
+            now = time.monotonic()
+            for frames in received.broadcasts:
+                _hand_over(worker, frames, "broadcast", now)
+            if received.reply is not None:
+                _hand_over(worker, received.reply, "reply", now)
+            if worker.refused:
+                raise EsjaxError(worker.refused)
+        if worker.failed:
+            raise EsjaxError(worker.failed)
+        tell(f"{name}: left, {worker.leaving or 'done'}")
+
+
+def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float) -> None:
+    try:
+        envelope = wire.decode(frames, kind)
+    except wire.VersionError as error:
+        raise EsjaxError(
+            f"the coordinator speaks version {error.version} of the protocol, this host {wire.VERSION}; install the "
+            "same esjax on both"
+        ) from error
+    except wire.WireError:
+        return
+    worker.receive(envelope, now)
+
+
+class _Hands:
+    """A thread that does tasks one at a time, so that the host can go on talking meanwhile."""
+
+    def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
+        self._engine, self._wake = engine, wake
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name=TASKS)
+        self._thread.start()
+
+    def give(self, task: Task) -> None:
+        self._tasks.put(task)
+
+    def close(self) -> None:
+        """Let the thread end after the task that it is at, if it is at one."""
+        self._tasks.put(None)
+        self._thread.join(CLOSE)
+
+    def results(self) -> list[Result]:
+        found = []
+        while not self._results.empty():
+            found.append(self._results.get())
+        return found
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                result = self._engine.do(task)
+            except Exception as error:  # a model of one's own may raise anything
+                result = Failed(f"{type(error).__name__}: {str(error)[:300]}")
+            self._results.put(result)
+            self._wake()

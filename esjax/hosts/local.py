@@ -1,0 +1,81 @@
+"""Hosts that are processes of this machine, its cores divided among them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+PATIENCE = 60.0
+"""Seconds after which a process ends whose coordinator says nothing."""
+
+FAREWELL = 15.0
+"""Seconds that processes have to end by themselves."""
+
+
+@contextmanager
+def local_workers(address: str, count: int, logs: Path) -> Iterator[None]:
+    """Run processes that join a run, and end them.
+
+    Args:
+        address: tcp://HOST:PORT of the coordinator.
+        count: Number of processes.
+        logs: Folder for what they print.
+    """
+    with ExitStack() as stack:
+        processes = []
+        for number, cores in enumerate(divide(available_cores(), count)):
+            log = stack.enter_context((logs / f"worker-{number}.log").open("ab"))
+            name = f"worker-{number}"
+            words = ["join", address, "--name", name, "--patience", str(PATIENCE)]
+            processes.append(_start(words, cores, log.fileno()))
+        try:
+            yield
+        finally:
+            for process in processes:
+                _end(process)
+
+
+def available_cores() -> list[int]:
+    """List the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def divide(cores: Sequence[int], count: int) -> list[list[int]]:
+    """Deal cores to processes: as equally as can be, at least one each, so that some share one if there are few."""
+    if count >= len(cores):
+        return [[cores[number % len(cores)]] for number in range(count)]
+    return [list(cores[number::count]) for number in range(count)]
+
+
+def _start(words: list[str], cores: list[int], log: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(len(cores))}
+    pin = hasattr(os, "sched_setaffinity")
+    before = os.sched_getaffinity(0) if pin else set()
+    if pin:  # the child inherits it before it runs a line
+        os.sched_setaffinity(0, cores)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "esjax", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for the coordinator, which tells them
+        )
+    finally:
+        if pin:
+            os.sched_setaffinity(0, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for stop in (lambda: None, process.terminate, process.kill):
+        stop()
+        try:
+            process.wait(FAREWELL)
+            return
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,302 @@
+"""A run whose hosts join over the network."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from esjax.checkpoint import Checkpoints, restore_newest
+from esjax.config import Config, replace
+from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.delivery import pack_text, token_block
+from esjax.data.packing import check_stream, pack_stream
+from esjax.devices import cpu_mesh
+from esjax.errors import EsjaxError
+from esjax.hosts import wire
+from esjax.hosts.answers import noise_answers
+from esjax.hosts.coordinator import Coordinator
+from esjax.hosts.desk import Desk
+from esjax.hosts.effects import Snapshot, Terms, hash_bytes
+from esjax.hosts.join import NOTHING, Own
+from esjax.hosts.keys import ServerKeys
+from esjax.hosts.transport import Limits as Sizes
+from esjax.hosts.transport import ServerTransport, is_loopback, new_keypair
+from esjax.interrupts import stop_on_signals
+from esjax.ledger import Ledger
+from esjax.loading import load_run_corpus
+from esjax.models import build_model
+from esjax.replica import Replica
+from esjax.run_folder import RunFolder, json_line
+from esjax.snapshot import to_bytes
+from esjax.step_info import Limits, StepInfo
+
+REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
+"""What a host may send at a time."""
+
+FIRST_TOKEN = "hosts"
+"""Name of the token that is made with the keys."""
+
+
+class Listen(NamedTuple):
+    """Where the coordinator listens, and to whom.
+
+    Attributes:
+        address: tcp://HOST:PORT; broadcasts are at the next port. Port 0: any two that are free.
+        keys: Folder of the keys. None: `keys` in the run folder, and no keys on a loopback address.
+        plain_text_anywhere: Listen on any address without keys: whoever reaches it can read along and take part.
+    """
+
+    address: str = "tcp://127.0.0.1:5555"
+    keys: Path | None = None
+    plain_text_anywhere: bool = False
+
+
+ON_THIS_MACHINE = Listen()
+
+
+class Server:
+    """A run that hosts take part in: iterate over it to coordinate them.
+
+    Iteration ends at the limits of the settings, or when Ctrl-C or SIGTERM comes, with a last checkpoint and a last
+    evaluation by one of the hosts.
+
+    Attributes:
+        config: Settings.
+        folder: Where the run is kept.
+        limits: Where iteration ends; may be changed.
+        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
+        address: Where hosts join; its port is known once iteration has begun.
+        token: Token file that hosts need, or None.
+        while_open: Makes a context that is entered when hosts may join, and left at the end.
+        last: Info of the last step, or None.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        corpus: Corpus,
+        listen: Listen,
+        own: Own,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        """Set up; use `serve` or `resume_serving` to get one."""
+        self.config = folder.config
+        self.folder = folder
+        self.limits = Limits(self.config.steps, self.config.seconds)
+        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
+        self.address = listen.address
+        self.token: Path | None = None
+        self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.last: StepInfo | None = None
+        self.tell = tell or (lambda line: print(line, file=sys.stderr))
+        self._corpus, self._listen, self._own = corpus, listen, own
+
+    def __repr__(self) -> str:
+        """Say where it is."""
+        return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}>"
+
+    def __iter__(self) -> Iterator[StepInfo]:
+        """Coordinate the hosts, and yield what each step did."""
+        with ExitStack() as stack:
+            asked = stack.enter_context(stop_on_signals())
+            coordinator, desk, metrics = self._open(stack)
+            stack.enter_context(self.while_open())
+            stopping = False
+            pending: StepInfo | None = None  # the last step waits for the last evaluation
+            began_at = 0.0
+            while not coordinator.finished:
+                if asked.is_set() and not stopping:
+                    stopping = True
+                    coordinator.stop(time.monotonic(), done=False)
+                for info in desk.turn():
+                    now = time.monotonic()
+                    began_at = began_at or now
+                    if self.limits.reached(info.step, now - began_at) and not stopping:
+                        stopping, pending = True, info
+                        coordinator.stop(now, done=True)
+                    else:
+                        yield self._kept(info, metrics)
+            held_out = desk.new_held_out()
+            if pending is not None:
+                yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), metrics)
+            elif self.last is not None and held_out is not None:
+                self.last = self.last._replace(held_out=held_out)
+
+    def _kept(self, info: StepInfo, metrics: IO[str]) -> StepInfo:
+        self.last = info
+        metrics.write(json_line(info.row()) + "\n")
+        return info
+
+    def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk, IO[str]]:
+        """Claim the folder and the port, and find out where the run stands."""
+        config, folder, corpus = self.config, self.folder, self._corpus
+        folder.lock()
+        stack.callback(folder.unlock)
+        checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
+        ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
+        own = self._own
+        build = own.model or (lambda size: build_model(config.model, size))
+        replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.loss, own.optimizer)
+        if not checkpoints.newest and not any(folder.checkpoints.iterdir()):
+            checkpoints.save(replica.state, 0.0, 0)
+        restored = restore_newest(folder.checkpoints, replica.state, self.tell)
+        first = int(restored.state.step)
+        if ledger.next and not ledger.first <= first <= ledger.next:
+            raise EsjaxError(
+                f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
+                f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
+            )
+        since = list(map(wire.unpack_update, _all_updates(ledger, first)))
+        keys = self._keys()
+        transport = stack.enter_context(
+            ServerTransport(
+                self._listen.address,
+                keys=keys,
+                limits=REQUEST_LIMITS,
+                tell=self.tell,
+                plain_text_anywhere=self._listen.plain_text_anywhere,
+            )
+        )
+        self.address = transport.address
+        now = time.monotonic()
+        data = to_bytes(restored.state)
+        stream = pack_stream(corpus.train)
+        check_stream(len(stream), config.data.burn_in + config.data.window)
+        blocks = _Blocks(config, stream) if config.data.block_tokens else None
+        coordinator = Coordinator(
+            config,
+            Terms(
+                run=folder.name,
+                epoch=folder.next_epoch(),
+                unit=replica.chunk_pairs,
+                vocab_size=corpus.vocabulary.size,
+                answers=noise_answers(),
+                own=folder.own,
+                publish_port=transport.publish_port,
+                state_bytes=len(data),
+            ),
+            step=first + len(since),
+            now=now,
+            rng=np.random.default_rng(),
+            text=pack_text(stream[:0] if blocks else stream, corpus.held_out),
+            snapshot=Snapshot(first, data, hash_bytes(data)),
+            history=ledger,
+            last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
+            block=blocks,
+        )
+        members = sum(2 * pairs for update in since for _, pairs in update.header.spans)
+        a_member = config.data.batch_size * config.data.window
+        desk = Desk(
+            config,
+            coordinator,
+            transport,
+            ledger,
+            checkpoints,
+            replica.state,
+            keys=keys,
+            seconds=restored.seconds,
+            member_tokens=restored.member_tokens + members * a_member,
+            tell=self.tell,
+        )
+        metrics = stack.enter_context(folder.open_metrics(coordinator.step))
+        return coordinator, desk, metrics
+
+    def _keys(self) -> ServerKeys | None:
+        """Open the keys, if there are to be any; with new ones comes a first token."""
+        listen = self._listen
+        if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
+            return None
+        path = listen.keys or self.folder.path / "keys"
+        is_new = not path.exists()
+        keys = ServerKeys(path, new_keypair, self.tell)
+        if is_new:
+            keys.new_token(FIRST_TOKEN, listen.address)
+        self.token = path / f"{FIRST_TOKEN}.token"
+        return keys
+
+
+def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
+    while first < ledger.next:
+        updates = ledger.updates(first, wire.MAX_BODY)
+        yield from updates
+        first += len(updates)
+
+
+class _Blocks:
+    """Blocks of tokens as bytes, the last few of them kept: every host asks for the same."""
+
+    def __init__(self, config: Config, stream: np.ndarray) -> None:
+        self._config, self._stream = config, stream.astype(np.min_scalar_type(stream.max()).newbyteorder("<"))
+        self._made: dict[int, bytes] = {}
+
+    def __call__(self, block: int) -> bytes:
+        if block not in self._made:
+            size = self._config.data.block_tokens
+            assert size is not None
+            newest = {number: data for number, data in self._made.items() if abs(number - block) <= 1}
+            self._made = {**newest, block: token_block(self._stream, self._config.seed, block, size).tobytes()}
+        return self._made[block]
+
+
+def serve(
+    config: Config | None,
+    out: str | Path,
+    listen: Listen = ON_THIS_MACHINE,
+    *,
+    own: Own = NOTHING,
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """Begin a run that hosts take part in; iterate over the result to coordinate them.
+
+    Args:
+        config: Settings; None: the defaults.
+        out: Run folder to make.
+        listen: Where, and to whom.
+        own: A model, loss or optimizer of one's own, which every host has to bring along, too.
+        tell: Called with each line that a person should see. None: they go to standard error.
+
+    Raises:
+        EsjaxError: The text cannot be used, or the folder exists already.
+    """
+    config = replace(config or Config(), ledger=True)
+    corpus = load_corpus(config.data)
+    folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
+    server = Server(folder, corpus, listen, own, tell)
+    if corpus.note:
+        server.tell(corpus.note)
+    return server
+
+
+def resume_serving(
+    path: str | Path,
+    listen: Listen = ON_THIS_MACHINE,
+    *,
+    own: Own = NOTHING,
+    steps: int | None = None,
+    seconds: float | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """Go on with a run, with hosts: from its newest checkpoint and every update since.
+
+    Args:
+        path: Run folder.
+        listen: Where, and to whom.
+        own: The run's own model, loss and optimizer, if it was given some.
+        steps: End when the run has done so many steps in all.
+        seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
+            run's settings hold.
+        tell: Called with each line that a person should see. None: they go to standard error.
+
+    Raises:
+        EsjaxError: It is no run folder, its text has changed, or a model, loss or optimizer of its own is missing.
+    """
+    folder = RunFolder(Path(path))
+    folder.check_own(**own._asdict())
+    server = Server(folder, load_run_corpus(folder), listen, own, tell)
+    if steps is not None or seconds is not None:
+        server.limits = Limits(steps, seconds)
+    return server

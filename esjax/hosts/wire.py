@@ -1,0 +1,528 @@
+"""Messages and their bytes.
+
+A message is one frame, or two: a header (a mark, the version of this protocol, and msgpack of a typed struct) and a
+body of raw little-endian bytes whose meaning the struct states. Nothing is ever unpickled or evaluated, and everything
+a struct declares is checked against its type and bounds before anything is allocated for it.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from jaxtyping import Float32, Int8, UInt32
+
+VERSION = 1
+"""Version of the protocol: hosts of another one are refused."""
+
+MARK = b"\xe5j"
+"""Start of every header."""
+
+MAX_HEADER = 2**18
+"""Bytes of a header at most."""
+
+MAX_BODY = 2**24
+"""Bytes of a body at most; what is larger travels in parts."""
+
+MAX_REQUEST = 2**22
+"""Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
+
+PART = 2**18
+"""Bytes of a part at most: small, so that one who loads does not hold up the others."""
+
+FRAMES = 2
+"""Frames of a message at most."""
+
+SPAN_LIMIT = 2**12
+"""Spans of pairs in one message at most."""
+
+Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Long = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Short = Annotated[str, msgspec.Meta(max_length=128)]
+Reason = Annotated[str, msgspec.Meta(max_length=1024)]
+Span = tuple[Whole, Whole]
+"""First pair and number of pairs."""
+
+Spans = Annotated[list[Span], msgspec.Meta(max_length=SPAN_LIMIT)]
+Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
+Phase = Literal["joining", "compiling", "ready", "leaving"]
+
+
+class WireError(ValueError):
+    """Bytes that are no message."""
+
+
+class VersionError(WireError):
+    """A message of another version of the protocol."""
+
+    def __init__(self, version: int) -> None:
+        """Name the version."""
+        super().__init__(f"protocol version {version}")
+        self.version = version
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """A message's header."""
+
+
+# From a host to the coordinator; each gets one reply.
+
+
+class Join(Message, frozen=True, tag="join"):
+    """Ask to take part.
+
+    Attributes:
+        name: What the host calls itself; of two of one name the newer counts.
+        device: What it computes on, for people.
+        kind: Hardware and software whose floats should agree to the last bit.
+        answers: Hashes of known noise by kind of noise, see `esjax.hosts.answers`.
+        own: Names of its own model, loss and optimizer.
+        run: Run it took part in before, or "".
+    """
+
+    name: Short
+    device: Short
+    kind: Short
+    answers: Names
+    own: Names
+    run: Short
+
+
+class Fetch(Message, frozen=True, tag="fetch"):
+    """Ask for a part of something large.
+
+    Attributes:
+        what: The text, a snapshot, or a block of tokens.
+        digest: Of the thing; "" for the newest snapshot.
+        offset: Bytes had already.
+        block: Number of the block of tokens.
+    """
+
+    session: Long
+    what: Literal["text", "state", "block"]
+    digest: Short
+    offset: Long
+    block: Whole = 0
+
+
+class CatchUp(Message, frozen=True, tag="catch_up"):
+    """Ask for the updates from a step on."""
+
+    session: Long
+    step: Whole
+
+
+class Beat(Message, frozen=True, tag="beat"):
+    """Say that one is alive, and how far.
+
+    Attributes:
+        step: Step of one's parameters.
+        progress: Number that grows with every piece of work done.
+        note: Something for a person to know, or "".
+    """
+
+    session: Long
+    epoch: Whole
+    step: Whole
+    phase: Phase
+    progress: Long
+    note: Reason = ""
+
+
+class Losses(Message, frozen=True, tag="losses"):
+    """Hand in losses; the body holds two float32 a pair, span after span.
+
+    Attributes:
+        spans: The pairs.
+        seconds: Time that scoring them took.
+        final: Whether nothing more comes from this host for this step.
+        dtype: "<f4".
+        gradient_norm: Norm of the estimate of the update before this step, or None.
+        update_norm: Norm of that update, or None.
+    """
+
+    session: Long
+    epoch: Whole
+    step: Whole
+    spans: Spans
+    seconds: float
+    final: bool
+    dtype: Short = "<f4"
+    gradient_norm: float | None = None
+    update_norm: float | None = None
+
+
+class Digest(Message, frozen=True, tag="digest"):
+    """Hand in the digest of one's state at a step."""
+
+    session: Long
+    step: Whole
+    digest: Short
+
+
+class Measured(Message, frozen=True, tag="measured"):
+    """Hand in the held-out loss at a step, in nats per token."""
+
+    session: Long
+    step: Whole
+    held_out: float
+
+
+class Upload(Message, frozen=True, tag="upload"):
+    """Hand in a part of a snapshot, the body.
+
+    Attributes:
+        step: Step of the state.
+        digest: Hash of all the bytes.
+        size: Number of all the bytes.
+        offset: Bytes before this part.
+    """
+
+    session: Long
+    step: Whole
+    digest: Short
+    size: Long
+    offset: Long
+
+
+class Leave(Message, frozen=True, tag="leave"):
+    """Say goodbye."""
+
+    session: Long
+    reason: Reason
+
+
+class AskStatus(Message, frozen=True, tag="ask_status"):
+    """Ask how things stand; needs no session."""
+
+
+# From the coordinator to a host, in reply.
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """Take a host in.
+
+    Attributes:
+        run: Name of the run.
+        epoch: Number of this start of the coordinator; a lower one is out of date.
+        session: To be named in every request.
+        slot: Short name of the host in broadcasts.
+        config: Settings, as YAML.
+        vocab_size: Number of token ids.
+        text_digest: Hash of the text's plain bytes.
+        text_bytes: Size of the text's plain bytes.
+        publish_port: Port of the broadcasts.
+        step: Step that is being scored.
+        unit: Pairs that are never split between hosts.
+        block_interval: Steps for which a block of tokens is used; 0: the text holds all of them.
+    """
+
+    run: Short
+    epoch: Whole
+    session: Long
+    slot: Whole
+    config: Annotated[str, msgspec.Meta(max_length=2**16)]
+    vocab_size: Whole
+    text_digest: Short
+    text_bytes: Long
+    publish_port: Whole
+    step: Whole
+    unit: Whole
+    block_interval: Whole
+
+
+class Part(Message, frozen=True, tag="part"):
+    """A part of something large, the body.
+
+    Attributes:
+        digest: Of the whole thing.
+        size: Bytes of the whole thing as it is sent.
+        offset: Bytes before this part.
+        step: Step of a snapshot, number of a block.
+    """
+
+    digest: Short
+    size: Long
+    offset: Long
+    step: Whole = 0
+
+
+class Updates(Message, frozen=True, tag="updates"):
+    """Consecutive updates, the body.
+
+    Attributes:
+        step: Of the first one.
+        sizes: Bytes of each.
+    """
+
+    step: Whole
+    sizes: Annotated[list[Whole], msgspec.Meta(max_length=2**14)]
+
+
+class Ok(Message, frozen=True, tag="ok"):
+    """Acknowledge.
+
+    Attributes:
+        step: Step that is being scored.
+        spans: Pairs of that step that this host still has to hand in.
+        order: What else to do: "" nothing, "resync" fetch the newest snapshot.
+    """
+
+    epoch: Whole
+    step: Whole
+    spans: Spans
+    order: Literal["", "resync"] = ""
+
+
+class Rejected(Message, frozen=True, tag="rejected"):
+    """Turn a request down; the host goes on.
+
+    Attributes:
+        reason: Why.
+        step: Step that is being scored.
+        rejoin: Whether the session has ended, so that only a new `Join` helps.
+    """
+
+    reason: Reason
+    epoch: Whole
+    step: Whole
+    rejoin: bool = False
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """Turn a host away for good."""
+
+    reason: Reason
+
+
+class HostStatus(msgspec.Struct, frozen=True):
+    """How one host does.
+
+    Attributes:
+        state: joining, compiling, ready, straggling, put aside or leaving.
+        members_per_second: Rate at which it scores.
+        last_seen: Seconds since its last message.
+        digest: Of its state, as last handed in.
+        share: Part of the last finished step's pairs that it scored.
+        note: Why it is put aside, or something it said.
+    """
+
+    name: str
+    slot: int
+    state: str
+    device: str
+    step: int
+    members_per_second: float
+    last_seen: float
+    digest: str
+    share: float
+    note: str
+
+
+class Status(Message, frozen=True, tag="status"):
+    """How things stand.
+
+    Attributes:
+        loss: Mean loss of the last finished step, or None.
+        held_out: Loss over the held-out documents as last measured, or None.
+        member_tokens_per_second: Rate over the last steps.
+        paused: Whether nobody is there to go on.
+        anchor: Slot of the host whose state is kept, or None.
+        counters: How often something was turned down, by reason.
+    """
+
+    run: str
+    epoch: int
+    step: int
+    loss: float | None
+    held_out: float | None
+    member_tokens_per_second: float
+    paused: bool
+    anchor: int | None
+    hosts: list[HostStatus]
+    counters: dict[str, int]
+
+
+# From the coordinator to everybody.
+
+
+class Step(Message, frozen=True, tag="step"):
+    """Open a step; the body is the update that leads to it, as the ledger has it, or empty.
+
+    Attributes:
+        step: To be scored, with the parameters after update number `step - 1`.
+        leases: Slot, first pair and number of pairs, of every host with work.
+        budget: Seconds to score for, or None: all pairs of a lease.
+        digest: Whether every host should hand in the digest of its state at this step.
+        upload: Slot of the host that should hand in its state at this step, or None.
+        measure: Slot of the host that should hand in its held-out loss at this step, or None.
+    """
+
+    run: Short
+    epoch: Whole
+    step: Whole
+    leases: Annotated[list[tuple[Whole, Whole, Whole]], msgspec.Meta(max_length=SPAN_LIMIT)]
+    budget: float | None = None
+    digest: bool = False
+    upload: Whole | None = None
+    measure: Whole | None = None
+
+
+class Extra(Message, frozen=True, tag="extra"):
+    """Give out more work within a step: slot, first pair and number of pairs."""
+
+    run: Short
+    epoch: Whole
+    step: Whole
+    leases: Annotated[list[tuple[Whole, Whole, Whole]], msgspec.Meta(max_length=SPAN_LIMIT)]
+
+
+class Pulse(Message, frozen=True, tag="pulse"):
+    """Say that one is alive, and which step is being scored."""
+
+    run: Short
+    epoch: Whole
+    step: Whole
+
+
+class Bye(Message, frozen=True, tag="bye"):
+    """Say goodbye.
+
+    Attributes:
+        done: Whether training has ended; if not, the coordinator will be back.
+    """
+
+    run: Short
+    epoch: Whole
+    done: bool
+
+
+Request = Join | Fetch | CatchUp | Beat | Losses | Digest | Measured | Upload | Leave | AskStatus
+Reply = Welcome | Part | Updates | Ok | Rejected | Refused | Status
+Broadcast = Step | Extra | Pulse | Bye
+Kind = Literal["request", "reply", "broadcast"]
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {
+    "request": msgspec.msgpack.Decoder(Request),
+    "reply": msgspec.msgpack.Decoder(Reply),
+    "broadcast": msgspec.msgpack.Decoder(Broadcast),
+}
+
+
+class Envelope(NamedTuple):
+    """A message with its body."""
+
+    message: Message
+    body: bytes = b""
+
+
+def encode(envelope: Envelope) -> list[bytes]:
+    """Turn a message into frames."""
+    header = MARK + bytes([VERSION]) + _ENCODER.encode(envelope.message)
+    return [header, envelope.body] if envelope.body else [header]
+
+
+def decode(frames: Sequence[bytes], kind: Kind) -> Envelope:
+    """Turn frames into a message.
+
+    Raises:
+        WireError: They are none of this kind.
+        VersionError: They are of another version of the protocol.
+    """
+    if not 1 <= len(frames) <= FRAMES:
+        raise WireError(f"{len(frames)} frames")
+    header, body = frames[0], frames[1] if len(frames) == FRAMES else b""
+    if len(header) > MAX_HEADER or len(body) > MAX_BODY:
+        raise WireError("a frame is too long")
+    if len(header) <= len(MARK) or header[: len(MARK)] != MARK:
+        raise WireError("no message of esjax")
+    version = header[len(MARK)]
+    if version != VERSION:
+        raise VersionError(version)
+    try:
+        return Envelope(_DECODERS[kind].decode(memoryview(header)[len(MARK) + 1 :]), body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise WireError(str(error)[:200]) from error
+
+
+# An update, as it is published, kept in the ledger, and handed out again: the same bytes everywhere.
+
+
+class UpdateHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What leads from one step to the next.
+
+    Attributes:
+        step: Whose losses it follows from.
+        spans: Pairs that were scored, in the order of their weights.
+        scale: Factor of the sum, see `esjax.fitness.Shaped`.
+        applied: False for a step that was found void: it is counted, and changes nothing.
+        loss: Mean of the finite losses; None: there is none.
+        void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
+    """
+
+    step: Whole
+    spans: Spans
+    scale: float
+    applied: bool
+    loss: float | None
+    void_pairs: Whole
+
+
+class Update(NamedTuple):
+    """An update: a header, and an int8 weight a pair, none if it is not applied."""
+
+    header: UpdateHeader
+    weights: Int8[np.ndarray, " pairs"]
+
+    def pairs(self) -> UInt32[np.ndarray, " pairs"]:
+        """List the pairs' numbers, in the order of the weights."""
+        return pairs_of(self.header.spans)
+
+
+_UPDATE = msgspec.msgpack.Decoder(UpdateHeader)
+_LENGTH = struct.Struct("<I")
+
+
+def pack_update(update: Update) -> bytes:
+    """Turn an update into bytes: length of the header, header, weights."""
+    header = _ENCODER.encode(update.header)
+    return _LENGTH.pack(len(header)) + header + update.weights.tobytes()
+
+
+def unpack_update(data: bytes) -> Update:
+    """Turn bytes into an update.
+
+    Raises:
+        WireError: They are none.
+    """
+    if len(data) < _LENGTH.size:
+        raise WireError("an update is cut off")
+    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    if end > len(data):
+        raise WireError("an update is cut off")
+    try:
+        header = _UPDATE.decode(memoryview(data)[_LENGTH.size : end])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise WireError(str(error)[:200]) from error
+    expected = sum(count for _, count in header.spans) if header.applied else 0
+    if any(first + count > 2**32 for first, count in header.spans):
+        raise WireError("a pair's number is too large")
+    if len(data) - end != expected:
+        raise WireError(f"an update has {len(data) - end} weights for {expected} pairs")
+    return Update(header, np.frombuffer(data, np.int8, offset=end))
+
+
+def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
+    """List the pairs of spans, one after another."""
+    return np.concatenate(
+        [np.zeros(0, np.uint32), *(np.arange(first, first + count, dtype=np.uint32) for first, count in spans)]
+    )
+
+
+def losses_of(body: bytes, pairs: int) -> Float32[np.ndarray, "pairs 2"] | None:
+    """Read the body of `Losses`; None if it is not of the stated number of pairs."""
+    if len(body) != 8 * pairs:
+        return None
+    return np.frombuffer(body, "<f4").reshape(pairs, 2)

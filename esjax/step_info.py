@@ -1,0 +1,54 @@
+"""What a step did, and where iteration ends."""
+
+from typing import NamedTuple
+
+
+class Limits(NamedTuple):
+    """Where iteration ends.
+
+    Attributes:
+        steps: Steps of the whole run, or None.
+        seconds: Seconds after the first step finished in this iteration, or None.
+    """
+
+    steps: int | None
+    seconds: float | None
+
+    def reached(self, step: int, seconds: float) -> bool:
+        """Tell whether iteration ends after so many steps of the run, and seconds of this iteration."""
+        return (self.steps is not None and step >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
+
+
+class StepInfo(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        step: Steps done so far, this one included.
+        seconds: Training time so far, from the first finished step.
+        loss: Mean nats per token over the finite losses of the population.
+        population: Members evaluated, both signs counted.
+        void_pairs: Pairs left out because a loss of theirs is not finite.
+        applied: Whether the update was made: not if most losses are not finite, or all pairs are equal.
+        gradient_norm: Euclidean norm of the estimate, in units of each weight's typical size.
+        update_norm: Euclidean norm of the change of the weights, in the same units. With hosts, both norms are those
+            of the update before, which is the last that was heard of.
+        member_tokens: Tokens scored so far, times members.
+        member_tokens_per_second: Rate of this step.
+        held_out: Nats per token over the held-out documents, with the averaged weights; None if not measured.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    population: int
+    void_pairs: int
+    applied: bool
+    gradient_norm: float
+    update_norm: float
+    member_tokens: int
+    member_tokens_per_second: float
+    held_out: float | None = None
+
+    def row(self) -> dict[str, float]:
+        """Return what there is, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
