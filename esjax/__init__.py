@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from esjax.errors import EsjaxError
     from esjax.loading import load
     from esjax.models import Model
-    from esjax.training import StepInfo, Trainer, resume, train
+    from esjax.step_info import StepInfo
+    from esjax.training import Trainer, resume, train
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,7 @@ __all__ = [
 _HOME = {
     "EsjaxError": "errors",
     "Model": "models",
-    "StepInfo": "training",
+    "StepInfo": "step_info",
     "Trainer": "training",
     "prepare_devices": "devices",
     "resume": "training",

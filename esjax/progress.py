@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from esjax.training import Limits, StepInfo
+    from esjax.step_info import Limits, StepInfo
 
 PLAIN_SECONDS = 5.0
 """Time between plain lines."""

@@ -4,77 +4,38 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
 import optax
-from jaxtyping import Float
 
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config
 from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.delivery import Blocks, token_type
 from esjax.data.packing import pack_stream
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
-from esjax.fitness import shape
+from esjax.hosts.alone import Alone
+from esjax.hosts.engine import Engine, make_update
+from esjax.hosts.wire import unpack_update
 from esjax.interrupts import stop_on_signals
+from esjax.ledger import UPDATE, Ledger, read
+from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
+from esjax.step_info import Limits, StepInfo
 from esjax.trained import Scored, Trained, Written
-
-
-class Limits(NamedTuple):
-    """Where iteration ends.
-
-    Attributes:
-        steps: Steps of the whole run, or None.
-        seconds: Seconds after the first step finished in this iteration, or None.
-    """
-
-    steps: int | None
-    seconds: float | None
-
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
 
 SAMPLE_TOKENS = 200
 """Most tokens of each."""
-
-
-class StepInfo(NamedTuple):
-    """What one step did.
-
-    Attributes:
-        step: Steps done so far, this one included.
-        seconds: Training time so far, from the first finished step.
-        loss: Mean nats per token over the finite losses of the population.
-        population: Members evaluated, both signs counted.
-        void_pairs: Pairs left out because a loss of theirs is not finite.
-        applied: Whether the update was made: not if most losses are not finite, or all pairs are equal.
-        gradient_norm: Euclidean norm of the estimate, in units of each weight's typical size.
-        update_norm: Euclidean norm of the change of the weights, in the same units.
-        member_tokens: Tokens scored so far, times members.
-        member_tokens_per_second: Rate of this step.
-        held_out: Nats per token over the held-out documents, with the averaged weights; None if not measured.
-    """
-
-    step: int
-    seconds: float
-    loss: float
-    population: int
-    void_pairs: int
-    applied: bool
-    gradient_norm: float
-    update_norm: float
-    member_tokens: int
-    member_tokens_per_second: float
-    held_out: float | None = None
 
 
 class Trainer:
@@ -116,7 +77,9 @@ class Trainer:
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
         if config.data.held_out > 0 and not corpus.held_out:
             self.tell("no document is held out, so nothing is evaluated; give more documents, or cut them smaller")
-        self._replica = Replica(config, built, pack_stream(corpus.train), mesh, loss, optimizer)
+        # A text that is used block by block comes with its first block.
+        stream = None if config.data.block_tokens else pack_stream(corpus.train).astype(token_type(vocabulary.size))
+        self._replica = Replica(config, built, stream, mesh, loss, optimizer)
         self._trained = Trained(built, vocabulary, mesh)
         self._lanes = self._trained.lanes(corpus.held_out) if corpus.held_out else None
         self._seconds = 0.0
@@ -166,22 +129,19 @@ class Trainer:
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
             record = self._open_folder(stack)
+            alone = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
             evaluate_at = checkpoint_at = 0.0
             before = self._seconds
             while True:
                 started, tokens_before = time.perf_counter(), self._member_tokens
-                info = self._take_step()
+                info = self._take_step(alone)
                 now = time.perf_counter()
                 if began_at is None:
                     began_at, evaluate_at, checkpoint_at = now, now, now + config.checkpoint_time
                 session = now - began_at
                 self._seconds = before + session
-                done = (
-                    asked.is_set()
-                    or (self.limits.steps is not None and info.step >= self.limits.steps)
-                    or (self.limits.seconds is not None and session >= self.limits.seconds)
-                )
+                done = asked.is_set() or self.limits.reached(info.step, session)
                 held_out = None
                 if self._lanes is not None and (done or now >= evaluate_at):
                     held_out = self._trained.loss(self.params, self._lanes)
@@ -192,7 +152,7 @@ class Trainer:
                     held_out=held_out,
                 )
                 if record:
-                    _write_metrics(record.metrics, self.last)
+                    record.metrics.write(json_line(self.last.row()) + "\n")
                 if record and (done or now >= checkpoint_at):
                     record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
                     record.metrics.flush()
@@ -215,49 +175,68 @@ class Trainer:
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         metrics = stack.enter_context(self.folder.open_metrics(self.step))
-        return _Record(self.folder, checkpoints, metrics)
+        return _Record(self.folder, checkpoints, metrics, self._open_ledger(stack, self.folder))
 
-    def _take_step(self) -> StepInfo:
-        config = self.config
-        losses = self._score_population()
-        shaped = shape(losses, config.es.shaping, config.es.sigma)
-        trouble = shaped.trouble
-        gradient_norm = update_norm = 0.0
-        if trouble:
-            self._replica.skip()
-        else:
-            update = self._replica.apply(shaped.weights, shaped.scale)
-            gradient_norm, update_norm = float(update.gradient_norm), float(update.update_norm)
-            if not math.isfinite(update_norm):
-                trouble = "the update is not finite; lower optim.learning_rate"
+    def _open_ledger(self, stack: ExitStack, folder: RunFolder) -> Ledger | None:
+        if not (self.config.ledger or folder.ledger.exists()):
+            return None
+        ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
+        if ledger.next and ledger.next != self.step:
+            raise EsjaxError(f"{str(folder.path)!r} was trained on to step {ledger.next} since; resume it from there")
+        return ledger
+
+    def _catch_up(self) -> None:
+        """Make the updates that the ledger holds beyond the checkpoint."""
+        assert self.folder is not None
+        if not self.folder.ledger.exists():
+            return
+        data = self.config.data
+        for record in read(self.folder.ledger):
+            if record.kind == UPDATE and record.step == self.step:
+                pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
+                make_update(self._replica, record.payload)
+                self._member_tokens += 2 * pairs * data.batch_size * data.window
+
+    def _set_up(self, ledger: Ledger | None) -> Alone:
+        def record(step: int, payload: bytes) -> None:
+            if ledger:
+                ledger.append(UPDATE, step, payload)
+
+        replica, config = self._replica, self.config
+        size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
+        engine = Engine(replica, size, tell=self.tell)
+        blocks = Blocks(pack_stream(self.corpus.train), size, config.seed, block_tokens) if block_tokens else None
+        return Alone(
+            config,
+            engine,
+            step=self.step,
+            chunk_pairs=replica.chunk_pairs,
+            granule=replica.granule,
+            record=record,
+            block=blocks,
+        )
+
+    def _take_step(self, alone: Alone) -> StepInfo:
+        closed, gradient_norm, update_norm = alone.step()
+        trouble = closed.trouble
+        if not math.isfinite(update_norm):
+            trouble = "the update is not finite; lower optim.learning_rate"
         if trouble and trouble != self._trouble:
             self.tell(f"step {self.step}: {trouble}; no update")
         self._trouble = trouble
-        self._member_tokens += losses.size * config.data.batch_size * config.data.window
-        finite = losses[np.isfinite(losses)]
+        self._member_tokens += closed.population * self.config.data.batch_size * self.config.data.window
         return StepInfo(
             step=self.step,
             seconds=0.0,
-            loss=float(finite.mean()) if finite.size else math.nan,
-            population=losses.size,
-            void_pairs=shaped.void_pairs,
+            loss=closed.loss,
+            population=closed.population,
+            void_pairs=closed.void_pairs,
             applied=not trouble,
             gradient_norm=gradient_norm,
             update_norm=update_norm,
             member_tokens=self._member_tokens,
             member_tokens_per_second=0.0,
         )
-
-    def _score_population(self) -> Float[np.ndarray, "pairs 2"]:
-        budget = self.config.es.time_per_step
-        started = time.perf_counter()
-        blocks = [self._replica.losses(0)]
-        while budget is not None:
-            spent = time.perf_counter() - started
-            if spent + spent / len(blocks) > budget:  # the next block would not fit
-                break
-            blocks.append(self._replica.losses(len(blocks)))
-        return np.concatenate(blocks)
 
 
 class _Record(NamedTuple):
@@ -266,11 +245,7 @@ class _Record(NamedTuple):
     folder: RunFolder
     checkpoints: Checkpoints
     metrics: IO[str]
-
-
-def _write_metrics(metrics: IO[str], info: StepInfo) -> None:
-    row = {name: value for name, value in info._asdict().items() if value is not None}
-    metrics.write(json_line(row) + "\n")
+    ledger: Ledger | None
 
 
 def train(
@@ -338,18 +313,12 @@ def resume(
     """
     folder = RunFolder(Path(path))
     folder.check_own(model=model, loss=loss, optimizer=optimizer)
-    if not folder.text_digest:
-        raise EsjaxError(f"{str(path)!r} holds imported weights and no text; train anew")
-    corpus = load_corpus(folder.config.data, folder.vocabulary)
-    if corpus.digest != folder.text_digest:
-        raise EsjaxError(
-            f"the text {folder.config.data.text!r} is not the one {str(path)!r} was trained on; put the old one back, "
-            "or train anew"
-        )
+    corpus = load_run_corpus(folder)
     trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, optimizer=optimizer, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
+    trainer._catch_up()
     if steps is not None or seconds is not None:
         trainer.limits = Limits(steps, seconds)
     return trainer

@@ -133,3 +133,48 @@ def token_block(
 
 def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class Blocks:
+    """The blocks of a run as bytes, the newest few of them kept, since every host asks for the same."""
+
+    def __init__(self, stream: Integer[ndarray, " length"], vocab_size: int, seed: int, block_tokens: int) -> None:
+        """Set up.
+
+        Args:
+            stream: Packed training documents.
+            vocab_size: Number of token ids.
+            seed: Of the run.
+            block_tokens: Tokens of a block.
+        """
+        self._stream = stream.astype(token_type(vocab_size))
+        self._seed, self._block_tokens = seed, block_tokens
+        self._made: dict[int, bytes] = {}
+
+    def __call__(self, block: int) -> bytes:
+        """Return a block, see `token_block`; `unpack_block` reads it."""
+        if block not in self._made:
+            near = {number: data for number, data in self._made.items() if abs(number - block) <= 1}
+            tokens = token_block(self._stream, self._seed, block, self._block_tokens)
+            self._made = {**near, block: tokens.tobytes()}
+        return self._made[block]
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """Return the smallest type that holds every token: the same for any text of a vocabulary."""
+    return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
+
+
+def unpack_block(data: bytes, vocab_size: int) -> Integer[ndarray, " block_tokens"]:
+    """Read a block.
+
+    Raises:
+        EsjaxError: It holds no tokens of this vocabulary.
+    """
+    kind = token_type(vocab_size)
+    if not data or len(data) % kind.itemsize:
+        raise EsjaxError(f"{len(data)} bytes are no block of tokens of {kind.itemsize} bytes; fetch it again")
+    tokens = np.frombuffer(data, kind)
+    if tokens.max() >= vocab_size:
+        raise EsjaxError(f"a block holds the token {tokens.max()}, and the ids end before {vocab_size}; fetch it again")
+    return tokens

@@ -9,7 +9,7 @@ import optax
 
 from esjax.checkpoint import digest
 from esjax.config import from_yaml, replace
-from esjax.data.delivery import unpack_text
+from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
@@ -45,6 +45,7 @@ class Engine:
     def __init__(
         self,
         replica: Replica | None = None,
+        vocab_size: int = 0,
         *,
         model: ModelFactory | None = None,
         loss: Loss | None = None,
@@ -55,12 +56,14 @@ class Engine:
 
         Args:
             replica: The replica, if there is one already.
+            vocab_size: Its number of token ids.
             model: Builds a model of one's own.
             loss: A loss of one's own.
             optimizer: An optimizer of one's own.
             tell: Called with each line that a person should see.
         """
         self._replica = replica
+        self._vocab_size = vocab_size
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._tell = tell
         self._measure: Callable[[], float | None] = lambda: None
@@ -86,7 +89,7 @@ class Engine:
         if isinstance(task, Load):
             replica.state = from_bytes(task.snapshot, replica.state)
         elif isinstance(task, UseBlock):
-            replica.use_tokens(np.frombuffer(task.tokens, f"<u{len(task.tokens) // self._block_tokens}"))
+            replica.use_tokens(unpack_block(task.tokens, self._vocab_size))
         elif isinstance(task, TakeDigest):
             return Value(digest(replica.state))
         elif isinstance(task, TakeSnapshot):
@@ -107,10 +110,10 @@ class Engine:
         build = self._model or (lambda size: build_model(config.model, size))
         model = build(task.vocab_size)
         mesh = local_mesh()
-        self._block_tokens = config.data.block_tokens or 0
+        self._vocab_size = task.vocab_size
         stream = text.stream
-        if self._block_tokens:
-            stream = np.zeros(self._block_tokens, np.min_scalar_type(task.vocab_size - 1))
+        if config.data.block_tokens:  # no text yet, but the programs can be compiled
+            stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
             replica = Replica(config, model, stream, mesh, self._loss, self._optimizer)
             try:

@@ -12,7 +12,7 @@ import numpy as np
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace
 from esjax.data.corpus import Corpus, load_corpus
-from esjax.data.delivery import pack_text, token_block
+from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
@@ -166,14 +166,15 @@ class Server:
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)
         check_stream(len(stream), config.data.burn_in + config.data.window)
-        blocks = _Blocks(config, stream) if config.data.block_tokens else None
+        size, block_tokens = corpus.vocabulary.size, config.data.block_tokens
+        blocks = Blocks(stream, size, config.seed, block_tokens) if block_tokens else None
         coordinator = Coordinator(
             config,
             Terms(
                 run=folder.name,
                 epoch=folder.next_epoch(),
                 unit=replica.chunk_pairs,
-                vocab_size=corpus.vocabulary.size,
+                vocab_size=size,
                 answers=noise_answers(),
                 own=folder.own,
                 publish_port=transport.publish_port,
@@ -224,22 +225,6 @@ def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
         updates = ledger.updates(first, wire.MAX_BODY)
         yield from updates
         first += len(updates)
-
-
-class _Blocks:
-    """Blocks of tokens as bytes, the last few of them kept: every host asks for the same."""
-
-    def __init__(self, config: Config, stream: np.ndarray) -> None:
-        self._config, self._stream = config, stream.astype(np.min_scalar_type(stream.max()).newbyteorder("<"))
-        self._made: dict[int, bytes] = {}
-
-    def __call__(self, block: int) -> bytes:
-        if block not in self._made:
-            size = self._config.data.block_tokens
-            assert size is not None
-            newest = {number: data for number, data in self._made.items() if abs(number - block) <= 1}
-            self._made = {**newest, block: token_block(self._stream, self._config.seed, block, size).tobytes()}
-        return self._made[block]
 
 
 def serve(

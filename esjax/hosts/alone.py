@@ -1,0 +1,96 @@
+"""A coordinator and its only host in one process: the same state machines, with no network between them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from esjax.config import Config
+from esjax.data.delivery import PackedText
+from esjax.errors import EsjaxError
+from esjax.hosts.coordinator import Coordinator
+from esjax.hosts.effects import Closed, Record, Terms
+from esjax.hosts.engine import Engine
+from esjax.hosts.memory import exchange
+from esjax.hosts.tasks import Apply, Done, Failed
+from esjax.hosts.worker import Worker
+
+NOW = 0.0
+"""The time: it stands still, since nobody can be late or lost."""
+
+NO_TEXT = PackedText(b"", 0, "")
+"""The replica has the text already."""
+
+
+class Taken(NamedTuple):
+    """A step that was taken.
+
+    Attributes:
+        closed: What came of the losses.
+        gradient_norm: Norm of the estimate; 0 for a void step.
+        update_norm: Norm of the update; 0 for a void step, not finite if it was not made.
+    """
+
+    closed: Closed
+    gradient_norm: float
+    update_norm: float
+
+
+class Alone:
+    """Takes steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        *,
+        step: int,
+        chunk_pairs: int,
+        granule: int,
+        record: Callable[[int, bytes], None],
+        block: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            config: Settings.
+            engine: With its replica.
+            step: Step of the replica.
+            chunk_pairs: Pairs that are never split.
+            granule: Pairs that the devices like to score at a time.
+            record: Called with the step and the bytes of an update before it is made.
+            block: Gives a block of tokens as bytes, if the text is too large for the replica.
+        """
+        terms = Terms(run="", epoch=1, unit=chunk_pairs, vocab_size=0, answers={}, own={})
+        rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
+        self._coordinator = Coordinator(
+            config, terms, step=step, now=NOW, rng=rng, text=NO_TEXT, block=block, with_rounds=False
+        )
+        self._worker = Worker(
+            "alone", "", "", {}, {}, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=granule
+        )
+        self._engine = engine
+        self._record = record
+
+    def step(self) -> Taken:
+        """Score a population and make the update.
+
+        Raises:
+            EsjaxError: The devices failed, or the update cannot be recorded.
+        """
+        worker = self._worker
+        closed: Closed | None = None
+        while True:
+            for effect in exchange(self._coordinator, worker, NOW):
+                if isinstance(effect, Record):
+                    self._record(effect.step, effect.payload)
+                elif isinstance(effect, Closed):
+                    closed = effect
+            task = worker.task()
+            assert task is not None, "a host alone always has something to do"
+            result = self._engine.do(task)
+            if isinstance(result, Failed):
+                raise EsjaxError(result.reason)
+            worker.finished(result, NOW)
+            if closed and isinstance(task, Apply) and isinstance(result, Done):
+                return Taken(closed, result.gradient_norm or 0.0, result.update_norm or 0.0)
