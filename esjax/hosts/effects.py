@@ -1,11 +1,12 @@
 """What the coordinator is given, and what it wants done."""
 
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from esjax.hosts.wire import Envelope
 
 
+@runtime_checkable
 class History(Protocol):
     """The updates so far."""
 

@@ -8,7 +8,7 @@ of pairs of its own, and the population is what came back.
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -33,6 +33,7 @@ class Lease(NamedTuple):
     pairs: int
 
 
+@runtime_checkable
 class Work(Protocol):
     """One step's pairs."""
 
