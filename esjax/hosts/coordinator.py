@@ -156,9 +156,8 @@ class Coordinator:
             elif now - host.seen >= SILENT and host.phase != "leaving":
                 self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
                 self._let_go(host)
-            elif not host.late and self._work.busy(host.slot) and self._is_overdue(host, now):
-                host.set_late(now)
-                self._work.release(host.slot)
+            elif self._work.busy(host.slot):
+                self._check_deadline(host, now)
         self._give_out(now)
         self._close_if_complete(now)
         self.rounds.check(now)
@@ -249,7 +248,7 @@ class Coordinator:
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
-        host.progress_at = now
+        host.made_progress(now)
         if message.what == "text":
             if message.digest != self._text.digest:
                 return self._rejected("this run has another text")
@@ -267,7 +266,7 @@ class Coordinator:
         return self._rejected("this snapshot is gone; take the newest")
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
-        host.progress_at = now
+        host.made_progress(now)
         if self._history is None or not self._history.first <= message.step <= self.step:
             return wire.Ok(self.terms.epoch, self.step, [], "resync")
         updates = self._history.updates(message.step, wire.PART)
@@ -277,7 +276,7 @@ class Coordinator:
         if message.epoch != self.terms.epoch:
             return self._rejected("an old epoch", rejoin=True)
         if message.progress > host.progress or message.phase != host.phase:
-            host.progress_at = now
+            host.made_progress(now)
         if message.phase != "ready":
             self._work.release(host.slot)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
@@ -305,7 +304,8 @@ class Coordinator:
         fault = self._work.accept(host.slot, message.spans, losses, message.final)
         if fault:
             return self._strike(host, fault, now)
-        host.progress_at, host.step = now, self.step
+        host.made_progress(now)
+        host.step = self.step
         if pairs and message.seconds > 0:
             speed = pairs / message.seconds
             host.speed = speed if host.speed is None else 0.7 * host.speed + 0.3 * speed
@@ -318,17 +318,17 @@ class Coordinator:
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
-        host.progress_at = now
+        host.made_progress(now)
         self.rounds.take_digest(host, message)
         return self._ok(host)
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
-        host.progress_at = now
+        host.made_progress(now)
         self.rounds.take_measure(host, message)
         return self._ok(host)
 
     def _uploaded(self, host: Host, message: wire.Upload, body: bytes, now: float) -> Message:
-        host.progress_at = now
+        host.made_progress(now)
         fault = self.rounds.take_part(host, message, body, now)
         return self._rejected(fault) if fault else self._ok(host)
 
@@ -355,20 +355,25 @@ class Coordinator:
 
     # Hosts.
 
-    def _is_overdue(self, host: Host, now: float) -> bool:
-        """Tell whether a host with pairs to score is hung, or takes much longer than the others."""
+    def _check_deadline(self, host: Host, now: float) -> None:
+        """Take its pairs from a host that is hung, or takes much longer than the others."""
         usual = self._roster.usual_time()
-        if now - max(host.progress_at, host.leased_at) > max(STUCK, DEADLINE_FACTOR * (usual or 0.0)):
-            self._tell(f"{host.name} is hung: no progress for {now - host.progress_at:.0f} s")
-            return True
+        idle = now - max(host.progress_at, host.leased_at)
+        if idle > max(STUCK, DEADLINE_FACTOR * (usual or 0.0)):
+            host.hung = True
+            self._tell(f"{host.name} is hung: no progress for {idle:.0f} s")
+            self._work.release(host.slot)
+            return
         if usual is None:
-            return False
+            return
         budget = self.config.es.time_per_step
         if budget is None:
             allowed = max(DEADLINE_FLOOR, DEADLINE_FACTOR * usual)
         else:
             allowed = budget + max(budget, DEADLINE_FLOOR) / 2
-        return now - host.leased_at > allowed
+        if now - host.leased_at > allowed:
+            host.set_late(now)
+            self._work.release(host.slot)
 
     def _let_go(self, host: Host) -> None:
         """Take a host's work from it; its name stays listed for a while."""

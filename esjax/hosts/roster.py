@@ -32,6 +32,7 @@ class Host:
         leased_at: When it was given its pairs.
         finished_after: Seconds that its last lease took, or None while it is open.
         late: Whether it took much longer than the others; `probe_at` says when it gets work again.
+        hung: Whether it lives and gets nothing done; until it does.
         resyncs: How often in a row its state differed from the anchor's.
         resync: Whether it has yet to be told to fetch the anchor's state.
         aside: Why it gets no more work, or "".
@@ -49,14 +50,18 @@ class Host:
         self.speed: float | None = None
         self.finished_after: float | None = None
         self.probe_after = PROBE
-        self.late = self.resync = self.superseded = False
+        self.late = self.hung = self.resync = self.superseded = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
     def can_work(self, now: float) -> bool:
         """Tell whether it may be given pairs."""
-        usable = self.phase == "ready" and not (self.aside or self.superseded or self.resync)
+        usable = self.phase == "ready" and not (self.aside or self.superseded or self.resync or self.hung)
         return usable and now - self.seen < SILENT and (not self.late or now >= self.probe_at)
+
+    def made_progress(self, now: float) -> None:
+        """Hear that it got something done."""
+        self.progress_at, self.hung = now, False
 
     def set_late(self, now: float) -> None:
         """Give it no pairs for a while, each time longer."""
@@ -72,7 +77,7 @@ class Host:
         state: str = self.phase
         if self.aside:
             state = "put aside"
-        elif self.phase == "ready" and (self.late or now - self.seen > quiet):
+        elif self.phase == "ready" and (self.late or self.hung or now - self.seen > quiet):
             state = "straggling"
         return wire.HostStatus(
             name=self.name,

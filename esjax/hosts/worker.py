@@ -376,10 +376,18 @@ class Worker:
         return Envelope(wire.Join(self.name, self._device, self._kind, answers, own, self._run))
 
     def _losses(self, joined: Joined) -> Envelope:
-        spans = [span for spans, _, _ in self._scored for span in spans]
-        body = np.concatenate([losses for _, losses, _ in self._scored]).astype("<f4").tobytes()
-        seconds = sum(seconds for _, _, seconds in self._scored)
-        message = wire.Losses(joined.session, joined.epoch, self.step, spans, seconds, self._final, "<f4", *self._norms)
+        parts: list[tuple[list[Span], np.ndarray, float]] = []
+        room = MOST_PAIRS
+        for part in self._scored:
+            room -= len(part[1])
+            if parts and room < 0:
+                break
+            parts.append(part)
+        spans = [span for spans, _, _ in parts for span in spans]
+        body = np.concatenate([losses for _, losses, _ in parts]).astype("<f4").tobytes()
+        seconds = sum(seconds for _, _, seconds in parts)
+        final = self._final and len(parts) == len(self._scored)
+        message = wire.Losses(joined.session, joined.epoch, self.step, spans, seconds, final, "<f4", *self._norms)
         return Envelope(message, body)
 
     def _beat(self, now: float) -> Envelope:
