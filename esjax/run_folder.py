@@ -182,7 +182,7 @@ class RunFolder:
             swap = path.with_suffix(".swap")
             swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(swap, path)
-        return path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""

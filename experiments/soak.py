@@ -1,0 +1,266 @@
+"""Trains with hosts that are killed, stopped and cut off at random, and replays what came of it.
+
+    python experiments/soak.py --seconds 120 --seed 1
+
+Real processes on this machine: a coordinator, which is killed and started again, too, and hosts that reach it through
+a relay that drops connections or one direction of them. At the end the digest of the last checkpoint must equal that
+of one process that replays the ledger (fault 42). Linux only.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+COORDINATOR, RELAY = "127.0.0.1", "127.0.0.2"
+"""Addresses of this machine: the relay listens at the coordinator's ports on the other one."""
+
+SMALL = [
+    "gru",
+    *("--model.hidden-size", "8", "--model.head-size", "8"),
+    *("--es.population-size", "256", "--es.chunk-pairs", "8", "--data.window", "16"),
+    *("--checkpoint-time", "5", "--evaluate-time", "5", "--hosts.digest-interval", "50"),
+]
+"""Settings of a small, quick run."""
+
+
+@dataclass(frozen=True)
+class Soak:
+    """Train with hosts that come and go, and check that the ledger tells the truth."""
+
+    seconds: float = 120.0
+    """For how long."""
+
+    hosts: int = 3
+    """Hosts at a time."""
+
+    seed: int = 0
+    """Names the course of the faults."""
+
+    text: str = "builtin:pydoc"
+    """Text to train on."""
+
+    folder: Path | None = None
+    """Where to keep the run; None: nowhere."""
+
+    def run(self) -> dict[str, object]:
+        """Do it; returns what happened."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return _soak(self, self.folder)
+        with tempfile.TemporaryDirectory() as folder:
+            return _soak(self, Path(folder))
+
+
+def _soak(soak: Soak, folder: Path) -> dict[str, object]:
+    dice = random.Random(soak.seed)
+    counts: Counter[str] = Counter()
+    coordinator = _Coordinator(folder, soak.text)
+    relay = _Relay(coordinator.port)
+    hosts = [_Host(folder, coordinator.port, number) for number in range(soak.hosts)]
+    number = soak.hosts
+    ends = time.monotonic() + soak.seconds
+    try:
+        while time.monotonic() < ends:
+            time.sleep(dice.uniform(0.5, 4.0))
+            fault = dice.choices(list(FAULTS), FAULTS.values())[0]
+            counts[fault] += 1
+            victim = dice.choice(hosts)
+            if fault == "kill a host":
+                victim.process.kill()
+            elif fault == "terminate a host":
+                victim.process.terminate()
+            elif fault == "stop a host for a while":
+                victim.pause(dice.uniform(0.5, 6.0))
+            elif fault == "cut all connections":
+                relay.cut(dice.uniform(0.0, 3.0))
+            elif fault == "lose one direction":
+                relay.deafen(dice.uniform(0.5, 5.0))
+            elif fault == "kill the coordinator":
+                coordinator.restart()
+            for i, host in enumerate(hosts):
+                if host.process.poll() is not None:
+                    hosts[i] = _Host(folder, coordinator.port, number)
+                    number += 1
+        relay.heal()
+        steps = coordinator.finish()
+    finally:
+        for host in hosts:
+            host.end()
+        coordinator.end()
+        relay.close()
+    replayed = subprocess.run(_esjax("replay", str(folder / "run")), capture_output=True, text=True)
+    return {
+        "seconds": soak.seconds,
+        "hosts_started": number,
+        "steps": steps,
+        "faults": dict(counts),
+        "replay": replayed.stdout.strip() or replayed.stderr.strip(),
+        "agrees": replayed.returncode == 0,
+    }
+
+
+FAULTS = {
+    "kill a host": 3,
+    "terminate a host": 1,
+    "stop a host for a while": 3,
+    "cut all connections": 2,
+    "lose one direction": 1,
+    "kill the coordinator": 1,
+}
+"""What happens, and how often in proportion."""
+
+
+class _Coordinator:
+    """`esjax serve`, begun and begun again."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self._run, self._log = folder / "run", (folder / "coordinator.log").open("ab")
+        self.process = self._start("--out", str(self._run), "--data.text", text, *SMALL, port=_free_port())
+
+    def _start(self, *words: str, port: int) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            _esjax("serve", *words, "--bind", f"tcp://{COORDINATOR}:{port}"),
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith("esjax join"):
+            raise RuntimeError(f"the coordinator did not start, see {self._log.name}")
+        self.port = int(line.split()[2].rsplit(":", 1)[1])
+        return process
+
+    def restart(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process = self._start("--resume", str(self._run), port=self.port)
+
+    def finish(self) -> int:
+        """Stop it in good order; returns the steps that it did."""
+        self.process.terminate()
+        self.process.wait(120)
+        assert self.process.returncode == 0, f"the coordinator ended with {self.process.returncode}"
+        lines = (self._run / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+class _Host:
+    """`esjax join`."""
+
+    def __init__(self, folder: Path, port: int, number: int) -> None:
+        self._log = (folder / f"host-{number}.log").open("ab")
+        self.process = subprocess.Popen(
+            _esjax("join", f"tcp://{RELAY}:{port}", "--name", f"host-{number}"),
+            stdout=self._log,
+            stderr=self._log,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        )
+
+    def pause(self, seconds: float) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        threading.Timer(seconds, self._go_on).start()
+
+    def _go_on(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self._go_on()
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+class _Relay:
+    """Passes bytes between hosts and the coordinator, or does not."""
+
+    def __init__(self, port: int) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._links: set[asyncio.StreamWriter] = set()
+        self._closed_until = self._deaf_until = 0.0
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        for listening in (port, port + 1):
+            asyncio.run_coroutine_threadsafe(self._listen(listening), self._loop).result()
+
+    async def _listen(self, port: int) -> None:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if time.monotonic() < self._closed_until:
+                writer.close()
+                return
+            try:
+                there, back = await asyncio.open_connection(COORDINATOR, port)
+            except OSError:
+                writer.close()
+                return
+            self._links |= {writer, back}
+            await asyncio.gather(self._pass(reader, back, False), self._pass(there, writer, True))
+            self._links -= {writer, back}
+
+        await asyncio.start_server(connected, RELAY, port)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to_host: bool) -> None:
+        try:
+            while data := await reader.read(2**16):
+                while to_host and time.monotonic() < self._deaf_until:
+                    await asyncio.sleep(0.05)
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    def cut(self, seconds: float) -> None:
+        """Drop all connections, and take none for a while."""
+        self._closed_until = time.monotonic() + seconds
+        self._loop.call_soon_threadsafe(lambda: [link.close() for link in self._links])
+
+    def deafen(self, seconds: float) -> None:
+        """Pass nothing to the hosts for a while."""
+        self._deaf_until = time.monotonic() + seconds
+
+    def heal(self) -> None:
+        self._closed_until = self._deaf_until = 0.0
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _free_port() -> int:
+    """Find a port that is free, and the next one, too: at a place of its own for most processes."""
+    for port in range(20_000 + os.getpid() % 10_000, 65_000, 2):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for at in (port, port + 1):
+                stack.enter_context(socket.socket()).bind((COORDINATOR, at))
+            return port
+    raise RuntimeError("no two ports side by side are free")
+
+
+def _esjax(*words: str) -> list[str]:
+    return [sys.executable, "-m", "esjax", *words]
+
+
+if __name__ == "__main__":
+    result = tyro.cli(Soak).run()
+    print(json.dumps(result))
+    sys.exit(0 if result["agrees"] else 1)
