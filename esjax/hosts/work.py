@@ -7,7 +7,7 @@ of pairs of its own, and the population is what came back.
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,8 +43,11 @@ class Work(Protocol):
     def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
         """Take in losses; return why not, or ""."""
 
-    def release(self, slot: int) -> bool:
-        """Take a host's open pairs from it, and tell whether there were any; what it still hands in may count."""
+    def release(self, slot: int) -> None:
+        """Take a host's open pairs from it; what it still hands in may count."""
+
+    def revoke(self, slot: int) -> None:
+        """Take a host's open pairs from it, and forget what it handed in."""
 
     def busy(self, slot: int) -> bool:
         """Tell whether a host still has pairs to hand in."""
@@ -53,7 +56,10 @@ class Work(Protocol):
         """List the pairs that a host still has to hand in."""
 
     def count(self, slot: int) -> int:
-        """Count the pairs whose losses came from a host."""
+        """Count the pairs whose losses a host handed in."""
+
+    def took_part(self, slot: int) -> bool:
+        """Tell whether a host was ever given pairs."""
 
     @property
     def waits(self) -> bool:
@@ -81,6 +87,16 @@ class _Unit:
         self.holders: set[int] = set()
         self.answers: dict[int, Losses] = {}
 
+    @property
+    def size(self) -> int:
+        """Number of pairs."""
+        return self.rows.stop - self.rows.start
+
+    @property
+    def lacking(self) -> int:
+        """How many hosts more should be at it."""
+        return self.opinions - len(self.answers) - len(self.holders)
+
     def verdict(self) -> Losses | None:
         """Return the answer that two hosts agree on, or None."""
         answers = list(self.answers.values())
@@ -102,6 +118,7 @@ class FixedPopulation:
         self._pairs, self._unit = pairs, unit
         self._units = [_Unit(slice(first, min(first + unit, pairs))) for first in range(0, pairs, unit)]
         self._missing = len(self._units)
+        self._lacking = set(range(len(self._units)))
         self._held: dict[int, set[int]] = {}
         self._counts: Counter[int] = Counter()
         self._checked = [self._units[i] for i in checked]
@@ -110,55 +127,35 @@ class FixedPopulation:
 
     def lease(self, speeds: Mapping[int, float]) -> list[Lease]:
         """See `Work.lease`: each unit to the host that would be done with it first."""
-        open_units = [i for i, unit in enumerate(self._units) if self._wanted(unit, len(speeds)) > len(unit.holders)]
-        if not speeds or not open_units:
+        if not speeds or not self._lacking:
             return []
-        load = {slot: len(self._held.get(slot, ())) for slot in speeds}
-        queue = [((load[slot] + 1) / speed, slot) for slot, speed in speeds.items()]
-        heapq.heapify(queue)
-        taken: dict[int, list[int]] = {}
-
-        def take(barred: set[int]) -> int | None:
-            """Find the host that would be done first, and count a unit more for it."""
-            passed = []
-            slot = None
-            while queue and slot is None:
-                entry = heapq.heappop(queue)
-                if entry[1] in barred:
-                    passed.append(entry)
-                else:
-                    slot = entry[1]
-                    load[slot] += 1
-                    passed.append(((load[slot] + 1) / speeds[slot], slot))
-            for entry in passed:
-                heapq.heappush(queue, entry)
-            return slot
-
-        fresh = [i for i in open_units if not self._units[i].given]
-        shares = Counter(slot for slot in (take(set()) for _ in fresh) if slot is not None)
-        runs = (slot for slot in sorted(speeds) for _ in range(shares[slot]))  # neighbours to one host
-        for i, neighbour in zip(fresh, runs, strict=True):
-            taken.setdefault(neighbour, []).append(i)
-            self._give(i, neighbour)
-        for i in open_units:
+        queue = _Queue(speeds, {slot: len(self._held.get(slot, ())) for slot in speeds})
+        taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
+        fresh = sorted(i for i in self._lacking if not self._units[i].given)
+        shares = Counter(queue.take(()) for _ in fresh)
+        neighbours = (slot for slot in taken for _ in range(shares[slot]))  # they go to one host
+        for i, slot in zip(fresh, neighbours, strict=True):
+            taken[slot].append(i)
+            self._give(i, slot)
+        for i in sorted(self._lacking):
             unit = self._units[i]
-            while self._wanted(unit, len(speeds)) > len(unit.holders):
-                busy = unit.holders | unit.answers.keys()
-                slot = take(busy | unit.given)
-                if slot is None:  # nobody else is there: ask again one who was too slow
-                    slot = take(busy)
-                if slot is None:
+            while unit.lacking > 0:
+                at_it = unit.holders | unit.answers.keys()
+                found = queue.take(at_it | unit.given)
+                if found is None:  # nobody else is there: ask again one who was too slow
+                    found = queue.take(at_it)
+                if found is None:
                     break
-                taken.setdefault(slot, []).append(i)
-                self._give(i, slot)
-        return [Lease(slot, *span) for slot in sorted(taken) for span in self._spans(sorted(taken[slot]))]
+                taken[found].append(i)
+                self._give(i, found)
+        return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
 
     def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
         """See `Work.accept`: whole units that the host was given; a unit that is there already is taken as read."""
         numbers: list[int] = []
         for first, count in spans:
             end = first + count
-            if not count or first % self._unit or end > self._pairs or (end % self._unit and end != self._pairs):
+            if first % self._unit or end > self._pairs or (end % self._unit and end != self._pairs):
                 return f"pairs {first} to {end - 1} are no whole units"
             numbers += range(first // self._unit, -(-end // self._unit))
         if len(numbers) != len(set(numbers)):
@@ -167,28 +164,24 @@ class FixedPopulation:
             return "these pairs were never assigned to this host"
         at = 0
         for i in numbers:
-            unit = self._units[i]
-            size = unit.rows.stop - unit.rows.start
-            self._drop(i, slot)
-            if slot not in unit.answers and len(unit.answers) < unit.opinions:
-                if not unit.answers:
-                    self._missing -= 1
-                    self._counts[slot] += size
-                unit.answers[slot] = losses[at : at + size]
-                if unit.opinions == len(unit.answers) == 2 and unit.verdict() is None:
-                    unit.opinions = 3
-                if len(unit.answers) >= unit.opinions:
-                    for other in list(unit.holders):
-                        self._drop(i, other)
+            size = self._units[i].size
+            self._answer(i, slot, losses[at : at + size])
             at += size
         return ""
 
-    def release(self, slot: int) -> bool:
+    def release(self, slot: int) -> None:
         """See `Work.release`."""
-        held = list(self._held.get(slot, ()))
-        for i in held:
+        for i in list(self._held.get(slot, ())):
             self._drop(i, slot)
-        return bool(held)
+
+    def revoke(self, slot: int) -> None:
+        """See `Work.revoke`."""
+        self.release(slot)
+        self._counts.pop(slot, None)
+        for i, unit in enumerate(self._units):
+            if unit.answers.pop(slot, None) is not None:
+                self._missing += not unit.answers
+                self._see(i)
 
     def busy(self, slot: int) -> bool:
         """See `Work.busy`."""
@@ -202,10 +195,14 @@ class FixedPopulation:
         """See `Work.count`."""
         return self._counts[slot]
 
+    def took_part(self, slot: int) -> bool:
+        """See `Work.took_part`."""
+        return slot in self._held
+
     @property
     def waits(self) -> bool:
         """See `Work.waits`."""
-        return not self.complete
+        return bool(self._lacking)
 
     @property
     def complete(self) -> bool:
@@ -221,33 +218,49 @@ class FixedPopulation:
         return [(0, self._pairs)], losses
 
     def liars(self, trusted: int | None) -> set[int]:
-        """See `Work.liars`: the odd one of three; of two that disagree, the one beside the trusted host.
-
-        The trusted host's answer then counts.
-        """
+        """See `Work.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
         found: set[int] = set()
         for unit in self._checked:
-            agreed = unit.verdict()
-            if agreed is None and trusted in unit.answers and len(unit.answers) > 1:
-                agreed = unit.answers[trusted]
-                unit.answers = {trusted: agreed, **unit.answers}
-            if agreed is not None:
-                found |= {slot for slot, answer in unit.answers.items() if not _agree(answer, agreed)}
+            right = unit.verdict()
+            if right is None and trusted is not None:
+                right = unit.answers.get(trusted)
+            if right is not None:
+                found |= {slot for slot, answer in unit.answers.items() if not _agree(answer, right)}
         return found
 
-    def _wanted(self, unit: _Unit, hosts: int) -> int:
-        """Count the hosts that should be at a unit now."""
-        missing = unit.opinions - len(unit.answers)
-        return min(missing, hosts - len(unit.answers)) if unit.answers else min(missing, hosts)
+    def _answer(self, i: int, slot: int, losses: Losses) -> None:
+        """Take in a host's losses of a unit."""
+        unit = self._units[i]
+        self._drop(i, slot)
+        if slot in unit.answers or len(unit.answers) >= unit.opinions:
+            return
+        self._missing -= not unit.answers
+        self._counts[slot] += unit.size
+        unit.answers[slot] = losses
+        if unit.opinions == len(unit.answers) == 2 and unit.verdict() is None:
+            unit.opinions = 3
+        if len(unit.answers) == unit.opinions:
+            for other in list(unit.holders):
+                self._drop(i, other)
+        self._see(i)
 
     def _give(self, i: int, slot: int) -> None:
         self._units[i].given.add(slot)
         self._units[i].holders.add(slot)
         self._held.setdefault(slot, set()).add(i)
+        self._see(i)
 
     def _drop(self, i: int, slot: int) -> None:
         self._units[i].holders.discard(slot)
         self._held.get(slot, set()).discard(i)
+        self._see(i)
+
+    def _see(self, i: int) -> None:
+        """Note whether more hosts should be at a unit."""
+        if self._units[i].lacking > 0:
+            self._lacking.add(i)
+        else:
+            self._lacking.discard(i)
 
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
         """Join neighbouring units."""
@@ -261,19 +274,48 @@ class FixedPopulation:
         return spans
 
 
+class _Queue:
+    """Hosts, by when they would be done with one unit more."""
+
+    def __init__(self, speeds: Mapping[int, float], load: dict[int, int]) -> None:
+        self._speeds, self._load = speeds, load
+        self._heap = [self._entry(slot) for slot in speeds]
+        heapq.heapify(self._heap)
+
+    def take(self, barred: Collection[int]) -> int | None:
+        """Find the host that would be done first, and count a unit more for it; None: all are barred."""
+        passed = []
+        found = None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            if entry[1] in barred:
+                passed.append(entry)
+            else:
+                found = entry[1]
+                self._load[found] += 1
+                passed.append(self._entry(found))
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _entry(self, slot: int) -> tuple[float, int]:
+        return (self._load[slot] + 1) / self._speeds[slot], slot
+
+
 class TimeBudget:
     """Every host's own range, from `slot * SLOT_PAIRS` on, as far as it comes."""
 
     def __init__(self) -> None:
         """Begin with nobody at work."""
         self._parts: dict[int, list[Losses]] = {}
+        self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float]) -> list[Lease]:
-        """See `Work.lease`."""
-        new = sorted(speeds.keys() - self._parts.keys())
+        """See `Work.lease`: to every host that has handed in nothing yet."""
+        new = [slot for slot in sorted(speeds) if slot not in self._open and not self._counts[slot]]
         for slot in new:
-            self._parts[slot] = []
+            self._parts.setdefault(slot, [])
             self._open.add(slot)
         return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in new]
 
@@ -281,31 +323,35 @@ class TimeBudget:
         """See `Work.accept`: the host's own range without gaps; what is there already is taken as read."""
         if slot not in self._parts:
             return "these pairs were never assigned to this host"
-        have = slot * SLOT_PAIRS + self.count(slot)
-        at, new = have, 0
+        start = slot * SLOT_PAIRS
+        have = at = start + self._counts[slot]
+        known = 0
         for first, count in spans:
-            if first < slot * SLOT_PAIRS or first + count > (slot + 1) * SLOT_PAIRS:
+            if first < start or first + count > start + SLOT_PAIRS:
                 return "these pairs were never assigned to this host"
-            if new == 0 and first + count <= have:  # handed in before
-                losses = losses[count:]
-                continue
-            if first != at:
+            if first + count <= have and at == have:  # handed in before
+                known += count
+            elif first == at:
+                at += count
+            else:
                 return f"pair {at} is missing before pair {first}"
-            at, new = at + count, new + count
-        if new:
-            self._parts[slot].append(losses)
+        if at > have:
+            self._parts[slot].append(losses[known:])
+            self._counts[slot] += at - have
         if final:
             self._open.discard(slot)
         return ""
 
-    def release(self, slot: int) -> bool:
+    def release(self, slot: int) -> None:
         """See `Work.release`."""
-        if slot not in self._open:
-            return False
         self._open.discard(slot)
-        if not self.count(slot):  # it may begin anew, should it come back before the step is closed
-            self._parts.pop(slot)
-        return True
+
+    def revoke(self, slot: int) -> None:
+        """See `Work.revoke`."""
+        self.release(slot)
+        if slot in self._parts:
+            self._parts[slot] = []
+        self._counts.pop(slot, None)
 
     def busy(self, slot: int) -> bool:
         """See `Work.busy`."""
@@ -313,14 +359,16 @@ class TimeBudget:
 
     def open_spans(self, slot: int) -> list[Span]:
         """See `Work.open_spans`."""
-        if slot not in self._open:
-            return []
-        done = self.count(slot)
-        return [(slot * SLOT_PAIRS + done, SLOT_PAIRS - done)]
+        done = self._counts[slot]
+        return [(slot * SLOT_PAIRS + done, SLOT_PAIRS - done)] if slot in self._open and done < SLOT_PAIRS else []
 
     def count(self, slot: int) -> int:
         """See `Work.count`."""
-        return sum(map(len, self._parts.get(slot, ())))
+        return self._counts[slot]
+
+    def took_part(self, slot: int) -> bool:
+        """See `Work.took_part`."""
+        return slot in self._parts
 
     @property
     def waits(self) -> bool:
@@ -330,12 +378,12 @@ class TimeBudget:
     @property
     def complete(self) -> bool:
         """See `Work.complete`."""
-        return not self._open and any(self._parts.values())
+        return not self._open and any(self._counts.values())
 
     def result(self) -> tuple[list[Span], Losses]:
         """See `Work.result`: range by range."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
-        spans = [(slot * SLOT_PAIRS, self.count(slot)) for slot in slots]
+        spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, np.concatenate([part for slot in slots for part in self._parts[slot]])
 
     def liars(self, trusted: int | None) -> set[int]:
