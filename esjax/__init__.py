@@ -14,11 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig
+    from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
     from esjax.devices import prepare_devices
     from esjax.errors import EsjaxError
+    from esjax.hosts.join import join
+    from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
     from esjax.models import Model
+    from esjax.replaying import replay
     from esjax.step_info import StepInfo
     from esjax.training import Trainer, resume, train
 
@@ -30,24 +33,35 @@ __all__ = [
     "EsConfig",
     "EsjaxError",
     "GruConfig",
+    "HostsConfig",
     "Model",
     "OptimConfig",
     "RnnConfig",
+    "Server",
     "StepInfo",
     "Trainer",
+    "join",
     "load",
     "prepare_devices",
+    "replay",
     "resume",
+    "resume_serving",
+    "serve",
     "train",
 ]
 
 _HOME = {
     "EsjaxError": "errors",
     "Model": "models",
+    "Server": "hosts.serve",
     "StepInfo": "step_info",
     "Trainer": "training",
     "prepare_devices": "devices",
+    "join": "hosts.join",
+    "replay": "replaying",
     "resume": "training",
+    "resume_serving": "hosts.serve",
+    "serve": "hosts.serve",
     "train": "training",
     "load": "loading",
 }

@@ -26,6 +26,7 @@ from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
+from esjax.own import Own
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
 from esjax.step_info import Limits, StepInfo
@@ -276,11 +277,7 @@ def train(
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None:
-        own = {
-            kind: getattr(value, "__qualname__", type(value).__name__)
-            for kind, value in (("model", model), ("loss", loss), ("optimizer", optimizer))
-            if value is not None
-        }
+        own = Own(model, loss, optimizer).names()
         trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own)
     return trainer
 

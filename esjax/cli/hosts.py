@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,6 @@ from esjax.config import Config
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
-    from esjax.hosts.keys import Token as TokenFile
     from esjax.hosts.wire import Status as StatusReply
 
 Address = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADDRESS")]
@@ -56,15 +55,18 @@ class Serve:
         # A coordinator touches no weight: it leaves accelerators to the hosts.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
-        from esjax.hosts.serve import Listen, resume_serving, serve
+        from esjax.hosts.serve import resume_serving, serve
 
-        tell = teller(console)
-        listen = Listen(self.bind, self.keys, self.plain_text_anywhere)
+        where: Any = {
+            "bind": self.bind,
+            "keys": self.keys,
+            "plain_text_anywhere": self.plain_text_anywhere,
+            "tell": teller(console),
+        }
         if self.resume is None:
-            server = serve(self.settings, new_folder(self.out), listen, tell=tell)
+            server = serve(self.settings, new_folder(self.out), **where)
         else:
-            steps, seconds = self.settings.steps, self.settings.seconds
-            server = resume_serving(self.resume, listen, steps=steps, seconds=seconds, tell=tell)
+            server = resume_serving(self.resume, steps=self.settings.steps, seconds=self.settings.seconds, **where)
 
         @contextmanager
         def announce() -> Iterator[None]:
@@ -97,7 +99,6 @@ class Join:
 
     def run(self, console: Console) -> None:
         """Take part until training ends, SIGTERM or Ctrl-C."""
-        token = _token(self.token_file)
         if self.lifetime is not None and not self.lifetime > 0:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
         prepare()
@@ -106,7 +107,7 @@ class Join:
         try:
             join(
                 self.address,
-                token=token,
+                token_file=self.token_file,
                 name=self.name,
                 lifetime=self.lifetime,
                 patience=self.patience,
@@ -142,7 +143,7 @@ class Status:
         """Print it."""
         from esjax.hosts.ask import ask_status
 
-        status = ask_status(self.address, _token(self.token_file))
+        status = ask_status(self.address, self.token_file)
         if self.json:
             import msgspec
 
@@ -190,17 +191,11 @@ class Replay:
     def run(self, console: Console) -> None:
         """Print what was found; exit with 1 if a digest differs."""
         prepare()
-        from esjax.replay import replay
+        from esjax.replaying import replay
 
         found = replay(self.run_folder, tell=teller(console))
         print(found.summary())
         sys.exit(0 if found.agrees else 1)
-
-
-def _token(path: Path | None) -> "TokenFile | None":
-    from esjax.hosts.keys import load_token
-
-    return None if path is None else load_token(path)
 
 
 def _print(status: "StatusReply") -> None:

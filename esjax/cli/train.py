@@ -38,9 +38,9 @@ class Train:
         out = new_folder(self.out)
         if self.workers:
             from esjax.hosts.local import local_workers
-            from esjax.hosts.serve import Listen, serve
+            from esjax.hosts.serve import serve
 
-            server = serve(self.settings, out, Listen("tcp://127.0.0.1:0"), tell=teller(console))
+            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", tell=teller(console))
             server.while_open = lambda: local_workers(server.address, self.workers, out)
             show(server, console)
             return

@@ -1,10 +1,11 @@
 """Asks a coordinator how things stand."""
 
 import time
+from pathlib import Path
 
 from esjax.errors import EsjaxError
 from esjax.hosts import wire
-from esjax.hosts.keys import Token
+from esjax.hosts.keys import load_token
 from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.wire import Envelope
 
@@ -12,17 +13,18 @@ PATIENCE = 10.0
 """Seconds to wait for an answer."""
 
 
-def ask_status(address: str, token: Token | None = None, patience: float = PATIENCE) -> wire.Status:
+def ask_status(address: str, token_file: str | Path | None = None, patience: float = PATIENCE) -> wire.Status:
     """Ask a coordinator how things stand.
 
     Args:
         address: tcp://HOST:PORT.
-        token: What its keys let this host in with.
+        token_file: What the coordinator's keys let this host in with, if it has keys.
         patience: Seconds to wait for an answer.
 
     Raises:
         EsjaxError: It does not answer, or refuses to.
     """
+    token = None if token_file is None else load_token(Path(token_file))
     until = time.monotonic() + patience
     with ClientTransport(address, token=token, limits=Limits(wire.MAX_HEADER, wire.FRAMES)) as transport:
         transport.request(wire.encode(Envelope(wire.AskStatus())))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import optax
 
 from esjax.checkpoint import digest
 from esjax.config import from_yaml, replace
@@ -13,7 +12,6 @@ from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
-from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.tasks import (
     Apply,
@@ -33,7 +31,7 @@ from esjax.hosts.tasks import (
     Value,
 )
 from esjax.models import build_model
-from esjax.models.model import ModelFactory
+from esjax.own import NOTHING_OWN, Own
 from esjax.replica import Replica
 from esjax.snapshot import from_bytes, to_bytes
 from esjax.trained import Trained
@@ -47,9 +45,7 @@ class Engine:
         replica: Replica | None = None,
         vocab_size: int = 0,
         *,
-        model: ModelFactory | None = None,
-        loss: Loss | None = None,
-        optimizer: optax.GradientTransformation | None = None,
+        own: Own = NOTHING_OWN,
         tell: Callable[[str], None],
     ) -> None:
         """Begin with a replica, or with none until `Build`.
@@ -57,14 +53,12 @@ class Engine:
         Args:
             replica: The replica, if there is one already.
             vocab_size: Its number of token ids.
-            model: Builds a model of one's own.
-            loss: A loss of one's own.
-            optimizer: An optimizer of one's own.
+            own: Of a replica that is still to be built.
             tell: Called with each line that a person should see.
         """
         self._replica = replica
         self._vocab_size = vocab_size
-        self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._own = own
         self._tell = tell
         self._measure: Callable[[], float | None] = lambda: None
 
@@ -107,7 +101,7 @@ class Engine:
     def _build(self, task: Build) -> Result:
         config = from_yaml(task.config, "the run's settings")
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
-        build = self._model or (lambda size: build_model(config.model, size))
+        build = self._own.model or (lambda size: build_model(config.model, size))
         model = build(task.vocab_size)
         mesh = local_mesh()
         self._vocab_size = task.vocab_size
@@ -115,7 +109,7 @@ class Engine:
         if config.data.block_tokens:  # no text yet, but the programs can be compiled
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
-            replica = Replica(config, model, stream, mesh, self._loss, self._optimizer)
+            replica = Replica(config, model, stream, mesh, self._own.loss, self._own.optimizer)
             try:
                 _compile(replica)
                 break

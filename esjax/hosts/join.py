@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple
+from pathlib import Path
 
 import jax
 import optax
@@ -18,12 +18,13 @@ from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
 from esjax.hosts.engine import Engine
-from esjax.hosts.keys import Token
+from esjax.hosts.keys import load_token
 from esjax.hosts.tasks import Failed, Result, Task
 from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
 from esjax.interrupts import stop_on_signals
 from esjax.models.model import ModelFactory
+from esjax.own import Own
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
@@ -40,49 +41,36 @@ FAREWELL = 10.0
 """Seconds to hand in what is scored and to say goodbye."""
 
 
-class Own(NamedTuple):
-    """What a run was given beside its settings: a model, a loss, an optimizer of its own."""
-
-    model: ModelFactory | None = None
-    loss: Loss | None = None
-    optimizer: optax.GradientTransformation | None = None
-
-    def names(self) -> dict[str, str]:
-        """Name what there is."""
-        return {
-            kind: getattr(value, "__qualname__", type(value).__name__)
-            for kind, value in self._asdict().items()
-            if value is not None
-        }
-
-
-NOTHING = Own()
-
-
 def join(
     address: str,
     *,
-    token: Token | None = None,
+    token_file: str | Path | None = None,
     name: str | None = None,
     lifetime: float | None = None,
     patience: float = 600.0,
-    own: Own = NOTHING,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
     """Take part in a run until it ends, SIGTERM or Ctrl-C comes, or the lifetime is over.
 
     Args:
         address: tcp://HOST:PORT of the coordinator.
-        token: Read from a token file, if the coordinator has keys.
+        token_file: What the coordinator's keys let this host in with, if it has keys.
         name: What this host is called; of two of one name the newer counts. None: made up.
         lifetime: Seconds after which the host leaves. None: no such limit.
         patience: Seconds to wait for a coordinator that says nothing.
-        own: The model, loss and optimizer of the run's own, if it has some.
+        model: The run's own model, if it was given one.
+        loss: The run's own loss, if it was given one.
+        optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see.
 
     Raises:
         EsjaxError: The coordinator turned the host away, or is not to be reached, or the devices failed.
     """
+    token = None if token_file is None else load_token(Path(token_file))
+    own = Own(model, loss, optimizer)
     devices = jax.local_devices()
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     now = time.monotonic()
@@ -95,7 +83,7 @@ def join(
         now=now,
         jitter=random.random,
     )
-    engine = Engine(model=own.model, loss=own.loss, optimizer=own.optimizer, tell=tell)
+    engine = Engine(own=own, tell=tell)
     tell(f"{name}: joining {address}")
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace
@@ -16,12 +17,12 @@ from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
+from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.answers import noise_answers
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.desk import Desk
 from esjax.hosts.effects import Snapshot, Terms, hash_bytes
-from esjax.hosts.join import NOTHING, Own
 from esjax.hosts.keys import ServerKeys
 from esjax.hosts.transport import Limits as Sizes
 from esjax.hosts.transport import ServerTransport, is_loopback, new_keypair
@@ -29,6 +30,8 @@ from esjax.interrupts import stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
+from esjax.models.model import ModelFactory
+from esjax.own import Own
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
 from esjax.snapshot import to_bytes
@@ -37,25 +40,19 @@ from esjax.step_info import Limits, StepInfo
 REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""
 
+ADDRESS = "tcp://127.0.0.1:5555"
+"""Where a coordinator listens, unless told otherwise."""
+
 FIRST_TOKEN = "hosts"
 """Name of the token that is made with the keys."""
 
 
-class Listen(NamedTuple):
-    """Where the coordinator listens, and to whom.
+class _Listen(NamedTuple):
+    """Where the coordinator listens, and to whom, see `serve`."""
 
-    Attributes:
-        address: tcp://HOST:PORT; broadcasts are at the next port. Port 0: any two that are free.
-        keys: Folder of the keys. None: `keys` in the run folder, and no keys on a loopback address.
-        plain_text_anywhere: Listen on any address without keys: whoever reaches it can read along and take part.
-    """
-
-    address: str = "tcp://127.0.0.1:5555"
-    keys: Path | None = None
-    plain_text_anywhere: bool = False
-
-
-ON_THIS_MACHINE = Listen()
+    address: str
+    keys: str | Path | None
+    plain_text_anywhere: bool
 
 
 class Server:
@@ -79,7 +76,7 @@ class Server:
         self,
         folder: RunFolder,
         corpus: Corpus,
-        listen: Listen,
+        listen: _Listen,
         own: Own,
         tell: Callable[[str], None] | None,
     ) -> None:
@@ -211,7 +208,7 @@ class Server:
         listen = self._listen
         if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
             return None
-        path = listen.keys or self.folder.path / "keys"
+        path = Path(listen.keys or self.folder.path / "keys")
         is_new = not path.exists()
         keys = ServerKeys(path, new_keypair, self.tell)
         if is_new:
@@ -230,9 +227,13 @@ def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
 def serve(
     config: Config | None,
     out: str | Path,
-    listen: Listen = ON_THIS_MACHINE,
     *,
-    own: Own = NOTHING,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """Begin a run that hosts take part in; iterate over the result to coordinate them.
@@ -240,17 +241,22 @@ def serve(
     Args:
         config: Settings; None: the defaults.
         out: Run folder to make.
-        listen: Where, and to whom.
-        own: A model, loss or optimizer of one's own, which every host has to bring along, too.
+        bind: tcp://HOST:PORT to listen at; broadcasts are at the next port. Port 0: any two that are free.
+        keys: Folder of the keys. None: `keys` in the run folder, and no keys on a loopback address.
+        plain_text_anywhere: Listen on any address without keys: whoever reaches it can read along and take part.
+        model: Builds a model of one's own, which every host has to bring along, too.
+        loss: A loss of one's own, which every host has to bring along, too.
+        optimizer: Any optax transformation, which every host has to bring along, too.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
         EsjaxError: The text cannot be used, or the folder exists already.
     """
     config = replace(config or Config(), ledger=True)
+    own = Own(model, loss, optimizer)
     corpus = load_corpus(config.data)
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
-    server = Server(folder, corpus, listen, own, tell)
+    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -258,9 +264,13 @@ def serve(
 
 def resume_serving(
     path: str | Path,
-    listen: Listen = ON_THIS_MACHINE,
     *,
-    own: Own = NOTHING,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     tell: Callable[[str], None] | None = None,
@@ -269,8 +279,12 @@ def resume_serving(
 
     Args:
         path: Run folder.
-        listen: Where, and to whom.
-        own: The run's own model, loss and optimizer, if it was given some.
+        bind: See `serve`.
+        keys: See `serve`.
+        plain_text_anywhere: See `serve`.
+        model: The run's own model, if it was given one.
+        loss: The run's own loss, if it was given one.
+        optimizer: The run's own optimizer, if it was given one.
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
             run's settings hold.
@@ -280,7 +294,9 @@ def resume_serving(
         EsjaxError: It is no run folder, its text has changed, or a model, loss or optimizer of its own is missing.
     """
     folder = RunFolder(Path(path))
+    own = Own(model, loss, optimizer)
     folder.check_own(**own._asdict())
+    listen = _Listen(bind, keys, plain_text_anywhere)
     server = Server(folder, load_run_corpus(folder), listen, own, tell)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)

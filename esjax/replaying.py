@@ -4,14 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import optax
+
 from esjax.checkpoint import digest, restore_newest
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
+from esjax.evaluate import Loss
 from esjax.hosts.engine import make_update
-from esjax.hosts.join import NOTHING, Own
 from esjax.ledger import DIGEST, UPDATE, read
 from esjax.models import build_model
+from esjax.models.model import ModelFactory
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 
@@ -45,24 +48,33 @@ class Replayed(NamedTuple):
         return f"step {step:,}, digest {self.digest}: {verdict}"
 
 
-def replay(path: str | Path, *, own: Own = NOTHING, tell: Callable[[str], None] = print) -> Replayed:
+def replay(
+    path: str | Path,
+    *,
+    model: ModelFactory | None = None,
+    loss: Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    tell: Callable[[str], None] = print,
+) -> Replayed:
     """Make every update of a run again.
 
     Args:
         path: Run folder.
-        own: The run's own model, loss and optimizer, if it was given some.
+        model: The run's own model, if it was given one.
+        loss: The run's own loss, if it was given one.
+        optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see.
 
     Raises:
         EsjaxError: It is no run folder, or has no ledger from its first step on.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(**own._asdict())
+    folder.check_own(model=model, loss=loss, optimizer=optimizer)
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
-    model = own.model(size) if own.model else build_model(config.model, size)
-    replica = Replica(config, model, None, local_mesh(), own.loss, own.optimizer)
+    built = model(size) if model else build_model(config.model, size)
+    replica = Replica(config, built, None, local_mesh(), loss, optimizer)
     checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
     kept = (int(checkpoint.step), digest(checkpoint))
     compared, differs_at = 0, None

@@ -1,0 +1,124 @@
+"""Real coordinators and hosts in processes of their own, on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SMALL = [
+    "gru",
+    *("--model.hidden-size", "8", "--model.head-size", "8"),
+    *("--es.population-size", "64", "--es.chunk-pairs", "4", "--data.window", "8"),
+    *("--checkpoint-time", "2", "--evaluate-time", "2"),
+]
+"""Settings of a small run, as words of a command line."""
+
+PATIENCE = 120.0
+"""Seconds that a test waits for anything at most."""
+
+
+def environment() -> dict[str, str]:
+    """Share compiled programs between processes, and give each one device."""
+    import jax
+
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+
+
+class Process:
+    """`esjax ...`, with all it prints in a file."""
+
+    def __init__(self, *words: str, log: Path, file_blocks: int | None = None) -> None:
+        """Start it.
+
+        Args:
+            words: Of the command line.
+            log: For all that it prints.
+            file_blocks: Blocks of 1,024 bytes that a file may grow to, as on a disk that is full. None: any.
+        """
+        self.log = log
+        command = [sys.executable, "-m", "esjax", *words]
+        if file_blocks is not None:
+            command = ["bash", "-c", f'trap "" XFSZ; ulimit -f {file_blocks}; exec "$@"', "bash", *command]
+        with log.open("wb") as output:
+            self.popen = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.output or self.popen.poll() is not None)
+        assert text in self.output, self.output
+
+    def send(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def ends(self) -> int:
+        """Wait for its end, and return its exit code."""
+        try:
+            return self.popen.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise AssertionError(self.output) from None
+
+
+class Fleet:
+    """A coordinator and its hosts; whatever still runs at the end is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.address = ""
+        self._started: list[Process] = []
+
+    def start(self, *words: str, file_blocks: int | None = None) -> Process:
+        process = Process(*words, log=self.folder / f"{len(self._started)}-{words[0]}.log", file_blocks=file_blocks)
+        self._started.append(process)
+        return process
+
+    def serve(self, *words: str, bind: str = "tcp://127.0.0.1:0", file_blocks: int | None = None) -> Process:
+        text = self.folder / "text.txt"
+        text.write_text("\n\n".join(f"{i} to be, or not to be: that is the question {i * i}" for i in range(200)))
+        settings = ["--out", str(self.run), "--data.text", str(text), *SMALL, "--bind", bind, *words]
+        process = self.start("serve", *settings, file_blocks=file_blocks)
+        self._hear_address(process)
+        return process
+
+    def serve_again(self, *words: str) -> Process:
+        process = self.start("serve", "--resume", str(self.run), "--bind", self.address, *words)
+        self._hear_address(process)
+        return process
+
+    def join(self, name: str, *words: str) -> Process:
+        return self.start("join", self.address, "--name", name, *words)
+
+    def _hear_address(self, process: Process) -> None:
+        process.wait_for("esjax join ")
+        self.address = process.output.split("esjax join ")[1].split()[0]
+
+    def close(self) -> None:
+        for process in self._started:
+            process.popen.kill()
+            process.popen.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look again and again, for `PATIENCE` at most."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.05)

@@ -1,0 +1,234 @@
+"""Coordinator and hosts as real processes on the loopback interface; rows are those of the list of faults."""
+
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import Fleet, wait_until
+
+from esjax import Config, resume, train
+from esjax.checkpoint import digest
+from esjax.config import from_yaml, replace
+from esjax.hosts.ask import ask_status
+from esjax.ledger import UPDATE, read
+from esjax.replaying import replay
+from esjax.run_folder import RunFolder
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    made = Fleet(tmp_path)
+    yield made
+    made.close()
+
+
+def updates(run: Path) -> list[bytes]:
+    return [record.payload for record in read(run / "ledger") if record.kind == UPDATE]
+
+
+def steps_done(run: Path) -> int:
+    return len(updates(run))
+
+
+def alone(fleet: Fleet, steps: int) -> tuple[list[bytes], str]:
+    """Train the run of a fleet anew in this process: its updates, and the digest of its state at the end."""
+    config: Config = replace(from_yaml((fleet.run / "config.yaml").read_text(), ""), steps=steps)
+    out = fleet.folder / "alone"
+    for _ in train(config, out):
+        pass
+    return updates(out), replay(out).digest
+
+
+def test_two_hosts_train_as_one_process_does(fleet: Fleet, lenient_promotion: None) -> None:
+    """Whoever scored what: the same shaped weights and the same state."""
+    server = fleet.serve("--steps", "25")
+    hosts = [fleet.join("one"), fleet.join("two")]
+    assert [server.ends(), *(host.ends() for host in hosts)] == [0, 0, 0]
+    expected_updates, expected_digest = alone(fleet, 25)
+    assert updates(fleet.run) == expected_updates
+    replayed = replay(fleet.run)
+    assert replayed.agrees
+    assert replayed.compared >= 1
+    assert replayed.digest == expected_digest
+    assert "held-out" in server.output
+
+
+def test_row_01_a_killed_host_changes_nothing(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve("--steps", "60")
+    survivor, victim = fleet.join("survivor"), fleet.join("victim")
+    wait_until(lambda: ask_status(fleet.address).step >= 5 and all_ready(fleet, 2))
+    victim.send(signal.SIGKILL)
+    assert server.ends() == 0
+    assert survivor.ends() == 0
+    assert updates(fleet.run) == alone(fleet, 60)[0]
+
+
+def all_ready(fleet: Fleet, count: int) -> bool:
+    return [host.state for host in ask_status(fleet.address).hosts].count("ready") == count
+
+
+def test_row_02_a_killed_coordinator_loses_nothing(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve()
+    hosts = [fleet.join("one"), fleet.join("two")]
+    wait_until(lambda: steps_done(fleet.run) >= 20)
+    server.send(signal.SIGKILL)
+    server.ends()
+    before = updates(fleet.run)
+    again = fleet.serve_again()
+    wait_until(lambda: all_ready(fleet, 2) and steps_done(fleet.run) >= len(before) + 10)
+    again.send(signal.SIGTERM)
+    assert again.ends() == 0
+    assert [host.popen.poll() for host in hosts] == [None, None]
+    after = updates(fleet.run)
+    assert after[: len(before)] == before
+    assert after == alone(fleet, len(after))[0]
+    assert replay(fleet.run).agrees
+
+
+def test_row_14_a_browser_a_scan_and_a_silent_socket_cost_nothing(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve("--steps", "60")
+    host = fleet.join("one")
+    wait_until(lambda: steps_done(fleet.run) >= 3)
+    at = int(fleet.address.rsplit(":", 1)[1])
+    silent = socket.create_connection(("127.0.0.1", at))
+    for _ in range(20):
+        socket.create_connection(("127.0.0.1", at)).close()
+    for request in (f"http://127.0.0.1:{at}/", f"http://127.0.0.1:{at}/index.html"):
+        with pytest.raises((http.client.HTTPException, OSError)):
+            urllib.request.urlopen(request, timeout=5)
+    with socket.create_connection(("127.0.0.1", at)) as rude:
+        rude.sendall(np.random.default_rng(0).bytes(10_000))
+    assert server.ends() == 0
+    assert host.ends() == 0
+    silent.close()
+    assert "Traceback" not in server.output
+    assert updates(fleet.run) == alone(fleet, 60)[0]
+
+
+def test_row_18_a_stranger_is_refused_and_told_why(fleet: Fleet) -> None:
+    fleet.serve("--keys", str(fleet.folder / "keys"))
+    token = fleet.folder / "keys" / "hosts.token"
+    assert token.stat().st_mode & 0o077 == 0
+    stranger = fleet.join("stranger")
+    assert stranger.ends() == 2
+    assert "Traceback" not in stranger.output
+    assert "token" in stranger.output.splitlines()[-1]
+    assert ask_known(fleet, token)
+
+
+def ask_known(fleet: Fleet, token: Path) -> bool:
+    asked = subprocess.run(
+        [sys.executable, "-m", "esjax", "status", fleet.address, "--token-file", str(token), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(asked.stdout)["hosts"] == []
+
+
+def test_row_19_a_revoked_host_is_dropped(fleet: Fleet) -> None:
+    keys = fleet.folder / "keys"
+    fleet.serve("--keys", str(keys))
+    host = fleet.join("guest", "--token-file", str(keys / "hosts.token"))
+    wait_until(lambda: steps_done(fleet.run) >= 2)
+    subprocess.run([sys.executable, "-m", "esjax", "token", "revoke", str(keys), "hosts"], check=True)
+    assert host.ends() == 2
+    assert "revoked" in host.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rows_36_and_37_a_host_that_is_stopped_leaves_in_order(fleet: Fleet, number: signal.Signals) -> None:
+    server = fleet.serve()
+    host = fleet.join("guest")
+    wait_until(lambda: steps_done(fleet.run) >= 2)
+    host.send(number)
+    assert host.ends() == 0
+    server.wait_for("guest leaves: it was stopped")
+    assert "Traceback" not in host.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(fleet: Fleet, number: signal.Signals) -> None:
+    server = fleet.serve("--checkpoint-time", "1000")
+    host = fleet.join("one")
+    wait_until(lambda: steps_done(fleet.run) >= 5)
+    server.send(number)
+    assert server.ends() == 0
+    assert "Traceback" not in server.output
+    newest = max(int(path.name) for path in (fleet.run / "checkpoints").iterdir())
+    assert newest == steps_done(fleet.run) >= 5
+    assert replay(fleet.run).agrees
+    assert host.popen.poll() is None  # it waits for the coordinator to come back
+
+
+def test_row_38_a_stopped_host_does_not_stop_the_others(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve("--steps", "60")
+    one, two = fleet.join("one"), fleet.join("two")
+    wait_until(lambda: ask_status(fleet.address).step >= 5 and all_ready(fleet, 2))
+    two.send(signal.SIGSTOP)
+    assert server.ends() == 0
+    assert one.ends() == 0
+    assert updates(fleet.run) == alone(fleet, 60)[0]
+
+
+def test_row_34_a_second_coordinator_of_a_run_is_refused(fleet: Fleet) -> None:
+    fleet.serve()
+    second = fleet.start("serve", "--resume", str(fleet.run), "--bind", "tcp://127.0.0.1:0")
+    assert second.ends() == 2
+    assert "being trained by another process" in second.output
+
+
+def test_row_41_a_port_in_use_is_one_clear_line(fleet: Fleet) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        server = fleet.start("serve", "--out", str(fleet.run), "--data.text", "builtin:pydoc", "--bind", bind)
+        assert server.ends() == 2
+    assert "Traceback" not in server.output
+    assert "in use" in server.output
+
+
+def test_row_31_training_stops_before_a_step_that_cannot_be_recorded(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve("--checkpoint-time", "1000", "--es.population-size", "1024", file_blocks=12)
+    fleet.join("one")
+    assert server.ends() == 2
+    assert "cannot write the ledger" in server.output
+    assert "Traceback" not in server.output
+    done = steps_done(fleet.run)
+    assert done >= 5
+    again = fleet.serve_again("--steps", str(done + 5))
+    assert again.ends() == 0
+    assert replay(fleet.run).agrees
+    assert steps_done(fleet.run) == done + 5
+
+
+def test_a_run_of_hosts_goes_on_alone(fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve("--steps", "10")
+    fleet.join("one")
+    assert server.ends() == 0
+    for _ in resume(fleet.run, steps=15):
+        pass
+    assert updates(fleet.run) == alone(fleet, 15)[0]
+    assert replay(fleet.run).agrees
+
+
+def test_workers_of_this_machine(fleet: Fleet, lenient_promotion: None) -> None:
+    text = fleet.folder / "text.txt"
+    text.write_text("\n\n".join(f"line {i}, and some more of it" for i in range(200)))
+    words: list[Any] = ["--es.population-size", "64", "--es.chunk-pairs", "4", "--data.window", "8"]
+    words += ["--steps", "12", "--out", str(fleet.run), "--data.text", str(text)]
+    run = fleet.start("train", "--workers", "2", *words)
+    assert run.ends() == 0
+    assert steps_done(fleet.run) == 12
+    assert updates(fleet.run) == alone(fleet, 12)[0]
+    assert sorted(path.name for path in fleet.run.glob("*.log")) == ["worker-0.log", "worker-1.log"]
+    assert digest(replay(fleet.run).state) == replay(fleet.run).digest
+    assert RunFolder(fleet.run).ledger.exists()
