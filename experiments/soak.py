@@ -76,7 +76,7 @@ def _soak(soak: Soak, folder: Path) -> dict[str, object]:
     try:
         while time.monotonic() < ends:
             time.sleep(dice.uniform(0.5, 4.0))
-            fault = dice.choices(list(FAULTS), FAULTS.values())[0]
+            fault = dice.choices(list(FAULTS), list(FAULTS.values()))[0]
             counts[fault] += 1
             victim = dice.choice(hosts)
             if fault == "kill a host":
@@ -233,7 +233,11 @@ class _Relay:
     def cut(self, seconds: float) -> None:
         """Drop all connections, and take none for a while."""
         self._closed_until = time.monotonic() + seconds
-        self._loop.call_soon_threadsafe(lambda: [link.close() for link in self._links])
+        self._loop.call_soon_threadsafe(self._drop)
+
+    def _drop(self) -> None:
+        for link in self._links:
+            link.close()
 
     def deafen(self, seconds: float) -> None:
         """Pass nothing to the hosts for a while."""

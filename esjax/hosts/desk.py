@@ -21,6 +21,9 @@ from esjax.step_info import StepInfo
 POLL = 0.05
 """Seconds between looks at the clock."""
 
+TICK = 0.02
+"""Seconds between looks at the hosts."""
+
 CHECK = 0.2
 """Seconds between looks at the connections."""
 
@@ -74,7 +77,7 @@ class Desk:
         self._began_at: float | None = None
         self._closed_at: float | None = None
         self._held_out: float | None = None
-        self._check_at = 0.0
+        self._tick_at = self._check_at = 0.0
         self._bulk: deque[tuple[Request, Envelope]] = deque()
         self._marks: dict[int, tuple[float, int]] = {}  # seconds and member-tokens at steps whose state is to come
 
@@ -88,8 +91,10 @@ class Desk:
         for _ in range(min(len(self._bulk), BULK)):
             request, envelope = self._bulk.popleft()
             self._transport.reply(request.peer, wire.encode(self._coordinator.receive(envelope, now, request.key)))
-        self._coordinator.tick(now)
-        closed += self._carry_out(now)
+        if now >= self._tick_at:
+            self._coordinator.tick(now)
+            closed += self._carry_out(now)
+            self._tick_at = now + TICK
         if now >= self._check_at:
             self._transport.check()
             self._check_at = now + CHECK

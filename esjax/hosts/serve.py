@@ -91,16 +91,28 @@ class Server:
         self.last: StepInfo | None = None
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
         self._corpus, self._listen, self._own = corpus, listen, own
+        self._coordinator: Coordinator | None = None
 
     def __repr__(self) -> str:
         """Say where it is."""
         return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}>"
+
+    def status(self) -> wire.Status:
+        """Say how the run and its hosts do.
+
+        Raises:
+            EsjaxError: Iteration has not begun.
+        """
+        if self._coordinator is None:
+            raise EsjaxError("nobody can have joined: iterate over the run first")
+        return self._coordinator.status(time.monotonic())
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Coordinate the hosts, and yield what each step did."""
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
             coordinator, desk, metrics = self._open(stack)
+            self._coordinator = coordinator
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation

@@ -1,0 +1,239 @@
+"""What a step costs the coordinator, by the number of hosts: its own time, and bytes up and down.
+
+    python experiments/bench_coordinator.py --hosts 1 16 64 256
+
+First the state machine alone, every message as bytes, then a real coordinator with real sockets and a ledger on disk;
+hosts are simulated: real state machines whose devices make up losses. `own ms` is the processor time of the
+coordinator's thread, `process ms` that of its whole process, the network's threads included; hosts on the same cores
+do not count.
+"""
+
+import json
+import multiprocessing
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig
+from esjax.data.delivery import PackedText
+from esjax.hosts import wire
+from esjax.hosts.answers import noise_answers
+from esjax.hosts.coordinator import Coordinator
+from esjax.hosts.effects import Publish, Snapshot, Terms, hash_bytes
+from esjax.hosts.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
+from esjax.hosts.transport import ClientTransport, Limits
+from esjax.hosts.worker import Worker
+
+UNIT = 32
+"""Pairs that are never split between hosts."""
+
+HOSTS_A_PROCESS = 64
+"""Simulated hosts that share a process."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure the coordinator with simulated hosts."""
+
+    hosts: tuple[int, ...] = (1, 16, 64, 256)
+    """Numbers of hosts."""
+
+    members: int = 16_384
+    """Members a step."""
+
+    steps: int = 50
+    """Steps that are measured."""
+
+    sockets: bool = True
+    """Measure with real sockets, too."""
+
+
+class Row(NamedTuple):
+    """A figure of one setting; times and bytes are per step."""
+
+    how: str
+    hosts: int
+    own_ms: float
+    process_ms: float
+    step_ms: float
+    up_bytes_per_member: float | None
+    down_bytes_per_pair: float | None
+
+
+class FakeDevices:
+    """Does tasks at once, with made-up losses."""
+
+    def __init__(self, seed: int) -> None:
+        """Begin with nothing."""
+        self._step = 0
+        self._losses = np.random.default_rng(seed).normal(3.0, 0.1, (2**14, 2)).astype(np.float32)
+
+    def do(self, task: Task) -> Result:
+        """Do a task."""
+        if isinstance(task, Build):
+            return Built(UNIT)
+        if isinstance(task, Score):
+            pairs = sum(count for _, count in task.spans)
+            return Scored(self._losses[:pairs], 1e-5 * pairs)
+        if isinstance(task, Load):
+            self._step = 0
+        elif isinstance(task, Apply):
+            self._step = wire.unpack_update(task.updates[-1]).header.step + 1
+        return Done(self._step, 1.0, 1.0)
+
+
+def settings(bench: Bench) -> Config:
+    """Choose a run whose rounds beside the steps never come."""
+    return Config(
+        es=EsConfig(population_size=bench.members, chunk_pairs=UNIT),
+        data=DataConfig(text="builtin:pydoc"),
+        model=GruConfig(hidden_size=8, head_size=8),
+        hosts=HostsConfig(digest_interval=10**9),
+        checkpoint_time=1e9,
+        evaluate_time=1e9,
+    )
+
+
+def machine_alone(bench: Bench, hosts: int) -> Row:
+    """Measure the state machine and the making and reading of bytes."""
+    config = settings(bench)
+    terms = Terms("bench", 1, UNIT, 100, {"rademacher": ""}, {}, 1, 1)
+    text = PackedText(b"text", 4, "digest")
+    snapshot = Snapshot(0, b"0", hash_bytes(b"0"))
+    rng = np.random.default_rng(0)
+    coordinator = Coordinator(config, terms, step=0, now=0.0, rng=rng, text=text, snapshot=snapshot)
+    workers = [
+        Worker(f"{i}", "", "", {"rademacher": ""}, {}, now=0.0, jitter=lambda: 0.5, built=True, text="digest")
+        for i in range(hosts)
+    ]
+    devices = [FakeDevices(i) for i in range(hosts)]
+    own, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
+    first = None
+    while first is None or coordinator.step < first + bench.steps:
+        if first is None and coordinator.step >= 5:
+            first, own, started = coordinator.step, 0.0, time.perf_counter()
+            bytes_of.clear()
+        published: list[list[bytes]] = []
+        for worker, fake in zip(workers, devices, strict=True):
+            while (task := worker.task()) is not None:
+                worker.finished(fake.do(task), now)
+            while (request := worker.request(now)) is not None:
+                frames = wire.encode(request)
+                bytes_of["up"] += sum(map(len, frames))
+                began = time.perf_counter()
+                reply = wire.encode(coordinator.receive(wire.decode(frames, "request"), now))
+                for effect in coordinator.drain():
+                    if isinstance(effect, Publish):
+                        published.append(wire.encode(effect.envelope))
+                own += time.perf_counter() - began
+                worker.receive(wire.decode(reply, "reply"), now)
+        now += 0.01
+        began = time.perf_counter()
+        coordinator.tick(now)
+        for effect in coordinator.drain():
+            if isinstance(effect, Publish):
+                published.append(wire.encode(effect.envelope))
+        own += time.perf_counter() - began
+        for frames in published:
+            bytes_of["down"] += sum(map(len, frames))
+            for worker in workers:
+                worker.receive(wire.decode(frames, "broadcast"), now)
+    return _row("machine", bench, hosts, own, own, time.perf_counter() - started, bytes_of)
+
+
+def with_sockets(bench: Bench, hosts: int) -> Row:
+    """Measure a coordinator with a ledger on disk and hosts at the loopback interface."""
+    from esjax.devices import prepare_devices
+    from esjax.hosts.serve import serve
+
+    prepare_devices()
+    with tempfile.TemporaryDirectory() as folder:
+        server = serve(settings(bench), Path(folder) / "run", bind="tcp://127.0.0.1:0", tell=lambda line: None)
+        server.while_open = lambda: simulated_hosts(server.address, hosts)
+        first, own, process, started = None, 0.0, 0.0, 0.0
+        for info in server:
+            ready = sum(host.state == "ready" for host in server.status().hosts) if first is None else hosts
+            if first is None and ready == hosts:
+                first, own, process, started = info.step, *_clocks()
+            elif first is not None and info.step == first + bench.steps:
+                own, process, wall = (now - then for now, then in zip(_clocks(), (own, process, started), strict=True))
+                break
+    return _row("sockets", bench, hosts, own, process, wall, None)
+
+
+def _clocks() -> tuple[float, float, float]:
+    return time.thread_time(), time.process_time(), time.perf_counter()
+
+
+@contextmanager
+def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
+    """Run hosts with made-up losses, in a few processes."""
+    context = multiprocessing.get_context("spawn")
+    sizes = [min(HOSTS_A_PROCESS, hosts - first) for first in range(0, hosts, HOSTS_A_PROCESS)]
+    processes = [
+        context.Process(target=run_hosts, args=(address, i * HOSTS_A_PROCESS, size), daemon=True)
+        for i, size in enumerate(sizes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def run_hosts(address: str, first: int, count: int) -> None:
+    """Be some hosts until killed."""
+    answers = noise_answers()
+    limits = Limits(wire.MAX_BODY, wire.FRAMES)
+    line = []
+    for i in range(first, first + count):
+        worker = Worker(f"host-{i}", "", "", answers, {}, now=time.monotonic(), jitter=random.random)
+        line.append((worker, ClientTransport(address, token=None, limits=limits), FakeDevices(i)))
+    listening = set()
+    while True:
+        for worker, transport, devices in line:
+            now = time.monotonic()
+            while (task := worker.task()) is not None:
+                worker.finished(devices.do(task), now)
+            if worker.joined and worker.name not in listening:
+                listening.add(worker.name)
+                transport.subscribe(worker.joined.publish_port)
+            request = worker.request(now)
+            if request is not None:
+                transport.request(wire.encode(request))
+            received = transport.poll(0.0)
+            for frames in received.broadcasts:
+                worker.receive(wire.decode(frames, "broadcast"), now)
+            if received.reply is not None:
+                worker.receive(wire.decode(received.reply, "reply"), now)
+
+
+def _row(how: str, bench: Bench, hosts: int, own: float, process: float, wall: float, sent: Counter[str] | None) -> Row:
+    up = down = None
+    if sent is not None:
+        up = sent["up"] / bench.steps / bench.members
+        down = sent["down"] / bench.steps / (bench.members / 2)
+    return Row(how, hosts, 1e3 * own / bench.steps, 1e3 * process / bench.steps, 1e3 * wall / bench.steps, up, down)
+
+
+def main(bench: Bench) -> None:
+    """Measure everything, and print a line of JSON for each."""
+    for how in (machine_alone, with_sockets) if bench.sockets else (machine_alone,):
+        for hosts in bench.hosts:
+            print(json.dumps(how(bench, hosts)._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
