@@ -17,17 +17,29 @@ FLOORS = [
     ("esjax.fitness",),
     ("esjax.noise",),
     ("esjax.evaluate",),
-    ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer"),
+    ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer", "esjax.own"),
+    ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts"),
+    ("esjax.data.delivery", "esjax.hosts.wire"),
+    ("esjax.hosts.effects", "esjax.hosts.roster", "esjax.hosts.scoring", "esjax.hosts.tasks", "esjax.hosts.work"),
+    ("esjax.hosts.handouts", "esjax.hosts.rounds", "esjax.hosts.transfers"),
+    ("esjax.hosts.coordinator", "esjax.hosts.worker"),
+    ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
-    ("esjax.data", "esjax.data.sources", "esjax.data.vocabulary", "esjax.data.packing", "esjax.data.ngram"),
-    ("esjax.data.corpus", "esjax.data.delivery"),
-    ("esjax.ledger", "esjax.snapshot"),
+    ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files"),
+    ("esjax.data.corpus", "esjax.ledger", "esjax.snapshot"),
     ("esjax.devices", "esjax.interrupts", "esjax.replica", "esjax.trained", "esjax.checkpoint", "esjax.run_folder"),
-    ("esjax.loading", "esjax.training", "esjax.import_npy"),
+    ("esjax.loading", "esjax.import_npy"),
+    ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),
+    ("esjax.hosts.transport", "esjax.hosts.alone", "esjax.hosts.crew"),
+    ("esjax.hosts.ask", "esjax.hosts.desk", "esjax.hosts.join"),
+    ("esjax.hosts.serve", "esjax.training", "esjax.replaying"),
     ("esjax.progress",),
+    ("esjax.cli.shared",),
+    ("esjax.cli.hosts", "esjax.cli.train", "esjax.cli.use"),
     ("esjax.cli",),
+    ("esjax.__main__",),
 ]
-PURE_FLOORS = 9
+PURE_FLOORS = 15
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}

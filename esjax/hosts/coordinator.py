@@ -13,13 +13,14 @@ import numpy as np
 
 from esjax.config import Config, to_yaml
 from esjax.data.delivery import PackedText
-from esjax.fitness import shape
+from esjax.fitness import LARGEST_LOSS, shape
 from esjax.hosts import wire
-from esjax.hosts.effects import Closed, Effect, History, Publish, Record, Snapshot, Tell, Terms, hash_bytes
-from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
+from esjax.hosts.effects import Closed, Effect, History, Publish, Record, Snapshot, Tell, Terms
+from esjax.hosts.handouts import Handouts
+from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster, speeds_of
 from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Plan, Rounds
 from esjax.hosts.wire import Envelope, Message
-from esjax.hosts.work import FixedPopulation, TimeBudget, Work
+from esjax.hosts.work import FixedPopulation, Lease, TimeBudget, Work
 
 PULSE = 2.0
 """Seconds between signs of life."""
@@ -32,6 +33,9 @@ DEADLINE_FLOOR = 1.0
 
 DEADLINE_FACTOR = 3.0
 """How many times as long as the others a host may take."""
+
+LAST_ROUND = 2 * GRACE
+"""Seconds for the last checkpoint and the last evaluation."""
 
 
 class Coordinator:
@@ -82,19 +86,20 @@ class Coordinator:
         self.gradient_norm = self.update_norm = math.nan
         self.finished = False
         self._rng = rng
-        self._text = text
-        self._history = history
-        self._block = block
+        self._handouts = Handouts(text, block, config.data.new_tokens_interval, history)
         self._last_update = last_update
         self._with_rounds = with_rounds
         self._effects: list[Effect] = []
         self._roster = Roster()
-        self.rounds = Rounds(config, self._roster, terms.state_bytes, snapshot, self._emit, self._put_aside, now)
+        self.rounds = Rounds(
+            config, self._roster, terms.state_bytes, snapshot, self._emit, self._put_aside, self._resync, now
+        )
         self._work: Work = self._new_work()
         self._pulse_at = now
         self._closed_at: float | None = None
         self._rate = 0.0
         self._loss: float | None = None
+        self._trouble = ""
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
         self._stop_at = math.inf
@@ -118,12 +123,12 @@ class Coordinator:
         if isinstance(message, wire.Join):
             return Envelope(self._join(message, key, now))
         host = self._roster.get(getattr(message, "session", -1))
-        if host is None or host.key != key:
+        if host is None or host.dropped or host.key != key:
             return Envelope(self._rejected("the session has ended", rejoin=True))
         if host.superseded:
-            return Envelope(wire.Refused(f"another host joined as {host.name!r}; give each host a --name of its own"))
+            return self._refused(f"another host joined as {host.name!r}; give each host a --name of its own")
         if host.aside:
-            return Envelope(wire.Refused(f"put aside: {host.aside}"))
+            return self._refused(f"put aside: {host.aside}")
         host.seen = now
         reply = _HANDLERS[type(message)](self, host, message, envelope.body, now)
         return reply if isinstance(reply, Envelope) else Envelope(reply)
@@ -131,38 +136,36 @@ class Coordinator:
     def refuse_version(self, version: int) -> Envelope:
         """Answer a host of another version of the protocol."""
         self.counters["other protocol version"] += 1
-        return Envelope(
-            wire.Refused(
-                f"this host speaks version {version} of the protocol, the coordinator {wire.VERSION}; install the "
-                "same esjax on both"
-            )
+        return self._refused(
+            f"this host speaks version {version} of the protocol, the coordinator {wire.VERSION}; install the same "
+            "esjax on both"
         )
 
     def refuse_key(self, key: str | None, now: float) -> Envelope:
         """Answer a host whose key was revoked, and drop every host that has it."""
         self.counters["revoked key"] += 1
         for host in self._roster:
-            if host.key == key:
+            if host.key == key and not host.dropped:
                 self._tell(f"{host.name} is dropped: its key was revoked")
-                self._let_go(host)
-                self._forget(host)
-        return Envelope(wire.Refused("the key of this host was revoked; ask for a new token"))
+                self._drop(host)
+        return self._refused("the key of this host was revoked; ask for a new token")
 
     def tick(self, now: float) -> None:
         """Let time pass: notice who is silent, hung or late."""
+        usual = self._roster.usual_time()
         for host in self._roster:
-            if now - host.seen >= FORGET:
-                self._forget(host)
-            elif now - host.seen >= SILENT and host.phase != "leaving":
+            if host.dropped or now - host.seen >= FORGET:
+                self._drop(host)
+            elif now - host.seen >= SILENT and not host.is_gone:
                 self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
                 self._let_go(host)
             elif self._work.busy(host.slot):
-                self._check_deadline(host, now)
-        self._give_out(now)
-        self._close_if_complete(now)
+                self._check_deadline(host, usual, now)
+        self._notice_pause(now)
+        self._go_on(now)
         self.rounds.check(now)
-        if self._stopping is not None and (not self.rounds.under_way or now >= self._stop_at):
-            self._finish()
+        if self._stopping is not None and not self.finished:
+            self._try_to_finish(now)
         if now >= self._pulse_at:
             self._pulse_at = now + PULSE
             self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
@@ -181,15 +184,14 @@ class Coordinator:
             now: The time.
             done: Whether training has ended; if not, hosts wait for the coordinator to come back.
         """
-        self._stopping, self._stop_at = done, now + 2 * GRACE
+        self._stopping, self._stop_at = done, now + LAST_ROUND
         for host in self._roster:
             self._work.release(host.slot)
-        plan = self.rounds.plan(self.step, now, last=True) if self._with_rounds else NOTHING_ELSE
-        self._publish(self._step_message([], plan))
+        self._open_step([], self._plan(now))
 
     def status(self, now: float) -> wire.Status:
         """Say how things stand."""
-        hosts = [host.status(now, 3 * PULSE) for host in self._roster if not host.superseded]
+        hosts = [host.status(now, 3 * PULSE) for host in self._roster if not (host.superseded or host.dropped)]
         anchor = self.rounds.anchor
         return wire.Status(
             run=self.terms.run,
@@ -207,31 +209,21 @@ class Coordinator:
     # Requests.
 
     def _join(self, message: wire.Join, key: str | None, now: float) -> Message:
-        terms = self.terms
-        if message.run not in ("", terms.run):
-            return wire.Refused(f"this is run {terms.run}, not {message.run}; start the host anew")
-        noise = self.config.es.noise
-        theirs, ours = dict(message.answers).get(noise), terms.answers.get(noise)
-        if theirs != ours:
-            self.counters["other noise"] += 1
-            return wire.Refused(
-                f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
-                "of JAX; install the same one, or use es.noise rademacher"
-            )
-        if dict(message.own) != terms.own:
-            needed = ", ".join(f"{kind} {name}" for kind, name in sorted(terms.own.items())) or "no part of its own"
-            return wire.Refused(f"the run has {needed}; join with the same")
-        taken = self._roster.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
-        if taken is None:
-            self.counters["too many hosts"] += 1
-            return wire.Refused(f"{MAX_HOSTS} hosts are here already")
-        former, host = taken.former, taken.host
+        objection = self.terms.objection(message, self.config.es.noise)
+        if objection:
+            self.counters["hosts turned away"] += 1
+            return self._refused(objection).message
+        former = self._roster.called(message.name)
+        if former and former.instance == message.instance and message.attempt <= former.attempt:
+            return self._rejected("an old request")
         if former:
-            if now - former.seen < SILENT and former.phase != "leaving":
-                self._tell(f"two hosts are called {former.name}; the newer one counts")
-            former.superseded = True
-            self._let_go(former)
+            self._supersede(former, message)
+        host = self._roster.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
+        if host is None:
+            self.counters["too many hosts"] += 1
+            return self._refused(f"{MAX_HOSTS} hosts are here already").message
         self._tell(f"{host.name} joins: {host.device}")
+        terms, text = self.terms, self._handouts.text
         return wire.Welcome(
             run=terms.run,
             epoch=terms.epoch,
@@ -239,38 +231,28 @@ class Coordinator:
             slot=host.slot,
             config=to_yaml(self.config),
             vocab_size=terms.vocab_size,
-            text_digest=self._text.digest,
-            text_bytes=self._text.size,
+            text_digest=text.digest,
+            text_bytes=text.size,
+            state_bytes=terms.state_bytes,
+            block_bytes=self._handouts.block_bytes(self.step),
             publish_port=terms.publish_port,
             step=self.step,
             unit=terms.unit,
-            block_interval=self.config.data.new_tokens_interval if self._block else 0,
+            block_interval=self.config.data.new_tokens_interval,
+            budget=self.config.es.time_per_step,
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
-        if message.what == "text":
-            if message.digest != self._text.digest:
-                return self._rejected("this run has another text")
-            return _part(self._text.data, self._text.digest, message.offset)
-        if message.what == "block":
-            interval = self.config.data.new_tokens_interval
-            if self._block is None or abs(message.block - self.step // interval) > 1:
-                return self._rejected(f"there is no block {message.block} now")
-            data = self._block(message.block)
-            return _part(data, hash_bytes(data), message.offset, message.block)
-        host.resync = False
-        for snapshot in reversed(self.rounds.snapshots):
-            if message.digest in ("", snapshot.digest):
-                return _part(snapshot.data, snapshot.digest, message.offset, snapshot.step)
-        return self._rejected("this snapshot is gone; take the newest")
+        if message.what == "state":
+            host.resync = False
+        part = self._handouts.part(message, self.step, self.rounds.snapshots)
+        return self._rejected(part) if isinstance(part, str) else part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
-        if self._history is None or not self._history.first <= message.step <= self.step:
-            return wire.Ok(self.terms.epoch, self.step, [], "resync")
-        updates = self._history.updates(message.step, wire.PART)
-        return Envelope(wire.Updates(message.step, [len(update) for update in updates]), b"".join(updates))
+        updates = self._handouts.updates(message.step, self.step, self.rounds.snapshots)
+        return updates or wire.Ok(self.terms.epoch, self.step, [], resync=True)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
         if message.epoch != self.terms.epoch:
@@ -283,43 +265,42 @@ class Coordinator:
         if message.note and message.note != host.note:
             self._tell(f"{host.name}: {message.note}")
         host.note = message.note
-        self._give_out(now)
+        self._go_on(now)
         return self._ok(host)
 
     def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
         if message.epoch != self.terms.epoch:
             return self._rejected("an old epoch", rejoin=True)
-        if message.step < self.step:
-            self.counters["losses for an old step"] += 1
-            return self._rejected(f"step {message.step} is closed")
         if message.step > self.step:
-            return self._strike(host, f"losses for step {message.step}, which has not begun", now)
+            return self._strike(host, f"losses for step {message.step}, which has not begun")
         pairs = sum(count for _, count in message.spans)
         losses = wire.losses_of(body, pairs) if message.dtype == "<f4" else None
         if losses is None:
-            return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs", now)
+            return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
         if not 0 <= message.seconds < math.inf:
-            return self._strike(host, f"losses after {message.seconds} s", now)
+            return self._strike(host, f"losses after {message.seconds} s")
+        host.took(pairs, message.seconds)
+        host.made_progress(now)
+        if message.step < self.step:
+            self.counters["losses for an old step"] += 1
+            return self._rejected(f"step {message.step} is closed")
+        if host.resync:
+            return self._rejected("the state of this host is not the right one")
         was_busy = self._work.busy(host.slot)
         fault = self._work.accept(host.slot, message.spans, losses, message.final)
         if fault:
-            return self._strike(host, fault, now)
-        host.made_progress(now)
+            return self._strike(host, fault)
         host.step = self.step
-        if pairs and message.seconds > 0:
-            speed = pairs / message.seconds
-            host.speed = speed if host.speed is None else 0.7 * host.speed + 0.3 * speed
         if was_busy and not self._work.busy(host.slot):
-            host.finished_after = now - host.leased_at
-            host.set_in_time()
+            host.set_finished(now)
         if host is self.rounds.anchor and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
-        self._close_if_complete(now)
+        self._go_on(now)
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)
-        self.rounds.take_digest(host, message)
+        self.rounds.take_digest(host, message, now)
         return self._ok(host)
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
@@ -333,31 +314,33 @@ class Coordinator:
         return self._rejected(fault) if fault else self._ok(host)
 
     def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
-        self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
+        if not host.is_gone:
+            self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
         self._let_go(host)
-        self._give_out(now)
-        self._close_if_complete(now)
+        self._go_on(now)
         return self._ok(host)
 
     def _ok(self, host: Host) -> wire.Ok:
         spans = self._work.open_spans(host.slot)[: wire.SPAN_LIMIT]
-        return wire.Ok(self.terms.epoch, self.step, spans, "resync" if host.resync else "")
+        return wire.Ok(self.terms.epoch, self.step, spans, self.rounds.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
         return wire.Rejected(reason[:1000], self.terms.epoch, self.step, rejoin)
 
-    def _strike(self, host: Host, reason: str, now: float) -> wire.Rejected:
+    def _refused(self, reason: str) -> Envelope:
+        return Envelope(wire.Refused(reason[:1000]))
+
+    def _strike(self, host: Host, reason: str) -> wire.Rejected:
         self.counters["messages no honest host sends"] += 1
         host.strikes += 1
         if host.strikes >= STRIKES:
-            self._put_aside(host, reason, now)
+            self._put_aside(host, reason)
         return self._rejected(reason)
 
     # Hosts.
 
-    def _check_deadline(self, host: Host, now: float) -> None:
+    def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
         """Take its pairs from a host that is hung, or takes much longer than the others."""
-        usual = self._roster.usual_time()
         idle = now - max(host.progress_at, host.leased_at)
         if idle > max(STUCK, DEADLINE_FACTOR * (usual or 0.0)):
             host.hung = True
@@ -375,21 +358,47 @@ class Coordinator:
             host.set_late(now)
             self._work.release(host.slot)
 
+    def _supersede(self, former: Host, message: wire.Join) -> None:
+        """Let a newer host of the same name count in place of a former one."""
+        for host in self._roster:
+            if host.superseded and host.name == former.name:
+                self._drop(host)
+        if former.instance == message.instance:
+            self._drop(former)
+            return
+        if former.seen > former.joined_at and not former.is_gone:
+            self._tell(f"two hosts are called {former.name}; the newer one counts")
+        former.superseded = True
+        self._let_go(former)
+
     def _let_go(self, host: Host) -> None:
         """Take a host's work from it; its name stays listed for a while."""
         host.phase = "leaving"
         self._work.release(host.slot)
         self.rounds.let_go(host)
 
-    def _forget(self, host: Host) -> None:
+    def _drop(self, host: Host) -> None:
+        """End a host's session."""
+        host.dropped = True
+        self._let_go(host)
         # A slot may go to another host only when nothing in this step came from the old one.
-        if not self._work.count(host.slot):
+        if not self._work.took_part(host.slot):
             self._roster.remove(host)
 
-    def _put_aside(self, host: Host, reason: str, now: float) -> None:
+    def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
         self._tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
+
+    def _resync(self, host: Host) -> None:
+        """Have a host fetch the newest snapshot; until then its losses do not count."""
+        host.resync = True
+        self._work.release(host.slot)
+
+    def _notice_pause(self, now: float) -> None:
+        before, self._paused = self._paused, not self._roster.workers(now)
+        if self._paused and not before:
+            self._tell("no host is ready; everything is kept, and training goes on when one joins")
 
     # The step.
 
@@ -403,47 +412,58 @@ class Coordinator:
         checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
         return FixedPopulation(pairs, self.terms.unit, checked)
 
-    def _give_out(self, now: float) -> None:
-        """Give out pairs that nobody is at, to whoever is there."""
+    def _go_on(self, now: float) -> None:
+        """Close the step if everything is in; else give out pairs that nobody is at, to whoever is there."""
         if self._stopping is not None:
             return
-        speeds = self._roster.speeds(now)
-        paused, self._paused = self._paused, not speeds
-        if self._paused and not paused:
-            self._tell("no host is ready; everything is kept, and training goes on when one joins")
-        leases = self._lease(speeds, now) if self._work.waits else []
-        if leases and self._last_update:
-            self._publish(self._step_message(leases), self._last_update)
-            self._last_update = b""
-        elif leases:
-            self._publish(wire.Extra(self.terms.run, self.terms.epoch, self.step, leases))
+        if self._work.waits:
+            self._give_out(now)
+        if self._work.complete:
+            anchor = self.rounds.anchor
+            liars = self._work.liars(anchor.slot if anchor else None)
+            for slot in liars:
+                self._catch(slot)
+            if not liars:
+                self._close(now)
 
-    def _lease(self, speeds: dict[int, float], now: float) -> list[tuple[int, int, int]]:
-        leases = self._work.lease(speeds)
+    def _catch(self, slot: int) -> None:
+        """Put a liar aside; nothing that it said counts."""
+        self._work.revoke(slot)
+        liar = self._roster.in_slot(slot)
+        if liar and not liar.aside:
+            self._put_aside(liar, "its losses differ from those of other hosts")
+
+    def _give_out(self, now: float) -> None:
+        leases = self._lease(now)
+        if leases and self._last_update:
+            self._open_step(leases, NOTHING_ELSE, self._last_update)
+            self._last_update = b""
+        else:
+            self._extend_step(leases)
+
+    def _lease(self, now: float) -> list[Lease]:
+        hosts = self._roster.workers(now)
+        hosts = [host for host in hosts if not self.rounds.is_measuring(host)] or hosts
+        leases = self._work.lease(speeds_of(hosts))
         for slot in {lease.slot for lease in leases}:
             host = self._roster.in_slot(slot)
             assert host is not None
-            host.leased_at, host.finished_after = now, None
-        return [(lease.slot, lease.first, lease.pairs) for lease in leases]
+            host.set_leased(now)
+        return leases
 
-    def _close_if_complete(self, now: float) -> None:
-        if not self._work.complete or self._stopping is not None:
-            return
-        anchor = self.rounds.anchor
-        for slot in self._work.liars(anchor.slot if anchor else None):
-            liar = self._roster.in_slot(slot)
-            if liar and not liar.aside:
-                self._put_aside(liar, "its losses differ from those of other hosts", now)
+    def _close(self, now: float) -> None:
+        """Make an update of the losses, and open the next step."""
         spans, losses = self._work.result()
         for host in self._roster:
             host.share = self._work.count(host.slot) / len(losses)
+            host.finished_after = None
         es, data = self.config.es, self.config.data
         if self._closed_at is not None:
             rate = losses.size * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
             self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
         self._closed_at = now
         shaped = shape(losses, es.shaping, es.sigma)
-        finite = losses[np.isfinite(losses)]
+        finite = losses[np.abs(losses) < LARGEST_LOSS]
         self._loss = float(finite.mean()) if finite.size else None
         weights = shaped.weights[:0] if shaped.trouble else shaped.weights
         header = wire.UpdateHeader(self.step, spans, shaped.scale, not shaped.trouble, self._loss, shaped.void_pairs)
@@ -451,19 +471,38 @@ class Coordinator:
         self._emit(Record(self.step, payload))
         self.step += 1
         self._work = self._new_work()
-        plan = self.rounds.plan(self.step, now) if self._with_rounds else NOTHING_ELSE
-        self._publish(self._step_message(self._lease(self._roster.speeds(now), now), plan), payload)
+        plan = self._plan(now)
+        self._open_step(self._lease(now), plan, payload)
         loss = math.nan if self._loss is None else self._loss
         self._emit(Closed(self.step, loss, losses.size, shaped.void_pairs, shaped.trouble))
+        if shaped.trouble and shaped.trouble != self._trouble:
+            self._tell(f"step {self.step}: {shaped.trouble}; no update")
+        self._trouble = shaped.trouble
 
-    def _step_message(self, leases: list[tuple[int, int, int]], plan: Plan = NOTHING_ELSE) -> wire.Step:
-        budget = self.config.es.time_per_step
-        return wire.Step(self.terms.run, self.terms.epoch, self.step, leases, budget, *plan)
+    def _plan(self, now: float) -> Plan:
+        return self.rounds.plan(self.step, now, self._stopping is not None) if self._with_rounds else NOTHING_ELSE
 
-    def _finish(self) -> None:
-        if not self.finished:
-            self.finished = True
-            self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
+    def _open_step(self, leases: list[Lease], plan: Plan, update: bytes = b"") -> None:
+        limit = wire.SPAN_LIMIT
+        self._publish(wire.Step(self.terms.run, self.terms.epoch, self.step, list(leases[:limit]), *plan), update)
+        self._extend_step(leases[limit:])
+
+    def _extend_step(self, leases: list[Lease]) -> None:
+        for at in range(0, len(leases), wire.SPAN_LIMIT):
+            some = leases[at : at + wire.SPAN_LIMIT]
+            self._publish(wire.Extra(self.terms.run, self.terms.epoch, self.step, list(some)))
+
+    def _try_to_finish(self, now: float) -> None:
+        """Say goodbye when everything is in; ask again for what a host that was lost did not hand in."""
+        if now < self._stop_at:
+            if self.rounds.under_way:
+                return
+            plan = self._plan(now)
+            if plan != NOTHING_ELSE:
+                self._open_step([], plan)
+                return
+        self.finished = True
+        self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
 
     def _publish(self, message: Message, body: bytes = b"") -> None:
         self._emit(Publish(Envelope(message, body)))
@@ -473,10 +512,6 @@ class Coordinator:
 
     def _emit(self, effect: Effect) -> None:
         self._effects.append(effect)
-
-
-def _part(data: bytes, digest: str, offset: int, step: int = 0) -> Envelope:
-    return Envelope(wire.Part(digest, len(data), offset, step), data[offset : offset + wire.PART])
 
 
 _HANDLERS: dict[type[Message], Callable[..., Envelope | Message]] = {

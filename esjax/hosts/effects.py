@@ -3,7 +3,7 @@
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from esjax.hosts.wire import Envelope
+from esjax.hosts.wire import Envelope, Join
 
 
 @runtime_checkable
@@ -48,6 +48,21 @@ class Terms(NamedTuple):
     own: dict[str, str]
     publish_port: int = 0
     state_bytes: int = 0
+
+    def objection(self, join: Join, noise: str) -> str:
+        """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""
+        if join.run not in ("", self.run):
+            return f"this is run {self.run}, not {join.run}; start the host anew"
+        theirs, ours = dict(join.answers).get(noise), self.answers.get(noise)
+        if theirs != ours:
+            return (
+                f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
+                "of JAX; install the same one, or use es.noise rademacher"
+            )
+        if dict(join.own) != self.own:
+            needed = ", ".join(f"{kind} {name}" for kind, name in sorted(self.own.items())) or "no part of its own"
+            return f"the run has {needed}; join with the same"
+        return ""
 
 
 class Publish(NamedTuple):

@@ -1,7 +1,6 @@
 """Who takes part, and how each host does."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from esjax.hosts import wire
 
@@ -20,29 +19,36 @@ STRIKES = 3
 MAX_HOSTS = 1024
 """Hosts at a time at most."""
 
+SHORTEST = 1e-6
+"""Seconds that scoring takes at least: a speed is finite."""
+
 
 class Host:
     """What the coordinator knows of one host.
 
     Attributes:
         key: Public key that it proved to have, or None.
+        instance: Tells it from another host of its name.
+        attempt: Which of its requests to join took it in.
         seen: When it last said something.
         progress_at: When it last got anything done.
         speed: Pairs a second, or None.
         leased_at: When it was given its pairs.
-        finished_after: Seconds that its last lease took, or None while it is open.
+        finished_after: Seconds that its lease of this step took, or None while it has none or is at it.
         late: Whether it took much longer than the others; `probe_at` says when it gets work again.
         hung: Whether it lives and gets nothing done; until it does.
         resyncs: How often in a row its state differed from the anchor's.
         resync: Whether it has yet to be told to fetch the anchor's state.
         aside: Why it gets no more work, or "".
         superseded: Whether another host came under its name.
+        dropped: Whether it is only listed because something in this step came from it.
         share: Part of the last finished step's pairs that it scored.
     """
 
     def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, now: float) -> None:
         """Take in a host that has just joined."""
         self.name, self.device, self.kind = join.name, join.device, join.kind
+        self.instance, self.attempt = join.instance, join.attempt
         self.session, self.slot, self.key = session, slot, key
         self.joined_at = self.seen = self.progress_at = self.leased_at = self.probe_at = now
         self.phase: wire.Phase = "joining"
@@ -50,27 +56,47 @@ class Host:
         self.speed: float | None = None
         self.finished_after: float | None = None
         self.probe_after = PROBE
-        self.late = self.hung = self.resync = self.superseded = False
+        self.late = self.hung = self.resync = self.superseded = self.dropped = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has left, or counts as lost."""
+        return self.phase == "leaving"
+
     def can_work(self, now: float) -> bool:
-        """Tell whether it may be given pairs."""
+        """Tell whether it may be given pairs, if need be."""
         usable = self.phase == "ready" and not (self.aside or self.superseded or self.resync or self.hung)
-        return usable and now - self.seen < SILENT and (not self.late or now >= self.probe_at)
+        return usable and now - self.seen < SILENT
+
+    def in_time(self, now: float) -> bool:
+        """Tell whether it is worth being given pairs."""
+        return not self.late or now >= self.probe_at
 
     def made_progress(self, now: float) -> None:
         """Hear that it got something done."""
         self.progress_at, self.hung = now, False
 
+    def took(self, pairs: int, seconds: float) -> None:
+        """Hear how fast it was."""
+        if pairs:
+            speed = pairs / max(seconds, SHORTEST)
+            self.speed = speed if self.speed is None else 0.7 * self.speed + 0.3 * speed
+
+    def set_leased(self, now: float) -> None:
+        """Give it pairs."""
+        self.leased_at, self.finished_after = now, None
+
+    def set_finished(self, now: float) -> None:
+        """Hear that it is done with its pairs, so that its speed is trusted again."""
+        self.finished_after = now - self.leased_at
+        self.late, self.probe_after = False, PROBE
+
     def set_late(self, now: float) -> None:
         """Give it no pairs for a while, each time longer."""
         self.late = True
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
-
-    def set_in_time(self) -> None:
-        """Trust its speed again."""
-        self.late, self.probe_after = False, PROBE
 
     def status(self, now: float, quiet: float) -> wire.HostStatus:
         """Describe it to a person; `quiet` are the seconds after which it counts as straggling."""
@@ -89,23 +115,17 @@ class Host:
             last_seen=now - self.seen,
             digest=self.digest,
             share=self.share,
-            note=self.aside or self.note,
+            note=(self.aside or self.note)[: wire.NOTE],
         )
 
 
-class Taken(NamedTuple):
-    """A host that has joined, and the older one of its name, if it was still there."""
-
-    host: Host
-    former: Host | None
-
-
 class Roster:
-    """All hosts, by session."""
+    """All hosts, by session, the longest here first."""
 
     def __init__(self) -> None:
         """Begin with nobody."""
         self._hosts: dict[int, Host] = {}
+        self._by_slot: dict[int, Host] = {}
 
     def __iter__(self) -> Iterator[Host]:
         """Go through a copy, so that hosts may be removed."""
@@ -115,38 +135,44 @@ class Roster:
         """Find a host by its session."""
         return self._hosts.get(session)
 
-    def add(self, join: wire.Join, session: int, key: str | None, now: float) -> Taken | None:
+    def called(self, name: str) -> Host | None:
+        """Find the host that counts of those of a name."""
+        hosts = self._hosts.values()
+        return next((host for host in hosts if host.name == name and not (host.superseded or host.dropped)), None)
+
+    def add(self, join: wire.Join, session: int, key: str | None, now: float) -> Host | None:
         """Take in a host; None: there is no room."""
-        taken = {host.slot for host in self._hosts.values()}
-        slot = next((slot for slot in range(MAX_HOSTS) if slot not in taken), None)
+        slot = next((slot for slot in range(MAX_HOSTS) if slot not in self._by_slot), None)
         if slot is None:
             return None
-        former = next((host for host in self if host.name == join.name and not host.superseded), None)
-        host = self._hosts[session] = Host(join, session, slot, key, now)
-        return Taken(host, former)
+        host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, now)
+        return host
 
     def remove(self, host: Host) -> None:
         """Forget a host; its slot is free."""
-        self._hosts.pop(host.session, None)
+        if self._hosts.pop(host.session, None):
+            del self._by_slot[host.slot]
 
     def in_slot(self, slot: int) -> Host | None:
         """Find a host by its slot."""
-        return next((host for host in self._hosts.values() if host.slot == slot), None)
+        return self._by_slot.get(slot)
 
     def workers(self, now: float) -> list[Host]:
-        """List the hosts that may be given pairs, the longest here first."""
-        return sorted((host for host in self if host.can_work(now)), key=lambda host: host.joined_at)
-
-    def speeds(self, now: float) -> dict[int, float]:
-        """Return the speed of those hosts by slot; who has none yet gets the median of the others'."""
-        hosts = self.workers(now)
-        usual = _median([host.speed for host in hosts if host.speed]) or 1.0
-        return {host.slot: host.speed or usual for host in hosts}
+        """List the hosts to give pairs to, the longest here first; who was late only if there is nobody else."""
+        usable = [host for host in self._hosts.values() if host.can_work(now)]
+        return [host for host in usable if host.in_time(now)] or usable
 
     def usual_time(self) -> float | None:
-        """Return the median time that finished leases took, or None."""
-        return _median([host.finished_after for host in self if host.finished_after is not None])
+        """Return the median time that finished leases of this step took, or None."""
+        return median([host.finished_after for host in self._hosts.values() if host.finished_after is not None])
 
 
-def _median(values: Sequence[float]) -> float | None:
+def speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
+    """Return the speed of hosts by slot; who has none yet gets the median of the others'."""
+    usual = median([host.speed for host in hosts if host.speed]) or 1.0
+    return {host.slot: host.speed or usual for host in hosts}
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Return the upper median, or None of nothing."""
     return sorted(values)[len(values) // 2] if values else None

@@ -19,8 +19,11 @@ VERSION = 1
 MARK = b"\xe5j"
 """Start of every header."""
 
-MAX_HEADER = 2**18
-"""Bytes of a header at most."""
+MAX_HEADER = 2**22
+"""Bytes of a header at most: of the longest, that of `Status`."""
+
+MAX_REQUEST_HEADER = 2**18
+"""Bytes of the header of a request at most."""
 
 MAX_BODY = 2**24
 """Bytes of a body at most; what is larger travels in parts."""
@@ -37,16 +40,26 @@ FRAMES = 2
 SPAN_LIMIT = 2**12
 """Spans of pairs in one message at most."""
 
+NOTE = 200
+"""Characters of a note in `Status` at most."""
+
 Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Long = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Short = Annotated[str, msgspec.Meta(max_length=128)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
-Span = tuple[Whole, Whole]
-"""First pair and number of pairs."""
+Pair = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+Span = tuple[Pair, Positive]
+"""First pair and number of pairs; the end is below 2^32."""
 
 Spans = Annotated[list[Span], msgspec.Meta(max_length=SPAN_LIMIT)]
+Leases = Annotated[list[tuple[Whole, Pair, Positive]], msgspec.Meta(max_length=SPAN_LIMIT)]
+"""Slot of a host, first pair and number of pairs."""
+
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
 Phase = Literal["joining", "compiling", "ready", "leaving"]
+Chore = Literal["digest", "upload", "measure"]
+"""What a host may be asked for beside losses: the digest of its state, its state, its held-out loss."""
 
 
 class WireError(ValueError):
@@ -62,7 +75,7 @@ class VersionError(WireError):
         self.version = version
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True):
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A message's header."""
 
 
@@ -79,6 +92,8 @@ class Join(Message, frozen=True, tag="join"):
         answers: Hashes of known noise by kind of noise, see `esjax.hosts.answers`.
         own: Names of its own model, loss and optimizer.
         run: Run it took part in before, or "".
+        instance: Random number that tells it from another host of its name.
+        attempt: How often it has asked; a lower number is an old request.
     """
 
     name: Short
@@ -87,6 +102,8 @@ class Join(Message, frozen=True, tag="join"):
     answers: Names
     own: Names
     run: Short
+    instance: Long
+    attempt: Whole
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
@@ -212,10 +229,13 @@ class Welcome(Message, frozen=True, tag="welcome"):
         vocab_size: Number of token ids.
         text_digest: Hash of the text's plain bytes.
         text_bytes: Size of the text's plain bytes.
+        state_bytes: Size of a snapshot.
+        block_bytes: Size of a block of tokens; 0: the text holds all of them.
         publish_port: Port of the broadcasts.
         step: Step that is being scored.
         unit: Pairs that are never split between hosts.
-        block_interval: Steps for which a block of tokens is used; 0: the text holds all of them.
+        block_interval: Steps for which a block of tokens is used.
+        budget: Seconds to score for in a step, or None: all pairs of a lease.
     """
 
     run: Short
@@ -226,10 +246,13 @@ class Welcome(Message, frozen=True, tag="welcome"):
     vocab_size: Whole
     text_digest: Short
     text_bytes: Long
+    state_bytes: Long
+    block_bytes: Long
     publish_port: Whole
     step: Whole
-    unit: Whole
-    block_interval: Whole
+    unit: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
+    block_interval: Positive
+    budget: float | None
 
 
 class Part(Message, frozen=True, tag="part"):
@@ -266,13 +289,15 @@ class Ok(Message, frozen=True, tag="ok"):
     Attributes:
         step: Step that is being scored.
         spans: Pairs of that step that this host still has to hand in.
-        order: What else to do: "" nothing, "resync" fetch the newest snapshot.
+        chores: What else it still has to hand in, should the broadcast that said so have been lost.
+        resync: Whether to fetch the newest snapshot.
     """
 
     epoch: Whole
     step: Whole
     spans: Spans
-    order: Literal["", "resync"] = ""
+    chores: Annotated[list[Chore], msgspec.Meta(max_length=3)] = []
+    resync: bool = False
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
@@ -296,7 +321,7 @@ class Refused(Message, frozen=True, tag="refused"):
     reason: Reason
 
 
-class HostStatus(msgspec.Struct, frozen=True):
+class HostStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one host does.
 
     Attributes:
@@ -352,8 +377,7 @@ class Step(Message, frozen=True, tag="step"):
 
     Attributes:
         step: To be scored, with the parameters after update number `step - 1`.
-        leases: Slot, first pair and number of pairs, of every host with work.
-        budget: Seconds to score for, or None: all pairs of a lease.
+        leases: Pairs of every host with work.
         digest: Whether every host should hand in the digest of its state at this step.
         upload: Slot of the host that should hand in its state at this step, or None.
         measure: Slot of the host that should hand in its held-out loss at this step, or None.
@@ -362,20 +386,19 @@ class Step(Message, frozen=True, tag="step"):
     run: Short
     epoch: Whole
     step: Whole
-    leases: Annotated[list[tuple[Whole, Whole, Whole]], msgspec.Meta(max_length=SPAN_LIMIT)]
-    budget: float | None = None
+    leases: Leases
     digest: bool = False
     upload: Whole | None = None
     measure: Whole | None = None
 
 
 class Extra(Message, frozen=True, tag="extra"):
-    """Give out more work within a step: slot, first pair and number of pairs."""
+    """Give out more work within a step."""
 
     run: Short
     epoch: Whole
     step: Whole
-    leases: Annotated[list[tuple[Whole, Whole, Whole]], msgspec.Meta(max_length=SPAN_LIMIT)]
+    leases: Leases
 
 
 class Pulse(Message, frozen=True, tag="pulse"):
@@ -434,7 +457,7 @@ def decode(frames: Sequence[bytes], kind: Kind) -> Envelope:
     if not 1 <= len(frames) <= FRAMES:
         raise WireError(f"{len(frames)} frames")
     header, body = frames[0], frames[1] if len(frames) == FRAMES else b""
-    if len(header) > MAX_HEADER or len(body) > MAX_BODY:
+    if len(header) > (MAX_REQUEST_HEADER if kind == "request" else MAX_HEADER) or len(body) > MAX_BODY:
         raise WireError("a frame is too long")
     if len(header) <= len(MARK) or header[: len(MARK)] != MARK:
         raise WireError("no message of esjax")
@@ -450,7 +473,7 @@ def decode(frames: Sequence[bytes], kind: Kind) -> Envelope:
 # An update, as it is published, kept in the ledger, and handed out again: the same bytes everywhere.
 
 
-class UpdateHeader(msgspec.Struct, frozen=True, array_like=True):
+class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What leads from one step to the next.
 
     Attributes:
@@ -507,11 +530,17 @@ def unpack_update(data: bytes) -> Update:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise WireError(str(error)[:200]) from error
     expected = sum(count for _, count in header.spans) if header.applied else 0
-    if any(first + count > 2**32 for first, count in header.spans):
-        raise WireError("a pair's number is too large")
     if len(data) - end != expected:
         raise WireError(f"an update has {len(data) - end} weights for {expected} pairs")
     return Update(header, np.frombuffer(data, np.int8, offset=end))
+
+
+def is_update(data: bytes, step: int) -> bool:
+    """Tell whether bytes are the update of a step."""
+    try:
+        return unpack_update(data).header.step == step
+    except WireError:
+        return False
 
 
 def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:

@@ -5,13 +5,11 @@ It knows no clock, socket or device: the caller hands in `now` in seconds of a c
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
-import numpy as np
-
-from esjax.hosts import wire
-from esjax.hosts.effects import hash_bytes
+from esjax.hosts import scoring, wire
+from esjax.hosts.scoring import Scoring
 from esjax.hosts.tasks import (
     Apply,
     Build,
@@ -29,7 +27,8 @@ from esjax.hosts.tasks import (
     UseBlock,
     Value,
 )
-from esjax.hosts.wire import Envelope, Message, Span
+from esjax.hosts.transfers import Backlog, Download, Sending
+from esjax.hosts.wire import Chore, Envelope, Message
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -46,36 +45,17 @@ BACK_OFF, BACK_OFF_LONGEST = 0.5, 10.0
 MISSED = 0.3
 """Seconds to wait for an update that is known to be published before asking for it."""
 
-SLICE = 0.25
-"""Seconds of work that the devices are given at a time, so that progress shows and work can be given up."""
-
-PENDING = 64
-"""Updates kept for later at most; what is beyond comes from the ledger."""
-
-MOST_PAIRS = wire.MAX_REQUEST // 8
-"""Pairs whose losses are handed in at a time at most."""
-
 BATCH = 64
 """Updates made in one task at most."""
 
+PACKING = 1024
+"""Bytes by which a compressed text may be larger than the text."""
 
-class Joined:
-    """What a host knows since it was taken in."""
-
-    def __init__(self, welcome: wire.Welcome) -> None:
-        """Take it from the coordinator's word."""
-        self.run, self.epoch, self.session, self.slot = welcome.run, welcome.epoch, welcome.session, welcome.slot
-        self.config, self.vocab_size, self.unit = welcome.config, welcome.vocab_size, welcome.unit
-        self.text_digest, self.text_bytes = welcome.text_digest, welcome.text_bytes
-        self.publish_port, self.block_interval = welcome.publish_port, welcome.block_interval
-
-
-class _Download:
-    """Something large on its way in."""
-
-    def __init__(self, what: Literal["text", "state", "block"], digest: str = "", block: int = 0) -> None:
-        self.what, self.digest, self.block = what, digest, block
-        self.data = bytearray()
+_CHORES: dict[Chore, type[TakeDigest | TakeSnapshot | Measure]] = {
+    "digest": TakeDigest,
+    "upload": TakeSnapshot,
+    "measure": Measure,
+}
 
 
 class Worker:
@@ -83,12 +63,12 @@ class Worker:
 
     Attributes:
         name: What the host calls itself.
-        phase: joining, compiling, ready or leaving.
+        phase: joining, compiling or ready.
         step: Step of the parameters, or -1 before there are any.
-        joined: What is known of the run, or None.
+        joined: What the coordinator said when it took the host in, or None.
         refused: Why the coordinator turned the host away for good, or "".
         failed: Why the devices cannot go on, or "".
-        left: Whether everything is handed in and said after `leave`.
+        left: Whether everything is handed in and said after `leave`, or training has ended.
         reconnect: Whether the connections should be made anew; the caller then calls `reconnected`.
     """
 
@@ -125,35 +105,34 @@ class Worker:
         self.name = name
         self.phase: wire.Phase = "joining"
         self.step = step
-        self.joined: Joined | None = None
+        self.joined: wire.Welcome | None = None
         self.refused = ""
         self.failed = ""
         self.left = self.reconnect = False
         self._device, self._kind, self._answers, self._own = device, kind, answers, own
         self._jitter = jitter
+        self._instance, self._attempt = int(jitter() * 2**53), 0
         self._built, self._granule, self._text = built, granule, text
+        self._is_astray = False  # the state is not the right one
         self._block: int | None = None
         self._note = ""
         self._progress = 0
         self._leaving: str | None = None
-        self._run = ""
+        self._run, self._epoch = "", 0
         # The step that is being scored.
         self._newest = step
         self._newest_at = now
-        self._updates: dict[int, bytes] = {}
-        self._spans: list[Span] = []  # to be scored
-        self._budget: float | None = None
-        self._spent = 0.0
-        self._speed: float | None = None
-        self._scored: list[tuple[list[Span], np.ndarray, float]] = []
-        self._scored_at = now
-        self._final = False  # nothing more comes from here for this step
-        self._chores: list[tuple[int, Task]] = []  # with the step at whose parameters they are due
-        self._reports: list[Callable[[int], Envelope]] = []
+        self._backlog = Backlog()
+        self._scoring = self._scored_for = Scoring(step, 1, granule, None)
+        self._is_told = False  # which pairs of this step are ours
+        self._speed = 0.0
         self._norms: tuple[float | None, float | None] = (None, None)
-        self._upload: tuple[int, bytes, str, int] | None = None
+        # What is asked for beside losses, with the step that it is due at, and what came of it.
+        self._chores: dict[Chore, int] = {}
+        self._reports: dict[Chore, Callable[[int], Envelope]] = {}
+        self._sending: Sending | None = None
         # Large things on their way in, and what they became.
-        self._download: _Download | None = None
+        self._download: Download | None = None
         self._packed_text: bytes | None = None
         self._snapshot: bytes | None = None
         self._block_tokens: tuple[int, bytes] | None = None
@@ -164,7 +143,7 @@ class Worker:
         self._reply_at = self._broadcast_at = now
         self._beat_at = now
         self._join_at = now
-        self._attempts = 0
+        self._failures = 0  # requests in a row that were not answered
 
     # What the shell calls.
 
@@ -181,24 +160,26 @@ class Worker:
     def leave(self, reason: str) -> None:
         """Hand in what is scored, say goodbye and end."""
         if self._leaving is None:
-            self._leaving = reason
+            self._leaving = reason[:1000]
 
     def request(self, now: float) -> Envelope | None:
         """Return the next request, or None; it takes the place of one that was not answered."""
+        if self.joined is None and self._leaving is not None:
+            self.left = True
         if self.refused or self.left:
             return None
         if self._sent is not None:
             if now - self._sent_at < TIMEOUT:
                 return None
-            self._attempts += 1
+            self._failures += 1
             if now - self._reply_at > DEAF:
                 self.reconnect, self._reply_at = True, now
             if isinstance(self._sent.message, wire.Join):
                 self._sent, self._join_at = None, now + self._back_off()
-        message = self._sent or self._next_request(now)
-        if message is not None:
-            self._sent, self._sent_at = message, now
-        return message
+        request = self._sent or self._next_request(now)
+        if request is not None:
+            self._sent, self._sent_at = request, now
+        return request
 
     def receive(self, envelope: Envelope, now: float) -> None:
         """Take in a reply or a broadcast."""
@@ -206,24 +187,24 @@ class Worker:
         if isinstance(message, wire.Step | wire.Extra | wire.Pulse | wire.Bye):
             self._hear(message, envelope.body, now)
             return
-        sent, self._sent = self._sent, None
-        if sent is None:
-            return
+        if self._sent is None or getattr(message, "epoch", self._epoch) < self._epoch:
+            return  # an old coordinator is nobody
+        sent, self._sent = self._sent.message, None
         self._reply_at = now
-        self._attempts = 0
+        self._failures = 0
         if isinstance(message, wire.Refused):
             self.refused = message.reason
         elif isinstance(message, wire.Welcome):
-            if isinstance(sent.message, wire.Join):
+            if isinstance(sent, wire.Join):
                 self._welcome(message, now)
         elif isinstance(message, wire.Rejected):
-            self._rejected(message, sent.message, now)
+            self._rejected(message, sent, now)
         elif isinstance(message, wire.Part):
-            self._take_part(message, envelope.body, sent.message)
+            self._take_part(message, envelope.body, sent)
         elif isinstance(message, wire.Updates):
-            self._take_updates(message, envelope.body, sent.message)
+            self._take_updates(message, envelope.body, sent, now)
         elif isinstance(message, wire.Ok):
-            self._acknowledged(message, sent.message, now)
+            self._acknowledged(message, sent, now)
 
     def task(self) -> Task | None:
         """Return what the devices should do next, or None; `finished` is to be called with the result."""
@@ -242,19 +223,11 @@ class Worker:
         elif isinstance(task, Build) and isinstance(result, Built):
             self._built, self._granule = True, max(1, result.granule)
             self._text, self._packed_text = task.text_digest, None
+            self._begin_step()
         elif isinstance(task, Score) and isinstance(result, Scored):
             self._take_losses(task, result, now)
-        elif isinstance(result, Done):
-            self.step = result.step
-            if isinstance(task, Load):
-                self._snapshot = None
-                self._newest = max(self._newest, self.step)
-            elif isinstance(task, UseBlock):
-                self._block, self._block_tokens = task.block, None
-            else:
-                self._norms = (result.gradient_norm, result.update_norm)
-            self._updates = {step: update for step, update in self._updates.items() if step >= self.step}
-            self._chores = [chore for chore in self._chores if chore[0] >= self.step]
+        elif isinstance(task, Load | Apply | UseBlock) and isinstance(result, Done):
+            self._done(task, result)
         elif isinstance(result, Value):
             self._take_value(task, result.value)
         self._settle()
@@ -281,125 +254,115 @@ class Worker:
             return Build(joined.config, joined.vocab_size, self._packed_text, joined.text_digest, joined.text_bytes)
         if self._snapshot is not None:
             return Load(self._snapshot)
-        if self._chores and self._chores[0][0] == self.step and not self._spans:
-            return self._chores.pop(0)[1]
-        if self.step in self._updates:
-            batch: list[bytes] = []
-            while len(batch) < BATCH and self.step + len(batch) in self._updates:
-                batch.append(self._updates[self.step + len(batch)])
-            return Apply(batch)
+        if self._wants_state:
+            return None
+        for chore, due in self._chores.items():
+            if due == self.step:
+                del self._chores[chore]
+                return _CHORES[chore]()
+        updates = self._backlog.run(self.step, min([self.step + BATCH, *self._chores.values()]))
+        if updates:
+            return Apply(updates)
         if self._block_tokens is not None:
             return UseBlock(*self._block_tokens)
-        if self.step == self._newest and self._spans and self._block == self._wanted_block():
-            return Score(self._slice())
+        if self.step == self._scoring.step and self._scoring.has_work and self._block == self._wanted_block:
+            self._scored_for = self._scoring
+            return Score(self._scoring.next_slice(self._speed))
         return None
 
-    def _slice(self) -> list[Span]:
-        """Take as many pairs as fill a slice of time, whole granules."""
-        seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
-        granules = int(seconds * (self._speed or 0.0) / self._granule)
-        left = min(max(1, granules) * self._granule, max(self._granule, MOST_PAIRS))
-        taken = []
-        for first, count in self._spans:
-            if left > 0:
-                taken.append((first, min(left, count)))
-                left -= count
-        return taken
+    def _done(self, task: Load | Apply | UseBlock, result: Done) -> None:
+        self.step = result.step
+        if isinstance(task, Load):
+            self._snapshot, self._is_astray = None, False
+            self._newest = max(self._newest, self.step)
+        elif isinstance(task, UseBlock):
+            self._block, self._block_tokens = task.block, None
+        else:
+            self._norms = (result.gradient_norm, result.update_norm)
+        self._backlog.drop_before(self.step)
+        self._chores = {chore: due for chore, due in self._chores.items() if due >= self.step}
 
     def _take_losses(self, task: Score, result: Scored, now: float) -> None:
-        pairs = sum(count for _, count in task.spans)
-        if result.seconds > 0:
-            speed = pairs / result.seconds
-            self._speed = speed if self._speed is None else 0.7 * self._speed + 0.3 * speed
-        if self.step != self._newest:  # the step was closed meanwhile
-            return
-        left = _without(self._spans, task.spans)
-        if left == self._spans and task.spans:  # given to somebody else meanwhile
-            return
-        if not self._scored:
-            self._scored_at = now
-        self._scored.append((task.spans, result.losses, result.seconds))
-        self._spans = left
-        self._spent += result.seconds
-        if self._budget is not None and self._spent + self._granule / (self._speed or math.inf) > self._budget:
-            self._spans = []
-        self._final = not self._spans
+        speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
+        self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+        if self._scored_for is self._scoring:  # else the step was closed meanwhile
+            self._scoring.take(scoring.Scored(task.spans, result.losses, result.seconds), self._speed, now)
 
     def _take_value(self, task: Task | None, value: object) -> None:
         step = self.step
         if isinstance(task, TakeDigest) and isinstance(value, str):
-            self._reports.append(lambda session: Envelope(wire.Digest(session, step, value)))
+            self._reports["digest"] = lambda session: Envelope(wire.Digest(session, step, value))
         elif isinstance(task, Measure):
             held_out = value if isinstance(value, float) else math.nan
-            self._reports.append(lambda session: Envelope(wire.Measured(session, step, held_out)))
+            self._reports["measure"] = lambda session: Envelope(wire.Measured(session, step, held_out))
         elif isinstance(task, TakeSnapshot) and isinstance(value, bytes):
-            self._upload = (step, value, hash_bytes(value), 0)
+            self._sending = Sending(step, value)
 
     # Requests.
 
     def _next_request(self, now: float) -> Envelope | None:
-        joined = self.joined
-        if joined is None:
-            if self._leaving is not None:
-                self.left = True
-                return None
+        if self.joined is None:
             return self._join(now)
-        session = joined.session
-        if self._scored and (self._final or self._leaving is not None or now - self._scored_at > 1.0):
-            return self._losses(joined)
-        if self._reports:
-            return self._reports[0](session)
+        session = self.joined.session
+        hand_in = self._scoring.hand_in(now, self._leaving is not None)
+        if hand_in is not None:
+            spans, body, seconds, final = hand_in
+            step, epoch = self._scoring.step, self.joined.epoch
+            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, "<f4", *self._norms), body)
+        for report in self._reports.values():
+            return report(session)
         if self._leaving is not None:
-            return None if self._task else Envelope(wire.Leave(session, self._leaving))
+            return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
         if now >= self._beat_at:
-            return self._beat(now)
+            return self._beat(self.joined, now)
         if self._download is None:
-            self._download = self._next_download()
+            self._download = self._next_download(self.joined)
         if self._download is not None:
-            download = self._download
-            fetch = wire.Fetch(session, download.what, download.digest, len(download.data), download.block)
-            return Envelope(fetch)
-        if self._upload is not None:
-            step, data, digest, offset = self._upload
-            part = data[offset : offset + wire.PART]
-            return Envelope(wire.Upload(session, step, digest, len(data), offset), part)
-        behind = 0 <= self.step < self._newest and self.step not in self._updates
-        if behind and self._built and (self.phase == "joining" or now - self._newest_at > MISSED):
+            return self._download.request(session)
+        if self._sending is not None:
+            return self._sending.request(session)
+        if self._misses_update(now):
             return Envelope(wire.CatchUp(session, self.step))
         return None
+
+    def _misses_update(self, now: float) -> bool:
+        """Tell whether the next update was published, and is not to be expected any more."""
+        if not self._built or self._wants_state or self._snapshot is not None or self.step in self._backlog:
+            return False
+        missed = self.phase == "joining" or self.step + 1 < self._newest or now - self._newest_at > MISSED
+        return missed and self.step < self._newest
 
     def _join(self, now: float) -> Envelope | None:
         if now < self._join_at:
             return None
         self._join_at = now + self._back_off()
+        self._attempt += 1
         answers, own = list(self._answers.items()), list(self._own.items())
-        return Envelope(wire.Join(self.name, self._device, self._kind, answers, own, self._run))
+        return Envelope(
+            wire.Join(self.name[:128], self._device, self._kind, answers, own, self._run, self._instance, self._attempt)
+        )
 
-    def _losses(self, joined: Joined) -> Envelope:
-        parts: list[tuple[list[Span], np.ndarray, float]] = []
-        room = MOST_PAIRS
-        for part in self._scored:
-            room -= len(part[1])
-            if parts and room < 0:
-                break
-            parts.append(part)
-        spans = [span for spans, _, _ in parts for span in spans]
-        body = np.concatenate([losses for _, losses, _ in parts]).astype("<f4").tobytes()
-        seconds = sum(seconds for _, _, seconds in parts)
-        final = self._final and len(parts) == len(self._scored)
-        message = wire.Losses(joined.session, joined.epoch, self.step, spans, seconds, final, "<f4", *self._norms)
-        return Envelope(message, body)
-
-    def _beat(self, now: float) -> Envelope:
+    def _beat(self, joined: wire.Welcome, now: float) -> Envelope:
         self._beat_at = now + BEAT
-        assert self.joined is not None
-        phase = self.phase if self._leaving is None else "leaving"
         step = max(self.step, 0)
-        return Envelope(wire.Beat(self.joined.session, self.joined.epoch, step, phase, self._progress, self._note))
+        return Envelope(wire.Beat(joined.session, joined.epoch, step, self.phase, self._progress, self._note))
 
     def _back_off(self) -> float:
-        longest = min(BACK_OFF * 2 ** min(self._attempts, 10), BACK_OFF_LONGEST)
+        longest = min(BACK_OFF * 2 ** min(self._failures, 10), BACK_OFF_LONGEST)
         return longest * (0.5 + self._jitter())
+
+    def _next_download(self, joined: wire.Welcome) -> Download | None:
+        if not self._built:
+            if self._packed_text is not None:
+                return None
+            limit = joined.text_bytes + joined.text_bytes // 64 + PACKING
+            return Download("text", limit, joined.text_digest)
+        if self._wants_state:
+            return Download("state", joined.state_bytes)
+        block = self._wanted_block
+        if block is not None and block != self._block and self._block_tokens is None:
+            return Download("block", joined.block_bytes, block=block)
+        return None
 
     # What comes in.
 
@@ -407,14 +370,10 @@ class Worker:
         if self._built and welcome.text_digest != self._text:
             self.refused = f"the run {welcome.run} now has another text; start the host anew"
             return
-        self.joined = Joined(welcome)
-        self._run = welcome.run
-        self._newest, self._newest_at = welcome.step, now
-        self._updates.clear()
-        self._chores.clear()
-        self._clear_step()
-        if self.step > welcome.step:  # it lost what it never recorded; so must we
-            self.step = -1
+        self.joined = welcome
+        self._run, self._epoch = welcome.run, welcome.epoch
+        self._newest = -1
+        self._learn(welcome.step, now)
         self._broadcast_at = self._beat_at = now
         self._settle()
 
@@ -425,147 +384,142 @@ class Worker:
         self._broadcast_at = now
         if message.epoch > joined.epoch:  # the coordinator has begun anew
             self._rejoin(now)
-            return
-        if isinstance(message, wire.Bye):
+        elif isinstance(message, wire.Bye):
             if message.done:
                 self.leave("training has ended")
-            return
-        if message.step < self._newest:
-            return
-        if message.step > self._newest:
-            self._newest, self._newest_at = message.step, now
-            self._clear_step()
-        if isinstance(message, wire.Pulse):
-            return
-        spans = [(first, count) for slot, first, count in message.leases if slot == joined.slot]
-        if isinstance(message, wire.Extra):
-            self._add_spans(spans)
-            return
-        if body and message.step > 0 and len(self._updates) < PENDING:
-            self._updates[message.step - 1] = body
-        self._clear_step()
-        self._add_spans(spans)
-        self._budget = message.budget
-        chores: list[tuple[bool, Task]] = [
-            (message.digest, TakeDigest()),
-            (message.upload == joined.slot, TakeSnapshot()),
-            (message.measure == joined.slot, Measure()),
-        ]
-        self._chores = [chore for chore in self._chores if chore[0] == self.step < message.step]
-        self._chores += [(message.step, chore) for asked, chore in chores if asked]
-        self._settle()
+                self.left = True
+        elif message.step >= self._newest:
+            self._learn(message.step, now)
+            if isinstance(message, wire.Step):
+                self._open_step(joined, message, body)
+            elif isinstance(message, wire.Extra):
+                self._take_leases(joined, message)
 
-    def _clear_step(self) -> None:
+    def _open_step(self, joined: wire.Welcome, message: wire.Step, body: bytes) -> None:
+        if message.step > self.step:
+            self._backlog.hear(message.step - 1, body)
+        if not self._is_told:
+            self._is_told = True
+            self._take_leases(joined, message)
+        asked: dict[Chore, bool] = {
+            "digest": message.digest,
+            "upload": message.upload == joined.slot,
+            "measure": message.measure == joined.slot,
+        }
+        self._add_chores([chore for chore, is_asked in asked.items() if is_asked], message.step)
+
+    def _take_leases(self, joined: wire.Welcome, message: wire.Step | wire.Extra) -> None:
+        self._scoring.add([(first, count) for slot, first, count in message.leases if slot == joined.slot])
+
+    def _add_chores(self, chores: Sequence[Chore], step: int) -> None:
+        """Note what is asked for at a step, but for what is under way."""
+        for chore in chores:
+            is_done = chore in self._reports or (chore == "upload" and self._sending is not None)
+            if step >= self.step and not is_done and not isinstance(self._task, _CHORES[chore]):
+                self._chores[chore] = step
+
+    def _learn(self, step: int, now: float) -> None:
+        """Hear which step is being scored."""
+        if self.joined and step > self._newest:
+            self._newest, self._newest_at = step, now
+            self._begin_step()
+            if self._download and self._download.what == "block" and self._download.block != self._wanted_block:
+                self._download = None
+
+    def _begin_step(self) -> None:
         """Drop what belongs to the step before."""
-        self._spans, self._scored = [], []
-        self._budget, self._spent, self._final = None, 0.0, False
-
-    def _add_spans(self, spans: list[Span]) -> None:
-        have = [*self._spans, *(span for done, _, _ in self._scored for span in done)]
-        new = _without(spans, have)
-        self._spans = (self._spans + new)[: wire.SPAN_LIMIT]
-        self._final = self._final and not new
+        self._is_told = False
+        if self.joined:
+            self._scoring = Scoring(self._newest, self.joined.unit, self._granule, self.joined.budget)
+        else:
+            self._scoring = Scoring(self._newest, 1, self._granule, None)
 
     def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
-        if self.joined is None:
-            return
-        if isinstance(request, wire.Losses) and request.step == self.step:
-            handed_in = {tuple(span) for span in request.spans}
-            self._scored = [part for part in self._scored if not {tuple(span) for span in part[0]} <= handed_in]
-        elif isinstance(request, wire.Digest | wire.Measured):
-            self._reports = self._reports[1:]
-        elif isinstance(request, wire.Upload) and self._upload is not None:
-            step, data, digest, offset = self._upload
-            offset += wire.PART
-            self._upload = (step, data, digest, offset) if offset < len(data) else None
+        if isinstance(request, wire.Losses):
+            if request.step == self._scoring.step:
+                self._scoring.handed_in()
+        elif isinstance(request, wire.Upload):
+            if self._sending and self._sending.arrived():
+                self._sending = None
         elif isinstance(request, wire.Leave):
             self.left = True
-        if message.order == "resync" and self._built and self._snapshot is None:
-            self.step = -1
-            self._settle()
-        if message.step > self._newest:
-            self._newest, self._newest_at = message.step, now
-            self._clear_step()
-        elif message.step == self._newest and isinstance(request, wire.Beat):
-            self._add_spans(message.spans)  # the broadcast that said so may have been lost
+        self._drop_report(request)
+        if message.resync and self._built:
+            self._is_astray = True
+            self._begin_step()
+        self._learn(message.step, now)
+        if message.step == self._newest and isinstance(request, wire.Beat):
+            # The broadcasts that said so may have been lost.
+            self._is_told = True
+            self._scoring.add(message.spans)
+            self._add_chores(message.chores, message.step)
+        self._settle()
 
     def _rejected(self, message: wire.Rejected, request: Message, now: float) -> None:
         if message.rejoin:
             self._rejoin(now)
-        elif isinstance(request, wire.Losses):
-            self._scored = []
+            return
+        if isinstance(request, wire.Losses):
+            self._begin_step()
         elif isinstance(request, wire.Upload):
-            self._upload = None
-        elif isinstance(request, wire.Digest | wire.Measured):
-            self._reports = self._reports[1:]
+            self._sending = None
         elif isinstance(request, wire.Fetch):
             self._download = None
+        self._drop_report(request)
+        self._learn(message.step, now)
+
+    def _drop_report(self, request: Message) -> None:
+        """Hear that a report was answered."""
+        if isinstance(request, wire.Digest):
+            self._reports.pop("digest", None)
+        elif isinstance(request, wire.Measured):
+            self._reports.pop("measure", None)
 
     def _rejoin(self, now: float) -> None:
-        """Begin anew with the coordinator; what the replica holds is kept."""
+        """Begin anew with the coordinator; what the replica holds, and what is on its way in, is kept."""
         self.joined = None
         self._sent = None
         self._join_at = now + self._back_off()
-        self._updates.clear()
+        self._backlog.clear()
         self._chores.clear()
-        self._clear_step()
-        self._reports, self._upload, self._download = [], None, None
-        self._snapshot = self._block_tokens = None
+        self._reports.clear()
+        self._sending = self._snapshot = None
+        self._begin_step()
         self._settle()
 
-    def _next_download(self) -> _Download | None:
-        joined = self.joined
-        assert joined is not None
-        if not self._built:
-            if self._packed_text is not None:
-                return None
-            return _Download("text", joined.text_digest)
-        if self._wants_state():
-            return _Download("state")
-        block = self._wanted_block()
-        if block != self._block and self._block_tokens is None:
-            return _Download("block", block=block or 0)
-        return None
-
+    @property
     def _wants_state(self) -> bool:
-        return self._built and self.step < 0 and self._snapshot is None
+        """Whether the state is none that the run has been through."""
+        is_wrong = self._is_astray or self.step < 0 or self.step > self._newest
+        return self._built and is_wrong and self._snapshot is None
 
+    @property
     def _wanted_block(self) -> int | None:
-        interval = self.joined.block_interval if self.joined else 0
-        return self._newest // interval if interval else None
+        """Number of the block of tokens of the step that is being scored; None: the text holds all of them."""
+        return self._newest // self.joined.block_interval if self.joined and self.joined.block_bytes else None
 
     def _take_part(self, part: wire.Part, data: bytes, request: Message) -> None:
         download = self._download
-        if download is None or not isinstance(request, wire.Fetch) or request.offset != len(download.data):
+        if download is None or download.request(getattr(request, "session", -1)).message != request:
             return
-        download.digest = download.digest or part.digest
-        fits = part.digest == download.digest and part.offset == request.offset and len(data) <= wire.PART
-        if not (fits and data and part.offset + len(data) <= part.size):
+        if not download.take(part, data):
             self._download = None  # from the beginning, or the newest
-            return
-        download.data += data
-        if len(download.data) < part.size:
-            return
-        whole, self._download = bytes(download.data), None
-        # The text's hash is that of its plain bytes, and checked by whoever unpacks it.
-        if download.what != "text" and hash_bytes(whole) != part.digest:
-            return
-        if download.what == "text":
-            self._packed_text = whole
-        elif download.what == "state":
-            self._snapshot = whole
-        else:
-            self._block_tokens = (part.step, whole)
+        elif download.is_whole:
+            self._download, whole = None, bytes(download.data)
+            if download.what == "text":
+                self._packed_text = whole
+            elif download.what == "state":
+                self._snapshot = whole
+            else:
+                self._block_tokens = (download.block, whole)
         self._settle()
 
-    def _take_updates(self, message: wire.Updates, body: bytes, request: Message) -> None:
-        if not isinstance(request, wire.CatchUp) or message.step != request.step or sum(message.sizes) != len(body):
-            return
-        at = 0
-        for step, size in enumerate(message.sizes, message.step):
-            if step >= self.step:
-                self._updates[step] = body[at : at + size]
-            at += size
+    def _take_updates(self, message: wire.Updates, body: bytes, request: Message, now: float) -> None:
+        asked = isinstance(request, wire.CatchUp) and request.step == message.step
+        if asked and sum(message.sizes) == len(body):
+            ends = list(accumulate(message.sizes))
+            updates = [body[end - size : end] for end, size in zip(ends, message.sizes, strict=True)]
+            self._learn(self._backlog.fill(message.step, updates), now)
 
     def _settle(self) -> None:
         """See which phase this is."""
@@ -574,23 +528,9 @@ class Worker:
             self.phase = "joining"
         elif not self._built:
             self.phase = "joining" if self._packed_text is None else "compiling"
-        elif self.step < 0 or (self.phase != "ready" and self.step < self._newest):
+        elif self._wants_state or self._snapshot or (before != "ready" and self.step < self._newest):
             self.phase = "joining"
         else:
             self.phase = "ready"
         if self.phase != before:
             self._beat_at = -math.inf
-
-
-def _without(spans: list[Span], taken: list[Span]) -> list[Span]:
-    """Return what is left of spans."""
-    left = list(spans)
-    for first, count in taken:
-        end = first + count
-        left = [
-            piece
-            for one, size in left
-            for piece in ((one, min(one + size, first) - one), (max(one, end), one + size - max(one, end)))
-            if piece[1] > 0
-        ]
-    return left

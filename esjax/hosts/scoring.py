@@ -1,0 +1,152 @@
+"""One host's pairs of one step: to be scored, and scored but not yet handed in."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from esjax.hosts import wire
+from esjax.hosts.wire import Span
+
+SLICE = 0.25
+"""Seconds of work that the devices are given at a time, so that progress shows and work can be given up."""
+
+HAND_IN = 1.0
+"""Seconds after which losses are handed in though there are more to come."""
+
+MOST_PAIRS = wire.MAX_REQUEST // 8
+"""Pairs whose losses are handed in at a time at most."""
+
+
+class Scored(NamedTuple):
+    """Losses of pairs, and the seconds that they took."""
+
+    spans: list[Span]
+    losses: Float32[ndarray, "pairs 2"]
+    seconds: float
+
+
+class HandIn(NamedTuple):
+    """What is handed in at a time.
+
+    Attributes:
+        spans: The pairs.
+        body: Their losses, two float32 a pair.
+        seconds: Time that scoring them took.
+        final: Whether nothing more comes for this step.
+    """
+
+    spans: list[Span]
+    body: bytes
+    seconds: float
+    final: bool
+
+
+class Scoring:
+    """The pairs.
+
+    Attributes:
+        step: The step.
+    """
+
+    def __init__(self, step: int, unit: int, granule: int, budget: float | None) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            step: The step.
+            unit: Pairs that are never split.
+            granule: Pairs that the devices like to score at a time.
+            budget: Seconds to score for, or None: all pairs that come.
+        """
+        self.step = step
+        self._unit, self._granule, self._budget = unit, -(-granule // unit) * unit, budget
+        self._spans: list[Span] = []
+        self._parts: list[Scored] = []
+        self._offered = 0  # parts in the request under way
+        self._since = 0.0  # when the first of the parts was scored
+        self._spent = 0.0
+        self._is_over = False  # the budget is spent
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are pairs to be scored."""
+        return bool(self._spans)
+
+    def add(self, spans: Sequence[Span]) -> None:
+        """Take pairs; those that are there already are not taken twice."""
+        if not self._is_over:
+            have = [*self._spans, *(span for part in self._parts for span in part.spans)]
+            self._spans = (self._spans + without(spans, have))[: wire.SPAN_LIMIT]
+
+    def next_slice(self, speed: float) -> list[Span]:
+        """Choose pairs to be scored next: as many as fill a slice of time.
+
+        Args:
+            speed: Pairs that the devices score a second; 0 if that is not known.
+        """
+        seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
+        granules = max(1, int(seconds * speed / self._granule))
+        left = min(granules * self._granule, MOST_PAIRS)
+        taken: list[Span] = []
+        for first, count in self._spans:
+            if left <= 0:
+                break
+            pairs = min(count, -(-left // self._unit) * self._unit)
+            taken.append((first, pairs))
+            left -= pairs
+        return taken
+
+    def take(self, scored: Scored, speed: float, now: float) -> None:
+        """Take in losses of a slice; `speed` as above."""
+        if not self._parts:
+            self._since = now
+        self._parts.append(scored)
+        self._spans = without(self._spans, scored.spans)
+        self._spent += scored.seconds
+        if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
+            self._spans, self._is_over = [], True
+
+    def hand_in(self, now: float, everything: bool) -> HandIn | None:
+        """Return what is to be handed in now, or None.
+
+        Args:
+            now: The time.
+            everything: Whether to wait for nothing more.
+        """
+        final = not self._spans
+        if not self._parts or not (final or everything or now - self._since > HAND_IN):
+            return None
+        pairs = spans = self._offered = 0
+        for part in self._parts:
+            pairs, spans = pairs + len(part.losses), spans + len(part.spans)
+            if self._offered and (pairs > MOST_PAIRS or spans > wire.SPAN_LIMIT):
+                break
+            self._offered += 1
+        parts = self._parts[: self._offered]
+        return HandIn(
+            [span for part in parts for span in part.spans],
+            np.concatenate([part.losses for part in parts]).astype("<f4").tobytes(),
+            sum(part.seconds for part in parts),
+            final and len(parts) == len(self._parts),
+        )
+
+    def handed_in(self) -> None:
+        """Hear that what was handed in has arrived."""
+        self._parts = self._parts[self._offered :]
+        self._offered = 0
+
+
+def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """Return what is left of spans."""
+    left = list(spans)
+    for first, count in taken:
+        end = first + count
+        left = [
+            piece
+            for one, size in left
+            for piece in ((one, min(one + size, first) - one), (max(one, end), one + size - max(one, end)))
+            if piece[1] > 0
+        ]
+    return left

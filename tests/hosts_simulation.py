@@ -1,0 +1,452 @@
+"""A run with a coordinator and hosts whose clock, network and devices are scripted.
+
+State machines and bytes are the real ones. A replica is a running hash of the updates that it made, so that two are
+equal only if they made the same ones in the same order; the losses of a pair follow from that hash, so that they are
+right only if the replica is.
+"""
+
+import hashlib
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from esjax.config import Config, DataConfig, EsConfig, HostsConfig
+from esjax.data.delivery import PackedText
+from esjax.fitness import shape
+from esjax.hosts import wire
+from esjax.hosts.coordinator import Coordinator
+from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
+from esjax.hosts.tasks import (
+    Apply,
+    Build,
+    Built,
+    Done,
+    Failed,
+    Load,
+    Measure,
+    Result,
+    Score,
+    Scored,
+    TakeDigest,
+    TakeSnapshot,
+    Task,
+    UseBlock,
+    Value,
+)
+from esjax.hosts.wire import Envelope
+from esjax.hosts.worker import Worker
+
+TICK = 0.2
+"""Seconds between looks at the clock; messages and results are looked at as they come."""
+
+DELAY = 0.001
+"""Seconds that a message takes."""
+
+UNIT = 4
+RUN = "run"
+TEXT = b"all the text"
+ANSWERS = {"rademacher": "1234"}
+STATE_BYTES = 40
+FIRST_STATE = b"\0" * STATE_BYTES
+
+Twist = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Fate = Callable[[str, str, wire.Message], Sequence[float]]
+"""`(direction, host, message) -> delay of each copy`; the directions are request, reply and broadcast."""
+
+Tamper = Callable[[str, str, list[bytes]], list[bytes]]
+
+
+def config_of(
+    *,
+    population: int = 64,
+    budget: float | None = None,
+    spot_check: float = 0.0,
+    digest_interval: int = 1000,
+    checkpoint_time: float = 1e6,
+    evaluate_time: float = 1e6,
+    block_interval: int | None = None,
+) -> Config:
+    blocks = None if block_interval is None else 64
+    return Config(
+        checkpoint_time=checkpoint_time,
+        evaluate_time=evaluate_time,
+        data=DataConfig(block_tokens=blocks, new_tokens_interval=block_interval or 1),
+        es=EsConfig(population_size=population, time_per_step=budget),
+        hosts=HostsConfig(spot_check=spot_check, digest_interval=digest_interval),
+    )
+
+
+def hash_state(state: bytes) -> str:
+    return hashlib.blake2b(state, digest_size=8).hexdigest()
+
+
+def next_state(state: bytes, update: bytes) -> bytes:
+    """Make an update: the step, and a hash of all that was done."""
+    step = int.from_bytes(state[:8], "little")
+    return (step + 1).to_bytes(8, "little") + hashlib.blake2b(state + update, digest_size=STATE_BYTES - 8).digest()
+
+
+def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
+    """Score pairs, with numbers between 2 and 3 that nobody could guess."""
+    start = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), "little")
+    x: np.ndarray = (pairs.astype(np.uint64)[:, None] * 2 + np.arange(2, dtype=np.uint64)) + np.uint64(start)
+    with np.errstate(over="ignore"):  # splitmix64
+        x = x * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (2.0 + (x >> np.uint64(40)).astype(np.float64) / 2**24).astype(np.float32)
+
+
+def check_updates(updates: Sequence[bytes], config: Config, twist: Twist | None = None) -> None:
+    """See that each update is what honest losses of the pairs that it names come to."""
+    state = FIRST_STATE
+    for step, payload in enumerate(updates):
+        header = wire.unpack_update(payload).header
+        assert header.step == step
+        pairs = wire.pairs_of(header.spans)
+        losses = losses_of(state, pairs)
+        if twist:
+            losses = twist(losses, pairs)
+        shaped = shape(losses, config.es.shaping, config.es.sigma)
+        expected = wire.Update(header, shaped.weights if header.applied else shaped.weights[:0])
+        assert payload == wire.pack_update(expected)
+        assert (header.scale, header.void_pairs, header.applied) == (
+            shaped.scale,
+            shaped.void_pairs,
+            not shaped.trouble,
+        )
+        state = next_state(state, payload)
+
+
+class Device:
+    """What computes, at a scripted speed."""
+
+    def __init__(
+        self,
+        *,
+        speed: float = 20.0,
+        granule: int = UNIT,
+        compile_seconds: float = 0.5,
+        load_seconds: float = 0.001,
+        measure_seconds: float = 0.2,
+        snapshot_bytes: int = STATE_BYTES,
+        twist: Twist | None = None,
+    ) -> None:
+        self.speed, self.granule, self.twist, self.snapshot_bytes = speed, granule, twist, snapshot_bytes
+        self.compile_seconds, self.load_seconds, self.measure_seconds = compile_seconds, load_seconds, measure_seconds
+        self.state = FIRST_STATE
+        self.block: bytes | None = None
+        self.hung = False
+        self.scored: list[tuple[int, int]] = []  # step and pair
+        self.loaded: list[int] = []  # steps of snapshots
+        self.made: list[int] = []  # updates
+        self.blocks_used: dict[int, bytes | None] = {}
+
+    @property
+    def step(self) -> int:
+        return int.from_bytes(self.state[:8], "little")
+
+    def do(self, task: Task) -> tuple[Result, float]:
+        """Do a task; return the result and the seconds that it takes."""
+        if isinstance(task, Build):
+            if task.text != TEXT or task.text_digest != hash_bytes(TEXT):
+                return Failed("the text has another hash"), 0.0
+            return Built(self.granule), self.compile_seconds
+        if isinstance(task, Load):
+            self.state = task.snapshot[:STATE_BYTES]
+            self.loaded.append(self.step)
+            return Done(self.step), self.load_seconds
+        if isinstance(task, UseBlock):
+            self.block = task.tokens
+        elif isinstance(task, Apply):
+            for update in task.updates:
+                assert wire.unpack_update(update).header.step == self.step, "an update out of order"
+                self.made.append(self.step)
+                self.state = next_state(self.state, update)
+            return Done(self.step, 1.0, 2.0), 0.001
+        elif isinstance(task, Score):
+            pairs = wire.pairs_of(task.spans)
+            losses = losses_of(self.state, pairs)
+            self.scored += [(self.step, int(pair)) for pair in pairs]
+            self.blocks_used[self.step] = self.block
+            if self.twist:
+                losses = self.twist(losses, pairs)
+            seconds = len(pairs) / self.speed
+            return Scored(losses, seconds), seconds
+        elif isinstance(task, TakeDigest):
+            return Value(hash_state(self.state)), 0.001
+        elif isinstance(task, TakeSnapshot):
+            return Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
+        elif isinstance(task, Measure):
+            return Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
+        return Done(self.step), 0.001
+
+
+class Host:
+    """A machine that takes part.
+
+    Attributes:
+        running: False: it was stopped, and neither hears nor says anything.
+        cut: Directions in which nothing arrives.
+    """
+
+    def __init__(self, sim: "Simulation", name: str, device: Device, key: str | None = None, **worker: Any) -> None:
+        self.name, self.device, self.key = name, device, key
+        self.running = True
+        self.cut: set[str] = set()
+        self.connection = 0
+        self.asked = 0  # number of the last request
+        self.phases: list[str] = []
+        self._sim = sim
+        self._done: list[Result] = []
+        settings: dict[str, Any] = {"device": "fake", "kind": "fake", "answers": ANSWERS, "own": {}, **worker}
+        self.worker = Worker(name, **settings, now=sim.now, jitter=sim.random.random)
+
+    @property
+    def over(self) -> bool:
+        return bool(self.worker.left or self.worker.refused)
+
+    def go(self, now: float) -> None:
+        """Do what a process does whenever it looks."""
+        worker = self.worker
+        if not self.running or self.over:
+            return
+        worker.tick(now)
+        if self._done and not self.device.hung:
+            worker.finished(self._done.pop(), now)
+        task = worker.task()
+        if task is not None:
+            result, seconds = self.device.do(task)
+            self._sim.at(now + seconds, lambda: self._finish(result))
+        if worker.reconnect:
+            self.connection += 1
+            worker.reconnected(now)
+        request = worker.request(now)
+        if request is not None:
+            self.asked += 1
+            self._sim.send_request(self, request)
+        if not self.phases or self.phases[-1] != worker.phase:
+            self.phases.append(worker.phase)
+
+    def _finish(self, result: Result) -> None:
+        self._done.append(result)
+        self.go(self._sim.now)
+
+    def hear(self, frames: list[bytes], kind: wire.Kind, now: float) -> None:
+        if self.running and not self.over:
+            self.worker.receive(wire.decode(frames, kind), now)
+            self.go(now)
+
+
+class Simulation:
+    """Everything.
+
+    Attributes:
+        ledger: What was recorded: steps and updates.
+        digests: What was recorded beside: steps and digests.
+        checkpoints: Every snapshot that was stored.
+        lines: What was told.
+        fate: What becomes of each message.
+        log: Every message that was sent, with its time, direction and host.
+    """
+
+    def __init__(self, config: Config | None = None, seed: int = 0, snapshot_bytes: int = STATE_BYTES) -> None:
+        self.config = config or config_of()
+        self.now = 0.0
+        self.random = random.Random(seed)
+        self.hosts: dict[str, Host] = {}
+        self.ledger: list[tuple[int, bytes]] = []
+        self.digests: list[tuple[int, str]] = []
+        first = FIRST_STATE.ljust(snapshot_bytes, b"+")
+        self.checkpoints = [Snapshot(0, first, hash_bytes(first))]
+        self.lines: list[str] = []
+        self.closed: list[Closed] = []
+        self.fate: Fate = lambda direction, host, message: [DELAY]
+        self.tamper: Tamper = lambda direction, host, frames: frames
+        self.crash_after_record: int | None = None
+        self.log: list[tuple[float, str, str, wire.Message]] = []
+        self.bytes_sent: dict[str, int] = {"request": 0, "reply": 0, "broadcast": 0}
+        self.store_fails = False
+        self.revoked: set[str] = set()
+        self.text = TEXT
+        self.epoch = 0
+        self.snapshot_bytes = snapshot_bytes
+        self._seed = seed
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self.coordinator: Coordinator | None = None
+        self.start()
+
+    # The coordinator.
+
+    @property
+    def server(self) -> Coordinator:
+        assert self.coordinator is not None
+        return self.coordinator
+
+    @property
+    def updates(self) -> list[bytes]:
+        return [payload for _, payload in self.ledger]
+
+    @property
+    def first(self) -> int:
+        """Number of the first update; see `esjax.hosts.effects.History`."""
+        return self.ledger[0][0] if self.ledger else 0
+
+    def start(self) -> None:
+        """Start the coordinator, or start it again from what was kept."""
+        self.epoch += 1
+        data = self.config.data
+        block = None if data.block_tokens is None else (lambda number: bytes([number % 256]) * 64)
+        self.coordinator = Coordinator(
+            self.config,
+            Terms(RUN, self.epoch, UNIT, 100, ANSWERS, {}, publish_port=1, state_bytes=self.snapshot_bytes),
+            step=len(self.ledger),
+            now=self.now,
+            rng=np.random.default_rng([self._seed, self.epoch]),
+            text=PackedText(self.text, len(self.text), hash_bytes(self.text)),
+            snapshot=self.checkpoints[-1],
+            history=_History(self.ledger),
+            last_update=self.ledger[-1][1] if self.ledger else b"",
+            block=block,
+        )
+
+    def kill(self) -> None:
+        """Kill the coordinator, and lose what is on its way."""
+        self.coordinator = None
+
+    def _answer(self, host: Host, frames: list[bytes], connection: int, number: int) -> None:
+        if self.coordinator is None:
+            return
+        if host.key in self.revoked:
+            reply = self.coordinator.refuse_key(host.key, self.now)
+        else:
+            try:
+                reply = self.coordinator.receive(wire.decode(frames, "request"), self.now, host.key)
+            except wire.VersionError as error:
+                reply = self.coordinator.refuse_version(error.version)
+        if not self.carry_out():
+            return
+        self._send("reply", host, reply, lambda frames: self._reply(host, frames, connection, number))
+
+    def carry_out(self) -> bool:
+        """Do what the coordinator wants done, in order; return False if that is where it is killed."""
+        for effect in self.server.drain():
+            if isinstance(effect, Record):
+                assert effect.step == len(self.ledger)
+                self.ledger.append((effect.step, effect.payload))
+                if effect.step == self.crash_after_record:
+                    self.kill()
+                    return False
+            elif isinstance(effect, Publish):
+                for host in self.hosts.values():
+                    if host.worker.joined is not None:
+                        self._broadcast(host, effect.envelope)
+            elif isinstance(effect, RecordDigest):
+                self.digests.append((effect.step, effect.digest))
+            elif isinstance(effect, Store):
+                if not self.store_fails:
+                    self.checkpoints.append(effect.snapshot)
+                    self.server.rounds.stored(effect.snapshot)
+            elif isinstance(effect, Closed):
+                self.closed.append(effect)
+            elif isinstance(effect, Tell):
+                self.lines.append(effect.line)
+        return True
+
+    # The network.
+
+    def send_request(self, host: Host, envelope: Envelope) -> None:
+        connection, number = host.connection, host.asked
+        self._send("request", host, envelope, lambda frames: self._answer(host, frames, connection, number))
+
+    def _reply(self, host: Host, frames: list[bytes], connection: int, number: int) -> None:
+        if connection == host.connection and number == host.asked:  # else it answers an older request
+            host.hear(frames, "reply", self.now)
+
+    def _broadcast(self, host: Host, envelope: Envelope) -> None:
+        connection = host.connection
+
+        def arrive(frames: list[bytes]) -> None:
+            if connection == host.connection:
+                host.hear(frames, "broadcast", self.now)
+
+        self._send("broadcast", host, envelope, arrive)
+
+    def _send(self, direction: str, host: Host, envelope: Envelope, arrive: Callable[[list[bytes]], None]) -> None:
+        frames = self.tamper(direction, host.name, wire.encode(envelope))
+        self.log.append((self.now, direction, host.name, envelope.message))
+        self.bytes_sent[direction] += sum(map(len, frames))
+        for delay in self.fate(direction, host.name, envelope.message):
+            self.at(self.now + delay, lambda: None if direction in host.cut else arrive(frames))
+
+    # Time.
+
+    def add(self, name: str, device: Device | None = None, **settings: Any) -> Host:
+        """Start a host; `settings` are of `Device`, of `Host`, or of `Worker`."""
+        of_host = {key: settings.pop(key) for key in ("key", "kind", "answers", "own") if key in settings}
+        settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
+        host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
+        return host
+
+    def kill_host(self, name: str) -> Host:
+        """End a host without a word."""
+        host = self.hosts.pop(name)
+        host.running = False
+        return host
+
+    def at(self, time: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._count), action))
+
+    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        """Let time pass, or less of it if `until` comes true."""
+        end = self.now + seconds
+        while self.now < end - 1e-9 and not until():
+            tick = self.now + TICK
+            while self._events and self._events[0][0] <= tick:
+                time, _, action = heapq.heappop(self._events)
+                self.now = max(self.now, time)
+                action()
+            self.now = tick
+            if self.coordinator is not None:
+                self.coordinator.tick(self.now)
+                self.carry_out()
+            for host in list(self.hosts.values()):
+                host.go(self.now)
+
+    def run_steps(self, steps: int, limit: float = 300.0) -> None:
+        """Run until so many more steps are done."""
+        end = len(self.ledger) + steps
+        self.run(limit, lambda: len(self.ledger) >= end)
+        assert len(self.ledger) >= end, f"only {len(self.ledger)} of {end} steps: {self.lines[-5:]}"
+
+    def messages(self, kind: type[wire.Message], host: str | None = None) -> list[Any]:
+        """List the messages of a kind that were sent, from or to a host."""
+        return [message for _, _, name, message in self.log if isinstance(message, kind) and host in (None, name)]
+
+    def told(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
+
+
+class _History:
+    """See `esjax.hosts.effects.History`."""
+
+    def __init__(self, ledger: list[tuple[int, bytes]]) -> None:
+        self._ledger = ledger
+
+    @property
+    def first(self) -> int:
+        return self._ledger[0][0] if self._ledger else 0
+
+    def updates(self, from_step: int, limit_bytes: int) -> list[bytes]:
+        found: list[bytes] = []
+        for _, payload in self._ledger[from_step - self.first :]:
+            limit_bytes -= len(payload)
+            if found and limit_bytes < 0:
+                break
+            found.append(payload)
+        return found
