@@ -17,6 +17,7 @@ from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
+from esjax.hosts.crew import IDLE, Crew
 from esjax.hosts.engine import Engine
 from esjax.hosts.keys import load_token
 from esjax.hosts.tasks import Failed, Result, Task
@@ -71,7 +72,7 @@ def join(
     """
     token = None if token_file is None else load_token(Path(token_file))
     own = Own(model, loss, optimizer)
-    devices = jax.local_devices()
+    devices = jax.devices()
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     now = time.monotonic()
     worker = Worker(
@@ -84,11 +85,16 @@ def join(
         jitter=random.random,
     )
     engine = Engine(own=own, tell=tell)
+    crew = Crew(engine)
+    if not crew.leads:
+        with stop_on_signals():  # the process that leads hears of it, too
+            crew.follow()
+        return
     tell(f"{name}: joining {address}")
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
-        hands = _Hands(engine, transport.wake)
+        hands = _Hands(crew, transport.wake)
         stack.callback(hands.close)
         ends_at = now + (lifetime if lifetime is not None else float("inf"))
         left_at = float("inf")
@@ -157,8 +163,8 @@ def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float)
 class _Hands:
     """A thread that does tasks one at a time, so that the host can go on talking meanwhile."""
 
-    def __init__(self, engine: Engine, wake: Callable[[], None]) -> None:
-        self._engine, self._wake = engine, wake
+    def __init__(self, crew: Crew, wake: Callable[[], None]) -> None:
+        self._crew, self._wake = crew, wake
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=TASKS)
@@ -179,9 +185,17 @@ class _Hands:
         return found
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while True:
             try:
-                result = self._engine.do(task)
+                task = self._tasks.get(timeout=IDLE)
+            except queue.Empty:
+                self._crew.idle()
+                continue
+            if task is None:
+                self._crew.dismiss()
+                return
+            try:
+                result = self._crew.do(task)
             except Exception as error:  # a model of one's own may raise anything
                 result = Failed(f"{type(error).__name__}: {str(error)[:300]}")
             self._results.put(result)
