@@ -5,19 +5,18 @@ The estimate of the gradient is the mean over pairs of (shaped weight * ε), in 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int8, PyTree, UInt32
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Int8, PyTree, UInt32
 
-from esjax.evaluate import PAIRS_AXIS, into_chunks
+from esjax.evaluate import make_deal
 from esjax.models.model import Params
-from esjax.noise import Space, Total
+from esjax.noise import Space, Total, pair_seeds
 
 
 @struct.dataclass
@@ -49,7 +48,17 @@ class UpdateInfo(NamedTuple):
     update_norm: Float[Array, ""]
 
 
-WeighSeeds = Callable[[UInt32[Array, "pairs 2"], Int8[Array, " pairs"]], Total]
+WeighPairs = Callable[
+    [
+        Total,
+        UInt32[Array, "2"],
+        Int[Array, ""],
+        UInt32[Array, "chunks chunk_pairs"],
+        Int8[Array, "chunks chunk_pairs"],
+        Int[Array, ""],
+    ],
+    Total,
+]
 ApplyTotal = Callable[[TrainState, Total, Float[Array, ""]], tuple[TrainState, UpdateInfo]]
 
 
@@ -58,47 +67,45 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), average=params)
 
 
-def make_weigh_seeds(space: Space, mesh: Mesh, chunk_pairs: int) -> WeighSeeds:
+def zero_total(space: Space, params: Params) -> Total:
+    """Make the total of no pairs."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32 if space.exact else jnp.float32), params)
+
+
+def make_weigh_pairs(space: Space, mesh: Mesh) -> WeighPairs:
     """Make the function that grows every pair's noise again and sums it.
 
     Args:
         space: How members differ from the parameters.
         mesh: Devices that share the work; one axis, `PAIRS_AXIS`.
-        chunk_pairs: Pairs whose noise one device holds at a time.
 
     Returns:
-        `(seeds, weights) -> total`, Σ weight * ε over any number of pairs. With Rademacher noise the total is int32
-        and exact, whatever the chunking and the devices; totals of several calls may be added. Exact while a step
-        holds at most 2^31 / 127 / rank pairs, 16 million at rank 1. Jit it.
+        `(total, stream, step, pairs, weights, count) -> total` adds Σ weight * ε over the first `count` chunks of
+        pairs, named by the stream and the step. A chunk is what one device sums at a time, at most `space.exact_pairs`.
+        With Rademacher noise the total is int32 and exact, whatever the chunks, their order and the devices, while a
+        step holds at most 2^31 / 127 / rank pairs, 16 million at rank 1. Jit it.
     """
-    chunk_pairs = min(chunk_pairs, space.exact_pairs)  # float32 holds every integer up to 2^24
 
-    def weigh_chunk(seeds: Array, weights: Array) -> Total:
-        noise = jax.vmap(space.sample)(seeds)
-        total = space.weigh(noise, weights.astype(jnp.float32))
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.int32), total) if space.exact else total
+    def weigh(chunk: Array, total: Total, stream: Array, step: Array, pairs: Array, weights: Array) -> Total:
+        noise = space.sample(pair_seeds(stream, step, pairs[chunk]))
+        addend = space.weigh(noise, weights[chunk].astype(jnp.float32))
+        return jax.tree.map(lambda leaf, more: leaf + more.astype(leaf.dtype), total, addend)
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(PartitionSpec(PAIRS_AXIS), PartitionSpec(PAIRS_AXIS)),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    def weigh_shard(seeds: Array, weights: Array) -> Total:
-        def add_chunk(total: Total, chunk: tuple[Array, Array]) -> tuple[Total, None]:
-            return jax.tree.map(jnp.add, total, weigh_chunk(*chunk)), None
+    deal = make_deal(mesh, weigh)
 
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(weigh_chunk, seeds[0], weights[0])
-        )
-        total, _ = jax.lax.scan(add_chunk, zeros, (seeds, weights))
-        return jax.lax.psum(total, PAIRS_AXIS)
+    def weigh_pairs(
+        total: Total,
+        stream: UInt32[Array, "2"],
+        step: Int[Array, ""],
+        pairs: UInt32[Array, "chunks chunk_pairs"],
+        weights: Int8[Array, "chunks chunk_pairs"],
+        count: Int[Array, ""],
+    ) -> Total:
+        assert pairs.shape[1] <= space.exact_pairs  # float32 holds every integer up to 2^24
+        addend = deal(count, jax.tree.map(jnp.zeros_like, total), stream, step, pairs, weights)
+        return jax.tree.map(jnp.add, total, addend)
 
-    def weigh_seeds(seeds: UInt32[Array, "pairs 2"], weights: Int8[Array, " pairs"]) -> Total:
-        return weigh_shard(into_chunks(seeds, mesh.size, chunk_pairs), into_chunks(weights, mesh.size, chunk_pairs))
-
-    return weigh_seeds
+    return weigh_pairs
 
 
 def make_apply_total(

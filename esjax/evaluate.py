@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from esjax.tokens import STOP
 
 PAIRS_AXIS = "pairs"
 """Mesh axis over which the population is spread."""
+
+Gathered = TypeVar("Gathered")
+"""A pytree of arrays that can be added up."""
 
 Loss = Callable[[Model, Params, Int[Array, " length"]], Float[Array, ""]]
 """`(model, member's params, tokens) -> loss` of one member on one sequence; lower is better."""
@@ -74,6 +78,32 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
         `(params, seeds, tokens) -> losses`: the mean loss of the members +ε and -ε over their sequences, which
         are the same for both. Any number of pairs; jit it.
     """
+    evaluate_chunk = make_evaluate_chunk(model, space, loss)
+    size = max(chunk_pairs, 2)  # XLA drops an axis of 1, and may then sum in another order
+
+    def score(chunk: Array, losses: Array, params: Params, seeds: Array, tokens: Array) -> Array:
+        return losses.at[chunk].set(evaluate_chunk(params, seeds[chunk], tokens[chunk]))
+
+    deal = make_deal(mesh, score)
+
+    def evaluate(
+        params: Params, seeds: UInt32[Array, "pairs 2"], tokens: Int[Array, "pairs sequences length"]
+    ) -> Float[Array, "pairs 2"]:
+        pairs = len(seeds)
+        chunks = -(-pairs // size)
+
+        def in_chunks(x: Array) -> Array:
+            padding = [(0, chunks * size - pairs)] + [(0, 0)] * (x.ndim - 1)
+            return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+
+        losses = deal(jnp.int32(chunks), jnp.zeros((chunks, size, 2)), params, in_chunks(seeds), in_chunks(tokens))
+        return losses.reshape(-1, 2)[:pairs]
+
+    return evaluate
+
+
+def make_evaluate_chunk(model: Model, space: Space, loss: Loss) -> Evaluate:
+    """Make the function `(params, seeds, tokens) -> losses` for the pairs that one device evaluates at a time."""
     signs = jnp.array([1.0, -1.0])
 
     def pair_losses(
@@ -87,37 +117,30 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
 
         return jax.vmap(member_loss)(signs)
 
-    @partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(PAIRS_AXIS), PartitionSpec(PAIRS_AXIS)),
-        out_specs=PartitionSpec(PAIRS_AXIS),
-        check_vma=False,
-    )
-    def evaluate_shard(params: Params, seeds: Array, tokens: Array) -> Array:
-        chunk_losses = jax.vmap(partial(pair_losses, params))
-        return jax.lax.map(lambda chunk: chunk_losses(*chunk), (seeds, tokens))
-
-    def evaluate(
-        params: Params, seeds: UInt32[Array, "pairs 2"], tokens: Int[Array, "pairs sequences length"]
-    ) -> Float[Array, "pairs 2"]:
-        pairs = seeds.shape[0]
-        losses = evaluate_shard(
-            params, into_chunks(seeds, mesh.size, chunk_pairs), into_chunks(tokens, mesh.size, chunk_pairs)
-        )
-        return losses.reshape(-1, 2)[:pairs]
-
-    return evaluate
+    return jax.vmap(pair_losses, in_axes=(None, 0, 0))
 
 
-def into_chunks(x: Array, shards: int, chunk_pairs: int) -> Array:
-    """Fold the axis of pairs into [chunks, pairs of a chunk], padded with zeros to equal work for every shard.
+def make_deal(mesh: Mesh, work: Callable[..., Gathered]) -> Callable[..., Gathered]:
+    """Deal chunks of pairs to the devices in turn, and add up what each of them gathers.
 
-    The size of a chunk does not depend on the number of shards, since XLA may sum in another order for another size:
-    so a loss is the same to the last bit on any number of devices. It is at least 2, since XLA drops an axis of 1.
+    Args:
+        mesh: The devices; one axis, `PAIRS_AXIS`.
+        work: `(chunk, gathered, *arguments) -> gathered` adds one chunk, given by its number, to what a device has
+            gathered so far.
+
+    Returns:
+        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced: one
+        program serves for any number. Each device begins with `zeros`.
     """
-    pairs = x.shape[0]
-    size = max(2, min(chunk_pairs, pairs))
-    chunks = -(-pairs // (shards * size)) * shards
-    padding = [(0, chunks * size - pairs)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    def deal(count: Int[Array, ""], zeros: Gathered, *arguments: Any) -> Gathered:
+        device = jax.lax.axis_index(PAIRS_AXIS)
+        turns = (count - device + mesh.size - 1) // mesh.size
+
+        def take_turn(turn: Array, gathered: Gathered) -> Gathered:
+            return work(turn * mesh.size + device, gathered, *arguments)
+
+        return jax.lax.psum(jax.lax.fori_loop(0, turns, take_turn, zeros), PAIRS_AXIS)
+
+    return deal

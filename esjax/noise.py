@@ -17,12 +17,13 @@ Two spaces:
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from esjax.fitness import LIMIT
 from esjax.models.model import Model, Params
@@ -42,14 +43,15 @@ BITS = 32
 
 @struct.dataclass
 class Factors:
-    """The two sides of a low-rank ε, before the division by √rank."""
+    """The two sides of a low-rank ε, before the division by √rank: [rank, rows] and [rank, columns]."""
 
-    left: Float[Array, "*pairs rank rows"]
-    right: Float[Array, "*pairs rank columns"]
+    left: Float[Array, "..."]
+    right: Float[Array, "..."]
 
 
 Noise = Any
-"""A pytree like the parameters; each leaf is an array of the leaf's shape, or `Factors`."""
+"""A pytree like the parameters; each leaf is an array of the leaf's shape, or `Factors`. The axis of pairs, where there
+is one, comes last."""
 
 Total = Any
 """A pytree like the parameters: Σ weight * ε, before the division by √rank."""
@@ -59,7 +61,7 @@ class Space(NamedTuple):
     """How members differ from the parameters.
 
     Attributes:
-        sample: `(seed) -> noise` of one pair.
+        sample: `(seeds) -> noise` of one pair, or of a batch of pairs.
         perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`.
         weigh: `(noise of a batch of pairs, weights[pairs]) -> total`, exact integers for Rademacher noise.
         mean: `(total, scale) -> pytree` with `scale * Σ weight * ε`.
@@ -68,7 +70,7 @@ class Space(NamedTuple):
         exact_pairs: Pairs that `weigh` sums exactly in float32, for weights up to `esjax.fitness.LIMIT`.
     """
 
-    sample: Callable[[UInt32[Array, "2"]], Noise]
+    sample: Callable[[UInt32[Array, "*pairs 2"]], Noise]
     perturb: Callable[[Params, Noise, Float[Array, ""]], Params]
     weigh: Callable[[Noise, Float[Array, " pairs"]], Total]
     mean: Callable[[Total, Float[Array, ""]], Params]
@@ -77,29 +79,46 @@ class Space(NamedTuple):
     exact_pairs: int
 
 
+@partial(jnp.vectorize, signature="(n),()->(n)")
+def fold(seed: UInt32[Array, "2"], number: Integer[Array, ""] | int) -> UInt32[Array, "2"]:
+    """Derive another seed from a seed and a number: one block of threefry. Batches broadcast."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number))
+
+
 def stream_seed(run_seed: int, stream: int) -> UInt32[Array, "2"]:
     """Derive the seed of one of the run's streams of keys."""
-    return jax.random.key_data(jax.random.fold_in(jax.random.key(run_seed, impl="threefry2x32"), stream))
+    return fold(jax.random.key_data(jax.random.key(run_seed, impl="threefry2x32")), stream)
 
 
 def pair_seeds(
-    stream: UInt32[Array, "2"], step: Int[Array, ""] | int, pairs: Int[Array, " pairs"]
+    stream: UInt32[Array, "2"], step: Int[Array, ""] | int, pairs: Integer[Array, " pairs"]
 ) -> UInt32[Array, "pairs 2"]:
     """Derive the seed of each pair from the stream, the step and the pair's index."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(stream, impl="threefry2x32"), step)
-    return jax.vmap(lambda pair: jax.random.key_data(jax.random.fold_in(key, pair)))(pairs)
+    return fold(fold(stream, step)[None], pairs)
 
 
-def draw(kind: Literal["rademacher", "gaussian"], seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
-    """Draw `count` independent numbers of mean 0 and variance 1 from a seed."""
-    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+def draw(
+    kind: Literal["rademacher", "gaussian"], seeds: UInt32[Array, "*pairs 2"], count: int
+) -> Float[Array, " count *pairs"]:
+    """Draw `count` independent numbers of mean 0 and variance 1 from each seed.
+
+    The axis of pairs comes last: unpacking, and a sum over pairs, run along it.
+    """
     if kind == "gaussian":
-        return jax.random.normal(key, (count,))
-    words = jax.random.bits(key, (-(-count // BITS),), jnp.uint32)
+        normal = jnp.vectorize(_normal, excluded={1}, signature="(n)->(m)")
+        return jnp.moveaxis(normal(seeds, count), -1, 0)
+    axes = (1,) * (seeds.ndim - 1)
+    blocks = jnp.arange(-(-count // (2 * BITS)), dtype=jnp.uint32)
+    drawn = fold(seeds[None], blocks.reshape(-1, *axes))
+    words = jnp.concatenate([drawn[..., 0], drawn[..., 1]])
     # Each bit becomes the sign bit of a 1.0: three integer operations and no conversion.
-    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32)[None, :]) & jnp.uint32(1 << 31)
-    one = jnp.uint32(0x3F800000)
-    return jax.lax.bitcast_convert_type(signs | one, jnp.float32).reshape(-1)[:count]
+    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32).reshape(1, -1, *axes)) & jnp.uint32(1 << 31)
+    ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
+    return ones.reshape(-1, *seeds.shape[:-1])[:count]
+
+
+def _normal(seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
+    return jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (count,))
 
 
 def make_space(
@@ -127,15 +146,16 @@ def make_space(
     layout = [(leaf.shape, is_factored) for leaf, is_factored in zip(leaves, jax.tree.leaves(factored), strict=True)]
     counts = [rank * sum(shape) if is_factored else math.prod(shape) for shape, is_factored in layout]
 
-    def sample(seed: UInt32[Array, "2"]) -> Noise:
-        flat = draw(noise, seed, sum(counts))
+    def sample(seeds: UInt32[Array, "*pairs 2"]) -> Noise:
+        flat = draw(noise, seeds, sum(counts))
         parts = jnp.split(flat, list(itertools.accumulate(counts))[:-1])
 
-        def shaped(part: Float[Array, " count"], shape: tuple[int, ...], is_factored: bool) -> Array | Factors:
+        def shaped(part: Float[Array, " count *pairs"], shape: tuple[int, ...], is_factored: bool) -> Array | Factors:
+            pairs = part.shape[1:]
             if not is_factored:
-                return part.reshape(shape)
+                return part.reshape(*shape, *pairs)
             left, right = jnp.split(part, [rank * shape[0]])
-            return Factors(left.reshape(rank, shape[0]), right.reshape(rank, shape[1]))
+            return Factors(left.reshape(rank, shape[0], *pairs), right.reshape(rank, shape[1], *pairs))
 
         noises = [shaped(part, *leaf_layout) for part, leaf_layout in zip(parts, layout, strict=True)]
         return jax.tree.unflatten(treedef, noises)
@@ -155,9 +175,9 @@ def make_space(
     def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Total:
         def total(epsilon: Array | Factors) -> Array:
             if not isinstance(epsilon, Factors):
-                return jnp.einsum("k,k...->...", weights, epsilon, precision=HIGHEST)
-            right = weights[:, None, None] * epsilon.right
-            return jnp.einsum("krm,krn->mn", epsilon.left, right, precision=HIGHEST)
+                return jnp.matmul(epsilon, weights, precision=HIGHEST)
+            left = epsilon.left * weights[None, None, :]
+            return jnp.einsum("rmk,rnk->rmn", left, epsilon.right, precision=HIGHEST).sum(axis=0)
 
         return jax.tree.map(total, noise, is_leaf=lambda leaf: isinstance(leaf, Factors))
 

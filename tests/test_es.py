@@ -13,49 +13,62 @@ from conftest import mesh_of
 from jaxtyping import Array
 from small import MODELS, params_of, seeds_of, space_of, tokens_of
 
-from esjax.es import TrainState, init_state, make_apply_total, make_weigh_seeds
+from esjax.es import TrainState, init_state, make_apply_total, make_weigh_pairs, zero_total
 from esjax.evaluate import cross_entropy, make_evaluate
 from esjax.fitness import shape
+from esjax.noise import Space, Total, stream_seed
 
 WEIGHTS = np.random.default_rng(3).integers(-127, 128, 40).astype(np.int8)
+
+
+def weigh(space: Space, devices: int, chunk_pairs: int, pairs: np.ndarray, weights: np.ndarray, step: int = 5) -> Total:
+    """Sum over some pairs of those that `seeds_of` names, on some devices, so many at a time."""
+    padding = -len(pairs) % chunk_pairs
+    chunks = [np.pad(array, (0, padding)).reshape(-1, chunk_pairs) for array in (pairs.astype(np.uint32), weights)]
+    run = jax.jit(make_weigh_pairs(space, mesh_of(devices)))
+    params = jax.eval_shape(lambda: space.mean(space.weigh(space.sample(seeds_of(2)), jnp.ones(2)), jnp.float32(1)))
+    return run(zero_total(space, params), stream_seed(1, 0), jnp.int32(step), *chunks, np.int32(len(chunks[0])))
 
 
 @pytest.mark.parametrize(("space", "rank"), [("full", 1), ("low_rank", 1), ("low_rank", 3)])
 def test_the_total_is_the_same_bits_in_any_order_chunk_and_number_of_devices(space: str, rank: int) -> None:
     chosen = space_of(MODELS["rnn"], space=space, rank=rank)
-    seeds = seeds_of(40)
+    pairs = np.arange(40)
     shuffled = np.random.default_rng(4).permutation(40)
     totals = [
-        jax.jit(make_weigh_seeds(chosen, mesh_of(devices), chunk))(seeds[order], jnp.asarray(WEIGHTS[order]))
-        for devices, chunk, order in [
-            (1, 40, np.arange(40)),
-            (1, 7, np.arange(40)),
-            (2, 8, np.arange(40)),
-            (4, 3, np.arange(40)),
-            (4, 3, shuffled),
-        ]
+        weigh(chosen, devices, chunk, order, WEIGHTS[order])
+        for devices, chunk, order in [(1, 40, pairs), (1, 7, pairs), (2, 8, pairs), (4, 3, pairs), (4, 3, shuffled)]
     ]
     for total in totals[1:]:
         jax.tree.map(np.testing.assert_array_equal, totals[0], total)
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(totals[0]))
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 10])
+def test_chunks_beyond_the_count_are_left_out(count: int) -> None:
+    """Reference: the same pairs without the others."""
+    space = space_of(MODELS["gru"])
+    run = jax.jit(make_weigh_pairs(space, mesh_of(4)))
+    pairs, weights = np.arange(40, dtype=np.uint32).reshape(10, 4), WEIGHTS.reshape(10, 4)
+    zeros = zero_total(space, params_of(MODELS["gru"]))
+    part = run(zeros, stream_seed(1, 0), jnp.int32(5), pairs, weights, np.int32(count))
+    alone = weigh(space, 1, 4, np.arange(4 * count), WEIGHTS[: 4 * count])
+    jax.tree.map(np.testing.assert_array_equal, alone, part)
+
+
 def test_totals_of_parts_add_up_to_the_whole() -> None:
-    weigh = jax.jit(make_weigh_seeds(space_of(MODELS["gru"]), mesh_of(2), 4))
-    seeds, weights = seeds_of(40), jnp.asarray(WEIGHTS)
-    parts = [weigh(seeds[part], weights[part]) for part in (slice(0, 16), slice(16, 40))]
+    space = space_of(MODELS["gru"])
+    parts = [weigh(space, 2, 4, np.arange(40)[part], WEIGHTS[part]) for part in (slice(0, 16), slice(16, 40))]
     added = jax.tree.map(jnp.add, *parts)
-    jax.tree.map(np.testing.assert_array_equal, weigh(seeds, weights), added)
+    jax.tree.map(np.testing.assert_array_equal, weigh(space, 2, 4, np.arange(40), WEIGHTS), added)
 
 
 def test_a_large_weighted_sum_stays_exact() -> None:
     """Reference: int64 numpy. 3000 weights of 127 sum to 381,000, more than float32 would keep with a fraction."""
     space = space_of(MODELS["gru"], space="full")
-    seeds = seeds_of(3000)
-    weights = np.full(3000, 127, np.int8)
-    total = jax.jit(make_weigh_seeds(space, mesh_of(2), 512))(seeds, jnp.asarray(weights))
-    signs = np.asarray(jax.vmap(space.sample)(seeds).start, np.int64)
-    np.testing.assert_array_equal(total.start, (127 * signs).sum(axis=0))
+    total = weigh(space, 2, 500, np.arange(3000), np.full(3000, 127, np.int8))
+    signs = np.asarray(space.sample(seeds_of(3000)).start, np.int64)
+    np.testing.assert_array_equal(total.start, (127 * signs).sum(axis=-1))
 
 
 # The estimate against the exact gradient.
@@ -91,7 +104,7 @@ def test_the_estimate_is_the_gradient_on_average(noise: str, space: str, rank: i
     seeds = seeds_of(PAIRS)
     losses = np.asarray(evaluate(params, seeds, jnp.broadcast_to(sequences, (PAIRS, *sequences.shape))))
     shaped = shape(losses, "raw", SIGMA)
-    total = jax.jit(make_weigh_seeds(chosen, mesh_of(4), 256))(seeds, jnp.asarray(shaped.weights))
+    total = weigh(chosen, 4, 250, np.arange(PAIRS), shaped.weights)
     estimate = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(chosen.mean(total, jnp.float32(shaped.scale)))]
     gradient = exact_gradient(model, params, sequences)
     squared = inner(gradient, gradient)
@@ -110,14 +123,11 @@ def step_by_hand(optimizer: optax.GradientTransformation, average: float, steps:
     """Run a few updates with made-up weights."""
     model = MODELS["gru"]
     space = space_of(model)
-    weigh, apply = (
-        jax.jit(make_weigh_seeds(space, mesh_of(1), 16)),
-        jax.jit(make_apply_total(space, optimizer, model.unit, average)),
-    )
+    apply = jax.jit(make_apply_total(space, optimizer, model.unit, average))
     state = init_state(params_of(model), optimizer)
     states = [state]
     for step in range(steps):
-        state, _ = apply(state, weigh(seeds_of(40, step), jnp.asarray(WEIGHTS)), jnp.float32(0.01))
+        state, _ = apply(state, weigh(space, 1, 20, np.arange(40), WEIGHTS, step), jnp.float32(0.01))
         states.append(state)
     return states
 
@@ -128,15 +138,15 @@ def test_an_update_moves_each_leaf_by_its_unit_against_the_estimate() -> None:
     assert model.unit is not None
     space = space_of(model)
     before, after = step_by_hand(optax.sgd(0.5), 0, 1)
-    noise = jax.vmap(space.sample)(seeds_of(40, 0))
+    noise = space.sample(seeds_of(40, 0))
     weights = WEIGHTS.astype(np.float64)
     bias = np.asarray(before.params.head_output_bias) - 0.5 * model.unit.head_output_bias * 0.01 * (
-        weights @ np.asarray(noise.head_output_bias, np.float64)
+        np.asarray(noise.head_output_bias, np.float64) @ weights
     )
     np.testing.assert_allclose(after.params.head_output_bias, bias, rtol=1e-5)
-    left, right = (np.asarray(side, np.float64)[:, 0] for side in (noise.recurrent.left, noise.recurrent.right))
+    left, right = (np.asarray(side, np.float64)[0] for side in (noise.recurrent.left, noise.recurrent.right))
     recurrent = np.asarray(before.params.recurrent) - 0.5 * model.unit.recurrent * 0.01 * np.einsum(
-        "k,km,kn->mn", weights, left, right
+        "k,mk,nk->mn", weights, left, right
     )
     np.testing.assert_allclose(after.params.recurrent, recurrent, rtol=1e-5, atol=1e-6)
 
@@ -146,7 +156,7 @@ def test_the_norms_are_in_units_of_each_leaf() -> None:
     space = space_of(model)
     optimizer = optax.sgd(0.5)
     state = init_state(params_of(model), optimizer)
-    total = make_weigh_seeds(space, mesh_of(1), 16)(seeds_of(40, 0), jnp.asarray(WEIGHTS))
+    total = weigh(space, 1, 20, np.arange(40), WEIGHTS, step=0)
     after, info = make_apply_total(space, optimizer, model.unit, 0)(state, total, jnp.float32(0.01))
     moved = jax.tree.map(
         lambda new, old, unit: np.sum(((new - old) / unit) ** 2), after.params, state.params, model.unit

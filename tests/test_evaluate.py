@@ -9,7 +9,7 @@ from jaxtyping import Array
 from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
 
 from esjax.config import GruConfig
-from esjax.evaluate import cross_entropy, into_chunks, make_evaluate
+from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_deal, make_evaluate
 from esjax.models import Model, build_model
 
 LOSS = cross_entropy(burn_in=1)
@@ -97,15 +97,18 @@ def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy() -> None:
     space = space_of(model, sigma=0.25)
     run = make_evaluate(model, space, lambda model, params, tokens: 3 * params.start[0], mesh_of(1), 8)
     losses = run(params_of(model), seeds_of(), tokens_of())
-    signs = jax.vmap(space.sample)(seeds_of()).start[:, 0]
+    signs = space.sample(seeds_of()).start[0]
     np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * signs, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("pairs", "shards", "chunk"), [(12, 1, 5), (12, 4, 64), (7, 2, 2), (1, 4, 3), (4096, 2, 512)])
-def test_chunks_hold_every_pair_once_in_equal_shares(pairs: int, shards: int, chunk: int) -> None:
-    chunks = into_chunks(jnp.arange(1, pairs + 1), shards, chunk)
-    assert chunks.shape[0] % shards == 0
-    assert chunks.shape[1] == max(2, min(chunk, pairs))
-    flat = np.asarray(chunks).reshape(-1)
-    np.testing.assert_array_equal(flat[:pairs], np.arange(1, pairs + 1))
-    assert not flat[pairs:].any()
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_chunks_are_dealt_to_the_devices_in_turn_each_once(devices: int, count: int) -> None:
+    """Reference: chunk k leaves its mark and the device's in row k, and no other row is touched."""
+
+    def mark(chunk: Array, marks: Array, value: Array) -> Array:
+        return marks.at[chunk].add(jnp.stack([value, jax.lax.axis_index(PAIRS_AXIS)]))
+
+    marks = jax.jit(make_deal(mesh_of(devices), mark))(jnp.int32(count), jnp.zeros((9, 2), jnp.int32), jnp.int32(7))
+    expected = [[7, chunk % devices] if chunk < count else [0, 0] for chunk in range(9)]
+    np.testing.assert_array_equal(marks, expected)

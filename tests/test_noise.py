@@ -17,10 +17,10 @@ SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 3)]
 
 
 def epsilon_of(leaf: jax.Array | Factors) -> np.ndarray:
-    """Write a leaf's ε out in full, in float64."""
+    """Write a leaf's ε out in full, in float64; the axis of pairs, where there is one, comes last."""
     if isinstance(leaf, Factors):
         left, right = np.asarray(leaf.left, np.float64), np.asarray(leaf.right, np.float64)
-        return np.einsum("...rm,...rn->...mn", left, right) / math.sqrt(left.shape[-2])
+        return np.einsum("rm...,rn...->mn...", left, right) / math.sqrt(len(left))
     return np.asarray(leaf, np.float64)
 
 
@@ -34,19 +34,34 @@ def epsilons_of(noise: object) -> list[np.ndarray]:
 def test_the_seed_alone_names_a_perturbation(noise: str, space: str, rank: int) -> None:
     sample = space_of(MODELS["rnn"], noise=noise, space=space, rank=rank).sample
     seeds = seeds_of()
-    together = jax.jit(jax.vmap(sample))(seeds)
+    together = jax.jit(sample)(seeds)
+    mapped = jax.jit(jax.vmap(sample))(seeds)
     for pair in range(PAIRS):
         alone = sample(seeds[pair])
-        for one, all_of_them in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-            np.testing.assert_array_equal(one, all_of_them[pair])
+        for one, batch, vmapped in zip(*map(jax.tree.leaves, (alone, together, mapped)), strict=True):
+            np.testing.assert_array_equal(one, batch[..., pair])
+            np.testing.assert_array_equal(one, vmapped[pair])
 
 
 def test_rademacher_bits_are_those_of_threefry() -> None:
-    """Reference: the words of `jax.random.bits`, read bit by bit in Python; a set bit of any word is one -1."""
+    """Reference: the two words of each block `fold_in(seed, 0), fold_in(seed, 1), ...`, read bit by bit in Python.
+
+    The first words of all blocks come before the second ones; a set bit of any word is one -1.
+    """
     seed = seeds_of(1)[0]
-    words = np.asarray(jax.random.bits(jax.random.wrap_key_data(seed, impl="threefry2x32"), (3,), jnp.uint32))
-    expected = [-1.0 if (int(word) >> (31 - bit)) & 1 else 1.0 for word in words for bit in range(32)][:70]
-    np.testing.assert_array_equal(draw("rademacher", seed, 70), np.array(expected, np.float32))
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    blocks = [np.asarray(jax.random.key_data(jax.random.fold_in(key, block))) for block in range(2)]
+    words = [int(block[half]) for half in range(2) for block in blocks]
+    expected = [-1.0 if (word >> (31 - bit)) & 1 else 1.0 for word in words for bit in range(32)][:100]
+    np.testing.assert_array_equal(draw("rademacher", seed, 100), np.array(expected, np.float32))
+
+
+def test_seeds_are_those_of_fold_in() -> None:
+    """Reference: keys of JAX, derived one by one."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(9, impl="threefry2x32"), 1), 5)
+    expected = [jax.random.key_data(jax.random.fold_in(key, pair)) for pair in (0, 3, 2**32 - 1)]
+    pairs = jnp.array([0, 3, 2**32 - 1], jnp.uint32)
+    np.testing.assert_array_equal(pair_seeds(stream_seed(9, 1), 5, pairs), expected)
 
 
 def test_runs_streams_steps_and_pairs_differ() -> None:
@@ -71,9 +86,7 @@ def test_entries_have_mean_zero_variance_one_and_are_uncorrelated(noise: str, sp
     """
     samples = 4000
     sample = space_of(MODELS["gru"], noise=noise, space=space, rank=rank).sample
-    flat = np.concatenate(
-        [leaf.reshape(samples, -1) for leaf in epsilons_of(jax.vmap(sample)(seeds_of(samples)))], axis=1
-    )[:, :60]
+    flat = np.concatenate([leaf.reshape(-1, samples) for leaf in epsilons_of(sample(seeds_of(samples)))])[:60].T
     bound = 5.5 / math.sqrt(samples)
     assert np.abs(flat.mean(axis=0)).max() < bound
     moments = flat.T @ flat / samples
@@ -104,16 +117,16 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
 def test_the_weighted_sum_is_exact_in_any_order(space: str, rank: int) -> None:
     """Reference: integer arithmetic in Python's order; then the same pairs backwards."""
     chosen = space_of(MODELS["rnn"], space=space, rank=rank)
-    noise = jax.vmap(chosen.sample)(seeds_of())
+    noise = chosen.sample(seeds_of())
     weights = np.random.default_rng(1).integers(-127, 128, PAIRS).astype(np.float32)
     total = chosen.weigh(noise, jnp.asarray(weights))
-    backwards = chosen.weigh(jax.tree.map(lambda leaf: leaf[::-1], noise), jnp.asarray(weights[::-1].copy()))
+    backwards = chosen.weigh(jax.tree.map(lambda leaf: leaf[..., ::-1], noise), jnp.asarray(weights[::-1].copy()))
     for leaf, again, epsilon in zip(
         jax.tree.leaves(total), jax.tree.leaves(backwards), epsilons_of(noise), strict=True
     ):
         # epsilons_of divides a low-rank ε by √rank, the total does not.
         undo = math.sqrt(rank) if space == "low_rank" and epsilon.ndim == 3 else 1.0
-        np.testing.assert_array_equal(leaf, np.rint(np.tensordot(weights, epsilon * undo, axes=1)))
+        np.testing.assert_array_equal(leaf, np.rint(epsilon * undo @ weights))
         np.testing.assert_array_equal(leaf, again)
 
 
@@ -121,8 +134,8 @@ def test_the_weighted_sum_is_exact_in_any_order(space: str, rank: int) -> None:
 def test_the_mean_scales_the_sum_and_divides_by_the_root_of_the_rank(space: str, rank: int) -> None:
     """Reference: Σ weight * ε / PAIRS in float64."""
     chosen = space_of(MODELS["rnn"], space=space, rank=rank)
-    noise = jax.vmap(chosen.sample)(seeds_of())
+    noise = chosen.sample(seeds_of())
     weights = jnp.arange(PAIRS, dtype=jnp.float32) - 5
     mean = chosen.mean(chosen.weigh(noise, weights), jnp.float32(1 / PAIRS))
     for leaf, epsilon in zip(jax.tree.leaves(mean), epsilons_of(noise), strict=True):
-        np.testing.assert_allclose(leaf, np.tensordot(np.asarray(weights), epsilon, axes=1) / PAIRS, atol=1e-5)
+        np.testing.assert_allclose(leaf, epsilon @ np.asarray(weights) / PAIRS, atol=1e-5)

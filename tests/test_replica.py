@@ -1,0 +1,160 @@
+"""The seam for hosts: any pairs of a step, the same bits whoever scores them, and nothing compiled twice."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from esjax import replica
+from esjax.checkpoint import digest
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.data.packing import draw_windows
+from esjax.errors import EsjaxError
+from esjax.evaluate import cross_entropy, make_evaluate
+from esjax.models import build_model
+from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
+from esjax.replica import Replica
+
+pytestmark = pytest.mark.usefixtures("lenient_promotion")
+
+VOCAB = 11
+STREAM = np.random.default_rng(2).integers(0, VOCAB, 500).astype(np.uint8)
+CONFIG = Config(
+    seed=4,
+    data=DataConfig(window=5, batch_size=2, new_tokens_interval=2),
+    es=EsConfig(population_size=64, chunk_pairs=4),
+    model=GruConfig(hidden_size=4, head_size=8),
+)
+MODEL = build_model(CONFIG.model, VOCAB)
+WEIGHTS = np.random.default_rng(3).integers(-127, 128, 32).astype(np.int8)
+
+
+def make(devices: int = 1, stream: np.ndarray | None = STREAM, config: Config = CONFIG, **es: Any) -> Replica:
+    config = replace(config, es=replace(config.es, **es))
+    return Replica(config, build_model(config.model, VOCAB), stream, mesh_of(devices))
+
+
+@pytest.fixture
+def short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls so small that a few pairs take several of them."""
+    monkeypatch.setattr(replica, "CALL_PAIRS", 8)
+    monkeypatch.setattr(replica, "CALL_WEIGHED_PAIRS", 8)
+
+
+def test_losses_are_those_of_the_pure_function() -> None:
+    """Reference: seeds, windows and losses by the public functions, step by step."""
+    host = make(2)
+    host.apply(np.arange(32), WEIGHTS, 0.01)
+    host.skip()
+    pairs = np.array([3, 0, 2**32 - 1, 77, 5])
+    wide = jnp.asarray(pairs, jnp.uint32)
+    # Step 2 and two steps to a set of windows: the second set.
+    windows = draw_windows(jnp.asarray(STREAM), pair_seeds(stream_seed(4, WINDOWS), 1, wide), 2, 6)
+    params = jax.tree.map(np.asarray, host.state.params)
+    space = make_space(MODEL, params, space="low_rank", noise="rademacher", sigma=0.2, rank=1)
+    evaluate = make_evaluate(MODEL, space, cross_entropy(1), mesh_of(1), 4)
+    expected = evaluate(params, pair_seeds(stream_seed(4, 0), 2, wide), windows)
+    np.testing.assert_allclose(host.losses(pairs), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.usefixtures("short_calls")
+def test_a_pairs_losses_are_the_same_bits_in_any_lease_on_any_devices(devices: int) -> None:
+    whole = make().losses(np.arange(32))
+    host = make(devices)
+    assert host.granule == 4 * devices
+    np.testing.assert_array_equal(whole, host.losses(np.arange(32)))
+    chunks = np.random.default_rng(5).permutation(8)
+    for lease in (chunks[:1], chunks[1:4], chunks[4:]):
+        pairs = (4 * lease[:, None] + np.arange(4)).reshape(-1)
+        np.testing.assert_array_equal(whole[pairs], host.losses(pairs))
+
+
+def test_a_lease_changes_no_bit_at_the_size_of_the_defaults() -> None:
+    """Larger products are split and summed in ways that small ones are not."""
+    config = Config()
+    whole = make(1, config=config).losses(np.arange(512))
+    host = make(4, config=config)
+    assert host.chunk_pairs == 128
+    for pairs in (np.arange(128, 256), np.concatenate([np.arange(384, 512), np.arange(128)])):
+        np.testing.assert_array_equal(whole[pairs], host.losses(pairs))
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 31])
+def test_any_number_of_pairs_is_scored(count: int) -> None:
+    losses = make(4).losses(np.arange(count))
+    assert losses.shape == (count, 2)
+    np.testing.assert_array_equal(losses, make(4).losses(np.arange(32))[:count])
+
+
+def state_after(host: Replica, pairs: np.ndarray, weights: np.ndarray) -> str:
+    info = host.apply(pairs, weights, 0.01)
+    assert float(info.update_norm) > 0
+    assert int(host.state.step) == 1
+    return digest(host.state)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.usefixtures("short_calls")
+def test_an_update_is_the_same_bits_in_any_order_on_any_devices(devices: int) -> None:
+    shuffled = np.random.default_rng(6).permutation(32)
+    expected = state_after(make(), np.arange(32), WEIGHTS)
+    assert state_after(make(devices), np.arange(32), WEIGHTS) == expected
+    assert state_after(make(devices), shuffled, WEIGHTS[shuffled]) == expected
+    assert state_after(make(devices, time_per_step=1.0), shuffled, WEIGHTS[shuffled]) == expected
+
+
+def test_a_pair_that_is_left_out_weighs_nothing() -> None:
+    kept = np.array([1, 4, 30])
+    weights = np.zeros(32, np.int8)
+    weights[kept] = WEIGHTS[kept]
+    assert state_after(make(2), kept, WEIGHTS[kept]) == state_after(make(2), np.arange(32), weights)
+
+
+def test_nothing_is_compiled_for_another_number_of_pairs_or_another_text(caplog: pytest.LogCaptureFixture) -> None:
+    host = make(4)
+    host.losses(np.arange(3))
+    host.apply(np.arange(3), WEIGHTS[:3], 0.01)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for count in (1, 16, 17, 32):
+            host.losses(np.arange(count) + 2**20)
+            host.apply(np.arange(count), WEIGHTS[:count], 0.01)
+            host.use_tokens(np.roll(STREAM, count))
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
+def test_a_text_may_come_later_and_change() -> None:
+    host = make(stream=None)
+    assert state_after(host, np.arange(32), WEIGHTS) == state_after(make(), np.arange(32), WEIGHTS)
+    with pytest.raises(AssertionError, match="use_tokens"):
+        host.losses(np.arange(4))
+    other = (STREAM + 1) % VOCAB
+    host = make()
+    before = host.losses(np.arange(4))
+    host.use_tokens(other)
+    assert (host.losses(np.arange(4)) != before).all()
+    np.testing.assert_array_equal(host.losses(np.arange(4)), make(stream=other).losses(np.arange(4)))
+
+
+def test_a_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(EsjaxError, match="5 tokens"):
+        make(stream=STREAM[:5])
+
+
+def test_an_update_that_is_not_finite_only_counts() -> None:
+    config = replace(CONFIG, optim=OptimConfig(optimizer="sgd", learning_rate=3e38, schedule="constant"))
+    host = make(config=config)
+    before = host.state
+    info = host.apply(np.arange(32), WEIGHTS, 1.0)
+    assert not np.isfinite(info.update_norm)
+    assert int(host.state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, before.params, host.state.params)
+
+
+def test_many_cores_share_a_population() -> None:
+    """The defaults cut it into 16 chunks whatever the number of devices, so that 16 cores have work."""
+    assert {make(devices, config=Config()).chunk_pairs for devices in (1, 2, 4)} == {2048 // 16}
