@@ -121,6 +121,7 @@ def test_nobody_is_let_in_by_an_allow_list_that_cannot_be_read(folder: Path, dam
     lines: list[str] = []
     keys = ServerKeys(folder, key_maker(), lines.append)
     keys.new_token("one", ADDRESS)
+    assert list(keys.allowed.values()) == ["one"]
     good = (folder / "allowed.json").read_bytes()
     if damage is None:
         (folder / "allowed.json").unlink()

@@ -139,9 +139,8 @@ def port_of(server: ServerTransport) -> int:
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 
 
-def stranger(port: int, kind: bytes = b"REQ") -> socket.socket:
-    """Connect to a plain server and shake hands as ZMTP has it, byte by byte."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+def shake_hands(connection: socket.socket, kind: bytes) -> socket.socket:
+    """Shake hands in plain text as ZMTP has it, byte by byte, in the place of a socket of a kind."""
     ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", len(kind)) + kind
     connection.sendall(GREETING + bytes([4, len(ready)]) + ready)
     answer = b""
@@ -150,6 +149,11 @@ def stranger(port: int, kind: bytes = b"REQ") -> socket.socket:
         assert part, "hung up"
         answer += part
     return connection
+
+
+def stranger(port: int, kind: bytes = b"REQ") -> socket.socket:
+    """Connect to a plain server by hand."""
+    return shake_hands(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE), kind)
 
 
 def last_frame(content: bytes) -> bytes:
@@ -269,6 +273,43 @@ def test_reconnect_starts_afresh(server: ServerTransport) -> None:
             assert time.monotonic() < deadline
 
 
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_what_is_replaced_is_closed(server: ServerTransport) -> None:
+    with client_of(server) as client:
+        listen(server, client)
+        before = open_files()
+        for _ in range(10):
+            client.reconnect()
+            client.subscribe(server.publish_port)
+        listen(server, client)
+
+        def few() -> bool:
+            server.check()
+            return open_files() <= before + 4
+
+        until(few)
+
+
+def test_closing_leaves_nothing_open(keys: ServerKeys) -> None:
+    token = token_of(keys)
+    before = open_files()
+    with server_of(keys) as server, client_of(server, token) as client:
+        listen(server, client)
+        round_trip(server, client, [b"hello"])
+    assert open_files() <= before
+
+
+@pytest.mark.parametrize("port", [-1, 0, 2**16, 2**32])
+def test_what_is_no_port_is_not_listened_to(server: ServerTransport, port: int) -> None:
+    with client_of(server) as client:
+        with pytest.raises(EsjaxError, match=f"{port}, which is no port"):
+            client.subscribe(port)
+        round_trip(server, client, [b"as ever"])
+
+
 def test_subscribing_again_leaves_the_port_before(server: ServerTransport) -> None:
     with server_of() as other, client_of(server) as client:
         listen(server, client)
@@ -373,7 +414,7 @@ import sys
 from esjax.hosts.transport import ClientTransport, Limits
 with ClientTransport(sys.argv[1], token=None, limits=Limits(100, 2)) as client:
     client.subscribe(1)
-    client.request([b"anybody"])
+    client.request([bytes(50_000_000)])
     client.poll(0.3)
 print("closed", flush=True)
 left_open = ClientTransport(sys.argv[1], token=None, limits=Limits(100, 2))
@@ -381,14 +422,14 @@ left_open.request([b"anybody"])
 """
 
 
-@pytest.mark.parametrize("there", ["nobody", "silence"])
-def test_exit_does_not_wait_for_an_absent_coordinator(there: str) -> None:
+@pytest.mark.parametrize("there", ["nobody", "silence", "one who reads no requests"])
+def test_exit_does_not_wait_for_a_coordinator(there: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
+        address = f"tcp://127.0.0.1:{place.getsockname()[1]}"
         if there == "nobody":
             place.close()
-            address = "tcp://127.0.0.1:9"
-        else:
-            address = f"tcp://127.0.0.1:{place.getsockname()[1]}"
+        elif there != "silence":
+            threading.Thread(target=lambda: shake_hands(place.accept()[0], b"ROUTER"), daemon=True).start()
         ended = subprocess.run(
             [sys.executable, "-c", EXIT_SCRIPT, address], capture_output=True, text=True, timeout=PATIENCE, check=False
         )
@@ -696,12 +737,13 @@ def test_row_20_nobody_is_let_in_while_the_authenticator_is_dead(
 
 
 def test_row_20_a_handshake_without_any_authenticator_is_refused(keys: ServerKeys) -> None:
-    with server_of(keys) as server, client_of(server, token_of(keys)) as client:
+    with server_of(keys) as server:
         server._stop_authenticator()
-        client.request([b"let me in"])
-        for _ in range(10):
-            assert server.poll(0.05) == []
-            assert client.poll(0.05).reply is None
+        with client_of(server, token_of(keys)) as client:
+            client.request([b"let me in"])
+            for _ in range(10):
+                assert server.poll(0.05) == []
+                assert client.poll(0.05).reply is None
 
 
 def test_row_20_trouble_with_the_keys_does_not_kill_the_authenticator(

@@ -78,7 +78,7 @@ class ServerKeys:
         Args:
             folder: Where; nobody but its owner may look into it.
             new_keypair: Makes a public and a secret key.
-            tell: Called with a line when the allow-list turns unreadable; nobody is let in then.
+            tell: Called with a line, in any thread, when the allow-list turns unreadable; nobody is let in then.
 
         Raises:
             EsjaxError: The folder or a file in it cannot be read or written, is open to others, or damaged.

@@ -53,8 +53,8 @@ LINGER = 500
 """Milliseconds that the last messages have to leave when a transport is closed."""
 
 OPTIONS = {
-    # The kernel notices within 20 s that the other side has vanished. So would ZMTP's heartbeats, but libzmq 4.3.5
-    # aborts when one meets a broken connection that waits for room; a server has no RCVHWM, lest any wait.
+    # The kernel notices within 20 s that the other side has vanished. ZMTP's own heartbeats stay off: libzmq 4.3.5
+    # aborts the process when one is due on a connection that broke while its input waited for room.
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 10,
     zmq.TCP_KEEPALIVE_INTVL: 3,
@@ -194,7 +194,8 @@ class ServerTransport:
         self._senders: set[int] = set()  # since no request was left
         try:
             self._start_authenticator()
-            # A host reads the reply to its one request; more than a few that wait are nobody's.
+            # Nobody reads more than the reply to one request. What comes in is limited by the guard: where it waits for
+            # room (RCVHWM), a heartbeat that a stranger sends along would abort the process, too, see `OPTIONS`.
             self._router = self._listen(zmq.ROUTER, interface, port, {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
             self._publisher = self._listen(zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: QUEUE, zmq.RCVHWM: 0})
         except BaseException:
@@ -326,7 +327,7 @@ class ServerTransport:
 
 
 class ClientTransport:
-    """A host's side. Nothing but `poll` and `close` waits; libzmq connects again by itself, ever more slowly."""
+    """A host's side. Only `poll` and `close` wait. A connection that breaks is opened again, ever more slowly."""
 
     def __init__(self, address: str, *, token: Token | None, limits: Limits) -> None:
         """Begin to connect; a coordinator that is not there yet is waited for.
@@ -368,17 +369,26 @@ class ClientTransport:
         self.close()
 
     def request(self, frames: Sequence[bytes]) -> None:
-        """Ask, once the coordinator is there; an unanswered request is forgotten, and so will be its reply."""
+        """Ask, once the coordinator is there; an unanswered request is forgotten, and so is its reply."""
         self._request = list(frames)
         self._send_request()
 
     def subscribe(self, port: int) -> None:
-        """Listen to the broadcasts at a port of the coordinator's host, and no longer at the one before."""
+        """Listen to the broadcasts at a port of the coordinator's host, and no longer at the one before.
+
+        Raises:
+            EsjaxError: It is no port.
+        """
+        if not 0 < port < 2**16:
+            raise EsjaxError(f"{self._address} publishes at {port}, which is no port; is it a coordinator?")
         self._ports[zmq.SUB] = port
         self._connect(zmq.SUB)
 
     def reconnect(self) -> None:
-        """Connect anew, as if for the first time; a request on its way is forgotten."""
+        """Connect anew, as if for the first time; a request on its way is forgotten.
+
+        Call it when nothing was heard for long: libzmq does not open a connection again that brought it nonsense.
+        """
         self._breaks, self._let_in, self._refused = 0, False, ""
         for kind in self._ports:
             self._connect(kind)
@@ -498,7 +508,7 @@ class ClientTransport:
             case zmq.EVENT_CLOSED:
                 self._breaks = 0  # nobody is there, which may change
             case zmq.EVENT_DISCONNECTED if kind in self._shaking:
-                self._refuse("is no coordinator; mend the address")  # libzmq gave up, and says no reason
+                self._refuse("is no coordinator; mend the address")  # libzmq gave up, and does not say why
 
     def _refuse(self, reason: str) -> None:
         self._refused = self._refused or f"{self._address} {reason}"
