@@ -276,7 +276,7 @@ class Simulation:
         self.epoch = 0
         self.snapshot_bytes = snapshot_bytes
         self._seed = seed
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
         self.coordinator: Coordinator | None = None
         self.start()
@@ -399,7 +399,7 @@ class Simulation:
         host.running = False
         return host
 
-    def at(self, time: float, action: Callable[[], None]) -> None:
+    def at(self, time: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._events, (time, next(self._count), action))
 
     def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:

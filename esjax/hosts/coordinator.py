@@ -305,7 +305,9 @@ class Coordinator:
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
         host.made_progress(now)
-        self.rounds.take_measure(host, message)
+        if self.rounds.is_measuring(host):
+            host.leased_at = now  # only now could it begin
+        self.rounds.take_measure(host, message, now)
         return self._ok(host)
 
     def _uploaded(self, host: Host, message: wire.Upload, body: bytes, now: float) -> Message:
@@ -342,12 +344,14 @@ class Coordinator:
     def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
         """Take its pairs from a host that is hung, or takes much longer than the others."""
         idle = now - max(host.progress_at, host.leased_at)
+        is_measuring = self.rounds.is_measuring(host)
         if idle > max(STUCK, DEADLINE_FACTOR * (usual or 0.0)):
-            host.hung = True
-            self._tell(f"{host.name} is hung: no progress for {idle:.0f} s")
+            if not is_measuring:
+                host.hung = True
+                self._tell(f"{host.name} is hung: no progress for {idle:.0f} s")
             self._work.release(host.slot)
             return
-        if usual is None:
+        if usual is None or is_measuring:
             return
         budget = self.config.es.time_per_step
         if budget is None:
@@ -405,7 +409,7 @@ class Coordinator:
     def _new_work(self) -> Work:
         es = self.config.es
         if es.time_per_step is not None:
-            return TimeBudget()
+            return TimeBudget(es.time_per_step)
         pairs = es.population_size // 2
         units = -(-pairs // self.terms.unit)
         share = self.config.hosts.spot_check
@@ -443,8 +447,8 @@ class Coordinator:
 
     def _lease(self, now: float) -> list[Lease]:
         hosts = self._roster.workers(now)
-        hosts = [host for host in hosts if not self.rounds.is_measuring(host)] or hosts
-        leases = self._work.lease(speeds_of(hosts))
+        delays = {host.slot: self.rounds.measure_seconds for host in hosts if self.rounds.is_measuring(host)}
+        leases = self._work.lease(speeds_of(hosts), delays)
         for slot in {lease.slot for lease in leases}:
             host = self._roster.in_slot(slot)
             assert host is not None

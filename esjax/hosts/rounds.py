@@ -61,6 +61,7 @@ class Rounds:
 
     Attributes:
         held_out: Loss of the last evaluation, in nats per token, or None.
+        measure_seconds: Time that it took.
         anchor: The host whose state is kept, or None.
         snapshots: The newest states, for hosts that join; at most two.
     """
@@ -78,6 +79,7 @@ class Rounds:
     ) -> None:
         """Begin; `emit`, `put_aside` and `resync` act on the coordinator."""
         self.held_out: float | None = None
+        self.measure_seconds = 0.0
         self.anchor: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
         self._config, self._roster, self._state_bytes = config, roster, state_bytes
@@ -128,7 +130,6 @@ class Rounds:
             self._checkpoint_at = now + self._config.checkpoint_time
         if measure:
             self._measuring = _Measuring(anchor, step, now)
-            self._measure_at = now + self._config.evaluate_time
         return Plan(digest or upload, anchor.slot if upload else None, anchor.slot if measure else None)
 
     def owed(self, host: Host, step: int) -> list[wire.Chore]:
@@ -161,11 +162,13 @@ class Rounds:
             self._round.digests[host] = host.digest = message.digest
             self._round.heard_at = now
 
-    def take_measure(self, host: Host, message: wire.Measured) -> None:
+    def take_measure(self, host: Host, message: wire.Measured, now: float) -> None:
         """Take in a held-out loss; it may be of a later step, if the host heard late that it was asked for."""
         if self._measuring and self.is_measuring(host) and message.step >= self._measuring.step:
+            self.measure_seconds = now - self._measuring.since
             self._measuring = None
             self._measured_step = message.step
+            self._measure_at = now + self._config.evaluate_time
             if math.isfinite(message.held_out):
                 self.held_out = message.held_out
 

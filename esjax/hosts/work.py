@@ -22,6 +22,8 @@ SLOT_PAIRS = 2**20
 AGREE = 1e-4
 """Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
 
+NO_DELAYS: Mapping[int, float] = {}
+
 Losses = Float32[ndarray, "pairs 2"]
 
 
@@ -37,8 +39,13 @@ class Lease(NamedTuple):
 class Work(Protocol):
     """One step's pairs."""
 
-    def lease(self, speeds: Mapping[int, float]) -> list[Lease]:
-        """Give out what nobody is at, to hosts by slot and speed in pairs a second."""
+    def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
+        """Give out what nobody is at.
+
+        Args:
+            speeds: Pairs a second of the hosts to give it to, by slot.
+            delays: Seconds before some of them can begin.
+        """
 
     def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
         """Take in losses; return why not, or ""."""
@@ -125,11 +132,13 @@ class FixedPopulation:
         for checked_unit in self._checked:
             checked_unit.opinions = 2
 
-    def lease(self, speeds: Mapping[int, float]) -> list[Lease]:
+    def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Work.lease`: each unit to the host that would be done with it first."""
         if not speeds or not self._lacking:
             return []
-        queue = _Queue(speeds, {slot: len(self._held.get(slot, ())) for slot in speeds})
+        load = {slot: len(self._held.get(slot, ())) for slot in speeds}
+        seconds = {slot: self._unit / speed for slot, speed in speeds.items()}
+        queue = _Queue(load, seconds, delays)
         taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
         fresh = sorted(i for i in self._lacking if not self._units[i].given)
         shares = Counter(queue.take(()) for _ in fresh)
@@ -280,9 +289,10 @@ class FixedPopulation:
 class _Queue:
     """Hosts, by when they would be done with one unit more."""
 
-    def __init__(self, speeds: Mapping[int, float], load: dict[int, int]) -> None:
-        self._speeds, self._load = speeds, load
-        self._heap = [self._entry(slot) for slot in speeds]
+    def __init__(self, load: dict[int, int], seconds: Mapping[int, float], delays: Mapping[int, float]) -> None:
+        """Begin with the units that each host is at, and the seconds of a unit."""
+        self._load, self._seconds, self._delays = load, seconds, delays
+        self._heap = [self._entry(slot) for slot in load]
         heapq.heapify(self._heap)
 
     def take(self, barred: Collection[int]) -> int | None:
@@ -302,21 +312,23 @@ class _Queue:
         return found
 
     def _entry(self, slot: int) -> tuple[float, int]:
-        return (self._load[slot] + 1) / self._speeds[slot], slot
+        return self._delays.get(slot, 0.0) + (self._load[slot] + 1) * self._seconds[slot], slot
 
 
 class TimeBudget:
     """Every host's own range, from `slot * SLOT_PAIRS` on, as far as it comes."""
 
-    def __init__(self) -> None:
-        """Begin with nobody at work."""
+    def __init__(self, budget: float) -> None:
+        """Begin with nobody at work; `budget` are the seconds of evaluation."""
+        self._budget = budget
         self._parts: dict[int, list[Losses]] = {}
         self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
-    def lease(self, speeds: Mapping[int, float]) -> list[Lease]:
-        """See `Work.lease`: to every host that has handed in nothing yet."""
-        new = [slot for slot in sorted(speeds) if slot not in self._open and not self._counts[slot]]
+    def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
+        """See `Work.lease`: to every host that has handed in nothing yet, and would not hold up the others."""
+        prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
+        new = [slot for slot in prompt if slot not in self._open and not self._counts[slot]]
         for slot in new:
             self._parts.setdefault(slot, [])
             self._open.add(slot)

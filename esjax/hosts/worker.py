@@ -420,7 +420,16 @@ class Worker:
 
     def _learn(self, step: int, now: float) -> None:
         """Hear which step is being scored."""
-        if self.joined and step > self._newest:
+        if step > self._newest:
+            self._set_newest(step, now)
+
+    def _learn_from_reply(self, step: int, now: float) -> None:
+        """Hear it from a reply: what was heard before it was asked for, and goes beyond, was not true."""
+        if step > self._newest or self._newest_at < self._sent_at:
+            self._set_newest(step, now)
+
+    def _set_newest(self, step: int, now: float) -> None:
+        if step != self._newest:
             self._newest, self._newest_at = step, now
             self._begin_step()
             if self._download and self._download.what == "block" and self._download.block != self._wanted_block:
@@ -447,8 +456,8 @@ class Worker:
         if message.resync and self._built:
             self._is_astray = True
             self._begin_step()
-        self._learn(message.step, now)
-        if message.step == self._newest and isinstance(request, wire.Beat):
+        self._learn_from_reply(message.step, now)
+        if isinstance(request, wire.Beat) and message.step == self._newest:
             # The broadcasts that said so may have been lost.
             self._is_told = True
             self._scoring.add(message.spans)
@@ -466,7 +475,7 @@ class Worker:
         elif isinstance(request, wire.Fetch):
             self._download = None
         self._drop_report(request)
-        self._learn(message.step, now)
+        self._learn_from_reply(message.step, now)
 
     def _drop_report(self, request: Message) -> None:
         """Hear that a report was answered."""
@@ -519,7 +528,11 @@ class Worker:
         if asked and sum(message.sizes) == len(body):
             ends = list(accumulate(message.sizes))
             updates = [body[end - size : end] for end, size in zip(ends, message.sizes, strict=True)]
-            self._learn(self._backlog.fill(message.step, updates), now)
+            step = self._backlog.fill(message.step, updates)
+            if updates:
+                self._learn(step, now)
+            else:
+                self._learn_from_reply(step, now)
 
     def _settle(self) -> None:
         """See which phase this is."""
