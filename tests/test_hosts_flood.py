@@ -110,6 +110,20 @@ def test_a_number_that_stands_for_something_else_is_left_alone(
         assert guard.cut_off == 0
 
 
+def test_a_number_that_stands_for_no_socket_costs_nothing(
+    door: socket.socket, guard: FloodGuard, clock: list[float]
+) -> None:
+    ends = os.pipe()
+    before = sorted(os.listdir("/dev/fd"))
+    for _ in range(3):
+        for number in (*ends, door.fileno(), 10**6):
+            guard.accepted(number)
+        look(guard, clock)
+    assert sorted(os.listdir("/dev/fd")) == before
+    for end in ends:
+        os.close(end)
+
+
 def test_growth_of_the_process_hurries_the_guard(door: socket.socket, guard: FloodGuard, clock: list[float]) -> None:
     with Pair(door) as pair:
         look(guard, clock)

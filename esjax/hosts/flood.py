@@ -5,13 +5,14 @@ that nobody took yet. So the bytes of each connection are counted here, and one 
 all of its messages were taken is closed.
 """
 
+import os
 import resource
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 SCAN_SECONDS = 1.0
@@ -89,7 +90,7 @@ class FloodGuard:
         connection = self._connections.pop(fd, None)
         if sys.platform != "linux":
             return
-        with suppress(OSError), socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM) as tcp:
+        with suppress(OSError), _borrowed(fd) as tcp:
             peer = tcp.getpeername()
             if tcp.getsockname()[1:2] != (self._port,):
                 return  # the number has come to stand for something else
@@ -106,3 +107,20 @@ class FloodGuard:
             tcp.shutdown(socket.SHUT_RDWR)
             self.cut_off += 1
             self._tell(f"{peer[0]} was cut off: it sent {waiting:,} bytes more than were taken")
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """Look at a socket of somebody else's, who may close it meanwhile.
+
+    Raises:
+        OSError: The number stands for none.
+    """
+    own = os.dup(fd)
+    try:
+        tcp = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+    with tcp:
+        yield tcp
