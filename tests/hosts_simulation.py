@@ -84,10 +84,13 @@ def hash_state(state: bytes) -> str:
     return hashlib.blake2b(state, digest_size=8).hexdigest()
 
 
+def step_of(state: bytes) -> int:
+    return int.from_bytes(state[:8], "little")
+
+
 def next_state(state: bytes, update: bytes) -> bytes:
     """Make an update: the step, and a hash of all that was done."""
-    step = int.from_bytes(state[:8], "little")
-    return (step + 1).to_bytes(8, "little") + hashlib.blake2b(state + update, digest_size=STATE_BYTES - 8).digest()
+    return (step_of(state) + 1).to_bytes(8, "little") + hashlib.blake2b(state + update, digest_size=STATE_BYTES - 8).digest()
 
 
 def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
@@ -101,10 +104,11 @@ def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
     return (2.0 + (x >> np.uint64(40)).astype(np.float64) / 2**24).astype(np.float32)
 
 
-def check_updates(updates: Sequence[bytes], config: Config, twist: Twist | None = None) -> None:
-    """See that each update is what honest losses of the pairs that it names come to."""
-    state = FIRST_STATE
-    for step, payload in enumerate(updates):
+def check_updates(
+    updates: Sequence[bytes], config: Config, twist: Twist | None = None, state: bytes = FIRST_STATE
+) -> None:
+    """See that each update is what honest losses of the pairs that it names come to, beginning with a state."""
+    for step, payload in enumerate(updates, step_of(state)):
         header = wire.unpack_update(payload).header
         assert header.step == step
         pairs = wire.pairs_of(header.spans)
@@ -148,7 +152,7 @@ class Device:
 
     @property
     def step(self) -> int:
-        return int.from_bytes(self.state[:8], "little")
+        return step_of(self.state)
 
     def do(self, task: Task) -> tuple[Result, float]:
         """Do a task; return the result and the seconds that it takes."""

@@ -72,7 +72,7 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cache["jax_persistent_cache_min_compile_time_secs"] = 0.0
     before = {name: getattr(jax.config, name) for name in cache}
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(cli, "prepare", lambda: None)
+        patch.setattr("esjax.devices.prepare_devices", lambda *_: None)
         for name, value in cache.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -410,10 +410,10 @@ def test_help_lists_the_commands(words: list[str]) -> None:
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "prepare", interrupted)
+    monkeypatch.setattr("esjax.devices.prepare_devices", interrupted)
     try:
         called = call("generate", "run")
     except KeyboardInterrupt:
@@ -527,7 +527,7 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esjax.training._write_metrics", full)
+    monkeypatch.setattr("esjax.training.json_line", full)
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
     assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"

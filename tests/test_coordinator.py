@@ -210,7 +210,7 @@ def until_upload(sim: Simulation) -> str:
 
 @pytest.mark.parametrize("how", ["kill", "leave", "cut", "hang"])
 def test_another_host_takes_over_from_an_anchor(how: str) -> None:
-    sim = with_rounds("a", "b")
+    sim = with_rounds("a", "b", seconds=40.0)
     anchor = sim.hosts[until_upload(sim)]
     assert anchor.name == "a"
     stored = len(sim.checkpoints)
@@ -222,7 +222,7 @@ def test_another_host_takes_over_from_an_anchor(how: str) -> None:
         anchor.cut = {"request"}
     else:
         anchor.device.hung = True
-    sim.run(GRACE + SILENT + 15)
+    sim.run(36)  # long before the next one is due
     assert len(sim.checkpoints) > stored
     assert sim.server.status(sim.now).anchor == 1
     assert sim.server.rounds.held_out is not None
@@ -248,7 +248,42 @@ def test_an_interrupted_upload_goes_on_or_is_made_again(direction: str) -> None:
     sim.hosts["a"].cut = set()
     sim.run(60)
     assert len(sim.checkpoints) > stored + 1
+    assert not sim.told("damaged")
     check_snapshots(sim)
+
+
+@pytest.mark.parametrize(
+    ("changes", "body"),
+    [
+        ({"size": 3 * wire.PART + 1}, bytes(wire.PART)),
+        ({"size": 2**40}, bytes(wire.PART)),
+        ({"offset": wire.PART}, bytes(wire.PART)),
+        ({"step": 10**6}, bytes(wire.PART)),
+        ({}, b""),
+        ({}, bytes(wire.PART + 1)),
+        ({"offset": 3 * wire.PART - 1}, bytes(2)),
+    ],
+    ids=["size", "huge", "gap", "step", "empty", "too much", "beyond the end"],
+)
+def test_what_is_no_part_of_the_snapshot_is_not_taken(changes: dict[str, int], body: bytes) -> None:
+    sim = with_rounds("a", "b")
+    sim.fate = lambda way, host, message: [] if isinstance(message, wire.Upload) else [DELAY]
+    until_upload(sim)
+    (upload, *_) = sim.messages(wire.Upload)
+    reply = sim.server.receive(Envelope(msgspec.structs.replace(upload, **changes), body), sim.now).message
+    assert isinstance(reply, wire.Rejected)
+    assert sim.server.counters["messages no honest host sends"] == 0
+
+
+def test_only_the_blocks_of_now_are_handed_out() -> None:
+    sim = Simulation(config_of(block_interval=2))
+    host = sim.add("a")
+    sim.run_steps(10)
+    joined = host.worker.joined
+    assert joined is not None
+    for block, is_there in ((4, True), (5, True), (6, True), (2, False), (8, False), (2**32 - 1, False)):
+        fetch = wire.Fetch(joined.session, "block", "", 0, block)
+        assert isinstance(sim.server.receive(Envelope(fetch), sim.now).message, wire.Part) == is_there
 
 
 def test_a_round_ends_without_a_host_that_left() -> None:
@@ -288,10 +323,12 @@ def test_who_measures_gets_no_pairs_meanwhile() -> None:
     sim = Simulation(config_of(evaluate_time=30.0))
     sim.add("a", measure_seconds=10.0)
     sim.add("b")
-    sim.run(60)
+    for _ in range(60):
+        sim.run(1)
+        assert sim.server.status(sim.now).hosts[0].state in ("joining", "ready")
     assert sim.server.rounds.held_out is not None
     assert not sim.told("hung")
-    assert next(host for host in sim.server.status(sim.now).hosts if host.name == "a").state == "ready"
+    assert max(np.diff([at for at, _, _, message in sim.log if isinstance(message, wire.Step)])) < 12
     check_updates(sim.updates, FIXED)
 
 
@@ -418,6 +455,50 @@ def test_slots_are_used_again_but_not_within_a_step() -> None:
     check_updates(sim.updates, BUDGET)
 
 
+def test_no_slot_is_used_again_within_a_step() -> None:
+    sim = Simulation(FIXED)
+    first = sim.add("a", key="bad", speed=4.0)
+    sim.run(4)
+    assert first.device.scored
+    sim.server.refuse_key("bad", sim.now)
+    sim.kill_host("a")
+    second = sim.add("b")
+    sim.run(1)
+    assert second.worker.joined is not None
+    assert second.worker.joined.slot == 1
+    sim.run_steps(1)
+    assert [host.name for host in sim.server.status(sim.now).hosts] == ["b"]
+    assert sim.add("c").worker.request(sim.now) is not None
+    sim.run(1)
+    assert sorted(host.slot for host in sim.server.status(sim.now).hosts) == [0, 1]
+
+
+def test_the_pairs_of_a_host_that_is_not_ready_any_more_are_given_to_others() -> None:
+    sim = Simulation(FIXED)
+    sim.add("a")
+    host = sim.add("b")
+    sim.run_steps(3)
+    joined = host.worker.joined
+    assert joined is not None
+    beat = wire.Beat(joined.session, 1, 0, "joining", 10**6)
+    assert isinstance(sim.server.receive(Envelope(beat), sim.now).message, wire.Ok)
+    (published,) = [effect.envelope.message for effect in sim.server.drain() if isinstance(effect, Publish)]
+    assert isinstance(published, wire.Extra)
+    assert {slot for slot, _, _ in published.leases} == {0}
+
+
+def test_a_host_that_comes_in_the_middle_of_a_step_takes_its_share() -> None:
+    sim = Simulation(FIXED)
+    sim.add("slow", speed=0.5)
+    sim.run(3)
+    sim.add("fast", speed=20.0)
+    sim.run_steps(1)
+    assert sim.now < 30
+    assert 2 * FIXED.es.population_size // 4 > len(sim.hosts["slow"].device.scored)
+    sim.run_steps(3)
+    check_updates(sim.updates, FIXED)
+
+
 def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "SPAN_LIMIT", 3)
     config = config_of(spot_check=0.5, population=200)
@@ -425,8 +506,11 @@ def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: p
     for name in ("a", "b", "c", "d"):
         sim.add(name)
     sim.run_steps(10)
-    assert sim.messages(wire.Extra)
-    assert all(len(message.leases) <= 3 for message in sim.messages(wire.Extra) + sim.messages(wire.Step))
+    leased: dict[int, set[int]] = {step: set() for step in range(11)}
+    for message in sim.messages(wire.Step, "a") + sim.messages(wire.Extra, "a"):
+        assert len(message.leases) <= 3
+        leased[message.step] |= {pair for _, first, count in message.leases for pair in range(first, first + count)}
+    assert all(leased[step] == set(range(100)) for step in range(10))
     check_updates(sim.updates, config)
 
 

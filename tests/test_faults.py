@@ -255,6 +255,32 @@ def test_row_06_the_first_answer_counts() -> None:
     check_run(sim)
 
 
+def test_row_06_who_was_late_is_trusted_if_nobody_else_is_left() -> None:
+    sim = run_with(FIXED, "a", "b")
+    sim.hosts["b"].device.speed = 0.5
+    sim.run(100)
+    assert status_of(sim, "b").state == "straggling"
+    sim.hosts["b"].device.speed = 20.0
+    sim.hosts["a"].worker.leave("it was stopped")
+    sim.run_steps(2, limit=15)
+    check_run(sim)
+
+
+def test_row_06_who_has_left_is_no_measure_of_others() -> None:
+    sim = Simulation(FIXED)
+    sim.add("a", speed=1000.0)
+    sim.add("b")
+    sim.run_steps(5)
+    sim.hosts["a"].worker.leave("it was stopped")
+    sim.hosts["b"].device.speed = 2.0
+    before = len(sim.messages(wire.Extra))
+    for _ in range(30):
+        sim.run(1)
+        assert status_of(sim, "b").state == "ready"
+    assert len(sim.messages(wire.Extra)) <= before + 1
+    check_run(sim)
+
+
 def test_row_06_a_straggler_holds_up_no_time_budget() -> None:
     sim = run_with(BUDGET, "a", "b")
     sim.hosts["b"].device.speed /= 100
@@ -503,6 +529,15 @@ def test_row_17_replayed_requests_are_harmless(config: Config) -> None:
     check_run(sim)
 
 
+def test_row_17_a_replayed_request_to_join_ends_no_session() -> None:
+    sim = run_with(FIXED, "a")
+    (join,) = sim.messages(wire.Join)
+    reply = ask(sim, sim.hosts["a"], join)
+    assert isinstance(reply, wire.Rejected)
+    message, body = losses_message(sim, sim.hosts["a"], UNIT)
+    assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Ok)
+
+
 def test_row_17_a_replayed_goodbye_holds_nobody_up() -> None:
     sim = run_with(FIXED, "a", "b")
     joined = sim.hosts["b"].worker.joined
@@ -607,6 +642,23 @@ def test_row_24_a_replica_that_differs_fetches_the_right_state() -> None:
     states = {host.device.step: host.device.state for host in sim.hosts.values()}
     assert all(states[host.device.step] == host.device.state for host in sim.hosts.values())
     check_checkpoints(sim)
+
+
+def test_row_24_losses_of_a_wrong_replica_do_not_count() -> None:
+    """Not from the step on at which it was found out, though it may not have heard of that yet."""
+    sim = run_with(config_of(digest_interval=6), "a", "b", "c", steps=4)
+    wrong = sim.hosts["c"].device
+    wrong.state = wrong.state[:8] + b"w" * (STATE_BYTES - 8)
+    sim.fate = lambda direction, host, message: (
+        [0.5] if host == "c" and direction == "reply" and not isinstance(message, wire.Part) else [DELAY]
+    )
+    sim.run_steps(12)
+    (found,) = [step for step, _ in sim.digests[:1]]
+    state = FIRST_STATE
+    for update in sim.updates[:found]:
+        state = next_state(state, update)
+    check_updates(sim.updates[found:], sim.config, state=state)
+    assert wrong.loaded
 
 
 def check_checkpoints(sim: Simulation) -> None:
@@ -781,7 +833,7 @@ def test_row_27_a_step_of_a_hundred_hosts_costs_each_a_few_messages() -> None:
     sim = Simulation(config_of(population=2 * 100 * UNIT))
     for number in range(100):
         sim.add(f"host {number}", speed=50.0)
-    sim.run_steps(3)  # whoever is ready first does the first one
+    sim.run(1.5)
     before, sent = len(sim.log), dict(sim.bytes_sent)
     steps = 4
     sim.run_steps(steps)
@@ -909,10 +961,11 @@ def test_row_35_an_old_coordinator_is_nobody() -> None:
     sim.run(15)
     assert not old.drain()
     sim.coordinator = new
-    sim.run_steps(5)
-    for host in sim.hosts.values():
-        assert host.worker.joined is not None
-        assert host.worker.joined.epoch == 2
+    for steps in (0, 5):
+        sim.run_steps(steps)
+        for host in sim.hosts.values():
+            assert host.worker.joined is not None
+            assert host.worker.joined.epoch == 2
     check_run(sim)
 
 
@@ -988,6 +1041,19 @@ def test_row_38_the_only_host_hangs_and_comes_back(config: Config) -> None:
     sim.hosts["a"].device.hung = False
     sim.run_steps(3)
     check_run(sim)
+
+
+def test_row_38_the_pairs_of_a_hung_host_are_given_to_others_at_work() -> None:
+    sim = run_with(FIXED, "a", "b")
+    for host in sim.hosts.values():
+        host.device.speed = 0.3
+    sim.run_steps(1)
+    sim.hosts["b"].device.hung = True
+    before = len(sim.log)
+    sim.run(STUCK + 3)
+    extra = [m for _, _, host, m in sim.log[before:] if isinstance(m, wire.Extra) and host == "a"]
+    assert any(slot == 0 for message in extra for slot, _, _ in message.leases)
+    assert sim.told("b is hung")
 
 
 @both_modes

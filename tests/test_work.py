@@ -100,6 +100,32 @@ def test_every_pair_is_leased_once(pairs: int, unit: int, speeds: dict[int, floa
     assert not work.waits
 
 
+def test_who_comes_later_takes_over_what_others_come_to_last() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT)
+    work.lease({0: 1.0})
+    assert work.lease({0: 1.0}) == []
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 6 * UNIT, 6 * UNIT)]
+    assert work.open_spans(0) == [(0, 6 * UNIT)]
+    assert not hand_in(work, 0, [(0, UNIT)])
+    leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    assert units_of(leases) == {2: 3}
+    assert [len(pairs_of(work.open_spans(slot))) // UNIT for slot in range(3)] == [4, 4, 3]
+    assert work.lease({0: 1.0, 1: 1.0, 2: 1.0}) == []
+
+
+def test_who_is_too_slow_to_help_is_given_nothing() -> None:
+    work = FixedPopulation(3 * UNIT, UNIT)
+    leases = work.lease({0: 1.0, 1: 0.3})
+    assert units_of(leases) == {0: 3}
+    assert work.lease({0: 1.0, 1: 0.3}) == []
+    assert work.lease({0: 1.0, 1: 0.3, 2: 0.3}) == []
+
+
+def test_a_host_that_is_busy_first_is_given_less() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT)
+    assert units_of(work.lease({0: 1.0, 1: 1.0}, {0: 4.0 * UNIT})) == {0: 4, 1: 8}
+
+
 def test_without_hosts_nothing_is_leased() -> None:
     work = FixedPopulation(8, UNIT)
     assert work.lease({}) == []
@@ -383,6 +409,14 @@ def test_who_comes_late_waits_for_the_next_step() -> None:
     assert work.waits
     work.lease({0: 1.0})
     assert not work.waits
+    assert work.lease({0: 1.0, 1: 1.0}) == []
+
+
+def test_who_would_hold_up_the_others_waits_for_the_next_step() -> None:
+    work = TimeBudget(1.0)
+    assert [lease.slot for lease in work.lease({0: 1.0, 1: 1.0, 2: 1.0}, {0: 0.6, 1: 0.4})] == [1, 2]
+    work = TimeBudget(1.0)
+    assert [lease.slot for lease in work.lease({0: 1.0}, {0: 0.6})] == [0]
 
 
 def test_a_step_is_closed_without_who_is_released() -> None:

@@ -21,7 +21,7 @@ from esjax.config import Config
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
 from esjax.hosts.scoring import HAND_IN, SLICE, Scored, Scoring, without
-from esjax.hosts.tasks import Build, Failed
+from esjax.hosts.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.wire import Envelope, Span
 from esjax.hosts.work import SLOT_PAIRS
@@ -321,7 +321,7 @@ def test_slices_are_whole_granules_that_fill_a_slice_of_time() -> None:
 @given(
     st.integers(1, 9),
     st.integers(1, 20),
-    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 36), st.integers(1, 6)), min_size=1, max_size=6),
     st.floats(0.1, 1000),
     st.integers(0, 8),
 )
@@ -414,6 +414,37 @@ def test_spans_without_others(some: list[Span], others: list[Span]) -> None:
     left = without(some, others)
     taken = set(wire.pairs_of(others).tolist())
     assert wire.pairs_of(left).tolist() == [pair for pair in wire.pairs_of(some).tolist() if pair not in taken]
+
+
+def test_a_broadcast_that_comes_twice_makes_no_work() -> None:
+    sim = Simulation(FIXED)
+    sim.fate = lambda direction, host, message: [DELAY, 0.9, 1.8] if isinstance(message, wire.Step) else [DELAY]
+    host = sim.add("a")
+    sim.run_steps(6)
+    assert len(host.device.scored) == len(set(host.device.scored))
+
+
+def test_a_host_that_lags_behind_hands_in_the_digest_of_the_step_that_was_asked_for() -> None:
+    worker = Worker("one", "", "", ANSWERS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
+    worker.request(0.0)
+    worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, UNIT, 1, None)), 0.0)
+    for step in range(1, 7):
+        asked = wire.Step(RUN, 1, step, [], digest=step == 3, measure=0 if step == 5 else None)
+        worker.receive(Envelope(asked, update_of(step - 1)), 0.0)
+    done = []
+    while (task := worker.task()) is not None:
+        done.append(type(task).__name__)
+        if isinstance(task, Apply):
+            worker.finished(Done(worker.step + len(task.updates)), 0.0)
+        else:
+            worker.finished(Value("digest" if isinstance(task, TakeDigest) else 1.5), 0.0)
+    assert done == ["Apply", "TakeDigest", "Apply", "Measure", "Apply"]
+    reports = []
+    while not isinstance((request := worker.request(0.0)).message, wire.Beat):  # type: ignore[union-attr]
+        assert request is not None
+        reports.append(request.message)
+        worker.receive(Envelope(wire.Ok(1, 6, [])), 0.0)
+    assert reports == [wire.Digest(5, 3, "digest"), wire.Measured(5, 5, 1.5)]
 
 
 def test_a_slow_result_of_a_closed_step_is_dropped() -> None:

@@ -9,12 +9,12 @@ import tyro
 from rich.console import Console
 
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
-from esjax.cli.shared import parse_settings, prepare
+from esjax.cli.shared import parse_settings
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, ImportNpy
 from esjax.errors import EsjaxError
 
-__all__ = ["COMMANDS", "main", "prepare"]
+__all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, Any] = {
     "train": Train,

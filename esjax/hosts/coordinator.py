@@ -86,6 +86,7 @@ class Coordinator:
         self.gradient_norm = self.update_norm = math.nan
         self.finished = False
         self._rng = rng
+        self._settings = to_yaml(config)
         self._handouts = Handouts(text, block, config.data.new_tokens_interval, history)
         self._last_update = last_update
         self._with_rounds = with_rounds
@@ -152,7 +153,7 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Let time pass: notice who is silent, hung or late."""
-        usual = self._roster.usual_time()
+        usual = self._roster.usual_slowness()
         for host in self._roster:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
@@ -229,7 +230,7 @@ class Coordinator:
             epoch=terms.epoch,
             session=host.session,
             slot=host.slot,
-            config=to_yaml(self.config),
+            config=self._settings,
             vocab_size=terms.vocab_size,
             text_digest=text.digest,
             text_bytes=text.size,
@@ -257,7 +258,8 @@ class Coordinator:
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
         if message.epoch != self.terms.epoch:
             return self._rejected("an old epoch", rejoin=True)
-        if message.progress > host.progress or message.phase != host.phase:
+        is_new = message.phase != host.phase
+        if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
             self._work.release(host.slot)
@@ -265,7 +267,7 @@ class Coordinator:
         if message.note and message.note != host.note:
             self._tell(f"{host.name}: {message.note}")
         host.note = message.note
-        self._go_on(now)
+        self._go_on(now, is_new)
         return self._ok(host)
 
     def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
@@ -345,7 +347,8 @@ class Coordinator:
         """Take its pairs from a host that is hung, or takes much longer than the others."""
         idle = now - max(host.progress_at, host.leased_at)
         is_measuring = self.rounds.is_measuring(host)
-        if idle > max(STUCK, DEADLINE_FACTOR * (usual or 0.0)):
+        by_others = DEADLINE_FACTOR * (usual or 0.0) * host.expected
+        if idle > max(STUCK, by_others):
             if not is_measuring:
                 host.hung = True
                 self._tell(f"{host.name} is hung: no progress for {idle:.0f} s")
@@ -355,7 +358,7 @@ class Coordinator:
             return
         budget = self.config.es.time_per_step
         if budget is None:
-            allowed = max(DEADLINE_FLOOR, DEADLINE_FACTOR * usual)
+            allowed = max(DEADLINE_FLOOR, by_others)
         else:
             allowed = budget + max(budget, DEADLINE_FLOOR) / 2
         if now - host.leased_at > allowed:
@@ -416,11 +419,11 @@ class Coordinator:
         checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
         return FixedPopulation(pairs, self.terms.unit, checked)
 
-    def _go_on(self, now: float) -> None:
+    def _go_on(self, now: float, is_somebody_new: bool = False) -> None:
         """Close the step if everything is in; else give out pairs that nobody is at, to whoever is there."""
         if self._stopping is not None:
             return
-        if self._work.waits:
+        if self._work.waits or is_somebody_new:
             self._give_out(now)
         if self._work.complete:
             anchor = self.rounds.anchor
@@ -448,11 +451,13 @@ class Coordinator:
     def _lease(self, now: float) -> list[Lease]:
         hosts = self._roster.workers(now)
         delays = {host.slot: self.rounds.measure_seconds for host in hosts if self.rounds.is_measuring(host)}
-        leases = self._work.lease(speeds_of(hosts), delays)
-        for slot in {lease.slot for lease in leases}:
-            host = self._roster.in_slot(slot)
-            assert host is not None
-            host.set_leased(now)
+        speeds = speeds_of(hosts)
+        leases = self._work.lease(speeds, delays)
+        given = {lease.slot for lease in leases}
+        for host in hosts:
+            if host.slot in given:
+                pairs = sum(count for _, count in self._work.open_spans(host.slot))
+                host.set_leased(pairs / speeds[host.slot], now)
         return leases
 
     def _close(self, now: float) -> None:
@@ -460,7 +465,7 @@ class Coordinator:
         spans, losses = self._work.result()
         for host in self._roster:
             host.share = self._work.count(host.slot) / len(losses)
-            host.finished_after = None
+            host.slowness = None
         es, data = self.config.es, self.config.data
         if self._closed_at is not None:
             rate = losses.size * data.batch_size * data.window / max(now - self._closed_at, 1e-9)

@@ -34,7 +34,8 @@ class Host:
         progress_at: When it last got anything done.
         speed: Pairs a second, or None.
         leased_at: When it was given its pairs.
-        finished_after: Seconds that its lease of this step took, or None while it has none or is at it.
+        expected: Seconds that they should take, by its speed.
+        slowness: How many times as long those of this step took, or None while it has none or is at them.
         late: Whether it took much longer than the others; `probe_at` says when it gets work again.
         hung: Whether it lives and gets nothing done; until it does.
         resyncs: How often in a row its state differed from the anchor's.
@@ -54,7 +55,8 @@ class Host:
         self.phase: wire.Phase = "joining"
         self.step = self.progress = self.strikes = self.resyncs = 0
         self.speed: float | None = None
-        self.finished_after: float | None = None
+        self.expected = 0.0
+        self.slowness: float | None = None
         self.probe_after = PROBE
         self.late = self.hung = self.resync = self.superseded = self.dropped = False
         self.note = self.aside = self.digest = ""
@@ -84,13 +86,13 @@ class Host:
             speed = pairs / max(seconds, SHORTEST)
             self.speed = speed if self.speed is None else 0.7 * self.speed + 0.3 * speed
 
-    def set_leased(self, now: float) -> None:
+    def set_leased(self, expected: float, now: float) -> None:
         """Give it pairs."""
-        self.leased_at, self.finished_after = now, None
+        self.leased_at, self.expected, self.slowness = now, max(expected, SHORTEST), None
 
     def set_finished(self, now: float) -> None:
         """Hear that it is done with its pairs, so that its speed is trusted again."""
-        self.finished_after = now - self.leased_at
+        self.slowness = (now - self.leased_at) / self.expected
         self.late, self.probe_after = False, PROBE
 
     def set_late(self, now: float) -> None:
@@ -162,9 +164,9 @@ class Roster:
         usable = [host for host in self._hosts.values() if host.can_work(now)]
         return [host for host in usable if host.in_time(now)] or usable
 
-    def usual_time(self) -> float | None:
-        """Return the median time that finished leases of this step took, or None."""
-        return median([host.finished_after for host in self._hosts.values() if host.finished_after is not None])
+    def usual_slowness(self) -> float | None:
+        """Return the median slowness of the hosts that are done with their pairs of this step, or None."""
+        return median([host.slowness for host in self._hosts.values() if host.slowness is not None])
 
 
 def speeds_of(hosts: Sequence[Host]) -> dict[int, float]:

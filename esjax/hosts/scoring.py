@@ -61,7 +61,7 @@ class Scoring:
             budget: Seconds to score for, or None: all pairs that come.
         """
         self.step = step
-        self._unit, self._granule, self._budget = unit, -(-granule // unit) * unit, budget
+        self._unit, self._granule, self._budget = unit, granule, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
         self._offered = 0  # parts in the request under way

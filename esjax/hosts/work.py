@@ -40,7 +40,7 @@ class Work(Protocol):
     """One step's pairs."""
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """Give out what nobody is at.
+        """Give out what nobody is at, and what hosts that are new would be done with sooner.
 
         Args:
             speeds: Pairs a second of the hosts to give it to, by slot.
@@ -134,11 +134,11 @@ class FixedPopulation:
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Work.lease`: each unit to the host that would be done with it first."""
-        if not speeds or not self._lacking:
+        if not speeds:
             return []
+        self._make_room(speeds, delays)
         load = {slot: len(self._held.get(slot, ())) for slot in speeds}
-        seconds = {slot: self._unit / speed for slot, speed in speeds.items()}
-        queue = _Queue(load, seconds, delays)
+        queue = _Queue(load, self._seconds(speeds), delays)
         taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
         fresh = sorted(i for i in self._lacking if not self._units[i].given)
         shares = Counter(queue.take(()) for _ in fresh)
@@ -158,6 +158,16 @@ class FixedPopulation:
                 taken[found].append(i)
                 self._give(i, found)
         return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
+
+    def _make_room(self, speeds: Mapping[int, float], delays: Mapping[int, float]) -> None:
+        """Take from hosts what is more than their share now that others have come."""
+        if not self._held or speeds.keys() <= self._held.keys():
+            return
+        queue = _Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
+        shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)
+        for slot, numbers in self._held.items():
+            for i in sorted(numbers)[shares[slot] :]:  # those that it comes to last
+                self._drop(i, slot)
 
     def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
         """See `Work.accept`: whole units that the host was given; a unit that is there already is taken as read."""
@@ -274,6 +284,10 @@ class FixedPopulation:
         else:
             self._lacking.discard(i)
 
+    def _seconds(self, speeds: Mapping[int, float]) -> dict[int, float]:
+        """Return how long each host takes for a unit."""
+        return {slot: self._unit / speed for slot, speed in speeds.items()}
+
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
         """Join neighbouring units."""
         spans: list[Span] = []
@@ -326,13 +340,14 @@ class TimeBudget:
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Work.lease`: to every host that has handed in nothing yet, and would not hold up the others."""
+        """See `Work.lease`: to every host that would not hold up the others; who comes later waits for the next step."""
+        if not self.waits:
+            return []
         prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
-        new = [slot for slot in prompt if slot not in self._open and not self._counts[slot]]
-        for slot in new:
+        for slot in prompt:
             self._parts.setdefault(slot, [])
             self._open.add(slot)
-        return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in new]
+        return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in prompt]
 
     def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
         """See `Work.accept`: the host's own range without gaps; what is there already is taken as read."""

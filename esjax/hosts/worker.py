@@ -432,8 +432,6 @@ class Worker:
         if step != self._newest:
             self._newest, self._newest_at = step, now
             self._begin_step()
-            if self._download and self._download.what == "block" and self._download.block != self._wanted_block:
-                self._download = None
 
     def _begin_step(self) -> None:
         """Drop what belongs to the step before."""
