@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
@@ -17,7 +18,7 @@ PAIRS_AXIS = "pairs"
 """Mesh axis over which the population is spread."""
 
 Gathered = TypeVar("Gathered")
-"""A pytree of arrays that can be added up."""
+"""A pytree of arrays of one type that can be added up."""
 
 Loss = Callable[[Model, Params, Int[Array, " length"]], Float[Array, ""]]
 """`(model, member's params, tokens) -> loss` of one member on one sequence; lower is better."""
@@ -141,6 +142,8 @@ def make_deal(mesh: Mesh, work: Callable[..., Gathered]) -> Callable[..., Gather
         def take_turn(turn: Array, gathered: Gathered) -> Gathered:
             return work(turn * mesh.size + device, gathered, *arguments)
 
-        return jax.lax.psum(jax.lax.fori_loop(0, turns, take_turn, zeros), PAIRS_AXIS)
+        # As one vector: on CPUs each array that is added up by itself is a meeting of all devices.
+        flat, unravel = ravel_pytree(jax.lax.fori_loop(0, turns, take_turn, zeros))
+        return unravel(jax.lax.psum(flat, PAIRS_AXIS))
 
     return deal

@@ -202,11 +202,13 @@ def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.nda
         Number of chunks that hold pairs, and a part of each array.
     """
     chunks, chunk_pairs = shape
-    for start in range(0, len(arrays[0]), chunks * chunk_pairs):
-        parts = [array[start : start + chunks * chunk_pairs] for array in arrays]
-        padding = chunks * chunk_pairs - len(parts[0])
-        count = np.int32(-(-len(parts[0]) // chunk_pairs))
-        yield count, *(np.pad(part, (0, padding)).reshape(shape) for part in parts)
+    size = chunks * chunk_pairs
+    for start in range(0, len(arrays[0]), size):
+        pairs = min(len(arrays[0]) - start, size)
+        parts = [np.zeros(shape, array.dtype) for array in arrays]
+        for part, array in zip(parts, arrays, strict=True):
+            part.reshape(-1)[:pairs] = array[start : start + pairs]
+        yield np.int32(-(-pairs // chunk_pairs)), *parts
 
 
 def _check_float32(params: Params) -> None:
