@@ -90,7 +90,9 @@ def step_of(state: bytes) -> int:
 
 def next_state(state: bytes, update: bytes) -> bytes:
     """Make an update: the step, and a hash of all that was done."""
-    return (step_of(state) + 1).to_bytes(8, "little") + hashlib.blake2b(state + update, digest_size=STATE_BYTES - 8).digest()
+    return (step_of(state) + 1).to_bytes(8, "little") + hashlib.blake2b(
+        state + update, digest_size=STATE_BYTES - 8
+    ).digest()
 
 
 def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:

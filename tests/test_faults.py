@@ -273,11 +273,11 @@ def test_row_06_who_has_left_is_no_measure_of_others() -> None:
     sim.run_steps(5)
     sim.hosts["a"].worker.leave("it was stopped")
     sim.hosts["b"].device.speed = 2.0
-    before = len(sim.messages(wire.Extra))
+    before = len(sim.messages(wire.Extra, "b"))
     for _ in range(30):
         sim.run(1)
         assert status_of(sim, "b").state == "ready"
-    assert len(sim.messages(wire.Extra)) <= before + 1
+    assert len(sim.messages(wire.Extra, "b")) <= before + 1
     check_run(sim)
 
 

@@ -113,6 +113,15 @@ def test_who_comes_later_takes_over_what_others_come_to_last() -> None:
     assert work.lease({0: 1.0, 1: 1.0, 2: 1.0}) == []
 
 
+def test_who_comes_back_takes_its_share_again() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT)
+    work.lease({0: 1.0, 1: 3.0})
+    work.release(1)
+    assert units_of(work.lease({0: 1.0})) == {0: 9}
+    assert units_of(work.lease({0: 1.0, 1: 3.0})) == {1: 9}
+    assert work.open_spans(0) == [(0, 3 * UNIT)]
+
+
 def test_who_is_too_slow_to_help_is_given_nothing() -> None:
     work = FixedPopulation(3 * UNIT, UNIT)
     leases = work.lease({0: 1.0, 1: 0.3})

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hosts_simulation import (
     ANSWERS,
+    DELAY,
     RUN,
+    UNIT,
     Host,
     Simulation,
     check_updates,

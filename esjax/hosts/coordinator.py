@@ -303,6 +303,7 @@ class Coordinator:
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)
         self.rounds.take_digest(host, message, now)
+        self.rounds.check(now)  # before any host's losses of this step: they come after its digest
         return self._ok(host)
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
@@ -397,10 +398,13 @@ class Coordinator:
         self._tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
 
-    def _resync(self, host: Host) -> None:
-        """Have a host fetch the newest snapshot; until then its losses do not count."""
+    def _resync(self, host: Host, is_wrong: bool) -> None:
+        """Have a host fetch the newest snapshot; until then its losses do not count, nor before if it is wrong."""
         host.resync = True
-        self._work.release(host.slot)
+        if is_wrong:
+            self._work.revoke(host.slot)
+        else:
+            self._work.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._roster.workers(now)

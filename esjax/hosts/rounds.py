@@ -74,10 +74,10 @@ class Rounds:
         snapshot: Snapshot | None,
         emit: Callable[[Effect], None],
         put_aside: Callable[[Host, str], None],
-        resync: Callable[[Host], None],
+        resync: Callable[[Host, bool], None],
         now: float,
     ) -> None:
-        """Begin; `emit`, `put_aside` and `resync` act on the coordinator."""
+        """Begin; `emit`, `put_aside` and `resync`, with whether the host's state is wrong, act on the coordinator."""
         self.held_out: float | None = None
         self.measure_seconds = 0.0
         self.anchor: Host | None = None
@@ -204,7 +204,7 @@ class Rounds:
         """Hear that a snapshot was kept, so that hosts may have it."""
         self.snapshots = [*self.snapshots[-1:], snapshot]
         for host in self._drifted:
-            self._resync(host)
+            self._resync(host, False)
         self._drifted = []
 
     def check(self, now: float) -> None:
@@ -271,4 +271,4 @@ class Rounds:
         self._emit(Tell(f"the state of {host.name} differs at step {step}; it fetches the anchor's"))
         if self.anchor is host:
             self.anchor = None
-        self._resync(host)
+        self._resync(host, True)

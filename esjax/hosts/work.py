@@ -40,7 +40,7 @@ class Work(Protocol):
     """One step's pairs."""
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """Give out what nobody is at, and what hosts that are new would be done with sooner.
+        """Give out what nobody is at, and what idle hosts would be done with sooner than those who are at it.
 
         Args:
             speeds: Pairs a second of the hosts to give it to, by slot.
@@ -160,8 +160,8 @@ class FixedPopulation:
         return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
 
     def _make_room(self, speeds: Mapping[int, float], delays: Mapping[int, float]) -> None:
-        """Take from hosts what is more than their share now that others have come."""
-        if not self._held or speeds.keys() <= self._held.keys():
+        """Take from hosts what is more than their share now that others are idle."""
+        if all(self._held.get(slot) for slot in speeds):
             return
         queue = _Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
         shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)

@@ -304,13 +304,13 @@ class Worker:
         if self.joined is None:
             return self._join(now)
         session = self.joined.session
+        for report in self._reports.values():
+            return report(session)
         hand_in = self._scoring.hand_in(now, self._leaving is not None)
         if hand_in is not None:
             spans, body, seconds, final = hand_in
             step, epoch = self._scoring.step, self.joined.epoch
             return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, "<f4", *self._norms), body)
-        for report in self._reports.values():
-            return report(session)
         if self._leaving is not None:
             return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
         if now >= self._beat_at:
