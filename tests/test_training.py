@@ -27,7 +27,8 @@ from esjax.models import Model, gru
 from esjax.models.model import Params
 from esjax.noise import make_space
 from esjax.replica import _chunk_pairs
-from esjax.training import Limits, Trainer, resume, train
+from esjax.step_info import Limits
+from esjax.training import Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 

@@ -358,10 +358,7 @@ class Coordinator:
         if usual is None or is_measuring:
             return
         budget = self.config.es.time_per_step
-        if budget is None:
-            allowed = max(DEADLINE_FLOOR, by_others)
-        else:
-            allowed = budget + max(budget, DEADLINE_FLOOR) / 2
+        allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         if now - host.leased_at > allowed:
             host.set_late(now)
             self._work.release(host.slot)

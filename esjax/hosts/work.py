@@ -340,7 +340,7 @@ class TimeBudget:
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Work.lease`: to every host that would not hold up the others; who comes later waits for the next step."""
+        """See `Work.lease`: to every host that would not hold up the others; the rest wait for the next step."""
         if not self.waits:
             return []
         prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
