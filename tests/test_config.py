@@ -16,6 +16,7 @@ from esjax.config import (
     DataConfig,
     EsConfig,
     GruConfig,
+    HostsConfig,
     OptimConfig,
     RnnConfig,
     Section,
@@ -25,7 +26,7 @@ from esjax.config import (
 )
 from esjax.errors import EsjaxError
 
-SECTIONS: list[type[Section]] = [Config, DataConfig, EsConfig, OptimConfig, RnnConfig, GruConfig]
+SECTIONS: list[type[Section]] = [Config, DataConfig, EsConfig, HostsConfig, OptimConfig, RnnConfig, GruConfig]
 
 UNUSUAL = Config(
     seed=2**32 - 1,
@@ -114,6 +115,9 @@ def test_yaml_names_the_model(name: str, model: type[Section]) -> None:
         ("optim: {weight_decay: .nan}", "weight_decay"),
         ("optim: {average: 1.1}", "average"),
         ("optim: {average: .nan}", "average"),
+        ("hosts: {spot_check: 1.1}", "spot_check"),
+        ("hosts: {spot_check: .nan}", "spot_check"),
+        ("hosts: {digest_interval: 0}", "digest_interval"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, setting: str) -> None:
@@ -183,7 +187,7 @@ def test_every_setting_has_a_help(section: type[Section]) -> None:
             match after:
                 case ast.Expr(ast.Constant(str(text))) if text.strip():
                     documented.add(field.target.id)
-    groups = {"data", "es", "optim", "model"} if section is Config else set()
+    groups = {"data", "es", "optim", "hosts", "model"} if section is Config else set()
     assert documented | groups == {field.name for field in msgspec.structs.fields(section)}
 
 
