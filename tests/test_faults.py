@@ -34,12 +34,13 @@ from hosts_simulation import (
 
 from esjax.config import Config
 from esjax.hosts import handouts, wire
-from esjax.hosts.coordinator import STUCK
 from esjax.hosts.effects import Publish
+from esjax.hosts.line import DEAF
 from esjax.hosts.roster import SILENT, STRIKES
+from esjax.hosts.steps import STUCK
 from esjax.hosts.wire import Envelope
 from esjax.hosts.work import SLOT_PAIRS
-from esjax.hosts.worker import BEAT, DEAF
+from esjax.hosts.worker import BEAT
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -271,8 +272,10 @@ def test_row_06_who_has_left_is_no_measure_of_others() -> None:
     sim.add("a", speed=1000.0)
     sim.add("b")
     sim.run_steps(5)
-    sim.hosts["a"].worker.leave("it was stopped")
     sim.hosts["b"].device.speed = 2.0
+    sim.run(0.3)  # by now it is done with its pairs of this step
+    sim.hosts["a"].worker.leave("it was stopped")
+    sim.run_steps(2)
     before = len(sim.messages(wire.Extra, "b"))
     for _ in range(30):
         sim.run(1)
@@ -644,14 +647,19 @@ def test_row_24_a_replica_that_differs_fetches_the_right_state() -> None:
     check_checkpoints(sim)
 
 
-def test_row_24_losses_of_a_wrong_replica_do_not_count() -> None:
-    """Not from the step on at which it was found out, though it may not have heard of that yet."""
+@pytest.mark.parametrize("delay", [DELAY, 3.0], ids=["before", "after"])
+def test_row_24_losses_of_a_wrong_replica_do_not_count(delay: float) -> None:
+    """Not from the step on at which it is found out, be they handed in before or after that."""
     sim = run_with(config_of(digest_interval=6), "a", "b", "c", steps=4)
     wrong = sim.hosts["c"].device
     wrong.state = wrong.state[:8] + b"w" * (STATE_BYTES - 8)
-    sim.fate = lambda direction, host, message: (
-        [0.5] if host == "c" and direction == "reply" and not isinstance(message, wire.Part) else [DELAY]
-    )
+
+    def fate(direction: str, host: str, message: wire.Message) -> list[float]:
+        if host == "c":
+            return [delay] if isinstance(message, wire.Losses) else [DELAY]
+        return [1.2] if isinstance(message, wire.Digest) else [DELAY]
+
+    sim.fate = fate
     sim.run_steps(12)
     (found,) = [step for step, _ in sim.digests[:1]]
     state = FIRST_STATE

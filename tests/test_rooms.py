@@ -20,8 +20,16 @@ FLOORS = [
     ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer", "esjax.own"),
     ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts"),
     ("esjax.data.delivery", "esjax.hosts.wire"),
-    ("esjax.hosts.effects", "esjax.hosts.roster", "esjax.hosts.scoring", "esjax.hosts.tasks", "esjax.hosts.work"),
+    (
+        "esjax.hosts.effects",
+        "esjax.hosts.line",
+        "esjax.hosts.roster",
+        "esjax.hosts.scoring",
+        "esjax.hosts.tasks",
+        "esjax.hosts.work",
+    ),
     ("esjax.hosts.handouts", "esjax.hosts.rounds", "esjax.hosts.transfers"),
+    ("esjax.hosts.chores", "esjax.hosts.steps"),
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
@@ -39,7 +47,7 @@ FLOORS = [
     ("esjax.cli",),
     ("esjax.__main__",),
 ]
-PURE_FLOORS = 15
+PURE_FLOORS = 16
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}

@@ -310,6 +310,7 @@ def test_the_odd_one_of_three_is_a_liar() -> None:
         assert work.liars(liar) == {liar}  # two others outvote whoever is trusted
         work.revoke(liar)
         assert work.complete
+        assert not work.waits
         assert work.count(liar) == 0
         np.testing.assert_array_equal(work.result()[1], losses_of([(0, UNIT)]))
 
@@ -323,6 +324,7 @@ def test_of_two_hosts_the_trusted_one_is_right() -> None:
     assert work.liars(7) == set()
     work.revoke(0)
     assert work.complete
+    assert not work.waits
     assert not work.liars(1)
     np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * UNIT)]))
 

@@ -22,12 +22,13 @@ from wire_strategies import Strategy
 from esjax.config import Config
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
+from esjax.hosts.line import DEAF, TIMEOUT
 from esjax.hosts.scoring import HAND_IN, SLICE, Scored, Scoring, without
 from esjax.hosts.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.wire import Envelope, Span
 from esjax.hosts.work import SLOT_PAIRS
-from esjax.hosts.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, DEAF, TIMEOUT, Worker
+from esjax.hosts.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -83,6 +84,17 @@ def test_its_attempts_to_connect_anew_are_not_many() -> None:
     assert 3 < host.connection <= 2 * 300 / DEAF
     sim.start()
     sim.run_steps(2, limit=DEAF + 3 * BACK_OFF_LONGEST)
+
+
+def test_its_patience_is_not_renewed_by_connecting_anew() -> None:
+    sim = Simulation(FIXED)
+    host = sim.add("a")
+    sim.run_steps(1)
+    sim.kill()
+    since = host.worker.silent_since
+    sim.run(100)
+    assert host.connection
+    assert host.worker.silent_since == pytest.approx(since, abs=1)
 
 
 def test_one_request_is_under_way_at_a_time() -> None:

@@ -1,8 +1,8 @@
 """The coordinator as a state machine: requests and the time in; replies and effects out.
 
-It leases pairs, takes in losses, shapes them into an update, and keeps account of the hosts. It touches no weight, and
-knows no clock, socket or file: the caller hands in `now` in seconds of a clock that never jumps, and carries out the
-effects in their order, so that an update is in the ledger before anybody hears of it.
+It answers hosts and keeps account of them; `esjax.hosts.steps` and `esjax.hosts.rounds` are its parts. It touches no
+weight, and knows no clock, socket or file: the caller hands in `now` in seconds of a clock that never jumps, and
+carries out the effects in their order, so that an update is in the ledger before anybody hears of it.
 """
 
 import math
@@ -13,26 +13,16 @@ import numpy as np
 
 from esjax.config import Config, to_yaml
 from esjax.data.delivery import PackedText
-from esjax.fitness import LARGEST_LOSS, shape
 from esjax.hosts import wire
-from esjax.hosts.effects import Closed, Effect, History, Publish, Record, Snapshot, Tell, Terms
+from esjax.hosts.effects import Effect, History, Publish, Snapshot, Tell, Terms
 from esjax.hosts.handouts import Handouts
-from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster, speeds_of
-from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Plan, Rounds
+from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
+from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Rounds
+from esjax.hosts.steps import Steps
 from esjax.hosts.wire import Envelope, Message
-from esjax.hosts.work import FixedPopulation, Lease, TimeBudget, Work
 
 PULSE = 2.0
 """Seconds between signs of life."""
-
-STUCK = 30.0
-"""Seconds with work and without progress after which a host counts as hung, unless the others are as slow."""
-
-DEADLINE_FLOOR = 1.0
-"""Seconds that every host gets for its pairs at least."""
-
-DEADLINE_FACTOR = 3.0
-"""How many times as long as the others a host may take."""
 
 LAST_ROUND = 2 * GRACE
 """Seconds for the last checkpoint and the last evaluation."""
@@ -42,7 +32,6 @@ class Coordinator:
     """The state machine.
 
     Attributes:
-        step: Step that is being scored: so many updates were made.
         terms: What the run asks of every host.
         counters: How often something was turned down, by reason.
         gradient_norm: Norm of the last estimate that the anchor told, or NaN.
@@ -81,31 +70,38 @@ class Coordinator:
             block: Gives a block of tokens as bytes, if the text is sent in blocks.
             with_rounds: Whether to ask hosts for checkpoints, digests and evaluations.
         """
-        self.config, self.terms, self.step = config, terms, step
+        self.config, self.terms = config, terms
         self.counters: Counter[str] = Counter()
         self.gradient_norm = self.update_norm = math.nan
         self.finished = False
         self._rng = rng
         self._settings = to_yaml(config)
         self._handouts = Handouts(text, block, config.data.new_tokens_interval, history)
-        self._last_update = last_update
-        self._with_rounds = with_rounds
         self._effects: list[Effect] = []
-        self._roster = Roster()
+        self._roster = roster = Roster()
         self.rounds = Rounds(
-            config, self._roster, terms.state_bytes, snapshot, self._emit, self._put_aside, self._resync, now
+            config,
+            roster,
+            terms.state_bytes,
+            snapshot,
+            self._emit,
+            self._put_aside,
+            self._resync,
+            now=now,
+            is_on=with_rounds,
         )
-        self._work: Work = self._new_work()
+        self._steps = Steps(config, terms, step, last_update, rng, roster, self.rounds, self._emit, self._put_aside)
         self._pulse_at = now
-        self._closed_at: float | None = None
-        self._rate = 0.0
-        self._loss: float | None = None
-        self._trouble = ""
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
         self._stop_at = math.inf
 
     # What the shell calls.
+
+    @property
+    def step(self) -> int:
+        """Step that is being scored: so many updates were made."""
+        return self._steps.step
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
         """Take in a request.
@@ -153,17 +149,15 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Let time pass: notice who is silent, hung or late."""
-        usual = self._roster.usual_slowness()
         for host in self._roster:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
             elif now - host.seen >= SILENT and not host.is_gone:
                 self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
                 self._let_go(host)
-            elif self._work.busy(host.slot):
-                self._check_deadline(host, usual, now)
         self._notice_pause(now)
-        self._go_on(now)
+        self._steps.check(now)
+        self._steps.go_on(now)
         self.rounds.check(now)
         if self._stopping is not None and not self.finished:
             self._try_to_finish(now)
@@ -186,9 +180,8 @@ class Coordinator:
             done: Whether training has ended; if not, hosts wait for the coordinator to come back.
         """
         self._stopping, self._stop_at = done, now + LAST_ROUND
-        for host in self._roster:
-            self._work.release(host.slot)
-        self._open_step([], self._plan(now))
+        self._steps.stop()
+        self._steps.announce(self.rounds.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
         """Say how things stand."""
@@ -198,9 +191,9 @@ class Coordinator:
             run=self.terms.run,
             epoch=self.terms.epoch,
             step=self.step,
-            loss=self._loss,
+            loss=self._steps.loss,
             held_out=self.rounds.held_out,
-            member_tokens_per_second=self._rate,
+            member_tokens_per_second=self._steps.rate,
             paused=self._paused,
             anchor=None if anchor is None else anchor.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
@@ -262,12 +255,12 @@ class Coordinator:
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
-            self._work.release(host.slot)
+            self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         if message.note and message.note != host.note:
             self._tell(f"{host.name}: {message.note}")
         host.note = message.note
-        self._go_on(now, is_new)
+        self._steps.go_on(now, is_new)
         return self._ok(host)
 
     def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
@@ -288,16 +281,13 @@ class Coordinator:
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
             return self._rejected("the state of this host is not the right one")
-        was_busy = self._work.busy(host.slot)
-        fault = self._work.accept(host.slot, message.spans, losses, message.final)
+        fault = self._steps.take(host, message, losses, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
-        if was_busy and not self._work.busy(host.slot):
-            host.set_finished(now)
         if host is self.rounds.anchor and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
-        self._go_on(now)
+        self._steps.go_on(now)
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
@@ -322,11 +312,11 @@ class Coordinator:
         if not host.is_gone:
             self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
         self._let_go(host)
-        self._go_on(now)
+        self._steps.go_on(now)
         return self._ok(host)
 
     def _ok(self, host: Host) -> wire.Ok:
-        spans = self._work.open_spans(host.slot)[: wire.SPAN_LIMIT]
+        spans = self._steps.open_spans(host)[: wire.SPAN_LIMIT]
         return wire.Ok(self.terms.epoch, self.step, spans, self.rounds.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
@@ -344,25 +334,6 @@ class Coordinator:
 
     # Hosts.
 
-    def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
-        """Take its pairs from a host that is hung, or takes much longer than the others."""
-        idle = now - max(host.progress_at, host.leased_at)
-        is_measuring = self.rounds.is_measuring(host)
-        by_others = DEADLINE_FACTOR * (usual or 0.0) * host.expected
-        if idle > max(STUCK, by_others):
-            if not is_measuring:
-                host.hung = True
-                self._tell(f"{host.name} is hung: no progress for {idle:.0f} s")
-            self._work.release(host.slot)
-            return
-        if usual is None or is_measuring:
-            return
-        budget = self.config.es.time_per_step
-        allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
-        if now - host.leased_at > allowed:
-            host.set_late(now)
-            self._work.release(host.slot)
-
     def _supersede(self, former: Host, message: wire.Join) -> None:
         """Let a newer host of the same name count in place of a former one."""
         for host in self._roster:
@@ -379,7 +350,7 @@ class Coordinator:
     def _let_go(self, host: Host) -> None:
         """Take a host's work from it; its name stays listed for a while."""
         host.phase = "leaving"
-        self._work.release(host.slot)
+        self._steps.release(host)
         self.rounds.let_go(host)
 
     def _drop(self, host: Host) -> None:
@@ -387,7 +358,7 @@ class Coordinator:
         host.dropped = True
         self._let_go(host)
         # A slot may go to another host only when nothing in this step came from the old one.
-        if not self._work.took_part(host.slot):
+        if not self._steps.took_part(host):
             self._roster.remove(host)
 
     def _put_aside(self, host: Host, reason: str) -> None:
@@ -399,123 +370,31 @@ class Coordinator:
         """Have a host fetch the newest snapshot; until then its losses do not count, nor before if it is wrong."""
         host.resync = True
         if is_wrong:
-            self._work.revoke(host.slot)
+            self._steps.revoke(host)
         else:
-            self._work.release(host.slot)
+            self._steps.release(host)
 
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._roster.workers(now)
         if self._paused and not before:
             self._tell("no host is ready; everything is kept, and training goes on when one joins")
 
-    # The step.
-
-    def _new_work(self) -> Work:
-        es = self.config.es
-        if es.time_per_step is not None:
-            return TimeBudget(es.time_per_step)
-        pairs = es.population_size // 2
-        units = -(-pairs // self.terms.unit)
-        share = self.config.hosts.spot_check
-        checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
-        return FixedPopulation(pairs, self.terms.unit, checked)
-
-    def _go_on(self, now: float, is_somebody_new: bool = False) -> None:
-        """Close the step if everything is in; else give out pairs that nobody is at, to whoever is there."""
-        if self._stopping is not None:
-            return
-        if self._work.waits or is_somebody_new:
-            self._give_out(now)
-        if self._work.complete:
-            anchor = self.rounds.anchor
-            liars = self._work.liars(anchor.slot if anchor else None)
-            for slot in liars:
-                self._catch(slot)
-            if not liars:
-                self._close(now)
-
-    def _catch(self, slot: int) -> None:
-        """Put a liar aside; nothing that it said counts."""
-        self._work.revoke(slot)
-        liar = self._roster.in_slot(slot)
-        if liar and not liar.aside:
-            self._put_aside(liar, "its losses differ from those of other hosts")
-
-    def _give_out(self, now: float) -> None:
-        leases = self._lease(now)
-        if leases and self._last_update:
-            self._open_step(leases, NOTHING_ELSE, self._last_update)
-            self._last_update = b""
-        else:
-            self._extend_step(leases)
-
-    def _lease(self, now: float) -> list[Lease]:
-        hosts = self._roster.workers(now)
-        delays = {host.slot: self.rounds.measure_seconds for host in hosts if self.rounds.is_measuring(host)}
-        speeds = speeds_of(hosts)
-        leases = self._work.lease(speeds, delays)
-        given = {lease.slot for lease in leases}
-        for host in hosts:
-            if host.slot in given:
-                pairs = sum(count for _, count in self._work.open_spans(host.slot))
-                host.set_leased(pairs / speeds[host.slot], now)
-        return leases
-
-    def _close(self, now: float) -> None:
-        """Make an update of the losses, and open the next step."""
-        spans, losses = self._work.result()
-        for host in self._roster:
-            host.share = self._work.count(host.slot) / len(losses)
-            host.slowness = None
-        es, data = self.config.es, self.config.data
-        if self._closed_at is not None:
-            rate = losses.size * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
-            self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        self._closed_at = now
-        shaped = shape(losses, es.shaping, es.sigma)
-        finite = losses[np.abs(losses) < LARGEST_LOSS]
-        self._loss = float(finite.mean()) if finite.size else None
-        weights = shaped.weights[:0] if shaped.trouble else shaped.weights
-        header = wire.UpdateHeader(self.step, spans, shaped.scale, not shaped.trouble, self._loss, shaped.void_pairs)
-        payload = wire.pack_update(wire.Update(header, weights))
-        self._emit(Record(self.step, payload))
-        self.step += 1
-        self._work = self._new_work()
-        plan = self._plan(now)
-        self._open_step(self._lease(now), plan, payload)
-        loss = math.nan if self._loss is None else self._loss
-        self._emit(Closed(self.step, loss, losses.size, shaped.void_pairs, shaped.trouble))
-        if shaped.trouble and shaped.trouble != self._trouble:
-            self._tell(f"step {self.step}: {shaped.trouble}; no update")
-        self._trouble = shaped.trouble
-
-    def _plan(self, now: float) -> Plan:
-        return self.rounds.plan(self.step, now, self._stopping is not None) if self._with_rounds else NOTHING_ELSE
-
-    def _open_step(self, leases: list[Lease], plan: Plan, update: bytes = b"") -> None:
-        limit = wire.SPAN_LIMIT
-        self._publish(wire.Step(self.terms.run, self.terms.epoch, self.step, list(leases[:limit]), *plan), update)
-        self._extend_step(leases[limit:])
-
-    def _extend_step(self, leases: list[Lease]) -> None:
-        for at in range(0, len(leases), wire.SPAN_LIMIT):
-            some = leases[at : at + wire.SPAN_LIMIT]
-            self._publish(wire.Extra(self.terms.run, self.terms.epoch, self.step, list(some)))
+    # Its own doing.
 
     def _try_to_finish(self, now: float) -> None:
         """Say goodbye when everything is in; ask again for what a host that was lost did not hand in."""
         if now < self._stop_at:
             if self.rounds.under_way:
                 return
-            plan = self._plan(now)
+            plan = self.rounds.plan(self.step, now, last=True)
             if plan != NOTHING_ELSE:
-                self._open_step([], plan)
+                self._steps.announce(plan)
                 return
         self.finished = True
         self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
 
-    def _publish(self, message: Message, body: bytes = b"") -> None:
-        self._emit(Publish(Envelope(message, body)))
+    def _publish(self, message: Message) -> None:
+        self._emit(Publish(Envelope(message)))
 
     def _tell(self, line: str) -> None:
         self._emit(Tell(line))

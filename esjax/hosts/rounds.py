@@ -75,14 +75,28 @@ class Rounds:
         emit: Callable[[Effect], None],
         put_aside: Callable[[Host, str], None],
         resync: Callable[[Host, bool], None],
+        *,
         now: float,
+        is_on: bool,
     ) -> None:
-        """Begin; `emit`, `put_aside` and `resync`, with whether the host's state is wrong, act on the coordinator."""
+        """Begin.
+
+        Args:
+            config: Settings.
+            roster: All hosts.
+            state_bytes: Size of a snapshot.
+            snapshot: The newest state.
+            emit: Has something done.
+            put_aside: Gives a host no more work, for a reason.
+            resync: Has a host fetch the newest state; with whether its own is wrong.
+            now: The time.
+            is_on: Whether hosts are asked for anything.
+        """
         self.held_out: float | None = None
         self.measure_seconds = 0.0
         self.anchor: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
-        self._config, self._roster, self._state_bytes = config, roster, state_bytes
+        self._config, self._roster, self._state_bytes, self._is_on = config, roster, state_bytes, is_on
         self._emit, self._put_aside, self._resync = emit, put_aside, resync
         self._round: _Round | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
@@ -113,7 +127,7 @@ class Rounds:
         if self.anchor not in hosts:
             self.anchor = hosts[0] if hosts else None
         anchor = self.anchor
-        if anchor is None:
+        if anchor is None or not self._is_on:
             return NOTHING_ELSE
         digest, upload, measure = False, False, False
         if last:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
-from esjax.hosts.wire import Envelope
+from esjax.hosts.wire import Envelope, Message
 
 PENDING = 64
 """Updates heard ahead of their turn that are kept at most; what is beyond comes from the ledger."""
@@ -47,6 +47,49 @@ class Download:
     def is_whole(self) -> bool:
         """Whether all parts are there."""
         return bool(self.data) and len(self.data) == self._size
+
+
+class Supplies:
+    """What comes in large, one thing at a time, and waits until the devices have taken it.
+
+    Attributes:
+        text: The text as it was sent, or None.
+        snapshot: A state to be taken over, or None.
+        block: Number of a block of tokens, and the tokens, or None.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.text: bytes | None = None
+        self.snapshot: bytes | None = None
+        self.block: tuple[int, bytes] | None = None
+        self._download: Download | None = None
+
+    def request(self, session: int, wanted: Download | None) -> Envelope | None:
+        """Ask for the next part of what is on its way, or else of what is wanted, or return None."""
+        self._download = self._download or wanted
+        return self._download.request(session) if self._download else None
+
+    def take(self, part: wire.Part, data: bytes, request: Message) -> None:
+        """Take in a part that was asked for."""
+        download = self._download
+        if download is None or download.request(getattr(request, "session", -1)).message != request:
+            return
+        if not download.take(part, data):
+            self.give_up()
+        elif download.is_whole:
+            self.give_up()
+            whole = bytes(download.data)
+            if download.what == "text":
+                self.text = whole
+            elif download.what == "state":
+                self.snapshot = whole
+            else:
+                self.block = (download.block, whole)
+
+    def give_up(self) -> None:
+        """Take no more of what is on its way."""
+        self._download = None
 
 
 class Sending:
