@@ -77,8 +77,8 @@ class Checkpoints:
             return
         partial = path.with_suffix(".partial")
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((partial / STATE).absolute(), state)
+            with _checkpointer() as checkpointer:
+                checkpointer.save((partial / STATE).absolute(), jax.tree.map(np.asarray, state))
             seal = {
                 "seconds": seconds,
                 "member_tokens": member_tokens,
@@ -129,6 +129,15 @@ def digest(state: TrainState) -> str:
     return summary.hexdigest()
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Open orbax for this process alone: of several that compute as one, a single one writes."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix="one"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 def _restore(path: Path, like: TrainState) -> Restored:
     seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
     expected = leaf_types(like)
@@ -138,7 +147,7 @@ def _restore(path: Path, like: TrainState) -> Restored:
             f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
             f"{seal['leaves'].get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own again"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         state = checkpointer.restore((path / STATE).absolute(), like)
     return Restored(state, seal["seconds"], seal["member_tokens"])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import jax
     from jax.sharding import Mesh
 
 
@@ -40,17 +41,26 @@ def cpu_mesh() -> "Mesh":
     """Take one CPU, for a process that computes next to nothing."""
     import jax
 
-    from esjax.evaluate import PAIRS_AXIS
-
-    devices = jax.devices("cpu")[:1]
-    return jax.make_mesh((1,), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
+    return _line_up(jax.devices("cpu")[:1])
 
 
 def local_mesh() -> "Mesh":
-    """Line up all local devices along the population's axis."""
+    """Line up the devices of this process along the population's axis."""
+    import jax
+
+    return _line_up(jax.local_devices())
+
+
+def whole_mesh() -> "Mesh":
+    """Line up the devices of all processes that compute as one, see `esjax.processes`."""
+    import jax
+
+    return _line_up(jax.devices())
+
+
+def _line_up(devices: "list[jax.Device]") -> "Mesh":
     import jax
 
     from esjax.evaluate import PAIRS_AXIS
 
-    devices = jax.local_devices()
     return jax.make_mesh((len(devices),), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import optax
 
 from esjax.checkpoint import digest, restore_newest
-from esjax.devices import local_mesh
+from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
 from esjax.evaluate import Loss
@@ -74,7 +74,7 @@ def replay(
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
     built = model(size) if model else build_model(config.model, size)
-    replica = Replica(config, built, None, local_mesh(), loss, optimizer)
+    replica = Replica(config, built, None, whole_mesh(), loss, optimizer)
     checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
     kept = (int(checkpoint.step), digest(checkpoint))
     compared, differs_at = 0, None

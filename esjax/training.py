@@ -15,7 +15,7 @@ from esjax.config import Config
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks, token_type
 from esjax.data.packing import pack_stream
-from esjax.devices import local_mesh
+from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.hosts.alone import Alone
@@ -27,6 +27,7 @@ from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own
+from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
 from esjax.step_info import Limits, StepInfo
@@ -66,7 +67,6 @@ class Trainer:
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
-        mesh = local_mesh()
         vocabulary = corpus.vocabulary
         built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
         self.config = config
@@ -75,13 +75,13 @@ class Trainer:
         self.folder = folder
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
         self.last: StepInfo | None = None
-        self.tell = tell or (lambda line: print(line, file=sys.stderr))
+        self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         if config.data.held_out > 0 and not corpus.held_out:
             self.tell("no document is held out, so nothing is evaluated; give more documents, or cut them smaller")
         # A text that is used block by block comes with its first block.
         stream = None if config.data.block_tokens else pack_stream(corpus.train).astype(token_type(vocabulary.size))
-        self._replica = Replica(config, built, stream, mesh, loss, optimizer)
-        self._trained = Trained(built, vocabulary, mesh)
+        self._replica = Replica(config, built, stream, whole_mesh(), loss, optimizer)
+        self._trained = Trained(built, vocabulary, local_mesh())
         self._lanes = self._trained.lanes(corpus.held_out) if corpus.held_out else None
         self._seconds = 0.0
         self._member_tokens = 0
@@ -100,7 +100,7 @@ class Trainer:
     @property
     def params(self) -> Params:
         """The weights to use: the average that the settings ask for."""
-        return self._replica.state.average
+        return here(self._replica.state.average)
 
     def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
         """Sample texts, see `Trained.write`."""
@@ -142,9 +142,10 @@ class Trainer:
                     began_at, evaluate_at, checkpoint_at = now, now, now + config.checkpoint_time
                 session = now - began_at
                 self._seconds = before + session
-                done = asked.is_set() or self.limits.reached(info.step, session)
+                # Clocks and signals differ between processes; what follows from them must not.
+                done = any_of(asked.is_set() or (leads() and self.limits.reached(info.step, session)))
                 held_out = None
-                if self._lanes is not None and (done or now >= evaluate_at):
+                if leads() and self._lanes is not None and (done or now >= evaluate_at):
                     held_out = self._trained.loss(self.params, self._lanes)
                     evaluate_at = time.perf_counter() + config.evaluate_time
                 self.last = info._replace(
@@ -276,7 +277,7 @@ def train(
     trainer = Trainer(config, corpus, model=model, loss=loss, optimizer=optimizer, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
-    if out is not None:
+    if out is not None and leads():
         own = Own(model, loss, optimizer).names()
         trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own)
     return trainer

@@ -94,6 +94,9 @@ class Join:
     lifetime: float | None = None
     """Leave after so many seconds."""
 
+    distributed: str | None = None
+    """Be one of several processes that are one host, such as a TPU pod: auto, or HOST:PORT,N,I, see train."""
+
     patience: float = 600.0
     """Give up after so many seconds without a word from the coordinator."""
 
@@ -101,7 +104,7 @@ class Join:
         """Take part until training ends, SIGTERM or Ctrl-C."""
         if self.lifetime is not None and not self.lifetime > 0:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
-        prepare()
+        prepare(self.distributed)
         from esjax.hosts.join import TASKS, join
 
         try:

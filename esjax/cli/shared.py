@@ -19,12 +19,20 @@ if TYPE_CHECKING:
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 
-def prepare() -> None:
-    """Set up the devices, before anything imports JAX."""
+def prepare(processes: str | None = None) -> None:
+    """Set up the devices, before anything uses JAX.
+
+    Args:
+        processes: Those that compute as one, see `esjax.processes.connect`; None: this one alone.
+    """
     from esjax.devices import prepare_devices
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     prepare_devices(Path(home) / "esjax")
+    if processes is not None:
+        from esjax.processes import connect
+
+        connect(processes)
 
 
 def new_folder(out: Path | None) -> Path:
@@ -39,8 +47,13 @@ def teller(console: Console) -> Callable[[str], None]:
 
 def show(run: "Trainer | Server", console: Console) -> None:
     """Train, with a line of progress."""
+    from esjax.processes import leads
     from esjax.progress import Progress
 
+    if not leads():
+        for _ in run:
+            pass
+        return
     assert run.folder is not None
     with Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell

@@ -30,11 +30,17 @@ class Train:
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
 
+    distributed: str | None = None
+    """Be one of several processes that compute as one: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,N,I with the
+    address of process 0, the number of processes, and the index of this one."""
+
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
         if self.workers < 0:
             raise EsjaxError(f"workers must be at least 0, got {self.workers}")
-        prepare()
+        if self.workers and self.distributed:
+            raise EsjaxError("workers and distributed are two ways to train with several processes; give one of them")
+        prepare(self.distributed)
         out = new_folder(self.out)
         if self.workers:
             from esjax.hosts.local import local_workers
@@ -48,7 +54,8 @@ class Train:
 
         run = train(self.settings, out, tell=teller(console))
         show(run, console)
-        print(f"\n{run.sample()}\n")
+        if run.folder is not None:
+            print(f"\n{run.sample()}\n")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from esjax.checkpoint import digest
 from esjax.config import from_yaml, replace
 from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
-from esjax.devices import local_mesh
+from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.hosts import wire
 from esjax.hosts.tasks import (
@@ -32,6 +32,7 @@ from esjax.hosts.tasks import (
 )
 from esjax.models import build_model
 from esjax.own import NOTHING_OWN, Own
+from esjax.processes import here, share_number
 from esjax.replica import Replica
 from esjax.snapshot import from_bytes, to_bytes
 from esjax.trained import Trained
@@ -77,7 +78,7 @@ class Engine:
         if isinstance(task, Score):
             started = time.perf_counter()
             losses = replica.losses(wire.pairs_of(task.spans))
-            return Scored(losses, time.perf_counter() - started)
+            return Scored(losses, share_number(time.perf_counter() - started))
         if isinstance(task, Apply):
             return self._apply(replica, task)
         if isinstance(task, Load):
@@ -103,7 +104,7 @@ class Engine:
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         build = self._own.model or (lambda size: build_model(config.model, size))
         model = build(task.vocab_size)
-        mesh = local_mesh()
+        mesh = whole_mesh()
         self._vocab_size = task.vocab_size
         stream = text.stream
         if config.data.block_tokens:  # no text yet, but the programs can be compiled
@@ -121,9 +122,9 @@ class Engine:
                 config = replace(config, es=replace(config.es, chunk_pairs=fewer))
         self._replica = replica
         if text.held_out:
-            trained = Trained(model, Vocabulary("byte"), mesh)
+            trained = Trained(model, Vocabulary("byte"), local_mesh())
             lanes = trained.lanes(text.held_out)
-            self._measure = lambda: trained.loss(replica.state.average, lanes)
+            self._measure = lambda: trained.loss(here(replica.state.average), lanes)
         return Built(replica.granule)
 
 
