@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from conftest import PROGRAMS
+
 SMALL = [
     "gru",
     *("--model.hidden-size", "8", "--model.head-size", "8"),
@@ -22,11 +24,9 @@ PATIENCE = 120.0
 
 def environment() -> dict[str, str]:
     """Share compiled programs between processes, and give each one device."""
-    import jax
-
     return {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.read("jax_compilation_cache_dir")),
+        "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": "1",
     }
