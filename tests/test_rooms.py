@@ -35,7 +35,15 @@ FLOORS = [
     # Above this line everything is pure: no clock, file, socket, environment or logging.
     ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files"),
     ("esjax.data.corpus", "esjax.ledger", "esjax.snapshot"),
-    ("esjax.devices", "esjax.processes", "esjax.interrupts", "esjax.replica", "esjax.trained", "esjax.checkpoint", "esjax.run_folder"),
+    (
+        "esjax.devices",
+        "esjax.processes",
+        "esjax.interrupts",
+        "esjax.replica",
+        "esjax.trained",
+        "esjax.checkpoint",
+        "esjax.run_folder",
+    ),
     ("esjax.loading", "esjax.import_npy"),
     ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),
     ("esjax.hosts.transport", "esjax.hosts.alone", "esjax.hosts.crew"),

@@ -1,5 +1,6 @@
 """A host that is several processes: one of them talks to the coordinator, and all of them do every task together."""
 
+import jax
 import msgspec
 
 from esjax.hosts.engine import Engine
@@ -19,6 +20,11 @@ class Crew:
     def __init__(self, engine: Engine) -> None:
         """Begin with this process's engine."""
         self._engine = engine
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return jax.process_count()
 
     @property
     def leads(self) -> bool:

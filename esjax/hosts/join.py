@@ -35,8 +35,9 @@ POLL = 0.1
 TASKS = "esjax-tasks"
 """Name of the thread that keeps the devices busy."""
 
-CLOSE = 1.0
-"""Seconds that the devices have to finish what they are at, when all is over."""
+CLOSE, CLOSE_TOGETHER = 1.0, 60.0
+"""Seconds that the devices have to finish what they are at, when all is over; those of several processes must, since
+none of them can end well before the others."""
 
 FAREWELL = 10.0
 """Seconds to hand in what is scored and to say goodbye."""
@@ -176,7 +177,7 @@ class _Hands:
     def close(self) -> None:
         """Let the thread end after the task that it is at, if it is at one."""
         self._tasks.put(None)
-        self._thread.join(CLOSE)
+        self._thread.join(CLOSE if self._crew.size == 1 else CLOSE_TOGETHER)
 
     def results(self) -> list[Result]:
         found = []
