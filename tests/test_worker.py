@@ -67,9 +67,9 @@ def test_a_request_that_was_not_answered_is_made_again() -> None:
     sim.run_steps(1)
     host.cut = {"reply"}
     before = len(sim.log)
-    sim.run(TIMEOUT - 2 * BEAT)
+    sim.run(BEAT + 0.5)
     asked = [message for _, way, _, message in sim.log[before:] if way == "request"]
-    sim.run(2 * BEAT + 1)
+    sim.run(TIMEOUT)
     again = [message for _, way, _, message in sim.log[before:] if way == "request"]
     assert len(asked) == 1
     assert again == [asked[0]] * 2

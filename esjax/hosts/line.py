@@ -2,7 +2,7 @@
 
 from esjax.hosts.wire import Envelope, Message
 
-TIMEOUT = 10.0
+TIMEOUT = 4.0
 """Seconds after which a request that was not answered is made again."""
 
 DEAF = 20.0

@@ -1,5 +1,7 @@
 """A run whose hosts join over the network."""
 
+import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +114,11 @@ class Server:
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
             coordinator, desk, metrics = self._open(stack)
+            if self.limits.steps is not None and coordinator.step >= self.limits.steps:
+                raise EsjaxError(
+                    f"the run has done {coordinator.step} steps, and its limit is {self.limits.steps}; raise steps to "
+                    "go on (in Python: run.limits)"
+                )
             self._coordinator = coordinator
             stack.enter_context(self.while_open())
             stopping = False
@@ -170,7 +177,7 @@ class Server:
                 plain_text_anywhere=self._listen.plain_text_anywhere,
             )
         )
-        self.address = transport.address
+        self.address = _for_others(transport.address)
         now = time.monotonic()
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)
@@ -224,9 +231,15 @@ class Server:
         is_new = not path.exists()
         keys = ServerKeys(path, new_keypair, self.tell)
         if is_new:
-            keys.new_token(FIRST_TOKEN, listen.address)
-        self.token = path / f"{FIRST_TOKEN}.token"
+            keys.new_token(FIRST_TOKEN, _for_others(listen.address))
+        token = path / f"{FIRST_TOKEN}.token"
+        self.token = token if token.exists() else None
         return keys
+
+
+def _for_others(address: str) -> str:
+    """Name this machine in the address of all its interfaces, which means nothing elsewhere."""
+    return re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", f"//{socket.gethostname()}:", address)
 
 
 def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
