@@ -149,7 +149,7 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
         (add_a_file, "stranger"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_and_said(
+def test_row_32_a_damaged_checkpoint_is_passed_over_and_said(
     tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     save(tmp_path, 1, 2, 3)

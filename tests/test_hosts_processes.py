@@ -228,6 +228,15 @@ def test_a_run_of_hosts_goes_on_alone(fleet: Fleet, lenient_promotion: None) -> 
     assert replay(fleet.run).agrees
 
 
+def test_blocks_of_tokens_are_the_same_for_hosts_as_alone(fleet: Fleet, lenient_promotion: None) -> None:
+    words = ["--data.block-tokens", "500", "--data.new-tokens-interval", "4", "--steps", "15"]
+    server = fleet.serve(*words)
+    hosts = [fleet.join("one"), fleet.join("two")]
+    assert [process.ends() for process in (server, *hosts)] == [0, 0, 0]
+    assert updates(fleet.run) == alone(fleet, 15)[0]
+    assert replay(fleet.run).agrees
+
+
 def test_workers_of_this_machine(fleet: Fleet, lenient_promotion: None) -> None:
     text = fleet.folder / "text.txt"
     text.write_text("\n\n".join(f"line {i}, and some more of it" for i in range(200)))
