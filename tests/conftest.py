@@ -1,9 +1,12 @@
-"""Strict JAX, four CPU devices, and shapes checked at every call of the package."""
+"""Strict JAX, four CPU devices, and types and shapes checked at every call of the package."""
 
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
+import typechecker
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -14,7 +17,18 @@ jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-install_import_hook("esjax", "typechecker.check")
+# In hosts jaxtyping would take most of the time of what a simulation says and hears: it sees to the files with arrays,
+# and beartype alone to the others.
+ESJAX = Path(__file__).parents[1] / "esjax"
+WITH_ARRAYS = [path.stem for path in (ESJAX / "hosts").glob("*.py") if "jaxtyping" in path.read_text()]
+beartype_package("esjax.hosts", conf=typechecker.CONF)
+install_import_hook(
+    [
+        *(f"esjax.{path.stem}" for path in ESJAX.iterdir() if path.stem != "hosts"),
+        *(f"esjax.hosts.{name}" for name in WITH_ARRAYS),
+    ],
+    "typechecker.check",
+)
 
 from collections.abc import Iterator  # noqa: E402
 

@@ -2,4 +2,6 @@
 
 from beartype import BeartypeConf, beartype
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+CONF = BeartypeConf(is_pep484_tower=True)
+
+check = beartype(conf=CONF)
