@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ SMALL = [
     *("--checkpoint-time", "2", "--evaluate-time", "2"),
 ]
 """Settings of a small run, as words of a command line."""
+
+SHARED = tempfile.TemporaryDirectory(prefix="esjax-tests-")
+"""What the tests of a session share."""
+
+TEXT = Path(SHARED.name) / "text.txt"
+TEXT.write_text("\n\n".join(f"{i} to be, or not to be: that is the question {i * i}" for i in range(200)))
 
 PATIENCE = 120.0
 """Seconds that a test waits for anything at most."""
@@ -91,9 +98,7 @@ class Fleet:
         return process
 
     def serve(self, *words: str, bind: str = "tcp://127.0.0.1:0", file_blocks: int | None = None) -> Process:
-        text = self.folder / "text.txt"
-        text.write_text("\n\n".join(f"{i} to be, or not to be: that is the question {i * i}" for i in range(200)))
-        settings = ["--out", str(self.run), "--data.text", str(text), *SMALL, "--bind", bind, *words]
+        settings = ["--out", str(self.run), "--data.text", str(TEXT), *SMALL, "--bind", bind, *words]
         process = self.start("serve", *settings, file_blocks=file_blocks)
         self._hear_address(process)
         return process

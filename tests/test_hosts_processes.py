@@ -6,14 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from processes import Fleet, Process, wait_until
+from processes import SHARED, SMALL, TEXT, Fleet, Process, wait_until
 
 from esjax import Config, resume, train
 from esjax.checkpoint import digest
@@ -21,7 +22,8 @@ from esjax.config import from_yaml, replace
 from esjax.hosts.ask import ask_status
 from esjax.ledger import UPDATE, read
 from esjax.replaying import replay
-from esjax.run_folder import RunFolder
+from esjax.step_info import Limits
+from esjax.training import Trainer
 
 
 @pytest.fixture
@@ -39,13 +41,20 @@ def steps_done(run: Path) -> int:
     return len(updates(run))
 
 
+@cache
+def begun(config: Config) -> tuple[Trainer, list[str]]:
+    """Begin a run in this process, for all tests of these settings; and a list for the digest after each step."""
+    return train(config, Path(tempfile.mkdtemp(dir=SHARED.name)) / "alone"), []
+
+
 def alone(fleet: Fleet, steps: int) -> tuple[list[bytes], str]:
-    """Train the run of a fleet anew in this process: its updates, and the digest of its state at the end."""
-    config: Config = replace(from_yaml((fleet.run / "config.yaml").read_text(), ""), steps=steps)
-    out = fleet.folder / "alone"
-    for _ in train(config, out):
-        pass
-    return updates(out), replay(out).digest
+    """Train the run of a fleet anew in this process: its updates, and the digest of its state after so many steps."""
+    trainer, digests = begun(replace(from_yaml((fleet.run / "config.yaml").read_text(), ""), steps=None))
+    if trainer.step < steps:
+        trainer.limits = Limits(steps, None)
+        digests += [digest(trainer._replica.state) for _ in trainer]
+    assert trainer.folder is not None
+    return updates(trainer.folder.path)[:steps], digests[steps - 1]
 
 
 def test_two_hosts_train_as_one_process_does(fleet: Fleet, lenient_promotion: None) -> None:
@@ -114,7 +123,7 @@ def test_row_14_a_browser_a_scan_and_a_silent_socket_cost_nothing(fleet: Fleet, 
         socket.create_connection(("127.0.0.1", at)).close()
     for request in (f"http://127.0.0.1:{at}/", f"http://127.0.0.1:{at}/index.html"):
         with pytest.raises((http.client.HTTPException, OSError)):
-            urllib.request.urlopen(request, timeout=5)
+            urllib.request.urlopen(request, timeout=1)
     with socket.create_connection(("127.0.0.1", at)) as rude:
         rude.sendall(np.random.default_rng(0).bytes(10_000))
     stop_after(fleet, server, 20)
@@ -180,7 +189,7 @@ def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(
 
 
 def test_row_38_a_stopped_host_does_not_stop_the_others(fleet: Fleet, lenient_promotion: None) -> None:
-    server = fleet.serve()
+    server = fleet.serve("--evaluate-time", "1000")  # that of a silent host is waited for
     fleet.join("one")
     two = fleet.join("two")
     wait_until(lambda: steps_done(fleet.run) >= 5 and all_ready(fleet, 2))
@@ -238,14 +247,10 @@ def test_blocks_of_tokens_are_the_same_for_hosts_as_alone(fleet: Fleet, lenient_
 
 
 def test_workers_of_this_machine(fleet: Fleet, lenient_promotion: None) -> None:
-    text = fleet.folder / "text.txt"
-    text.write_text("\n\n".join(f"line {i}, and some more of it" for i in range(200)))
-    words: list[Any] = ["--es.population-size", "64", "--es.chunk-pairs", "4", "--data.window", "8"]
-    words += ["--steps", "12", "--out", str(fleet.run), "--data.text", str(text)]
+    words = [*SMALL, "--steps", "12", "--out", str(fleet.run), "--data.text", str(TEXT)]
     run = fleet.start("train", "--workers", "2", *words)
     assert run.ends() == 0
-    assert steps_done(fleet.run) == 12
-    assert updates(fleet.run) == alone(fleet, 12)[0]
     assert sorted(path.name for path in fleet.run.glob("*.log")) == ["worker-0.log", "worker-1.log"]
-    assert digest(replay(fleet.run).state) == replay(fleet.run).digest
-    assert RunFolder(fleet.run).ledger.exists()
+    expected_updates, expected_digest = alone(fleet, 12)
+    assert updates(fleet.run) == expected_updates
+    assert replay(fleet.run).digest == expected_digest
