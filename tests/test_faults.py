@@ -239,6 +239,21 @@ def test_row_06_the_pairs_of_a_straggler_run_twice() -> None:
     check_run(sim)
 
 
+def test_row_06_a_straggler_is_told_once_until_it_is_in_time_again() -> None:
+    sim = run_with(FIXED, "a", "b")
+    slow, told = sim.hosts["b"].device, "b is late: it gets no pairs for a while"
+    assert told not in sim.lines
+    slow.speed = 0.5
+    sim.run(60)  # it is tried in vain after 10 s, and after 20 s more
+    assert sim.lines.count(told) == 1
+    slow.speed = 20.0
+    sim.run(60, lambda: status_of(sim, "b").state == "ready")
+    sim.run(1)
+    slow.speed = 0.5
+    sim.run(10)
+    assert sim.lines.count(told) == 2
+
+
 def test_row_06_the_first_answer_counts() -> None:
     """A straggler that is done before the one who took over need not be waited for."""
     sim = run_with(FIXED, "a", "b")

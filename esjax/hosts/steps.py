@@ -157,6 +157,8 @@ class Steps:
         budget = self._config.es.time_per_step
         allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         if now - host.leased_at > allowed:
+            if not host.late:
+                self._emit(Tell(f"{host.name} is late: it gets no pairs for a while"))
             host.set_late(now)
             self.release(host)
 
