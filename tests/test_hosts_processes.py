@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import SHARED, SMALL, TEXT, Fleet, Process, wait_until
+from test_hosts_transport import last_frame, more_frames, send_endlessly, stranger
 
 from esjax import Config, resume, train
 from esjax.checkpoint import digest
@@ -128,6 +131,26 @@ def test_row_14_a_browser_a_scan_and_a_silent_socket_cost_nothing(fleet: Fleet, 
         rude.sendall(np.random.default_rng(0).bytes(10_000))
     stop_after(fleet, server, 20)
     silent.close()
+
+
+def test_row_15_the_status_counts_what_the_port_turns_down(fleet: Fleet) -> None:
+    fleet.serve()
+    at = int(fleet.address.rsplit(":", 1)[1])
+
+    def counters() -> dict[str, int]:
+        return ask_status(fleet.address).counters
+
+    with (
+        closing(socket.create_connection(("127.0.0.1", at))),
+        closing(stranger(at)) as odd,
+        closing(stranger(at)) as mad,
+    ):
+        odd.sendall(last_frame(b"no request"))
+        threading.Thread(target=send_endlessly, args=(mad, more_frames(b"") * 10_000), daemon=True).start()
+        expected = {"connections without a handshake": 1, "messages without an envelope": 1}
+        if sys.platform == "linux":
+            expected["connections cut off"] = 1
+        wait_until(lambda: counters() == expected)
 
 
 def test_row_18_a_stranger_is_refused_and_told_why(fleet: Fleet) -> None:

@@ -197,7 +197,7 @@ class Coordinator:
             paused=self._paused,
             anchor=None if anchor is None else anchor.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
-            counters=dict(self.counters),
+            counters=dict(+self.counters),
         )
 
     # Requests.

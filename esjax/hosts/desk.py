@@ -97,9 +97,17 @@ class Desk:
             self._tick_at = now + TICK
         if now >= self._check_at:
             self._transport.check()
+            self._count()
             self._check_at = now + CHECK
         self.working_seconds += time.monotonic() - began
         return closed
+
+    def _count(self) -> None:
+        """Have the status tell what does not reach the coordinator."""
+        counters, transport = self._coordinator.counters, self._transport
+        counters["connections without a handshake"] = transport.strangers
+        counters["messages without an envelope"] = transport.rejected
+        counters["connections cut off"] = transport.cut_off
 
     def _answer(self, request: Request, now: float) -> list[StepInfo]:
         coordinator = self._coordinator
