@@ -64,11 +64,11 @@ def rows(folder: Path) -> list[dict]:
 def test_it_learns_to_beat_letter_frequencies(config: Config, model: GruConfig | RnnConfig) -> None:
     """Reference: the unigram model of the training documents, on the held-out ones."""
     config = replace(
-        config, steps=150, model=model, es=EsConfig(population_size=512), optim=OptimConfig(learning_rate=0.1)
+        config, steps=100, model=model, es=EsConfig(population_size=256), optim=OptimConfig(learning_rate=0.1)
     )
     trainer = train(config)
     infos = list(trainer)
-    assert len(infos) == 150
+    assert len(infos) == 100
     assert infos[-1].held_out is not None
     assert infos[-1].held_out < trainer.baselines["unigram"] - 0.3
     assert trainer.evaluate().nats_per_token == pytest.approx(infos[-1].held_out)
