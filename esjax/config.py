@@ -12,6 +12,9 @@ import msgspec
 
 from esjax.errors import EsjaxError
 
+MOST_SUMMED_PAIRS = 2**17
+"""Pairs of a step whose sums are sure to fit into 32 bits."""
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A group of settings; raises ValueError where one is of the wrong type or out of range."""
@@ -129,8 +132,9 @@ class DataConfig(Section):
 class EsConfig(Section):
     """Evolution strategies."""
 
-    space: Literal["full", "low_rank"] = "low_rank"
-    """Perturb every weight by itself, or each matrix by a product of few vectors."""
+    space: Literal["full", "low_rank", "activation"] = "low_rank"
+    """Perturb every weight by itself, each matrix by a product of few vectors, or what the layers compute: that gives a
+    reward for every token, and takes hosts a number per weight to exchange."""
 
     rank: int = 1
     """Rank of a low_rank perturbation."""
@@ -139,10 +143,10 @@ class EsConfig(Section):
     """Distribution of the perturbation: ±1, the same on all hardware, or normal."""
 
     sigma: float = 0.2
-    """Standard deviation of the perturbation, in units of each weight's typical size."""
+    """Standard deviation of the perturbation, in units of each weight's typical size; of activations, as it is."""
 
     population_size: int = 4096
-    """Members a step, both signs of each pair counted; even."""
+    """Members a step, both signs of each pair counted; even. space activation: noisy copies, a multiple of copies."""
 
     time_per_step: float | None = None
     """Seconds of evaluation a step, in place of a fixed population: as many pairs as fit."""
@@ -153,13 +157,75 @@ class EsConfig(Section):
     chunk_pairs: int | None = None
     """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
+    exchange: Literal["auto", "losses", "sums"] = "auto"
+    """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
+    activation, or more pairs than weights."""
+
+    copies: int = 16
+    """space activation: noisy copies that read a window beside a clean one; each window counts as a pair."""
+
+    discount: float = 0.7
+    """space activation: what noise on the state is rewarded for the next token but one, as a part of the next one."""
+
+    layer_sigma: dict[str, float] = {}
+    """space activation: another sigma for some pre-activations, by name."""
+
+    layer_discount: dict[str, float] = {}
+    """space activation: another discount for some pre-activations, by name."""
+
+    exact_logits: bool = False
+    """space activation: no noise on the logits; their error, probabilities less the token that came, is taken as it is.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "rank", "sigma", "population_size", "time_per_step")
+        _check_positive(self, "rank", "sigma", "population_size", "time_per_step", "copies")
         _check(
             self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
         )
-        _check(self.population_size % 2 == 0, f"population_size must be even, got {self.population_size}")
+        for name, value in {"discount": self.discount, **self.layer_discount}.items():
+            _check(0 <= value <= 1, f"discount must be from 0 to 1, got {value} for {name}")
+        for name, value in self.layer_sigma.items():
+            _check(math.isfinite(value) and value > 0, f"sigma must be above 0 and finite, got {value} for {name}")
+        members = self.members_per_pair
+        _check(
+            self.population_size % members == 0,
+            f"population_size must be even, got {self.population_size}"
+            if members == 2
+            else f"population_size must be a multiple of copies = {members}, got {self.population_size}",
+        )
+        if self.space == "activation":
+            _check(self.noise == "rademacher", "noise on activations is rademacher")
+            _check(
+                self.exchange != "losses", "space activation has a loss for every token; set exchange to sums or auto"
+            )
+        elif self.exchange == "sums":
+            _check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
+            _check(
+                self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}"
+            )
+        if self.space == "activation" or self.exchange == "sums":
+            _check(
+                self.pairs <= MOST_SUMMED_PAIRS,
+                f"exchange sums takes at most {MOST_SUMMED_PAIRS} pairs a step, got {self.pairs}",
+            )
+
+    @property
+    def members_per_pair(self) -> int:
+        """Members that are scored together: the two of a pair, or the noisy copies of a window."""
+        return self.copies if self.space == "activation" else 2
+
+    @property
+    def pairs(self) -> int:
+        """Pairs, or windows, of a fixed population."""
+        return self.population_size // self.members_per_pair
+
+    def sums(self, parameters: int) -> bool:
+        """Tell whether hosts hand in sums, for a model of so many parameters."""
+        if self.space == "activation" or self.exchange != "auto":
+            return self.exchange != "losses"
+        can = self.noise == "rademacher" and self.shaping in ("zscore", "sign") and self.time_per_step is None
+        return can and parameters < self.pairs <= MOST_SUMMED_PAIRS
 
 
 class OptimConfig(Section):

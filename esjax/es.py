@@ -4,6 +4,8 @@ The estimate of the gradient is the mean over pairs of (shaped weight * ε), in 
 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning", algorithm 2, with antithetic pairs).
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,12 +13,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int8, PyTree, UInt32
 
 from esjax.evaluate import make_deal
 from esjax.models.model import Params
 from esjax.noise import Space, Total, pair_seeds
+from esjax.sums import DIFFERENCE_STEPS, TAIL
+
+NORMAL_DEVIATION = (math.pi / 2) ** 0.5
+"""Standard deviation of a normal variable whose mean size is 1."""
 
 
 @struct.dataclass
@@ -28,12 +35,15 @@ class TrainState:
         params: The parameters around which members are perturbed.
         opt_state: State of the optax transformation.
         average: The parameters to evaluate and generate with: a running average of `params`.
+        spread: Standard deviation of the pairs' differences in the last step, in nats, where hosts hand in sums of
+            weighted perturbations; else 0.
     """
 
     step: PyTree
     params: PyTree
     opt_state: PyTree
     average: PyTree
+    spread: PyTree
 
 
 class UpdateInfo(NamedTuple):
@@ -64,7 +74,9 @@ ApplyTotal = Callable[[TrainState, Total, Float[Array, ""]], tuple[TrainState, U
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Start a run from its first parameters."""
-    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params), average=params)
+    return TrainState(
+        step=jnp.int32(0), params=params, opt_state=optimizer.init(params), average=params, spread=jnp.float32(0)
+    )
 
 
 def zero_total(space: Space, params: Params) -> Total:
@@ -109,23 +121,26 @@ def make_weigh_pairs(space: Space, mesh: Mesh) -> WeighPairs:
 
 
 def make_apply_total(
-    space: Space, optimizer: optax.GradientTransformation, units: PyTree, average_fraction: float
+    mean: Callable[[Total, Float[Array, ""]], Params],
+    optimizer: optax.GradientTransformation,
+    units: PyTree,
+    average_fraction: float,
 ) -> ApplyTotal:
     """Make the function that turns a total into the next state.
 
     Args:
-        space: How members differ from the parameters.
+        mean: `(total, scale) -> estimate`, see `Space.mean`.
         optimizer: Any optax transformation; it sees the estimate, and the parameters, in units of each leaf.
         units: Size of a typical entry of each leaf, see `Model.units`.
         average_fraction: Part of the run, in (0, 1], over which `TrainState.average` looks back, by
             polynomial-decay averaging (Shamir & Zhang 2013, section 4); 0: no averaging.
 
     Returns:
-        `(state, total, scale) -> (state, info)`; `scale * total` is the estimate. Jit it.
+        `(state, total, scale) -> (state, info)`. Jit it.
     """
 
     def apply_total(state: TrainState, total: Total, scale: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
-        estimate = space.mean(total, scale)
+        estimate = mean(total, scale)
         in_units = jax.tree.map(lambda leaf, unit: leaf / unit, state.params, units)
         updates, opt_state = optimizer.update(estimate, state.opt_state, in_units)
         params = jax.tree.map(lambda leaf, update, unit: leaf + unit * update, state.params, updates, units)
@@ -136,6 +151,31 @@ def make_apply_total(
             share = 1 / (average_fraction * state.step.astype(jnp.float32) + 1)
             average = jax.tree.map(lambda old, new: old + share * (new - old), state.average, params)
         info = UpdateInfo(optax.tree.norm(estimate), optax.tree.norm(updates))
-        return TrainState(step, params, opt_state, average), info
+        return TrainState(step, params, opt_state, average, state.spread), info
 
     return apply_total
+
+
+def make_apply_sum(
+    apply_total: ApplyTotal, params: Params
+) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
+    """Make the function that turns a sum of vectors, see `esjax.sums`, into the next state.
+
+    Args:
+        apply_total: See `make_apply_total`.
+        params: The parameters, for their shapes.
+
+    Returns:
+        `(state, total, scale) -> (state, info)`. Jit it.
+    """
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params))
+
+    def apply_sum(
+        state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""]
+    ) -> tuple[TrainState, UpdateInfo]:
+        state, info = apply_total(state, unravel(total[:-TAIL]), scale)
+        counted, _, differences = total[-TAIL:].astype(jnp.float32)
+        spread = NORMAL_DEVIATION * differences / DIFFERENCE_STEPS / jnp.maximum(counted, 1)
+        return dataclasses.replace(state, spread=spread), info
+
+    return apply_sum

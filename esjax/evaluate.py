@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
-from esjax.models.model import Model, Params, State
+from esjax.models.model import Model, Params, State, Tap
 from esjax.noise import Space
 from esjax.tokens import STOP
 
@@ -29,9 +29,12 @@ Evaluate = Callable[
 ]
 
 
-def consume(model: Model, params: Params, state: State, token: Int[Array, ""]) -> State:
-    """Consume a token; after STOP the state starts anew, since the next token opens another document."""
-    after = model.consume(params, state, token)
+def consume(model: Model, params: Params, state: State, token: Int[Array, ""], tap: Tap | None = None) -> State:
+    """Consume a token; after STOP the state starts anew, since the next token opens another document.
+
+    A model that is not `tapped` takes no tap.
+    """
+    after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
     fresh = model.initial_state(params)
     return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
 

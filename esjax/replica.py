@@ -9,16 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int8, Integer, UInt32
+from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
 from esjax.config import Config
 from esjax.data.packing import check_stream, draw_windows
 from esjax.errors import EsjaxError
-from esjax.es import TrainState, UpdateInfo, init_state, make_apply_total, make_weigh_pairs, zero_total
-from esjax.evaluate import Loss, cross_entropy, make_deal, make_evaluate_chunk
+from esjax.es import (
+    TrainState,
+    UpdateInfo,
+    init_state,
+    make_apply_sum,
+    make_apply_total,
+    make_weigh_pairs,
+    zero_total,
+)
+from esjax.evaluate import Loss, make_deal
 from esjax.models.model import Model, Params
-from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, make_space, pair_seeds, stream_seed
+from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
+from esjax.way import Way, make_way
 
 CPU_SEQUENCES = 512
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
@@ -52,6 +61,8 @@ class Replica:
         chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
             call and the devices, as long as it comes with the same others in a whole chunk.
         granule: Pairs that all devices together evaluate at a time; with fewer, some are idle.
+        numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
+        scale: Factor that makes a sum the estimate, times the number of pairs that count.
     """
 
     def __init__(
@@ -79,44 +90,58 @@ class Replica:
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         _check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
-        space = make_space(
-            model,
-            params,
-            space=config.es.space,
-            noise=config.es.noise,
-            sigma=config.es.sigma,
-            rank=config.es.rank,
-        )
-        window_length = config.data.burn_in + config.data.window
-        evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(config.data.burn_in))
+        way = make_way(config, model, params, loss)
+        data, es = config.data, config.es
+        window_length = data.burn_in + data.window
+
+        def draw(
+            pairs: UInt32[Array, " pairs"], tokens: Array, streams: _Streams, step: Array
+        ) -> tuple[UInt32[Array, "pairs 2"], Array]:
+            window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs)
+            windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
+            return pair_seeds(streams.perturbations, step, pairs), windows
 
         def score(
             chunk: Array, losses: Array, params: Params, tokens: Array, streams: _Streams, step: Array, pairs: Array
         ) -> Array:
-            window_seeds = pair_seeds(streams.windows, step // config.data.new_tokens_interval, pairs[chunk])
-            windows = draw_windows(tokens, window_seeds, config.data.batch_size, window_length)
-            seeds = pair_seeds(streams.perturbations, step, pairs[chunk])
-            return losses.at[chunk].set(evaluate_chunk(params, seeds, windows))
+            assert way.evaluate_chunk is not None
+            return losses.at[chunk].set(way.evaluate_chunk(params, *draw(pairs[chunk], tokens, streams, step)))
 
-        deal = make_deal(mesh, score)
+        def add_up(
+            chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
+        ) -> Array:
+            assert way.sum_chunk is not None
+            drawn = draw(pairs[chunk], tokens, streams, state.step)
+            are_there = jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
+            return total + way.sum_chunk(state.params, state.spread, *drawn, are_there)
+
+        deal, deal_sums = make_deal(mesh, score), make_deal(mesh, add_up)
 
         def score_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
             return deal(count, jnp.zeros((*pairs.shape, 2)), *arguments, pairs)
 
-        chunk_pairs = config.es.chunk_pairs or _chunk_pairs(config, model, space, params, mesh)
-        weighed_pairs = _weighed_pairs(config, space, mesh)
+        def sum_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
+            return deal_sums(count, jnp.zeros(way.numbers, jnp.int32), *arguments[:-1], pairs, arguments[-1])
+
+        chunk_pairs = es.chunk_pairs or _chunk_pairs(config, way, mesh)
         self.model = model
         self.chunk_pairs = chunk_pairs
         self.granule = chunk_pairs * mesh.size
+        self.numbers = way.numbers
+        self.scale = way.scale
         self._mesh = mesh
         self._window_length = window_length
         self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
-        self._weighed_at_once = _shape_of_call(CALL_WEIGHED_PAIRS, weighed_pairs, mesh)
         self._score = jax.jit(score_pairs)
-        self._weigh = jax.jit(make_weigh_pairs(space, mesh))
-        self._apply = jax.jit(make_apply_total(space, optimizer, model.units(params), config.optim.average))
+        self._sum = jax.jit(sum_pairs)
+        apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
+        self._apply = jax.jit(apply_total)
+        self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
         self.state: TrainState = self._on_every_device(init_state(params, optimizer))
-        self._zero_total = self._on_every_device(zero_total(space, params))
+        if way.space is not None:
+            self._weighed_at_once = _shape_of_call(CALL_WEIGHED_PAIRS, _weighed_pairs(config, way.space, mesh), mesh)
+            self._weigh = jax.jit(make_weigh_pairs(way.space, mesh))
+            self._zero_total = self._on_every_device(zero_total(way.space, params))
         # Arguments, not constants: a run of another seed finds its programs compiled already.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
@@ -151,6 +176,25 @@ class Replica:
         ]
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
 
+    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
+        """Add up what some pairs of the present step say, see `esjax.sums`.
+
+        Args:
+            pairs: Indices, as for `losses`; whole chunks, as they are cut, but for the last.
+        """
+        assert self._tokens is not None, "there is nothing to score on before use_tokens"
+        total = np.zeros(self.numbers, np.int32)
+        done = 0
+        for count, part in _calls(self._scored_at_once, pairs.astype(np.uint32)):
+            left = np.int32(len(pairs) - done)
+            total += np.asarray(self._sum(count, part, self.state, self._tokens, self._streams, left))
+            done += part.size
+        return total
+
+    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float) -> UpdateInfo:
+        """Update with the sum of what the step's pairs say; see `apply`."""
+        return self._take(*self._apply_sum(self.state, total, np.float32(scale)))
+
     def apply(
         self, pairs: Integer[np.ndarray, " pairs"], weights: Int8[np.ndarray, " pairs"], scale: float
     ) -> UpdateInfo:
@@ -161,7 +205,9 @@ class Replica:
         total = self._zero_total
         for count, *part in _calls(self._weighed_at_once, pairs.astype(np.uint32), weights):
             total = self._weigh(total, self._streams.perturbations, self.state.step, *part, count)
-        state, info = self._apply(self.state, total, np.float32(scale))
+        return self._take(*self._apply(self.state, total, np.float32(scale)))
+
+    def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
             self.state = state
         else:
@@ -217,18 +263,13 @@ def _check_float32(params: Params) -> None:
             raise EsjaxError(f"parameter {jax.tree_util.keystr(path)} of the model is {leaf.dtype}; make it float32")
 
 
-def _chunk_pairs(config: Config, model: Model, space: Space, params: Params, mesh: Mesh) -> int:
-    pair_bytes = 4 * space.numbers
-    if config.es.space == "full" or not model.factored:
-        pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if mesh.devices.flat[0].platform == "cpu":
-        sequences, room = CPU_SEQUENCES, CPU_BYTES
-    else:
-        sequences, room = ACCELERATOR_SEQUENCES, ACCELERATOR_BYTES
-    pairs = min(sequences // config.data.batch_size, room // pair_bytes)
+def _chunk_pairs(config: Config, way: Way, mesh: Mesh) -> int:
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    sequences = CPU_SEQUENCES if is_cpu else ACCELERATOR_SEQUENCES
+    pairs = min(sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // way.pair_bytes)
+    pairs = 2 * pairs // config.es.members_per_pair
     if config.es.time_per_step is None:
-        shares = CPU_CHUNKS if room == CPU_BYTES else mesh.size
-        pairs = min(pairs, -(-config.es.population_size // (2 * shares)))
+        pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if is_cpu else mesh.size)))
     return max(pairs, 2)
 
 
@@ -239,5 +280,5 @@ def _weighed_pairs(config: Config, space: Space, mesh: Mesh) -> int:
     else:
         pairs = min(ACCELERATOR_WEIGHED_PAIRS, ACCELERATOR_BYTES // pair_bytes)
     if config.es.time_per_step is None:
-        pairs = min(pairs, -(-config.es.population_size // (2 * mesh.size)))
+        pairs = min(pairs, -(-config.es.pairs // mesh.size))
     return max(1, min(pairs, space.exact_pairs))

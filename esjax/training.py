@@ -197,7 +197,7 @@ class Trainer:
             if record.kind == UPDATE and record.step == self.step:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
                 make_update(self._replica, record.payload)
-                self._member_tokens += 2 * pairs * data.batch_size * data.window
+                self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
 
     def _set_up(self, ledger: Ledger | None) -> Alone:
         def record(step: int, payload: bytes) -> None:
@@ -211,9 +211,7 @@ class Trainer:
         return Alone(
             config,
             engine,
-            step=self.step,
-            chunk_pairs=replica.chunk_pairs,
-            granule=replica.granule,
+            replica=replica,
             record=record,
             block=blocks,
         )

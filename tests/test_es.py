@@ -123,7 +123,7 @@ def step_by_hand(optimizer: optax.GradientTransformation, average: float, steps:
     """Run a few updates with made-up weights."""
     model = MODELS["gru"]
     space = space_of(model)
-    apply = jax.jit(make_apply_total(space, optimizer, model.unit, average))
+    apply = jax.jit(make_apply_total(space.mean, optimizer, model.unit, average))
     state = init_state(params_of(model), optimizer)
     states = [state]
     for step in range(steps):
@@ -157,7 +157,7 @@ def test_the_norms_are_in_units_of_each_leaf() -> None:
     optimizer = optax.sgd(0.5)
     state = init_state(params_of(model), optimizer)
     total = weigh(space, 1, 20, np.arange(40), WEIGHTS, step=0)
-    after, info = make_apply_total(space, optimizer, model.unit, 0)(state, total, jnp.float32(0.01))
+    after, info = make_apply_total(space.mean, optimizer, model.unit, 0)(state, total, jnp.float32(0.01))
     moved = jax.tree.map(
         lambda new, old, unit: np.sum(((new - old) / unit) ** 2), after.params, state.params, model.unit
     )

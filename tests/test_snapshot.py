@@ -102,7 +102,9 @@ def test_a_state_comes_back_bit_by_bit() -> None:
 @given(st.binary(min_size=40, max_size=40))
 def test_any_bits_come_back(content: bytes) -> None:
     floats = jnp.asarray(np.frombuffer(content, np.float32))
-    state = TrainState(jnp.int32(0), {"floats": floats}, (), jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)))
+    state = TrainState(
+        jnp.int32(0), {"floats": floats}, (), jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)), ()
+    )
     read = from_bytes(to_bytes(state), state)
     assert np.asarray(read.params["floats"]).tobytes() == np.asarray(read.average).tobytes() == content
 

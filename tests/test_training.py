@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of
 from jaxtyping import Array
 
 import esjax
@@ -25,8 +24,6 @@ from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, R
 from esjax.errors import EsjaxError
 from esjax.models import Model, gru
 from esjax.models.model import Params
-from esjax.noise import make_space
-from esjax.replica import _chunk_pairs
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
 
@@ -338,13 +335,6 @@ def test_a_missing_held_out_part_is_said(config: Config, tmp_path: Path) -> None
     train(replace(config, data=data), tell=told.append)
     assert len(told) == 1
     assert "no document is held out" in told[0]
-
-
-def test_many_cores_share_a_population(config: Config) -> None:
-    """The defaults cut it into 16 chunks whatever the number of devices, so that 16 cores have work."""
-    replica = train(replace(config, es=EsConfig(population_size=4096)))._replica
-    space = make_space(replica.model, replica.state.params, space="low_rank", noise="rademacher", sigma=0.1, rank=1)
-    assert _chunk_pairs(Config(), replica.model, space, replica.state.params, mesh_of(4)) == 2048 // 16
 
 
 def test_a_first_ctrl_c_stops_and_a_second_acts_as_before(config: Config) -> None:

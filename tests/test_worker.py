@@ -441,7 +441,7 @@ def test_a_broadcast_that_comes_twice_makes_no_work() -> None:
 def test_a_host_that_lags_behind_hands_in_the_digest_of_the_step_that_was_asked_for() -> None:
     worker = Worker("one", "", "", ANSWERS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
     worker.request(0.0)
-    worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, UNIT, 1, None)), 0.0)
+    worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, UNIT, 1, None, 0)), 0.0)
     for step in range(1, 7):
         asked = wire.Step(RUN, 1, step, [], digest=step == 3, measure=0 if step == 5 else None)
         worker.receive(Envelope(asked, update_of(step - 1)), 0.0)

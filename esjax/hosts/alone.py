@@ -14,6 +14,7 @@ from esjax.hosts.engine import Engine
 from esjax.hosts.memory import exchange
 from esjax.hosts.tasks import Apply, Done, Failed
 from esjax.hosts.worker import Worker
+from esjax.replica import Replica
 
 NOW = 0.0
 """The time: it stands still, since nobody can be late or lost."""
@@ -44,9 +45,7 @@ class Alone:
         config: Config,
         engine: Engine,
         *,
-        step: int,
-        chunk_pairs: int,
-        granule: int,
+        replica: Replica,
         record: Callable[[int, bytes], None],
         block: Callable[[int], bytes] | None = None,
     ) -> None:
@@ -54,20 +53,28 @@ class Alone:
 
         Args:
             config: Settings.
-            engine: With its replica.
-            step: Step of the replica.
-            chunk_pairs: Pairs that are never split.
-            granule: Pairs that the devices like to score at a time.
+            engine: Does the tasks.
+            replica: The engine's.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
-        terms = Terms(run="", epoch=1, unit=chunk_pairs, vocab_size=0, answers={}, own={})
+        step = int(replica.state.step)
+        terms = Terms(
+            run="",
+            epoch=1,
+            unit=replica.chunk_pairs,
+            vocab_size=0,
+            answers={},
+            own={},
+            numbers=replica.numbers,
+            scale=replica.scale,
+        )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(
             config, terms, step=step, now=NOW, rng=rng, text=NO_TEXT, block=block, with_rounds=False
         )
         self._worker = Worker(
-            "alone", "", "", {}, {}, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=granule
+            "alone", "", "", {}, {}, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
         )
         self._engine = engine
         self._record = record

@@ -20,6 +20,7 @@ from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
 from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Rounds
 from esjax.hosts.steps import Steps
 from esjax.hosts.wire import Envelope, Message
+from esjax.hosts.work import Values
 
 PULSE = 2.0
 """Seconds between signs of life."""
@@ -234,6 +235,7 @@ class Coordinator:
             unit=terms.unit,
             block_interval=self.config.data.new_tokens_interval,
             budget=self.config.es.time_per_step,
+            numbers=terms.numbers,
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
@@ -269,8 +271,8 @@ class Coordinator:
         if message.step > self.step:
             return self._strike(host, f"losses for step {message.step}, which has not begun")
         pairs = sum(count for _, count in message.spans)
-        losses = wire.losses_of(body, pairs) if message.dtype == "<f4" else None
-        if losses is None:
+        values = self._values(message, body, pairs)
+        if values is None:
             return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
         if not 0 <= message.seconds < math.inf:
             return self._strike(host, f"losses after {message.seconds} s")
@@ -281,7 +283,7 @@ class Coordinator:
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
             return self._rejected("the state of this host is not the right one")
-        fault = self._steps.take(host, message, losses, now)
+        fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
@@ -289,6 +291,12 @@ class Coordinator:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
         self._steps.go_on(now)
         return self._ok(host)
+
+    def _values(self, message: wire.Losses, body: bytes, pairs: int) -> Values | None:
+        numbers = self.terms.numbers
+        if message.dtype != ("<i4" if numbers else "<f4"):
+            return None
+        return wire.sums_of(body, len(message.spans), numbers) if numbers else wire.losses_of(body, pairs)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)

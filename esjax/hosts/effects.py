@@ -38,6 +38,8 @@ class Terms(NamedTuple):
         own: Names of the run's own model, loss and optimizer.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
+        numbers: Length of the sums that hosts hand in; 0: they hand in losses.
+        scale: Factor that makes the sum of them the estimate, times the number of pairs that count.
     """
 
     run: str
@@ -48,6 +50,8 @@ class Terms(NamedTuple):
     own: dict[str, str]
     publish_port: int = 0
     state_bytes: int = 0
+    numbers: int = 0
+    scale: float = 0.0
 
     def objection(self, join: Join, noise: str) -> str:
         """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""

@@ -77,8 +77,11 @@ class Engine:
         assert replica is not None
         if isinstance(task, Score):
             started = time.perf_counter()
-            losses = replica.losses(wire.pairs_of(task.spans))
-            return Scored(losses, share_number(time.perf_counter() - started))
+            if replica.numbers:
+                values = np.stack([replica.sums(wire.pairs_of([span])) for span in task.spans])
+            else:
+                values = replica.losses(wire.pairs_of(task.spans))
+            return Scored(values, share_number(time.perf_counter() - started))
         if isinstance(task, Apply):
             return self._apply(replica, task)
         if isinstance(task, Load):
@@ -148,7 +151,12 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
     if not update.header.applied:
         replica.skip()
         return None, None
-    info = replica.apply(update.pairs(), update.weights, update.header.scale)
+    if update.header.numbers != replica.numbers:
+        raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
+    if replica.numbers:
+        info = replica.apply_sum(update.weights.astype(np.int32), update.header.scale)
+    else:
+        info = replica.apply(update.pairs(), update.weights, update.header.scale)
     return float(info.gradient_norm), float(info.update_norm)
 
 
@@ -156,6 +164,9 @@ def _compile(replica: Replica) -> None:
     """Run everything once, so that the first step is as fast as the others."""
     first = replica.state
     pairs = np.arange(replica.granule, dtype=np.uint32)
-    replica.losses(pairs)
-    replica.apply(pairs, np.ones(len(pairs), np.int8), 0.0)
+    if replica.numbers:
+        replica.apply_sum(replica.sums(pairs), 0.0)
+    else:
+        replica.losses(pairs)
+        replica.apply(pairs, np.ones(len(pairs), np.int8), 0.0)
     replica.state = first

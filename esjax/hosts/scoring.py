@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 from numpy import ndarray
 
 from esjax.hosts import wire
@@ -21,10 +20,10 @@ MOST_PAIRS = wire.MAX_REQUEST // 8
 
 
 class Scored(NamedTuple):
-    """Losses of pairs, and the seconds that they took."""
+    """Losses of pairs, or a sum for each span of them, and the seconds that they took."""
 
     spans: list[Span]
-    losses: Float32[ndarray, "pairs 2"]
+    values: Float32[ndarray, "pairs 2"] | Int32[ndarray, "spans numbers"]
     seconds: float
 
 
@@ -33,7 +32,7 @@ class HandIn(NamedTuple):
 
     Attributes:
         spans: The pairs.
-        body: Their losses, two float32 a pair.
+        body: Their losses, two float32 a pair, or their sums.
         seconds: Time that scoring them took.
         final: Whether nothing more comes for this step.
     """
@@ -51,7 +50,7 @@ class Scoring:
         step: The step.
     """
 
-    def __init__(self, step: int, unit: int, granule: int, budget: float | None) -> None:
+    def __init__(self, step: int, unit: int, granule: int, budget: float | None, numbers: int = 0) -> None:
         """Begin with nothing to do.
 
         Args:
@@ -59,8 +58,10 @@ class Scoring:
             unit: Pairs that are never split.
             granule: Pairs that the devices like to score at a time.
             budget: Seconds to score for, or None: all pairs that come.
+            numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
         """
         self.step = step
+        self._most_spans = wire.MAX_REQUEST // (4 * numbers) if numbers else wire.SPAN_LIMIT
         self._unit, self._granule, self._budget = unit, granule, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
@@ -91,7 +92,7 @@ class Scoring:
         left = min(granules * self._granule, MOST_PAIRS)
         taken: list[Span] = []
         for first, count in self._spans:
-            if left <= 0:
+            if left <= 0 or len(taken) == self._most_spans:
                 break
             pairs = min(count, -(-left // self._unit) * self._unit)
             taken.append((first, pairs))
@@ -118,16 +119,16 @@ class Scoring:
         final = not self._spans
         if not self._parts or not (final or everything or now - self._since > HAND_IN):
             return None
-        pairs = spans = self._offered = 0
+        size = spans = self._offered = 0
         for part in self._parts:
-            pairs, spans = pairs + len(part.losses), spans + len(part.spans)
-            if self._offered and (pairs > MOST_PAIRS or spans > wire.SPAN_LIMIT):
+            size, spans = size + part.values.nbytes, spans + len(part.spans)
+            if self._offered and (size > wire.MAX_REQUEST or spans > wire.SPAN_LIMIT):
                 break
             self._offered += 1
         parts = self._parts[: self._offered]
         return HandIn(
             [span for part in parts for span in part.spans],
-            np.concatenate([part.losses for part in parts]).astype("<f4").tobytes(),
+            b"".join(part.values.astype(part.values.dtype.newbyteorder("<")).tobytes() for part in parts),
             sum(part.seconds for part in parts),
             final and len(parts) == len(self._parts),
         )

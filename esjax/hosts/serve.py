@@ -157,6 +157,11 @@ class Server:
         own = self._own
         build = own.model or (lambda size: build_model(config.model, size))
         replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.loss, own.optimizer)
+        if 4 * replica.numbers > wire.MAX_REQUEST:
+            raise EsjaxError(
+                f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
+                "choose a smaller model, or es.exchange losses with noise on weights"
+            )
         if not checkpoints.newest and not any(folder.checkpoints.iterdir()):
             checkpoints.save(replica.state, 0.0, 0)
         restored = restore_newest(folder.checkpoints, replica.state, self.tell)
@@ -195,6 +200,8 @@ class Server:
                 own=folder.own,
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
+                numbers=replica.numbers,
+                scale=replica.scale,
             ),
             step=first + len(since),
             now=now,
@@ -205,7 +212,7 @@ class Server:
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
             block=blocks,
         )
-        members = sum(2 * pairs for update in since for _, pairs in update.header.spans)
+        members = config.es.members_per_pair * sum(pairs for update in since for _, pairs in update.header.spans)
         a_member = config.data.batch_size * config.data.window
         desk = Desk(
             config,

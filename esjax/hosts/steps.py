@@ -12,7 +12,8 @@ from esjax.hosts.effects import Closed, Effect, Publish, Record, Tell, Terms
 from esjax.hosts.roster import Host, Roster, speeds_of
 from esjax.hosts.rounds import NOTHING_ELSE, Plan, Rounds
 from esjax.hosts.wire import Envelope, Message, Span
-from esjax.hosts.work import FixedPopulation, Lease, Losses, TimeBudget, Work
+from esjax.hosts.work import FixedPopulation, Lease, Result, TimeBudget, Values, Work
+from esjax.sums import LARGEST, conclude
 
 STUCK = 30.0
 """Seconds with work and without progress after which a host counts as hung, unless the others are as slow."""
@@ -70,10 +71,10 @@ class Steps:
         self._trouble = ""
         self._is_stopped = False
 
-    def take(self, host: Host, message: wire.Losses, losses: Losses, now: float) -> str:
-        """Take in a host's losses; return why not, or ""."""
+    def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
+        """Take in a host's losses, or sums; return why not, or ""."""
         was_busy = self._work.busy(host.slot)
-        fault = self._work.accept(host.slot, message.spans, losses, message.final)
+        fault = self._work.accept(host.slot, message.spans, values, message.final)
         if was_busy and not self._work.busy(host.slot):
             host.set_finished(now)
         return fault
@@ -133,14 +134,13 @@ class Steps:
             self._publish(wire.Extra(self._terms.run, self._terms.epoch, self.step, [*some]))
 
     def _new_work(self) -> Work:
-        es = self._config.es
+        es, sums = self._config.es, self._terms.numbers > 0
         if es.time_per_step is not None:
-            return TimeBudget(es.time_per_step)
-        pairs = es.population_size // 2
-        units = -(-pairs // self._terms.unit)
+            return TimeBudget(es.time_per_step, sums=sums)
+        units = -(-es.pairs // self._terms.unit)
         share = self._config.hosts.spot_check
         checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
-        return FixedPopulation(pairs, self._terms.unit, checked)
+        return FixedPopulation(es.pairs, self._terms.unit, checked, sums=sums)
 
     def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
         idle = now - max(host.progress_at, host.leased_at)
@@ -190,29 +190,41 @@ class Steps:
         return leases
 
     def _close(self, now: float) -> None:
-        """Make an update of the losses, and open the next step."""
-        spans, losses = self._work.result()
+        """Make an update of what came in, and open the next step."""
+        spans, result = self._work.result()
+        pairs = sum(count for _, count in spans)
         for host in self._roster:
-            host.share = self._work.count(host.slot) / len(losses)
+            host.share = self._work.count(host.slot) / pairs
             host.slowness = None
-        self._measure_rate(losses.size, now)
-        es = self._config.es
-        shaped = shape(losses, es.shaping, es.sigma)
-        finite = losses[np.abs(losses) < LARGEST_LOSS]
-        self.loss = float(finite.mean()) if finite.size else None
-        weights = shaped.weights[:0] if shaped.trouble else shaped.weights
-        header = wire.UpdateHeader(self.step, spans, shaped.scale, not shaped.trouble, self.loss, shaped.void_pairs)
-        payload = wire.pack_update(wire.Update(header, weights))
+        members = pairs * self._config.es.members_per_pair
+        self._measure_rate(members, now)
+        update, trouble = self._make_update(spans, result)
+        self.loss = update.header.loss
+        payload = wire.pack_update(update)
         self._emit(Record(self.step, payload))
         self.step += 1
         self._work = self._new_work()
         plan = self._rounds.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
-        self._emit(Closed(self.step, loss, losses.size, shaped.void_pairs, shaped.trouble))
-        if shaped.trouble and shaped.trouble != self._trouble:
-            self._emit(Tell(f"step {self.step}: {shaped.trouble}; no update"))
-        self._trouble = shaped.trouble
+        self._emit(Closed(self.step, loss, members, update.header.void_pairs, trouble))
+        if trouble and trouble != self._trouble:
+            self._emit(Tell(f"step {self.step}: {trouble}; no update"))
+        self._trouble = trouble
+
+    def _make_update(self, spans: list[Span], result: Result) -> tuple[wire.Update, str]:
+        """Make the update of a step, and say why it must not be applied, or ""."""
+        es, numbers = self._config.es, self._terms.numbers
+        if numbers:
+            total = np.clip(result, -LARGEST, LARGEST)
+            scale, loss, void_pairs, trouble = conclude(total, sum(count for _, count in spans), self._terms.scale)
+        else:
+            total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma)
+            finite = result[np.abs(result) < LARGEST_LOSS]
+            loss = float(finite.mean()) if finite.size else None
+        dtype = wire.smallest_type(total) if numbers else "|i1"
+        header = wire.UpdateHeader(self.step, spans, scale, not trouble, loss, void_pairs, numbers, dtype)
+        return wire.Update(header, total[:0] if trouble else total), trouble
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data

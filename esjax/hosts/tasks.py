@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from esjax.hosts.wire import Span
 
@@ -85,9 +85,9 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """Of `Score`."""
+    """Of `Score`: losses of the pairs, or a sum for each span of them."""
 
-    losses: Float32[np.ndarray, "pairs 2"]
+    values: Float32[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]
     seconds: float
 
 

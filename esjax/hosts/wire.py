@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32, Int8, UInt32
+from jaxtyping import Float32, Int, Int32, UInt32
 
 VERSION = 1
 """Version of the protocol: hosts of another one are refused."""
@@ -148,13 +148,13 @@ class Beat(Message, frozen=True, tag="beat"):
 
 
 class Losses(Message, frozen=True, tag="losses"):
-    """Hand in losses; the body holds two float32 a pair, span after span.
+    """Hand in what scoring gave: two float32 a pair, span after span; or a sum for each span, see `esjax.sums`.
 
     Attributes:
         spans: The pairs.
         seconds: Time that scoring them took.
         final: Whether nothing more comes from this host for this step.
-        dtype: "<f4".
+        dtype: "<f4" for losses, "<i4" for sums.
         gradient_norm: Norm of the estimate of the update before this step, or None.
         update_norm: Norm of that update, or None.
     """
@@ -236,6 +236,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
         unit: Pairs that are never split between hosts.
         block_interval: Steps for which a block of tokens is used.
         budget: Seconds to score for in a step, or None: all pairs of a lease.
+        numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
     """
 
     run: Short
@@ -253,6 +254,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     unit: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
     block_interval: Positive
     budget: float | None
+    numbers: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
 
 
 class Part(Message, frozen=True, tag="part"):
@@ -483,6 +485,8 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         applied: False for a step that was found void: it is counted, and changes nothing.
         loss: Mean of the finite losses; None: there is none.
         void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
+        numbers: Length of the sum over all pairs, see `esjax.sums`; 0: there is a weight for each pair.
+        dtype: Of the weights or of the sum.
     """
 
     step: Whole
@@ -491,13 +495,15 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     applied: bool
     loss: float | None
     void_pairs: Whole
+    numbers: Whole = 0
+    dtype: Literal["|i1", "<i2", "<i4"] = "|i1"
 
 
 class Update(NamedTuple):
-    """An update: a header, and an int8 weight a pair, none if it is not applied."""
+    """An update: a header, and a weight for each pair or the sum over all of them; no numbers if it is not applied."""
 
     header: UpdateHeader
-    weights: Int8[np.ndarray, " pairs"]
+    weights: Int[np.ndarray, " numbers"]
 
     def pairs(self) -> UInt32[np.ndarray, " pairs"]:
         """List the pairs' numbers, in the order of the weights."""
@@ -511,7 +517,7 @@ _LENGTH = struct.Struct("<I")
 def pack_update(update: Update) -> bytes:
     """Turn an update into bytes: length of the header, header, weights."""
     header = _ENCODER.encode(update.header)
-    return _LENGTH.pack(len(header)) + header + update.weights.tobytes()
+    return _LENGTH.pack(len(header)) + header + update.weights.astype(update.header.dtype).tobytes()
 
 
 def unpack_update(data: bytes) -> Update:
@@ -529,10 +535,11 @@ def unpack_update(data: bytes) -> Update:
         header = _UPDATE.decode(memoryview(data)[_LENGTH.size : end])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise WireError(str(error)[:200]) from error
-    expected = sum(count for _, count in header.spans) if header.applied else 0
-    if len(data) - end != expected:
-        raise WireError(f"an update has {len(data) - end} weights for {expected} pairs")
-    return Update(header, np.frombuffer(data, np.int8, offset=end))
+    expected = header.numbers or sum(count for _, count in header.spans) if header.applied else 0
+    dtype = np.dtype(header.dtype)
+    if len(data) - end != expected * dtype.itemsize:
+        raise WireError(f"an update has {len(data) - end} bytes for {expected} numbers of type {header.dtype}")
+    return Update(header, np.frombuffer(data, dtype, offset=end))
 
 
 def is_update(data: bytes, step: int) -> bool:
@@ -548,6 +555,19 @@ def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
     return np.concatenate(
         [np.zeros(0, np.uint32), *(np.arange(first, first + count, dtype=np.uint32) for first, count in spans)]
     )
+
+
+def smallest_type(numbers: Int[np.ndarray, " numbers"]) -> Literal["|i1", "<i2", "<i4"]:
+    """Choose the smallest type that holds all numbers."""
+    size = int(np.abs(numbers).max(initial=0))
+    return "|i1" if size < 2**7 else "<i2" if size < 2**15 else "<i4"
+
+
+def sums_of(body: bytes, spans: int, numbers: int) -> Int32[np.ndarray, "spans numbers"] | None:
+    """Read the body of `Losses` that holds sums; None if it is not of the stated size."""
+    if len(body) != 4 * spans * numbers:
+        return None
+    return np.frombuffer(body, "<i4").reshape(spans, numbers)
 
 
 def losses_of(body: bytes, pairs: int) -> Float32[np.ndarray, "pairs 2"] | None:

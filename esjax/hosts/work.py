@@ -7,11 +7,11 @@ of pairs of its own, and the population is what came back.
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, Int64
 from numpy import ndarray
 
 from esjax.hosts.wire import Span
@@ -22,9 +22,18 @@ SLOT_PAIRS = 2**20
 AGREE = 1e-4
 """Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
 
+AGREE_SUMS = 1e-3
+"""The same for two sums over a unit, as a part of their largest number."""
+
 NO_DELAYS: Mapping[int, float] = {}
 
 Losses = Float32[ndarray, "pairs 2"]
+Sums = Int32[ndarray, "spans numbers"]
+Values = Losses | Sums
+"""What is handed in: the losses of pairs, or a sum for each span of them."""
+
+Result = Losses | Int64[ndarray, " numbers"]
+"""What a step comes to: the losses of all its pairs, or the sum over them."""
 
 
 class Lease(NamedTuple):
@@ -47,8 +56,8 @@ class Work(Protocol):
             delays: Seconds before some of them can begin.
         """
 
-    def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
-        """Take in losses; return why not, or ""."""
+    def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
+        """Take in losses, or sums; return why not, or ""."""
 
     def release(self, slot: int) -> None:
         """Take a host's open pairs from it; what it still hands in may count."""
@@ -76,8 +85,8 @@ class Work(Protocol):
     def complete(self) -> bool:
         """Whether nothing more is to be waited for."""
 
-    def result(self) -> tuple[list[Span], Losses]:
-        """Return the pairs and their losses, in an order that does not depend on who scored what."""
+    def result(self) -> tuple[list[Span], Result]:
+        """Return the pairs and what they come to, which does not depend on who scored what."""
 
     def liars(self, trusted: int | None) -> set[int]:
         """List the hosts whose losses of a pair that was scored twice were wrong."""
@@ -90,9 +99,10 @@ class _Unit:
         """Begin with nobody at work."""
         self.rows = rows
         self.opinions = 1
+        self.is_checked = False
         self.given: set[int] = set()
         self.holders: set[int] = set()
-        self.answers: dict[int, Losses] = {}
+        self.answers: dict[int, ndarray] = {}  # losses of its pairs; or the sum over it and others, the same array
 
     @property
     def size(self) -> int:
@@ -104,7 +114,12 @@ class _Unit:
         """How many hosts more should be at it."""
         return self.opinions - len(self.answers) - len(self.holders)
 
-    def verdict(self) -> Losses | None:
+    @property
+    def is_settled(self) -> bool:
+        """Whether no more answers are wanted."""
+        return len(self.answers) >= self.opinions
+
+    def verdict(self) -> ndarray | None:
         """Return the answer that two hosts agree on, or None."""
         answers = list(self.answers.values())
         pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
@@ -114,15 +129,16 @@ class _Unit:
 class FixedPopulation:
     """Pairs 0 to `pairs - 1`, in units."""
 
-    def __init__(self, pairs: int, unit: int, checked: Sequence[int] = ()) -> None:
+    def __init__(self, pairs: int, unit: int, checked: Sequence[int] = (), *, sums: bool = False) -> None:
         """Begin with nobody at work.
 
         Args:
             pairs: Pairs of the population.
             unit: Pairs of a unit; the last one may be smaller.
             checked: Units that two hosts are to score, and a third one where they disagree.
+            sums: Whether sums are handed in, and not losses.
         """
-        self._pairs, self._unit = pairs, unit
+        self._pairs, self._unit, self._sums = pairs, unit, sums
         self._units = [_Unit(slice(first, min(first + unit, pairs))) for first in range(0, pairs, unit)]
         self._missing = len(self._units)
         self._lacking = set(range(len(self._units)))
@@ -130,7 +146,7 @@ class FixedPopulation:
         self._counts: Counter[int] = Counter()
         self._checked = [self._units[i] for i in checked]
         for checked_unit in self._checked:
-            checked_unit.opinions = 2
+            checked_unit.opinions, checked_unit.is_checked = 2, True
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Work.lease`: each unit to the host that would be done with it first."""
@@ -169,24 +185,41 @@ class FixedPopulation:
             for i in sorted(numbers)[shares[slot] :]:  # those that it comes to last
                 self._drop(i, slot)
 
-    def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
+    def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
         """See `Work.accept`: whole units that the host was given; a unit that is there already is taken as read."""
-        numbers: list[int] = []
+        groups: list[range] = []
         for first, count in spans:
             end = first + count
             if first % self._unit or end > self._pairs or (end % self._unit and end != self._pairs):
                 return f"pairs {first} to {end - 1} are no whole units"
-            numbers += range(first // self._unit, -(-end // self._unit))
+            groups.append(range(first // self._unit, -(-end // self._unit)))
+        numbers = [i for group in groups for i in group]
         if len(numbers) != len(set(numbers)):
             return "a pair is named twice"
         if any(slot not in self._units[i].given for i in numbers):
             return "these pairs were never assigned to this host"
+        if self._sums:
+            if any(self._units[i].is_checked for group in groups if len(group) > 1 for i in group):
+                return "pairs that are scored twice are summed with others"
+            for group, total in zip(groups, values, strict=True):
+                self._answer_together(group, slot, total)
+            return ""
         at = 0
         for i in numbers:
             size = self._units[i].size
-            self._answer(i, slot, losses[at : at + size])
+            self._answer(i, slot, values[at : at + size])
             at += size
         return ""
+
+    def _answer_together(self, group: range, slot: int, total: ndarray) -> None:
+        """Take in a host's sum over some units: as a whole, or not at all if one of them is in already."""
+        units = [self._units[i] for i in group]
+        if any(unit.is_settled or slot in unit.answers for unit in units):
+            for i in group:
+                self._drop(i, slot)
+        else:
+            for i in group:
+                self._answer(i, slot, total)
 
     def release(self, slot: int) -> None:
         """See `Work.release`."""
@@ -230,13 +263,16 @@ class FixedPopulation:
         """See `Work.complete`: every unit is in, and no second opinion is under way."""
         return not self._missing and not any(unit.holders for unit in self._checked)
 
-    def result(self) -> tuple[list[Span], Losses]:
+    def result(self) -> tuple[list[Span], Result]:
         """See `Work.result`."""
-        losses = np.empty((self._pairs, 2), np.float32)
-        for unit in self._units:
-            verdict = unit.verdict() if len(unit.answers) > 1 else None
-            losses[unit.rows] = next(iter(unit.answers.values())) if verdict is None else verdict
-        return [(0, self._pairs)], losses
+        answers = [unit.verdict() if len(unit.answers) > 1 else None for unit in self._units]
+        chosen = [
+            next(iter(unit.answers.values())) if answer is None else answer
+            for unit, answer in zip(self._units, answers, strict=True)
+        ]
+        if self._sums:
+            return [(0, self._pairs)], _add_up({id(total): total for total in chosen}.values())
+        return [(0, self._pairs)], np.concatenate(chosen)
 
     def liars(self, trusted: int | None) -> set[int]:
         """See `Work.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
@@ -249,16 +285,16 @@ class FixedPopulation:
                 found |= {slot for slot, answer in unit.answers.items() if not _agree(answer, right)}
         return found
 
-    def _answer(self, i: int, slot: int, losses: Losses) -> None:
-        """Take in a host's losses of a unit."""
+    def _answer(self, i: int, slot: int, answer: ndarray) -> None:
+        """Take in what a host found of a unit."""
         unit = self._units[i]
         self._drop(i, slot)
-        if slot in unit.answers or len(unit.answers) >= unit.opinions:
+        if slot in unit.answers or unit.is_settled:
             return
         if not unit.answers:
             self._missing -= 1
         self._counts[slot] += unit.size
-        unit.answers[slot] = losses
+        unit.answers[slot] = answer
         if unit.opinions == len(unit.answers) == 2 and unit.verdict() is None:
             unit.opinions = 3
         if len(unit.answers) == unit.opinions:
@@ -289,11 +325,13 @@ class FixedPopulation:
         return {slot: self._unit / speed for slot, speed in speeds.items()}
 
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
-        """Join neighbouring units."""
+        """Join neighbouring units; but those whose sums are to be compared stay alone."""
         spans: list[Span] = []
+        alone = True
         for i in numbers:
-            rows = self._units[i].rows
-            if spans and sum(spans[-1]) == rows.start:
+            rows, was_alone = self._units[i].rows, alone
+            alone = self._sums and self._units[i].is_checked
+            if spans and sum(spans[-1]) == rows.start and not (alone or was_alone):
                 spans[-1] = (spans[-1][0], rows.stop - spans[-1][0])
             else:
                 spans.append((rows.start, rows.stop - rows.start))
@@ -332,10 +370,10 @@ class _Queue:
 class TimeBudget:
     """Every host's own range, from `slot * SLOT_PAIRS` on, as far as it comes."""
 
-    def __init__(self, budget: float) -> None:
-        """Begin with nobody at work; `budget` are the seconds of evaluation."""
-        self._budget = budget
-        self._parts: dict[int, list[Losses]] = {}
+    def __init__(self, budget: float, *, sums: bool = False) -> None:
+        """Begin with nobody at work; `budget` are the seconds of evaluation, `sums` as for `FixedPopulation`."""
+        self._budget, self._sums = budget, sums
+        self._parts: dict[int, list[ndarray]] = {}
         self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
@@ -349,22 +387,24 @@ class TimeBudget:
             self._open.add(slot)
         return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in prompt]
 
-    def accept(self, slot: int, spans: Sequence[Span], losses: Losses, final: bool) -> str:
+    def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
         """See `Work.accept`: the host's own range without gaps; what is there already is taken as read."""
         if slot not in self._parts:
             return "these pairs were never assigned to this host"
         start = slot * SLOT_PAIRS
         at = start + self._counts[slot]
-        new: list[Losses] = []
-        for first, count in spans:
+        new: list[ndarray] = []
+        rows = np.cumsum([0, *([1] * len(spans) if self._sums else [count for _, count in spans])])
+        for (first, count), row, end in zip(spans, rows, rows[1:], strict=False):
             if first < start or first + count > start + SLOT_PAIRS:
                 return "these pairs were never assigned to this host"
             if first > at:
                 return f"pair {at} is missing before pair {first}"
             if first + count > at:
-                new.append(losses[at - first : count])
+                if self._sums and first < at:
+                    return f"pair {first} is summed twice"
+                new.append(values[row + (0 if self._sums else at - first) : end])
                 at = first + count
-            losses = losses[count:]
         self._parts[slot] += new
         self._counts[slot] = at - start
         if final:
@@ -409,17 +449,25 @@ class TimeBudget:
         """See `Work.complete`."""
         return not self._open and any(self._counts.values())
 
-    def result(self) -> tuple[list[Span], Losses]:
+    def result(self) -> tuple[list[Span], Result]:
         """See `Work.result`: range by range."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
-        return spans, np.concatenate([part for slot in slots for part in self._parts[slot]])
+        values = np.concatenate([part for slot in slots for part in self._parts[slot]])
+        return spans, _add_up(values) if self._sums else values
 
     def liars(self, trusted: int | None) -> set[int]:
         """See `Work.liars`: nothing is scored twice."""
         return set()
 
 
-def _agree(one: Losses, two: Losses) -> bool:
+def _add_up(sums: Iterable[ndarray]) -> Int64[ndarray, " numbers"]:
+    return np.stack([*sums]).sum(axis=0, dtype=np.int64)
+
+
+def _agree(one: ndarray, two: ndarray) -> bool:
     # Mostly they are the same bytes, which is found out much faster.
-    return one.tobytes() == two.tobytes() or bool(np.allclose(one, two, rtol=0, atol=AGREE, equal_nan=True))
+    if one.tobytes() == two.tobytes():
+        return True
+    allowed = AGREE if one.dtype == np.float32 else AGREE_SUMS * np.abs(one).max()
+    return bool(np.allclose(one, two, rtol=0, atol=allowed, equal_nan=True))

@@ -260,7 +260,7 @@ class Worker:
         speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
         self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
         if self._scored_for is self._scoring:  # else the step was closed meanwhile
-            self._scoring.take(scoring.Scored(task.spans, result.losses, result.seconds), self._speed, now)
+            self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
 
     # Requests.
 
@@ -275,7 +275,8 @@ class Worker:
         if hand_in is not None:
             spans, body, seconds, final = hand_in
             step, epoch = self._scoring.step, self.joined.epoch
-            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, "<f4", *self._norms), body)
+            dtype = "<i4" if self.joined.numbers else "<f4"
+            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, dtype, *self._norms), body)
         if self._leaving is not None:
             return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
         if now >= self._beat_at:
@@ -390,7 +391,8 @@ class Worker:
         """Drop what belongs to the step before."""
         self._is_told = False
         if self.joined:
-            self._scoring = Scoring(self._newest, self.joined.unit, self._granule, self.joined.budget)
+            joined = self.joined
+            self._scoring = Scoring(self._newest, joined.unit, self._granule, joined.budget, joined.numbers)
         else:
             self._scoring = Scoring(self._newest, 1, self._granule, None)
 

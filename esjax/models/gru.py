@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from esjax.models.model import Logits, Model, Token
+from esjax.models.model import Logits, Model, Tap, Token, untouched
 from esjax.models.primitives import Matrix, Vector, lookup, matmul
 
 BIAS_UNIT = 0.3
@@ -82,15 +82,17 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
     def initial_state(params: GruParams) -> Float[Array, " hidden"]:
         return params.start
 
-    def predict(params: GruParams, state: Float[Array, " hidden"]) -> Logits:
-        hidden = jax.nn.relu(matmul(state, params.head_hidden) + params.head_hidden_bias)
-        return matmul(hidden, params.head_output) + params.head_output_bias
+    def predict(params: GruParams, state: Float[Array, " hidden"], tap: Tap = untouched) -> Logits:
+        hidden = jax.nn.relu(tap("hidden", matmul(state, params.head_hidden) + params.head_hidden_bias))
+        return tap("logits", matmul(hidden, params.head_output) + params.head_output_bias)
 
-    def consume(params: GruParams, state: Float[Array, " hidden"], token: Token) -> Float[Array, " hidden"]:
+    def consume(
+        params: GruParams, state: Float[Array, " hidden"], token: Token, tap: Tap = untouched
+    ) -> Float[Array, " hidden"]:
         x_reset, x_update, x_new = jnp.split(lookup(params.embedding, token), 3)
         y_reset, y_update, y_new = jnp.split(matmul(state, params.recurrent) + params.recurrent_bias, 3)
-        reset = jax.nn.sigmoid(x_reset + y_reset)
-        update = jax.nn.sigmoid(x_update + y_update)
-        return update * state + (1 - update) * jnp.tanh(x_new + reset * y_new)
+        reset = jax.nn.sigmoid(tap("reset", x_reset + y_reset))
+        update = jax.nn.sigmoid(tap("update", x_update + y_update))
+        return update * state + (1 - update) * jnp.tanh(tap("new", x_new + reset * y_new))
 
-    return Model(init, initial_state, predict, consume, unit=unit, factored=True)
+    return Model(init, initial_state, predict, consume, unit=unit, factored=True, tapped=True)

@@ -15,6 +15,14 @@ State = Any
 Logits = Float[Array, " vocabulary"]
 Token = Int[Array, ""]
 
+Tap = Callable[[str, Array], Array]
+"""`(name, pre-activation) -> pre-activation`: given to a model, so that noise can be put on what its layers compute."""
+
+
+def untouched(name: str, value: Array) -> Array:
+    """Leave a pre-activation as it is: the tap of a plain forward pass."""
+    return value
+
 
 class Model(NamedTuple):
     """Pure functions for one sequence; batches and populations are made outside, by `jax.vmap`.
@@ -32,14 +40,18 @@ class Model(NamedTuple):
             for every width. None: 1 everywhere.
         factored: Whether every matrix is used through `esjax.models.primitives` alone, so that low-rank
             perturbations need never be added to it. When in doubt, False: slower, never wrong.
+        tapped: Whether `predict` and `consume` take one argument more, `tap: Tap = untouched`, and call it on each
+            pre-activation, under a name of its own, before anything else uses it. Needed for `es.space activation`
+            alone; there, a parameter is trained if it has a part in some pre-activation.
     """
 
     init: Callable[[Key[Array, ""]], Params]
     initial_state: Callable[[Params], State]
-    predict: Callable[[Params, State], Logits]
-    consume: Callable[[Params, State, Token], State]
+    predict: Callable[..., Logits]
+    consume: Callable[..., State]
     unit: Params | None = None
     factored: bool = False
+    tapped: bool = False
 
     def units(self, params: Params) -> Params:
         """Return the unit of each leaf, 1 where the model names none."""

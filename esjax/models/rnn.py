@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from esjax.models.model import Logits, Model, Token
+from esjax.models.model import Logits, Model, Tap, Token, untouched
 from esjax.models.primitives import Matrix, Vector, lookup, matmul
 
 HEAD_WIDTH = 4
@@ -78,15 +78,19 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
     def initial_state(params: RnnParams) -> Float[Array, " hidden"]:
         return params.start
 
-    def predict(params: RnnParams, state: Float[Array, " hidden"]) -> Logits:
-        return matmul(jax.nn.relu(matmul(state, params.head_hidden)), params.head_output)
+    def predict(params: RnnParams, state: Float[Array, " hidden"], tap: Tap = untouched) -> Logits:
+        hidden = jax.nn.relu(tap("hidden", matmul(state, params.head_hidden)))
+        return tap("logits", matmul(hidden, params.head_output))
 
-    def consume(params: RnnParams, state: Float[Array, " hidden"], token: Token) -> Float[Array, " hidden"]:
-        for layer in params.layers:
-            state = jnp.tanh(state + matmul(state, layer.recurrent) * lookup(layer.embedding, token))
+    def consume(
+        params: RnnParams, state: Float[Array, " hidden"], token: Token, tap: Tap = untouched
+    ) -> Float[Array, " hidden"]:
+        for i, layer in enumerate(params.layers):
+            change = matmul(state, layer.recurrent) * lookup(layer.embedding, token)
+            state = jnp.tanh(tap(f"state_{i}", state + change))
         return state
 
-    return Model(init, initial_state, predict, consume, unit=unit, factored=True)
+    return Model(init, initial_state, predict, consume, unit=unit, factored=True, tapped=True)
 
 
 def _init_layer(key: Key[Array, ""], vocab_size: int, is_constant: Bool[Array, " hidden"]) -> Layer:

@@ -1,0 +1,321 @@
+"""Noise on pre-activations, and a reward for every token: node perturbation for language models.
+
+Each window of text is read by a clean copy of the model and by `copies` noisy ones. At every position, ±sigma is put
+on what the layers compute, and a piece of noise is rewarded with the losses that it had a part in, over those of the
+clean copy: Σ_{s>t} γ^(s-t-1) d_s for noise on the state at position t, d_t alone for noise on a prediction. The mean
+of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation, and times what
+the layer was given, it estimates the gradient of the layer's weights (Widrow & Lehr 1990, "30 years of adaptive neural
+networks", section on node perturbation; Hiratani et al. 2022, "On the stability and scalability of node perturbation
+learning"; Werfel, Xie & Seung 2005 for how its noise grows with the nodes).
+
+Two things keep that noise small. Every tap of `predict` has noisy copies of its own, which begin from the clean state,
+so that a reward never holds noise of another layer. And the copies share their window, so that the outer products,
+most of the work, are done once for all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+
+from esjax.evaluate import consume, token_loss
+from esjax.fitness import LARGEST_LOSS
+from esjax.models.model import Model, Params, State
+from esjax.models.primitives import HIGHEST
+from esjax.noise import BITS, fold, unpack
+from esjax.tokens import STOP
+
+LOGITS = "logits"
+"""Name of the tap whose gradient is known without noise: the probabilities less the token that came."""
+
+
+class Taps(NamedTuple):
+    """The pre-activations of a model: number of entries by name, those of the state and those of a prediction."""
+
+    consume: dict[str, int]
+    predict: dict[str, int]
+
+
+class Estimate(NamedTuple):
+    """What a chunk of windows says.
+
+    Attributes:
+        gradient: A pytree like the parameters: estimate of the gradient of the sum of all tokens' losses.
+        losses: Mean loss of each window's noisy copies, in nats per token.
+        finite: Whether a window counts: all its losses are finite.
+    """
+
+    gradient: Params
+    losses: Float[Array, " windows"]
+    finite: Bool[Array, " windows"]
+
+
+EstimateChunk = Callable[
+    [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"]], Estimate
+]
+"""`(params, seeds, windows, are_there) -> estimate`; a window that is not there counts for nothing."""
+
+
+def find_taps(model: Model, params: Params) -> Taps:
+    """List the pre-activations of a model that is `tapped`.
+
+    Raises:
+        ValueError: A name is used twice, or there is none.
+    """
+    found = Taps({}, {})
+
+    def record(sizes: dict[str, int], name: str, value: Array) -> Array:
+        if name in found.consume or name in found.predict:
+            raise ValueError(f"the model taps {name!r} twice; give each pre-activation a name of its own")
+        sizes[name] = value.size
+        return value
+
+    def run(params: Params) -> None:
+        state = model.initial_state(params)
+        model.predict(params, state, partial(record, found.predict))
+        model.consume(params, state, jnp.int32(STOP), partial(record, found.consume))
+
+    jax.eval_shape(run, params)
+    if not found.consume and not found.predict:
+        raise ValueError("the model taps nothing")
+    return found
+
+
+class _Plan(NamedTuple):
+    """What does not change between chunks; the arguments of `make_estimate_chunk`, and the layout of the noise.
+
+    Attributes:
+        noisy: Taps of a prediction that noise is put on.
+        bits: Number of entries of each family of noise: all taps of the state together, then each of `noisy`.
+    """
+
+    model: Model
+    taps: Taps
+    sigma: Mapping[str, float]
+    discount: Mapping[str, float]
+    copies: int
+    noisy: list[str]
+    bits: list[int]
+
+    def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes entries"]:
+        """Make the noise of a family, which begins with a word of its own: so unpacking it is a plain loop."""
+        many = [_words(bits) for bits in self.bits]
+        first = sum(many[:number])
+        return unpack(words[:, first : first + many[number]], self.bits[number])
+
+
+def make_estimate_chunk(
+    model: Model,
+    taps: Taps,
+    *,
+    sigma: Mapping[str, float],
+    discount: Mapping[str, float],
+    copies: int,
+    burn_in: int,
+    exact_logits: bool,
+) -> EstimateChunk:
+    """Make the function for the windows that one device takes at a time.
+
+    Args:
+        model: The architecture.
+        taps: Its pre-activations.
+        sigma: Size of the noise on each.
+        discount: γ of each pre-activation of the state, from 0 to 1. With 1 and windows to the end of the documents
+            the estimate is unbiased to O(sigma²); less of it trades a bias for much less noise.
+        copies: Noisy copies of each window.
+        burn_in: Tokens that only prepare the state; nothing is noisy there.
+        exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
+    """
+    noisy = [name for name in taps.predict if not (exact_logits and name == LOGITS)]
+    bits = [sum(taps.consume.values()), *(taps.predict[name] for name in noisy)]
+    plan = _Plan(model, taps, sigma, discount, copies, noisy, bits)
+
+    def estimate_chunk(
+        params: Params,
+        seeds: UInt32[Array, "windows 2"],
+        windows: Int[Array, "windows length"],
+        are_there: Bool[Array, " windows"],
+    ) -> Estimate:
+        def read(state: State, token: Int[Array, " windows"]) -> tuple[State, None]:
+            return jax.vmap(partial(consume, model, params))(state, token), None
+
+        state = jax.vmap(lambda _: model.initial_state(params))(seeds)
+        state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
+        tokens = windows[:, burn_in:].T
+        words = _draw(plan, seeds, len(tokens))
+        # Copies come one after another, each with all windows, and the clean one last.
+        start = _repeat(state, copies + 1)
+        _, passed = jax.lax.scan(partial(_pass_token, plan, params), start, (tokens, words))
+
+        losses = passed.losses.reshape(len(tokens), copies + 1, -1)
+        finite = jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1)) & are_there
+        errors = {**passed.errors, **_errors_of_state(plan, losses, finite, tokens, words)}
+        errors = jax.tree.map(lambda error: jnp.where(finite[:, None], error, 0.0), errors)
+        states = jax.tree.map(partial(_blank, ~finite), passed.clean)
+
+        def along(params: Params) -> Float[Array, ""]:
+            return jnp.sum(jax.vmap(jax.vmap(partial(_along, model, params)))(states, tokens, errors))
+
+        return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite)
+
+    return estimate_chunk
+
+
+class _Passed(NamedTuple):
+    """What is kept of a position.
+
+    Attributes:
+        clean: State of the clean copies before its token.
+        losses: Of all copies.
+        errors: Estimated gradient with respect to the pre-activations of the prediction.
+    """
+
+    clean: State
+    losses: Float[Array, " lanes"]
+    errors: dict[str, Float[Array, "windows entries"]]
+
+
+_Words = tuple[UInt32[Array, "*positions blocks lanes"], UInt32[Array, "*positions blocks lanes"]]
+"""Random bits, the two words of each block of threefry. Lanes last, so that drawing them is a plain loop over lanes."""
+
+
+def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> _Words:
+    """Draw the bits of all positions at once, since a call of threefry costs as much as a position."""
+    lanes = fold(seeds[None], jnp.arange(plan.copies + 1, dtype=jnp.uint32)[:, None]).reshape(-1, 2)
+    blocks = math.ceil(sum(map(_words, plan.bits)) / 2)
+    drawn = fold(lanes[None], jnp.arange(positions * blocks, dtype=jnp.uint32)[:, None])
+    first, second = jnp.moveaxis(drawn.reshape(positions, blocks, len(lanes), 2), -1, 0)
+    return first, second
+
+
+def _pass_token(
+    plan: _Plan, params: Params, states: State, inputs: tuple[Int[Array, " windows"], _Words]
+) -> tuple[State, _Passed]:
+    """Predict a token, score every kind of noise on the prediction, and consume the token."""
+    token, halves = inputs
+    model, copies, sigma = plan.model, plan.copies, plan.sigma
+    words = jnp.concatenate(halves).T
+    noisy = copies * len(token)
+    everyone, others = _repeat(token, copies + 1), _repeat(token, copies)
+    losses, before = jax.vmap(partial(_predict_and_tell, model, params))(states, everyone)
+    clean = jax.tree.map(lambda leaf: leaf[noisy:], states)
+    clean_losses = _repeat(losses[noisy:], copies)
+    errors = {}
+    for number, name in enumerate(plan.noisy, start=1):
+        noise = plan.family(number, words[:noisy])
+        value = _repeat(before[name][noisy:], copies)
+        value = value + sigma[name] * noise.reshape(value.shape)
+        found = jax.vmap(partial(_loss_from, model, params, name))(_repeat(clean, copies), value, others)
+        errors[name] = _by_window((found - clean_losses) / sigma[name], noise, copies)
+    if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
+        probabilities = jax.nn.softmax(before[LOGITS][noisy:])
+        errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
+    is_noisy = (jnp.arange(len(everyone)) < noisy).astype(jnp.float32)
+    noise = plan.family(0, words) * is_noisy[:, None]
+    after = jax.vmap(partial(_consume_noisily, plan, params))(states, everyone, noise)
+    return after, _Passed(clean, losses, errors)
+
+
+def _errors_of_state(
+    plan: _Plan,
+    losses: Float[Array, "positions all_copies windows"],
+    finite: Bool[Array, " windows"],
+    tokens: Int[Array, "positions windows"],
+    words: _Words,
+) -> dict[str, Float[Array, "positions windows entries"]]:
+    """Estimate the gradient with respect to the pre-activations of the state, at every position."""
+    rewards = jnp.where(finite, losses[:, :-1] - losses[:, -1:], 0.0)
+    later = {name: _later(rewards, tokens, plan.discount[name]) / plan.sigma[name] for name in plan.taps.consume}
+
+    def weigh(_: None, inputs: tuple[dict[str, Array], _Words]) -> tuple[None, dict[str, Array]]:
+        later, halves = inputs
+        lanes = later[next(iter(later))].size
+        noise = _split(plan.family(0, jnp.concatenate(halves).T[:lanes]), plan.taps.consume)
+        return None, {name: _by_window(later[name].reshape(-1), noise[name], plan.copies) for name in later}
+
+    return jax.lax.scan(weigh, None, (later, words))[1] if later else {}
+
+
+def _repeat(tree: PyTree, times: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), tree)
+
+
+def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
+    return jnp.where(is_void.reshape(1, -1, *[1] * (leaf.ndim - 2)), 0, leaf)
+
+
+def _by_window(rewards: Float[Array, " lanes"], noise: Float[Array, "lanes entries"], copies: int) -> Array:
+    """Return the mean of (reward * noise) over each window's copies: a product, the fastest sum there is on CPUs."""
+    windows = len(rewards) // copies
+    is_own = jnp.arange(len(rewards)) % windows == jnp.arange(windows)[:, None]
+    return jnp.matmul(is_own * (rewards / copies), noise, precision=HIGHEST)
+
+
+def _words(bits: int) -> int:
+    return math.ceil(bits / BITS)
+
+
+def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> dict[str, Array]:
+    ends = [sum(list(sizes.values())[: i + 1]) for i in range(len(sizes) - 1)]
+    return dict(zip(sizes, jnp.split(noise, ends, axis=-1), strict=True))
+
+
+def _predict_and_tell(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
+    """Score a prediction, and return the pre-activations that led to it."""
+    told: dict[str, Array] = {}
+
+    def tell(name: str, value: Array) -> Array:
+        told[name] = value
+        return value
+
+    return token_loss(model.predict(params, state, tell), token), told
+
+
+def _loss_from(model: Model, params: Params, name: str, state: State, value: Array, token: Array) -> Array:
+    """Score a prediction that goes on from a pre-activation; what comes before it is not computed."""
+    logits = model.predict(params, state, lambda tapped, ours: value if tapped == name else ours)
+    return token_loss(logits, token)
+
+
+def _consume_noisily(plan: _Plan, params: Params, state: State, token: Array, noise: Float[Array, " entries"]) -> State:
+    parts = _split(noise, plan.taps.consume)
+
+    def add(name: str, value: Array) -> Array:
+        return value + plan.sigma[name] * parts[name].reshape(value.shape)
+
+    return consume(plan.model, params, state, token, add)
+
+
+def _later(
+    rewards: Float[Array, "positions copies windows"], tokens: Int[Array, "positions windows"], discount: float
+) -> Float[Array, "positions copies windows"]:
+    """Sum up what comes after each position, up to the end of its document."""
+
+    def add(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, token = inputs
+        ours = jnp.where(token == STOP, 0.0, later)  # the state starts anew after STOP: nothing later is our doing
+        return reward + discount * ours, ours
+
+    return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]
+
+
+def _along(
+    model: Model, params: Params, state: State, token: Array, errors: Mapping[str, Float[Array, " entries"]]
+) -> Float[Array, ""]:
+    """Sum up error * pre-activation, each as a function of its own layer's weights alone.
+
+    No derivative goes past a tap: that of this sum is what each layer was given, times the error of what it made of it.
+    """
+    parts = []
+
+    def tap(name: str, value: Array) -> Array:
+        parts.append(jnp.sum(errors[name].reshape(value.shape) * value))
+        return jax.lax.stop_gradient(value)
+
+    model.predict(params, state, tap)
+    model.consume(params, state, token, tap)
+    return sum(parts, jnp.float32(0))

@@ -1,0 +1,110 @@
+"""The way a run estimates the gradient, as its settings say: what is perturbed, and what is exchanged."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from esjax.activation import LOGITS, Taps, find_taps, make_estimate_chunk
+from esjax.config import MOST_SUMMED_PAIRS, Config
+from esjax.errors import EsjaxError
+from esjax.evaluate import Evaluate, Loss, cross_entropy, make_evaluate_chunk
+from esjax.fitness import STEPS_PER_DEVIATION
+from esjax.models.model import Model, Params
+from esjax.noise import Space, Total, make_space
+from esjax.summing import SumChunk, make_sum_of_activations, make_sum_of_weights
+from esjax.sums import TAIL, steps_per_nat
+
+
+class Way(NamedTuple):
+    """How a run estimates the gradient.
+
+    Attributes:
+        evaluate_chunk: `(params, seeds, windows) -> losses` of a chunk of pairs, where losses are exchanged.
+        space: How members differ from the parameters, where their weights do.
+        sum_chunk: See `esjax.summing`, where sums are exchanged.
+        mean: `(total, scale) -> estimate`.
+        numbers: Length of the vectors of `sum_chunk`; 0 where losses are exchanged.
+        scale: Factor that makes their sum the estimate, times the number of pairs that count.
+        pair_bytes: Memory that the noise of a pair takes.
+    """
+
+    evaluate_chunk: Evaluate | None
+    space: Space | None
+    sum_chunk: SumChunk | None
+    mean: Callable[[Total, Float[Array, ""]], Params]
+    numbers: int
+    scale: float
+    pair_bytes: int
+
+
+def make_way(config: Config, model: Model, params: Params, loss: Loss | None) -> Way:
+    """Choose the functions that the settings ask for.
+
+    Args:
+        config: Settings.
+        model: The architecture.
+        params: Its parameters, for their shapes.
+        loss: Loss of one member on one window, the burn-in included. None: cross entropy.
+
+    Raises:
+        EsjaxError: Noise on activations was asked for, and the model or the loss does not allow it.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    numbers = size + TAIL if config.es.sums(size) else 0
+    es = config.es
+    if es.space == "activation":
+        return _on_activations(config, model, params, loss, numbers)
+    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)
+    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(config.data.burn_in))
+    pair_bytes = 4 * space.numbers
+    if es.space == "full" or not model.factored:
+        pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if not numbers:
+        return Way(evaluate_chunk, space, None, space.mean, 0, 0.0, pair_bytes)
+    is_sign = es.shaping == "sign"
+    sum_chunk = make_sum_of_weights(space, evaluate_chunk, "sign" if is_sign else "zscore")
+    return Way(None, None, sum_chunk, space.mean, numbers, 1.0 if is_sign else 1 / STEPS_PER_DEVIATION, pair_bytes)
+
+
+def _on_activations(config: Config, model: Model, params: Params, loss: Loss | None, numbers: int) -> Way:
+    es, data = config.es, config.data
+    if loss is not None:
+        raise EsjaxError(
+            "es.space activation rewards every token by its cross entropy; a loss of one's own needs another"
+        )
+    if not model.tapped:
+        raise EsjaxError(
+            "the model has no taps for es.space activation; give it some (docs/extending.md), or perturb weights"
+        )
+    taps = find_taps(model, params)
+    _check_names(taps, es.layer_sigma, es.layer_discount)
+    names = [*taps.consume, *taps.predict]
+    estimate_chunk = make_estimate_chunk(
+        model,
+        taps,
+        sigma=dict.fromkeys(names, es.sigma) | es.layer_sigma,
+        discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
+        copies=es.copies,
+        burn_in=data.burn_in,
+        exact_logits=es.exact_logits and LOGITS in taps.predict,
+    )
+    tokens = data.batch_size * data.window
+    steps = steps_per_nat(tokens * (es.pairs if es.time_per_step is None else MOST_SUMMED_PAIRS))
+    sum_chunk = make_sum_of_activations(estimate_chunk, model.units(params), steps)
+
+    def mean(total: Total, scale: Float[Array, ""]) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, total)
+
+    noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
+    return Way(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), 4 * data.batch_size * noise)
+
+
+def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:
+    known = {"layer_sigma": [*taps.consume, *taps.predict], "layer_discount": [*taps.consume]}
+    for setting, names in (("layer_sigma", sigma), ("layer_discount", discount)):
+        for name in names:
+            if name not in known[setting]:
+                raise EsjaxError(f"es.{setting} names {name!r}; the model has {', '.join(known[setting])}")
