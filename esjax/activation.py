@@ -16,6 +16,7 @@ most of the work, are done once for all of them.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -152,9 +153,9 @@ def make_estimate_chunk(
         _, passed = jax.lax.scan(partial(_pass_token, plan, params), start, (tokens, words))
 
         losses = passed.losses.reshape(len(tokens), copies + 1, -1)
-        finite = jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1)) & are_there
+        finite = are_there & jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1))
         errors = {**passed.errors, **_errors_of_state(plan, losses, finite, tokens, words)}
-        errors = jax.tree.map(lambda error: jnp.where(finite[:, None], error, 0.0), errors)
+        errors = jax.tree.map(lambda error: jnp.where(finite[None, :, None], error, 0.0), errors)
         states = jax.tree.map(partial(_blank, ~finite), passed.clean)
 
         def along(params: Params) -> Float[Array, ""]:
@@ -228,7 +229,7 @@ def _errors_of_state(
     words: _Words,
 ) -> dict[str, Float[Array, "positions windows entries"]]:
     """Estimate the gradient with respect to the pre-activations of the state, at every position."""
-    rewards = jnp.where(finite, losses[:, :-1] - losses[:, -1:], 0.0)
+    rewards = jnp.where(finite[None, None], losses[:, :-1] - losses[:, -1:], 0.0)
     later = {name: _later(rewards, tokens, plan.discount[name]) / plan.sigma[name] for name in plan.taps.consume}
 
     def weigh(_: None, inputs: tuple[dict[str, Array], _Words]) -> tuple[None, dict[str, Array]]:
@@ -251,8 +252,8 @@ def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
 def _by_window(rewards: Float[Array, " lanes"], noise: Float[Array, "lanes entries"], copies: int) -> Array:
     """Return the mean of (reward * noise) over each window's copies: a product, the fastest sum there is on CPUs."""
     windows = len(rewards) // copies
-    is_own = jnp.arange(len(rewards)) % windows == jnp.arange(windows)[:, None]
-    return jnp.matmul(is_own * (rewards / copies), noise, precision=HIGHEST)
+    is_own = jnp.arange(len(rewards))[None] % windows == jnp.arange(windows)[:, None]
+    return jnp.matmul(jnp.where(is_own, rewards[None] / copies, 0.0), noise, precision=HIGHEST)
 
 
 def _words(bits: int) -> int:
@@ -260,8 +261,8 @@ def _words(bits: int) -> int:
 
 
 def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> dict[str, Array]:
-    ends = [sum(list(sizes.values())[: i + 1]) for i in range(len(sizes) - 1)]
-    return dict(zip(sizes, jnp.split(noise, ends, axis=-1), strict=True))
+    ends = accumulate(sizes.values())
+    return {name: noise[..., end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def _predict_and_tell(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
@@ -297,7 +298,8 @@ def _later(
 
     def add(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, token = inputs
-        ours = jnp.where(token == STOP, 0.0, later)  # the state starts anew after STOP: nothing later is our doing
+        # After STOP the state starts anew: nothing later is our doing.
+        ours = jnp.where(token[None] == STOP, 0.0, later)
         return reward + discount * ours, ours
 
     return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]

@@ -121,7 +121,7 @@ def unpack(words: UInt32[Array, "lanes words"], count: int) -> Float[Array, "lan
     """Make ±1 of the first `count` bits of each lane's words; the axis of bits comes last."""
 
     def part(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes count"]:
-        signs = (words[:, :, None] << jnp.arange(BITS, dtype=jnp.uint32)) & jnp.uint32(1 << 31)
+        signs = (words[:, :, None] << jnp.arange(BITS, dtype=jnp.uint32)[None, None]) & jnp.uint32(1 << 31)
         ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
         return ones.reshape(len(words), -1)[:, :count]
 

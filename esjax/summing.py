@@ -47,7 +47,7 @@ def make_sum_of_activations(estimate_chunk: EstimateChunk, units: PyTree, steps:
         are_there: Bool[Array, " pairs"],
     ) -> Int[Array, " numbers"]:
         pairs, sequences, length = windows.shape
-        of_sequences = fold(seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)).reshape(-1, 2)
+        of_sequences = fold(seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
         are_all_there = jnp.repeat(are_there, sequences)
         found = estimate_chunk(params, of_sequences, windows.reshape(-1, length), are_all_there)
         most = min(steps * HEADROOM * pairs * sequences * length, LARGEST / 2)  # float32 rounds LARGEST itself up
