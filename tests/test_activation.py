@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from esjax.activation import Estimate, Taps, find_taps, make_estimate_chunk
+from esjax.activation import Estimate, Taps, _later, find_taps, make_estimate_chunk
 from esjax.evaluate import cross_entropy
 from esjax.models import Model, gru, rnn
 from esjax.models.model import Params, Tap, untouched
@@ -160,6 +160,14 @@ def test_without_discount_noise_on_the_state_is_rewarded_by_the_next_token_alone
     short, long = jnp.array([2, 3]), TOKENS
     np.testing.assert_allclose(estimates(near, params, short), estimates(far, params, short), rtol=1e-5, atol=1e-5)
     assert np.linalg.norm(estimates(near, params, long) - estimates(far, params, long)) > 0.1
+
+
+def test_the_rewards_of_noise_on_the_state_by_hand() -> None:
+    """What comes after, each token half as much as the one before, up to the end of the document."""
+    rewards = jnp.array([1.0, 2.0, 4.0, 8.0, 16.0])[:, None, None]
+    tokens = jnp.array([2, 3, STOP, 4, 5])[:, None]
+    found = _later(rewards, tokens, 0.5)[:, 0, 0]
+    assert found.tolist() == [2 + 4 / 2, 4, 0, 16, 0]
 
 
 def test_exact_logits_are_the_exact_gradient_of_the_last_layer() -> None:
