@@ -162,6 +162,10 @@ class Replica:
         check_stream(len(stream), self._window_length)
         self._tokens = self._on_every_device(stream)
 
+    def use_params(self, params: Params) -> None:
+        """Go on from these parameters, with everything else as it is."""
+        self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
+
     def losses(self, pairs: Integer[np.ndarray, " pairs"]) -> Float[np.ndarray, "pairs 2"]:
         """Score both members of some pairs of the present step, with the present parameters.
 

@@ -14,9 +14,12 @@ FLOORS = [
     ("esjax.models.model", "esjax.models.primitives"),
     ("esjax.models.rnn", "esjax.models.gru"),
     ("esjax.models",),
-    ("esjax.fitness",),
+    ("esjax.fitness", "esjax.sums"),
     ("esjax.noise",),
     ("esjax.evaluate",),
+    ("esjax.activation",),
+    ("esjax.summing",),
+    ("esjax.way",),
     ("esjax.es", "esjax.score", "esjax.generate", "esjax.optimizer", "esjax.own"),
     ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts"),
     ("esjax.data.delivery", "esjax.hosts.wire"),
@@ -47,6 +50,8 @@ FLOORS = [
     ("esjax.loading", "esjax.import_npy"),
     ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),
     ("esjax.hosts.transport", "esjax.hosts.alone", "esjax.hosts.crew"),
+    ("esjax.compass",),
+    ("esjax.tune",),
     ("esjax.hosts.ask", "esjax.hosts.desk", "esjax.hosts.join"),
     ("esjax.hosts.serve", "esjax.training", "esjax.replaying"),
     ("esjax.progress",),
@@ -55,7 +60,7 @@ FLOORS = [
     ("esjax.cli",),
     ("esjax.__main__",),
 ]
-PURE_FLOORS = 16
+PURE_FLOORS = 19
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}

@@ -11,7 +11,7 @@ from rich.console import Console
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.shared import parse_settings
 from esjax.cli.train import Resume, Train
-from esjax.cli.use import Evaluate, Generate, ImportNpy
+from esjax.cli.use import Evaluate, Generate, ImportNpy, Tune
 from esjax.errors import EsjaxError
 
 __all__ = ["COMMANDS", "main"]
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Any] = {
     "train": Train,
     "resume": Resume,
     "evaluate": Evaluate,
+    "tune": Tune,
     "generate": Generate,
     "serve": Serve,
     "join": Join,

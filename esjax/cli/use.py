@@ -1,4 +1,4 @@
-"""evaluate, generate and import-npy."""
+"""evaluate, tune, generate and import-npy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,40 @@ class Evaluate:
             print(f"{scored.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
         for name, value in evaluation.baselines.items():
             print(f"{value:.4f} {name}")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Find sigma, and the discount, for a run's weights as they are: by the cosine with the exact gradient."""
+
+    run_folder: Run
+    """Run folder; nothing in it is changed."""
+
+    sigma: tuple[float, ...] = ()
+    """Sizes of the noise to try. None named: from 0.025 to 0.8."""
+
+    discount: tuple[float, ...] = ()
+    """Discounts to try, in space activation. None named: from 0 to 1."""
+
+    space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
+    """Another space than the run's."""
+
+    def run(self, console: Console) -> None:
+        """Print what each setting comes to, and the words to copy."""
+        prepare()
+        from esjax.tune import DISCOUNTS, SIGMAS, tune
+
+        best = None
+        sigmas, discounts = self.sigma or SIGMAS, self.discount or DISCOUNTS
+        for tried in tune(self.run_folder, sigmas=sigmas, discounts=discounts, space=self.space, tell=teller(console)):
+            best = tried if tried.best else best
+            discount = "" if tried.discount is None else f"  discount {tried.discount:<5g}"
+            print(
+                f"sigma {tried.sigma:<6g}{discount}  cosine {tried.cosine:.4f}{' *' if tried.best else ''}", flush=True
+            )
+        if best is not None:
+            discount = "" if best.discount is None else f" --es.discount {best.discount:g}"
+            print(f"best: --es.sigma {best.sigma:g}{discount}")
 
 
 @dataclass(frozen=True)

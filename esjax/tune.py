@@ -1,0 +1,106 @@
+"""Finds sigma and the discount for a run's weights as they are, by the cosine with the exact gradient."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from esjax.checkpoint import restore_newest
+from esjax.compass import bearings
+from esjax.config import replace
+from esjax.data.delivery import token_type
+from esjax.data.packing import pack_stream
+from esjax.devices import local_mesh
+from esjax.loading import load_run_corpus
+from esjax.models import build_model
+from esjax.models.model import ModelFactory
+from esjax.replica import Replica
+from esjax.run_folder import RunFolder
+
+SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Sizes of the noise that are tried, unless others are named."""
+
+DISCOUNTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
+"""Discounts that are tried, unless others are named."""
+
+REPEATS = 4
+"""Steps over which a cosine is averaged."""
+
+
+class Tried(NamedTuple):
+    """What a setting came to.
+
+    Attributes:
+        sigma: Size of the noise.
+        discount: Discount, or None where there is none.
+        cosine: Mean cosine of the estimate with the exact gradient.
+        leaves: The same of each leaf.
+        best: Whether it is the best so far.
+    """
+
+    sigma: float
+    discount: float | None
+    cosine: float
+    leaves: dict[str, float]
+    best: bool
+
+
+def tune(
+    path: str | Path,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    discounts: Sequence[float] = DISCOUNTS,
+    space: str | None = None,
+    repeats: int = REPEATS,
+    model: ModelFactory | None = None,
+    tell: Callable[[str], None] = print,
+) -> Iterator[Tried]:
+    """Try sizes of noise, then, in space activation, discounts with the best of them.
+
+    Args:
+        path: Run folder; its newest weights are used, and nothing is trained.
+        sigmas: Sizes of the noise.
+        discounts: Discounts.
+        space: Another space than the run's.
+        repeats: Steps over which a cosine is averaged.
+        model: The run's own model, if it was trained with one.
+        tell: Called with a line for each damaged checkpoint.
+
+    Raises:
+        EsjaxError: It is no run folder, its text has changed, it has a loss or an optimizer of its own, or no
+            checkpoint is whole.
+    """
+    folder = RunFolder(Path(path))
+    folder.check_own(model=model)
+    corpus, config = load_run_corpus(folder), folder.config
+    if space is not None:
+        config = replace(config, es=replace(config.es, space=space))
+    size = corpus.vocabulary.size
+    built = model(size) if model else build_model(config.model, size)
+    replica = Replica(folder.config, built, None, local_mesh())
+    params = jax.device_get(restore_newest(folder.checkpoints, replica.state, tell).state.params)
+    stream = pack_stream(corpus.train).astype(token_type(size))
+
+    def attempt(best: Tried | None, **changes: Any) -> Tried:
+        es = replace(config.es, **changes)
+        found = [*bearings(replace(config, es=es), built, params, stream, local_mesh(), repeats)]
+        cosine = float(np.mean([bearing.cosine for bearing in found]))
+        leaves = {name: float(np.mean([bearing.leaves[name] for bearing in found])) for name in found[0].leaves}
+        discount = es.discount if es.space == "activation" else None
+        return Tried(es.sigma, discount, cosine, leaves, best is None or cosine > best.cosine)
+
+    best: Tried | None = None
+    for sigma in sigmas:
+        tried = attempt(best, sigma=sigma)
+        best = tried if tried.best else best
+        yield tried
+    if best is None or best.discount is None:
+        return
+    tried_already = best.discount
+    for discount in discounts:
+        if discount != tried_already:
+            tried = attempt(best, sigma=best.sigma, discount=discount)
+            best = tried if tried.best else best
+            yield tried
