@@ -47,6 +47,11 @@ def steps_per_nat(tokens: int) -> float:
     return 2.0 ** math.floor(math.log2(LARGEST / (HEADROOM * tokens)))
 
 
+def may_be(total: Int[ndarray, " numbers"], pairs: int) -> bool:
+    """Tell whether a sum over so many pairs is one that an honest host may come to, as far as its tail shows it."""
+    return bool((total[-TAIL:] >= 0).all()) and int(total[-TAIL]) <= pairs
+
+
 def conclude(total: Int[ndarray, " numbers"], pairs: int, scale: float) -> Concluded:
     """Read what a step's sum says.
 

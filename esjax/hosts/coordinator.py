@@ -21,6 +21,7 @@ from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Rounds
 from esjax.hosts.steps import Steps
 from esjax.hosts.wire import Envelope, Message
 from esjax.hosts.work import Values
+from esjax.sums import may_be
 
 PULSE = 2.0
 """Seconds between signs of life."""
@@ -186,7 +187,8 @@ class Coordinator:
 
     def status(self, now: float) -> wire.Status:
         """Say how things stand."""
-        hosts = [host.status(now, 3 * PULSE) for host in self._roster if not (host.superseded or host.dropped)]
+        members = self.config.es.members_per_pair
+        hosts = [host.status(now, 3 * PULSE, members) for host in self._roster if not (host.superseded or host.dropped)]
         anchor = self.rounds.anchor
         return wire.Status(
             run=self.terms.run,
@@ -296,7 +298,12 @@ class Coordinator:
         numbers = self.terms.numbers
         if message.dtype != ("<i4" if numbers else "<f4"):
             return None
-        return wire.sums_of(body, len(message.spans), numbers) if numbers else wire.losses_of(body, pairs)
+        if not numbers:
+            return wire.losses_of(body, pairs)
+        sums = wire.sums_of(body, len(message.spans), numbers)
+        if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, message.spans, strict=True)):
+            return None
+        return sums
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)

@@ -100,8 +100,14 @@ class Host:
         self.late = True
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
 
-    def status(self, now: float, quiet: float) -> wire.HostStatus:
-        """Describe it to a person; `quiet` are the seconds after which it counts as straggling."""
+    def status(self, now: float, quiet: float, members: int) -> wire.HostStatus:
+        """Describe it to a person.
+
+        Args:
+            now: The time.
+            quiet: Seconds without a word after which it counts as straggling.
+            members: Of a pair.
+        """
         state: str = self.phase
         if self.aside:
             state = "put aside"
@@ -113,7 +119,7 @@ class Host:
             state=state,
             device=self.device,
             step=self.step,
-            members_per_second=2 * (self.speed or 0.0),
+            members_per_second=members * (self.speed or 0.0),
             last_seen=now - self.seen,
             digest=self.digest,
             share=self.share,

@@ -69,6 +69,8 @@ class Scoring:
         self._since = 0.0  # when the first of the parts was scored
         self._spent = 0.0
         self._is_over = False  # the budget is spent
+        self._cut_at: int | None = None  # where the last slice ends, if it ends within a span
+        self._sums = numbers > 0
 
     @property
     def has_work(self) -> bool:
@@ -103,7 +105,13 @@ class Scoring:
         """Take in losses of a slice; `speed` as above."""
         if not self._parts:
             self._since = now
+        end = sum(scored.spans[-1])
+        is_cut = any(first < end < first + count for first, count in self._spans)
+        goes_on = self._cut_at == scored.spans[0][0] and len(scored.spans) == 1
+        if goes_on and self._parts[self._offered :]:
+            scored = _added_up(self._parts.pop(), scored)
         self._parts.append(scored)
+        self._cut_at = end if self._sums and is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
         if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
@@ -137,6 +145,15 @@ class Scoring:
         """Hear that what was handed in has arrived."""
         self._parts = self._parts[self._offered :]
         self._offered = 0
+
+
+def _added_up(one: Scored, next_one: Scored) -> Scored:
+    """Make one sum of the last one of a slice and of that of the rest of its span."""
+    *spans, (first, count) = one.spans
+    ((_, more),) = next_one.spans
+    values = one.values.copy()
+    values[-1:] += next_one.values
+    return Scored([*spans, (first, count + more)], values, one.seconds + next_one.seconds)
 
 
 def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:

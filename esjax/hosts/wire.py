@@ -535,6 +535,8 @@ def unpack_update(data: bytes) -> Update:
         header = _UPDATE.decode(memoryview(data)[_LENGTH.size : end])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise WireError(str(error)[:200]) from error
+    if not header.numbers and header.dtype != "|i1":
+        raise WireError(f"weights of type {header.dtype}")
     expected = header.numbers or sum(count for _, count in header.spans) if header.applied else 0
     dtype = np.dtype(header.dtype)
     if len(data) - end != expected * dtype.itemsize:

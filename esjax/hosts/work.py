@@ -15,6 +15,7 @@ from jaxtyping import Float32, Int32, Int64
 from numpy import ndarray
 
 from esjax.hosts.wire import Span
+from esjax.sums import TAIL
 
 SLOT_PAIRS = 2**20
 """Pairs of a host's own range in a step with a time budget."""
@@ -22,8 +23,14 @@ SLOT_PAIRS = 2**20
 AGREE = 1e-4
 """Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
 
-AGREE_SUMS = 1e-3
-"""The same for two sums over a unit, as a part of their largest number."""
+AGREE_SUMS = 0.05
+"""The same for the gradients of two sums over a unit, as a part of the largest number: the weight of a pair that is at
+the edge of two of them may be either. And for what follows the gradient, as a part of itself."""
+
+AGREE_STEPS = 2
+"""The same in steps, which is what rounding may make of small numbers."""
+
+NOTHING = np.zeros(0, np.int32)
 
 NO_DELAYS: Mapping[int, float] = {}
 
@@ -102,7 +109,7 @@ class _Unit:
         self.is_checked = False
         self.given: set[int] = set()
         self.holders: set[int] = set()
-        self.answers: dict[int, ndarray] = {}  # losses of its pairs; or the sum over it and others, the same array
+        self.answers: dict[int, ndarray] = {}  # losses of its pairs; its sum if it is checked, else `NOTHING`
 
     @property
     def size(self) -> int:
@@ -144,6 +151,7 @@ class FixedPopulation:
         self._lacking = set(range(len(self._units)))
         self._held: dict[int, set[int]] = {}
         self._counts: Counter[int] = Counter()
+        self._totals: dict[int, ndarray] = {}  # what a host's sums over units that are not checked come to
         self._checked = [self._units[i] for i in checked]
         for checked_unit in self._checked:
             checked_unit.opinions, checked_unit.is_checked = 2, True
@@ -217,9 +225,12 @@ class FixedPopulation:
         if any(unit.is_settled or slot in unit.answers for unit in units):
             for i in group:
                 self._drop(i, slot)
+        elif units[0].is_checked:
+            self._answer(group[0], slot, total)
         else:
             for i in group:
-                self._answer(i, slot, total)
+                self._answer(i, slot, NOTHING)
+            self._totals[slot] = self._totals.get(slot, 0) + total.astype(np.int64)
 
     def release(self, slot: int) -> None:
         """See `Work.release`."""
@@ -230,6 +241,7 @@ class FixedPopulation:
         """See `Work.revoke`."""
         self.release(slot)
         self._counts.pop(slot, None)
+        self._totals.pop(slot, None)
         for i, unit in enumerate(self._units):
             if unit.answers.pop(slot, None) is not None:
                 unit.opinions = max(1, len(unit.answers))
@@ -271,7 +283,8 @@ class FixedPopulation:
             for unit, answer in zip(self._units, answers, strict=True)
         ]
         if self._sums:
-            return [(0, self._pairs)], _add_up({id(total): total for total in chosen}.values())
+            checked = (answer for unit, answer in zip(self._units, chosen, strict=True) if unit.is_checked)
+            return [(0, self._pairs)], _add_up([*self._totals.values(), *checked])
         return [(0, self._pairs)], np.concatenate(chosen)
 
     def liars(self, trusted: int | None) -> set[int]:
@@ -406,6 +419,8 @@ class TimeBudget:
                 new.append(values[row + (0 if self._sums else at - first) : end])
                 at = first + count
         self._parts[slot] += new
+        if self._sums and new:  # so that they take no more room, however many they are
+            self._parts[slot] = [_add_up(np.concatenate(self._parts[slot]))[None]]
         self._counts[slot] = at - start
         if final:
             self._open.discard(slot)
@@ -469,5 +484,8 @@ def _agree(one: ndarray, two: ndarray) -> bool:
     # Mostly they are the same bytes, which is found out much faster.
     if one.tobytes() == two.tobytes():
         return True
-    allowed = AGREE if one.dtype == np.float32 else AGREE_SUMS * np.abs(one).max()
-    return bool(np.allclose(one, two, rtol=0, atol=allowed, equal_nan=True))
+    if one.dtype == np.float32:
+        return bool(np.allclose(one, two, rtol=0, atol=AGREE, equal_nan=True))
+    size = np.abs(one.astype(np.int64))
+    size[:-TAIL] = size[:-TAIL].max(initial=0)
+    return bool((np.abs(one - two.astype(np.int64)) <= AGREE_SUMS * size + AGREE_STEPS).all())
