@@ -2,7 +2,7 @@
 
 State machines and bytes are the real ones. A replica is a running hash of the updates that it made, so that two are
 equal only if they made the same ones in the same order; the losses of a pair follow from that hash, so that they are
-right only if the replica is.
+right only if the replica is. Where sums are exchanged, what a pair adds to one follows from its losses.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 
 from esjax.config import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.delivery import PackedText
-from esjax.fitness import shape
+from esjax.fitness import LARGEST_LOSS, shape
 from esjax.hosts import wire
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
@@ -39,6 +39,7 @@ from esjax.hosts.tasks import (
 )
 from esjax.hosts.wire import Envelope
 from esjax.hosts.worker import Worker
+from esjax.sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL, conclude
 
 TICK = 0.2
 """Seconds between looks at the clock; messages and results are looked at as they come."""
@@ -52,6 +53,10 @@ TEXT = b"all the text"
 ANSWERS = {"rademacher": "1234"}
 STATE_BYTES = 40
 FIRST_STATE = b"\0" * STATE_BYTES
+NUMBERS = 3 + TAIL
+"""Length of a sum."""
+
+SCALE = 0.25
 
 Twist = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Fate = Callable[[str, str, wire.Message], Sequence[float]]
@@ -69,15 +74,19 @@ def config_of(
     checkpoint_time: float = 1e6,
     evaluate_time: float = 1e6,
     block_interval: int | None = None,
+    sums: bool = False,
 ) -> Config:
     blocks = None if block_interval is None else 64
     return Config(
         checkpoint_time=checkpoint_time,
         evaluate_time=evaluate_time,
         data=DataConfig(block_tokens=blocks, new_tokens_interval=block_interval or 1),
-        es=EsConfig(population_size=population, time_per_step=budget),
+        es=EsConfig(population_size=population, time_per_step=budget, exchange="sums" if sums else "losses"),
         hosts=HostsConfig(spot_check=spot_check, digest_interval=digest_interval),
     )
+
+
+LOSSES = config_of()
 
 
 def hash_state(state: bytes) -> str:
@@ -106,6 +115,27 @@ def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
     return (2.0 + (x >> np.uint64(40)).astype(np.float64) / 2**24).astype(np.float32)
 
 
+def sum_of(losses: np.ndarray) -> np.ndarray:
+    """Add up some pairs, as `esjax.summing` does; three numbers are the gradient."""
+    losses = losses[(np.abs(losses) < LARGEST_LOSS).all(axis=1)].astype(np.float64)
+    difference = losses[:, 0] - losses[:, 1]
+    columns = [np.sign(difference), 1e5 * difference, 1e5 * (losses[:, 0] - 2.5), np.ones(len(losses))]
+    columns += [LOSS_STEPS * losses.mean(axis=1), DIFFERENCE_STEPS * np.abs(difference)]
+    return np.rint(columns).sum(axis=1).astype(np.int32)
+
+
+def values_of(config: Config, state: bytes, spans: Sequence[wire.Span], twist: Twist | None = None) -> np.ndarray:
+    """Do what a run asks for with some pairs: score them, or add up each span."""
+
+    def score(pairs: np.ndarray) -> np.ndarray:
+        losses = losses_of(state, pairs)
+        return twist(losses, pairs) if twist else losses
+
+    if config.es.exchange == "losses":
+        return score(wire.pairs_of(spans))
+    return np.stack([sum_of(score(wire.pairs_of([span]))) for span in spans])
+
+
 def check_updates(
     updates: Sequence[bytes], config: Config, twist: Twist | None = None, state: bytes = FIRST_STATE
 ) -> None:
@@ -113,18 +143,16 @@ def check_updates(
     for step, payload in enumerate(updates, step_of(state)):
         header = wire.unpack_update(payload).header
         assert header.step == step
-        pairs = wire.pairs_of(header.spans)
-        losses = losses_of(state, pairs)
-        if twist:
-            losses = twist(losses, pairs)
-        shaped = shape(losses, config.es.shaping, config.es.sigma)
-        expected = wire.Update(header, shaped.weights if header.applied else shaped.weights[:0])
-        assert payload == wire.pack_update(expected)
-        assert (header.scale, header.void_pairs, header.applied) == (
-            shaped.scale,
-            shaped.void_pairs,
-            not shaped.trouble,
-        )
+        values = values_of(config, state, header.spans, twist)
+        numbers: np.ndarray
+        if config.es.exchange == "sums":
+            numbers = values.sum(axis=0, dtype=np.int64)
+            scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
+            assert (header.loss, header.numbers) == (loss, NUMBERS)
+        else:
+            numbers, scale, void_pairs, trouble = shape(values, config.es.shaping, config.es.sigma)
+        assert payload == wire.pack_update(wire.Update(header, numbers if header.applied else numbers[:0]))
+        assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
         state = next_state(state, payload)
 
 
@@ -142,6 +170,7 @@ class Device:
         snapshot_bytes: int = STATE_BYTES,
         twist: Twist | None = None,
     ) -> None:
+        self.config = LOSSES
         self.speed, self.granule, self.twist, self.snapshot_bytes = speed, granule, twist, snapshot_bytes
         self.compile_seconds, self.load_seconds, self.measure_seconds = compile_seconds, load_seconds, measure_seconds
         self.state = FIRST_STATE
@@ -176,13 +205,10 @@ class Device:
             return Done(self.step, 1.0, 2.0), 0.001
         elif isinstance(task, Score):
             pairs = wire.pairs_of(task.spans)
-            losses = losses_of(self.state, pairs)
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
-            if self.twist:
-                losses = self.twist(losses, pairs)
             seconds = len(pairs) / self.speed
-            return Scored(losses, seconds), seconds
+            return Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
         elif isinstance(task, TakeDigest):
             return Value(hash_state(self.state)), 0.001
         elif isinstance(task, TakeSnapshot):
@@ -310,7 +336,18 @@ class Simulation:
         block = None if data.block_tokens is None else (lambda number: bytes([number % 256]) * 64)
         self.coordinator = Coordinator(
             self.config,
-            Terms(RUN, self.epoch, UNIT, 100, ANSWERS, {}, publish_port=1, state_bytes=self.snapshot_bytes),
+            Terms(
+                RUN,
+                self.epoch,
+                UNIT,
+                100,
+                ANSWERS,
+                {},
+                publish_port=1,
+                state_bytes=self.snapshot_bytes,
+                numbers=NUMBERS if self.config.es.exchange == "sums" else 0,
+                scale=SCALE,
+            ),
             step=len(self.ledger),
             now=self.now,
             rng=np.random.default_rng([self._seed, self.epoch]),
@@ -397,6 +434,7 @@ class Simulation:
         of_host = {key: settings.pop(key) for key in ("key", "kind", "answers", "own") if key in settings}
         settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
+        host.device.config = self.config
         return host
 
     def kill_host(self, name: str) -> Host:

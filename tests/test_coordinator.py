@@ -11,14 +11,16 @@ from hosts_simulation import (
     ANSWERS,
     DELAY,
     FIRST_STATE,
+    NUMBERS,
     RUN,
+    SCALE,
     UNIT,
     Device,
     Simulation,
     check_updates,
     config_of,
-    losses_of,
     next_state,
+    values_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +40,12 @@ from esjax.hosts.worker import Worker
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
+FIXED_SUMS = config_of(sums=True)
+BUDGET_SUMS = config_of(budget=1.0, sums=True)
 both_modes = pytest.mark.parametrize("config", [FIXED, BUDGET], ids=["fixed", "budget"])
+all_modes = pytest.mark.parametrize(
+    "config", [FIXED, BUDGET, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget", "fixed sums", "budget sums"]
+)
 DIRECTIONS = ["request", "reply", "broadcast"]
 EXAMPLES = 8
 """Of what takes long."""
@@ -47,7 +54,7 @@ EXAMPLES = 8
 # Alone, with a clock that stands still.
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("block", [None, 2])
 @pytest.mark.parametrize("granule", [1, UNIT, 100])
 def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, granule: int) -> None:
@@ -55,7 +62,7 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, g
     config = msgspec.structs.replace(config, data=data)
     coordinator = Coordinator(
         config,
-        Terms("", 1, UNIT, 0, {}, {}),
+        Terms("", 1, UNIT, 0, {}, {}, numbers=NUMBERS if config.es.exchange == "sums" else 0, scale=SCALE),
         step=0,
         now=0.0,
         rng=np.random.default_rng(0),
@@ -65,6 +72,7 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, g
     )
     worker = Worker("alone", "", "", {}, {}, now=0.0, jitter=lambda: 0.0, built=True, step=0, granule=granule)
     device = Device(speed=50.0)
+    device.config = config
     updates: list[bytes] = []
     closed: list[Closed] = []
     tasks = 0
@@ -556,7 +564,7 @@ def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
             state = FIRST_STATE
             for update in sim.updates:
                 state = next_state(state, update)
-            right = losses_of(state, wire.pairs_of(message.spans)).tobytes() if pairs < 1000 else b""
+            right = values_of(sim.config, state, message.spans).tobytes() if message.spans and pairs < 1000 else b""
         frames = wire.encode(Envelope(message, body_of(weather, right)))
         reply = sim.server.receive(wire.decode(frames, "request"), sim.now)
         wire.decode(wire.encode(reply), "reply")
@@ -573,7 +581,7 @@ def mad_host(sim: Simulation) -> list[int]:
     return [welcome.session, welcome.session, welcome.session + 1, 0]
 
 
-@both_modes
+@all_modes
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_after_a_storm_an_honest_host_trains_on(config: Config, data: st.DataObject) -> None:
@@ -588,8 +596,9 @@ def test_after_a_storm_an_honest_host_trains_on(config: Config, data: st.DataObj
     assert not sim.hosts["a"].worker.refused
 
 
-def test_a_long_storm_makes_nothing_grow() -> None:
-    sim = Simulation(FIXED)
+@pytest.mark.parametrize("config", [FIXED, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "fixed sums", "budget sums"])
+def test_a_long_storm_makes_nothing_grow(config: Config) -> None:
+    sim = Simulation(config)
     sim.add("a")
     sim.run_steps(3)
     rng = random.Random(0)
@@ -609,7 +618,7 @@ def test_a_long_storm_makes_nothing_grow() -> None:
         assert volume(sim.server) < 2 * before
     sim.run(FORGET + 5)
     sim.run_steps(3)
-    check_updates(sim.updates, FIXED)
+    check_updates(sim.updates, config)
 
 
 def test_only_valid_messages_move_the_run() -> None:

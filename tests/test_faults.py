@@ -28,11 +28,11 @@ from hosts_simulation import (
     check_updates,
     config_of,
     hash_state,
-    losses_of,
     next_state,
+    values_of,
 )
 
-from esjax.config import Config
+from esjax.config import Config, from_yaml, to_yaml
 from esjax.hosts import handouts, wire
 from esjax.hosts.effects import Publish
 from esjax.hosts.line import DEAF
@@ -44,15 +44,25 @@ from esjax.hosts.worker import BEAT
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
+FIXED_SUMS = config_of(sums=True)
+BUDGET_SUMS = config_of(budget=1.0, sums=True)
 both_modes = pytest.mark.parametrize("config", [FIXED, BUDGET], ids=["fixed", "budget"])
+both_exchanges = pytest.mark.parametrize("sums", [False, True], ids=["losses", "sums"])
+all_modes = pytest.mark.parametrize(
+    "config", [FIXED, BUDGET, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget", "fixed sums", "budget sums"]
+)
 PAIRS = FIXED.es.population_size // 2
 STEP = 2.0
 """Seconds in which any step here is done, by one host of the usual speed."""
 
 
-@cache
 def fault_free(config: Config) -> Simulation:
-    sim = Simulation(config)
+    return _fault_free(to_yaml(config))
+
+
+@cache
+def _fault_free(settings: str) -> Simulation:
+    sim = Simulation(from_yaml(settings, ""))
     sim.add("alone", speed=10_000.0)
     return sim
 
@@ -94,8 +104,9 @@ def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -
     step = sim.server.step
     assert host.device.step == step
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
-    message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False)
-    body = losses_of(host.device.state, np.arange(first, first + pairs)).tobytes()
+    dtype = "<i4" if joined.numbers else "<f4"
+    message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
+    body = values_of(sim.config, host.device.state, message.spans).tobytes()
     return msgspec.structs.replace(message, **changes), body
 
 
@@ -103,20 +114,21 @@ def status_of(sim: Simulation, name: str) -> wire.HostStatus:
     return next(host for host in sim.server.status(sim.now).hosts if host.name == name)
 
 
-@both_modes
+@all_modes
 def test_row_01_a_killed_worker_costs_nothing(config: Config) -> None:
     sim = run_with(config, "a", "b", "c")
     sim.kill_host("b")
     before = sim.now
     sim.run_steps(1)
-    if config is BUDGET:
+    if config.es.time_per_step:
         assert sim.now - before < 2 * STEP
     sim.run_steps(6)
     check_run(sim)
 
 
-def test_row_01_pairs_of_a_killed_worker_are_scored_by_others() -> None:
-    sim = run_with(FIXED, "a", "b")
+@both_exchanges
+def test_row_01_pairs_of_a_killed_worker_are_scored_by_others(sums: bool) -> None:
+    sim = run_with(config_of(sums=sums), "a", "b")
     sim.kill_host("b")
     step = sim.server.step
     sim.run_steps(1)
@@ -124,7 +136,7 @@ def test_row_01_pairs_of_a_killed_worker_are_scored_by_others() -> None:
     assert scored == set(range(PAIRS))
 
 
-@both_modes
+@all_modes
 def test_row_02_a_restarted_coordinator_goes_on(config: Config) -> None:
     sim = run_with(config, "a", "b", steps=5)
     step = len(sim.ledger)
@@ -141,9 +153,10 @@ def test_row_02_a_restarted_coordinator_goes_on(config: Config) -> None:
         assert any(at > step for at, _ in host.device.scored)
 
 
-def test_row_02_hosts_come_back_to_a_coordinator_that_knows_less() -> None:
+@both_exchanges
+def test_row_02_hosts_come_back_to_a_coordinator_that_knows_less(sums: bool) -> None:
     """Its last record was torn: hosts have made an update that is no more."""
-    sim = run_with(FIXED, "a", "b", steps=5)
+    sim = run_with(config_of(sums=sums), "a", "b", steps=5)
     sim.kill()
     del sim.ledger[3:]
     sim.start()
@@ -151,7 +164,7 @@ def test_row_02_hosts_come_back_to_a_coordinator_that_knows_less() -> None:
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_03_what_was_recorded_is_published_after_a_restart(config: Config) -> None:
     sim = run_with(config, "a", "b")
     sim.crash_after_record = step = sim.server.step
@@ -177,7 +190,7 @@ def test_row_03_what_was_recorded_is_published_after_a_restart(config: Config) -
 
 
 @pytest.mark.parametrize("seconds", [1.0, 5.0, 19.0, 60.0, 200.0])
-@both_modes
+@all_modes
 def test_row_04_after_a_cut_the_ledger_says_what_was_missed(config: Config, seconds: float) -> None:
     sim = run_with(config, "a", "b")
     cut = sim.hosts["b"]
@@ -208,7 +221,7 @@ def test_row_04_after_a_long_cut_a_snapshot_is_fetched(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("direction", ["request", "reply", "broadcast"])
-@both_modes
+@all_modes
 def test_row_05_one_way_loss_is_noticed(config: Config, direction: str) -> None:
     sim = run_with(config, "a", "b")
     deaf = sim.hosts["b"]
@@ -223,8 +236,9 @@ def test_row_05_one_way_loss_is_noticed(config: Config, direction: str) -> None:
     check_run(sim)
 
 
-def test_row_06_the_pairs_of_a_straggler_run_twice() -> None:
-    sim = run_with(FIXED, "a", "b")
+@both_exchanges
+def test_row_06_the_pairs_of_a_straggler_run_twice(sums: bool) -> None:
+    sim = run_with(config_of(sums=sums), "a", "b")
     slow = sim.hosts["b"].device
     slow.speed /= 10
     step, before = sim.server.step, sim.now
@@ -254,9 +268,10 @@ def test_row_06_a_straggler_is_told_once_until_it_is_in_time_again() -> None:
     assert sim.lines.count(told) == 2
 
 
-def test_row_06_the_first_answer_counts() -> None:
+@both_exchanges
+def test_row_06_the_first_answer_counts(sums: bool) -> None:
     """A straggler that is done before the one who took over need not be waited for."""
-    sim = run_with(FIXED, "a", "b")
+    sim = run_with(config_of(sums=sums), "a", "b")
     sim.hosts["a"].device.speed = sim.hosts["b"].device.speed = 100
     sim.run_steps(1)
     sim.run(0.05)
@@ -308,7 +323,7 @@ def test_row_06_a_straggler_holds_up_no_time_budget() -> None:
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_06_a_slow_host_is_waited_for_if_it_is_alone(config: Config) -> None:
     sim = Simulation(config)
     sim.add("slow", speed=1.0)
@@ -334,22 +349,22 @@ def test_row_07_without_workers_the_job_pauses(config: Config) -> None:
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_08_losses_that_come_twice_count_once(config: Config) -> None:
     sim = run_with(config, "a", "b")
     message, body = losses_message(sim, sim.hosts["a"], UNIT)
-    for _ in range(3):
+    for _ in range(3 if config is not BUDGET_SUMS else 0):  # of what a host has handed in it makes no other sum
         reply = ask(sim, sim.hosts["a"], message, body)
         assert isinstance(reply, wire.Ok)
     sim.fate = lambda direction, host, message: [DELAY, 0.3, 2.0] if isinstance(message, wire.Losses) else [DELAY]
     sim.run_steps(5)
     assert sim.server.counters["messages no honest host sends"] == 0
-    if config is FIXED:
+    if not config.es.time_per_step:
         assert {closed.population for closed in sim.closed} == {2 * PAIRS}
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> None:
     sim = run_with(config, "a")
     host = sim.hosts["a"]
@@ -368,7 +383,7 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     check_run(sim)
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize(
     "changes",
     [
@@ -392,8 +407,9 @@ def test_row_10_losses_that_nobody_asked_for_are_a_strike(config: Config, change
     check_run(sim)
 
 
-def test_row_10_pairs_of_another_host_are_a_strike() -> None:
-    sim = run_with(FIXED, "a", "b")
+@both_exchanges
+def test_row_10_pairs_of_another_host_are_a_strike(sums: bool) -> None:
+    sim = run_with(config_of(sums=sums), "a", "b")
     step = sim.server.step
     sim.run(0.05)
     theirs = next(pair for at, pair in sim.hosts["a"].device.scored if at == step)
@@ -415,7 +431,7 @@ def spoil(values: dict[int, float]) -> Callable[[np.ndarray, np.ndarray], np.nda
     return twist
 
 
-@both_modes
+@all_modes
 def test_row_11_losses_that_are_no_numbers_weigh_nothing(config: Config) -> None:
     bad = {0: math.nan, 1: math.inf, 2: -math.inf, 3: 1e30}
     sim = Simulation(config)
@@ -424,16 +440,18 @@ def test_row_11_losses_that_are_no_numbers_weigh_nothing(config: Config) -> None
     check_updates(sim.updates, config, spoil(bad))
     for update, closed in zip(map(wire.unpack_update, sim.updates), sim.closed, strict=True):
         is_bad = np.isin(update.pairs() % PAIRS, list(bad))
-        assert not update.weights[is_bad].any()
-        assert update.weights[~is_bad].any()
+        if not config.es.sums(0):
+            assert not update.weights[is_bad].any()
+            assert update.weights[~is_bad].any()
         assert update.header.void_pairs == closed.void_pairs == is_bad.sum()
         assert 2 < closed.loss < 3
         assert update.header.loss == closed.loss
 
 
-def test_row_11_a_step_of_mostly_bad_losses_is_void() -> None:
+@both_exchanges
+def test_row_11_a_step_of_mostly_bad_losses_is_void(sums: bool) -> None:
     bad = dict.fromkeys(range(PAIRS // 2 + 1), math.nan)
-    sim = Simulation(FIXED)
+    sim = Simulation(config_of(sums=sums))
     sim.add("a", twist=spoil(bad))
     sim.run_steps(3)
     for update, closed in zip(map(wire.unpack_update, sim.updates), sim.closed, strict=True):
@@ -443,7 +461,7 @@ def test_row_11_a_step_of_mostly_bad_losses_is_void() -> None:
         assert "not finite" in closed.trouble
     assert sum("not finite; no update" in line for line in sim.lines) == 1
     assert sim.hosts["a"].device.step >= 2  # and training goes on
-    check_updates(sim.updates, FIXED, spoil(bad))
+    check_updates(sim.updates, sim.config, spoil(bad))
 
 
 def test_row_12_equal_losses_change_nothing_and_are_told() -> None:
@@ -456,7 +474,7 @@ def test_row_12_equal_losses_change_nothing_and_are_told() -> None:
     assert sum("equal; no update" in line for line in sim.lines) == 1
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize(
     ("change", "cut"),
     [
@@ -648,8 +666,9 @@ def test_row_23_what_the_run_has_of_its_own_is_needed() -> None:
     assert "no part of its own" in host.worker.refused
 
 
-def test_row_24_a_replica_that_differs_fetches_the_right_state() -> None:
-    config = config_of(digest_interval=5, checkpoint_time=4)
+@both_exchanges
+def test_row_24_a_replica_that_differs_fetches_the_right_state(sums: bool) -> None:
+    config = config_of(digest_interval=5, checkpoint_time=4, sums=sums)
     sim = run_with(config, "a", "b", "c")
     wrong = sim.hosts["c"].device
     wrong.state = wrong.state[:8] + b"w" * (STATE_BYTES - 8)
@@ -662,10 +681,11 @@ def test_row_24_a_replica_that_differs_fetches_the_right_state() -> None:
     check_checkpoints(sim)
 
 
+@both_exchanges
 @pytest.mark.parametrize("delay", [DELAY, 3.0], ids=["before", "after"])
-def test_row_24_losses_of_a_wrong_replica_do_not_count(delay: float) -> None:
+def test_row_24_losses_of_a_wrong_replica_do_not_count(delay: float, sums: bool) -> None:
     """Not from the step on at which it is found out, be they handed in before or after that."""
-    sim = run_with(config_of(digest_interval=6), "a", "b", "c", steps=4)
+    sim = run_with(config_of(digest_interval=6, sums=sums), "a", "b", "c", steps=4)
     wrong = sim.hosts["c"].device
     wrong.state = wrong.state[:8] + b"w" * (STATE_BYTES - 8)
 
@@ -752,9 +772,10 @@ def lie(losses: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return losses + np.where(pairs % 2, [[0.01], [-0.01]], 0.0).astype(np.float32).T
 
 
+@both_exchanges
 @pytest.mark.parametrize("liar", ["a", "b", "c"])
-def test_row_25_nothing_that_a_liar_says_counts(liar: str) -> None:
-    config = config_of(spot_check=1.0)
+def test_row_25_nothing_that_a_liar_says_counts(liar: str, sums: bool) -> None:
+    config = config_of(spot_check=1.0, sums=sums)
     sim = Simulation(config)
     for name in ("a", "b", "c"):
         sim.add(name, twist=lie if name == liar else None)
@@ -766,8 +787,9 @@ def test_row_25_nothing_that_a_liar_says_counts(liar: str) -> None:
     check_run(sim)
 
 
-def test_row_25_of_two_hosts_the_anchor_is_trusted() -> None:
-    config = config_of(spot_check=1.0)
+@both_exchanges
+def test_row_25_of_two_hosts_the_anchor_is_trusted(sums: bool) -> None:
+    config = config_of(spot_check=1.0, sums=sums)
     sim = Simulation(config)
     sim.add("a")
     sim.run_steps(2)
@@ -777,8 +799,9 @@ def test_row_25_of_two_hosts_the_anchor_is_trusted() -> None:
     check_run(sim)
 
 
-def test_row_25_a_sample_finds_a_liar_in_time() -> None:
-    sim = Simulation(config_of(spot_check=0.3))
+@both_exchanges
+def test_row_25_a_sample_finds_a_liar_in_time(sums: bool) -> None:
+    sim = Simulation(config_of(spot_check=0.3, sums=sums))
     for name in ("a", "b", "c"):
         sim.add(name, twist=lie if name == "c" else None)
     sim.run_steps(30)
@@ -786,7 +809,7 @@ def test_row_25_a_sample_finds_a_liar_in_time() -> None:
 
 
 @pytest.mark.parametrize("kind", [wire.Step, wire.Extra, wire.Pulse])
-@both_modes
+@all_modes
 def test_row_26_a_missed_broadcast_is_caught_up(config: Config, kind: type[wire.Message]) -> None:
     """The devices of the simulation see that nothing is made out of order."""
     sim = run_with(config, "a", "b")
@@ -799,7 +822,7 @@ def test_row_26_a_missed_broadcast_is_caught_up(config: Config, kind: type[wire.
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_26_a_host_alone_goes_on_without_broadcasts(config: Config) -> None:
     sim = run_with(config, "a")
     sim.fate = lambda direction, host, message: [] if direction == "broadcast" else [DELAY]
@@ -808,7 +831,7 @@ def test_row_26_a_host_alone_goes_on_without_broadcasts(config: Config) -> None:
     check_run(sim)
 
 
-@both_modes
+@all_modes
 @pytest.mark.parametrize("seed", range(3))
 def test_row_26_whatever_is_lost_delayed_or_doubled(config: Config, seed: int) -> None:
     config = msgspec.structs.replace(config, checkpoint_time=5.0, evaluate_time=5.0)
@@ -930,7 +953,7 @@ def test_row_28_a_damaged_snapshot_is_taken_again(what: str) -> None:
     check_checkpoints(sim)
 
 
-@both_modes
+@all_modes
 def test_row_29_updates_that_come_while_a_snapshot_loads_are_made_once(config: Config) -> None:
     sim = Simulation(msgspec.structs.replace(config, checkpoint_time=5.0), snapshot_bytes=3 * wire.PART)
     sim.add("a")
@@ -992,7 +1015,7 @@ def test_row_35_an_old_coordinator_is_nobody() -> None:
     check_run(sim)
 
 
-@both_modes
+@all_modes
 def test_row_36_a_worker_that_is_stopped_hands_in_what_it_has(config: Config) -> None:
     sim = run_with(config, "a", "b", speed=10.0)
     sim.run_steps(1)
@@ -1006,7 +1029,7 @@ def test_row_36_a_worker_that_is_stopped_hands_in_what_it_has(config: Config) ->
     assert finished
     before = set(sim.hosts["a"].device.scored)
     sim.run_steps(1)
-    if config is FIXED:
+    if not config.es.time_per_step:
         again = {pair for at, pair in set(sim.hosts["a"].device.scored) - before if at == step}
         assert again
         assert not again & finished
@@ -1108,8 +1131,9 @@ def test_row_39_compiling_is_not_death(config: Config) -> None:
     check_run(sim)
 
 
-def test_row_39_a_halved_chunk_still_hands_in_whole_units() -> None:
-    sim = Simulation(FIXED)
+@both_exchanges
+def test_row_39_a_halved_chunk_still_hands_in_whole_units(sums: bool) -> None:
+    sim = Simulation(config_of(sums=sums))
     sim.add("a", granule=1, speed=3.0)
     sim.add("b", granule=3 * UNIT, speed=8.0)
     sim.run_steps(5)

@@ -157,14 +157,17 @@ def test_another_version_is_named() -> None:
 # Updates.
 
 SPANS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 20)), max_size=5)
-HEADERS = messages(wire.UpdateHeader, spans=SPANS)
+HEADERS = messages(wire.UpdateHeader, spans=SPANS, numbers=st.just(0), dtype=st.just("|i1")) | messages(
+    wire.UpdateHeader, spans=SPANS, numbers=st.integers(1, 20)
+)
 
 
 @settings(deadline=None)
 @given(HEADERS, st.data())
 def test_an_update_is_read_as_it_was_written(header: wire.UpdateHeader, data: st.DataObject) -> None:
-    pairs = sum(count for _, count in header.spans) if header.applied else 0
-    weights = np.frombuffer(data.draw(st.binary(min_size=pairs, max_size=pairs)), np.int8)
+    numbers = (header.numbers or sum(count for _, count in header.spans)) if header.applied else 0
+    size = numbers * np.dtype(header.dtype).itemsize
+    weights = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), header.dtype)
     packed = wire.pack_update(wire.Update(header, weights))
     read = wire.unpack_update(packed)
     assert same(read.header, header)
@@ -193,6 +196,34 @@ def test_pairs_of_spans_are_listed_in_their_order() -> None:
     assert wire.pairs_of([(5, 2), (0, 3)]).tolist() == [5, 6, 0, 1, 2]
     assert wire.pairs_of([(2**32 - 2, 2)]).tolist() == [2**32 - 2, 2**32 - 1]
     assert wire.pairs_of([]).tolist() == []
+
+
+def test_weights_are_a_byte_each() -> None:
+    header = wire.UpdateHeader(0, [(0, 2)], 1.0, True, None, 0, 0, "<i2")
+    with pytest.raises(wire.WireError, match="weights of type <i2"):
+        wire.unpack_update(wire.pack_update(wire.Update(header, np.zeros(2, np.int16))))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-(2**31) + 1, 2**31 - 1) | st.integers(-(2**15), 2**15) | st.integers(-128, 128)))
+def test_a_sum_takes_as_few_bytes_as_hold_it(numbers: list[int]) -> None:
+    total = np.array(numbers, np.int64)
+    dtype = wire.smallest_type(total)
+    header = wire.UpdateHeader(3, [(0, 8)], 0.5, True, None, 0, len(total), dtype)
+    if numbers:
+        read = wire.unpack_update(wire.pack_update(wire.Update(header, total)))
+        assert read.weights.tolist() == numbers
+    most = max(map(abs, numbers), default=0)
+    assert np.dtype(dtype).itemsize == (1 if most < 2**7 else 2 if most < 2**15 else 4)
+
+
+def test_sums_are_read_by_their_number() -> None:
+    sums = np.arange(6, dtype="<i4").reshape(2, 3)
+    read = wire.sums_of(sums.tobytes(), 2, 3)
+    assert read is not None
+    np.testing.assert_array_equal(read, sums)
+    for spans, numbers in ((0, 3), (2, 2), (3, 3), (2, 2**70)):
+        assert wire.sums_of(sums.tobytes(), spans, numbers) is None
 
 
 def test_losses_are_read_by_their_number() -> None:

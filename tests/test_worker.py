@@ -396,9 +396,9 @@ def test_losses_are_handed_in_now_and_then() -> None:
     assert scoring.hand_in(9.0, everything=True) is None
 
 
-@pytest.mark.parametrize(("limit", "name"), [(8, "MOST_PAIRS"), (2, "SPAN_LIMIT")])
+@pytest.mark.parametrize(("limit", "name"), [(8 * 8, "MAX_REQUEST"), (2, "SPAN_LIMIT")])
 def test_no_more_is_handed_in_than_a_request_holds(limit: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"esjax.hosts.{'wire' if name == 'SPAN_LIMIT' else 'scoring'}.{name}", limit)
+    monkeypatch.setattr(wire, name, limit)
     scoring = Scoring(0, 4, 4, None)
     for first in range(0, 100, 20):
         scoring.add([(first, 4)])
