@@ -19,9 +19,9 @@ import pytest
 from processes import SHARED, SMALL, TEXT, Fleet, Process, wait_until
 from test_hosts_transport import last_frame, more_frames, send_endlessly, stranger
 
-from esjax import Config, resume, train
+from esjax import resume, train
 from esjax.checkpoint import digest
-from esjax.config import from_yaml, replace
+from esjax.config import from_yaml, replace, to_yaml
 from esjax.hosts.ask import ask_status
 from esjax.ledger import UPDATE, read
 from esjax.replaying import replay
@@ -45,14 +45,15 @@ def steps_done(run: Path) -> int:
 
 
 @cache
-def begun(config: Config) -> tuple[Trainer, list[str]]:
+def begun(settings: str) -> tuple[Trainer, list[str]]:
     """Begin a run in this process, for all tests of these settings; and a list for the digest after each step."""
-    return train(config, Path(tempfile.mkdtemp(dir=SHARED.name)) / "alone"), []
+    return train(from_yaml(settings, ""), Path(tempfile.mkdtemp(dir=SHARED.name)) / "alone"), []
 
 
 def alone(fleet: Fleet, steps: int) -> tuple[list[bytes], str]:
     """Train the run of a fleet anew in this process: its updates, and the digest of its state after so many steps."""
-    trainer, digests = begun(replace(from_yaml((fleet.run / "config.yaml").read_text(), ""), steps=None))
+    config = from_yaml((fleet.run / "config.yaml").read_text(), "")
+    trainer, digests = begun(to_yaml(replace(config, steps=None)))
     if trainer.step < steps:
         trainer.limits = Limits(steps, None)
         digests += [digest(trainer._replica.state) for _ in trainer]

@@ -3,14 +3,17 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from storms import volume
 
 from esjax.hosts.wire import Span, pairs_of
-from esjax.hosts.work import AGREE, SLOT_PAIRS, FixedPopulation, Lease, TimeBudget, Work
+from esjax.hosts.work import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, FixedPopulation, Lease, TimeBudget, Work
+from esjax.sums import TAIL
 
 UNIT = 4
 
@@ -467,3 +470,240 @@ def test_a_slot_that_took_part_is_known() -> None:
         work.release(0)
         assert work.took_part(0)
         assert not work.took_part(1)
+
+
+# Sums.
+
+
+def sum_of(spans: list[Span], error: int = 0) -> np.ndarray:
+    """Add up what some pairs say, numbers that nobody would hit by chance: two of the gradient, and the tail."""
+    pairs = pairs_of(spans).astype(np.int64)
+    columns = [pairs * 7919 % 10007 - 5000, pairs * 104729 % 9973 - 5000, np.ones_like(pairs), pairs % 97, pairs % 89]
+    total = np.stack(columns).sum(axis=1)
+    total[0] += error
+    return total.astype(np.int32)
+
+
+def sums_of(spans: list[Span], error: int = 0) -> np.ndarray:
+    return np.array([sum_of([span], error) for span in spans], np.int32).reshape(len(spans), 2 + TAIL)
+
+
+def add(work: Work, slot: int, spans: list[Span], error: int = 0, final: bool = True) -> str:
+    return work.accept(slot, spans, sums_of(spans, error), final)
+
+
+def add_all(work: Work, leases: list[Lease], errors: Mapping[int, int] = {}) -> None:
+    for slot in {lease.slot for lease in leases}:
+        assert not add(work, slot, spans_of(leases, slot), errors.get(slot, 0))
+
+
+def check_total(work: Work) -> None:
+    """See that every pair of the result counts once."""
+    assert work.complete
+    spans, total = work.result()
+    np.testing.assert_array_equal(total, sum_of(spans))
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.sets(st.integers(0, 29)), st.randoms(use_true_random=False))
+def test_every_pair_is_in_the_sum_once_whoever_added_what(
+    steps: list[tuple[str, int, float, int]], pairs: int, unit: int, checked_units: set[int], random: Random
+) -> None:
+    """Hosts come, go, are slow, and hand in late, twice, and parts of what they were given; all of them are honest."""
+    work = FixedPopulation(pairs, unit, [i for i in checked_units if i < -(-pairs // unit)], sums=True)
+    given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
+    for action, slot, speed, count in steps:
+        if action == "lease":
+            for lease in work.lease({slot: speed, (slot + 1) % 5: 1.0}):
+                given_to[lease.slot].append((lease.first, lease.pairs))
+        elif action == "release":
+            work.release(slot)
+        elif action == "revoke":
+            work.revoke(slot)
+            assert work.count(slot) == 0
+        elif action == "hand in":
+            assert not add(work, slot, work.open_spans(slot)[:count])
+        elif given_to[slot]:
+            first, size = random.choice(given_to[slot])
+            units = -(-size // unit)
+            begin = random.randrange(units)
+            end = random.randint(begin + 1, units)
+            span = (first + begin * unit, min(size, end * unit) - begin * unit)
+            before = work.count(slot)
+            assert not add(work, slot, [span])
+            assert work.count(slot) in (before, before + span[1])  # as a whole, or not at all
+    while not work.complete:
+        for lease in work.lease(dict.fromkeys(range(5), 1.0)):
+            assert not add(work, lease.slot, [(lease.first, lease.pairs)])
+        for slot in range(5):
+            assert not add(work, slot, work.open_spans(slot))
+    assert not work.liars(None)
+    check_total(work)
+    assert work.result()[0] == [(0, pairs)]
+    if not checked_units:
+        assert sum(map(work.count, range(5))) == pairs
+
+
+def test_a_sum_over_what_is_in_does_not_count_and_the_rest_is_given_out_again() -> None:
+    work = FixedPopulation(4 * UNIT, UNIT, sums=True)
+    work.lease({0: 1.0})
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 2 * UNIT, 2 * UNIT)]
+    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
+    assert not work.waits
+    assert not add(work, 0, [(0, 3 * UNIT)])  # it had begun before the others were taken from it
+    assert work.count(0) == 0
+    assert not work.busy(0)
+    assert work.waits
+    again = work.lease({0: 1.0, 1: 1.0})
+    assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(range(2 * UNIT))
+    add_all(work, again)
+    check_total(work)
+
+
+def test_a_sum_over_what_another_one_is_at_counts_if_it_comes_first() -> None:
+    work = FixedPopulation(4 * UNIT, UNIT, sums=True)
+    work.lease({0: 1.0})
+    work.lease({0: 1.0, 1: 1.0})
+    assert not add(work, 0, [(0, 3 * UNIT)])
+    assert work.open_spans(1) == [(3 * UNIT, UNIT)]
+    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
+    assert (work.count(0), work.count(1)) == (3 * UNIT, 0)
+    add_all(work, work.lease({1: 1.0}))
+    check_total(work)
+
+
+def test_what_a_host_added_is_forgotten_alone() -> None:
+    work = FixedPopulation(8 * UNIT, UNIT, [3], sums=True)
+    leases = work.lease({0: 1.0, 1: 1.0})
+    add_all(work, leases, {1: 1000})
+    assert work.complete
+    work.revoke(1)
+    assert not work.complete
+    again = work.lease({0: 1.0})
+    theirs = {unit for lease in leases if lease.slot == 1 for unit in range(lease.first, lease.first + lease.pairs)}
+    assert set(pairs_of([(lease.first, lease.pairs) for lease in again])) == theirs - set(range(3 * UNIT, 4 * UNIT))
+    add_all(work, again)
+    check_total(work)
+    assert (work.count(0), work.count(1)) == (8 * UNIT, 0)
+
+
+def test_units_whose_sums_are_compared_are_leased_alone() -> None:
+    work = FixedPopulation(6 * UNIT, UNIT, [2, 4], sums=True)
+    leases = work.lease({0: 1.0, 1: 1.0})
+    for lease in leases:
+        units = range(lease.first // UNIT, (lease.first + lease.pairs) // UNIT)
+        assert len(units) == 1 or not {2, 4} & set(units)
+    for slot in range(2):
+        assert work.open_spans(slot) == spans_of(leases, slot)
+    work = FixedPopulation(2 * UNIT, UNIT, [1], sums=True)
+    assert work.lease({0: 1.0}) == [Lease(0, 0, UNIT), Lease(0, UNIT, UNIT)]
+    assert "summed with others" in add(work, 0, [(0, 2 * UNIT)])
+    assert work.count(0) == 0
+    assert work.busy(0)
+    assert not add(work, 0, [(0, UNIT), (UNIT, UNIT)])
+    check_total(work)
+
+
+def test_the_odd_sum_of_three_is_a_lie() -> None:
+    for liar in range(3):
+        work = FixedPopulation(3 * UNIT, UNIT, range(3), sums=True)
+        speeds = {0: 1.0, 1: 1.0, 2: 1.0}
+        leases = work.lease(speeds)
+        while leases:
+            add_all(work, leases, {liar: 10_000})
+            leases = work.lease(speeds)
+        assert work.liars(None) == {liar}
+        work.revoke(liar)
+        check_total(work)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_lie"),
+    [
+        pytest.param([AGREE_SUMS / 2 * 1000, 0, 0, 0, 0], False, id="a little"),
+        pytest.param([AGREE_SUMS * 2 * 1000, 0, 0, 0, 0], True, id="more"),
+        pytest.param([0, AGREE_STEPS, 0, 0, 0], False, id="rounding"),
+        pytest.param([0, AGREE_SUMS * 2 * 1000, 0, 0, 0], True, id="more than the largest says"),
+        pytest.param([-1000, -10, 0, 0, 0], True, id="no gradient"),
+        pytest.param([0, 0, 2 + AGREE_SUMS * 300, 0, 0], True, id="pairs"),
+        pytest.param([0, 0, 0, AGREE_SUMS / 2 * 10**9, 0], False, id="losses, a little"),
+        pytest.param([0, 0, 0, AGREE_SUMS * 2 * 10**9, 0], True, id="losses"),
+        pytest.param([0, 0, 0, 0, 1000], True, id="differences"),
+        pytest.param([-(2**31) - 1000, 0, 0, 0, 0], True, id="the smallest number"),
+    ],
+)
+def test_sums_of_other_hardware_are_no_lies(change: list[float], is_lie: bool) -> None:
+    honest = np.array([1000, 10, 128, 10**9, 5000], np.int64)
+    work = FixedPopulation(128, 128, [0], sums=True)
+    work.lease({0: 1.0, 1: 1.0})
+    for slot, total in enumerate([honest, honest + np.array(change).astype(np.int64)]):
+        assert not work.accept(slot, [(0, 128)], total.astype(np.int32)[None], True)
+    assert work.liars(0) == ({1} if is_lie else set())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans()), max_size=12
+    )
+)
+def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int, list[int], bool]]) -> None:
+    """Hosts hand in what comes next, some of it with everything that they handed in before."""
+    work = TimeBudget(1.0, sums=True)
+    work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    done: dict[int, list[Span]] = {slot: [] for slot in range(3)}
+    for slot, counts, again in messages:
+        new = []
+        for count in counts:
+            at = sum(([*done[slot], *new] or [(slot * SLOT_PAIRS, 0)])[-1])
+            new.append((at, count))
+        assert not add(work, slot, done[slot] + new if again else new, final=False)
+        done[slot] += new
+        assert work.count(slot) == sum(count for _, count in done[slot])
+    for slot in range(3):
+        work.release(slot)
+    if any(done.values()):
+        check_total(work)
+        assert set(pairs_of(work.result()[0])) == {int(pair) for slot in range(3) for pair in pairs_of(done[slot])}
+
+
+@pytest.mark.parametrize(
+    ("spans", "reason"),
+    [
+        ([(SLOT_PAIRS, 12)], "summed twice"),
+        ([(SLOT_PAIRS + 8, 4)], "summed twice"),
+        ([(SLOT_PAIRS + 10, 2), (SLOT_PAIRS + 11, 2)], "summed twice"),
+        ([(SLOT_PAIRS + 11, 2)], "missing"),
+        ([(SLOT_PAIRS - 1, 2)], "never assigned"),
+    ],
+)
+def test_a_sum_of_a_range_has_no_gap_and_no_overlap(spans: list[Span], reason: str) -> None:
+    work = TimeBudget(1.0, sums=True)
+    work.lease({1: 1.0})
+    assert not add(work, 1, [(SLOT_PAIRS, 4), (SLOT_PAIRS + 4, 6)], final=False)
+    assert reason in add(work, 1, spans)
+    assert work.count(1) == 10
+    assert not add(work, 1, [(SLOT_PAIRS + 10, 1)])
+    check_total(work)
+
+
+def test_a_range_that_is_revoked_is_in_no_sum() -> None:
+    work = TimeBudget(1.0, sums=True)
+    work.lease({0: 1.0, 1: 1.0})
+    assert not add(work, 0, [(0, 5)])
+    assert not add(work, 1, [(SLOT_PAIRS, 3)], error=1000)
+    work.revoke(1)
+    check_total(work)
+    assert work.result()[0] == [(0, 5)]
+
+
+@pytest.mark.parametrize(
+    "work", [FixedPopulation(400, 1, sums=True), TimeBudget(1.0, sums=True)], ids=["fixed", "budget"]
+)
+def test_the_sums_of_a_host_take_the_room_of_one(work: Work) -> None:
+    numbers = 10_000
+    work.lease({0: 1.0})
+    before = volume(work)
+    for pair in range(300):
+        assert not work.accept(0, [(pair, 1)], np.ones((1, numbers), np.int32), False)
+    assert volume(work) - before < 2 * 8 * numbers
