@@ -158,8 +158,11 @@ def make_estimate_chunk(
         errors = jax.tree.map(lambda error: jnp.where(finite[None, :, None], error, 0.0), errors)
         states = jax.tree.map(partial(_blank, ~finite), passed.clean)
 
+        # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
+        everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
+
         def along(params: Params) -> Float[Array, ""]:
-            return jnp.sum(jax.vmap(jax.vmap(partial(_along, model, params)))(states, tokens, errors))
+            return jnp.sum(jax.vmap(partial(_along, model, params))(*everything))
 
         return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite)
 

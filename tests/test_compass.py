@@ -1,0 +1,105 @@
+"""How an estimate lies to the exact gradient, and the search that follows from it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from esjax.compass import Bearing, _compare, bearings
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
+from esjax.data.packing import pack_stream
+from esjax.errors import EsjaxError
+from esjax.models import gru
+from esjax.training import train
+from esjax.tune import tune
+
+pytestmark = pytest.mark.usefixtures("lenient_promotion")
+
+VOCAB = 6
+MODEL = gru(VOCAB, 4, 6)
+STREAM = pack_stream([np.random.default_rng(i).integers(2, VOCAB, 20).astype(np.int32) for i in range(40)])
+DATA = DataConfig(window=6, burn_in=3)
+
+
+def found(es: EsConfig, steps: int) -> list[Bearing]:
+    params = MODEL.init(jax.random.key(1))
+    params = params._replace(head_output=params.head_output * 10)  # a start that has something to say
+    return [*bearings(Config(es=es, data=DATA), MODEL, params, STREAM, mesh_of(2), steps)]
+
+
+def test_the_cosine_by_hand() -> None:
+    """(3, 4) and (4, 3): 24/25 of leaf a, 0 of the orthogonal leaf b; as a whole (24 + 0) / (√26 √29)."""
+    ours = {"a": np.array([3.0, 4.0]), "b": np.array([1.0, 0.0])}
+    exact = {"a": np.array([4.0, 3.0]), "b": np.array([0.0, 2.0])}
+    bearing = _compare(ours, exact)
+    assert bearing.leaves == pytest.approx({"['a']": 24 / 25, "['b']": 0.0})
+    assert bearing.cosine == pytest.approx(24 / np.sqrt(26 * 29))
+
+
+def test_a_leaf_without_gradient_has_no_direction() -> None:
+    assert np.isnan(_compare({"a": np.zeros(2)}, {"a": np.ones(2)}).leaves["['a']"])
+
+
+@pytest.mark.parametrize(
+    "es",
+    [
+        EsConfig(space="full", sigma=0.02, population_size=8192, shaping="raw"),
+        EsConfig(space="low_rank", sigma=0.02, population_size=8192, exchange="sums"),
+        EsConfig(space="activation", sigma=0.02, population_size=8192, copies=32, discount=1.0),
+    ],
+    ids=lambda es: es.space,
+)
+def test_many_pairs_point_along_the_gradient(es: EsConfig) -> None:
+    """The law 1/√(1 + n/K) gives 0.97 for 4096 pairs and 244 parameters; a wrong sign would give -0.97.
+
+    The learned first state has no part in a pre-activation, and stays as it is where those are perturbed.
+    """
+    (bearing,) = found(es, steps=1)
+    assert bearing.cosine > 0.85
+    if es.space == "activation":
+        assert np.isnan(bearing.leaves.pop("start"))
+        assert min(bearing.leaves.values()) > 0.97
+
+
+def test_activations_need_far_fewer_members_than_weights() -> None:
+    """The reason for them; with 64 members and 200 parameters the law gives weights 0.4."""
+    spaces = EsConfig(space="activation", copies=8, population_size=64), EsConfig(population_size=64)
+    activation, weights = (np.mean([bearing.cosine for bearing in found(es, steps=6)]) for es in spaces)
+    assert activation > 1.3 * weights
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "text.txt").write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    data = DataConfig(text=str(folder / "text.txt"), window=8)
+    es = EsConfig(space="activation", population_size=256)
+    config = Config(steps=3, data=data, es=es, model=GruConfig(hidden_size=8, head_size=8))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in train(config, folder / "run"):
+            pass
+    return folder / "run"
+
+
+def test_tuning_tries_sigmas_and_then_discounts(run: Path) -> None:
+    """Far too much noise is worse than little of it, the best so far is marked, and the run stays as it is."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    tried = [*tune(run, sigmas=(0.05, 5.0), discounts=(0.3, 0.7), repeats=1)]
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+    assert [(one.sigma, one.discount) for one in tried] == [(0.05, 0.7), (5.0, 0.7), (0.05, 0.3)]
+    assert tried[0].best
+    assert not tried[1].best
+    assert tried[1].cosine < tried[0].cosine
+    assert tried[2].best == (tried[2].cosine > tried[0].cosine)
+
+
+def test_tuning_noise_on_weights_has_no_discount(run: Path) -> None:
+    tried = [*tune(run, sigmas=(0.1,), space="low_rank", repeats=1)]
+    assert [(one.sigma, one.discount) for one in tried] == [(0.1, None)]
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EsjaxError, match=str(tmp_path)):
+        next(tune(tmp_path))
