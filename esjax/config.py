@@ -161,7 +161,7 @@ class EsConfig(Section):
     """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
     activation, or more pairs than weights."""
 
-    copies: int = 16
+    copies: int = 32
     """space activation: noisy copies that read a window beside a clean one; each window counts as a pair."""
 
     discount: float = 0.7

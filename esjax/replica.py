@@ -48,6 +48,9 @@ CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**14
 CPU_WEIGHED_BYTES = 2**23
 """Bytes of that noise: more would fall out of a core's cache."""
 
+ACTIVATION_ROOM = 4
+"""How many times as much room a noisy copy takes in a cache as a member: its noise is drawn token by token."""
+
 CALL_PAIRS, CALL_WEIGHED_PAIRS = 2**12, 2**14
 """Pairs of one call to the devices, unless they want more at a time. They cost 13 bytes each, used or not."""
 
@@ -272,6 +275,8 @@ def _chunk_pairs(config: Config, way: Way, mesh: Mesh) -> int:
     sequences = CPU_SEQUENCES if is_cpu else ACCELERATOR_SEQUENCES
     pairs = min(sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // way.pair_bytes)
     pairs = 2 * pairs // config.es.members_per_pair
+    if config.es.space == "activation":
+        pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:
         pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if is_cpu else mesh.size)))
     return max(pairs, 2)

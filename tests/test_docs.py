@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 SMALL = {
     "esjax.prepare_devices()": "",  # these tests have started JAX already
-    "esjax.Config(steps=300)": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc'))",
+    "esjax.Config(steps=300": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc')",
     "esjax.Config(seconds=60)": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc'))",
 }
 

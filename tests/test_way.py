@@ -38,7 +38,7 @@ def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
     [
         ({"space": "activation", "noise": "gaussian"}, "rademacher"),
         ({"space": "activation", "exchange": "losses"}, "set exchange to sums or auto"),
-        ({"space": "activation", "population_size": 24}, "multiple of copies = 16"),
+        ({"space": "activation", "population_size": 24}, "multiple of copies = 32"),
         ({"exchange": "sums", "shaping": "raw"}, "zscore or sign"),
         ({"exchange": "sums", "noise": "gaussian"}, "rademacher"),
         ({"exchange": "sums", "population_size": 2**20}, "at most 131072 pairs"),
