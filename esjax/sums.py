@@ -22,6 +22,9 @@ LOSS_STEPS = 2**10
 DIFFERENCE_STEPS = 2**16
 """Resolution of the size of a pair's difference: steps a nat."""
 
+FINEST = 64.0
+"""Steps a nat at most: the cosine with the exact gradient falls by a ten-thousandth, and sums fit into 16 bits."""
+
 HEADROOM = 64
 """How large a token's part of a gradient may be, in nats a unit, before sums are cut off."""
 
@@ -43,8 +46,8 @@ class Concluded(NamedTuple):
 
 
 def steps_per_nat(tokens: int) -> float:
-    """Choose the resolution of a gradient: a power of two, as fine as the sum over so many tokens leaves room for."""
-    return 2.0 ** math.floor(math.log2(LARGEST / (HEADROOM * tokens)))
+    """Choose the resolution of a gradient: a power of two, as fine as is of use, with room for so many tokens."""
+    return min(FINEST, 2.0 ** math.floor(math.log2(LARGEST / (HEADROOM * tokens))))
 
 
 def may_be(total: Int[ndarray, " numbers"], pairs: int) -> bool:

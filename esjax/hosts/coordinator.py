@@ -296,11 +296,9 @@ class Coordinator:
 
     def _values(self, message: wire.Losses, body: bytes, pairs: int) -> Values | None:
         numbers = self.terms.numbers
-        if message.dtype != ("<i4" if numbers else "<f4"):
-            return None
         if not numbers:
-            return wire.losses_of(body, pairs)
-        sums = wire.sums_of(body, len(message.spans), numbers)
+            return wire.losses_of(body, pairs) if message.dtype == "<f4" else None
+        sums = wire.sums_of(body, len(message.spans), numbers, message.dtype)
         if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, message.spans, strict=True)):
             return None
         return sums

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 
@@ -33,12 +34,14 @@ class HandIn(NamedTuple):
     Attributes:
         spans: The pairs.
         body: Their losses, two float32 a pair, or their sums.
+        dtype: Of the body.
         seconds: Time that scoring them took.
         final: Whether nothing more comes for this step.
     """
 
     spans: list[Span]
     body: bytes
+    dtype: str
     seconds: float
     final: bool
 
@@ -134,9 +137,12 @@ class Scoring:
                 break
             self._offered += 1
         parts = self._parts[: self._offered]
+        values = np.concatenate([part.values for part in parts])
+        dtype, body = wire.pack_sums(values) if self._sums else ("<f4", values.astype("<f4").tobytes())
         return HandIn(
             [span for part in parts for span in part.spans],
-            b"".join(part.values.astype(part.values.dtype.newbyteorder("<")).tobytes() for part in parts),
+            body,
+            dtype,
             sum(part.seconds for part in parts),
             final and len(parts) == len(self._parts),
         )

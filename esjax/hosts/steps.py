@@ -222,8 +222,7 @@ class Steps:
             total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma)
             finite = result[np.abs(result) < LARGEST_LOSS]
             loss = float(finite.mean()) if finite.size else None
-        dtype = wire.smallest_type(total) if numbers else "|i1"
-        header = wire.UpdateHeader(self.step, spans, scale, not trouble, loss, void_pairs, numbers, dtype)
+        header = wire.UpdateHeader(self.step, spans, scale, not trouble, loss, void_pairs, numbers)
         return wire.Update(header, total[:0] if trouble else total), trouble
 
     def _measure_rate(self, members: int, now: float) -> None:

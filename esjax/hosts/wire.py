@@ -7,11 +7,13 @@ a struct declares is checked against its type and bounds before anything is allo
 
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import msgspec
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt32
+
+from esjax.sums import TAIL
 
 VERSION = 1
 """Version of the protocol: hosts of another one are refused."""
@@ -55,6 +57,9 @@ Span = tuple[Pair, Positive]
 Spans = Annotated[list[Span], msgspec.Meta(max_length=SPAN_LIMIT)]
 Leases = Annotated[list[tuple[Whole, Pair, Positive]], msgspec.Meta(max_length=SPAN_LIMIT)]
 """Slot of a host, first pair and number of pairs."""
+
+Integers = Literal["|i1", "<i2", "<i4"]
+"""Types of a gradient's integers; the smallest that holds them is sent."""
 
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
 Phase = Literal["joining", "compiling", "ready", "leaving"]
@@ -154,7 +159,7 @@ class Losses(Message, frozen=True, tag="losses"):
         spans: The pairs.
         seconds: Time that scoring them took.
         final: Whether nothing more comes from this host for this step.
-        dtype: "<f4" for losses, "<i4" for sums.
+        dtype: "<f4" for losses, one of `Integers` for sums, see `pack_sums`.
         gradient_norm: Norm of the estimate of the update before this step, or None.
         update_norm: Norm of that update, or None.
     """
@@ -486,7 +491,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         loss: Mean of the finite losses; None: there is none.
         void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
         numbers: Length of the sum over all pairs, see `esjax.sums`; 0: there is a weight for each pair.
-        dtype: Of the weights or of the sum.
+        dtype: Of the weights, or of the gradient in the sum.
     """
 
     step: Whole
@@ -496,7 +501,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     loss: float | None
     void_pairs: Whole
     numbers: Whole = 0
-    dtype: Literal["|i1", "<i2", "<i4"] = "|i1"
+    dtype: Integers = "|i1"
 
 
 class Update(NamedTuple):
@@ -515,9 +520,13 @@ _LENGTH = struct.Struct("<I")
 
 
 def pack_update(update: Update) -> bytes:
-    """Turn an update into bytes: length of the header, header, weights."""
-    header = _ENCODER.encode(update.header)
-    return _LENGTH.pack(len(header)) + header + update.weights.astype(update.header.dtype).tobytes()
+    """Turn an update into bytes: length of the header, header, weights or packed sum."""
+    header, body = update.header, update.weights.tobytes()
+    if header.numbers and header.applied:
+        dtype, body = pack_sums(update.weights[None])
+        header = msgspec.structs.replace(header, dtype=dtype)
+    packed = _ENCODER.encode(header)
+    return _LENGTH.pack(len(packed)) + packed + body
 
 
 def unpack_update(data: bytes) -> Update:
@@ -535,13 +544,17 @@ def unpack_update(data: bytes) -> Update:
         header = _UPDATE.decode(memoryview(data)[_LENGTH.size : end])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise WireError(str(error)[:200]) from error
-    if not header.numbers and header.dtype != "|i1":
-        raise WireError(f"weights of type {header.dtype}")
-    expected = header.numbers or sum(count for _, count in header.spans) if header.applied else 0
-    dtype = np.dtype(header.dtype)
-    if len(data) - end != expected * dtype.itemsize:
-        raise WireError(f"an update has {len(data) - end} bytes for {expected} numbers of type {header.dtype}")
-    return Update(header, np.frombuffer(data, dtype, offset=end))
+    if header.numbers and header.applied:
+        sums = sums_of(data[end:], 1, header.numbers, header.dtype)
+        if sums is None:
+            raise WireError(
+                f"an update has {len(data) - end} bytes for {header.numbers} numbers of type {header.dtype}"
+            )
+        return Update(header, sums[0])
+    expected = sum(count for _, count in header.spans) if header.applied else 0
+    if len(data) - end != expected:
+        raise WireError(f"an update has {len(data) - end} weights for {expected} pairs")
+    return Update(header, np.frombuffer(data, np.int8, offset=end))
 
 
 def is_update(data: bytes, step: int) -> bool:
@@ -559,17 +572,24 @@ def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
     )
 
 
-def smallest_type(numbers: Int[np.ndarray, " numbers"]) -> Literal["|i1", "<i2", "<i4"]:
-    """Choose the smallest type that holds all numbers."""
-    size = int(np.abs(numbers).max(initial=0))
-    return "|i1" if size < 2**7 else "<i2" if size < 2**15 else "<i4"
+def pack_sums(sums: Int[np.ndarray, "spans numbers"]) -> tuple[Integers, bytes]:
+    """Turn sums into bytes: the gradients in the smallest type that holds them, which is returned, then the tails."""
+    gradients, tails = sums[:, :-TAIL], sums[:, -TAIL:]
+    size = int(np.abs(gradients).max(initial=0))
+    dtype: Integers = "|i1" if size < 2**7 else "<i2" if size < 2**15 else "<i4"
+    return dtype, gradients.astype(dtype).tobytes() + tails.astype("<i4").tobytes()
 
 
-def sums_of(body: bytes, spans: int, numbers: int) -> Int32[np.ndarray, "spans numbers"] | None:
-    """Read the body of `Losses` that holds sums; None if it is not of the stated size."""
-    if len(body) != 4 * spans * numbers:
+def sums_of(body: bytes, spans: int, numbers: int, dtype: str) -> Int32[np.ndarray, "spans numbers"] | None:
+    """Read sums that were packed; None if the bytes are not those of so many of the stated type."""
+    if dtype not in get_args(Integers) or numbers < TAIL:
         return None
-    return np.frombuffer(body, "<i4").reshape(spans, numbers)
+    end = np.dtype(dtype).itemsize * spans * (numbers - TAIL)
+    if len(body) != end + 4 * spans * TAIL:
+        return None
+    gradients = np.frombuffer(body[:end], dtype).reshape(spans, -1)
+    tails = np.frombuffer(body[end:], "<i4").reshape(spans, TAIL)
+    return np.concatenate([gradients, tails], axis=1, dtype=np.int32)
 
 
 def losses_of(body: bytes, pairs: int) -> Float32[np.ndarray, "pairs 2"] | None:

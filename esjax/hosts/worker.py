@@ -273,9 +273,8 @@ class Worker:
             return report
         hand_in = self._scoring.hand_in(now, self._leaving is not None)
         if hand_in is not None:
-            spans, body, seconds, final = hand_in
+            spans, body, dtype, seconds, final = hand_in
             step, epoch = self._scoring.step, self.joined.epoch
-            dtype = "<i4" if self.joined.numbers else "<f4"
             return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, dtype, *self._norms), body)
         if self._leaving is not None:
             return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
