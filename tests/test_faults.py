@@ -18,6 +18,7 @@ import pytest
 from hosts_simulation import (
     DELAY,
     FIRST_STATE,
+    NUMBERS,
     RUN,
     STATE_BYTES,
     TEXT,
@@ -38,9 +39,11 @@ from esjax.hosts.effects import Publish
 from esjax.hosts.line import DEAF
 from esjax.hosts.roster import SILENT, STRIKES
 from esjax.hosts.steps import STUCK
+from esjax.hosts.tasks import Score, Scored
 from esjax.hosts.wire import Envelope
 from esjax.hosts.work import SLOT_PAIRS
 from esjax.hosts.worker import BEAT
+from esjax.sums import TAIL
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -497,6 +500,53 @@ def test_row_13_losses_of_the_wrong_number_or_type_are_rejected(
     assert sim.server.counters["messages no honest host sends"] == 1
     sim.run_steps(3)
     check_run(sim)
+
+
+@pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed sums", "budget sums"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        pytest.param([UNIT + 1, 0, 0], id="more pairs than there are"),
+        pytest.param([-1, 0, 0], id="fewer than none"),
+        pytest.param([1, -1, 0], id="negative losses"),
+        pytest.param([1, 0, -1], id="negative differences"),
+    ],
+)
+def test_row_13_a_sum_that_cannot_be_is_rejected(config: Config, tail: list[int]) -> None:
+    sim = run_with(config, "a", "b")
+    message, _ = losses_message(sim, sim.hosts["a"], UNIT)
+    body = np.array([0] * (NUMBERS - TAIL) + tail, np.int32).tobytes()
+    assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Rejected)
+    assert sim.server.counters["messages no honest host sends"] == 1
+    sim.run_steps(3)
+    check_run(sim)
+
+
+@pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed sums", "budget sums"])
+def test_row_13_whatever_a_host_adds_the_updates_can_be_read(config: Config) -> None:
+    class Mad(Device):
+        def do(self, task: object) -> object:  # type: ignore[override]
+            result, seconds = super().do(task)  # type: ignore[arg-type]
+            if isinstance(task, Score) and isinstance(result, Scored):
+                values = result.values.copy()
+                values[:, :-TAIL] = rng.choice([-(2**31), 2**31 - 1, 0, 5], values[:, :-TAIL].shape)
+                for row, (_, count) in zip(values, task.spans, strict=True):
+                    row[-TAIL:] = rng.choice([0, count, 1]), *rng.choice([0, 2**26], 2)
+                result = Scored(values, result.seconds)
+            return result, seconds
+
+    rng = np.random.default_rng(0)
+    sim = Simulation(config)
+    sim.add("a")
+    sim.add("b", Mad())
+    sim.run_steps(40)
+    headers = [wire.unpack_update(update).header for update in sim.updates]
+    assert any(header.applied for header in headers)
+    assert any(header.void_pairs for header in headers)
+    assert "<i4" in {header.dtype for header in headers}
+    assert all(0 <= header.void_pairs <= PAIRS * 10 for header in headers)
+    assert not sim.hosts["a"].worker.failed
+    assert sim.hosts["a"].device.step >= 39
 
 
 PACK = msgspec.msgpack.encode

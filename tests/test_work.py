@@ -653,7 +653,7 @@ def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int
     work.lease({0: 1.0, 1: 1.0, 2: 1.0})
     done: dict[int, list[Span]] = {slot: [] for slot in range(3)}
     for slot, counts, again in messages:
-        new = []
+        new: list[Span] = []
         for count in counts:
             at = sum(([*done[slot], *new] or [(slot * SLOT_PAIRS, 0)])[-1])
             new.append((at, count))

@@ -32,7 +32,11 @@ from esjax.hosts.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
-both_modes = pytest.mark.parametrize("config", [FIXED, BUDGET], ids=["fixed", "budget"])
+FIXED_SUMS = config_of(sums=True)
+BUDGET_SUMS = config_of(budget=1.0, sums=True)
+all_modes = pytest.mark.parametrize(
+    "config", [FIXED, BUDGET, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget", "fixed sums", "budget sums"]
+)
 
 
 def outsider(jitter: float = 0.5) -> Worker:
@@ -230,7 +234,7 @@ def forgeries(host: Host, sim: Simulation) -> Strategy:
     return broadcasts | one_of_each(wire.Reply, fields, without=(wire.Refused, wire.Welcome))
 
 
-@both_modes
+@all_modes
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_after_a_storm_it_trains_on(config: Config, data: st.DataObject) -> None:
@@ -410,6 +414,63 @@ def test_no_more_is_handed_in_than_a_request_holds(limit: int, name: str, monkey
         finals.append(parts.final)
         scoring.handed_in()
     assert finals == [False, False, True]
+
+
+def sums(spans: list[Span], seconds: float) -> Scored:
+    """Add up the numbers of the pairs of each span, and count them."""
+    values = [[wire.pairs_of([span]).sum(dtype=np.int64), span[1]] for span in spans]
+    return Scored(spans, np.array(values, np.int32), seconds)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 36), st.integers(1, 12)), min_size=1, max_size=6),
+    st.floats(0.1, 1000),
+    st.sampled_from([None, 3.0]),
+    st.lists(st.sampled_from(["score", "offer", "arrive"]), max_size=30),
+)
+def test_every_pair_is_in_one_sum_of_what_is_handed_in(
+    units: list[tuple[int, int]], speed: float, budget: float | None, actions: list[str]
+) -> None:
+    """No sum goes beyond a span that was given out, and one that is under way stays as it is."""
+    leases = [(100 * i + first, count) for i, (first, count) in enumerate(units)]
+    leases += [(sum(leases[-1]), 4)]  # one that begins where another ends
+    scoring = Scoring(0, 1, 4, budget, numbers=2)
+    scoring.add(leases)
+    arrived: list[Span] = []
+    scored: list[Span] = []
+    offered = None
+    for action in [*actions, *["score"] * 100, "offer", "arrive"]:
+        if action == "score" and scoring.has_work:
+            spans = scoring.next_slice(speed)
+            scored += spans
+            scoring.take(sums(spans, sum(count for _, count in spans) / speed), speed, 0.0)
+        elif action == "offer":
+            before, offered = offered, scoring.hand_in(0.0, everything=True)
+            assert before is None or offered is not None
+            if before and offered:
+                assert offered.spans[: len(before.spans)] == before.spans
+        elif action == "arrive" and offered:
+            values = wire.sums_of(offered.body, len(offered.spans), 2)
+            assert values is not None
+            np.testing.assert_array_equal(values, sums(offered.spans, 0.0).values)
+            arrived += offered.spans
+            offered = None
+            scoring.handed_in()
+    assert sorted(wire.pairs_of(arrived)) == sorted(wire.pairs_of(scored))
+    for first, count in arrived:
+        assert any(first >= start and first + count <= start + size for start, size in leases)
+
+
+@pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget"])
+def test_a_host_hands_in_a_sum_a_second(config: Config) -> None:
+    sim = Simulation(config)
+    sim.add("a", speed=3 * UNIT)  # a unit in each slice, and several in a step
+    sim.run_steps(4)
+    handed_in = [message for message in sim.messages(wire.Losses) if message.step < 4]
+    assert all(len(message.spans) == 1 for message in handed_in)
+    assert any(message.spans[0][1] >= 2 * UNIT for message in handed_in)
+    check_updates(sim.updates, config)
 
 
 def test_pairs_are_taken_once() -> None:
