@@ -111,9 +111,10 @@ class Scoring:
         end = sum(scored.spans[-1])
         is_cut = any(first < end < first + count for first, count in self._spans)
         goes_on = self._cut_at == scored.spans[0][0] and len(scored.spans) == 1
+        part = scored
         if goes_on and self._parts[self._offered :]:
-            scored = _added_up(self._parts.pop(), scored)
-        self._parts.append(scored)
+            part = _added_up(self._parts.pop(), scored)
+        self._parts.append(part)
         self._cut_at = end if self._sums and is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
