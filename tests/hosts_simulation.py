@@ -136,6 +136,13 @@ def values_of(config: Config, state: bytes, spans: Sequence[wire.Span], twist: T
     return np.stack([sum_of(score(wire.pairs_of([span]))) for span in spans])
 
 
+def body_of(values: np.ndarray) -> bytes:
+    """Turn losses, or sums as "<i4", into the body of `wire.Losses`."""
+    if values.dtype == np.float32:
+        return values.tobytes()
+    return values[:, :-TAIL].tobytes() + values[:, -TAIL:].tobytes()
+
+
 def check_updates(
     updates: Sequence[bytes], config: Config, twist: Twist | None = None, state: bytes = FIRST_STATE
 ) -> None:

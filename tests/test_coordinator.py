@@ -22,6 +22,7 @@ from hosts_simulation import (
     next_state,
     values_of,
 )
+from hosts_simulation import body_of as bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storms import Sent, body_of, requests, volume
@@ -564,7 +565,8 @@ def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
             state = FIRST_STATE
             for update in sim.updates:
                 state = next_state(state, update)
-            right = values_of(sim.config, state, message.spans).tobytes() if message.spans and pairs < 1000 else b""
+            is_small = message.spans and pairs < 1000
+            right = bytes_of(values_of(sim.config, state, message.spans)) if is_small else b""
         frames = wire.encode(Envelope(message, body_of(weather, right)))
         reply = sim.server.receive(wire.decode(frames, "request"), sim.now)
         wire.decode(wire.encode(reply), "reply")

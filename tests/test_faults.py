@@ -26,6 +26,7 @@ from hosts_simulation import (
     Device,
     Host,
     Simulation,
+    body_of,
     check_updates,
     config_of,
     hash_state,
@@ -109,7 +110,7 @@ def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
     dtype = "<i4" if joined.numbers else "<f4"
     message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
-    body = values_of(sim.config, host.device.state, message.spans).tobytes()
+    body = body_of(values_of(sim.config, host.device.state, message.spans))
     return msgspec.structs.replace(message, **changes), body
 
 

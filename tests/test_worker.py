@@ -418,7 +418,7 @@ def test_no_more_is_handed_in_than_a_request_holds(limit: int, name: str, monkey
 
 def sums(spans: list[Span], seconds: float) -> Scored:
     """Add up the numbers of the pairs of each span, and count them."""
-    values = [[wire.pairs_of([span]).sum(dtype=np.int64), span[1]] for span in spans]
+    values = [[wire.pairs_of([span]).sum(dtype=np.int64), span[1], 0, 0] for span in spans]
     return Scored(spans, np.array(values, np.int32), seconds)
 
 
@@ -435,7 +435,7 @@ def test_every_pair_is_in_one_sum_of_what_is_handed_in(
     """No sum goes beyond a span that was given out, and one that is under way stays as it is."""
     leases = [(100 * i + first, count) for i, (first, count) in enumerate(units)]
     leases += [(sum(leases[-1]), 4)]  # one that begins where another ends
-    scoring = Scoring(0, 1, 4, budget, numbers=2)
+    scoring = Scoring(0, 1, 4, budget, numbers=4)
     scoring.add(leases)
     arrived: list[Span] = []
     scored: list[Span] = []
@@ -451,7 +451,7 @@ def test_every_pair_is_in_one_sum_of_what_is_handed_in(
             if before and offered:
                 assert offered.spans[: len(before.spans)] == before.spans
         elif action == "arrive" and offered:
-            values = wire.sums_of(offered.body, len(offered.spans), 2)
+            values = wire.sums_of(offered.body, len(offered.spans), 4, offered.dtype)
             assert values is not None
             np.testing.assert_array_equal(values, sums(offered.spans, 0.0).values)
             arrived += offered.spans
