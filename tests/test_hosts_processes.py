@@ -84,6 +84,28 @@ def test_row_01_a_killed_host_changes_nothing(fleet: Fleet, lenient_promotion: N
     stop_after(fleet, server, 20)
 
 
+def test_row_01_a_killed_host_changes_nothing_of_what_sums_come_to(fleet: Fleet, lenient_promotion: None) -> None:
+    words = ["--es.space", "activation", "--es.copies", "4", "--es.chunk-pairs", "2"]
+    server = fleet.serve(*words)
+    fleet.join("survivor")
+    victim = fleet.join("victim")
+    wait_until(lambda: steps_done(fleet.run) >= 5 and all_ready(fleet, 2))
+    victim.send(signal.SIGKILL)
+    done = steps_done(fleet.run)
+    wait_until(lambda: steps_done(fleet.run) >= done + 20)
+    server.send(signal.SIGTERM)
+    assert server.ends() == 0
+    steps = steps_done(fleet.run)
+    local = fleet.folder / "local"
+    settings = [*SMALL, *words, "--ledger", "--steps", str(steps), "--data.text", str(TEXT), "--out", str(local)]
+    assert fleet.start("train", *settings).ends() == 0  # with one device, as the hosts
+    assert updates(fleet.run) == updates(local)
+    for run in (fleet.run, local):
+        replayed = replay(run)
+        assert replayed.agrees
+        assert replayed.compared >= 1
+
+
 def stop_after(fleet: Fleet, server: Process, steps: int) -> None:
     """Let a run do some more steps, end it, and compare it with one process that did nothing else."""
     done = steps_done(fleet.run)
