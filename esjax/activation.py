@@ -5,7 +5,7 @@ on what the layers compute, and a piece of noise is rewarded with the losses tha
 clean copy: Σ_{s>t} γ^(s-t-1) d_s for noise on the state at position t, d_t alone for noise on a prediction. The mean
 of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation, and times what
 the layer was given, it estimates the gradient of the layer's weights (Widrow & Lehr 1990, "30 years of adaptive neural
-networks", section on node perturbation; Hiratani et al. 2022, "On the stability and scalability of node perturbation
+networks", on Madaline rule III; Hiratani et al. 2022, "On the stability and scalability of node perturbation
 learning"; Werfel, Xie & Seung 2005 for how its noise grows with the nodes).
 
 Two things keep that noise small. Every tap of `predict` has noisy copies of its own, which begin from the clean state,
@@ -31,7 +31,8 @@ from esjax.noise import BITS, fold, unpack
 from esjax.tokens import STOP
 
 LOGITS = "logits"
-"""Name of the tap whose gradient is known without noise: the probabilities less the token that came."""
+"""Name of the tap on what `predict` returns. There, what noise does to the loss is known in closed form, and so is the
+gradient: the probabilities less the token that came."""
 
 
 class Taps(NamedTuple):
@@ -65,7 +66,7 @@ def find_taps(model: Model, params: Params) -> Taps:
     """List the pre-activations of a model that is `tapped`.
 
     Raises:
-        ValueError: A name is used twice, or there is none.
+        ValueError: A name is used twice, there is none, or "logits" is not what `predict` returns.
     """
     found = Taps({}, {})
 
@@ -77,7 +78,15 @@ def find_taps(model: Model, params: Params) -> Taps:
 
     def run(params: Params) -> None:
         state = model.initial_state(params)
-        model.predict(params, state, partial(record, found.predict))
+        values: dict[str, Array] = {}
+
+        def tap(name: str, value: Array) -> Array:
+            values[name] = value
+            return record(found.predict, name, value)
+
+        logits = model.predict(params, state, tap)
+        if logits is not values.get(LOGITS, logits):
+            raise ValueError(f"the model changes its logits after tapping them; give the tap {LOGITS!r} another name")
         model.consume(params, state, jnp.int32(STOP), partial(record, found.consume))
 
     jax.eval_shape(run, params)

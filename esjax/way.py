@@ -79,7 +79,10 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         raise EsjaxError(
             "the model has no taps for es.space activation; give it some (docs/extending.md), or perturb weights"
         )
-    taps = find_taps(model, params)
+    try:
+        taps = find_taps(model, params)
+    except ValueError as error:
+        raise EsjaxError(f"es.space activation: {error}") from error
     _check_names(taps, es.layer_sigma, es.layer_discount)
     names = [*taps.consume, *taps.predict]
     estimate_chunk = make_estimate_chunk(

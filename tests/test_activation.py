@@ -234,6 +234,14 @@ def test_the_taps_of_the_models() -> None:
     assert find_taps(MODELS["rnn"], params) == Taps({"state_0": 4, "state_1": 4}, {"hidden": 16, "logits": VOCAB})
 
 
+def test_logits_that_are_changed_after_their_tap_are_refused() -> None:
+    """What noise does to the loss is in closed form for what a softmax is taken of, and for that alone."""
+    model = layer()
+    cold = model._replace(predict=lambda params, state, tap=untouched: 2 * tap("logits", state @ params))
+    with pytest.raises(ValueError, match="changes its logits after tapping them"):
+        find_taps(cold, model.init(jax.random.key(0)))
+
+
 def test_a_name_is_used_once() -> None:
     model = layer()
     twice = model._replace(
