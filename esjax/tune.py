@@ -9,10 +9,11 @@ import numpy as np
 
 from esjax.checkpoint import restore_newest
 from esjax.compass import bearings
-from esjax.config import replace
+from esjax.config import Config, replace
 from esjax.data.delivery import token_type
 from esjax.data.packing import pack_stream
 from esjax.devices import local_mesh
+from esjax.errors import EsjaxError
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory
@@ -76,7 +77,7 @@ def tune(
     folder.check_own(model=model)
     corpus, config = load_run_corpus(folder), folder.config
     if space is not None:
-        config = replace(config, es=replace(config.es, space=space))
+        config = _with(config, space=space)
     size = corpus.vocabulary.size
     built = model(size) if model else build_model(config.model, size)
     replica = Replica(folder.config, built, None, local_mesh())
@@ -84,12 +85,12 @@ def tune(
     stream = pack_stream(corpus.train).astype(token_type(size))
 
     def attempt(best: Tried | None, **changes: Any) -> Tried:
-        es = replace(config.es, **changes)
-        found = [*bearings(replace(config, es=es), built, params, stream, local_mesh(), repeats)]
+        chosen = _with(config, **changes)
+        found = [*bearings(chosen, built, params, stream, local_mesh(), repeats)]
         cosine = float(np.mean([bearing.cosine for bearing in found]))
         leaves = {name: float(np.mean([bearing.leaves[name] for bearing in found])) for name in found[0].leaves}
-        discount = es.discount if es.space == "activation" else None
-        return Tried(es.sigma, discount, cosine, leaves, best is None or cosine > best.cosine)
+        discount = chosen.es.discount if chosen.es.space == "activation" else None
+        return Tried(chosen.es.sigma, discount, cosine, leaves, best is None or cosine > best.cosine)
 
     best: Tried | None = None
     for sigma in sigmas:
@@ -104,3 +105,11 @@ def tune(
             tried = attempt(best, sigma=best.sigma, discount=discount)
             best = tried if tried.best else best
             yield tried
+
+
+def _with(config: Config, **changes: Any) -> Config:
+    try:
+        return replace(config, es=replace(config.es, **changes))
+    except ValueError as error:
+        asked = ", ".join(f"es.{name} {value}" for name, value in changes.items())
+        raise EsjaxError(f"{asked} does not go with the run's settings: {error}") from error

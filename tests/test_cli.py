@@ -180,6 +180,18 @@ def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
     assert everything["bits_per_byte"] == pytest.approx(everything["nats_per_token"] / math.log(2), rel=1e-6)
 
 
+def test_tune_prints_words_to_copy(work: Path) -> None:
+    words = ("--es.space", "activation", "--sigma", "0.1", "--discount", "0.7")
+    assert "population_size must be a multiple of copies" in call("tune", "run", *words).err
+    lines = succeed("tune", "run", "--sigma", "0.1").out.splitlines()
+    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} \*", lines[0])
+    assert lines[1:] == ["best: --es.sigma 0.1"]
+    wrong = call("tune", "run", "--sigma", "-1")
+    assert wrong.code == 2
+    assert wrong.err.count("\n") == 1
+    assert "sigma must be above 0" in wrong.err
+
+
 def test_evaluate_takes_another_text_and_says_what_is_unknown(work: Path) -> None:
     (work / "other.txt").write_text("the CAT\n\nsat\n\non A mat")
     called = succeed("evaluate", "run", "--data.text", "other.txt", "--split", "all")
