@@ -1,6 +1,7 @@
 """The seam for hosts: any pairs of a step, the same bits whoever scores them, and nothing compiled twice."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from esjax.evaluate import cross_entropy, make_evaluate
 from esjax.models import build_model
 from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
+from esjax.sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -153,6 +155,59 @@ def test_an_update_that_is_not_finite_only_counts() -> None:
     assert not np.isfinite(info.update_norm)
     assert int(host.state.step) == 1
     jax.tree.map(np.testing.assert_array_equal, before.params, host.state.params)
+
+
+SUMS = [
+    EsConfig(space="activation", population_size=128, copies=4, chunk_pairs=4),
+    EsConfig(population_size=64, exchange="sums", chunk_pairs=4),
+]
+with_sums = pytest.mark.parametrize("es", SUMS, ids=["activation", "weights"])
+
+
+@with_sums
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.usefixtures("short_calls")
+def test_sums_come_to_the_same_in_any_leases_on_any_devices(es: EsConfig, devices: int) -> None:
+    """The last chunk is not whole."""
+    config = replace(CONFIG, es=es)
+    whole = make(config=config).sums(np.arange(30))
+    host = make(devices, config=config)
+    assert len(whole) == host.numbers == sum(leaf.size for leaf in jax.tree.leaves(host.state.params)) + TAIL
+    assert whole[-TAIL] == 30
+    assert whole[:-TAIL].any()
+    parts = [host.sums(np.arange(*part)) for part in [(28, 30), (0, 4), (16, 28), (4, 16)]]
+    np.testing.assert_array_equal(np.sum(parts, axis=0), whole)
+    for one in (host, make(config=config)):
+        info = one.apply_sum(whole, one.scale / 30)
+        assert float(info.update_norm) > 0
+    assert digest(host.state) == digest(one.state)
+    assert (host.sums(np.arange(30)) != whole).any()  # of the next step
+
+
+def test_sums_of_weights_are_those_of_the_losses() -> None:
+    """Reference: the losses of the same pairs, and what their signs weigh."""
+    host, reference = make(2, config=replace(CONFIG, es=SUMS[1])), make(2)
+    losses = reference.losses(np.arange(32)).astype(np.float64)
+    total = host.sums(np.arange(32))
+    assert total[-TAIL] == 32
+    assert total[-TAIL + 1] / LOSS_STEPS == pytest.approx(losses.mean(axis=1).sum(), rel=1e-3)
+    difference = losses[:, 0] - losses[:, 1]
+    assert total[-TAIL + 2] / DIFFERENCE_STEPS == pytest.approx(np.abs(difference).sum(), rel=1e-3)
+    host.apply_sum(total, 1 / 32)
+    reference.apply(np.arange(32), np.sign(difference).astype(np.int8), 1 / 32)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, host.state.params, reference.state.params)
+
+
+@with_sums
+def test_nothing_is_compiled_for_another_number_of_summed_pairs(es: EsConfig, caplog: pytest.LogCaptureFixture) -> None:
+    host = make(4, config=replace(CONFIG, es=es))
+    total = host.sums(np.arange(3))
+    host.apply_sum(total, 0.1)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for count in (1, 16, 17, 32):
+            host.apply_sum(host.sums(np.arange(count) + 2**20), 0.1)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 def test_many_cores_share_a_population() -> None:

@@ -4,10 +4,12 @@ import gc
 import json
 import logging
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import mesh_of
 from jaxtyping import Array
 
 import esjax
@@ -24,6 +27,7 @@ from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, R
 from esjax.errors import EsjaxError
 from esjax.models import Model, gru
 from esjax.models.model import Params
+from esjax.replaying import replay
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
 
@@ -172,6 +176,69 @@ def test_a_time_budget_is_the_fixed_population_of_the_same_pairs(
     assert [info.population for info in timed] == [2 * pairs]
     list(fixed)
     assert state_digest(timed) == state_digest(fixed)
+
+
+ACTIVATION = EsConfig(space="activation", population_size=128, copies=4, chunk_pairs=3)
+SUMS = EsConfig(population_size=64, exchange="sums", chunk_pairs=3)
+with_sums = pytest.mark.parametrize("es", [ACTIVATION, SUMS], ids=["activation", "sums"])
+
+
+@with_sums
+def test_with_sums_resumed_is_uninterrupted_bit_for_bit(config: Config, tmp_path: Path, es: EsConfig) -> None:
+    config = replace(config, es=es, ledger=True)
+    whole = train(config, tmp_path / "whole")
+    list(whole)
+    list(train(replace(config, steps=2), tmp_path / "parts"))
+    list(resume(tmp_path / "parts", steps=4))
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")  # so these two steps come from the ledger
+    last = resume(tmp_path / "parts", steps=6)
+    assert last.step == 4
+    list(last)
+    assert state_digest(last) == state_digest(whole)
+    assert float(last._replica.state.spread) > 0 if es is SUMS else float(last._replica.state.spread) == 0
+    whole_rows, last_rows = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    for key in ("loss", "population", "member_tokens", "void_pairs", "update_norm"):
+        assert [row[key] for row in last_rows] == [row[key] for row in whole_rows]
+    assert last_rows[-1]["member_tokens"] == 6 * es.population_size * 6  # steps, members, window
+    assert len({row["loss"] for row in last_rows}) == 6
+    for name in ("whole", "parts"):
+        replayed = replay(tmp_path / name)
+        assert replayed.agrees
+        assert replayed.compared >= 1
+        assert replayed.digest == state_digest(whole)
+
+
+@with_sums
+def test_with_sums_one_device_trains_as_two(config: Config, monkeypatch: pytest.MonkeyPatch, es: EsConfig) -> None:
+    digests = set()
+    for devices in (1, 2):
+        for mesh in ("whole_mesh", "local_mesh"):
+            monkeypatch.setattr(f"esjax.training.{mesh}", partial(mesh_of, devices))
+        trainer = train(replace(config, steps=4, es=es))
+        infos = list(trainer)
+        assert all(info.applied and info.update_norm > 0 for info in infos)
+        assert trainer._replica.granule == 3 * devices
+        digests.add(state_digest(trainer))
+    assert len(digests) == 1
+
+
+@with_sums
+def test_with_sums_a_time_budget_takes_the_population_that_fits(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, es: EsConfig
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", iter(float(n) for n in range(10**6)).__next__)
+    pairs = 4 * 3 * len(jax.local_devices())  # as for losses
+    timed = train(replace(config, steps=3, ledger=True, es=replace(es, time_per_step=4.0)), tmp_path / "run")
+    infos = list(timed)
+    assert [info.population for info in infos] == [pairs * es.members_per_pair] * 3
+    assert all(info.applied for info in infos)
+    replayed = replay(tmp_path / "run")
+    assert replayed.agrees
+    assert replayed.digest == state_digest(timed)
+    if es is SUMS:  # noise on activations is rounded to other steps, since nobody knows how many windows will come
+        fixed = train(replace(config, steps=3, es=replace(es, population_size=2 * pairs)))
+        list(fixed)
+        assert state_digest(fixed) == state_digest(timed)
 
 
 @pytest.mark.parametrize("time_per_step", [None, 0.05])
