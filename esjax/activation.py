@@ -170,8 +170,16 @@ def make_estimate_chunk(
         # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
         everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
 
+        # A vector as a product with ones, so that its gradient is a product, too: XLA adds up a plain sum in another
+        # order when it is compiled for another number of devices.
+        ones = jnp.ones((tokens.size, 1))
+        axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, params)
+
         def along(params: Params) -> Float[Array, ""]:
-            return jnp.sum(jax.vmap(partial(_along, model, params))(*everything))
+            rows = jax.tree.map(
+                lambda leaf: jnp.matmul(ones, leaf[None], precision=HIGHEST) if leaf.ndim == 1 else leaf, params
+            )
+            return jnp.sum(jax.vmap(partial(_along, model), in_axes=(axes, 0, 0, 0))(rows, *everything))
 
         return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite)
 
