@@ -5,6 +5,7 @@ since Adam takes no notice of a gradient's size.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Integer
+from jaxtyping import Array, Int, Integer, PyTree
 
 from esjax.config import Config, replace
 from esjax.data.packing import draw_windows
@@ -33,10 +34,13 @@ class Bearing(NamedTuple):
     Attributes:
         cosine: Of the two as a whole.
         leaves: Of each leaf by its name; NaN where either is 0.
+        dispersion: Mean square of single windows' gradients over the square of their mean, about how many windows it
+            takes to tell the gradient from the windows' differences.
     """
 
     cosine: float
     leaves: dict[str, float]
+    dispersion: float
 
 
 def bearings(
@@ -58,7 +62,7 @@ def bearings(
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
     alone = Alone(config, Engine(replica, tell=_nothing), replica=replica, record=_nothing)
-    gradient = jax.jit(jax.grad(_total_loss, argnums=2), static_argnums=(0, 1))
+    gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = model.units(params)
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
     length = data.burn_in + data.window
@@ -69,29 +73,40 @@ def bearings(
         seeds = pair_seeds(of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32))
         windows = draw_windows(jnp.asarray(stream), seeds, data.batch_size, length).reshape(-1, length)
         parts = [
-            gradient(model, data.burn_in, params, windows[first : first + AT_ONCE])
+            gradient(model, data.burn_in, params, units, windows[first : first + AT_ONCE])
             for first in range(0, len(windows), AT_ONCE)
         ]
-        exact = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *parts)
-        yield _compare(estimate, jax.tree.map(lambda leaf, unit: leaf * unit, exact, units))
+        exact, squares = jax.tree.map(partial(_mean, len(windows)), *parts)
+        yield _compare(estimate, exact, float(squares))
+
+
+def _mean(count: int, *parts: Array) -> Array:
+    return sum(parts[1:], parts[0]) / count
 
 
 def _nothing(*_: object) -> None:
     pass
 
 
-def _total_loss(model: Model, burn_in: int, params: Params, windows: Array) -> Array:
+def _gradient(
+    model: Model, burn_in: int, params: Params, units: PyTree, windows: Int[Array, "windows length"]
+) -> tuple[Params, Array]:
+    """Return the sum of the windows' gradients, in units, and that of their squares."""
     loss = cross_entropy(burn_in)
-    return jnp.sum(jax.vmap(lambda window: loss(model, params, window))(windows))
+    gradients = jax.vmap(jax.grad(lambda params, window: loss(model, params, window)), (None, 0))(params, windows)
+    gradients = jax.tree.map(lambda leaf, unit: leaf * unit, gradients, units)
+    squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients))
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients), jnp.asarray(squares)
 
 
-def _compare(estimate: Params, exact: Params) -> Bearing:
+def _compare(estimate: Params, exact: Params, squares: float) -> Bearing:
     paths = jax.tree_util.tree_flatten_with_path(exact)[0]
     names = [jax.tree_util.keystr(path).lstrip(".") for path, _ in paths]
     ours = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(estimate)]
     theirs = [np.asarray(leaf, np.float64).ravel() for _, leaf in paths]
     leaves = {name: _cosine(one, two) for name, one, two in zip(names, ours, theirs, strict=True)}
-    return Bearing(_cosine(np.concatenate(ours), np.concatenate(theirs)), leaves)
+    whole = np.concatenate(theirs)
+    return Bearing(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """The cosine of an estimate with the exact gradient, against the population, for the three spaces.
 
-Beside it, for noise on weights, the law 1 / sqrt(1 + n / K) for n parameters and K pairs (Dust, 2026, fits it there):
+Beside it, for noise on weights, the law 1 / sqrt(1 + n r / K) for n parameters, K pairs of a window each, and the
+dispersion r of the windows' gradients (with r = 1, all windows alike, it is that of Dust, 2026):
 
     python experiments/cosines.py [RUN_FOLDER] [--populations 256 1024 4096 16384] [--repeats 3]
 """
@@ -58,7 +59,9 @@ def main() -> None:
             line = {"space": name, "population": population, "cosine": round(float(np.mean(cosines)), 4)}
             line["spread"] = round(float(np.std(cosines)), 4)
             if es.space != "activation":
-                line["law"] = round((1 + parameters / (population / 2)) ** -0.5, 4)
+                dispersion = float(np.mean([bearing.dispersion for bearing in found]))
+                line["dispersion"] = round(dispersion, 1)
+                line["law"] = round((1 + parameters * dispersion / (population / 2)) ** -0.5, 4)
             print(json.dumps(line), flush=True)
 
 

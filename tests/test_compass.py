@@ -33,13 +33,14 @@ def test_the_cosine_by_hand() -> None:
     """(3, 4) and (4, 3): 24/25 of leaf a, 0 of the orthogonal leaf b; as a whole (24 + 0) / (√26 √29)."""
     ours = {"a": np.array([3.0, 4.0]), "b": np.array([1.0, 0.0])}
     exact = {"a": np.array([4.0, 3.0]), "b": np.array([0.0, 2.0])}
-    bearing = _compare(ours, exact)
+    bearing = _compare(ours, exact, 58.0)
     assert bearing.leaves == pytest.approx({"['a']": 24 / 25, "['b']": 0.0})
     assert bearing.cosine == pytest.approx(24 / np.sqrt(26 * 29))
+    assert bearing.dispersion == pytest.approx(58 / 29)
 
 
 def test_a_leaf_without_gradient_has_no_direction() -> None:
-    assert np.isnan(_compare({"a": np.zeros(2)}, {"a": np.ones(2)}).leaves["['a']"])
+    assert np.isnan(_compare({"a": np.zeros(2)}, {"a": np.ones(2)}, 1.0).leaves["['a']"])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_leaf_without_gradient_has_no_direction() -> None:
     ids=lambda es: es.space,
 )
 def test_many_pairs_point_along_the_gradient(es: EsConfig) -> None:
-    """The law 1/√(1 + n/K) gives 0.97 for 4096 pairs and 244 parameters; a wrong sign would give -0.97.
+    """The law 1/√(1 + n r/K) gives 0.9 for 4096 pairs, 244 parameters and r = 4; a wrong sign would give -0.9.
 
     The learned first state has no part in a pre-activation, and stays as it is where those are perturbed.
     """
