@@ -111,11 +111,11 @@ class _Plan(NamedTuple):
     noisy: list[str]
     bits: list[int]
 
-    def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes entries"]:
-        """Make the noise of a family, which begins with a word of its own: so unpacking it is a plain loop."""
+    def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
+        """Make the noise of a family, of whole words: so unpacking it is a plain loop. Those who use it cut it off."""
         many = [_words(bits) for bits in self.bits]
         first = sum(many[:number])
-        return unpack(words[:, first : first + many[number]], self.bits[number])
+        return unpack(words[:, first : first + many[number]])
 
 
 def make_estimate_chunk(
@@ -232,10 +232,10 @@ def _pass_token(
             rewards = _rewards_of_logits(before[name][noisy:], noise, others, sigma[name])
         else:
             value = _repeat(before[name][noisy:], copies)
-            value = value + sigma[name] * noise.reshape(value.shape)
+            value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
             found = jax.vmap(partial(_loss_from, model, params, name))(_repeat(clean, copies), value, others)
             rewards = found - clean_losses
-        errors[name] = _by_window(rewards / sigma[name], noise, copies)
+        errors[name] = _by_window(rewards / sigma[name], noise, copies)[:, : plan.taps.predict[name]]
     if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
         probabilities = jax.nn.softmax(before[LOGITS][noisy:])
         errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
@@ -278,7 +278,7 @@ def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
     return jnp.where(is_void.reshape(1, -1, *[1] * (leaf.ndim - 2)), 0, leaf)
 
 
-def _by_window(rewards: Float[Array, " lanes"], noise: Float[Array, "lanes entries"], copies: int) -> Array:
+def _by_window(rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"], copies: int) -> Array:
     """Return the mean of (reward * noise) over each window's copies: a product, the fastest sum there is on CPUs."""
     is_own = _is_own(len(rewards) // copies, copies)
     return jnp.matmul(jnp.where(is_own, rewards[None] / copies, 0.0), noise, precision=HIGHEST)
@@ -316,14 +316,15 @@ def _loss_from(model: Model, params: Params, name: str, state: State, value: Arr
 
 
 def _rewards_of_logits(
-    logits: Float[Array, "windows entries"], noise: Float[Array, "lanes entries"], token: Array, sigma: float
+    logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array, sigma: float
 ) -> Float[Array, " lanes"]:
     """Return what ±sigma on the logits adds to the loss of a softmax, in closed form, without another exponential.
 
     log Σ_v p_v exp(σ ε_v) - σ ε_token, and exp(σ ε) = cosh σ + ε sinh σ for ε = ±1.
     """
-    windows = len(logits)
-    means = jnp.matmul(jax.nn.softmax(logits), noise.T, precision=HIGHEST)
+    windows, entries = logits.shape
+    probabilities = jnp.pad(jax.nn.softmax(logits), ((0, 0), (0, noise.shape[1] - entries)))
+    means = jnp.matmul(probabilities, noise.T, precision=HIGHEST)
     mean = jnp.sum(jnp.where(_is_own(windows, len(noise) // windows), means, 0.0), axis=0)
     chosen = jnp.take_along_axis(noise, token[:, None], axis=1)[:, 0]
     return jnp.log(math.cosh(sigma) + math.sinh(sigma) * mean) - sigma * chosen

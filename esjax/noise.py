@@ -117,8 +117,8 @@ def draw(
     return ones.reshape(-1, *seeds.shape[:-1])[:count]
 
 
-def unpack(words: UInt32[Array, "lanes words"], count: int) -> Float[Array, "lanes count"]:
-    """Make ±1 of the first `count` bits of each lane's words; the axis of bits comes last."""
+def unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
+    """Make ±1 of the bits of each lane's words; the axis of bits comes last."""
 
     def part(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
         signs = (words[:, :, None] << jnp.arange(BITS, dtype=jnp.uint32)[None, None]) & jnp.uint32(1 << 31)
@@ -128,7 +128,7 @@ def unpack(words: UInt32[Array, "lanes words"], count: int) -> Float[Array, "lan
     # In two parts, and joined: XLA then makes the noise once, in a plain loop. Otherwise it unpacks each bit where it
     # is used, in the middle of the network's own loops, which turns them into scalar code: four times slower on CPUs.
     half = len(words) // 2
-    return jnp.concatenate([part(words[:half]), part(words[half:])])[:, :count]
+    return jnp.concatenate([part(words[:half]), part(words[half:])])
 
 
 def _normal(seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
