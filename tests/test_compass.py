@@ -46,7 +46,6 @@ def test_a_leaf_without_gradient_has_no_direction() -> None:
 @pytest.mark.parametrize(
     "es",
     [
-        EsConfig(space="full", sigma=0.02, population_size=8192, shaping="raw"),
         EsConfig(space="low_rank", sigma=0.02, population_size=8192, exchange="sums"),
         EsConfig(space="activation", sigma=0.02, population_size=8192, copies=32, discount=1.0),
     ],
@@ -94,11 +93,6 @@ def test_tuning_tries_sigmas_and_then_discounts(run: Path) -> None:
     assert not tried[1].best
     assert tried[1].cosine < tried[0].cosine
     assert tried[2].best == (tried[2].cosine > tried[0].cosine)
-
-
-def test_tuning_noise_on_weights_has_no_discount(run: Path) -> None:
-    tried = [*tune(run, sigmas=(0.1,), space="low_rank", repeats=1)]
-    assert [(one.sigma, one.discount) for one in tried] == [(0.1, None)]
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
