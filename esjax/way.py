@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from esjax.activation import LOGITS, Taps, find_taps, make_estimate_chunk
+from esjax.activation import Taps, find_taps, make_estimate_chunk
 from esjax.config import MOST_SUMMED_PAIRS, Config
 from esjax.errors import EsjaxError
 from esjax.evaluate import Evaluate, Loss, cross_entropy, make_evaluate_chunk
@@ -92,7 +92,7 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
         copies=es.copies,
         burn_in=data.burn_in,
-        exact_logits=es.exact_logits and LOGITS in taps.predict,
+        exact_logits=es.exact_logits,
     )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * (es.pairs if es.time_per_step is None else MOST_SUMMED_PAIRS))

@@ -154,7 +154,7 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
     if update.header.numbers != replica.numbers:
         raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
     if replica.numbers:
-        info = replica.apply_sum(update.weights.astype(np.int32), update.header.scale)
+        info = replica.apply_sum(update.weights, update.header.scale)
     else:
         info = replica.apply(update.pairs(), update.weights, update.header.scale)
     return float(info.gradient_norm), float(info.update_norm)

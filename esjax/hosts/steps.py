@@ -198,7 +198,7 @@ class Steps:
             host.slowness = None
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
-        update, trouble = self._make_update(spans, result)
+        update, trouble = self._make_update(spans, pairs, result)
         self.loss = update.header.loss
         payload = wire.pack_update(update)
         self._emit(Record(self.step, payload))
@@ -212,12 +212,12 @@ class Steps:
             self._emit(Tell(f"step {self.step}: {trouble}; no update"))
         self._trouble = trouble
 
-    def _make_update(self, spans: list[Span], result: Result) -> tuple[wire.Update, str]:
+    def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
         """Make the update of a step, and say why it must not be applied, or ""."""
         es, numbers = self._config.es, self._terms.numbers
         if numbers:
             total = np.clip(result, -LARGEST, LARGEST)
-            scale, loss, void_pairs, trouble = conclude(total, sum(count for _, count in spans), self._terms.scale)
+            scale, loss, void_pairs, trouble = conclude(total, pairs, self._terms.scale)
         else:
             total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma)
             finite = result[np.abs(result) < LARGEST_LOSS]
