@@ -49,17 +49,20 @@ class Estimate(NamedTuple):
         gradient: A pytree like the parameters: estimate of the gradient of the sum of all tokens' losses.
         losses: Mean loss of each window's noisy copies, in nats per token.
         finite: Whether a window counts: all its losses are finite.
+        end: State of the clean copies after the window.
     """
 
     gradient: Params
     losses: Float[Array, " windows"]
     finite: Bool[Array, " windows"]
+    end: State
 
 
 EstimateChunk = Callable[
-    [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"]], Estimate
+    [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"], State | None], Estimate
 ]
-"""`(params, seeds, windows, are_there) -> estimate`; a window that is not there counts for nothing."""
+"""`(params, seeds, windows, are_there, begin) -> estimate`; a window that is not there counts for nothing. `begin`
+holds the states that windows begin with; None: that of a document's beginning."""
 
 
 def find_taps(model: Model, params: Params) -> Taps:
@@ -149,17 +152,18 @@ def make_estimate_chunk(
         seeds: UInt32[Array, "windows 2"],
         windows: Int[Array, "windows length"],
         are_there: Bool[Array, " windows"],
+        begin: State | None = None,
     ) -> Estimate:
         def read(state: State, token: Int[Array, " windows"]) -> tuple[State, None]:
             return jax.vmap(partial(consume, model, params))(state, token), None
 
-        state = jax.vmap(lambda _: model.initial_state(params))(seeds)
+        state = jax.vmap(lambda _: model.initial_state(params))(seeds) if begin is None else begin
         state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
         tokens = windows[:, burn_in:].T
         words = _draw(plan, seeds, len(tokens))
         # Copies come one after another, each with all windows, and the clean one last.
         start = _repeat(state, copies + 1)
-        _, passed = jax.lax.scan(partial(_pass_token, plan, params), start, (tokens, words))
+        end, passed = jax.lax.scan(partial(_pass_token, plan, params), start, (tokens, words))
 
         losses = passed.losses.reshape(len(tokens), copies + 1, -1)
         finite = are_there & jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1))
@@ -181,7 +185,8 @@ def make_estimate_chunk(
             )
             return jnp.sum(jax.vmap(partial(_along, model), in_axes=(axes, 0, 0, 0))(rows, *everything))
 
-        return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite)
+        clean = jax.tree.map(lambda leaf: leaf[-len(windows) :], end)
+        return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite, clean)
 
     return estimate_chunk
 

@@ -58,7 +58,7 @@ def bearings(
     """
     es = replace(config.es, time_per_step=None)
     optim = replace(config.optim, average=0.0)
-    config = replace(config, es=es, optim=optim)
+    config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
     alone = Alone(config, Engine(replica, tell=_nothing), replica=replica, record=_nothing)

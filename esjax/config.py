@@ -104,6 +104,10 @@ class DataConfig(Section):
     burn_in: int = 1
     """Tokens read before the window, without being scored, to prepare the state."""
 
+    carry: bool = False
+    """space activation: each window begins where that of the step before ended, with the state it left; in place of a
+    burn-in."""
+
     batch_size: int = 1
     """Sequences a pair is scored on."""
 
@@ -127,6 +131,14 @@ class DataConfig(Section):
         if self.vocabulary == "byte":
             _check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
         _check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
+        if self.carry:
+            _check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
+            _check(self.block_tokens is None, "carry reads the whole text in order; leave block_tokens out")
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens of a window that only prepare the state."""
+        return 0 if self.carry else self.burn_in
 
 
 class EsConfig(Section):
@@ -322,6 +334,9 @@ class Config(Section):
         super().__post_init__()
         _check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
         _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if self.data.carry:
+            _check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")
+            _check(self.es.time_per_step is None, "data.carry needs a fixed population; leave es.time_per_step out")
 
 
 MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}

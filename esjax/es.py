@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int8, PyTree, UInt32
 
+from esjax.carrying import Carried, take
 from esjax.evaluate import make_deal
 from esjax.models.model import Params
 from esjax.noise import Space, Total, pair_seeds
@@ -37,6 +38,7 @@ class TrainState:
         average: The parameters to evaluate and generate with: a running average of `params`.
         spread: Standard deviation of the pairs' differences in the last step, in nats, where hosts hand in sums of
             weighted perturbations; else 0.
+        carried: States that the next step's windows begin with, see `esjax.carrying`; () if they are not carried.
     """
 
     step: PyTree
@@ -44,6 +46,7 @@ class TrainState:
     opt_state: PyTree
     average: PyTree
     spread: PyTree
+    carried: PyTree
 
 
 class UpdateInfo(NamedTuple):
@@ -72,11 +75,10 @@ WeighPairs = Callable[
 ApplyTotal = Callable[[TrainState, Total, Float[Array, ""]], tuple[TrainState, UpdateInfo]]
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Start a run from its first parameters."""
-    return TrainState(
-        step=jnp.int32(0), params=params, opt_state=optimizer.init(params), average=params, spread=jnp.float32(0)
-    )
+def init_state(params: Params, optimizer: optax.GradientTransformation, carried: Carried = ()) -> TrainState:
+    """Start a run from its first parameters, and from `first_states` if it carries them."""
+    opt_state, spread = optimizer.init(params), jnp.float32(0)
+    return TrainState(jnp.int32(0), params, opt_state, average=params, spread=spread, carried=carried)
 
 
 def zero_total(space: Space, params: Params) -> Total:
@@ -151,7 +153,7 @@ def make_apply_total(
             share = 1 / (average_fraction * state.step.astype(jnp.float32) + 1)
             average = jax.tree.map(lambda old, new: old + share * (new - old), state.average, params)
         info = UpdateInfo(optax.tree.norm(estimate), optax.tree.norm(updates))
-        return TrainState(step, params, opt_state, average, state.spread), info
+        return TrainState(step, params, opt_state, average, state.spread, state.carried), info
 
     return apply_total
 
@@ -168,14 +170,15 @@ def make_apply_sum(
     Returns:
         `(state, total, scale) -> (state, info)`. Jit it.
     """
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params))
+    zeros, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), params))
 
     def apply_sum(
         state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""]
     ) -> tuple[TrainState, UpdateInfo]:
-        state, info = apply_total(state, unravel(total[:-TAIL]), scale)
+        state, info = apply_total(state, unravel(total[: zeros.size]), scale)
         counted, _, differences = total[-TAIL:].astype(jnp.float32)
         spread = NORMAL_DEVIATION * differences / DIFFERENCE_STEPS / jnp.maximum(counted, 1)
-        return dataclasses.replace(state, spread=spread), info
+        carried = take(total[zeros.size : -TAIL], state.carried)
+        return dataclasses.replace(state, spread=spread, carried=carried), info
 
     return apply_sum

@@ -8,13 +8,14 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from esjax.carrying import first_states
 from esjax.checkpoint import restore_newest
 from esjax.config import Config, replace
 from esjax.data.corpus import Corpus, Split, load_corpus
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
-from esjax.es import init_state
+from esjax.es import TrainState, init_state
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
@@ -117,9 +118,13 @@ def load(
     optimizer = optimizer or make_optimizer(config.optim, config.steps)
     mesh = local_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
+
+    def first() -> TrainState:
+        params = built.init(jax.random.key(0))
+        return init_state(params, optimizer, first_states(config, built, params))
+
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: init_state(built.init(jax.random.key(0)), optimizer)),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first)
     )
     state = restore_newest(folder.checkpoints, like, tell).state
     return Loaded(config, vocabulary, int(state.step), state.average, Trained(built, vocabulary, mesh))

@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
+from esjax.carrying import first_states
 from esjax.config import Config
-from esjax.data.packing import check_stream, draw_windows
+from esjax.data.packing import check_stream, draw_windows, follow_windows
 from esjax.errors import EsjaxError
 from esjax.es import (
     TrainState,
@@ -27,6 +28,7 @@ from esjax.evaluate import Loss, make_deal
 from esjax.models.model import Model, Params
 from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
+from esjax.summing import Chunk
 from esjax.way import Way, make_way
 
 CPU_SEQUENCES = 512
@@ -95,13 +97,17 @@ class Replica:
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
         way = make_way(config, model, params, loss)
         data, es = config.data, config.es
-        window_length = data.burn_in + data.window
+        window_length = data.tokens_before + data.window
 
         def draw(
             pairs: UInt32[Array, " pairs"], tokens: Array, streams: _Streams, step: Array
         ) -> tuple[UInt32[Array, "pairs 2"], Array]:
-            window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs)
-            windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
+            if data.carry:
+                places = pair_seeds(streams.windows, 0, pairs)
+                windows = follow_windows(tokens, places, data.batch_size, window_length, step)
+            else:
+                window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs)
+                windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
             return pair_seeds(streams.perturbations, step, pairs), windows
 
         def score(
@@ -114,9 +120,8 @@ class Replica:
             chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
         ) -> Array:
             assert way.sum_chunk is not None
-            drawn = draw(pairs[chunk], tokens, streams, state.step)
-            are_there = jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
-            return total + way.sum_chunk(state.params, state.spread, *drawn, are_there)
+            ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
+            return total + way.sum_chunk(state, Chunk(ours, *draw(ours, tokens, streams, state.step), are_there))
 
         deal, deal_sums = make_deal(mesh, score), make_deal(mesh, add_up)
 
@@ -140,7 +145,8 @@ class Replica:
         apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
         self._apply = jax.jit(apply_total)
         self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
-        self.state: TrainState = self._on_every_device(init_state(params, optimizer))
+        first = init_state(params, optimizer, first_states(config, model, params))
+        self.state: TrainState = self._on_every_device(first)
         if way.space is not None:
             self._weighed_at_once = _shape_of_call(CALL_WEIGHED_PAIRS, _weighed_pairs(config, way.space, mesh), mesh)
             self._weigh = jax.jit(make_weigh_pairs(way.space, mesh))

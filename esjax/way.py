@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from esjax.activation import Taps, find_taps, make_estimate_chunk
+from esjax.carrying import first_states
 from esjax.config import MOST_SUMMED_PAIRS, Config
 from esjax.errors import EsjaxError
 from esjax.evaluate import Evaluate, Loss, cross_entropy, make_evaluate_chunk
@@ -53,12 +54,12 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
         EsjaxError: Noise on activations was asked for, and the model or the loss does not allow it.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    numbers = size + TAIL if config.es.sums(size) else 0
-    es = config.es
+    es, carried = config.es, jax.eval_shape(lambda: first_states(config, model, params))
+    numbers = size + sum(leaf.size for leaf in jax.tree.leaves(carried)) + TAIL if es.sums(size) else 0
     if es.space == "activation":
         return _on_activations(config, model, params, loss, numbers)
     space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)
-    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(config.data.burn_in))
+    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(config.data.tokens_before))
     pair_bytes = 4 * space.numbers
     if es.space == "full" or not model.factored:
         pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -91,12 +92,12 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         sigma=dict.fromkeys(names, es.sigma) | es.layer_sigma,
         discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
         copies=es.copies,
-        burn_in=data.burn_in,
+        burn_in=data.tokens_before,
         exact_logits=es.exact_logits,
     )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * (es.pairs if es.time_per_step is None else MOST_SUMMED_PAIRS))
-    sum_chunk = make_sum_of_activations(estimate_chunk, model.units(params), steps)
+    sum_chunk = make_sum_of_activations(model, estimate_chunk, model.units(params), steps)
 
     def mean(total: Total, scale: Float[Array, ""]) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, total)

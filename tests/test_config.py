@@ -227,3 +227,18 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
     with pytest.raises(ValueError, match="256 bytes"):
         DataConfig(vocabulary="byte", vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("data", "es", "named"),
+    [
+        ({}, {}, "es.space activation"),
+        ({}, {"space": "activation", "time_per_step": 1.0}, "fixed population"),
+        ({"new_tokens_interval": 2}, {"space": "activation"}, "new_tokens_interval"),
+        ({"block_tokens": 100}, {"space": "activation"}, "block_tokens"),
+    ],
+)
+def test_states_are_carried_where_windows_follow_each_other(data: dict, es: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Config(data=DataConfig(carry=True, **data), es=EsConfig(**es))
+    assert DataConfig(carry=True, burn_in=9).tokens_before == 0

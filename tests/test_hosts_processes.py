@@ -85,7 +85,7 @@ def test_row_01_a_killed_host_changes_nothing(fleet: Fleet, lenient_promotion: N
 
 
 def test_row_01_a_killed_host_changes_nothing_of_what_sums_come_to(fleet: Fleet, lenient_promotion: None) -> None:
-    words = ["--es.space", "activation", "--es.copies", "4", "--es.chunk-pairs", "2"]
+    words = ["--es.space", "activation", "--es.copies", "4", "--es.chunk-pairs", "2", "--data.carry"]
     server = fleet.serve(*words)
     fleet.join("survivor")
     victim = fleet.join("victim")

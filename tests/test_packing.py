@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esjax.data.packing import check_stream, draw_windows, pack_lanes, pack_stream
+from esjax.data.packing import check_stream, draw_windows, follow_windows, pack_lanes, pack_stream
 from esjax.errors import EsjaxError
 from esjax.noise import WINDOWS, pair_seeds, stream_seed
 from esjax.tokens import STOP
@@ -74,6 +74,16 @@ def test_every_start_from_the_first_to_the_last_is_equally_likely() -> None:
     # Binomial counts; beyond five standard deviations lies less than a millionth.
     bound = 5 * math.sqrt(draws * (1 / choices) * (1 - 1 / choices))
     assert all(abs(count - draws / choices) < bound for count in starts.values())
+
+
+def test_windows_that_follow_read_the_stream_on_and_on() -> None:
+    """Every token is its own position: steps put together are runs of successors, round and round."""
+    steps = [follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(step)) for step in range(8)]
+    whole = np.concatenate(steps, axis=2)
+    np.testing.assert_array_equal(whole, (whole[:, :, :1] + np.arange(48)) % 50)
+    assert len(np.unique(whole[:, :, 0])) > 30
+    after = follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(8))
+    np.testing.assert_array_equal(after, steps[0])
 
 
 def test_a_stream_as_long_as_a_window_is_the_window() -> None:

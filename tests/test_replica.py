@@ -11,11 +11,12 @@ import pytest
 from conftest import mesh_of
 
 from esjax import replica
+from esjax.carrying import STEPS
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
-from esjax.data.packing import draw_windows
+from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError
-from esjax.evaluate import cross_entropy, make_evaluate
+from esjax.evaluate import consume, cross_entropy, make_evaluate
 from esjax.models import build_model
 from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
@@ -197,6 +198,31 @@ def test_sums_of_weights_are_those_of_the_losses() -> None:
     reference.apply(np.arange(32), np.sign(difference).astype(np.int8), 1 / 32)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, host.state.params, reference.state.params)
+
+
+def test_carried_states_are_those_of_reading_on() -> None:
+    """Reference: one state that reads all of a window's tokens so far, and rounding once a step.
+
+    Weights that stay as they are: the step size is too small for any change of a float32.
+    """
+    data = replace(CONFIG.data, carry=True, new_tokens_interval=1)
+    es = replace(SUMS[0], population_size=24)
+    optim = OptimConfig(optimizer="sgd", learning_rate=1e-30)
+    config = replace(CONFIG, data=data, es=es, optim=optim)
+    host = make(2, config=config)
+    params = host.state.params
+    whole, steps = [], 4
+    for step in range(steps):
+        seeds = pair_seeds(stream_seed(4, WINDOWS), 0, jnp.arange(6))
+        whole.append(follow_windows(jnp.asarray(STREAM), seeds, 2, 5, jnp.int32(step)))
+        total = host.sums(np.arange(4)) + host.sums(np.arange(4, 6))
+        host.apply_sum(total, host.scale / 6)
+    read = partial(jax.lax.scan, lambda state, token: (consume(MODEL, params, state, token), None))
+    tokens = jnp.concatenate(whole, axis=2).reshape(12, -1)
+    right, _ = jax.vmap(partial(read, MODEL.initial_state(params)))(tokens)
+    assert host.state.carried.shape == (6, 2, 4)
+    np.testing.assert_allclose(host.state.carried.reshape(12, 4), right, atol=steps / STEPS)
+    assert np.abs(np.asarray(right)).max() > 100 * steps / STEPS
 
 
 @with_sums

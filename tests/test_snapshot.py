@@ -103,7 +103,7 @@ def test_a_state_comes_back_bit_by_bit() -> None:
 def test_any_bits_come_back(content: bytes) -> None:
     floats = jnp.asarray(np.frombuffer(content, np.float32))
     state = TrainState(
-        jnp.int32(0), {"floats": floats}, (), jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)), ()
+        jnp.int32(0), {"floats": floats}, (), jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)), (), ()
     )
     read = from_bytes(to_bytes(state), state)
     assert np.asarray(read.params["floats"]).tobytes() == np.asarray(read.average).tobytes() == content

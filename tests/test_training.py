@@ -183,9 +183,11 @@ SUMS = EsConfig(population_size=64, exchange="sums", chunk_pairs=3)
 with_sums = pytest.mark.parametrize("es", [ACTIVATION, SUMS], ids=["activation", "sums"])
 
 
-@with_sums
-def test_with_sums_resumed_is_uninterrupted_bit_for_bit(config: Config, tmp_path: Path, es: EsConfig) -> None:
-    config = replace(config, es=es, ledger=True)
+@pytest.mark.parametrize(("es", "carry"), [(ACTIVATION, False), (ACTIVATION, True), (SUMS, False)])
+def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
+    config: Config, tmp_path: Path, es: EsConfig, carry: bool
+) -> None:
+    config = replace(config, es=es, ledger=True, data=replace(config.data, carry=carry))
     whole = train(config, tmp_path / "whole")
     list(whole)
     list(train(replace(config, steps=2), tmp_path / "parts"))
@@ -208,13 +210,16 @@ def test_with_sums_resumed_is_uninterrupted_bit_for_bit(config: Config, tmp_path
         assert replayed.digest == state_digest(whole)
 
 
-@with_sums
-def test_with_sums_one_device_trains_as_two(config: Config, monkeypatch: pytest.MonkeyPatch, es: EsConfig) -> None:
+@pytest.mark.parametrize(("es", "carry"), [(ACTIVATION, True), (SUMS, False)])
+def test_with_sums_one_device_trains_as_two(
+    config: Config, monkeypatch: pytest.MonkeyPatch, es: EsConfig, carry: bool
+) -> None:
+    config = replace(config, steps=4, es=es, data=replace(config.data, carry=carry))
     digests = set()
     for devices in (1, 2):
         for mesh in ("whole_mesh", "local_mesh"):
             monkeypatch.setattr(f"esjax.training.{mesh}", partial(mesh_of, devices))
-        trainer = train(replace(config, steps=4, es=es))
+        trainer = train(config)
         infos = list(trainer)
         assert all(info.applied and info.update_norm > 0 for info in infos)
         assert trainer._replica.granule == 3 * devices

@@ -44,13 +44,41 @@ def draw_windows(
         sequences: Windows of a pair.
         window_length: Tokens of a window, the burn-in included.
     """
-
-    def starts(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.randint(key, (sequences,), 0, stream.shape[0] - window_length + 1)
-
-    positions = jax.vmap(starts)(seeds)[:, :, None] + jnp.arange(window_length)[None, None, :]
+    places = _places(seeds, sequences, stream.shape[0] - window_length + 1)
+    positions = places[:, :, None] + jnp.arange(window_length)[None, None]
     return stream[positions].astype(jnp.int32)  # the stream may be of a smaller type, since every device holds it
+
+
+def follow_windows(
+    stream: Integer[Array, " length"],
+    seeds: UInt32[Array, "pairs 2"],
+    sequences: int,
+    window_length: int,
+    step: Int[Array, ""],
+) -> Int[Array, "pairs sequences window_length"]:
+    """Cut out the windows of a step where each begins at the end of the one before, and the text has no end.
+
+    After a pass through the text each begins at its first place again: up to a window of tokens is left out there.
+
+    Args:
+        stream: Packed documents, at least `window_length` tokens.
+        seeds: One seed a pair, the same in all steps: where the first window begins.
+        sequences: Windows of a pair.
+        window_length: Tokens of a window.
+        step: From 0.
+    """
+    length = stream.shape[0]
+    read = step % (length // window_length) * window_length
+    places = (_places(seeds, sequences, length) + read) % length  # so that no sum overflows
+    return stream[(places[:, :, None] + jnp.arange(window_length)[None, None]) % length].astype(jnp.int32)
+
+
+def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:
+    def draw(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        return jax.random.randint(key, (sequences,), 0, count)
+
+    return jax.vmap(draw)(seeds)
 
 
 class Lanes(NamedTuple):
