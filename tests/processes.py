@@ -6,10 +6,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
+import pytest
 from conftest import PROGRAMS
+
+from esjax.checkpoint import digest
+from esjax.config import from_yaml, replace, to_yaml
+from esjax.ledger import UPDATE, read
+from esjax.step_info import Limits
+from esjax.training import Trainer, train
 
 SMALL = [
     "gru",
@@ -127,3 +135,35 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until, "waited too long"
         time.sleep(0.05)
+
+
+def updates(run: Path) -> list[bytes]:
+    return [record.payload for record in read(run / "ledger") if record.kind == UPDATE]
+
+
+def steps_done(run: Path) -> int:
+    return len(updates(run))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    made = Fleet(tmp_path)
+    yield made
+    made.close()
+
+
+@cache
+def begun(settings: str) -> tuple[Trainer, list[str]]:
+    """Begin a run in this process, for all tests of these settings; and a list for the digest after each step."""
+    return train(from_yaml(settings, ""), Path(tempfile.mkdtemp(dir=SHARED.name)) / "alone"), []
+
+
+def alone(fleet: Fleet, steps: int) -> tuple[list[bytes], str]:
+    """Train the run of a fleet anew in this process: its updates, and the digest of its state after so many steps."""
+    config = from_yaml((fleet.run / "config.yaml").read_text(), "")
+    trainer, digests = begun(to_yaml(replace(config, steps=None)))
+    if trainer.step < steps:
+        trainer.limits = Limits(steps, None)
+        digests += [digest(trainer._replica.state) for _ in trainer]
+    assert trainer.folder is not None
+    return updates(trainer.folder.path)[:steps], digests[steps - 1]

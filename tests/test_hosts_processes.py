@@ -1,64 +1,19 @@
 """Coordinator and hosts as real processes on the loopback interface; rows are those of the list of faults."""
 
 import http.client
-import json
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import SHARED, SMALL, TEXT, Fleet, Process, wait_until
-from test_hosts_transport import last_frame, more_frames, send_endlessly, stranger
+from processes import SMALL, TEXT, Fleet, Process, alone, fleet, steps_done, updates, wait_until
 
-from esjax import resume, train
-from esjax.checkpoint import digest
-from esjax.config import from_yaml, replace, to_yaml
+from esjax import resume
 from esjax.hosts.ask import ask_status
-from esjax.ledger import UPDATE, read
 from esjax.replaying import replay
-from esjax.step_info import Limits
-from esjax.training import Trainer
 
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    made = Fleet(tmp_path)
-    yield made
-    made.close()
-
-
-def updates(run: Path) -> list[bytes]:
-    return [record.payload for record in read(run / "ledger") if record.kind == UPDATE]
-
-
-def steps_done(run: Path) -> int:
-    return len(updates(run))
-
-
-@cache
-def begun(settings: str) -> tuple[Trainer, list[str]]:
-    """Begin a run in this process, for all tests of these settings; and a list for the digest after each step."""
-    return train(from_yaml(settings, ""), Path(tempfile.mkdtemp(dir=SHARED.name)) / "alone"), []
-
-
-def alone(fleet: Fleet, steps: int) -> tuple[list[bytes], str]:
-    """Train the run of a fleet anew in this process: its updates, and the digest of its state after so many steps."""
-    config = from_yaml((fleet.run / "config.yaml").read_text(), "")
-    trainer, digests = begun(to_yaml(replace(config, steps=None)))
-    if trainer.step < steps:
-        trainer.limits = Limits(steps, None)
-        digests += [digest(trainer._replica.state) for _ in trainer]
-    assert trainer.folder is not None
-    return updates(trainer.folder.path)[:steps], digests[steps - 1]
+__all__ = ["fleet"]
 
 
 def test_two_hosts_train_as_one_process_does(fleet: Fleet, lenient_promotion: None) -> None:
@@ -156,84 +111,6 @@ def test_row_14_a_browser_a_scan_and_a_silent_socket_cost_nothing(fleet: Fleet, 
     silent.close()
 
 
-def test_row_15_the_status_counts_what_the_port_turns_down(fleet: Fleet) -> None:
-    fleet.serve()
-    at = int(fleet.address.rsplit(":", 1)[1])
-
-    def counters() -> dict[str, int]:
-        return ask_status(fleet.address).counters
-
-    with (
-        closing(socket.create_connection(("127.0.0.1", at))),
-        closing(stranger(at)) as odd,
-        closing(stranger(at)) as mad,
-    ):
-        odd.sendall(last_frame(b"no request"))
-        threading.Thread(target=send_endlessly, args=(mad, more_frames(b"") * 10_000), daemon=True).start()
-        expected = {"connections without a handshake": 1, "messages without an envelope": 1}
-        if sys.platform == "linux":
-            expected["connections cut off"] = 1
-        wait_until(lambda: counters() == expected)
-
-
-def test_row_18_a_stranger_is_refused_and_told_why(fleet: Fleet) -> None:
-    fleet.serve("--keys", str(fleet.folder / "keys"))
-    token = fleet.folder / "keys" / "hosts.token"
-    assert token.stat().st_mode & 0o077 == 0
-    stranger = fleet.join("stranger")
-    assert stranger.ends() == 2
-    assert "Traceback" not in stranger.output
-    assert "token" in stranger.output.splitlines()[-1]
-    assert ask_known(fleet, token)
-
-
-def ask_known(fleet: Fleet, token: Path) -> bool:
-    asked = subprocess.run(
-        [sys.executable, "-m", "esjax", "status", fleet.address, "--token-file", str(token), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(asked.stdout)["hosts"] == []
-
-
-def test_row_19_a_revoked_host_is_dropped(fleet: Fleet) -> None:
-    keys = fleet.folder / "keys"
-    fleet.serve("--keys", str(keys))
-    host = fleet.join("guest", "--token-file", str(keys / "hosts.token"))
-    wait_until(lambda: steps_done(fleet.run) >= 2)
-    subprocess.run([sys.executable, "-m", "esjax", "token", "revoke", str(keys), "hosts"], check=True)
-    assert host.ends() == 2
-    assert "revoked" in host.output
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_rows_36_and_37_a_host_that_is_stopped_leaves_in_order(fleet: Fleet, number: signal.Signals) -> None:
-    server = fleet.serve()
-    host = fleet.join("guest")
-    wait_until(lambda: steps_done(fleet.run) >= 2)
-    host.send(number)
-    assert host.ends() == 0
-    server.wait_for("guest leaves: it was stopped")
-    assert "Traceback" not in host.output
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(
-    fleet: Fleet, number: signal.Signals, lenient_promotion: None
-) -> None:
-    server = fleet.serve("--checkpoint-time", "1000")
-    host = fleet.join("one")
-    wait_until(lambda: steps_done(fleet.run) >= 5)
-    server.send(number)
-    assert server.ends() == 0
-    assert "Traceback" not in server.output
-    newest = max(int(path.name) for path in (fleet.run / "checkpoints").iterdir())
-    assert newest == steps_done(fleet.run) >= 5
-    assert replay(fleet.run).agrees
-    assert host.popen.poll() is None  # it waits for the coordinator to come back
-
-
 def test_row_38_a_stopped_host_does_not_stop_the_others(fleet: Fleet, lenient_promotion: None) -> None:
     server = fleet.serve("--evaluate-time", "1000")  # that of a silent host is waited for
     fleet.join("one")
@@ -241,22 +118,6 @@ def test_row_38_a_stopped_host_does_not_stop_the_others(fleet: Fleet, lenient_pr
     wait_until(lambda: steps_done(fleet.run) >= 5 and all_ready(fleet, 2))
     two.send(signal.SIGSTOP)
     stop_after(fleet, server, 20)
-
-
-def test_row_34_a_second_coordinator_of_a_run_is_refused(fleet: Fleet) -> None:
-    fleet.serve()
-    second = fleet.start("serve", "--resume", str(fleet.run), "--bind", "tcp://127.0.0.1:0")
-    assert second.ends() == 2
-    assert "being trained by another process" in second.output
-
-
-def test_row_41_a_port_in_use_is_one_clear_line(fleet: Fleet) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        bind = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        server = fleet.start("serve", "--out", str(fleet.run), "--data.text", "builtin:pydoc", "--bind", bind)
-        assert server.ends() == 2
-    assert "Traceback" not in server.output
-    assert "in use" in server.output
 
 
 def test_row_31_training_stops_before_a_step_that_cannot_be_recorded(fleet: Fleet, lenient_promotion: None) -> None:

@@ -5,8 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from processes import SMALL, TEXT, Fleet, Process, wait_until
-from test_hosts_processes import alone, fleet, steps_done, updates
+from processes import SMALL, TEXT, Fleet, Process, alone, fleet, steps_done, updates, wait_until
 
 from esjax.errors import EsjaxError
 from esjax.processes import any_of, connect, here, leads, share, share_number
