@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from esjax.evaluate import consume, token_loss
 from esjax.fitness import LARGEST_LOSS
+from esjax.member import consume, token_loss
 from esjax.models.model import Model, Params, State
 from esjax.models.primitives import HIGHEST
 from esjax.noise import BITS, fold, unpack

@@ -17,9 +17,9 @@ from jaxtyping import Array, Int, Integer, PyTree
 
 from esjax.config import Config, replace
 from esjax.data.packing import draw_windows
-from esjax.evaluate import cross_entropy
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine
+from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.noise import WINDOWS, pair_seeds, stream_seed
 from esjax.replica import Replica
@@ -61,7 +61,7 @@ def bearings(
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
-    alone = Alone(config, Engine(replica, tell=_nothing), replica=replica, record=_nothing)
+    alone = Alone(config, Engine(replica, tell=_nothing), replica=replica, own={}, record=_nothing)
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = model.units(params)
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
@@ -92,8 +92,11 @@ def _gradient(
     model: Model, burn_in: int, params: Params, units: PyTree, windows: Int[Array, "windows length"]
 ) -> tuple[Params, Array]:
     """Return the sum of the windows' gradients, in units, and that of their squares."""
-    loss = cross_entropy(burn_in)
-    gradients = jax.vmap(jax.grad(lambda params, window: loss(model, params, window)), (None, 0))(params, windows)
+
+    def loss(params: Params, window: Int[Array, " length"]) -> Array:
+        return Member(model, params).cross_entropy(window, burn_in)
+
+    gradients = jax.vmap(jax.grad(loss), (None, 0))(params, windows)
     gradients = jax.tree.map(lambda leaf, unit: leaf * unit, gradients, units)
     squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients))
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients), jnp.asarray(squares)

@@ -171,7 +171,7 @@ class EsConfig(Section):
 
     exchange: Literal["auto", "losses", "sums"] = "auto"
     """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
-    activation, or more pairs than weights."""
+    activation, or more pairs than weights and no loss of one's own."""
 
     copies: int = 32
     """space activation: noisy copies that read a window beside a clean one; each window counts as a pair."""

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
-from esjax.models.model import Model, Params, State, Tap
-from esjax.noise import Space
-from esjax.tokens import STOP
+from esjax.member import Member
+from esjax.models.model import Model, Params
+from esjax.noise import Space, fold
 
 PAIRS_AXIS = "pairs"
 """Mesh axis over which the population is spread."""
@@ -20,29 +20,17 @@ PAIRS_AXIS = "pairs"
 Gathered = TypeVar("Gathered")
 """A pytree of arrays of one type that can be added up."""
 
-Loss = Callable[[Model, Params, Int[Array, " length"]], Float[Array, ""]]
-"""`(model, member's params, tokens) -> loss` of one member on one sequence; lower is better."""
+Loss = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
+"""`(member, tokens, key) -> loss` of one member on one sequence; lower is better. Both members of a pair get the same
+tokens and the same key, and no two sequences of a run the same key: what is drawn from it is common to the pair."""
+
+DRAWS = 2**32 - 1
+"""Number of the keys of losses among what is folded into a pair's seed: the noise counts its blocks from 0."""
 
 Evaluate = Callable[
     [Params, UInt32[Array, "pairs 2"], Int[Array, "pairs sequences length"]],
     Float[Array, "pairs 2"],
 ]
-
-
-def consume(model: Model, params: Params, state: State, token: Int[Array, ""], tap: Tap | None = None) -> State:
-    """Consume a token; after STOP the state starts anew, since the next token opens another document.
-
-    A model that is not `tapped` takes no tap.
-    """
-    after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
-    fresh = model.initial_state(params)
-    return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
-
-
-def token_loss(logits: Float[Array, " vocabulary"], token: Int[Array, ""]) -> Float[Array, ""]:
-    """Score a prediction: -log softmax(logits)[token], in nats."""
-    peak = jnp.max(logits)
-    return jnp.log(jnp.sum(jnp.exp(logits - peak))) + peak - logits[token]
 
 
 def cross_entropy(burn_in: int) -> Loss:
@@ -52,17 +40,8 @@ def cross_entropy(burn_in: int) -> Loss:
         burn_in: Tokens, at least 0, that only prepare the state.
     """
 
-    def loss(model: Model, params: Params, tokens: Int[Array, " length"]) -> Float[Array, ""]:
-        def score(state: State, token: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
-            scored = token_loss(model.predict(params, state), token)
-            return consume(model, params, state, token), scored
-
-        def read(state: State, token: Int[Array, ""]) -> tuple[State, None]:
-            return consume(model, params, state, token), None
-
-        state, _ = jax.lax.scan(read, model.initial_state(params), tokens[:burn_in])
-        _, losses = jax.lax.scan(score, state, tokens[burn_in:])
-        return jnp.mean(losses)
+    def loss(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
+        return member.cross_entropy(tokens, burn_in)
 
     return loss
 
@@ -114,14 +93,21 @@ def make_evaluate_chunk(model: Model, space: Space, loss: Loss) -> Evaluate:
         params: Params, seed: UInt32[Array, "2"], tokens: Int[Array, "sequences length"]
     ) -> Float[Array, "2"]:
         noise = space.sample(seed)
+        keys = draw_keys(seed, len(tokens))
 
         def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-            member = space.perturb(params, noise, sign)
-            return jnp.mean(jax.vmap(lambda sequence: loss(model, member, sequence))(tokens))
+            member = Member(model, space.perturb(params, noise, sign))
+            return jnp.mean(jax.vmap(partial(loss, member))(tokens, keys))
 
         return jax.vmap(member_loss)(signs)
 
     return jax.vmap(pair_losses, in_axes=(None, 0, 0))
+
+
+def draw_keys(seed: UInt32[Array, "2"], sequences: int) -> Key[Array, " sequences"]:
+    """Derive the keys that a loss is given for the sequences of a pair, from the seed of its perturbation."""
+    data = fold(fold(seed, jnp.uint32(DRAWS))[None], jnp.arange(sequences, dtype=jnp.uint32))
+    return jax.random.wrap_key_data(data, impl="threefry2x32")
 
 
 def make_deal(mesh: Mesh, work: Callable[..., Gathered]) -> Callable[..., Gathered]:

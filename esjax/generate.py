@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from esjax.evaluate import consume
+from esjax.member import consume
 from esjax.models.model import Logits, Model, Params, State
 from esjax.tokens import STOP, UNK
 
@@ -36,14 +36,6 @@ class Beams(NamedTuple):
 
     tokens: Int[Array, "beams max_tokens"]
     log_probability: Float[Array, " beams"]
-
-
-def read(model: Model, params: Params, prompt: Int[Array, " length"]) -> State:
-    """Consume a prompt from the start of a document and return the state after it."""
-    state, _ = jax.lax.scan(
-        lambda state, token: (consume(model, params, state, token), None), model.initial_state(params), prompt
-    )
-    return state
 
 
 def sample(

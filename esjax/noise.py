@@ -38,6 +38,9 @@ WINDOWS = 1
 INIT = 2
 """Stream of keys from which the first parameters are drawn."""
 
+HELD_OUT = 3
+"""Stream of keys from which the windows of held-out text are drawn, for a loss of one's own."""
+
 BITS = 32
 
 

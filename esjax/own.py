@@ -1,33 +1,79 @@
 """What a run may be given beside its settings."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Key
 
+from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
+from esjax.member import Member
 from esjax.models.model import ModelFactory
 
+Reward = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
+"""`(member, tokens, key) -> reward`, like a `Loss`, but higher is better."""
 
-class Own(NamedTuple):
-    """A model, a loss, an optimizer of one's own, each in place of the one that the settings name.
+
+@dataclass(frozen=True)
+class Own:
+    """A model, a loss or a reward, an optimizer of one's own, each in place of the one that the settings name.
 
     Attributes:
         model: Builds the model from the number of token ids.
         loss: Loss of one member on one sequence.
+        reward: Reward of one member on one sequence; there is a loss or a reward, not both.
         optimizer: Any optax transformation.
     """
 
     model: ModelFactory | None = None
     loss: Loss | None = None
+    reward: Reward | None = None
     optimizer: optax.GradientTransformation | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and self.reward is not None:
+            raise EsjaxError("there is a loss and a reward; give one of them")
 
     def names(self) -> dict[str, str]:
         """Name what there is, by kind."""
         return {
             kind: getattr(value, "__qualname__", type(value).__name__)
-            for kind, value in self._asdict().items()
+            for kind, value in vars(self).items()
             if value is not None
         }
+
+    @property
+    def objective(self) -> Loss | None:
+        """What is minimised: the loss, or the reward with its sign turned. None: cross entropy.
+
+        When it is traced, it raises EsjaxError unless the function returns one float32.
+        """
+        function, kind = (self.loss, "loss") if self.reward is None else (self.reward, "reward")
+        if function is None:
+            return None
+        name = f"the {kind} {self.names()[kind]}"
+
+        def objective(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
+            value = _one_number(name, function(member, tokens, key))
+            return -value if kind == "reward" else value
+
+        return objective
+
+
+def _one_number(name: str, value: Any) -> Float[Array, ""]:
+    try:
+        shape, dtype = jnp.shape(value), jax.dtypes.result_type(value)
+    except TypeError:
+        raise EsjaxError(f"{name} returns a {type(value).__name__}; it must return one float32 number") from None
+    if shape:
+        raise EsjaxError(f"{name} returns an array of shape {shape}; it must return one number, a mean for example")
+    if dtype != jnp.float32:
+        raise EsjaxError(f"{name} returns {dtype}; make it float32, with .astype(jnp.float32) for example")
+    return jnp.asarray(value)
 
 
 NOTHING_OWN = Own()

@@ -15,6 +15,7 @@ from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
 from esjax.models import build_model
 from esjax.models.model import ModelFactory
+from esjax.own import Own, Reward
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 
@@ -53,6 +54,7 @@ def replay(
     *,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] = print,
 ) -> Replayed:
@@ -62,6 +64,7 @@ def replay(
         path: Run folder.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
+        reward: The run's own reward, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see.
 
@@ -69,12 +72,13 @@ def replay(
         EsjaxError: It is no run folder, or has no ledger from its first step on.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(model=model, loss=loss, optimizer=optimizer)
+    own = Own(model, loss, reward, optimizer)
+    folder.check_own(**vars(own))
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
     built = model(size) if model else build_model(config.model, size)
-    replica = Replica(config, built, None, whole_mesh(), loss, optimizer)
+    replica = Replica(config, built, None, whole_mesh(), own.objective, optimizer)
     checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
     kept = (int(checkpoint.step), digest(checkpoint))
     compared, differs_at = 0, None

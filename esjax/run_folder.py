@@ -1,8 +1,8 @@
 """What a run leaves on disk, except the checkpoints' own format.
 
 config.yaml       the settings; they start the same run again, but for what run.json names
-run.json          version of this layout, name of the run, hash of the text, names of a model, loss or optimizer of
-                  its own
+run.json          version of this layout, name of the run, hash of the text, names of a model, loss, reward or
+                  optimizer of its own
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
 samples.txt       text written on the way
@@ -77,7 +77,7 @@ class RunFolder:
             config: Settings.
             vocabulary: Symbols.
             text_digest: Hash of the text; "": there is none.
-            own: Names of what the run was given beside its settings: model, loss, optimizer.
+            own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
 
         Raises:
             EsjaxError: Something is there already, or it cannot be written.
@@ -109,7 +109,7 @@ class RunFolder:
         """See that what the run was given beside its settings is given again.
 
         Args:
-            given: What the caller has for model, loss, optimizer; None: nothing.
+            given: What the caller has for model, loss, reward, optimizer; None: nothing.
 
         Raises:
             EsjaxError: The run had one of its own, or had none.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from esjax.evaluate import consume, token_loss
+from esjax.member import consume, token_loss
 from esjax.models.model import Model, Params, State
 
 Score = Callable[[Params, Int[Array, "lanes length"], Bool[Array, "lanes length"]], Float[Array, ""]]

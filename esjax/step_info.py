@@ -25,7 +25,7 @@ class StepInfo(NamedTuple):
     Attributes:
         step: Steps done so far, this one included.
         seconds: Training time so far, from the first finished step.
-        loss: Mean nats per token over the finite losses of the population.
+        loss: Mean of the finite losses of the population, in nats per token; of a reward of one's own, the negative.
         population: Members evaluated, both signs counted.
         void_pairs: Pairs left out because a loss of theirs is not finite.
         applied: Whether the update was made: not if most losses are not finite, or all pairs are equal.
@@ -34,7 +34,8 @@ class StepInfo(NamedTuple):
             of the update before, which is the last that was heard of.
         member_tokens: Tokens scored so far, times members.
         member_tokens_per_second: Rate of this step.
-        held_out: Nats per token over the held-out documents, with the averaged weights; None if not measured.
+        held_out: Nats per token over the held-out documents, with the averaged weights; with a loss or reward of one's
+            own, the same kind of number as `loss`, over windows of them. None if not measured.
     """
 
     step: int

@@ -98,7 +98,7 @@ def _join(
 ) -> Int[Array, " numbers"]:
     def sum_up(values: Float[Array, " pairs"], steps: int) -> Int[Array, ""]:
         most = LARGEST / MOST_SUMMED_PAIRS / steps  # nats: so no sum over a step overflows
-        return jnp.sum(jnp.rint(jnp.clip(jnp.where(finite, values, 0.0), 0, most) * steps).astype(jnp.int32))
+        return jnp.sum(jnp.rint(jnp.clip(jnp.where(finite, values, 0.0), -most, most) * steps).astype(jnp.int32))
 
     gradient, _ = ravel_pytree(total)
     tail = jnp.stack(

@@ -15,7 +15,8 @@ from esjax.data.packing import pack_lanes
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.evaluate import PAIRS_AXIS
-from esjax.generate import Sampling, beam_search, read, sample
+from esjax.generate import Sampling, beam_search, sample
+from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.score import make_score
 from esjax.tokens import UNK
@@ -58,7 +59,7 @@ class Trained:
         self.vocabulary = vocabulary
         self._mesh = mesh
         self._score = jax.jit(make_score(model))
-        self._read = jax.jit(partial(read, model))
+        self._read = jax.jit(lambda params, prompt: Member(model, params).read(prompt))
         self._sample = jax.jit(
             jax.vmap(partial(sample, model), in_axes=(None, None, 0, None, None)), static_argnums=(3,)
         )

@@ -18,6 +18,7 @@ from esjax.data.packing import pack_stream
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
+from esjax.held_out import make_measure
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine, make_update
 from esjax.hosts.wire import unpack_update
@@ -26,7 +27,7 @@ from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
-from esjax.own import Own
+from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
@@ -50,7 +51,8 @@ class Trainer:
         config: Settings.
         corpus: The text.
         limits: Where iteration ends; may be changed.
-        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
+        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
+            loss or reward of its own.
         folder: Where the run is kept, or None.
         last: Info of the last step, or None.
     """
@@ -61,31 +63,32 @@ class Trainer:
         corpus: Corpus,
         folder: RunFolder | None = None,
         *,
-        model: ModelFactory | None = None,
-        loss: Loss | None = None,
-        optimizer: optax.GradientTransformation | None = None,
+        own: Own,
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
         vocabulary = corpus.vocabulary
-        built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+        built = own.model(vocabulary.size) if own.model else build_model(config.model, vocabulary.size)
         self.config = config
         self.corpus = corpus
         self.limits = Limits(config.steps, config.seconds)
         self.folder = folder
-        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
+        objective = own.objective
+        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
         self.last: StepInfo | None = None
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
-        if config.data.held_out > 0 and not corpus.held_out:
-            self.tell("no document is held out, so nothing is evaluated; give more documents, or cut them smaller")
         # A text that is used block by block comes with its first block.
         stream = None if config.data.block_tokens else pack_stream(corpus.train).astype(token_type(vocabulary.size))
-        self._replica = Replica(config, built, stream, whole_mesh(), loss, optimizer)
+        self._replica = Replica(config, built, stream, whole_mesh(), objective, own.optimizer)
         self._trained = Trained(built, vocabulary, local_mesh())
-        self._lanes = self._trained.lanes(corpus.held_out) if corpus.held_out else None
+        self._measure = make_measure(self._trained, config, corpus.held_out, objective)
+        if config.data.held_out > 0 and self._measure is None:
+            what = "less than a window" if corpus.held_out else "no document"
+            self.tell(f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller")
         self._seconds = 0.0
         self._member_tokens = 0
-        self._trouble = ""
+        self._own = own
+        self._is_finite = True
 
     def __repr__(self) -> str:
         """Say where the run stands."""
@@ -145,8 +148,8 @@ class Trainer:
                 # Clocks and signals differ between processes; what follows from them must not.
                 done = any_of(asked.is_set() or (leads() and self.limits.reached(info.step, session)))
                 held_out = None
-                if leads() and self._lanes is not None and (done or now >= evaluate_at):
-                    held_out = self._trained.loss(self.params, self._lanes)
+                if leads() and self._measure is not None and (done or now >= evaluate_at):
+                    held_out = self._measure(self.params)
                     evaluate_at = time.perf_counter() + config.evaluate_time
                 self.last = info._replace(
                     seconds=self._seconds,
@@ -212,18 +215,18 @@ class Trainer:
             config,
             engine,
             replica=replica,
+            own=self._own.names(),
             record=record,
             block=blocks,
         )
 
     def _take_step(self, alone: Alone) -> StepInfo:
         closed, gradient_norm, update_norm = alone.step()
-        trouble = closed.trouble
-        if not math.isfinite(update_norm):
-            trouble = "the update is not finite; lower optim.learning_rate"
-        if trouble and trouble != self._trouble:
-            self.tell(f"step {self.step}: {trouble}; no update")
-        self._trouble = trouble
+        was_finite, self._is_finite = self._is_finite, math.isfinite(update_norm)
+        if closed.notice:
+            self.tell(closed.notice)
+        if was_finite and not self._is_finite:
+            self.tell(f"step {self.step}: the update is not finite; lower optim.learning_rate; no update")
         self._member_tokens += closed.population * self.config.data.batch_size * self.config.data.window
         return StepInfo(
             step=self.step,
@@ -231,7 +234,7 @@ class Trainer:
             loss=closed.loss,
             population=closed.population,
             void_pairs=closed.void_pairs,
-            applied=not trouble,
+            applied=not closed.trouble and self._is_finite,
             gradient_norm=gradient_norm,
             update_norm=update_norm,
             member_tokens=self._member_tokens,
@@ -254,6 +257,7 @@ def train(
     *,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -263,21 +267,24 @@ def train(
         config: Settings; None: the defaults.
         out: Run folder to make. None: nothing is written.
         model: Builds a model of one's own, in place of the one that the settings name.
-        loss: A loss of one's own, in place of cross entropy.
+        loss: A loss of one's own, in place of cross entropy: `(member, tokens, key) -> float32`, lower is better, see
+            `esjax.member`.
+        reward: The same with higher is better; `loss` and `held_out` of an info are its negative.
         optimizer: Any optax transformation, in place of the one that the settings name.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, or the folder exists already.
+        EsjaxError: The text cannot be used, the folder exists already, there are a loss and a reward, or one that does
+            not return one float32.
     """
     config = config or Config()
+    own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, model=model, loss=loss, optimizer=optimizer, tell=tell)
+    trainer = Trainer(config, corpus, own=own, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        own = Own(model, loss, optimizer).names()
-        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own)
+        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
     return trainer
 
 
@@ -288,6 +295,7 @@ def resume(
     seconds: float | None = None,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -300,6 +308,7 @@ def resume(
             the run's settings hold.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
+        reward: The run's own reward, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see. None: they go to standard error.
 
@@ -308,9 +317,10 @@ def resume(
             its own is missing.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(model=model, loss=loss, optimizer=optimizer)
+    own = Own(model, loss, reward, optimizer)
+    folder.check_own(**vars(own))
     corpus = load_run_corpus(folder)
-    trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, optimizer=optimizer, tell=tell)
+    trainer = Trainer(folder.config, corpus, folder, own=own, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from esjax.activation import Taps, find_taps, make_estimate_chunk
@@ -54,12 +55,18 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
         EsjaxError: Noise on activations was asked for, and the model or the loss does not allow it.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    es, carried = config.es, jax.eval_shape(lambda: first_states(config, model, params))
-    numbers = size + sum(leaf.size for leaf in jax.tree.leaves(carried)) + TAIL if es.sums(size) else 0
+    es, data = config.es, config.data
+    carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
+    numbers = size + carried + TAIL if es.sums(size) else 0
+    if loss is not None and es.exchange == "auto":
+        numbers = 0  # sums have room for differences of the size of nats, and nobody knows that of another loss
     if es.space == "activation":
         return _on_activations(config, model, params, loss, numbers)
     space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)
-    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(config.data.tokens_before))
+    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in))
+    if loss is not None:  # one that cannot be is refused now, not in the first step
+        windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
+        jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
     pair_bytes = 4 * space.numbers
     if es.space == "full" or not model.factored:
         pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))

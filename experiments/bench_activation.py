@@ -22,7 +22,8 @@ from jaxtyping import Array  # noqa: E402
 
 from esjax.config import Config, EsConfig, GruConfig, replace  # noqa: E402
 from esjax.devices import local_mesh  # noqa: E402
-from esjax.evaluate import cross_entropy, make_deal  # noqa: E402
+from esjax.evaluate import make_deal  # noqa: E402
+from esjax.member import Member  # noqa: E402
 from esjax.models import build_model  # noqa: E402
 from esjax.replica import Replica  # noqa: E402
 
@@ -80,10 +81,12 @@ def step_of(replica: Replica, pairs: np.ndarray) -> Callable[[], object]:
 def forward_of(config: Config, batch: int, tokens: np.ndarray) -> Callable[[], object]:
     """Make a forward pass of many sequences, dealt to the devices in batches."""
     model = build_model(config.model, VOCAB)
-    loss, mesh = cross_entropy(config.data.burn_in), local_mesh()
+    burn_in, mesh = config.data.burn_in, local_mesh()
 
     def work(chunk: Array, total: Array, params: object, tokens: Array) -> Array:
-        return total + jnp.sum(jax.vmap(lambda window: loss(model, params, window))(tokens[chunk]))
+        return total + jnp.sum(
+            jax.vmap(lambda window: Member(model, params).cross_entropy(window, burn_in))(tokens[chunk])
+        )
 
     deal = jax.jit(make_deal(mesh, work))
     params = model.init(jax.random.key(0))

@@ -25,7 +25,7 @@ from esjax.data.corpus import Corpus, load_corpus  # noqa: E402
 from esjax.data.delivery import token_type  # noqa: E402
 from esjax.data.packing import draw_windows, pack_stream  # noqa: E402
 from esjax.devices import local_mesh  # noqa: E402
-from esjax.evaluate import cross_entropy  # noqa: E402
+from esjax.member import Member  # noqa: E402
 from esjax.models import build_model  # noqa: E402
 from esjax.noise import INIT, WINDOWS, pair_seeds, stream_seed  # noqa: E402
 from esjax.trained import Trained  # noqa: E402
@@ -74,13 +74,18 @@ def backpropagate(config: Config) -> Iterator[tuple[float, int, float]]:
     lanes = trained.lanes(corpus.held_out)
     stream = jax.numpy.asarray(pack_stream(corpus.train).astype(token_type(size)))
     params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
-    loss, seeds = cross_entropy(data.burn_in), stream_seed(config.seed, WINDOWS)
+    seeds = stream_seed(config.seed, WINDOWS)
     rule = optax.inject_hyperparams(optax.adam)(RATE)
 
     def step(params: object, state: object, number: Array, rate: Array) -> tuple[object, object]:
         of_windows = pair_seeds(seeds, number, jax.numpy.arange(BATCH, dtype=np.uint32))
         windows = draw_windows(stream, of_windows, 1, data.burn_in + data.window)[:, 0]
-        gradient = jax.grad(lambda p: jax.vmap(lambda window: loss(model, p, window))(windows).mean())(params)
+
+        def loss(params: object) -> Array:
+            member = Member(model, params)
+            return jax.vmap(lambda window: member.cross_entropy(window, data.burn_in))(windows).mean()
+
+        gradient = jax.grad(loss)(params)
         state.hyperparams["learning_rate"] = rate  # type: ignore[attr-defined]
         updates, state = rule.update(gradient, state)
         return optax.apply_updates(params, updates), state

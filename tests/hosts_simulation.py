@@ -404,6 +404,8 @@ class Simulation:
                     self.server.rounds.stored(effect.snapshot)
             elif isinstance(effect, Closed):
                 self.closed.append(effect)
+                if effect.notice:
+                    self.lines.append(effect.notice)
             elif isinstance(effect, Tell):
                 self.lines.append(effect.line)
         return True

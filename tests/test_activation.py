@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import Array
 
 from esjax.activation import Estimate, Taps, _later, find_taps, make_estimate_chunk
-from esjax.evaluate import cross_entropy
+from esjax.member import Member
 from esjax.models import Model, gru, rnn
 from esjax.models.model import Params, Tap, untouched
 from esjax.noise import pair_seeds, stream_seed
@@ -76,7 +76,7 @@ def seeds_of(chunk: int, windows: int = WINDOWS) -> Array:
 
 
 def exact(model: Model, params: Params, tokens: Array = TOKENS) -> Params:
-    return jax.grad(lambda params: len(tokens) * cross_entropy(0)(model, params, tokens))(params)
+    return jax.grad(lambda params: len(tokens) * Member(model, params).cross_entropy(tokens))(params)
 
 
 def flat(tree: Params) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_the_losses_are_those_of_noisy_copies() -> None:
     model = MODELS["gru"]
     params, _, estimate = make(model, sigma=1e-4)
     windows, there = jnp.broadcast_to(TOKENS, (WINDOWS, len(TOKENS))), jnp.ones(WINDOWS, bool)
-    right = cross_entropy(0)(model, params, TOKENS)
+    right = Member(model, params).cross_entropy(TOKENS)
     np.testing.assert_allclose(estimate(params, seeds_of(0), windows, there).losses, right, atol=1e-3)
 
 

@@ -16,6 +16,7 @@ from small import MODELS, params_of, seeds_of, space_of, tokens_of
 from esjax.es import TrainState, init_state, make_apply_total, make_weigh_pairs, zero_total
 from esjax.evaluate import cross_entropy, make_evaluate
 from esjax.fitness import shape
+from esjax.member import Member
 from esjax.noise import Space, Total, stream_seed
 
 WEIGHTS = np.random.default_rng(3).integers(-127, 128, 40).astype(np.int8)
@@ -84,8 +85,10 @@ SIGMA = 0.02
 
 
 def exact_gradient(model: Any, params: Any, tokens: Array) -> list[np.ndarray]:
-    loss = cross_entropy(burn_in=1)
-    mean = jax.jit(jax.grad(lambda params: jnp.mean(jax.vmap(partial(loss, model, params))(tokens))))(params)
+    def loss(params: Any, window: Array) -> Array:
+        return Member(model, params).cross_entropy(window, burn_in=1)
+
+    mean = jax.jit(jax.grad(lambda params: jnp.mean(jax.vmap(partial(loss, params))(tokens))))(params)
     in_units = jax.tree.map(lambda leaf, unit: np.asarray(leaf, np.float64) * unit, mean, model.unit)
     return jax.tree.leaves(in_units)
 

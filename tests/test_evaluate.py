@@ -10,6 +10,7 @@ from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
 
 from esjax.config import GruConfig
 from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_deal, make_evaluate
+from esjax.member import Member
 from esjax.models import Model, build_model
 
 LOSS = cross_entropy(burn_in=1)
@@ -36,7 +37,8 @@ def test_the_population_is_a_loop_over_members(name: str, space: str, rank: int,
 
     @jax.jit
     def loss_of(seed: Array, sign: Array, sequence: Array) -> Array:
-        return LOSS(model, chosen.perturb(params, chosen.sample(seed), sign), sequence)
+        member = Member(model, chosen.perturb(params, chosen.sample(seed), sign))
+        return member.cross_entropy(sequence, burn_in=1)
 
     for pair in range(PAIRS):
         for side, sign in enumerate([1.0, -1.0]):
@@ -95,7 +97,7 @@ def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy() -> None:
     """Closed form: the loss 3 * start[0] differs between the signs by 2 * 3 * sigma * unit * ε."""
     model = MODELS["gru"]
     space = space_of(model, sigma=0.25)
-    run = make_evaluate(model, space, lambda model, params, tokens: 3 * params.start[0], mesh_of(1), 8)
+    run = make_evaluate(model, space, lambda member, tokens, key: 3 * member.params.start[0], mesh_of(1), 8)
     losses = run(params_of(model), seeds_of(), tokens_of())
     signs = space.sample(seeds_of()).start[0]
     np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * signs, rtol=1e-6)

@@ -9,7 +9,8 @@ import pytest
 from small import MODELS, VOCAB, params_of
 from test_models import busy, reference_losses
 
-from esjax.generate import Sampling, beam_search, read, sample
+from esjax.generate import Sampling, beam_search, sample
+from esjax.member import Member
 from esjax.models.model import Model
 from esjax.tokens import STOP, UNK
 
@@ -121,6 +122,6 @@ def test_reading_a_prompt_is_consuming_it_token_by_token() -> None:
     state = MODEL.initial_state(PARAMS)
     for token in prompt:
         state = MODEL.consume(PARAMS, state, token)
-    np.testing.assert_allclose(read(MODEL, PARAMS, prompt), state, rtol=1e-6)
-    empty = read(MODEL, PARAMS, jnp.zeros(0, jnp.int32))
+    np.testing.assert_allclose(Member(MODEL, PARAMS).read(prompt), state, rtol=1e-6)
+    empty = Member(MODEL, PARAMS).read(jnp.zeros(0, jnp.int32))
     np.testing.assert_array_equal(empty, MODEL.initial_state(PARAMS))

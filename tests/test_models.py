@@ -9,7 +9,7 @@ import pytest
 from small import MODELS, VOCAB, params_of
 
 from esjax.config import GruConfig, RnnConfig
-from esjax.evaluate import consume, cross_entropy
+from esjax.member import Member, consume
 from esjax.models import build_model
 from esjax.models.primitives import LowRank, lookup, matmul
 from esjax.score import make_score
@@ -78,7 +78,7 @@ def test_a_step_is_the_equations(name: str) -> None:
 def test_the_scan_is_step_by_step(name: str, burn_in: int) -> None:
     model, params = MODELS[name], busy(params_of(MODELS[name]))
     expected = reference_losses(name, params, TOKENS)[burn_in:].mean()
-    got = cross_entropy(burn_in)(model, params, jnp.asarray(TOKENS, jnp.int32))
+    got = Member(model, params).cross_entropy(jnp.asarray(TOKENS, jnp.int32), burn_in)
     np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 

@@ -16,7 +16,8 @@ from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError
-from esjax.evaluate import consume, cross_entropy, make_evaluate
+from esjax.evaluate import cross_entropy, make_evaluate
+from esjax.member import Member
 from esjax.models import build_model
 from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
@@ -217,9 +218,8 @@ def test_carried_states_are_those_of_reading_on() -> None:
         whole.append(follow_windows(jnp.asarray(STREAM), seeds, 2, 5, jnp.int32(step)))
         total = host.sums(np.arange(4)) + host.sums(np.arange(4, 6))
         host.apply_sum(total, host.scale / 6)
-    read = partial(jax.lax.scan, lambda state, token: (consume(MODEL, params, state, token), None))
     tokens = jnp.concatenate(whole, axis=2).reshape(12, -1)
-    right, _ = jax.vmap(partial(read, MODEL.initial_state(params)))(tokens)
+    right = jax.vmap(Member(MODEL, params).read)(tokens)
     assert host.state.carried.shape == (6, 2, 4)
     np.testing.assert_allclose(host.state.carried.reshape(12, 4), right, atol=steps / STEPS)
     assert np.abs(np.asarray(right)).max() > 100 * steps / STEPS

@@ -25,8 +25,8 @@ import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
 from esjax.errors import EsjaxError
+from esjax.member import Member
 from esjax.models import Model, gru
-from esjax.models.model import Params
 from esjax.replaying import replay
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
@@ -284,7 +284,7 @@ def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
     run = train(
         replace(config, steps=60, optim=OptimConfig(learning_rate=0.1)),
         model=lambda vocab_size: gru(vocab_size, 3, 5)._replace(factored=False),
-        loss=lambda model, params, tokens: jnp.sum((params.start - 2) ** 2),
+        loss=lambda member, tokens, key: jnp.sum((member.params.start - 2) ** 2),
     )
     list(run)
     np.testing.assert_allclose(run.params.start, 2, atol=0.3)
@@ -293,7 +293,7 @@ def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
 @pytest.mark.parametrize(("value", "reason"), [(jnp.nan, "not finite"), (1.5, "equal")])
 def test_a_step_that_says_nothing_is_not_applied_and_said_once(config: Config, value: float, reason: str) -> None:
     told: list[str] = []
-    run = train(config, loss=lambda model, params, tokens: jnp.float32(value), tell=told.append)
+    run = train(config, loss=lambda member, tokens, key: jnp.float32(value), tell=told.append)
     before = jax.tree.map(np.asarray, run.params)
     infos = list(run)
     assert [info.applied for info in infos] == [False] * 6
@@ -351,8 +351,8 @@ def own_model(vocab_size: int) -> Model:
     return gru(vocab_size, 4, 8)
 
 
-def own_loss(model: Model, params: Params, tokens: Array) -> Array:
-    return jnp.sum((params.start - 2) ** 2)
+def own_loss(member: Member, tokens: Array, key: Array) -> Array:
+    return jnp.sum((member.params.start - 2) ** 2)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("model", own_model), ("loss", own_loss), ("optimizer", optax.adam(0.05))])

@@ -46,6 +46,7 @@ class Alone:
         engine: Engine,
         *,
         replica: Replica,
+        own: dict[str, str],
         record: Callable[[int, bytes], None],
         block: Callable[[int], bytes] | None = None,
     ) -> None:
@@ -55,6 +56,7 @@ class Alone:
             config: Settings.
             engine: Does the tasks.
             replica: The engine's.
+            own: Names of the run's own model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
@@ -65,7 +67,7 @@ class Alone:
             unit=replica.chunk_pairs,
             vocab_size=0,
             answers={},
-            own={},
+            own=own,
             numbers=replica.numbers,
             scale=replica.scale,
         )
@@ -74,7 +76,7 @@ class Alone:
             config, terms, step=step, now=NOW, rng=rng, text=NO_TEXT, block=block, with_rounds=False
         )
         self._worker = Worker(
-            "alone", "", "", {}, {}, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
+            "alone", "", "", {}, own, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
         )
         self._engine = engine
         self._record = record

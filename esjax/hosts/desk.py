@@ -151,6 +151,8 @@ class Desk:
         return closed
 
     def _close(self, closed: Closed, now: float) -> StepInfo:
+        if closed.notice:
+            self._tell(closed.notice)
         data = self._config.data
         tokens = closed.population * data.batch_size * data.window
         self.member_tokens += tokens

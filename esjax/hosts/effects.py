@@ -35,7 +35,7 @@ class Terms(NamedTuple):
         unit: Pairs that are never split between hosts.
         vocab_size: Number of token ids.
         answers: Hashes of known noise by kind of noise.
-        own: Names of the run's own model, loss and optimizer.
+        own: Names of the run's own model, loss or reward, and optimizer.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
         numbers: Length of the sums that hosts hand in; 0: they hand in losses.
@@ -52,6 +52,12 @@ class Terms(NamedTuple):
     state_bytes: int = 0
     numbers: int = 0
     scale: float = 0.0
+
+    @property
+    def blamed(self) -> str:
+        """What to name beside a loss that is not finite, or says nothing; "" for cross entropy."""
+        named = [f" (the run's own {kind}, {name})" for kind, name in self.own.items() if kind in ("loss", "reward")]
+        return "".join(named)
 
     def objection(self, join: Join, noise: str) -> str:
         """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""
@@ -110,6 +116,7 @@ class Closed(NamedTuple):
         population: Members scored.
         void_pairs: Pairs left out because a loss of theirs is not finite.
         trouble: Why no update is made, or "".
+        notice: What a person should be told of it, or "".
     """
 
     step: int
@@ -117,6 +124,7 @@ class Closed(NamedTuple):
     population: int
     void_pairs: int
     trouble: str
+    notice: str
 
 
 Effect = Publish | Record | RecordDigest | Store | Tell | Closed

@@ -12,6 +12,7 @@ from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
+from esjax.held_out import make_measure
 from esjax.hosts import wire
 from esjax.hosts.tasks import (
     Apply,
@@ -113,7 +114,7 @@ class Engine:
         if config.data.block_tokens:  # no text yet, but the programs can be compiled
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
-            replica = Replica(config, model, stream, mesh, self._own.loss, self._own.optimizer)
+            replica = Replica(config, model, stream, mesh, self._own.objective, self._own.optimizer)
             try:
                 _compile(replica)
                 break
@@ -124,10 +125,10 @@ class Engine:
                 self._tell(f"out of memory with {replica.chunk_pairs} pairs at a time; trying {fewer}")
                 config = replace(config, es=replace(config.es, chunk_pairs=fewer))
         self._replica = replica
-        if text.held_out:
-            trained = Trained(model, Vocabulary("byte"), local_mesh())
-            lanes = trained.lanes(text.held_out)
-            self._measure = lambda: trained.loss(here(replica.state.average), lanes)
+        trained = Trained(model, Vocabulary("byte"), local_mesh())
+        measure = make_measure(trained, config, text.held_out, self._own.objective)
+        if measure:
+            self._measure = lambda: measure(here(replica.state.average))
         return Built(replica.granule)
 
 

@@ -25,7 +25,7 @@ from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
 from esjax.interrupts import stop_on_signals
 from esjax.models.model import ModelFactory
-from esjax.own import Own
+from esjax.own import Own, Reward
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
@@ -52,6 +52,7 @@ def join(
     patience: float = 600.0,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
@@ -65,6 +66,7 @@ def join(
         patience: Seconds to wait for a coordinator that says nothing.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
+        reward: The run's own reward, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
         tell: Called with each line that a person should see.
 
@@ -72,7 +74,7 @@ def join(
         EsjaxError: The coordinator turned the host away, or is not to be reached, or the devices failed.
     """
     token = None if token_file is None else load_token(Path(token_file))
-    own = Own(model, loss, optimizer)
+    own = Own(model, loss, reward, optimizer)
     devices = jax.devices()
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     now = time.monotonic()

@@ -33,7 +33,7 @@ from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory
-from esjax.own import Own
+from esjax.own import Own, Reward
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, json_line
 from esjax.snapshot import to_bytes
@@ -67,7 +67,8 @@ class Server:
         config: Settings.
         folder: Where the run is kept.
         limits: Where iteration ends; may be changed.
-        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
+        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
+            loss or reward of its own.
         address: Where hosts join; its port is known once iteration has begun.
         token: Token file that hosts need, or None.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
@@ -86,7 +87,8 @@ class Server:
         self.config = folder.config
         self.folder = folder
         self.limits = Limits(self.config.steps, self.config.seconds)
-        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
+        has_baselines = corpus.held_out and own.objective is None
+        self.baselines = corpus.baselines(corpus.held_out) if has_baselines else {}
         self.address = listen.address
         self.token: Path | None = None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -156,7 +158,7 @@ class Server:
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
         own = self._own
         build = own.model or (lambda size: build_model(config.model, size))
-        replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.loss, own.optimizer)
+        replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.objective, own.optimizer)
         if 4 * replica.numbers > wire.MAX_REQUEST:
             raise EsjaxError(
                 f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
@@ -265,6 +267,7 @@ def serve(
     plain_text_anywhere: bool = False,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Server:
@@ -278,6 +281,7 @@ def serve(
         plain_text_anywhere: Listen on any address without keys: whoever reaches it can read along and take part.
         model: Builds a model of one's own, which every host has to bring along, too.
         loss: A loss of one's own, which every host has to bring along, too.
+        reward: A reward of one's own in place of a loss, which every host has to bring along, too.
         optimizer: Any optax transformation, which every host has to bring along, too.
         tell: Called with each line that a person should see. None: they go to standard error.
 
@@ -285,7 +289,7 @@ def serve(
         EsjaxError: The text cannot be used, or the folder exists already.
     """
     config = replace(config or Config(), ledger=True)
-    own = Own(model, loss, optimizer)
+    own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
     server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, tell)
@@ -302,6 +306,7 @@ def resume_serving(
     plain_text_anywhere: bool = False,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
+    reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
     seconds: float | None = None,
@@ -316,6 +321,7 @@ def resume_serving(
         plain_text_anywhere: See `serve`.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
+        reward: The run's own reward, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
@@ -323,11 +329,11 @@ def resume_serving(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, or a model, loss or optimizer of its own is missing.
+        EsjaxError: It is no run folder, its text has changed, or a part of its own is missing.
     """
     folder = RunFolder(Path(path))
-    own = Own(model, loss, optimizer)
-    folder.check_own(**own._asdict())
+    own = Own(model, loss, reward, optimizer)
+    folder.check_own(**vars(own))
     listen = _Listen(bind, keys, plain_text_anywhere)
     server = Server(folder, load_run_corpus(folder), listen, own, tell)
     if steps is not None or seconds is not None:

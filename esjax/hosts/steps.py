@@ -68,7 +68,7 @@ class Steps:
         self._last_update = last_update
         self._work: Work = self._new_work()
         self._closed_at: float | None = None
-        self._trouble = ""
+        self._in_trouble = self._told_of_void = False
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
@@ -207,10 +207,21 @@ class Steps:
         plan = self._rounds.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
-        self._emit(Closed(self.step, loss, members, update.header.void_pairs, trouble))
-        if trouble and trouble != self._trouble:
-            self._emit(Tell(f"step {self.step}: {trouble}; no update"))
-        self._trouble = trouble
+        void_pairs = update.header.void_pairs
+        self._emit(Closed(self.step, loss, members, void_pairs, trouble, self._notice(trouble, void_pairs, pairs)))
+
+    def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
+        """Say why there is no update, where there was one before; and once, that some pairs do not count."""
+        was_in_trouble, self._in_trouble = self._in_trouble, bool(trouble)
+        if trouble:
+            return "" if was_in_trouble else f"step {self.step}: {trouble}{self._terms.blamed}; no update"
+        if not void_pairs or self._told_of_void:
+            return ""
+        self._told_of_void = True
+        return (
+            f"step {self.step}: {void_pairs} of {pairs} pairs have a loss that is not finite{self._terms.blamed}, and "
+            "count for nothing"
+        )
 
     def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
         """Make the update of a step, and say why it must not be applied, or ""."""

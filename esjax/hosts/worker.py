@@ -82,7 +82,7 @@ class Worker:
             device: What it computes on, for people.
             kind: Hardware and software whose floats should agree to the last bit.
             answers: Hashes of known noise by kind of noise.
-            own: Names of its own model, loss and optimizer.
+            own: Names of its own model, loss or reward, and optimizer.
             now: The time.
             jitter: Gives random numbers in [0, 1).
             built: Whether the replica is there already.
