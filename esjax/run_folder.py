@@ -5,6 +5,7 @@ run.json          version of this layout, name of the run, hash of the text, nam
                   its own
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
+baselines.json    nats per token of the n-gram models over the held-out documents
 samples.txt       text written on the way
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +32,12 @@ from esjax.files import write_durably
 
 FORMAT = 1
 """Version of the layout."""
+
+LOCK_TRIES = 5
+"""How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
+
+LOCK_PAUSE = 0.02
+"""Seconds between two tries."""
 
 
 class RunFolder:
@@ -157,11 +165,17 @@ class RunFolder:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(self.path)!r}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise EsjaxError(f"{str(self.path)!r} is being trained by another process; stop that one first") from error
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not left:
+                    lock.close()
+                    raise EsjaxError(
+                        f"{str(self.path)!r} is being trained by another process; stop that one first"
+                    ) from error
+                time.sleep(LOCK_PAUSE)
         self._lock = lock
 
     def unlock(self) -> None:
@@ -183,6 +197,23 @@ class RunFolder:
             swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(swap, path)
         return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
+
+    def keep_baselines(self, baselines: Mapping[str, float]) -> None:
+        """Record what the held-out loss is read against, for whoever looks at the run later.
+
+        Args:
+            baselines: Nats per token over the held-out documents, by n-gram model.
+
+        Raises:
+            EsjaxError: It cannot be written.
+        """
+        path = self.path / "baselines.json"
+        if not baselines or path.exists():
+            return
+        try:
+            write_durably(path, json_line(baselines) + "\n")
+        except OSError as error:
+            raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""

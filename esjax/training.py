@@ -174,6 +174,7 @@ class Trainer:
             raise EsjaxError(
                 f"{str(self.folder.path)!r} was trained on to step {checkpoints.newest} since; resume it from there"
             )
+        self.folder.keep_baselines(self.baselines)
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         metrics = stack.enter_context(self.folder.open_metrics(self.step))

@@ -46,6 +46,7 @@ FLOORS = [
         "esjax.trained",
         "esjax.checkpoint",
         "esjax.run_folder",
+        "esjax.runs",
     ),
     ("esjax.loading", "esjax.import_npy"),
     ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),

@@ -152,6 +152,7 @@ class Server:
         config, folder, corpus = self.config, self.folder, self._corpus
         folder.lock()
         stack.callback(folder.unlock)
+        folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
         own = self._own
