@@ -153,7 +153,7 @@ class Metrics:
 
     def _add(self, line: bytes) -> None:
         try:
-            row = msgspec.json.decode(line, type=dict[str, float | None])
+            row = msgspec.json.decode(line, type=dict[str, float | bool | None])
         except (msgspec.MsgspecError, UnicodeDecodeError):
             row = {}
         if row.get("step") is None:

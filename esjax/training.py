@@ -53,6 +53,7 @@ class Trainer:
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
         folder: Where the run is kept, or None.
         last: Info of the last step, or None.
+        stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Trainer:
         self.folder = folder
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
         self.last: StepInfo | None = None
+        self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         if config.data.held_out > 0 and not corpus.held_out:
             self.tell("no document is held out, so nothing is evaluated; give more documents, or cut them smaller")
@@ -143,7 +145,8 @@ class Trainer:
                 session = now - began_at
                 self._seconds = before + session
                 # Clocks and signals differ between processes; what follows from them must not.
-                done = any_of(asked.is_set() or (leads() and self.limits.reached(info.step, session)))
+                self.stopped = asked.is_set()
+                done = any_of(self.stopped or (leads() and self.limits.reached(info.step, session)))
                 held_out = None
                 if leads() and self._lanes is not None and (done or now >= evaluate_at):
                     held_out = self._trained.loss(self.params, self._lanes)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 FLOORS = [
     ("esjax", "esjax.errors", "esjax.tokens"),
     ("esjax.config",),
-    ("esjax.models.model", "esjax.models.primitives"),
+    ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
     ("esjax.models.rnn", "esjax.models.gru"),
     ("esjax.models",),
     ("esjax.fitness", "esjax.sums"),
@@ -55,9 +55,9 @@ FLOORS = [
     ("esjax.tune",),
     ("esjax.hosts.ask", "esjax.hosts.desk", "esjax.hosts.join"),
     ("esjax.hosts.serve", "esjax.training", "esjax.replaying"),
-    ("esjax.progress",),
-    ("esjax.cli.shared",),
-    ("esjax.cli.hosts", "esjax.cli.train", "esjax.cli.use"),
+    ("esjax.progress", "esjax.sweeping"),
+    ("esjax.cli.shared", "esjax.sweep_plot"),
+    ("esjax.cli.hosts", "esjax.cli.sweep", "esjax.cli.train", "esjax.cli.use"),
     ("esjax.cli",),
     ("esjax.__main__",),
 ]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.shared import parse_settings
+from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, ImportNpy, Tune
 from esjax.errors import EsjaxError
@@ -19,6 +20,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, Any] = {
     "train": Train,
     "resume": Resume,
+    "sweep": Sweep,
     "evaluate": Evaluate,
     "tune": Tune,
     "generate": Generate,
@@ -54,7 +56,7 @@ def _parse(words: list[str]) -> Any:
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         raise EsjaxError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
-    if name in ("train", "serve"):
+    if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
     return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")
 

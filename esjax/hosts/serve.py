@@ -72,6 +72,7 @@ class Server:
         token: Token file that hosts need, or None.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
         last: Info of the last step, or None.
+        stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Server:
         self.token: Path | None = None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
         self.last: StepInfo | None = None
+        self.stopped = False
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
         self._corpus, self._listen, self._own = corpus, listen, own
         self._coordinator: Coordinator | None = None
@@ -136,6 +138,7 @@ class Server:
                         coordinator.stop(now, done=True)
                     else:
                         yield self._kept(info, metrics)
+            self.stopped = asked.is_set()
             held_out = desk.new_held_out()
             if pending is not None:
                 yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), metrics)
