@@ -80,7 +80,9 @@ def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
         if names.count(name) > 1:
             raise EsjaxError(f"two runs would be called {name}; name each value once")
         if len(name) > LONGEST_NAME:
-            raise EsjaxError(f"the name {name[:60]}… of a run is longer than {LONGEST_NAME} characters; take fewer axes")
+            raise EsjaxError(
+                f"the name {name[:60]}… of a run is longer than {LONGEST_NAME} characters; take fewer axes"
+            )
     return trials
 
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import esjax
 from esjax.config import Config, from_yaml, to_yaml
-from esjax.data.vocabulary import Vocabulary, is_symbol
+from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 
@@ -103,7 +103,7 @@ class RunFolder:
             "text_digest": text_digest,
             "own": dict(own),
         }
-        stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
+        stored = vocabulary.stored()
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -221,12 +221,10 @@ class RunFolder:
             samples.write(f"--- step {step}\n{text}\n\n")
 
     def _read_vocabulary(self) -> Vocabulary:
-        stored = self._read_json("vocabulary.json")
-        kind, symbols = stored.get("kind"), stored.get("symbols", ())
-        distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
-        if kind not in ("char", "byte") or not distinct:
-            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy")
-        return Vocabulary(kind, tuple(symbols))
+        try:
+            return parse_vocabulary(self._read_json("vocabulary.json"))
+        except ValueError as error:
+            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy") from error
 
     def _read(self, name: str) -> str:
         try:

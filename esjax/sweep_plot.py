@@ -8,7 +8,7 @@ from esjax.errors import EsjaxError
 from esjax.sweeping import Outcome
 
 WIDE = 8
-"""Largest over smallest value of an axis from which on it is drawn in logarithms."""
+"""Largest over smallest number from which on they are drawn in logarithms."""
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
@@ -44,7 +44,9 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions))
-    plot.minorticks_off()
+    if _is_wide([held_out for line in lines.values() for _, held_out in line]):
+        plot.set_yscale("log")  # one of them went astray
+    plot.tick_params(axis="x", which="minor", bottom=False)
     plot.set_xlabel(axis)
     plot.set_ylabel("held-out loss, nats/token")
     plot.grid(alpha=0.3)
@@ -74,5 +76,5 @@ def _positions(values: Sequence[Any]) -> dict[str, float]:
     return {name: float(i) for i, name in enumerate(dict.fromkeys(map(str, values)))}
 
 
-def _is_wide(positions: Sequence[float]) -> bool:
-    return min(positions) > 0 and max(positions) >= WIDE * min(positions)
+def _is_wide(numbers: Sequence[float]) -> bool:
+    return min(numbers) > 0 and max(numbers) >= WIDE * min(numbers)

@@ -243,8 +243,8 @@ def sweep(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of something
-            else.
+        EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of
+            something else.
     """
     config, path = config or Config(), Path(out)
     trials = make_grid(config, axes)
@@ -290,8 +290,8 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> No
         if settings != config:
             old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
             raise EsjaxError(
-                f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or go "
-                "on with that one"
+                f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
+                "go on with that one"
             )
         return
     try:

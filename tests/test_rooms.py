@@ -48,7 +48,8 @@ FLOORS = [
         "esjax.run_folder",
         "esjax.runs",
     ),
-    ("esjax.loading", "esjax.import_npy"),
+    ("esjax.loading", "esjax.import_npy", "esjax.tensors"),
+    ("esjax.exporting",),
     ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),
     ("esjax.hosts.transport", "esjax.hosts.alone", "esjax.hosts.crew"),
     ("esjax.compass",),
@@ -57,7 +58,7 @@ FLOORS = [
     ("esjax.hosts.serve", "esjax.training", "esjax.replaying"),
     ("esjax.progress", "esjax.sweeping"),
     ("esjax.cli.shared", "esjax.sweep_plot"),
-    ("esjax.cli.hosts", "esjax.cli.sweep", "esjax.cli.train", "esjax.cli.use"),
+    ("esjax.cli.exchange", "esjax.cli.hosts", "esjax.cli.sweep", "esjax.cli.train", "esjax.cli.use"),
     ("esjax.cli",),
     ("esjax.__main__",),
 ]

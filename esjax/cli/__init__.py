@@ -8,11 +8,12 @@ from typing import Any, NoReturn
 import tyro
 from rich.console import Console
 
+from esjax.cli.exchange import Export, Import
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.shared import parse_settings
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
-from esjax.cli.use import Evaluate, Generate, ImportNpy, Tune
+from esjax.cli.use import Evaluate, Generate, Tune
 from esjax.errors import EsjaxError
 
 __all__ = ["COMMANDS", "main"]
@@ -29,7 +30,9 @@ COMMANDS: dict[str, Any] = {
     "status": Status,
     "token": Token,
     "replay": Replay,
-    "import-npy": ImportNpy,
+    "export": Export,
+    "import": Import,
+    "import-npy": Import,  # the name it had when there was nothing else to import
 }
 
 

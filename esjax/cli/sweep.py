@@ -129,7 +129,7 @@ def _table(outcomes: "Sequence[Outcome]") -> Table:
         note = f"{one.state}: {one.note}" if one.note else "" if one.state == "finished" else one.state
         table.add_row(
             *map(str, one.values.values()),
-            "-" if one.held_out is None else f"{one.held_out:.4f}",
+            "-" if one.held_out is None else f"{one.held_out:.4f}" if one.held_out < 1000 else f"{one.held_out:.2g}",
             f"{one.seconds:.1f}",
             f"{one.member_tokens:,}",
             f"{one.step:,}",
