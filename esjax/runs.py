@@ -59,7 +59,7 @@ class RunView:
         state: Whether it goes on.
         settings: By dotted name, `es.sigma`; parts of its own are `own.model`, `own.loss`, `own.optimizer`.
         metrics: A column of float64 for each name of `StepInfo`, all of them of one length, NaN where a step has no
-            such number. Empty before the first step.
+            such number, 1 and 0 for true and false. Empty before the first step.
         baselines: Nats per token over the held-out documents, by n-gram model, worst first; empty if not recorded.
         samples: What the model wrote last, oldest first.
         notes: What could not be read, a line each.

@@ -90,8 +90,9 @@ def test_a_damaged_line_is_left_out_and_said(tmp_path: Path, damage: str) -> Non
 
 def test_nulls_and_columns_that_come_and_go_are_nan(tmp_path: Path) -> None:
     make(tmp_path)
-    append(tmp_path, '{"step": 1, "loss": null}\n{"step": 2, "late": 7}\n{"step": 3, "loss": 1.0}\n')
+    append(tmp_path, '{"step": 1, "loss": null}\n{"step": 2, "late": 7}\n{"step": 3, "loss": 1.0, "applied": true}\n')
     columns = read_run(tmp_path).metrics
+    np.testing.assert_array_equal(columns["applied"], [math.nan, math.nan, 1.0])
     np.testing.assert_array_equal(columns["loss"], [math.nan, math.nan, 1.0])
     np.testing.assert_array_equal(columns["late"], [math.nan, 7.0, math.nan])
 
