@@ -30,7 +30,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError("no plot without matplotlib: pip install matplotlib") from error
+        raise EsjaxError("no plot without matplotlib: pip install 'esjax[plot]'") from error
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}

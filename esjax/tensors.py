@@ -133,7 +133,7 @@ def _read(path: Path) -> _Read:
 
 
 def _describe(tensor: Any) -> str:
-    return "not there" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+    return "absent" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
 
 
 def _library() -> ModuleType:

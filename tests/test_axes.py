@@ -64,7 +64,7 @@ def test_values_that_only_go_together_are_checked_together() -> None:
     """48 members are no multiple of 32 copies, and 96 are."""
     assert len(grid("es.population_size=48", "es.space=full,low_rank")) == 2
     assert len(grid("es.population_size=96", "es.space=full,activation")) == 2
-    with pytest.raises(EsjaxError, match="es.space=activation: population_size must be a multiple"):
+    with pytest.raises(EsjaxError, match=r"es\.space=activation: population_size must be a multiple"):
         grid("es.population_size=48", "es.space=full,activation")
 
 

@@ -62,6 +62,8 @@ class Sweep:
             raise EsjaxError(f"workers must be at least 0, got {self.workers}")
         if self.workers and self.bind:
             raise EsjaxError("workers and bind are two ways to train with hosts; give one of them")
+        if self.bind and self.bind.endswith(":0"):
+            raise EsjaxError("hosts stay at one address from run to run; give --bind a port other than 0")
         if self.resume is not None and (self.axis or self.out or self.settings != Config()):
             raise EsjaxError("a sweep that is resumed has its axes, its settings and its folder; give --resume alone")
         axes = parse_axes(self.axis)
