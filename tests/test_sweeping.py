@@ -4,8 +4,9 @@ import csv
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Fleet
@@ -25,7 +26,7 @@ from esjax.training import Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
-AXES = {"es.sigma": [0.1, 0.3], "seed": [0, 1]}
+AXES: Mapping[str, Sequence[Any]] = {"es.sigma": [0.1, 0.3], "seed": [0, 1]}
 NAMES = [f"es.sigma={sigma},seed={seed}" for sigma in (0.1, 0.3) for seed in (0, 1)]
 
 Show = Callable[[Trainer | Server], None]
@@ -234,7 +235,7 @@ def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, 
         ({"data.text": [config.data.text, "none.txt"]}, config, "none.txt"),
     ):
         with pytest.raises(EsjaxError, match=said):
-            sweep(axes, settings, out=out)  # type: ignore[arg-type]
+            sweep(axes, settings, out=out)
         assert not out.exists()
 
 
