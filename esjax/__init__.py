@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
     from esjax.devices import prepare_devices
     from esjax.errors import EsjaxError
+    from esjax.exporting import export, import_weights
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
     from esjax.models import Model
     from esjax.replaying import replay
     from esjax.step_info import StepInfo
+    from esjax.sweeping import Hosts, Sweep, resume_sweep, sweep
     from esjax.training import Trainer, resume, train
 
 __version__ = "0.1.0"
@@ -33,20 +35,26 @@ __all__ = [
     "EsConfig",
     "EsjaxError",
     "GruConfig",
+    "Hosts",
     "HostsConfig",
     "Model",
     "OptimConfig",
     "RnnConfig",
     "Server",
     "StepInfo",
+    "Sweep",
     "Trainer",
+    "export",
+    "import_weights",
     "join",
     "load",
     "prepare_devices",
     "replay",
     "resume",
     "resume_serving",
+    "resume_sweep",
     "serve",
+    "sweep",
     "train",
 ]
 
@@ -56,6 +64,12 @@ _HOME = {
     "Server": "hosts.serve",
     "StepInfo": "step_info",
     "Trainer": "training",
+    "export": "exporting",
+    "import_weights": "exporting",
+    "Hosts": "sweeping",
+    "Sweep": "sweeping",
+    "resume_sweep": "sweeping",
+    "sweep": "sweeping",
     "prepare_devices": "devices",
     "join": "hosts.join",
     "replay": "replaying",

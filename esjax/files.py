@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file: it is on the disk when this returns, and whoever reads it sees the old or the new one."""
     swap = path.with_name(f"{path.name}.swap")
-    with swap.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with swap.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(swap, path)

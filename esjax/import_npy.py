@@ -1,12 +1,14 @@
-"""Weights of the original program: a flat float32 vector and a table of characters.
+"""Weights of the original program, in and out: a flat float32 vector and a table of characters.
 
 The vector holds three numbers (D, V, L) and then, row by row: s0; U_i and E_i of each layer; W1; W2.
 """
 
+import io
 import json
 import zipfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
@@ -46,6 +48,29 @@ def import_npy(weights: Path, characters: Path, out: Path) -> None:
     folder = RunFolder.create(out, config, vocabulary, text_digest="")
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
+
+
+def export_npy(params: RnnParams, vocabulary: Vocabulary) -> tuple[bytes, str]:
+    """Write what `import_npy` reads.
+
+    Args:
+        params: Weights.
+        vocabulary: Their characters.
+
+    Returns:
+        The weight file, and the character table as JSON.
+
+    Raises:
+        EsjaxError: The symbols are bytes, which the table cannot name.
+    """
+    if vocabulary.kind != "char":
+        raise EsjaxError("the original's layout is for characters, and this run is of bytes; use safetensors")
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]  # a tuple's leaves come in the order of its fields
+    hidden, vocab = leaves[0].size, params.head_output.shape[1]
+    flat = np.concatenate([np.array([hidden, vocab, len(params.layers)]), *(leaf.ravel() for leaf in leaves)])
+    file = io.BytesIO()
+    np.save(file, flat.astype(np.float32))
+    return file.getvalue(), json.dumps(list(vocabulary.symbols), ensure_ascii=False) + "\n"
 
 
 def _read_weights(path: Path) -> tuple[Config, RnnParams]:

@@ -5,6 +5,7 @@ run.json          version of this layout, name of the run, hash of the text, nam
                   optimizer of its own
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
+baselines.json    nats per token of the n-gram models over the held-out documents
 samples.txt       text written on the way
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,12 +26,18 @@ from typing import IO, Any
 
 import esjax
 from esjax.config import Config, from_yaml, to_yaml
-from esjax.data.vocabulary import Vocabulary, is_symbol
+from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 
 FORMAT = 1
 """Version of the layout."""
+
+LOCK_TRIES = 5
+"""How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
+
+LOCK_PAUSE = 0.02
+"""Seconds between two tries."""
 
 
 class RunFolder:
@@ -95,7 +103,7 @@ class RunFolder:
             "text_digest": text_digest,
             "own": dict(own),
         }
-        stored = {"kind": vocabulary.kind, "symbols": list(vocabulary.symbols)}
+        stored = vocabulary.stored()
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -157,11 +165,17 @@ class RunFolder:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(self.path)!r}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise EsjaxError(f"{str(self.path)!r} is being trained by another process; stop that one first") from error
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not left:
+                    lock.close()
+                    raise EsjaxError(
+                        f"{str(self.path)!r} is being trained by another process; stop that one first"
+                    ) from error
+                time.sleep(LOCK_PAUSE)
         self._lock = lock
 
     def unlock(self) -> None:
@@ -184,18 +198,33 @@ class RunFolder:
             os.replace(swap, path)
         return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
 
+    def keep_baselines(self, baselines: Mapping[str, float]) -> None:
+        """Record what the held-out loss is read against, for whoever looks at the run later.
+
+        Args:
+            baselines: Nats per token over the held-out documents, by n-gram model.
+
+        Raises:
+            EsjaxError: It cannot be written.
+        """
+        path = self.path / "baselines.json"
+        if not baselines or path.exists():
+            return
+        try:
+            write_durably(path, json_line(baselines) + "\n")
+        except OSError as error:
+            raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
+
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""
         with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
             samples.write(f"--- step {step}\n{text}\n\n")
 
     def _read_vocabulary(self) -> Vocabulary:
-        stored = self._read_json("vocabulary.json")
-        kind, symbols = stored.get("kind"), stored.get("symbols", ())
-        distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
-        if kind not in ("char", "byte") or not distinct:
-            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy")
-        return Vocabulary(kind, tuple(symbols))
+        try:
+            return parse_vocabulary(self._read_json("vocabulary.json"))
+        except ValueError as error:
+            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy") from error
 
     def _read(self, name: str) -> str:
         try:

@@ -55,6 +55,7 @@ class Trainer:
             loss or reward of its own.
         folder: Where the run is kept, or None.
         last: Info of the last step, or None.
+        stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trainer:
         objective = own.objective
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
         self.last: StepInfo | None = None
+        self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         # A text that is used block by block comes with its first block.
         stream = None if config.data.block_tokens else pack_stream(corpus.train).astype(token_type(vocabulary.size))
@@ -146,7 +148,8 @@ class Trainer:
                 session = now - began_at
                 self._seconds = before + session
                 # Clocks and signals differ between processes; what follows from them must not.
-                done = any_of(asked.is_set() or (leads() and self.limits.reached(info.step, session)))
+                self.stopped = asked.is_set()
+                done = any_of(self.stopped or (leads() and self.limits.reached(info.step, session)))
                 held_out = None
                 if leads() and self._measure is not None and (done or now >= evaluate_at):
                     held_out = self._measure(self.params)
@@ -177,6 +180,7 @@ class Trainer:
             raise EsjaxError(
                 f"{str(self.folder.path)!r} was trained on to step {checkpoints.newest} since; resume it from there"
             )
+        self.folder.keep_baselines(self.baselines)
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         metrics = stack.enter_context(self.folder.open_metrics(self.step))

@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import esjax.training
 from esjax import cli
+from esjax.checkpoint import digest
 from esjax.config import Config, GruConfig, RnnConfig, from_yaml
 from esjax.errors import EsjaxError
 
@@ -242,11 +243,39 @@ def test_imported_weights_are_scored(work: Path) -> None:
     (work / "ab.txt").write_text("ab\n\nba\n\naab")
     called = succeed("import-npy", "weights.npy", "--chars", "characters.json", "--out", "imported")
     assert called.out.startswith("esjax evaluate imported --data.text ")  # what to do next
+    assert succeed("import", "weights.npy", "--chars", "characters.json", "--out", "again").out  # the newer name
     words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
     scores = json.loads(succeed(*words).out)
     # Weights of zero predict the uniform distribution over the four ids.
     assert scores["nats_per_token"] == pytest.approx(math.log(4), rel=1e-6)
     assert scores["tokens"] == 3 + 3 + 4
+
+
+@pytest.mark.parametrize("words", [[], ["--format", "safetensors"], ["--out", "weights.safetensors"]])
+def test_exported_weights_come_back(work: Path, words: list[str]) -> None:
+    file = words[-1] if words and words[0] == "--out" else "run.safetensors"
+    assert succeed("export", "run", *words).out == f"{file}\n"
+    succeed("import", file, "--out", "back")
+    for asked in (["evaluate", "--json"], ["generate", "--prompt", "the ", "--max-tokens", "20"]):
+        assert succeed(*asked, "back").out == succeed(*asked, "run").out
+
+
+def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
+    words = ("sweep", "--axis", "es.sigma=0.1,0.2", "--axis", "model.hidden-size=3", *TINY, "--steps", "2")
+    called = succeed(*words, "--out", "grid")
+    lines = called.out.splitlines()
+    assert lines[0].split() == ["es.sigma", "model.hidden_size", "held-out", "seconds", "member-tokens", "steps"]
+    rows = [line.split() for line in lines[1:]]
+    assert sorted(row[:2] for row in rows) == [["0.1", "3"], ["0.2", "3"]]
+    assert [row[2] for row in rows] == sorted(row[2] for row in rows)  # the best first
+    assert [row[4:] for row in rows] == [["64", "2"]] * 2  # two steps of 8 members on 4 tokens
+    for name in ("es.sigma=0.1,model.hidden_size=3", "es.sigma=0.2,model.hidden_size=3"):
+        assert [row["step"] for row in metrics(work / "grid" / name)] == [1, 2]
+        assert name in called.err
+    assert (work / "grid/sweep.png").read_bytes().startswith(b"\x89PNG")
+    again = succeed("sweep", "--resume", "grid")
+    assert again.out == called.out
+    assert again.err.startswith("2 of 2 runs are finished already\n")
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
@@ -309,6 +338,29 @@ def test_an_option_may_complete_a_settings_file(work: Path, monkeypatch: pytest.
     assert (settings.optim.schedule, settings.steps) == ("cosine", 10)
 
 
+def test_a_model_that_is_that_of_the_file_keeps_its_settings(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my.yaml").write_text("model: {name: gru, head_size: 9}")
+    settings = settings_of(monkeypatch, "gru", "--config", "my.yaml", "--model.hidden-size", "6")
+    assert settings.model == GruConfig(hidden_size=6, head_size=9)
+
+
+def test_an_option_that_says_the_default_goes_before_the_file(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my.yaml").write_text("steps: 5\nledger: true\nes: {sigma: 0.5, space: full}\nmodel: {name: rnn, n_layers: 3}")
+    default = Config()
+    words = ("--steps", "None", "--no-ledger", "--es.space", default.es.space, "--model.n-layers", "1")
+    settings = settings_of(monkeypatch, "--config", "my.yaml", *words)
+    assert (settings.steps, settings.ledger, settings.es.space) == (None, False, default.es.space)
+    assert settings.model == RnnConfig()
+    assert settings.es.sigma == 0.5
+
+
+def test_the_settings_of_a_run_make_the_same_weights_again(work: Path) -> None:
+    succeed("train", "--config", "run/config.yaml", "--out", "again")
+    assert Path("again/config.yaml").read_bytes() == Path("run/config.yaml").read_bytes()
+    first, second = (esjax.training.resume(work / name, steps=9) for name in ("run", "again"))
+    assert digest(first._replica.state) == digest(second._replica.state)
+
+
 # --- what it refuses ---
 
 MISTAKES = {
@@ -347,8 +399,27 @@ MISTAKES = {
     "no beams": (["generate", "run", "--beams", "0"], "beams"),
     "no text of a beam search": (["generate", "run", "--beams", "2", "--count", "0"], "count"),
     "seed too large": (["generate", "run", "--seed", "4294967296"], "seed"),
+    "sweep of nothing": (["sweep", *TINY, "--steps", "1"], "no axis"),
+    "sweep of a mistyped setting": (["sweep", *TINY, "--steps", "1", "--axis", "es.sgma=1"], "did you mean es.sigma?"),
+    "sweep of a value out of range": (["sweep", *TINY, "--steps", "1", "--axis", "es.sigma=-1"], "above 0"),
+    "sweep without end": (["sweep", *TINY, "--axis", "seed=1,2"], "--steps or --seconds"),
+    "sweep in a run": (["sweep", *TINY, "--steps", "1", "--axis", "seed=1", "--out", "run"], "left alone"),
+    "sweep in a file": (["sweep", *TINY, "--steps", "1", "--axis", "seed=1", "--out", "text.txt/x"], "text.txt/x"),
+    "sweep of a missing text": (["sweep", "--steps", "1", "--axis", "data.text=text.txt,none.txt"], "none.txt"),
+    "sweep with two kinds of hosts": (["sweep", "--workers", "2", "--bind", "tcp://127.0.0.1:5555"], "one of them"),
+    "sweep with hosts that cannot know where": (["sweep", "--bind", "tcp://127.0.0.1:0"], "port other than 0"),
+    "sweep with fewer than no workers": (["sweep", "--workers", "-1"], "workers"),
+    "resume of no sweep": (["sweep", "--resume", "run"], "not the folder of a sweep"),
+    "resume of a sweep with settings": (["sweep", "--resume", "run", "--seed", "3"], "--resume alone"),
+    "export of nothing": (["export", "none"], "none"),
+    "export without checkpoint": (["export", "begun"], "checkpoint"),
+    "export of gru as npy": (["export", "run", "--format", "npy"], "rnn"),
+    "export over a file": (["export", "run", "--out", "there.npy"], "there.npy"),
+    "import of an unknown kind": (["import", "text.txt", "--out", "new"], "neither .safetensors nor .npy"),
+    "import of no safetensors": (["import", "none.safetensors", "--out", "new"], "none.safetensors"),
+    "import over a run": (["import", "zeros.npy", "--chars", "a.json", "--out", "run"], "exists already"),
     "import of nothing": (["import-npy", "none.npy", "--chars", "a.json", "--out", "new"], "none.npy"),
-    "import of a text": (["import-npy", "text.txt", "--chars", "a.json", "--out", "new"], "text.txt"),
+    "import of a text": (["import-npy", "text.npy", "--chars", "a.json", "--out", "new"], "text.npy"),
 }
 
 
@@ -359,6 +430,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, work: Path) 
     Path("one.txt").write_text("the cat")
     Path("broken.yaml").write_text("es: {sigma: 1")
     Path("wrong.yaml").write_text("es: {sigmoid: 1}")
+    Path("text.npy").write_text(TEXT)
+    Path("there.npy").write_text("mine")
+    Path("a.json").write_text('["a"]')
+    np.save("zeros.npy", np.array([1, 3, 1] + [0.0] * (1 + 4 + 16), np.float32))
     Path("other").mkdir()
     Path("other/photo.jpg").write_bytes(b"")
     shutil.copytree("run", "begun")
@@ -401,6 +476,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, work: Path) 
         (["resume"], "DIR"),
         (["generate", "run", "--count", "many"], "count"),
         (["import-npy", "weights.npy"], "chars"),
+        (["import-npy"], "FILE"),
+        (["export", "run", "--format", "pickle"], "format"),
+        (["sweep", "--axis"], "axis"),
+        (["sweep", "--es.sigma", "-1"], "sigma"),
     ],
 )
 def test_a_wrong_option_is_refused(words: list[str], named: str, work: Path) -> None:
@@ -436,7 +515,9 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: p
 # --- processes of their own ---
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"], ["sweep", "--help"]]
+)
 def test_help_imports_neither_jax_nor_flax(words: list[str]) -> None:
     program = """
 import runpy, sys

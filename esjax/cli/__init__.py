@@ -8,10 +8,12 @@ from typing import Any, NoReturn
 import tyro
 from rich.console import Console
 
+from esjax.cli.exchange import Export, Import
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.shared import parse_settings
+from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
-from esjax.cli.use import Evaluate, Generate, ImportNpy, Tune
+from esjax.cli.use import Evaluate, Generate, Tune
 from esjax.errors import EsjaxError
 
 __all__ = ["COMMANDS", "main"]
@@ -19,6 +21,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, Any] = {
     "train": Train,
     "resume": Resume,
+    "sweep": Sweep,
     "evaluate": Evaluate,
     "tune": Tune,
     "generate": Generate,
@@ -27,7 +30,9 @@ COMMANDS: dict[str, Any] = {
     "status": Status,
     "token": Token,
     "replay": Replay,
-    "import-npy": ImportNpy,
+    "export": Export,
+    "import": Import,
+    "import-npy": Import,  # the name it had when there was nothing else to import
 }
 
 
@@ -54,7 +59,7 @@ def _parse(words: list[str]) -> Any:
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         raise EsjaxError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
-    if name in ("train", "serve"):
+    if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
     return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")
 

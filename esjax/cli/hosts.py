@@ -100,6 +100,9 @@ class Join:
     patience: float = 600.0
     """Give up after so many seconds without a word from the coordinator."""
 
+    stay: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """When the run has ended, wait for the next one at the address, as those of a sweep."""
+
     def run(self, console: Console) -> None:
         """Take part until training ends, SIGTERM or Ctrl-C."""
         if self.lifetime is not None and not self.lifetime > 0:
@@ -114,6 +117,7 @@ class Join:
                 name=self.name,
                 lifetime=self.lifetime,
                 patience=self.patience,
+                stay=self.stay,
                 tell=teller(console),
             )
         except EsjaxError as error:

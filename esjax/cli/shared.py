@@ -35,9 +35,9 @@ def prepare(processes: str | None = None) -> None:
         connect(processes)
 
 
-def new_folder(out: Path | None) -> Path:
-    """Name the run folder to make: `out`, or the time of day."""
-    return out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+def new_folder(out: Path | None, parent: str = "runs") -> Path:
+    """Name the folder to make: `out`, or the time of day."""
+    return out or Path(parent) / time.strftime("%Y%m%d-%H%M%S")
 
 
 def teller(console: Console) -> Callable[[str], None]:
@@ -84,7 +84,9 @@ def parse_settings(command: Any, name: str, words: list[str]) -> Any:
     if len(named) > 1:
         raise EsjaxError(f"one model at a time, not {' and '.join(words[i] for i in named)}")
     if named:
-        settings = replace(settings, model=MODELS[words[named[0]]]())
+        kind = MODELS[words[named[0]]]
+        if not isinstance(settings.model, kind):  # that of the file keeps its settings
+            settings = replace(settings, model=kind())
         words = words[: named[0]] + words[named[0] + 1 :]
     try:
         return tyro.cli(

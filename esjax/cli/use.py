@@ -1,7 +1,6 @@
-"""evaluate, tune, generate and import-npy."""
+"""evaluate, tune and generate."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -147,25 +146,3 @@ class Generate:
             print(self.prompt + text.text)
             if len(texts) > 1:
                 print("---")
-
-
-@dataclass(frozen=True)
-class ImportNpy:
-    """Make a run folder of the original program's weight file."""
-
-    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """A .npy vector: D, V, L and the weights."""
-
-    chars: Path
-    """JSON list of characters, or of [character, count] pairs; ids 2 and up in that order."""
-
-    out: Path
-    """Run folder to make."""
-
-    def run(self, console: Console) -> None:
-        """Make the folder."""
-        prepare()
-        from esjax.import_npy import import_npy
-
-        import_npy(self.weights, self.chars, self.out)
-        print(f"esjax evaluate {self.out} --data.text TEXT")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -49,6 +49,10 @@ class Vocabulary(NamedTuple):
             ).decode(errors="replace")
         return "".join(UNKNOWN_MARK if i == UNK else self.symbols[i - FIRST] for i in map(int, ids) if i != STOP)
 
+    def stored(self) -> dict[str, Any]:
+        """Return what `parse_vocabulary` reads, as JSON has it."""
+        return {"kind": self.kind, "symbols": list(self.symbols)}
+
     def unknown(self, text: str) -> list[str]:
         """List the characters of a text that the vocabulary does not hold, each once, in order."""
         if self.kind == "byte":
@@ -65,6 +69,19 @@ def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
 def is_symbol(value: object) -> bool:
     """Tell whether a value from a file can be a symbol: one character that can be written."""
     return isinstance(value, str) and len(value) == 1 and not 0xD800 <= ord(value) < 0xE000
+
+
+def parse_vocabulary(stored: Any) -> Vocabulary:
+    """Read a vocabulary from what JSON holds.
+
+    Raises:
+        ValueError: It is none.
+    """
+    kind, symbols = (stored.get("kind"), stored.get("symbols", ())) if isinstance(stored, dict) else (None, ())
+    distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
+    if kind not in ("char", "byte") or not distinct:
+        raise ValueError("no vocabulary")
+    return Vocabulary(kind, tuple(symbols))
 
 
 def fit_vocabulary(kind: Literal["char", "byte"], documents: Sequence[str], vocab_size: int | None) -> Vocabulary:

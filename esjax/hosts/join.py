@@ -19,7 +19,7 @@ from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
 from esjax.hosts.crew import IDLE, Crew
 from esjax.hosts.engine import Engine
-from esjax.hosts.keys import load_token
+from esjax.hosts.keys import Token, load_token
 from esjax.hosts.tasks import Failed, Result, Task
 from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
@@ -50,6 +50,7 @@ def join(
     name: str | None = None,
     lifetime: float | None = None,
     patience: float = 600.0,
+    stay: bool = False,
     model: ModelFactory | None = None,
     loss: Loss | None = None,
     reward: Reward | None = None,
@@ -64,6 +65,7 @@ def join(
         name: What this host is called; of two of one name the newer counts. None: made up.
         lifetime: Seconds after which the host leaves. None: no such limit.
         patience: Seconds to wait for a coordinator that says nothing.
+        stay: When the run has ended, wait for the next one at the address, and take part in that.
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
         reward: The run's own reward, if it was given one.
@@ -73,10 +75,32 @@ def join(
     Raises:
         EsjaxError: The coordinator turned the host away, or is not to be reached, or the devices failed.
     """
+    if stay and jax.process_count() > 1:
+        raise EsjaxError("several processes that are one host take part in one run; leave stay out")
     token = None if token_file is None else load_token(Path(token_file))
     own = Own(model, loss, reward, optimizer)
-    devices = jax.devices()
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
+    ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
+    while _take_part(address, token, name, ends_at, patience, stay, own, tell) and stay:
+        tell(f"{name}: waiting for the next run")
+
+
+def _take_part(
+    address: str,
+    token: Token | None,
+    name: str,
+    ends_at: float,
+    patience: float,
+    stay: bool,
+    own: Own,
+    tell: Callable[[str], None],
+) -> bool:
+    """Take part in one run, see `join`.
+
+    Returns:
+        Whether the run is over, and not only for this host.
+    """
+    devices = jax.devices()
     now = time.monotonic()
     worker = Worker(
         name,
@@ -92,16 +116,16 @@ def join(
     if not crew.leads:
         with stop_on_signals():  # the process that leads hears of it, too
             crew.follow()
-        return
+        return False
     tell(f"{name}: joining {address}")
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
         hands = _Hands(crew, transport.wake)
         stack.callback(hands.close)
-        ends_at = now + (lifetime if lifetime is not None else float("inf"))
         left_at = float("inf")
         listening = 0
+        was_in = False
         phase = ""
         while not worker.left:
             now = time.monotonic()
@@ -120,6 +144,7 @@ def join(
                 transport.reconnect()
                 listening = 0
                 worker.reconnected(now)
+            was_in = was_in or worker.joined is not None
             if worker.joined and worker.joined.publish_port != listening:
                 listening = worker.joined.publish_port
                 transport.subscribe(listening)
@@ -144,10 +169,13 @@ def join(
             if received.reply is not None:
                 _hand_over(worker, received.reply, "reply", now)
             if worker.refused:
+                if stay and was_in:  # the goodbye was lost, and this is the next run
+                    return True
                 raise EsjaxError(worker.refused)
         if worker.failed:
             raise EsjaxError(worker.failed)
         tell(f"{name}: left, {worker.leaving or 'done'}")
+        return worker.run_ended
 
 
 def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float) -> None:

@@ -73,6 +73,7 @@ class Server:
         token: Token file that hosts need, or None.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
         last: Info of the last step, or None.
+        stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Server:
         self.token: Path | None = None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
         self.last: StepInfo | None = None
+        self.stopped = False
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
         self._corpus, self._listen, self._own = corpus, listen, own
         self._coordinator: Coordinator | None = None
@@ -138,6 +140,7 @@ class Server:
                         coordinator.stop(now, done=True)
                     else:
                         yield self._kept(info, metrics)
+            self.stopped = asked.is_set()
             held_out = desk.new_held_out()
             if pending is not None:
                 yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), metrics)
@@ -154,6 +157,7 @@ class Server:
         config, folder, corpus = self.config, self.folder, self._corpus
         folder.lock()
         stack.callback(folder.unlock)
+        folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
         own = self._own

@@ -58,6 +58,7 @@ class Worker:
         refused: Why the coordinator turned the host away for good, or "".
         failed: Why the devices cannot go on, or "".
         left: Whether everything is handed in and said after `leave`, or training has ended.
+        run_ended: Whether training has ended, for all hosts.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Worker:
         self.refused = ""
         self.failed = ""
         self.left = False
+        self.run_ended = False
         self._jitter = jitter
         instance = int(jitter() * 2**53)
         self._hello = wire.Join(name[:128], device, kind, list(answers.items()), list(own.items()), "", instance, 0)
@@ -346,6 +348,7 @@ class Worker:
             self._rejoin(now)
         elif isinstance(message, wire.Bye):
             if message.done:
+                self.run_ended = True
                 self.leave("training has ended")
                 self.left = True
         elif message.step >= self._newest:

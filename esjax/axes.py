@@ -1,0 +1,150 @@
+"""A grid of settings: every combination of the values of some axes, around base settings."""
+
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from esjax.config import MODELS, Config, Section
+from esjax.errors import EsjaxError
+
+LONGEST_NAME = 200
+"""Characters of a trial's name: it is the name of a folder."""
+
+
+class Trial(NamedTuple):
+    """One combination.
+
+    Attributes:
+        name: Tells it from the others of its grid, and can be the name of a folder: `es.sigma=0.1,seed=3`.
+        values: By axis, as the settings hold them.
+        config: All settings.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    config: Config
+
+
+def parse_axis(words: str) -> tuple[str, list[str]]:
+    """Cut `es.sigma=0.05,0.1` into a name and values.
+
+    Raises:
+        EsjaxError: It is of another form.
+    """
+    name, equals, values = words.partition("=")
+    parts = [part.strip() for part in values.split(",")]
+    if not (name and equals and all(parts)):
+        raise EsjaxError(f"{words!r} is no axis; give a setting and its values, such as es.sigma=0.05,0.1")
+    return name.strip().replace("-", "_"), parts
+
+
+def parse_axes(all_words: Sequence[str]) -> dict[str, list[str]]:
+    """Cut several, see `parse_axis`.
+
+    Raises:
+        EsjaxError: One is of another form, or names the setting of another.
+    """
+    axes: dict[str, list[str]] = {}
+    for words in all_words:
+        name, values = parse_axis(words)
+        if name in axes:
+            raise EsjaxError(f"{name} is an axis twice; give all of its values in one")
+        axes[name] = values
+    return axes
+
+
+def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
+    """Combine the values of all axes, the last one varying fastest.
+
+    Args:
+        base: Settings of what is no axis.
+        axes: Values by the name of a setting, `es.sigma`, or `model`, whose values are names of models. A text stands
+            for what it would on the command line.
+
+    Raises:
+        EsjaxError: There is no such setting, a value or a combination is not allowed, or two come to the same.
+    """
+    if not axes:
+        raise EsjaxError("there is no axis; give at least one, such as es.sigma=0.05,0.1")
+    for name, values in axes.items():
+        if isinstance(values, str) or not len(values):
+            raise EsjaxError(f"the axis {name} needs a list of values, got {values!r}")
+    combinations = itertools.product(*axes.values())
+    trials = [_make_trial(base, dict(zip(axes, values, strict=True))) for values in combinations]
+    names = [trial.name for trial in trials]
+    for name in names:
+        if names.count(name) > 1:
+            raise EsjaxError(f"two runs would be called {name}; name each value once")
+        if len(name) > LONGEST_NAME:
+            raise EsjaxError(
+                f"the name {name[:60]}… of a run is longer than {LONGEST_NAME} characters; take fewer axes"
+            )
+    return trials
+
+
+def setting_names(config: Section) -> list[str]:
+    """List the settings that can be an axis, by their dotted names."""
+    names: list[str] = []
+    for field in msgspec.structs.fields(type(config)):
+        value = getattr(config, field.name)
+        if isinstance(value, Section):
+            names += [f"{field.name}.{name}" for name in setting_names(value)]
+        elif not isinstance(value, dict):
+            names.append(field.name)
+    return names
+
+
+def value_of(config: Config, name: str) -> Any:
+    """Read a setting by its dotted name; `model` is the name of the model."""
+    if name == "model":
+        return next(model for model, kind in MODELS.items() if isinstance(config.model, kind))
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Find the setting that a mistyped name may mean."""
+    last = name.rpartition(".")[2]
+    same = [known for known in names if known.rpartition(".")[2] == last]
+    return next(iter(same or difflib.get_close_matches(name, names, 1, 0.5)), None)
+
+
+def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
+    values: dict[str, Any] = msgspec.to_builtins(base)
+    model = wanted.get("model", values["model"]["name"])
+    if model not in MODELS:
+        raise EsjaxError(f"there is no model {model!r}; there are {', '.join(MODELS)}")
+    if model != values["model"]["name"]:
+        values["model"] = msgspec.to_builtins(MODELS[model]())
+    known = setting_names(msgspec.structs.replace(base, model=MODELS[model]()))
+    for name, value in wanted.items():
+        if name == "model":
+            continue
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else "esjax train --help lists them"
+            raise EsjaxError(f"there is no setting {name!r} to vary (model {model}); {hint}")
+        *sections, last = name.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        section[last] = None if value == "None" else value
+    said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+    try:
+        # Not strict: the values of the command line are texts.
+        config = msgspec.convert(values, Config, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise EsjaxError(f"{said}: {error}".replace("`$.", "`").replace("\n", " ")) from error
+    typed = {name: value_of(config, name) for name in wanted}
+    return Trial(",".join(f"{name}={_plain(value)}" for name, value in typed.items()), typed, config)
+
+
+def _plain(value: Any) -> str:
+    """Write a value so that it can be in the name of a folder."""
+    return re.sub(r"[^\w.+-]+", "_", str(value))

@@ -1,0 +1,195 @@
+"""Runs read from outside: half-written, resumed, renamed, and going on."""
+
+import fcntl
+import json
+import math
+import shutil
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from esjax.config import Config, EsConfig
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.run_folder import RunFolder, json_line
+from esjax.runs import Metrics, Sample, differing, distinct_names, find_runs, is_running, read_run, read_runs
+
+
+def make(path: Path, done: int = 0, **settings: Any) -> RunFolder:
+    """Make a run whose loss is 5 - step, measured on held-out text at every second step."""
+    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "")
+    with folder.open_metrics(0) as metrics:
+        metrics.write("".join(line_of(step) for step in range(1, done + 1)))
+    return folder
+
+
+def line_of(step: int) -> str:
+    row = {"step": step, "seconds": step / 2, "loss": 5.0 - step}
+    return json_line({**row, "held_out": 4.0 - step} if step % 2 == 0 else row) + "\n"
+
+
+def append(path: Path, text: str) -> None:
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(text)
+
+
+def test_a_run_is_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", done=3, es=EsConfig(sigma=0.3))
+    folder.keep_baselines({"unigram": 3.0, "bigram": 2.5})
+    folder.add_sample(2, "first\n--- not a step")
+    folder.add_sample(3, "second\n\npart")
+    run = read_run(tmp_path / "run")
+    assert (run.name, run.state, run.step, run.notes) == ("run", "stopped", 3, [])
+    assert run.settings["es.sigma"] == 0.3
+    assert run.settings["model.name"] == "gru"
+    assert run.settings["steps"] is None
+    assert run.metrics["loss"].tolist() == [4.0, 3.0, 2.0]
+    np.testing.assert_array_equal(run.metrics["held_out"], [math.nan, 2.0, math.nan])
+    assert run.last("held_out") == 2.0
+    assert run.last("nothing") is None
+    assert list(run.baselines.items()) == [("unigram", 3.0), ("bigram", 2.5)]
+    assert run.samples == [Sample(2, "first\n--- not a step"), Sample(3, "second\n\npart")]
+
+
+def test_a_run_without_a_step_is_read(tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert (run.step, dict(run.metrics), run.baselines, run.samples) == (0, {}, {}, [])
+
+
+def test_what_a_run_has_of_its_own_is_a_setting(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", {"model": "bigram"})
+    assert read_run(tmp_path / "run").settings["own.model"] == "bigram"
+
+
+def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
+    make(tmp_path, done=2)
+    line = line_of(3)
+    append(tmp_path, line[:9])
+    metrics = Metrics(tmp_path)
+    metrics.read()
+    assert len(metrics) == 2
+    append(tmp_path, line[9:])
+    assert not metrics.read()
+    assert metrics.columns()["loss"].tolist() == [4.0, 3.0, 2.0]
+    assert metrics.columns(since=2)["loss"].tolist() == [2.0]
+    assert metrics.damaged == 0
+
+
+@pytest.mark.parametrize("damage", ["{", "\0\0", "[1]", '{"loss": 1.0}', '{"step": "x"}', '{"step": null}', ""])
+def test_a_damaged_line_is_left_out_and_said(tmp_path: Path, damage: str) -> None:
+    make(tmp_path, done=2)
+    append(tmp_path, damage + "\n" + line_of(3))
+    run = read_run(tmp_path)
+    assert run.metrics["step"].tolist() == [1, 2, 3]
+    assert run.notes == ["1 lines of metrics.jsonl are damaged and left out"]
+
+
+def test_nulls_and_columns_that_come_and_go_are_nan(tmp_path: Path) -> None:
+    make(tmp_path)
+    append(tmp_path, '{"step": 1, "loss": null}\n{"step": 2, "late": 7}\n{"step": 3, "loss": 1.0, "applied": true}\n')
+    columns = read_run(tmp_path).metrics
+    np.testing.assert_array_equal(columns["applied"], [math.nan, math.nan, 1.0])
+    np.testing.assert_array_equal(columns["loss"], [math.nan, math.nan, 1.0])
+    np.testing.assert_array_equal(columns["late"], [math.nan, 7.0, math.nan])
+
+
+def test_the_metrics_of_a_resumed_run_are_read_again(tmp_path: Path) -> None:
+    folder = make(tmp_path, done=4)
+    metrics = Metrics(tmp_path)
+    assert not metrics.read()
+    with folder.open_metrics(2) as file:  # it goes on from a checkpoint at step 2
+        file.write(line_of(3))
+    assert metrics.read()
+    assert metrics.columns()["step"].tolist() == [1, 2, 3]
+
+
+def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
+    folder = make(tmp_path, done=1)
+    assert not is_running(tmp_path)
+    folder.lock()
+    assert read_run(tmp_path).state == "running"
+    folder.unlock()
+    assert read_run(tmp_path).state == "stopped"
+
+
+def test_whoever_looks_keeps_nobody_from_training(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    folder.lock()
+    folder.unlock()
+    with (tmp_path / ".lock").open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        Timer(0.02, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        folder.lock()  # asked for while another looks
+    folder.unlock()
+
+
+@pytest.mark.parametrize(
+    ("settings", "state"),
+    [({"steps": 4}, "finished"), ({"steps": 5}, "stopped"), ({"seconds": 2.0}, "finished"), ({}, "stopped")],
+)
+def test_a_run_is_finished_at_its_limits(tmp_path: Path, settings: dict[str, Any], state: str) -> None:
+    make(tmp_path, done=4, **settings)
+    assert read_run(tmp_path).state == state
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "baselines.json", "run.json"])
+def test_a_damaged_part_is_a_note(tmp_path: Path, name: str) -> None:
+    make(tmp_path, done=2).keep_baselines({"unigram": 3.0})
+    (tmp_path / name).write_text("[1, {")
+    run = read_run(tmp_path)
+    assert run.notes == [f"{name} is damaged"]
+    assert run.step == 2
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    for path, reason in [
+        (tmp_path / "none", "there is no run"),
+        (tmp_path, "not a run folder"),
+        (tmp_path / ("x" * 300), "cannot read"),
+    ]:
+        with pytest.raises(EsjaxError, match=reason) as caught:
+            read_run(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(EsjaxError, match="there is no folder"):
+        find_runs(tmp_path / "none")
+
+
+def test_runs_are_found_at_and_below_a_folder(tmp_path: Path) -> None:
+    for name in ["b", "a/deep/run", ".hidden/run", "b/inside"]:
+        make(tmp_path / name)
+    (tmp_path / "other").mkdir()
+    assert find_runs(tmp_path) == [tmp_path / "a" / "deep" / "run", tmp_path / "b"]
+    assert find_runs(tmp_path / "b") == [tmp_path / "b"]
+    assert find_runs(tmp_path / "other") == []
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("x/run", "y/run", "z")]
+    for path in paths:
+        make(path)
+    assert [run.name for run in read_runs([*paths, paths[0]])] == ["x/run", "y/run", "z"]
+    assert distinct_names([Path("/a/b/run"), Path("/b/run"), Path("/b")]) == ["a/b/run", "b/run", "b"]
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    make(tmp_path / "a", es=EsConfig(sigma=0.1))
+    make(tmp_path / "b", es=EsConfig(sigma=0.2))
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    RunFolder.create(tmp_path / "d", Config(es=EsConfig(sigma=0.1)), Vocabulary("byte"), "", {"loss": "mine"})
+    a, b, c, d = read_runs([tmp_path / name for name in "abcd"])
+    assert differing([a, b]) == ["es.sigma"]
+    assert differing([a, c]) == []
+    assert differing([a, d]) == ["own.loss"]
+
+
+def test_baselines_are_recorded_once(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    folder.keep_baselines({})
+    assert not (tmp_path / "baselines.json").exists()
+    folder.keep_baselines({"unigram": 3.0})
+    folder.keep_baselines({"unigram": 9.0})
+    assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0}

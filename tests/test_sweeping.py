@@ -1,0 +1,322 @@
+"""Sweeps: each run is what it would be alone, whatever comes between, and no run stops the others."""
+
+import csv
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Fleet
+from test_axes import BASE as OTHER_SETTINGS
+
+import esjax
+from esjax.checkpoint import digest
+from esjax.cli.sweep import _table
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.errors import EsjaxError
+from esjax.hosts.serve import Server
+from esjax.loading import load
+from esjax.run_folder import RunFolder
+from esjax.sweep_plot import choose_axis, draw
+from esjax.sweeping import Outcome, Sweep, resume_sweep, sweep
+from esjax.training import Trainer, resume, train
+
+pytestmark = pytest.mark.usefixtures("lenient_promotion")
+
+AXES: Mapping[str, Sequence[Any]] = {"es.sigma": [0.1, 0.3], "seed": [0, 1]}
+NAMES = [f"es.sigma={sigma},seed={seed}" for sigma in (0.1, 0.3) for seed in (0, 1)]
+
+Show = Callable[[Trainer | Server], None]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    return Config(
+        steps=3,
+        data=DataConfig(text=str(tmp_path / "text.txt"), window=6, held_out=0.2),
+        es=EsConfig(population_size=32),
+        model=GruConfig(hidden_size=4, head_size=8),
+    )
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "sweeps" / "first"
+
+
+def go(run: Trainer | Server) -> None:
+    for _ in run:
+        pass
+
+
+def stop_at(folder: str, step: int) -> Show:
+    """Train, and have Ctrl-C come at a step of one run."""
+
+    def show(run: Trainer | Server) -> None:
+        for info in run:
+            if run.folder and run.folder.path.name == folder and info.step == step:
+                signal.raise_signal(signal.SIGINT)
+
+    return show
+
+
+def states(grid: Sweep) -> dict[str, str]:
+    return {one.name: one.state for one in grid.outcomes()}
+
+
+def state_digest(folder: Path) -> str:
+    return digest(resume(folder, steps=100)._replica.state)
+
+
+def kept(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# --- what it trains ---
+
+
+def test_each_run_is_what_it_would_be_alone(config: Config, out: Path, tmp_path: Path) -> None:
+    grid = sweep(AXES, config, out=out, tell=quiet)
+    assert states(grid) == dict.fromkeys(NAMES, "waiting")
+    outcomes = list(grid)
+    assert [one.name for one in outcomes] == NAMES
+    with (out / "sweep.csv").open(newline="") as file:
+        losses = [float(row["held_out"]) for row in csv.DictReader(file)]
+    assert losses == sorted(one.held_out for one in outcomes if one.held_out is not None)  # the best first
+    assert not grid.stopped
+    for sigma, seed in ((0.1, 1), (0.3, 0)):
+        alone = replace(config, seed=seed, es=replace(config.es, sigma=sigma))
+        go(train(alone, tmp_path / f"alone-{sigma}", tell=quiet))
+        folder = out / f"es.sigma={sigma},seed={seed}"
+        assert state_digest(folder) == state_digest(tmp_path / f"alone-{sigma}")
+        one = next(one for one in outcomes if one.name == folder.name)
+        assert one.values == {"es.sigma": sigma, "seed": seed}
+        assert one.held_out == pytest.approx(load(folder).evaluate().scored.nats_per_token)
+        assert (one.state, one.step, one.note) == ("finished", 3, "")
+        assert one.member_tokens == 3 * 32 * 6
+
+
+def test_ctrl_c_stops_the_sweep_and_it_goes_on_to_the_same_weights(config: Config, out: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    axes = {"seed": [5, 6, 7]}
+    grid = sweep(axes, config, out=out, show=stop_at("seed=6", 1), tell=said.append)
+    assert [one.state for one in grid] == ["finished", "stopped"]
+    assert grid.stopped
+    assert states(grid) == {"seed=5": "finished", "seed=6": "stopped", "seed=7": "waiting"}
+    assert "1 finished, 1 stopped, 1 waiting" in repr(grid)
+    with (out / "sweep.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["name"], row["seed"], row["state"]) for row in table] == [
+        ("seed=5", "5", "finished"),
+        ("seed=6", "6", "stopped"),
+        ("seed=7", "7", "waiting"),
+    ]
+    before = kept(out / "seed=5")
+    again = sweep(axes, config, out=out, tell=said.append)
+    assert [one.name for one in again] == ["seed=6", "seed=7"]
+    assert set(states(again).values()) == {"finished"}
+    assert kept(out / "seed=5") == before  # a finished run is left alone
+    assert "1 of 3 runs are finished already" in said
+    go(train(replace(config, seed=6), tmp_path / "alone", tell=quiet))
+    assert state_digest(out / "seed=6") == state_digest(tmp_path / "alone")
+    assert list(resume_sweep(out, tell=quiet)) == []
+
+
+def test_a_run_that_is_resumed_has_the_seconds_that_are_left(config: Config, out: Path) -> None:
+    config = replace(config, steps=None, seconds=1000.0)
+    list(sweep({"seed": [5]}, config, out=out, show=stop_at("seed=5", 3), tell=quiet))
+    metrics = out / "seed=5" / "metrics.jsonl"
+    metrics.write_text(re.sub(r'("step": 4, "seconds": )[\d.e-]+', r"\g<1>400.0", metrics.read_text()))
+    seen: list[Trainer | Server] = []
+    list(resume_sweep(out, show=seen.append, tell=quiet))
+    (run,) = seen
+    assert run.limits == (None, 600.0)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(config: Config, out: Path) -> None:
+    grid = sweep({"seed": [5]}, config, out=out, tell=quiet)
+    RunFolder.create(out / "seed=5", replace(config, seed=5), train(config).corpus.vocabulary, "")
+    (out / "seed=5" / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert states(grid) == {"seed=5": "stopped"}
+    assert [one.state for one in grid] == ["finished"]
+
+
+def test_metrics_beyond_the_newest_checkpoint_do_not_count(config: Config, out: Path) -> None:
+    """As when it is killed between its last line and its last checkpoint."""
+    grid = sweep({"seed": [5]}, config, out=out, tell=quiet)
+    list(grid)
+    (checkpoint,) = (out / "seed=5" / "checkpoints").iterdir()
+    checkpoint.rename(checkpoint.with_name("2"))
+    assert states(grid) == {"seed=5": "stopped"}
+
+
+# --- runs that fail ---
+
+
+def test_a_run_that_fails_is_told_of_and_tried_again(config: Config, out: Path) -> None:
+    def show(run: Trainer | Server) -> None:
+        go(run)
+        if run.config.seed == 0:
+            raise RuntimeError("out of memory\nand so on")
+
+    said: list[str] = []
+    grid = sweep({"seed": [0, 1]}, replace(config, steps=2), out=out, show=show, tell=said.append)
+    assert [(one.state, one.note) for one in grid] == [("failed", "RuntimeError: out of memory"), ("finished", "")]
+    assert "seed=0 failed: RuntimeError: out of memory" in said
+    assert [one.name for one in grid.outcomes()] == ["seed=1", "seed=0"]
+
+
+def test_a_run_that_cannot_begin_does_not_stop_the_others(config: Config, out: Path) -> None:
+    """A window that is longer than the text is only noticed with the text at hand."""
+    grid = sweep({"data.window": [100000, 6]}, config, out=out, tell=quiet)
+    first, second = grid
+    assert (first.state, first.step) == ("failed", 0)
+    assert "data.window" in first.note
+    assert second.state == "finished"
+
+
+def test_a_run_whose_losses_are_not_finite_is_marked(config: Config, out: Path) -> None:
+    said: list[str] = []
+    grid = sweep({"optim.learning_rate": [1e9, 0.1]}, config, out=out, tell=said.append)
+    assert {one.values["optim.learning_rate"]: one.note for one in grid} == {1e9: "no update since step 1", 0.1: ""}
+    assert any("not finite" in line for line in said)
+    assert [one.values["optim.learning_rate"] for one in grid.outcomes()] == [0.1, 1e9]
+
+
+# --- what it refuses ---
+
+
+@pytest.fixture
+def begun(config: Config, out: Path) -> Path:
+    sweep(AXES, config, out=out)
+    return out
+
+
+def test_a_folder_is_of_one_sweep(config: Config, begun: Path) -> None:
+    before = kept(begun)
+    with pytest.raises(EsjaxError, match=r"is a sweep over --axis es.sigma=0.1,0.3 --axis seed=0,1; give another"):
+        sweep({"es.sigma": [0.1]}, config, out=begun)
+    with pytest.raises(EsjaxError, match=r"other settings, es.rank=1 in place of 2"):
+        sweep(AXES, replace(config, es=replace(config.es, rank=2)), out=begun)
+    assert kept(begun) == before
+    sweep(AXES, config, out=begun)
+
+
+def test_other_folders_are_left_alone(config: Config, out: Path) -> None:
+    out.mkdir(parents=True)
+    (out / "photo.jpg").touch()
+    with pytest.raises(EsjaxError, match="is no sweep, and is left alone"):
+        sweep(AXES, config, out=out)
+    with pytest.raises(EsjaxError, match="not the folder of a sweep"):
+        resume_sweep(out)
+    assert [path.name for path in out.iterdir()] == ["photo.jpg"]
+
+
+@pytest.mark.parametrize("text", ["", "axes: {", "[1]", "axes: {seed: [1]}", "axes: 3\nsettings: {}"])
+def test_a_damaged_record_is_one_line(begun: Path, text: str) -> None:
+    (begun / "sweep.yaml").write_text(text)
+    with pytest.raises(EsjaxError, match=r"sweep.yaml is damaged"):
+        resume_sweep(begun)
+
+
+def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, out: Path) -> None:
+    for axes, settings, said in (
+        ({"es.sigma": [0.1, -1]}, config, "above 0"),
+        ({"seed": [1]}, replace(config, steps=None), "would never end"),
+        ({"steps": [3, None]}, config, "the run steps=None would never end"),
+        ({"data.text": [config.data.text, "none.txt"]}, config, "none.txt"),
+    ):
+        with pytest.raises(EsjaxError, match=said):
+            sweep(axes, settings, out=out)
+        assert not out.exists()
+
+
+def test_one_process_at_a_time(config: Config, begun: Path) -> None:
+    def show(run: Trainer | Server) -> None:
+        with pytest.raises(EsjaxError, match="another process is at the sweep"):
+            next(iter(resume_sweep(begun, tell=quiet)))
+        raise EsjaxError("seen")
+
+    assert [one.note for one in sweep(AXES, config, out=begun, show=show, tell=quiet)] == ["seen"] * 4
+
+
+# --- what it shows ---
+
+
+def outcome(held_out: float | None = None, note: str = "", **values: object) -> Outcome:
+    return Outcome(str(values), values, "finished" if held_out else "waiting", held_out, 1.0, 10, 3, note)
+
+
+def test_the_table_shows_every_axis() -> None:
+    table = _table([outcome(2.5, sigma=0.1, seed=0), outcome(None, sigma=0.2, seed=0, note="lost")])
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    assert columns["sigma"] == ["0.1", "0.2"]
+    assert columns["held-out"] == ["2.5000", "-"]
+    assert columns[""] == ["", "waiting: lost"]
+
+
+def test_the_plot_is_over_the_numbers_with_most_values() -> None:
+    outcomes = [outcome(2.0, space=space, seed=1, sigma=sigma) for space in ("full", "x", "y") for sigma in (0.1, 0.2)]
+    assert choose_axis(outcomes) == "sigma"
+    assert choose_axis([outcome(2.0, space="full", noise="x")]) == "space"
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2], ["full", "low_rank"], [None, 3], [True, False], [0, 5]])
+def test_the_plot_is_a_picture(tmp_path: Path, values: list[object]) -> None:
+    outcomes = [outcome(2.0 + i, axis=value, seed=seed) for i, value in enumerate(values) for seed in (0, 1)]
+    assert draw([*outcomes, outcome(None, axis=values[0], seed=2)], tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.png"]
+    assert not draw([outcome(None, axis=values[0])], tmp_path / "none.png")
+
+
+# --- hosts ---
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path)
+    yield fleet
+    fleet.close()
+
+
+def free_port() -> int:
+    """Find a port that is free with the next one."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def test_a_host_that_stays_takes_part_in_every_run(config: Config, out: Path, fleet: Fleet) -> None:
+    """And a run with hosts is what it is alone."""
+    fleet.address = f"tcp://127.0.0.1:{free_port()}"
+    host = fleet.join("one", "--stay")
+    sweep({"seed": [0, 1]}, replace(config, es=replace(config.es, chunk_pairs=4)), out=out)
+    process = fleet.start("sweep", "--resume", str(out), "--bind", fleet.address)
+    assert process.ends() == 0, process.output
+    assert host.output.count("left, training has ended") == 2
+    host.send(signal.SIGTERM)
+    assert host.ends() == 0, host.output
+    alone = replace(config, seed=1, es=replace(config.es, chunk_pairs=4))
+    go(train(alone, fleet.folder / "alone", tell=quiet))
+    assert digest(resume(out / "seed=1", steps=9)._replica.state) == state_digest(fleet.folder / "alone")
+
+
+def test_from_python() -> None:
+    assert esjax.sweep is sweep
+    with pytest.raises(EsjaxError, match="would never end"):
+        esjax.sweep({"seed": [1]}, OTHER_SETTINGS, out="nowhere")
