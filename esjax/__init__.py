@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
     from esjax.models import Model
+    from esjax.page.report import report
+    from esjax.plotting import plot
     from esjax.replaying import replay
     from esjax.step_info import StepInfo
     from esjax.training import Trainer, resume, train
@@ -42,8 +44,10 @@ __all__ = [
     "Trainer",
     "join",
     "load",
+    "plot",
     "prepare_devices",
     "replay",
+    "report",
     "resume",
     "resume_serving",
     "serve",
@@ -58,7 +62,9 @@ _HOME = {
     "Trainer": "training",
     "prepare_devices": "devices",
     "join": "hosts.join",
+    "plot": "plotting",
     "replay": "replaying",
+    "report": "page.report",
     "resume": "training",
     "resume_serving": "hosts.serve",
     "serve": "hosts.serve",

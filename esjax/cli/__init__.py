@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
+from esjax.cli.look import Dashboard, Plot
 from esjax.cli.shared import parse_settings
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, ImportNpy, Tune
@@ -22,6 +23,8 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "tune": Tune,
     "generate": Generate,
+    "plot": Plot,
+    "dashboard": Dashboard,
     "serve": Serve,
     "join": Join,
     "status": Status,
