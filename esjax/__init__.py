@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
     from esjax.models import Model
+    from esjax.page.report import report
+    from esjax.plotting import plot
     from esjax.replaying import replay
     from esjax.step_info import StepInfo
     from esjax.sweeping import Hosts, Sweep, resume_sweep, sweep
@@ -48,8 +50,10 @@ __all__ = [
     "import_weights",
     "join",
     "load",
+    "plot",
     "prepare_devices",
     "replay",
+    "report",
     "resume",
     "resume_serving",
     "resume_sweep",
@@ -72,7 +76,9 @@ _HOME = {
     "sweep": "sweeping",
     "prepare_devices": "devices",
     "join": "hosts.join",
+    "plot": "plotting",
     "replay": "replaying",
+    "report": "page.report",
     "resume": "training",
     "resume_serving": "hosts.serve",
     "serve": "hosts.serve",

@@ -10,6 +10,7 @@ samples.txt       text written on the way
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
 epoch             how often a coordinator was started
+address           where the coordinator listens, while it does
 keys/             who may join, see `esjax.hosts.keys`
 """
 
@@ -19,7 +20,8 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -140,6 +142,31 @@ class RunFolder:
     def ledger(self) -> Path:
         """File of the ledger."""
         return self.path / "ledger"
+
+    @property
+    def address(self) -> str | None:
+        """Where the coordinator listens that has the run; None if there is none. A killed one leaves its last."""
+        try:
+            return (self.path / "address").read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    @contextmanager
+    def keep_address(self, address: str) -> Iterator[None]:
+        """Record where the coordinator listens, for as long as it does.
+
+        Raises:
+            EsjaxError: It cannot be written.
+        """
+        path = self.path / "address"
+        try:
+            write_durably(path, address + "\n")
+        except OSError as error:
+            raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
     def next_epoch(self) -> int:
         """Count a start of a coordinator, durably, and return its number, from 1 on.

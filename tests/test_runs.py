@@ -10,30 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recorded import append, line_of, make
 
-from esjax.config import Config, EsConfig
+import esjax
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
-from esjax.run_folder import RunFolder, json_line
+from esjax.run_folder import RunFolder
 from esjax.runs import Metrics, Sample, differing, distinct_names, find_runs, is_running, read_run, read_runs
-
-
-def make(path: Path, done: int = 0, **settings: Any) -> RunFolder:
-    """Make a run whose loss is 5 - step, measured on held-out text at every second step."""
-    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "")
-    with folder.open_metrics(0) as metrics:
-        metrics.write("".join(line_of(step) for step in range(1, done + 1)))
-    return folder
-
-
-def line_of(step: int) -> str:
-    row = {"step": step, "seconds": step / 2, "loss": 5.0 - step}
-    return json_line({**row, "held_out": 4.0 - step} if step % 2 == 0 else row) + "\n"
-
-
-def append(path: Path, text: str) -> None:
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(text)
 
 
 def test_a_run_is_read(tmp_path: Path) -> None:
@@ -193,3 +177,29 @@ def test_baselines_are_recorded_once(tmp_path: Path) -> None:
     folder.keep_baselines({"unigram": 3.0})
     folder.keep_baselines({"unigram": 9.0})
     assert json.loads((tmp_path / "baselines.json").read_text()) == {"unigram": 3.0}
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+def test_what_a_run_left_is_what_it_said(tmp_path: Path) -> None:
+    """Reference: the infos and baselines of the run itself."""
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    config = Config(
+        steps=3,
+        data=DataConfig(text=str(tmp_path / "text.txt"), window=6, held_out=0.2),
+        es=EsConfig(population_size=32),
+        model=GruConfig(hidden_size=4, head_size=8),
+    )
+    trainer = esjax.train(config, tmp_path / "run")
+    states = []
+    infos = []
+    for info in trainer:
+        infos.append(info)
+        states.append(read_run(tmp_path / "run").state)
+    run = read_run(tmp_path / "run")
+    assert states == ["running"] * 3
+    assert run.state == "finished"
+    for name in ("step", "loss", "update_norm", "applied", "member_tokens"):
+        assert run.metrics[name].tolist() == [getattr(info, name) for info in infos]
+    assert run.last("held_out") == infos[-1].held_out
+    assert run.baselines == trainer.baselines
+    assert run.samples[-1].step == 3

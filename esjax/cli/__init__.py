@@ -10,6 +10,7 @@ from rich.console import Console
 
 from esjax.cli.exchange import Export, Import
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
+from esjax.cli.look import Dashboard, Plot
 from esjax.cli.shared import parse_settings
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
@@ -25,6 +26,8 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "tune": Tune,
     "generate": Generate,
+    "plot": Plot,
+    "dashboard": Dashboard,
     "serve": Serve,
     "join": Join,
     "status": Status,

@@ -189,6 +189,7 @@ class Server:
             )
         )
         self.address = _for_others(transport.address)
+        stack.enter_context(folder.keep_address(self.address))
         now = time.monotonic()
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)

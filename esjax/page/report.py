@@ -1,0 +1,65 @@
+"""The page as one file: the curves, settings and samples of some runs, without anything from the network."""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from esjax.curves import Axis
+from esjax.errors import EsjaxError
+from esjax.files import write_durably
+from esjax.page.content import curves, details, page_file, plotly_script, summary
+from esjax.plotting import open_runs
+from esjax.runs import RunView
+
+
+def report(
+    *runs: str | Path | RunView,
+    out: str | Path,
+    over: Axis = "steps",
+    log_x: bool = False,
+    log_y: bool = False,
+    smoothing: float = 0.0,
+) -> None:
+    """Write a page that shows runs side by side, and needs nothing but a browser.
+
+    Args:
+        runs: Run folders, folders of run folders, or runs as `esjax.runs.read_run` returns them.
+        out: File to write, .html; about 5 MB, most of them the chart library.
+        over: What the curves are drawn over at first; the reader may change that, and the rest.
+        log_x: Whether that axis is logarithmic.
+        log_y: Whether the loss is.
+        smoothing: Steps over which curves are averaged, exponentially; 0: none.
+
+    Raises:
+        EsjaxError: There is no such run, none of them has done a step, plotly is missing, or the file cannot be
+            written.
+    """
+    if Path(out).suffix != ".html":
+        raise EsjaxError(f"{str(out)!r} must end in .html")
+    views = open_runs(runs)
+    told: dict[str, Any] = {
+        "view": {"over": over, "logX": log_x, "logY": log_y, "span": smoothing},
+        "runs": [{**summary(view, str(i)), **details(view), "curves": curves(view)} for i, view in enumerate(views)],
+    }
+    try:
+        write_durably(Path(out), _alone(", ".join(view.name for view in views), told))
+    except OSError as error:
+        raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
+
+
+def _alone(title: str, told: dict[str, Any]) -> str:
+    """Put everything that the page asks for into it."""
+    page = page_file("page.html")
+    begin, end = '<script id="told" type="application/json">', "</script>"
+    data = json.dumps(told, allow_nan=False).replace("<", "\\u003c")  # no text of a run ends the script
+    for asked, given in {
+        "<title>esjax</title>": f"<title>{escape(title)} - esjax</title>",
+        '<link rel="stylesheet" href="page.css">': f"<style>{page_file('page.css')}</style>",
+        '<script src="plotly.js"></script>': f"<script>{plotly_script('plot')}</script>",
+        begin + end: begin + data + end,
+        '<script src="page.js"></script>': f"<script>{page_file('page.js')}</script>",
+    }.items():
+        assert page.count(asked) == 1, asked
+        page = page.replace(asked, given)
+    return page

@@ -1,0 +1,176 @@
+"""The page, served on this machine alone and kept up to date."""
+
+import math
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from esjax.errors import EsjaxError
+from esjax.page.content import page_file, plotly_script
+from esjax.page.follow import Follower
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+
+HOST = "127.0.0.1"
+"""Nobody but this machine is served."""
+
+NAMES = ["127.0.0.1", "localhost"]
+"""What a browser may call it: a page of somebody else whose name points here calls it otherwise."""
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+PATIENCE = 2.0
+"""Seconds that a coordinator has for its answer."""
+
+
+class Known(msgspec.Struct, forbid_unknown_fields=True):
+    """What a page was told of a run.
+
+    Attributes:
+        mark: That came with it.
+        points: By column, the stride of the points and how many they are.
+    """
+
+    mark: str = ""
+    points: dict[str, tuple[int, int]] = {}
+
+
+def make_app(folder: Path) -> "Starlette":
+    """Make the application.
+
+    Args:
+        folder: Where runs are.
+
+    Raises:
+        EsjaxError: There is no such folder, or a package is missing.
+    """
+    try:
+        from starlette.applications import Starlette
+        from starlette.middleware import Middleware
+        from starlette.middleware.gzip import GZipMiddleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+        from starlette.responses import Response
+        from starlette.routing import Route
+    except ImportError as error:
+        raise EsjaxError("the dashboard needs starlette and uvicorn: pip install 'esjax[dashboard]'") from error
+    follower = Follower(folder)
+
+    def file(text: str, kind: str) -> Callable[["Request"], Response]:
+        headers = HEADERS | ({"Cache-Control": "max-age=86400"} if len(text) > 1_000_000 else {})
+        return lambda request: Response(text, media_type=kind, headers=headers)
+
+    def answer(tell: Callable[["Request"], Any]) -> Callable[["Request"], Response]:
+        def respond(request: "Request") -> Response:
+            try:
+                told, status = tell(request), 200
+            except EsjaxError as error:
+                told, status = {"error": str(error)}, 404
+            except msgspec.MsgspecError as error:
+                told, status = {"error": str(error)}, 400
+            return Response(msgspec.json.encode(told), status, HEADERS, "application/json")
+
+        return respond
+
+    def run(request: "Request") -> dict[str, Any]:
+        known = msgspec.json.decode(request.query_params.get("known", "{}"), type=Known)
+        return follower.run(request.query_params.get("run", ""), known.mark, known.points)
+
+    def hosts(request: "Request") -> dict[str, Any]:
+        return ask_hosts(follower.path(request.query_params.get("run", "")))
+
+    return Starlette(
+        routes=[
+            Route("/", file(page_file("page.html"), "text/html")),
+            Route("/page.css", file(page_file("page.css"), "text/css")),
+            Route("/page.js", file(page_file("page.js"), "text/javascript")),
+            Route("/plotly.js", file(plotly_script("dashboard"), "text/javascript")),
+            Route("/api/runs", answer(lambda request: follower.runs())),
+            Route("/api/run", answer(run)),
+            Route("/api/hosts", answer(hosts)),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=NAMES), Middleware(GZipMiddleware)],
+    )
+
+
+def ask_hosts(run: Path) -> dict[str, Any]:
+    """Ask the coordinator of a run how its hosts do.
+
+    Args:
+        run: Run folder.
+
+    Returns:
+        `hosts`, and in `note` why there are none.
+    """
+    from esjax.hosts.ask import ask_status
+    from esjax.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    address = folder.address
+    if address is None:
+        return {"hosts": [], "note": ""}
+    token = run / "keys" / "hosts.token"
+    try:
+        status = ask_status(address, token if token.exists() else None, PATIENCE)
+    except EsjaxError as error:
+        return {"hosts": [], "note": str(error)}
+    if status.run != folder.name:
+        return {"hosts": [], "note": f"another run is at {address} by now"}
+    kept = status.anchor
+    return {
+        "hosts": [{**msgspec.structs.asdict(host), "anchor": host.slot == kept} for host in status.hosts],
+        "note": "" if status.hosts else "no host has joined yet",
+    }
+
+
+def open_port(port: int) -> socket.socket:
+    """Listen on this machine alone.
+
+    Args:
+        port: 0: any that is free.
+
+    Raises:
+        EsjaxError: Somebody else does.
+    """
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+        listening.listen()
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise EsjaxError(f"cannot serve at port {port} ({error}); give another --port, 0 for any free one") from error
+    return listening
+
+
+def serve_page(folder: Path, port: int, tell: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Args:
+        folder: Where runs are.
+        port: To listen at; 0: any that is free.
+        tell: Called with the address.
+
+    Raises:
+        EsjaxError: There is no such folder, the port is taken, or a package is missing.
+    """
+    app = make_app(folder)
+    import uvicorn
+
+    with open_port(port) as listening:
+        tell(f"http://{HOST}:{listening.getsockname()[1]}/")
+        patience = math.ceil(PATIENCE) + 1
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=patience))
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])

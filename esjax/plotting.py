@@ -1,0 +1,135 @@
+"""The curves of runs as a picture, with matplotlib."""
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from esjax.curves import Axis, make_curve, smooth
+from esjax.errors import EsjaxError
+from esjax.runs import RunView, find_runs, read_runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d")
+"""Of the runs, in turn; readable on white and on black."""
+
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of the files that `plot` writes."""
+
+
+def plot(
+    *runs: str | Path | RunView,
+    out: str | Path | None = None,
+    over: Axis = "steps",
+    log_x: bool = False,
+    log_y: bool = False,
+    smoothing: float = 0.0,
+) -> "Figure":
+    """Draw the curves of runs: held-out loss beside the n-gram models, and loss of the population.
+
+    In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows them.
+
+    Args:
+        runs: Run folders, folders of run folders, or runs as `esjax.runs.read_run` returns them.
+        out: File to write, .png, .svg or .pdf. None: none is written.
+        over: What the curves are drawn over.
+        log_x: Whether that axis is logarithmic.
+        log_y: Whether the loss is.
+        smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
+
+    Returns:
+        The figure, which pyplot does not know.
+
+    Raises:
+        EsjaxError: There is no such run, none of them has done a step, matplotlib is missing, or the file cannot be
+            written.
+    """
+    if out is not None and Path(out).suffix not in PICTURES:
+        raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)}")
+    views = open_runs(runs)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EsjaxError("a picture needs matplotlib: pip install 'esjax[plot]'") from error
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    held_out, loss = figure.subplots(1, 2)
+    for view, color in zip(views, cycle(COLORS), strict=False):
+        _draw(held_out, view, "held_out", color, over, 0.0)
+        _draw(loss, view, "loss", color, over, smoothing)
+    _draw_baselines(held_out, views)
+    held_out.set_title("held-out text")
+    loss.set_title("population, training text" + (f", averaged over {smoothing:g} steps" if smoothing else ""))
+    for axes in (held_out, loss):
+        axes.set(xlabel=over, ylabel="nats per token")
+        axes.set_xscale("log" if log_x else "linear")
+        axes.set_yscale("log" if log_y else "linear")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(views)), frameon=False)
+    if out is not None:
+        try:
+            figure.savefig(out, dpi=150)
+        except OSError as error:
+            raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
+    return figure
+
+
+def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
+    """Read runs that are named, or below a named folder; those that are read already are taken as they are.
+
+    Raises:
+        EsjaxError: There is no such run, or none of them has done a step.
+    """
+    views: list[RunView] = []
+    paths: list[Path] = []
+    for run in runs:
+        if isinstance(run, RunView):
+            views.append(run)
+            continue
+        found = find_runs(run)
+        if not found:
+            raise EsjaxError(f"there is no run folder at or below {str(run)!r}")
+        paths += found
+    views += read_runs(paths)
+    if not views:
+        raise EsjaxError("name a run folder, or a folder of them")
+    if not any(view.step for view in views):
+        raise EsjaxError(f"there is nothing to draw: no step is finished in {', '.join(view.name for view in views)}")
+    return views
+
+
+def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span: float) -> None:
+    curve = make_curve(view.metrics, column)
+    x = curve.over(over)
+    few = len(x) <= 50
+    if span > 0:
+        axes.plot(x, curve.value, color=color, alpha=0.2, lw=0.8)
+    axes.plot(
+        x, smooth(curve.step, curve.value, span), color=color, lw=1.6, marker="o" if few else "", ms=3, label=view.name
+    )
+
+
+def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:
+    """Draw the n-gram lines, once for each text; of several texts, each in the color of its first run."""
+    texts: dict[tuple[float, ...], tuple[RunView, str]] = {}
+    for view, color in zip(views, cycle(COLORS), strict=False):
+        if view.baselines:
+            texts.setdefault(tuple(np.round(list(view.baselines.values()), 6).tolist()), (view, color))
+    for view, color in texts.values():
+        for name, value in view.baselines.items():
+            line = "gray" if len(texts) == 1 else color
+            axes.axhline(value, color=line, ls="--", lw=1)
+            axes.annotate(
+                f"{name} {value:.2f}" + (f" ({view.name})" if len(texts) > 1 else ""),
+                (1.01, value),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize="small",
+                color=line,
+            )

@@ -1,0 +1,120 @@
+"""Curves as files: what is drawn is what was measured, and one clear line for each mistake."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded import append, line_of, make
+
+import esjax
+from esjax.config import EsConfig
+from esjax.errors import EsjaxError
+from esjax.runs import read_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    make(tmp_path / "runs" / "a", done=6, es=EsConfig(sigma=0.1)).keep_baselines({"unigram": 3.0, "bigram": 2.5})
+    make(tmp_path / "runs" / "b", done=4)
+    return tmp_path / "runs"
+
+
+def test_the_lines_are_the_metrics(runs: Path) -> None:
+    held_out, loss = esjax.plot(runs, over="seconds").axes
+    a, b = loss.get_lines()
+    assert (a.get_label(), b.get_label()) == ("a", "b")
+    np.testing.assert_array_equal(a.get_xydata(), [[step / 2, 5 - step] for step in range(1, 7)])
+    first, _, unigram, bigram = held_out.get_lines()
+    np.testing.assert_array_equal(first.get_xydata(), [[1, 2], [2, 0], [3, -2]])
+    assert (unigram.get_ydata()[0], bigram.get_ydata()[0]) == (3.0, 2.5)
+    assert [text.get_text() for text in held_out.texts] == ["unigram 3.00", "bigram 2.50"]
+    assert loss.get_xlabel() == "seconds"
+
+
+def test_axes_may_be_logarithmic_and_smoothed(runs: Path) -> None:
+    held_out, loss = esjax.plot(runs / "a", log_x=True, log_y=True, smoothing=1e9).axes
+    assert {axes.get_xscale() for axes in (held_out, loss)} == {"log"}
+    assert {axes.get_yscale() for axes in (held_out, loss)} == {"log"}
+    raw, smoothed = loss.get_lines()
+    np.testing.assert_allclose(smoothed.get_ydata(), [4.0, 3.5, 3.0, 2.5, 2.0, 1.5])  # means of all so far
+    np.testing.assert_array_equal(raw.get_ydata(), [4.0, 3.0, 2.0, 1.0, 0.0, -1.0])
+
+
+def test_n_gram_lines_of_two_texts_name_their_runs(runs: Path) -> None:
+    (runs / "b" / "baselines.json").write_text('{"unigram": 2.75}')
+    held_out, _ = esjax.plot(runs).axes
+    assert [text.get_text() for text in held_out.texts] == ["unigram 3.00 (a)", "bigram 2.50 (a)", "unigram 2.75 (b)"]
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_pictures_are_written(runs: Path, ending: str, magic: bytes) -> None:
+    out = runs / f"out.{ending}"
+    esjax.plot(read_run(runs / "a"), out=out)
+    assert out.read_bytes().startswith(magic)
+
+
+def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(runs: Path) -> None:
+    append(runs / "a", line_of(7) + line_of(8)[:20])
+    _, loss = esjax.plot(runs / "a").axes
+    assert len(loss.get_lines()[0].get_xdata()) == 7
+
+
+def told(page: str) -> dict:
+    (found,) = re.findall(r'<script id="told" type="application/json">(.*?)</script>', page)
+    return json.loads(found)
+
+
+def test_a_report_stands_alone(runs: Path) -> None:
+    shutil.copytree(runs / "a", runs / "more" / "a")
+    text = 'a </script><script>alert("x")</script>'
+    for folder in (runs / "a", runs / "b"):
+        (folder / "samples.txt").write_text(f"--- step 4\n{text}\n\n")
+    esjax.report(runs, out=runs / "r.html", over="seconds", log_y=True, smoothing=7.0)
+    page = (runs / "r.html").read_text()
+    assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?!data:)', page)
+    data = told(page)
+    assert data["view"] == {"over": "seconds", "logX": False, "logY": True, "span": 7.0}
+    a, b, more = data["runs"]
+    assert (a["name"], b["name"], more["name"]) == ("runs/a", "b", "more/a")
+    assert a["settings"]["es.sigma"] == 0.1
+    assert a["curves"]["loss"]["value"] == [4.0, 3.0, 2.0, 1.0, 0.0, -1.0]
+    assert a["curves"]["loss"]["member_tokens"] == [100, 200, 300, 400, 500, 600]
+    assert b["samples"] == [{"step": 4, "text": text}]
+    assert "<title>runs/a, b, more/a - esjax</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none", "there is no folder"), ("empty", "no run folder at or below"), ("new", "no step is finished in new")],
+)
+def test_what_cannot_be_drawn_is_said(runs: Path, name: str, reason: str) -> None:
+    (runs / "empty").mkdir()
+    make(runs / "new")
+    for write in (lambda: esjax.plot(runs / name), lambda: esjax.report(runs / name, out=runs / "r.html")):
+        with pytest.raises(EsjaxError, match=reason):
+            write()
+    assert not (runs / "r.html").exists()
+
+
+def test_a_file_that_cannot_be_written_is_said(runs: Path) -> None:
+    with pytest.raises(EsjaxError, match="cannot write"):
+        esjax.plot(runs, out=runs / "none" / "x.png")
+    with pytest.raises(EsjaxError, match="cannot write"):
+        esjax.report(runs, out=runs / "none" / "x.html")
+    with pytest.raises(EsjaxError, match="must end in"):
+        esjax.plot(runs, out=runs / "x.gif")
+    with pytest.raises(EsjaxError, match="must end in"):
+        esjax.report(runs, out=runs / "x.png")
+
+
+def test_a_missing_extra_is_said(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(EsjaxError, match=r"esjax\[plot\]"):
+        esjax.plot(runs)
+    with pytest.raises(EsjaxError, match=r"esjax\[plot\]"):
+        esjax.report(runs, out=runs / "r.html")
