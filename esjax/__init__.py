@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
+    from esjax.metrics_server import MetricsServer
     from esjax.models import Model
     from esjax.replaying import replay
     from esjax.step_info import StepInfo
+    from esjax.tracking import TrackedRun, Tracker
     from esjax.training import Trainer, resume, train
 
 __version__ = "0.1.0"
@@ -34,11 +36,14 @@ __all__ = [
     "EsjaxError",
     "GruConfig",
     "HostsConfig",
+    "MetricsServer",
     "Model",
     "OptimConfig",
     "RnnConfig",
     "Server",
     "StepInfo",
+    "TrackedRun",
+    "Tracker",
     "Trainer",
     "join",
     "load",
@@ -52,9 +57,12 @@ __all__ = [
 
 _HOME = {
     "EsjaxError": "errors",
+    "MetricsServer": "metrics_server",
     "Model": "models",
     "Server": "hosts.serve",
     "StepInfo": "step_info",
+    "TrackedRun": "tracking",
+    "Tracker": "tracking",
     "Trainer": "training",
     "prepare_devices": "devices",
     "join": "hosts.join",

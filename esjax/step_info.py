@@ -35,6 +35,7 @@ class StepInfo(NamedTuple):
         member_tokens: Tokens scored so far, times members.
         member_tokens_per_second: Rate of this step.
         held_out: Nats per token over the held-out documents, with the averaged weights; None if not measured.
+        hosts: Hosts that scored a part of this step; None without hosts.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepInfo(NamedTuple):
     member_tokens: int
     member_tokens_per_second: float
     held_out: float | None = None
+    hosts: int | None = None
 
     def row(self) -> dict[str, float]:
         """Return what there is, by name."""

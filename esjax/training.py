@@ -1,17 +1,18 @@
 """Joins everything: a run is an object to iterate over, one step at a time."""
 
 import math
+import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
-from esjax.config import Config
+from esjax.config import Config, to_plain
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks, token_type
 from esjax.data.packing import pack_stream
@@ -29,8 +30,10 @@ from esjax.models.model import ModelFactory, Params
 from esjax.own import Own
 from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
-from esjax.run_folder import RunFolder, json_line
+from esjax.run_folder import RunFolder
 from esjax.step_info import Limits, StepInfo
+from esjax.trackers import JsonLines, find_trackers, tracked_run
+from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Scored, Trained, Written
 
 SAMPLE_DOCUMENTS = 4
@@ -52,6 +55,7 @@ class Trainer:
         limits: Where iteration ends; may be changed.
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none.
         folder: Where the run is kept, or None.
+        trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
         last: Info of the last step, or None.
     """
 
@@ -64,6 +68,7 @@ class Trainer:
         model: ModelFactory | None = None,
         loss: Loss | None = None,
         optimizer: optax.GradientTransformation | None = None,
+        trackers: Sequence[Tracker | str] = (),
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
@@ -73,6 +78,7 @@ class Trainer:
         self.corpus = corpus
         self.limits = Limits(config.steps, config.seconds)
         self.folder = folder
+        self.trackers = find_trackers(trackers) if leads() else []
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out else {}
         self.last: StepInfo | None = None
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
@@ -86,6 +92,7 @@ class Trainer:
         self._seconds = 0.0
         self._member_tokens = 0
         self._trouble = ""
+        self._id = secrets.token_hex(8)
 
     def __repr__(self) -> str:
         """Say where the run stands."""
@@ -129,7 +136,10 @@ class Trainer:
             )
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
+            # Left after all the rest, so that a tracker that hangs delays nothing that matters.
+            watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
+            watch.start(self._tracked(), JsonLines(record.folder) if record else None)
             alone = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
             evaluate_at = checkpoint_at = 0.0
@@ -153,12 +163,10 @@ class Trainer:
                     member_tokens_per_second=(info.member_tokens - tokens_before) / (now - started),
                     held_out=held_out,
                 )
-                if record:
-                    record.metrics.write(json_line(self.last.row()) + "\n")
+                watch.log(self.last)
                 if record and (done or now >= checkpoint_at):
                     record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
-                    record.metrics.flush()
-                    record.folder.add_sample(info.step, self.sample())
+                    watch.sample(info.step, self.sample())
                     checkpoint_at = time.perf_counter() + config.checkpoint_time
                 yield self.last
                 if done:
@@ -176,8 +184,12 @@ class Trainer:
             )
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
-        metrics = stack.enter_context(self.folder.open_metrics(self.step))
-        return _Record(self.folder, checkpoints, metrics, self._open_ledger(stack, self.folder))
+        return _Record(self.folder, checkpoints, self._open_ledger(stack, self.folder))
+
+    def _tracked(self) -> TrackedRun:
+        if self.folder is not None:
+            return tracked_run(self.folder, self.baselines, self.step)
+        return TrackedRun(self._id, "esjax", None, to_plain(self.config), self.baselines, self.step)
 
     def _open_ledger(self, stack: ExitStack, folder: RunFolder) -> Ledger | None:
         if not (self.config.ledger or folder.ledger.exists()):
@@ -244,7 +256,6 @@ class _Record(NamedTuple):
 
     folder: RunFolder
     checkpoints: Checkpoints
-    metrics: IO[str]
     ledger: Ledger | None
 
 
@@ -255,6 +266,7 @@ def train(
     model: ModelFactory | None = None,
     loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Begin a run; iterate over the result to train.
@@ -265,14 +277,15 @@ def train(
         model: Builds a model of one's own, in place of the one that the settings name.
         loss: A loss of one's own, in place of cross entropy.
         optimizer: Any optax transformation, in place of the one that the settings name.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, or the folder exists already.
+        EsjaxError: The text cannot be used, the folder exists already, or the package of a tracker is missing.
     """
     config = config or Config()
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, model=model, loss=loss, optimizer=optimizer, tell=tell)
+    trainer = Trainer(config, corpus, model=model, loss=loss, optimizer=optimizer, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
@@ -289,6 +302,7 @@ def resume(
     model: ModelFactory | None = None,
     loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Go on with a run from its newest checkpoint; iterate over the result to train.
@@ -301,6 +315,7 @@ def resume(
         model: The run's own model, if it was given one.
         loss: The run's own loss, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
@@ -310,7 +325,9 @@ def resume(
     folder = RunFolder(Path(path))
     folder.check_own(model=model, loss=loss, optimizer=optimizer)
     corpus = load_run_corpus(folder)
-    trainer = Trainer(folder.config, corpus, folder, model=model, loss=loss, optimizer=optimizer, tell=tell)
+    trainer = Trainer(
+        folder.config, corpus, folder, model=model, loss=loss, optimizer=optimizer, trackers=trackers, tell=tell
+    )
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens

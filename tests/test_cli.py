@@ -539,7 +539,7 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esjax.training.json_line", full)
+    monkeypatch.setattr("esjax.trackers.json_line", full)
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
     assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"

@@ -110,6 +110,7 @@ class Closed(NamedTuple):
         population: Members scored.
         void_pairs: Pairs left out because a loss of theirs is not finite.
         trouble: Why no update is made, or "".
+        hosts: Hosts that scored a part of it.
     """
 
     step: int
@@ -117,6 +118,7 @@ class Closed(NamedTuple):
     population: int
     void_pairs: int
     trouble: str
+    hosts: int
 
 
 Effect = Publish | Record | RecordDigest | Store | Tell | Closed

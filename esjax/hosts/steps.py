@@ -196,6 +196,7 @@ class Steps:
         for host in self._roster:
             host.share = self._work.count(host.slot) / pairs
             host.slowness = None
+        hosts = sum(host.share > 0 for host in self._roster)
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
         update, trouble = self._make_update(spans, pairs, result)
@@ -207,7 +208,7 @@ class Steps:
         plan = self._rounds.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
-        self._emit(Closed(self.step, loss, members, update.header.void_pairs, trouble))
+        self._emit(Closed(self.step, loss, members, update.header.void_pairs, trouble, hosts))
         if trouble and trouble != self._trouble:
             self._emit(Tell(f"step {self.step}: {trouble}; no update"))
         self._trouble = trouble
