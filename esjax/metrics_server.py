@@ -20,6 +20,9 @@ HOST = "127.0.0.1"
 SHORTEST_STALL, STALL = 60.0, 10.0
 """Steps no longer finish when the last is so many seconds ago, and so many times as long as usual."""
 
+CLOSING = 0.1
+"""Seconds until the server notices that it is to end."""
+
 HELP = {
     "step": "Steps done.",
     "seconds": "Training time, in seconds.",
@@ -67,7 +70,7 @@ class MetricsServer(Tracker):
         """Answer from now on."""
         self._vitals.begin(run)
         server = self._server or self._listen()
-        self._thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=server.serve_forever, args=(CLOSING,), name="metrics", daemon=True)
         self._thread.start()
 
     def log(self, row: Mapping[str, float]) -> None:

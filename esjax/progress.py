@@ -146,7 +146,9 @@ class Progress:
             return Part(9, Text("held-out -"))
         beaten = [name for name, value in self._baselines.items() if held_out < value]
         color = "green" if beaten else "dim"
-        marks = {name: f"{'<' if name in beaten else '>'} {name} {value:.2f}" for name, value in self._baselines.items()}
+        marks = {
+            name: f"{'<' if name in beaten else '>'} {name} {value:.2f}" for name, value in self._baselines.items()
+        }
         alone = Text.assemble("held-out ", (f"{held_out:.3f}", "bold green" if beaten else "bold"))
         part = Part(9, alone)
         if marks:

@@ -64,8 +64,12 @@ class TensorBoard(Tracker):
 
         if run.folder is None:
             raise EsjaxError("it writes into the run folder, and there is none; give out=")
-        purge_step = run.step + 1 if run.step else None
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+        self._writer = SummaryWriter(
+            str(run.folder / "tensorboard"),
+            purge_step=run.step + 1 if run.step else None,
+            flush_secs=10,
+            filename_suffix=f".{run.step}",  # files of one second have one name otherwise, and replace each other
+        )
         self._baselines = run.baselines
         settings = msgspec.yaml.encode(run.settings).decode()
         self._writer.add_text("settings", _indented(settings), run.step)

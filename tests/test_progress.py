@@ -30,8 +30,10 @@ WHOLE = (
     "|update| 0.0123  void pairs 3  hosts 4  2:00 left"
 )
 
+TWO_MINUTES = Limits(None, 120.0)
 
-def shown(infos: list[StepInfo], *, width: int | None = None, limits: Limits = Limits(None, 120.0)) -> list[str]:
+
+def shown(infos: list[StepInfo], *, width: int | None = None, limits: Limits = TWO_MINUTES) -> list[str]:
     """What a window of a width, or a file, shows in the end; escape sequences left out of the first."""
     written = io.StringIO()
     console = Console(file=written, force_terminal=width is not None, width=width, height=20, color_system=None)
