@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from esjax import metrics_server
 from esjax.errors import EsjaxError
 from esjax.metrics_server import MetricsServer
 from esjax.tracking import TrackedRun
@@ -69,7 +68,7 @@ def test_metrics_are_the_last_rows_and_void_pairs_add_up(server: MetricsServer) 
 
 def test_health_tells_whether_steps_still_finish(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(metrics_server.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     server.start(RUN)
     assert get(server, "/healthz") == (503, '{"state": "no step has finished yet"}\n')
     for step in (1, 2, 3):
