@@ -36,34 +36,24 @@ class Part(NamedTuple):
     shorter: "Part | None" = None
 
 
-class Line:
-    """A line that fits into the width it is shown at: what matters less is left out."""
+def fit(parts: Sequence[Part], width: int) -> Text:
+    """Leave out, or shorten, what matters least until the rest fits.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        """Take the parts in the order in which they are shown."""
-        self._parts = list(parts)
+    Args:
+        parts: In the order in which they are shown, at least one.
+        width: Columns, at least 1; the last part that is left is cut off if need be.
+    """
+    while len(text := join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
+        least = min(range(len(parts)), key=lambda index: parts[index].rank)
+        shorter = parts[least].shorter
+        parts = [*parts[:least], *([shorter] if shorter else []), *parts[least + 1 :]]
+    text.truncate(width, overflow="ellipsis")
+    return text
 
-    def fit(self, width: int) -> Text:
-        """Leave out, or shorten, what matters least until the rest fits.
 
-        Args:
-            width: Columns, at least 1; the last part that is left is cut off if need be.
-        """
-        parts = self._parts
-        while len(text := _join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
-            least = min(range(len(parts)), key=lambda index: parts[index].rank)
-            shorter = parts[least].shorter
-            parts = [*parts[:least], *([shorter] if shorter else []), *parts[least + 1 :]]
-        text.truncate(width, overflow="ellipsis")
-        return text
-
-    def whole(self) -> Text:
-        """Show everything."""
-        return _join(self._parts)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
-        """Fit it anew each time it is shown: a window may have been made narrower since."""
-        return [self.fit(options.max_width)]
+def join(parts: Sequence[Part]) -> Text:
+    """Show everything."""
+    return Text(GAP, no_wrap=True, end="").join(part.text for part in parts)
 
 
 class Progress:
@@ -80,7 +70,8 @@ class Progress:
         self._console = console
         self._baselines = baselines
         self._limits = limits
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self._live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._last: tuple[StepInfo, float] | None = None  # and when it came
         self._held_out: float | None = None
         self._loss: float | None = None
         self._rate: float | None = None
@@ -115,11 +106,14 @@ class Progress:
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out
-        if self._live:
-            self._live.update(Line(self._parts(info, now)))
-        elif info.held_out is not None or now >= self._plain_at:
+        self._last = info, now
+        if not self._live and (info.held_out is not None or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
-            self._console.print(Line(self._parts(info, now)).whole(), soft_wrap=True)
+            self._console.print(join(self._parts(info, now)), soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
+        """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
+        return [fit(self._parts(*self._last), options.max_width)] if self._last else []
 
     def _parts(self, info: "StepInfo", now: float) -> list[Part]:
         parts = [
@@ -166,10 +160,6 @@ class Progress:
         if self._limits.steps is not None and info.step > first:
             candidates.append((now - began) / (info.step - first) * (self._limits.steps - info.step))
         return max(min(candidates), 0.0) if candidates else None
-
-
-def _join(parts: Sequence[Part]) -> Text:
-    return Text(GAP, no_wrap=True, end="").join(part.text for part in parts)
 
 
 def _smooth(before: float | None, value: float) -> float:

@@ -4,8 +4,9 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
-from esjax.progress import Line, Part, Progress
+from esjax.progress import Part, Progress, fit
 from esjax.step_info import Limits, StepInfo
 
 BASELINES = {"unigram": 3.34, "bigram": 2.51, "trigram": 1.99}
@@ -42,7 +43,12 @@ def shown(infos: list[StepInfo], *, width: int | None = None, limits: Limits = T
             progress.update(info)
     if width is None:
         return written.getvalue().splitlines()
-    return written.getvalue().replace("\x1b[?25l", "").replace("\x1b[?25h", "").split("\r\x1b[2K")[-1].splitlines()
+    return on_screen(written.getvalue())
+
+
+def on_screen(written: str) -> list[str]:
+    """Leave out what was wiped out, and the escape sequences that hide and show the cursor."""
+    return written.replace("\x1b[?25l", "").replace("\x1b[?25h", "").split("\r\x1b[2K")[-1].splitlines()
 
 
 def test_a_line_says_what_one_steers_by() -> None:
@@ -68,12 +74,24 @@ def test_what_matters_less_goes_first() -> None:
 
 
 def test_a_window_that_is_made_narrower_gets_a_line_that_fits() -> None:
-    line = Line([Part(0, Console().render_str("less")), Part(1, Console().render_str("more"))])
-    for width, text in ((20, "less  more"), (9, "more"), (3, "mo…"), (20, "less  more")):
-        console = Console(file=io.StringIO(), width=width)
-        with console.capture() as capture:
-            console.print(line, end="")
-        assert capture.get().rstrip("\n") == text
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=200, height=20, color_system=None)
+    with Progress(console, BASELINES, TWO_MINUTES) as progress:
+        progress.update(INFO)
+        console.width = 30
+    assert on_screen(written.getvalue()) == ["step 1,234  held-out 2.391"]
+
+
+def test_the_last_part_is_cut_off() -> None:
+    parts = [Part(0, Text("less")), Part(2, Text("more")), Part(1, Text("or less"), Part(1, Text("less")))]
+    for width, text in (
+        (19, "less  more  or less"),
+        (18, "more  or less"),
+        (12, "more  less"),
+        (5, "more"),
+        (3, "mo…"),
+    ):
+        assert fit(parts, width).plain == text
 
 
 def test_held_out_is_read_against_the_next_model_to_beat_where_there_is_little_room() -> None:
