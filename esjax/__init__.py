@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
+    from esjax.metrics_server import MetricsServer
     from esjax.models import Model
     from esjax.page.report import report
     from esjax.plotting import plot
     from esjax.replaying import replay
     from esjax.step_info import StepInfo
     from esjax.sweeping import Hosts, Sweep, resume_sweep, sweep
+    from esjax.tracking import TrackedRun, Tracker
     from esjax.training import Trainer, resume, train
 
 __version__ = "0.1.0"
@@ -39,12 +41,15 @@ __all__ = [
     "GruConfig",
     "Hosts",
     "HostsConfig",
+    "MetricsServer",
     "Model",
     "OptimConfig",
     "RnnConfig",
     "Server",
     "StepInfo",
     "Sweep",
+    "TrackedRun",
+    "Tracker",
     "Trainer",
     "export",
     "import_weights",
@@ -64,9 +69,12 @@ __all__ = [
 
 _HOME = {
     "EsjaxError": "errors",
+    "MetricsServer": "metrics_server",
     "Model": "models",
     "Server": "hosts.serve",
     "StepInfo": "step_info",
+    "TrackedRun": "tracking",
+    "Tracker": "tracking",
     "Trainer": "training",
     "export": "exporting",
     "import_weights": "exporting",

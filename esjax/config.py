@@ -365,6 +365,11 @@ def to_yaml(config: Config) -> str:
     return msgspec.yaml.encode(config, order="deterministic").decode()
 
 
+def to_plain(config: Config) -> dict[str, Any]:
+    """Return all settings as dicts, lists, numbers, strings and None."""
+    return msgspec.to_builtins(config)
+
+
 def replace(config: Any, **changes: Any) -> Any:
     """Copy settings with some of them changed, and check them again."""
     return msgspec.structs.replace(config, **changes)

@@ -1,11 +1,11 @@
 """The progress of a run in a terminal: one line that stays in place, or plain lines where there is no terminal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
@@ -17,6 +17,43 @@ PLAIN_SECONDS = 5.0
 
 SMOOTHING = 0.9
 """Memory of the shown rate and loss, a step."""
+
+GAP = "  "
+"""Between the parts of a line."""
+
+
+class Part(NamedTuple):
+    """A part of the line.
+
+    Attributes:
+        rank: What is of lower rank goes first where the line is too long.
+        text: What is shown.
+        shorter: What is shown in its place when it has to go, or None.
+    """
+
+    rank: int
+    text: Text
+    shorter: "Part | None" = None
+
+
+def fit(parts: Sequence[Part], width: int) -> Text:
+    """Leave out, or shorten, what matters least until the rest fits.
+
+    Args:
+        parts: In the order in which they are shown, at least one.
+        width: Columns, at least 1; the last part that is left is cut off if need be.
+    """
+    while len(text := join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
+        least = min(range(len(parts)), key=lambda index: parts[index].rank)
+        shorter = parts[least].shorter
+        parts = [*parts[:least], *([shorter] if shorter else []), *parts[least + 1 :]]
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def join(parts: Sequence[Part]) -> Text:
+    """Show everything."""
+    return Text(GAP, no_wrap=True, end="").join(part.text for part in parts)
 
 
 class Progress:
@@ -33,10 +70,12 @@ class Progress:
         self._console = console
         self._baselines = baselines
         self._limits = limits
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self._live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._last: tuple[StepInfo, float] | None = None  # and when it came
         self._held_out: float | None = None
         self._loss: float | None = None
         self._rate: float | None = None
+        self._void_pairs = 0
         self._began: tuple[float, int] | None = None
         self._plain_at = 0.0
 
@@ -64,42 +103,53 @@ class Progress:
             self._began = (now, info.step)
         self._loss = _smooth(self._loss, info.loss)
         self._rate = _smooth(self._rate, info.member_tokens_per_second)
+        self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out
-        if self._live:
-            self._live.update(self._line(info, now))
-        elif info.held_out is not None or now >= self._plain_at:
+        self._last = info, now
+        if not self._live and (info.held_out is not None or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
-            self._console.print(self._line(info, now), soft_wrap=True)
+            self._console.print(join(self._parts(info, now)), soft_wrap=True)
 
-    def _line(self, info: "StepInfo", now: float) -> Text:
-        line = Text.assemble(
-            (f"step {info.step:,}", "bold"),
-            f"  {_clock(info.seconds)}",
-            f"  loss {self._loss:.3f}",
-            "  held-out ",
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
+        """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
+        return [fit(self._parts(*self._last), options.max_width)] if self._last else []
+
+    def _parts(self, info: "StepInfo", now: float) -> list[Part]:
+        parts = [
+            Part(8, Text(f"step {info.step:,}", "bold")),
+            Part(1, Text(_clock(info.seconds))),
+            Part(7, Text(f"loss {self._loss:.3f}")),
             self._against_baselines(),
-            f"  {(self._rate or 0) / 1e6:.2f} M/s",
-            f"  |update| {info.update_norm:.3g}",
-        )
-        if info.void_pairs:
-            line.append(f"  void pairs {info.void_pairs}", "red")
+            Part(4, Text(f"{_count(self._rate or 0.0)}/s")),
+            Part(0, Text(f"|update| {info.update_norm:.3g}")),
+        ]
+        if self._void_pairs:  # those of the session; red while there are more
+            parts.append(Part(6, Text(f"void pairs {self._void_pairs:,}", "red" if info.void_pairs else "dim")))
+        if info.hosts is not None:
+            parts.append(Part(2, Text(f"hosts {info.hosts}")))
         left = self._time_left(info, now)
         if left is not None:
-            line.append(f"  {_clock(left)} left", "dim")
-        return line
+            parts.append(Part(5, Text(f"{_clock(left)} left", "dim")))
+        return parts
 
-    def _against_baselines(self) -> Text:
-        if self._held_out is None:
-            return Text("-")
-        beaten = [name for name, value in self._baselines.items() if self._held_out < value]
-        text = Text(f"{self._held_out:.3f}", "bold green" if beaten else "bold")
-        if self._baselines:
-            marks = " ".join(
-                f"{'<' if name in beaten else '>'} {name} {value:.2f}" for name, value in self._baselines.items()
-            )
-            text.append(f" ({marks})", "green" if beaten else "dim")
-        return text
+    def _against_baselines(self) -> Part:
+        """Read the held-out loss against all baselines; where there is less room against the next one; or alone."""
+        held_out = self._held_out
+        if held_out is None:
+            return Part(9, Text("held-out -"))
+        beaten = [name for name, value in self._baselines.items() if held_out < value]
+        color = "green" if beaten else "dim"
+        marks = {
+            name: f"{'<' if name in beaten else '>'} {name} {value:.2f}" for name, value in self._baselines.items()
+        }
+        alone = Text.assemble("held-out ", (f"{held_out:.3f}", "bold green" if beaten else "bold"))
+        part = Part(9, alone)
+        if marks:
+            ahead = [mark for name, mark in marks.items() if name not in beaten] or [*marks.values()][-1:]
+            part = Part(5, alone.copy().append(f" ({ahead[0]})", color), part)
+            part = Part(3, alone.copy().append(f" ({' '.join(marks.values())})", color), part)
+        return part
 
     def _time_left(self, info: "StepInfo", now: float) -> float | None:
         assert self._began is not None
@@ -114,6 +164,15 @@ class Progress:
 
 def _smooth(before: float | None, value: float) -> float:
     return value if before is None or before != before else SMOOTHING * before + (1 - SMOOTHING) * value
+
+
+def _count(number: float) -> str:
+    """Write a large number in short: 950, 12.3 k, 3.08 M."""
+    if number < 1e3:
+        return f"{number:.0f}"
+    if number < 1e5:
+        return f"{number / 1e3:.1f} k"
+    return f"{number / 1e6:.2f} M"
 
 
 def _clock(seconds: float) -> str:

@@ -36,6 +36,7 @@ class StepInfo(NamedTuple):
         member_tokens_per_second: Rate of this step.
         held_out: Nats per token over the held-out documents, with the averaged weights; with a loss or reward of one's
             own, the same kind of number as `loss`, over windows of them. None if not measured.
+        hosts: Hosts that scored a part of this step; None without hosts.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepInfo(NamedTuple):
     member_tokens: int
     member_tokens_per_second: float
     held_out: float | None = None
+    hosts: int | None = None
 
     def row(self) -> dict[str, float]:
         """Return what there is, by name."""

@@ -1,17 +1,18 @@
 """Joins everything: a run is an object to iterate over, one step at a time."""
 
 import math
+import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
-from esjax.config import Config
+from esjax.config import Config, to_plain
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks, token_type
 from esjax.data.packing import pack_stream
@@ -30,8 +31,10 @@ from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
-from esjax.run_folder import RunFolder, json_line
+from esjax.run_folder import RunFolder
 from esjax.step_info import Limits, StepInfo
+from esjax.trackers import JsonLines, find_trackers, tracked_run
+from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Scored, Trained, Written
 
 SAMPLE_DOCUMENTS = 4
@@ -54,6 +57,7 @@ class Trainer:
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
             loss or reward of its own.
         folder: Where the run is kept, or None.
+        trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
     """
@@ -65,6 +69,7 @@ class Trainer:
         folder: RunFolder | None = None,
         *,
         own: Own,
+        trackers: Sequence[Tracker | str] = (),
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
@@ -75,6 +80,7 @@ class Trainer:
         self.limits = Limits(config.steps, config.seconds)
         self.folder = folder
         objective = own.objective
+        self.trackers = find_trackers(trackers) if leads() else []
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
         self.last: StepInfo | None = None
         self.stopped = False
@@ -91,6 +97,7 @@ class Trainer:
         self._member_tokens = 0
         self._own = own
         self._is_finite = True
+        self._id = secrets.token_hex(8)
 
     def __repr__(self) -> str:
         """Say where the run stands."""
@@ -134,7 +141,10 @@ class Trainer:
             )
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
+            # Left after all the rest, so that a tracker that hangs delays nothing that matters.
+            watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
+            watch.start(self._tracked(), JsonLines(record.folder) if record else None)
             alone = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
             evaluate_at = checkpoint_at = 0.0
@@ -159,12 +169,10 @@ class Trainer:
                     member_tokens_per_second=(info.member_tokens - tokens_before) / (now - started),
                     held_out=held_out,
                 )
-                if record:
-                    record.metrics.write(json_line(self.last.row()) + "\n")
+                watch.log(self.last)
                 if record and (done or now >= checkpoint_at):
                     record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
-                    record.metrics.flush()
-                    record.folder.add_sample(info.step, self.sample())
+                    watch.sample(info.step, self.sample())
                     checkpoint_at = time.perf_counter() + config.checkpoint_time
                 yield self.last
                 if done:
@@ -183,8 +191,12 @@ class Trainer:
         self.folder.keep_baselines(self.baselines)
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
-        metrics = stack.enter_context(self.folder.open_metrics(self.step))
-        return _Record(self.folder, checkpoints, metrics, self._open_ledger(stack, self.folder))
+        return _Record(self.folder, checkpoints, self._open_ledger(stack, self.folder))
+
+    def _tracked(self) -> TrackedRun:
+        if self.folder is not None:
+            return tracked_run(self.folder, self.baselines, self.step)
+        return TrackedRun(self._id, "esjax", None, to_plain(self.config), self.baselines, self.step)
 
     def _open_ledger(self, stack: ExitStack, folder: RunFolder) -> Ledger | None:
         if not (self.config.ledger or folder.ledger.exists()):
@@ -251,7 +263,6 @@ class _Record(NamedTuple):
 
     folder: RunFolder
     checkpoints: Checkpoints
-    metrics: IO[str]
     ledger: Ledger | None
 
 
@@ -263,6 +274,7 @@ def train(
     loss: Loss | None = None,
     reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Begin a run; iterate over the result to train.
@@ -275,16 +287,17 @@ def train(
             `esjax.member`.
         reward: The same with higher is better; `loss` and `held_out` of an info are its negative.
         optimizer: Any optax transformation, in place of the one that the settings name.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, there are a loss and a reward, or one that does
-            not return one float32.
+        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, there are a
+            loss and a reward, or one that does not return one float32.
     """
     config = config or Config()
     own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, own=own, tell=tell)
+    trainer = Trainer(config, corpus, own=own, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
@@ -301,6 +314,7 @@ def resume(
     loss: Loss | None = None,
     reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Go on with a run from its newest checkpoint; iterate over the result to train.
@@ -314,6 +328,7 @@ def resume(
         loss: The run's own loss, if it was given one.
         reward: The run's own reward, if it was given one.
         optimizer: The run's own optimizer, if it was given one.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
@@ -324,7 +339,7 @@ def resume(
     own = Own(model, loss, reward, optimizer)
     folder.check_own(**vars(own))
     corpus = load_run_corpus(folder)
-    trainer = Trainer(folder.config, corpus, folder, own=own, tell=tell)
+    trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -148,6 +149,13 @@ def test_resume_goes_on_to_more_steps(work: Path) -> None:
     assert after[3]["member_tokens"] == 4 * 8 * 4
     assert after[3]["seconds"] >= before[2]["seconds"]
     assert checkpoints(work / "run") == [2, 3, 4]
+
+
+def test_a_run_is_shown_to_trackers_and_shows_its_metrics(work: Path) -> None:
+    for words in (["train", *TINY, "--steps", "2", "--out", "shown"], ["resume", "shown", "--steps", "3"]):
+        called = succeed(*words, "--track", "tensorboard", "--track", "tensorboard", "--metrics-port", "0")
+        assert re.match(r"metrics at http://127\.0\.0\.1:\d+/metrics, health at /healthz\n", called.err)
+    assert len(list(Path("shown/tensorboard").iterdir())) == 2
 
 
 def test_evaluate_prints_the_score_beside_the_baselines(work: Path) -> None:
@@ -379,6 +387,8 @@ MISTAKES = {
     "two models": (["train", "rnn", *TINY, "gru"], "rnn and gru"),
     "text shorter than a window": (["train", *TINY, "--data.window", "100000"], "data.window"),
     "nothing to train on": (["train", *TINY, "--data.held-out", "0.9999999"], "held_out"),
+    "port of metrics that is none": (["train", *TINY, "--metrics-port", "70000"], "70000"),
+    "port of metrics that is none, at resume": (["resume", "run", "--metrics-port", "-1"], "-1"),
     "resume of nothing": (["resume", "none"], "none"),
     "resume of a file": (["resume", "text.txt"], "text.txt"),
     "resume of another folder": (["resume", "other"], "other"),
@@ -456,6 +466,19 @@ def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, work: Path) 
     assert not Path("runs").exists()
 
 
+def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
+        for more, named in ((["--metrics-port", port], port), (["--track", "trackio"], "pip install 'esjax[trackio]'")):
+            for words in (["train", *TINY], ["resume", "run", "--steps", "9"], ["serve", *TINY]):
+                before = contents(work)
+                called = call(*words, *more)
+                assert (called.code, called.out, called.err.count("\n")) == (2, "", 1)
+                assert named in called.err
+                assert contents(work) == before
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -470,6 +493,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(mistake: str, work: Path) 
         (["train", "--optim.schedule", "cosine"], "decay_steps"),
         (["train", "--data.text"], "data.text"),
         (["train", "--config"], "config"),
+        (["train", "--track", "tensorbored"], "tensorbored"),
+        (["resume", "run", "--metrics-port", "high"], "metrics-port"),
         (["train", "gru", "--model.n-layers", "2"], "n-layers"),
         (["evaluate", "run", "--split", "none"], "split"),
         (["evaluate"], "DIR"),
@@ -527,6 +552,7 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
     slow = {"jax", "jaxlib", "flax", "optax", "orbax"} & set(sys.modules)
+    slow |= {"prometheus_client", "tensorboardX", "trackio", "wandb"} & set(sys.modules)
     assert not slow, slow
     print("ended well")
 """
@@ -620,7 +646,7 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esjax.training.json_line", full)
+    monkeypatch.setattr("esjax.trackers.json_line", full)
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
     assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"

@@ -1,6 +1,7 @@
 """Coordinator and hosts as real processes on the loopback interface; rows are those of the list of faults."""
 
 import http.client
+import json
 import signal
 import socket
 import urllib.request
@@ -28,6 +29,26 @@ def test_two_hosts_train_as_one_process_does(fleet: Fleet, lenient_promotion: No
     assert replayed.compared >= 1
     assert replayed.digest == expected_digest
     assert "held-out" in server.output
+
+
+def test_rows_and_metrics_tell_how_many_hosts_take_part(fleet: Fleet) -> None:
+    server = fleet.serve("--metrics-port", "0", "--track", "tensorboard")
+    server.wait_for("metrics at ")
+    address = server.output.split("metrics at ")[1].split(",")[0]
+
+    def scrape() -> str:
+        return urllib.request.urlopen(address, timeout=60).read().decode()
+
+    fleet.join("one")
+    fleet.join("two")
+    wait_until(lambda: "\nesjax_hosts 2.0\n" in scrape())
+    assert urllib.request.urlopen(address.replace("metrics", "healthz"), timeout=60).status == 200
+    assert "\nesjax_held_out " in scrape()
+    server.send(signal.SIGTERM)
+    assert server.ends() == 0
+    hosts = [json.loads(line)["hosts"] for line in (fleet.run / "metrics.jsonl").read_text().splitlines()]
+    assert set(hosts) == {1, 2}
+    assert list((fleet.run / "tensorboard").glob("*tfevents*"))
 
 
 def test_row_01_a_killed_host_changes_nothing(fleet: Fleet, lenient_promotion: None) -> None:

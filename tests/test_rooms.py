@@ -36,7 +36,7 @@ FLOORS = [
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
-    ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files"),
+    ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files", "esjax.tracking"),
     ("esjax.data.corpus", "esjax.ledger", "esjax.snapshot"),
     (
         "esjax.devices",
@@ -48,7 +48,16 @@ FLOORS = [
         "esjax.run_folder",
         "esjax.runs",
     ),
-    ("esjax.loading", "esjax.import_npy", "esjax.held_out", "esjax.tensors", "esjax.plotting", "esjax.page.content"),
+    (
+        "esjax.loading",
+        "esjax.import_npy",
+        "esjax.held_out",
+        "esjax.tensors",
+        "esjax.plotting",
+        "esjax.page.content",
+        "esjax.trackers",
+        "esjax.metrics_server",
+    ),
     ("esjax.exporting",),
     ("esjax.hosts.flood", "esjax.hosts.keys", "esjax.hosts.local", "esjax.hosts.answers", "esjax.hosts.engine"),
     ("esjax.hosts.transport", "esjax.hosts.alone", "esjax.hosts.crew"),

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Run, new_folder, prepare, show, teller
+from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -50,6 +50,8 @@ class Serve:
     plain_text_anywhere: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Listen on any address without keys: whoever reaches it can read along and take part."""
 
+    watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
+
     def run(self, console: Console) -> None:
         """Coordinate until a limit or Ctrl-C."""
         # A coordinator touches no weight: it leaves accelerators to the hosts.
@@ -57,11 +59,13 @@ class Serve:
         prepare()
         from esjax.hosts.serve import resume_serving, serve
 
+        tell = teller(console)
         where: Any = {
             "bind": self.bind,
             "keys": self.keys,
             "plain_text_anywhere": self.plain_text_anywhere,
-            "tell": teller(console),
+            "trackers": self.watching.trackers(tell),
+            "tell": tell,
         }
         if self.resume is None:
             server = serve(self.settings, new_folder(self.out), **where)

@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -14,9 +15,37 @@ from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
+    from esjax.tracking import Tracker
     from esjax.training import Trainer
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Options of the commands that train: who else is shown the run."""
+
+    track: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
+    """Show the run there, too; may be given several times. wandb stays on this machine until you log in to it."""
+
+    metrics_port: int | None = None
+    """Serve Prometheus metrics and health at http://127.0.0.1:PORT/metrics and /healthz; 0: any free port."""
+
+    def trackers(self, tell: Callable[[str], None]) -> "list[Tracker]":
+        """Make them, after `prepare` and before anything is written."""
+        from esjax.processes import leads
+        from esjax.trackers import find_trackers
+
+        if not leads():
+            return []
+        trackers = find_trackers(self.track)
+        if self.metrics_port is not None:
+            from esjax.metrics_server import MetricsServer
+
+            server = MetricsServer(self.metrics_port)
+            tell(f"metrics at http://127.0.0.1:{server.port}/metrics, health at /healthz")
+            trackers.append(server)
+        return trackers
 
 
 def prepare(processes: str | None = None) -> None:

@@ -1,13 +1,13 @@
 """train and resume."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, new_folder, prepare, show, teller
+from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -27,6 +27,8 @@ class Train:
     out: Path | None = None
     """Run folder to make. None: runs/ and the time of day."""
 
+    watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
+
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
 
@@ -42,17 +44,19 @@ class Train:
             raise EsjaxError("workers and distributed are two ways to train with several processes; give one of them")
         prepare(self.distributed)
         out = new_folder(self.out)
+        tell = teller(console)
+        trackers = self.watching.trackers(tell)
         if self.workers:
             from esjax.hosts.local import local_workers
             from esjax.hosts.serve import serve
 
-            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", tell=teller(console))
+            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell)
             server.while_open = lambda: local_workers(server.address, self.workers, out)
             show(server, console)
             return
         from esjax.training import train
 
-        run = train(self.settings, out, tell=teller(console))
+        run = train(self.settings, out, trackers=trackers, tell=tell)
         show(run, console)
         if run.folder is not None:
             print(f"\n{run.sample()}\n")
@@ -71,11 +75,15 @@ class Resume:
     seconds: float | None = None
     """Stop so many seconds after the first step finished from now."""
 
+    watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
+
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
         prepare()
         from esjax.training import resume
 
-        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, tell=teller(console))
+        tell = teller(console)
+        trackers = self.watching.trackers(tell)
+        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell)
         show(trainer, console)
         print(f"\n{trainer.sample()}\n")

@@ -173,6 +173,7 @@ class Desk:
             member_tokens=self.member_tokens,
             member_tokens_per_second=rate,
             held_out=self.new_held_out(),
+            hosts=closed.hosts,
         )
 
     def new_held_out(self) -> float | None:

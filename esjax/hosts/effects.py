@@ -116,6 +116,7 @@ class Closed(NamedTuple):
         population: Members scored.
         void_pairs: Pairs left out because a loss of theirs is not finite.
         trouble: Why no update is made, or "".
+        hosts: Hosts that scored a part of it.
         notice: What a person should be told of it, or "".
     """
 
@@ -124,6 +125,7 @@ class Closed(NamedTuple):
     population: int
     void_pairs: int
     trouble: str
+    hosts: int
     notice: str
 
 

@@ -4,10 +4,10 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import optax
@@ -35,9 +35,11 @@ from esjax.models import build_model
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
-from esjax.run_folder import RunFolder, json_line
+from esjax.run_folder import RunFolder
 from esjax.snapshot import to_bytes
 from esjax.step_info import Limits, StepInfo
+from esjax.trackers import JsonLines, find_trackers, tracked_run
+from esjax.tracking import Tracker, Watch
 
 REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""
@@ -72,6 +74,7 @@ class Server:
         address: Where hosts join; its port is known once iteration has begun.
         token: Token file that hosts need, or None.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
+        trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
     """
@@ -82,6 +85,7 @@ class Server:
         corpus: Corpus,
         listen: _Listen,
         own: Own,
+        trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
     ) -> None:
         """Set up; use `serve` or `resume_serving` to get one."""
@@ -93,6 +97,7 @@ class Server:
         self.address = listen.address
         self.token: Path | None = None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.trackers = list(trackers)
         self.last: StepInfo | None = None
         self.stopped = False
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
@@ -117,13 +122,16 @@ class Server:
         """Coordinate the hosts, and yield what each step did."""
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
-            coordinator, desk, metrics = self._open(stack)
+            # Left after all the rest, so that a tracker that hangs delays nothing that matters.
+            watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
+            coordinator, desk = self._open(stack)
             if self.limits.steps is not None and coordinator.step >= self.limits.steps:
                 raise EsjaxError(
                     f"the run has done {coordinator.step} steps, and its limit is {self.limits.steps}; raise steps to "
                     "go on (in Python: run.limits)"
                 )
             self._coordinator = coordinator
+            watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder))
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation
@@ -139,20 +147,20 @@ class Server:
                         stopping, pending = True, info
                         coordinator.stop(now, done=True)
                     else:
-                        yield self._kept(info, metrics)
+                        yield self._kept(info, watch)
             self.stopped = asked.is_set()
             held_out = desk.new_held_out()
             if pending is not None:
-                yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), metrics)
+                yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), watch)
             elif self.last is not None and held_out is not None:
                 self.last = self.last._replace(held_out=held_out)
 
-    def _kept(self, info: StepInfo, metrics: IO[str]) -> StepInfo:
+    def _kept(self, info: StepInfo, watch: Watch) -> StepInfo:
         self.last = info
-        metrics.write(json_line(info.row()) + "\n")
+        watch.log(info)
         return info
 
-    def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk, IO[str]]:
+    def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
         """Claim the folder and the port, and find out where the run stands."""
         config, folder, corpus = self.config, self.folder, self._corpus
         folder.lock()
@@ -233,8 +241,7 @@ class Server:
             member_tokens=restored.member_tokens + members * a_member,
             tell=self.tell,
         )
-        metrics = stack.enter_context(folder.open_metrics(coordinator.step))
-        return coordinator, desk, metrics
+        return coordinator, desk
 
     def _keys(self) -> ServerKeys | None:
         """Open the keys, if there are to be any; with new ones comes a first token."""
@@ -274,6 +281,7 @@ def serve(
     loss: Loss | None = None,
     reward: Reward | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """Begin a run that hosts take part in; iterate over the result to coordinate them.
@@ -288,16 +296,18 @@ def serve(
         loss: A loss of one's own, which every host has to bring along, too.
         reward: A reward of one's own in place of a loss, which every host has to bring along, too.
         optimizer: Any optax transformation, which every host has to bring along, too.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, or the folder exists already.
+        EsjaxError: The text cannot be used, the folder exists already, or the package of a tracker is missing.
     """
     config = replace(config or Config(), ledger=True)
+    found = find_trackers(trackers)
     own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
-    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, tell)
+    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, found, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -315,6 +325,7 @@ def resume_serving(
     optimizer: optax.GradientTransformation | None = None,
     steps: int | None = None,
     seconds: float | None = None,
+    trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """Go on with a run, with hosts: from its newest checkpoint and every update since.
@@ -331,6 +342,7 @@ def resume_serving(
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
             run's settings hold.
+        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
@@ -340,7 +352,7 @@ def resume_serving(
     own = Own(model, loss, reward, optimizer)
     folder.check_own(**vars(own))
     listen = _Listen(bind, keys, plain_text_anywhere)
-    server = Server(folder, load_run_corpus(folder), listen, own, tell)
+    server = Server(folder, load_run_corpus(folder), listen, own, find_trackers(trackers), tell)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server

@@ -196,6 +196,7 @@ class Steps:
         for host in self._roster:
             host.share = self._work.count(host.slot) / pairs
             host.slowness = None
+        hosts = sum(host.share > 0 for host in self._roster)
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
         update, trouble = self._make_update(spans, pairs, result)
@@ -208,7 +209,8 @@ class Steps:
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
         void_pairs = update.header.void_pairs
-        self._emit(Closed(self.step, loss, members, void_pairs, trouble, self._notice(trouble, void_pairs, pairs)))
+        notice = self._notice(trouble, void_pairs, pairs)
+        self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
 
     def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
         """Say why there is no update, where there was one before; and once, that some pairs do not count."""

@@ -1,0 +1,125 @@
+"""The line of progress: what it says, and that it fits into any window."""
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from esjax.progress import Part, Progress, fit
+from esjax.step_info import Limits, StepInfo
+
+BASELINES = {"unigram": 3.34, "bigram": 2.51, "trigram": 1.99}
+
+INFO = StepInfo(
+    step=1234,
+    seconds=41.0,
+    loss=2.461,
+    population=4096,
+    void_pairs=3,
+    applied=True,
+    gradient_norm=0.5,
+    update_norm=0.01234,
+    member_tokens=10**8,
+    member_tokens_per_second=3.08e6,
+    held_out=2.391,
+    hosts=4,
+)
+
+WHOLE = (
+    "step 1,234  0:41  loss 2.461  held-out 2.391 (< unigram 3.34 < bigram 2.51 > trigram 1.99)  3.08 M/s  "
+    "|update| 0.0123  void pairs 3  hosts 4  2:00 left"
+)
+
+TWO_MINUTES = Limits(None, 120.0)
+
+
+def shown(infos: list[StepInfo], *, width: int | None = None, limits: Limits = TWO_MINUTES) -> list[str]:
+    """What a window of a width, or a file, shows in the end; escape sequences left out of the first."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=width is not None, width=width, height=20, color_system=None)
+    with Progress(console, BASELINES, limits) as progress:
+        for info in infos:
+            progress.update(info)
+    if width is None:
+        return written.getvalue().splitlines()
+    return on_screen(written.getvalue())
+
+
+def on_screen(written: str) -> list[str]:
+    """Leave out what was wiped out, and the escape sequences that hide and show the cursor."""
+    return written.replace("\x1b[?25l", "").replace("\x1b[?25h", "").split("\r\x1b[2K")[-1].splitlines()
+
+
+def test_a_line_says_what_one_steers_by() -> None:
+    assert shown([INFO]) == [WHOLE]
+    assert shown([INFO], width=200) == [WHOLE]
+
+
+@pytest.mark.parametrize("width", range(1, len(WHOLE) + 2))
+def test_it_is_one_line_in_a_window_of_any_width(width: int) -> None:
+    (line,) = shown([INFO], width=width)
+    assert len(line) <= width
+    assert (line == WHOLE) == (width >= len(WHOLE))
+
+
+def test_what_matters_less_goes_first() -> None:
+    # By hand: the columns that each needs, and what is gone at one column less.
+    order = ["|update|", "0:41", "hosts", "unigram", "M/s", "trigram", "left", "void pairs", "loss", "step", "held-out"]
+    gone: list[str] = []
+    for width in range(len(WHOLE), 12, -1):
+        (line,) = shown([INFO], width=width)
+        gone += [word for word in order if word not in line and word not in gone]
+    assert gone == order[:-1]
+
+
+def test_a_window_that_is_made_narrower_gets_a_line_that_fits() -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=200, height=20, color_system=None)
+    with Progress(console, BASELINES, TWO_MINUTES) as progress:
+        progress.update(INFO)
+        console.width = 30
+    assert on_screen(written.getvalue()) == ["step 1,234  held-out 2.391"]
+
+
+def test_the_last_part_is_cut_off() -> None:
+    parts = [Part(0, Text("less")), Part(2, Text("more")), Part(1, Text("or less"), Part(1, Text("less")))]
+    for width, text in (
+        (19, "less  more  or less"),
+        (18, "more  or less"),
+        (12, "more  less"),
+        (5, "more"),
+        (3, "mo…"),
+    ):
+        assert fit(parts, width).plain == text
+
+
+def test_held_out_is_read_against_the_next_model_to_beat_where_there_is_little_room() -> None:
+    for held_out, mark in (
+        (4.0, "> unigram 3.34"),
+        (3.0, "> bigram 2.51"),
+        (2.0, "> trigram 1.99"),
+        (1.5, "< trigram 1.99"),
+    ):
+        (line,) = shown([INFO._replace(held_out=held_out)], width=100)
+        assert f"held-out {held_out:.3f} ({mark})" in line
+
+
+def test_void_pairs_are_added_up_and_not_shown_if_there_are_none() -> None:
+    assert "void" not in shown([INFO._replace(void_pairs=0)])[-1]
+    calm = INFO._replace(void_pairs=0)
+    assert "void pairs 5 " in shown([INFO, calm, INFO._replace(void_pairs=2), calm], width=200)[0]
+
+
+def test_hosts_and_time_left_are_shown_where_there_are_some() -> None:
+    (line,) = shown([INFO._replace(hosts=None)], limits=Limits(None, None))
+    assert "hosts" not in line
+    assert "left" not in line
+    assert "hosts 4" in WHOLE
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.0, "0/s"), (950.0, "950/s"), (12_340.0, "12.3 k/s"), (3.08e6, "3.08 M/s")]
+)
+def test_rates_are_short(rate: float, text: str) -> None:
+    assert f"  {text}  " in shown([INFO._replace(member_tokens_per_second=rate)])[0]
