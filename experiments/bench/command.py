@@ -32,6 +32,12 @@ class Bench:
     """Folder for what is found."""
 
     throughput: settings.Throughput = field(default_factory=settings.Throughput)
+    update: settings.Update = field(default_factory=settings.Update)
+    learning: settings.Learning = field(default_factory=settings.Learning)
+    start: settings.Start = field(default_factory=settings.Start)
+    ablation: settings.Ablation = field(default_factory=settings.Ablation)
+    scale_free: settings.ScaleFree = field(default_factory=settings.ScaleFree)
+    scaling: settings.Scaling = field(default_factory=settings.Scaling)
 
     def run(self, console: Console) -> None:
         """Run them one after another."""

@@ -1,105 +1,113 @@
-"""Held-out loss over seconds and over tokens: noise on weights, noise on activations, and backpropagation.
+"""Held-out loss over seconds and over tokens, from the same first weights on the same text, all trained in turns.
 
-The same model, text, windows and first weights, and the optimizer of each: esjax's defaults for the first two, and Adam
-with a learning rate of its own for backpropagation. One after another, each for so many seconds of training:
-
-    python experiments/bench_learning.py [--seconds 60] [--hidden 64] [--only activation ...]
+Noise on weights (the defaults; full; low rank 4), noise on activations, evosax's OpenES with the same optimizer, and
+backpropagation with Adam. The step size of each is the best of the same few multiples of its usual one, by the
+held-out loss after trials that are short and taken in turns.
 """
 
-import argparse
-import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import esjax
+from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer, train_in_turns
+from bench.report import Report, Row
+from bench.settings import Learning
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.data.corpus import Corpus, load_corpus
 
-esjax.prepare_devices()
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jaxtyping import Array  # noqa: E402
-
-from esjax.config import Config, EsConfig, GruConfig, replace  # noqa: E402
-from esjax.data.corpus import Corpus, load_corpus  # noqa: E402
-from esjax.data.delivery import token_type  # noqa: E402
-from esjax.data.packing import draw_windows, pack_stream  # noqa: E402
-from esjax.devices import local_mesh  # noqa: E402
-from esjax.evaluate import cross_entropy  # noqa: E402
-from esjax.models import build_model  # noqa: E402
-from esjax.noise import INIT, WINDOWS, pair_seeds, stream_seed  # noqa: E402
-from esjax.trained import Trained  # noqa: E402
-from esjax.training import train  # noqa: E402
-
-BATCH, RATE = 256, 0.005
-"""Of backpropagation: windows a step, and Adam's learning rate at first; it falls to 0 as a cosine over the run."""
+BACKPROPAGATION_RATE = 0.005
+"""Adam's usual rate for backpropagation with such models."""
 
 
-def main() -> None:
-    """Print a line of JSON for each evaluation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--every", type=float, default=5, help="seconds between evaluations")
-    parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--head", type=int, default=64)
-    parser.add_argument("--only", nargs="+", default=["low_rank", "activation", "exact logits", "backpropagation"])
-    arguments = parser.parse_args()
-    model = GruConfig(hidden_size=arguments.hidden, head_size=arguments.head)
-    config = Config(seconds=arguments.seconds, evaluate_time=arguments.every, model=model)
-    es = {
-        "low_rank": EsConfig(),
-        "activation": EsConfig(space="activation"),
-        "exact logits": EsConfig(space="activation", exact_logits=True),
+def run(settings: Learning) -> Report:
+    """Search step sizes, then train."""
+    config = Config(
+        data=DataConfig(text=settings.text),
+        model=GruConfig(hidden_size=settings.hidden, head_size=settings.head),
+    )
+    corpus = load_corpus(config.data)
+    held_out = scorer(config, corpus)
+    makers = methods(settings, config, corpus)
+    rates, trials = {}, {}
+    for name in settings.methods:
+        maker, usual = makers[name]
+        tried = {factor: usual * factor for factor in settings.factors} if settings.search_seconds else {1.0: usual}
+        if len(tried) > 1:
+            learners = {str(rate): maker(rate) for rate in tried.values()}
+            curves = train_in_turns(learners, held_out, settings.search_seconds, settings.search_seconds)
+            trials[name] = {rate: curve[-1].held_out for rate, curve in curves.items()}
+            rates[name] = float(min(trials[name], key=lambda rate: _or_infinite(trials[name][rate])))
+        else:
+            rates[name] = usual
+    learners = {name: makers[name][0](rates[name]) for name in settings.methods}
+    curves = train_in_turns(learners, held_out, settings.seconds, settings.every)
+    rows = [_row(name, rates[name], trials.get(name, {}), curve, settings.targets) for name, curve in curves.items()]
+    baselines = corpus.baselines(corpus.held_out)
+    notes = ["On the same documents: " + ", ".join(f"{name} {value:.3f}" for name, value in baselines.items()) + "."]
+    return Report(rows, partial(plot, rows, settings.targets), notes)
+
+
+def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, tuple[Callable[[float], Learner], float]]:
+    """Name every method: how to make it from a step size, and its usual step size."""
+
+    def es(**changes: Any) -> tuple[Callable[[float], Learner], float]:
+        chosen = replace(config, es=EsConfig(population_size=settings.population, **changes))
+        return lambda rate: ours(_at(chosen, rate), corpus), config.optim.learning_rate
+
+    def rival(rate: float) -> Learner:
+        return evosax(
+            _at(config, rate),
+            corpus,
+            population=settings.population,
+            sequences=settings.evosax_sequences,
+            at_once=max(1, settings.at_once // settings.evosax_sequences),
+        )
+
+    return {
+        "low rank 1": es(),
+        "low rank 4": es(rank=4),
+        "full": es(space="full"),
+        "activation": es(space="activation"),
+        "evosax": (rival, config.optim.learning_rate),
+        "backpropagation": (
+            lambda rate: backpropagation(config, corpus, rate, settings.batch),
+            BACKPROPAGATION_RATE,
+        ),
     }
-    for name in arguments.only:
-        lines = evolve(replace(config, es=es[name])) if name in es else backpropagate(config)
-        for seconds, tokens, held_out in lines:
-            line = {"method": name, "seconds": round(seconds, 1), "tokens": tokens, "held_out": round(held_out, 4)}
-            print(json.dumps(line), flush=True)
 
 
-def evolve(config: Config) -> Iterator[tuple[float, int, float]]:
-    """Train with evolution strategies; yield seconds, member-tokens and held-out loss."""
-    for info in train(config):
-        if info.held_out is not None:
-            yield info.seconds, info.member_tokens, info.held_out
+def _at(config: Config, rate: float) -> Config:
+    return replace(config, optim=replace(config.optim, learning_rate=rate))
 
 
-def backpropagate(config: Config) -> Iterator[tuple[float, int, float]]:
-    """Train with backpropagation on the same windows; yield seconds, tokens and held-out loss."""
-    corpus: Corpus = load_corpus(config.data)
-    size, data = corpus.vocabulary.size, config.data
-    model = build_model(config.model, size)
-    trained = Trained(model, corpus.vocabulary, local_mesh())
-    lanes = trained.lanes(corpus.held_out)
-    stream = jax.numpy.asarray(pack_stream(corpus.train).astype(token_type(size)))
-    params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
-    loss, seeds = cross_entropy(data.burn_in), stream_seed(config.seed, WINDOWS)
-    rule = optax.inject_hyperparams(optax.adam)(RATE)
-
-    def step(params: object, state: object, number: Array, rate: Array) -> tuple[object, object]:
-        of_windows = pair_seeds(seeds, number, jax.numpy.arange(BATCH, dtype=np.uint32))
-        windows = draw_windows(stream, of_windows, 1, data.burn_in + data.window)[:, 0]
-        gradient = jax.grad(lambda p: jax.vmap(lambda window: loss(model, p, window))(windows).mean())(params)
-        state.hyperparams["learning_rate"] = rate  # type: ignore[attr-defined]
-        updates, state = rule.update(gradient, state)
-        return optax.apply_updates(params, updates), state
-
-    jitted, state = jax.jit(step), rule.init(params)
-    jax.block_until_ready(jitted(params, state, np.int32(0), np.float32(RATE)))
-    spent, number, next_at = 0.0, 0, 0.0
-    while spent < config.seconds:  # type: ignore[operator]
-        started = time.perf_counter()
-        for _ in range(10):
-            rate = np.float32(RATE * (1 + np.cos(np.pi * min(1.0, spent / config.seconds))) / 2)  # type: ignore[operator]
-            params, state = jitted(params, state, np.int32(number), rate)
-            number += 1
-        jax.block_until_ready(params)
-        spent += time.perf_counter() - started
-        if spent >= next_at or spent >= config.seconds:  # type: ignore[operator]
-            next_at += config.evaluate_time
-            yield spent, number * BATCH * data.window, trained.loss(params, lanes)
+def _or_infinite(loss: float) -> float:
+    return loss if loss == loss else float("inf")
 
 
-if __name__ == "__main__":
-    main()
+def _row(name: str, rate: float, trials: dict[str, float], curve: list[Point], targets: tuple[float, ...]) -> Row:
+    last = curve[-1]
+    row: dict[str, Any] = {"method": name, "step size": rate, "M tokens/s": last.tokens / last.seconds / 1e6}
+    for target in targets:
+        reached = next((point for point in curve if point.held_out < target), None)
+        row[f"below {target}: s"] = reached.seconds if reached else None
+        row[f"below {target}: M tokens"] = reached.tokens / 1e6 if reached else None
+    row |= {"seconds": last.seconds, "held-out": last.held_out, "trials": trials}
+    return {**row, "curve": [list(point) for point in curve]}
+
+
+def plot(rows: list[Row], targets: tuple[float, ...], figure: "Figure") -> None:
+    """Draw the curves."""
+    over_seconds, over_tokens = figure.subplots(1, 2, sharey=True)
+    for row in rows:
+        seconds, tokens, held_out = zip(*row["curve"], strict=True)
+        over_seconds.plot(seconds, held_out, label=row["method"])
+        over_tokens.plot([count / 1e6 for count in tokens], held_out)
+    for axes in (over_seconds, over_tokens):
+        for target in targets:
+            axes.axhline(target, color="gray", linewidth=0.5)
+    over_seconds.set(xlabel="seconds of training", ylabel="held-out nats a token")
+    over_tokens.set(xlabel="millions of (member-)tokens", xscale="log")
+    over_seconds.legend()

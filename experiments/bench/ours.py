@@ -1,10 +1,12 @@
 """The library's own evaluation and step, ready to be timed, on a text without meaning."""
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from bench.measure import Way
 from esjax.config import Config
+from esjax.evaluate import PAIRS_AXIS
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine
 from esjax.models import build_model
@@ -17,6 +19,11 @@ VOCAB = 83
 def random_tokens(shape: int | tuple[int, ...]) -> np.ndarray:
     """Draw tokens of documents without end."""
     return np.random.default_rng(0).integers(2, VOCAB, shape).astype(np.uint8)
+
+
+def first_devices(count: int) -> Mesh:
+    """Line up the first few devices."""
+    return jax.make_mesh((count,), (PAIRS_AXIS,), (AxisType.Auto,), devices=jax.local_devices()[:count])
 
 
 def replica_of(config: Config, mesh: Mesh) -> Replica:
