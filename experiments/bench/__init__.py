@@ -1,0 +1,1 @@
+"""Benchmarks, one a file: `experiments/run.py bench`."""

@@ -1,0 +1,55 @@
+"""The command `bench`: runs benchmarks, and keeps what they found."""
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import tyro
+from rich.console import Console
+
+from bench import settings
+from bench.settings import SHORT
+from esjax.cli.shared import prepare
+from esjax.errors import EsjaxError
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed and learning beside rivals.
+
+    Each benchmark leaves NAME.json, a table NAME.md and a plot NAME.png.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
+    """Benchmarks to run. None: all."""
+
+    short: bool = False
+    """A few seconds each, with small settings in place of those below, to see that they run."""
+
+    out: Path = Path("runs/bench")
+    """Folder for what is found."""
+
+    throughput: settings.Throughput = field(default_factory=settings.Throughput)
+    update: settings.Update = field(default_factory=settings.Update)
+    learning: settings.Learning = field(default_factory=settings.Learning)
+    start: settings.Start = field(default_factory=settings.Start)
+    ablation: settings.Ablation = field(default_factory=settings.Ablation)
+    scale_free: settings.ScaleFree = field(default_factory=settings.ScaleFree)
+    scaling: settings.Scaling = field(default_factory=settings.Scaling)
+
+    def run(self, console: Console) -> None:
+        """Run them one after another."""
+        for name in self.names:
+            if name not in SHORT:
+                raise EsjaxError(f"there is no benchmark {name!r}; there are {', '.join(SHORT)}")
+        prepare()
+        from bench.report import write
+
+        for name in self.names or SHORT:
+            chosen: Any = SHORT[name] if self.short else getattr(self, name)
+            console.print(f"{name} ...", markup=False, highlight=False)
+            report = importlib.import_module(f"bench.{name}").run(chosen)
+            print(f"\n{write(self.out, name, msgspec.to_builtins(chosen), report)}\n", flush=True)
+        console.print(f"kept in {self.out}", markup=False, highlight=False)

@@ -1,0 +1,215 @@
+"""Ways to train a model from the same first weights on the same text, one step at a time."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from bench.rivals import evosax_open_es
+from esjax.config import Config, replace
+from esjax.data.corpus import Corpus
+from esjax.data.delivery import token_type
+from esjax.data.packing import draw_windows, pack_stream
+from esjax.devices import local_mesh
+from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_evaluate
+from esjax.fitness import shape
+from esjax.models import Model, build_model
+from esjax.models.model import Params
+from esjax.noise import INIT, PERTURBATIONS, WINDOWS, make_space, pair_seeds, stream_seed
+from esjax.optimizer import make_optimizer
+from esjax.replica import Replica
+from esjax.trained import Trained
+from esjax.training import Trainer
+
+NEVER = 1e9
+"""Seconds between evaluations of a run that is evaluated from outside."""
+
+
+class Learner(NamedTuple):
+    """A run that may be stopped and looked at after any step.
+
+    Attributes:
+        step: `(done) -> tokens` takes a step, or a few, waits for it, and tells the (member-)tokens that it read;
+            `done` is the part of the run that is over, for schedules that need an end.
+        params: Gives the weights to evaluate.
+    """
+
+    step: Callable[[float], int]
+    params: Callable[[], Params]
+
+
+class Point(NamedTuple):
+    """A point of a curve: seconds of training alone, and tokens, until then; held-out nats a token."""
+
+    seconds: float
+    tokens: int
+    held_out: float
+
+
+def train_in_turns(
+    learners: dict[str, Learner], held_out: Callable[[Params], float], seconds: float, every: float
+) -> dict[str, list[Point]]:
+    """Train all in turns of `every` seconds, and evaluate each after its turn; evaluations and first steps are free."""
+    clocks = {name: [0.0, learner.step(0.0)] for name, learner in learners.items()}
+    curves: dict[str, list[Point]] = {name: [] for name in learners}
+    for turn in range(1, max(1, round(seconds / every)) + 1):
+        for name, learner in learners.items():
+            clock = clocks[name]
+            while clock[0] < turn * every:
+                started = time.perf_counter()
+                clock[1] += learner.step(min(1.0, clock[0] / seconds))
+                clock[0] += time.perf_counter() - started
+            curves[name].append(Point(clock[0], int(clock[1]), held_out(learner.params())))
+    return curves
+
+
+def train_for_tokens(learner: Learner, held_out: Callable[[Params], float], tokens: int) -> float:
+    """Train for a number of tokens and return the held-out loss."""
+    read = 0
+    while read < tokens:
+        read += learner.step(read / tokens)
+    return held_out(learner.params())
+
+
+def scorer(config: Config, corpus: Corpus) -> Callable[[Params], float]:
+    """Make the function that scores weights on the held-out documents, in nats a token."""
+    trained = Trained(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
+    lanes = trained.lanes(corpus.held_out)
+    return lambda params: trained.loss(params, lanes)
+
+
+def ours(config: Config, corpus: Corpus) -> Learner:
+    """Train as `esjax train` does."""
+    trainer = Trainer(replace(config, evaluate_time=NEVER), corpus)
+    steps, last = iter(trainer), 0
+
+    def step(_: float) -> int:
+        nonlocal last
+        before, last = last, next(steps).member_tokens
+        return last - before
+
+    return Learner(step, lambda: trainer.params)
+
+
+class _Setting(NamedTuple):
+    """What the other ways of training begin with."""
+
+    model: Model
+    params: Params
+    stream: Array
+    mesh: Mesh
+    windows_of: Callable[[Array, Array, int], Array]
+    """`(step, pairs, sequences) -> windows`, the same as a run's own."""
+
+
+def _set(config: Config, corpus: Corpus) -> _Setting:
+    size, data = corpus.vocabulary.size, config.data
+    model, mesh = build_model(config.model, size), local_mesh()
+    stream = jnp.asarray(pack_stream(corpus.train).astype(token_type(size)))
+    params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
+    of_windows = stream_seed(config.seed, WINDOWS)
+
+    def windows_of(step: Array, pairs: Array, sequences: int) -> Array:
+        return draw_windows(stream, pair_seeds(of_windows, step, pairs), sequences, data.burn_in + data.window)
+
+    return _Setting(model, params, stream, mesh, windows_of)
+
+
+def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_a_time: int = 10) -> Learner:
+    """Train with exact gradients and Adam; the rate falls to 0 as a cosine over the run, `at_a_time` steps a call."""
+    model, params, _, mesh, windows_of = _set(config, corpus)
+    loss, rule = cross_entropy(config.data.burn_in), optax.scale_by_adam()
+    over_devices = NamedSharding(mesh, PartitionSpec(PAIRS_AXIS))
+
+    def update(number: Array, carried: tuple[Params, Any], rate: Array) -> tuple[Params, Any]:
+        params, state = carried
+        windows = windows_of(number, jnp.arange(batch, dtype=jnp.uint32), 1)[:, 0]
+        windows = jax.lax.with_sharding_constraint(windows, over_devices)
+        gradient = jax.grad(lambda p: jax.vmap(lambda window: loss(model, p, window))(windows).mean())(params)
+        updates, state = rule.update(gradient, state)
+        return jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates), state
+
+    jitted, carried, number = jax.jit(update), (params, rule.init(params)), 0
+
+    def step(done: float) -> int:
+        nonlocal carried, number
+        for _ in range(at_a_time):
+            carried = jitted(np.int32(number), carried, np.float32(rate * (1 + np.cos(np.pi * done)) / 2))
+            number += 1
+        jax.block_until_ready(carried)
+        return at_a_time * batch * config.data.window
+
+    return Learner(step, lambda: carried[0])
+
+
+def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, at_once: int) -> Learner:
+    """Train with evosax's OpenES: the run's optimizer and average, windows that all members share."""
+    model, params, _, mesh, windows_of = _set(config, corpus)
+    rival = evosax_open_es(
+        model,
+        cross_entropy(config.data.burn_in),
+        mesh,
+        population=population,
+        sigma=config.es.sigma,
+        optimizer=make_optimizer(config.optim, None),
+        at_once=at_once,
+    )
+
+    def advance(number: Array, state: Any, average: Params) -> tuple[Any, Params]:
+        windows = windows_of(number, jnp.arange(sequences, dtype=jnp.uint32), 1)[:, 0]
+        state = rival.step(state, jax.random.fold_in(jax.random.key(config.seed), number), windows)
+        share = 1 / (config.optim.average * number.astype(jnp.float32) + 1) if config.optim.average else 1.0
+        average = jax.tree.map(lambda old, new: old + share * (new - old), average, rival.params(state))
+        return state, average
+
+    jitted, number = jax.jit(advance), 0
+    state, average = rival.init(params), params
+
+    def step(_: float) -> int:
+        nonlocal state, average, number
+        state, average = jax.block_until_ready(jitted(np.int32(number), state, average))
+        number += 1
+        return population * sequences * config.data.window
+
+    return Learner(step, lambda: average)
+
+
+def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_window: int = 1) -> Learner:
+    """Train with the library's functions in another arrangement.
+
+    Args:
+        config: Settings.
+        corpus: The text.
+        paired: False: every member has noise of its own and its loss is compared with the mean, not with a twin's.
+        pairs_a_window: Pairs (or members, unpaired) that share a window.
+    """
+    model, params, _, mesh, windows_of = _set(config, corpus)
+    es, data = config.es, config.data
+    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)  # type: ignore[arg-type]
+    count = es.pairs if paired else es.population_size
+    chosen = replace(config, es=replace(es, population_size=2 * count, exchange="losses"))
+    replica = Replica(chosen, model, None, mesh)
+    evaluate = make_evaluate(model, space, cross_entropy(data.burn_in), mesh, replica.chunk_pairs)
+    of_noise = stream_seed(config.seed, PERTURBATIONS)
+
+    @jax.jit
+    def losses_of(params: Params, number: Array) -> Array:
+        pairs = jnp.arange(count, dtype=jnp.uint32)
+        windows = windows_of(number, pairs // pairs_a_window, data.batch_size)
+        return evaluate(params, pair_seeds(of_noise, number, pairs), windows)
+
+    def step(_: float) -> int:
+        losses = np.array(losses_of(replica.state.params, replica.state.step))
+        if not paired:  # the other sign is scored as well, and not looked at: what counts here are tokens, not seconds
+            losses[:, 1] = losses[:, 0].mean()
+        shaped = shape(losses, es.shaping, es.sigma)
+        replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale)
+        return es.population_size * data.batch_size * data.window
+
+    return Learner(step, lambda: replica.state.average)

@@ -1,0 +1,148 @@
+"""Times ways of doing the same work in turns, so that whatever else the machine does meets all of them alike.
+
+Every figure that is reported is a ratio of two rates of the same round; its spread is over the rounds.
+"""
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+LEAST_SECONDS = 0.2
+"""A way is called as often in a round as takes so long."""
+
+
+class Way(NamedTuple):
+    """A way of doing some work.
+
+    Attributes:
+        call: Does it; what it returns is waited for.
+        work: Amount that a call does: member-tokens, or floating-point operations.
+    """
+
+    call: Callable[[], Any]
+    work: float = 1.0
+
+
+class Spread(NamedTuple):
+    """A figure over the rounds: its median, and its extremes."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: np.ndarray) -> Spread:
+    """Tell the median and the extremes."""
+    return Spread(float(np.median(values)), float(np.min(values)), float(np.max(values)))
+
+
+def alternate(ways: Mapping[str, Way], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
+    """Time all ways in turns; the first call of each, which compiles, does not count.
+
+    Args:
+        ways: By name.
+        rounds: How often it is each one's turn, at least 1.
+        least: Seconds that a turn takes at least.
+
+    Returns:
+        Work a second of each way and round.
+    """
+    calls = {}
+    for name, way in ways.items():
+        jax.block_until_ready(way.call())
+        calls[name] = max(1, math.ceil(least / _seconds(way, 1)))
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            rates[name].append(way.work * calls[name] / _seconds(way, calls[name]))
+    return {name: np.asarray(values) for name, values in rates.items()}
+
+
+def fastest(ways: Mapping[str, Way], rounds: int = 2) -> str:
+    """Name the fastest of a few ways, so that a rival is measured at its best setting."""
+    if len(ways) == 1:
+        return next(iter(ways))
+    rates = alternate(ways, rounds, least=0.0)
+    return max(rates, key=lambda name: float(np.max(rates[name])))
+
+
+def _seconds(way: Way, calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls):
+        jax.block_until_ready(way.call())
+    return max(time.perf_counter() - started, 1e-9)
+
+
+@contextmanager
+def elsewhere(
+    make: Callable[..., Mapping[str, Way]],
+    *arguments: Any,
+    environment: Mapping[str, str],
+    processes: int = 1,
+) -> Iterator[dict[str, Way]]:
+    """Make ways in processes of their own, whose libraries start with other settings.
+
+    Args:
+        make: `(*arguments) -> ways`, a function of a module; called in each process.
+        arguments: What it is given.
+        environment: Variables that are set when the processes start.
+        processes: How many work at the same time; together they do so many times the work.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    before = dict(os.environ)
+    with ExitStack() as stack:
+        lines = []
+        os.environ.update(environment)
+        try:
+            for _ in range(processes):
+                line, theirs = spawn.Pipe()
+                process = spawn.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+                process.start()
+                theirs.close()
+                stack.callback(process.join)
+                stack.callback(line.close)
+                lines.append(line)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        work = [line.recv() for line in lines]
+
+        def call(name: str) -> None:
+            for line in lines:
+                line.send(name)
+            for line in lines:
+                line.recv()
+
+        yield {name: Way(lambda name=name: call(name), sum(of[name] for of in work)) for name in work[0]}
+
+
+def _serve(line: Connection, make: Callable[..., Mapping[str, Way]], arguments: tuple[Any, ...]) -> None:
+    ways = make(*arguments)
+    line.send({name: way.work for name, way in ways.items()})
+    while True:
+        try:
+            name = line.recv()
+        except EOFError:
+            return
+        jax.block_until_ready(ways[name].call())
+        line.send(None)
+
+
+def all_threads() -> dict[str, str]:
+    """Environment for one CPU device with a thread a core: JAX as it comes."""
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_cpu_multi_thread_eigen=false", "")
+    cache = jax.config.jax_compilation_cache_dir or ""
+    return {"XLA_FLAGS": flags.strip(), "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def one_thread() -> dict[str, str]:
+    """Environment for numpy with one thread."""
+    return dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")

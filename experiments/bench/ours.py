@@ -1,0 +1,58 @@
+"""The library's own evaluation and step, ready to be timed, on a text without meaning."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from bench.measure import Way
+from esjax.config import Config
+from esjax.evaluate import PAIRS_AXIS
+from esjax.hosts.alone import Alone
+from esjax.hosts.engine import Engine
+from esjax.models import build_model
+from esjax.replica import Replica
+
+VOCAB = 83
+"""Token ids, as many as Shakespeare's."""
+
+
+def random_tokens(shape: int | tuple[int, ...]) -> np.ndarray:
+    """Draw tokens of documents without end."""
+    return np.random.default_rng(0).integers(2, VOCAB, shape).astype(np.uint8)
+
+
+def first_devices(count: int) -> Mesh:
+    """Line up the first few devices."""
+    return jax.make_mesh((count,), (PAIRS_AXIS,), (AxisType.Auto,), devices=jax.local_devices()[:count])
+
+
+def replica_of(config: Config, mesh: Mesh) -> Replica:
+    """Set up a host's copy of a run."""
+    return Replica(config, build_model(config.model, VOCAB), random_tokens(2**16), mesh)
+
+
+def alone_of(config: Config, replica: Replica) -> Alone:
+    """Set up whole steps: everything that training on one machine does, but for files."""
+    return Alone(config, Engine(replica, tell=lambda *_: None), replica=replica, record=lambda *_: None)
+
+
+def member_tokens(config: Config) -> int:
+    """Count the member-tokens of a step."""
+    return config.es.population_size * config.data.batch_size * config.data.window
+
+
+def evaluation(config: Config, replica: Replica) -> Way:
+    """Score the whole population once: its noise is grown, its windows are drawn, and losses come back."""
+    pairs = np.arange(config.es.pairs, dtype=np.uint32)
+    return Way(lambda: replica.losses(pairs), member_tokens(config))
+
+
+def step(config: Config, replica: Replica) -> Way:
+    """Take a whole step: evaluation, shaping, the noise once more, Adam."""
+    alone = alone_of(config, replica)
+
+    def call() -> object:
+        alone.step()
+        return replica.state
+
+    return Way(call, member_tokens(config))

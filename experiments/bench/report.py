@@ -1,0 +1,107 @@
+"""What a benchmark found: as JSON, as a table in Markdown, and as a plot."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bench.measure import Spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+"""A line of a table by its columns: text, numbers, spreads; lists and mappings are for JSON alone."""
+
+
+class Report(NamedTuple):
+    """What a benchmark found.
+
+    Attributes:
+        rows: Lines of the table.
+        plot: Draws them; None: there is nothing to draw.
+        notes: Lines under the table.
+    """
+
+    rows: Sequence[Row]
+    plot: Callable[["Figure"], None] | None = None
+    notes: Sequence[str] = ()
+
+
+def machine() -> dict[str, Any]:
+    """Tell on what a benchmark ran."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(folder: Path, name: str, settings: Any, report: Report) -> str:
+    """Write `name`.json, .md and .png, and return the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = to_table(report)
+    found = {
+        "benchmark": name,
+        "machine": machine(),
+        "settings": settings,
+        "rows": [{key: _plain(value) for key, value in row.items()} for row in report.rows],
+    }
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{name}.md").write_text(table + "\n")
+    if report.plot is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        report.plot(figure)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return value._asdict()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def to_table(report: Report) -> str:
+    """Write rows as a table in Markdown; a spread is its median, and its extremes in brackets."""
+    columns = list(dict.fromkeys(key for row in report.rows for key, value in row.items() if _is_shown(value)))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_word(row.get(column)) for column in columns] for row in report.rows]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), *("\n" + note for note in report.notes)])
+
+
+def _is_shown(value: Any) -> bool:
+    return isinstance(value, Spread) or not isinstance(value, (list, tuple, dict))
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Spread):
+        return f"{_word(value.median)} [{_word(value.low)}, {_word(value.high)}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

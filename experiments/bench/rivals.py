@@ -1,0 +1,195 @@
+"""What a user would take instead: numpy, evosax, low-rank noise drawn as normals, and a plain forward pass.
+
+All score the library's own models with its own loss, numpy apart, which is written out. On several devices each takes
+a share of the members, `at_once` of them at a time, as the library's own evaluation does.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from esjax.errors import EsjaxError
+from esjax.evaluate import PAIRS_AXIS, Loss
+from esjax.models.model import Model, Params
+from esjax.noise import Factors, Noise, make_space
+from esjax.tokens import STOP
+
+
+class Rival(NamedTuple):
+    """An evolution strategy of another kind.
+
+    Attributes:
+        init: `(params) -> state`.
+        step: `(state, key, tokens) -> state`; jit it.
+        params: `(state) -> params`.
+    """
+
+    init: Callable[[Params], Any]
+    step: Callable[[Any, Key[Array, ""], Array], Any]
+    params: Callable[[Any], Params]
+
+
+def forward(
+    model: Model, loss: Loss, mesh: Mesh, at_once: int
+) -> Callable[[Params, Int[Array, "sequences length"]], Array]:
+    """Make a plain forward pass: the loss of one set of weights on many sequences. Jit it."""
+
+    def total(params: Params, tokens: Int[Array, "sequences length"]) -> Float[Array, " sequences"]:
+        return _spread_out(mesh, lambda window: loss(model, params, window), tokens, at_once)
+
+    return total
+
+
+def evosax_open_es(
+    model: Model,
+    loss: Loss,
+    mesh: Mesh,
+    *,
+    population: int,
+    sigma: float,
+    optimizer: optax.GradientTransformation,
+    at_once: int,
+) -> Rival:
+    """Make evosax's OpenES: dense normal noise, antithetic, and centred ranks over the whole population.
+
+    All members score the same sequences, tokens [sequences, length]. It searches in units of each leaf, so that one
+    sigma and one step size serve all leaves, as they do here.
+    """
+    try:
+        from evosax.algorithms import Open_ES
+    except ImportError:
+        raise EsjaxError("the rival evosax is not installed: pip install 'esjax[bench]'") from None
+    example = model.init(jax.random.key(0))
+    units = model.units(example)
+    strategy = Open_ES(population, example, optimizer=optimizer, std_schedule=optax.constant_schedule(sigma))
+
+    def init(params: Params) -> Any:
+        in_units = jax.tree.map(lambda leaf, unit: leaf / unit, params, units)
+        return strategy.init(jax.random.key(0), in_units, strategy.default_params)
+
+    def to_params(solution: Params) -> Params:
+        return jax.tree.map(lambda leaf, unit: leaf * unit, solution, units)
+
+    def step(state: Any, key: Key[Array, ""], tokens: Int[Array, "sequences length"]) -> Any:
+        members, state = strategy.ask(key, state, strategy.default_params)
+
+        def member_loss(solution: Params) -> Float[Array, ""]:
+            params = to_params(solution)
+            return jnp.mean(jax.vmap(lambda sequence: loss(model, params, sequence))(tokens))
+
+        losses = _spread_out(mesh, member_loss, members, at_once)
+        return strategy.tell(key, members, losses, state, strategy.default_params)[0]
+
+    return Rival(init, step, lambda state: to_params(strategy.get_mean(state)))
+
+
+def normal_low_rank(
+    model: Model,
+    loss: Loss,
+    mesh: Mesh,
+    *,
+    pairs: int,
+    sigma: float,
+    rank: int,
+    optimizer: optax.GradientTransformation,
+    at_once: int,
+) -> Rival:
+    """Make low-rank evolution strategies whose factors are drawn by `jax.random.normal`, a key a member and leaf.
+
+    The noise of a step is drawn once and kept for the update. Each pair has sequences of its own, tokens
+    [pairs, sequences, length]; shaping is by the standard deviation of the pairs' differences.
+    """
+    example = model.init(jax.random.key(0))
+    units = model.units(example)
+    space = make_space(model, example, space="low_rank", noise="gaussian", sigma=sigma, rank=rank)
+
+    def draw(key: Key[Array, ""]) -> Noise:
+        def one(leaf: Array, key: Key[Array, ""]) -> Array | Factors:
+            if leaf.ndim != 2:
+                return jax.random.normal(key, leaf.shape)
+            sides = zip(jax.random.split(key), leaf.shape, strict=True)
+            return Factors(*(jax.random.normal(side, (rank, size)) for side, size in sides))
+
+        leaves, treedef = jax.tree.flatten(example)
+        return jax.tree.map(one, example, treedef.unflatten(list(jax.random.split(key, len(leaves)))))
+
+    def step(
+        state: tuple[Params, Any], key: Key[Array, ""], tokens: Int[Array, "pairs sequences length"]
+    ) -> tuple[Params, Any]:
+        params, opt_state = state
+        noise = jax.vmap(draw)(jax.random.split(key, pairs))
+
+        def pair_losses(pair: tuple[Noise, Int[Array, "sequences length"]]) -> Float[Array, "2"]:
+            noise, tokens = pair
+
+            def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
+                member = space.perturb(params, noise, sign)
+                return jnp.mean(jax.vmap(lambda sequence: loss(model, member, sequence))(tokens))
+
+            return jax.vmap(member_loss)(jnp.array([1.0, -1.0]))
+
+        losses = _spread_out(mesh, pair_losses, (noise, tokens), at_once)
+        difference = losses[:, 0] - losses[:, 1]
+        weights = difference / (jnp.sqrt(jnp.mean(difference**2)) + 1e-12)
+        pairs_last = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), noise)
+        estimate = space.mean(space.weigh(pairs_last, weights), jnp.float32(1 / pairs))
+        updates, opt_state = optimizer.update(estimate, opt_state, params)
+        return jax.tree.map(lambda leaf, unit, update: leaf + unit * update, params, units, updates), opt_state
+
+    return Rival(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
+
+
+def _spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_once: int) -> Array:
+    """Map over the first axis, a share for each device, so many at a time."""
+    axis = PartitionSpec(PAIRS_AXIS)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    def share(inputs: Any) -> Array:
+        return jax.lax.map(function, inputs, batch_size=at_once)
+
+    return share(inputs)
+
+
+class NumpyRnn:
+    """The loop of the `rnn` in numpy, one member at a time, its sequences as one batch."""
+
+    def __init__(self, params: Sequence[np.ndarray], sigma: float, burn_in: int) -> None:
+        """Set up.
+
+        Args:
+            params: The leaves in order: s0, U_1, E_1, ..., U_L, E_L, W1, W2.
+            sigma: Standard deviation of the noise.
+            burn_in: Tokens that are read and not scored.
+        """
+        self.params, self.sigma, self.burn_in = params, np.float32(sigma), burn_in
+
+    def pair(self, seed: int, tokens: np.ndarray) -> tuple[float, float]:
+        """Score both members of a pair on sequences, tokens [sequences, length]."""
+        rng = np.random.default_rng(seed)
+        noise = [self.sigma * rng.standard_normal(leaf.shape, np.float32) for leaf in self.params]
+        plus = [leaf + more for leaf, more in zip(self.params, noise, strict=True)]
+        minus = [leaf - more for leaf, more in zip(self.params, noise, strict=True)]
+        return self.loss(plus, tokens), self.loss(minus, tokens)
+
+    def loss(self, params: Sequence[np.ndarray], tokens: np.ndarray) -> float:
+        """Mean nats a token."""
+        start, *layers, hidden, output = params
+        rows = np.arange(len(tokens))
+        state = np.repeat(start[None], len(tokens), axis=0)
+        total = 0.0
+        for position, token in enumerate(tokens.T):
+            if position >= self.burn_in:
+                logits = np.maximum(state @ hidden, 0) @ output
+                logits -= logits.max(axis=1, keepdims=True)
+                total += float(np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[rows, token]))
+            for recurrent, embedding in zip(layers[::2], layers[1::2], strict=True):
+                state = np.tanh(state + (state @ recurrent) * embedding[token])
+            state[token == STOP] = start
+        return total / (tokens.shape[1] - self.burn_in)

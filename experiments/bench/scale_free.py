@@ -1,0 +1,51 @@
+"""What is lost when the population, the width or the batch is four times as large or small, other settings untouched.
+
+Held-out loss after the same number of member-tokens, seed by seed.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from bench.ablation import plot
+from bench.learners import ours, scorer, train_for_tokens
+from bench.measure import spread
+from bench.report import Report
+from bench.settings import ScaleFree
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.data.corpus import load_corpus
+
+
+def run(settings: ScaleFree) -> Report:
+    """Train at every scale, from each seed; seeds take turns."""
+    factor, population = settings.factor, settings.population
+    base = Config(
+        data=DataConfig(text=settings.text),
+        es=EsConfig(population_size=population),
+        model=GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden),
+    )
+    scaled = {("defaults", ""): base}
+    for name, size in {"÷": 1 / factor, "x": factor}.items():
+        changed = f"{name} {factor}"
+        scaled["population", changed] = replace(base, es=EsConfig(population_size=2 * round(population * size / 2)))
+        hidden = round(settings.hidden * size)
+        scaled["width", changed] = replace(base, model=GruConfig(hidden_size=hidden, head_size=2 * hidden))
+    scaled["batch", f"x {factor}"] = replace(base, data=replace(base.data, batch_size=factor))
+    corpus = load_corpus(base.data)
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in scaled}
+    for seed in range(settings.seeds):
+        for key, config in scaled.items():
+            learner = ours(replace(config, seed=seed), corpus)
+            found[key].append(train_for_tokens(learner, scorer(config, corpus), settings.tokens))
+    defaults = np.array(found["defaults", ""])
+    rows = [
+        {
+            "choice": choice,
+            "in place of the default": changed,
+            "held-out": spread(np.array(losses)),
+            "worse by": spread(np.array(losses) - defaults),
+        }
+        for (choice, changed), losses in found.items()
+    ]
+    notes = [f"After {settings.tokens / 1e6:g} M member-tokens; over {settings.seeds} seeds, compared seed by seed."]
+    return Report(rows, partial(plot, rows), notes)

@@ -1,0 +1,198 @@
+"""Settings of every benchmark, and how they are made small.
+
+The docstring under each field is its help on the command line.
+"""
+
+from typing import Any
+
+from esjax.config import Section
+
+
+class Throughput(Section):
+    """Member-tokens a second against rivals, a plain forward pass, and the machine's peak."""
+
+    sizes: tuple[tuple[int, int, int, int], ...] = (
+        (16, 4, 8, 4096),
+        (32, 3, 32, 2048),
+        (64, 4, 8, 2048),
+        (256, 4, 32, 256),
+        (512, 2, 32, 128),
+        (1024, 2, 32, 64),
+    )
+    """Hidden size, layers, sequences a member, and population, of each rnn."""
+
+    scale: int | None = None
+    """Multiplies the populations. None: 1 on CPUs, 16 on an accelerator."""
+
+    at_once: tuple[int, ...] | None = None
+    """Sequences that a device has at a time, over all members, of which rivals try each. None: some that suit it."""
+
+    peak: int = 2048
+    """Rows of the square matrices whose product is the machine's peak."""
+
+    rounds: int = 5
+    """Turns of each way."""
+
+
+class Update(Section):
+    """Cost of the update beside the evaluation, against population, hosts, width and rank."""
+
+    population: int = 4096
+    """Members, where another setting changes."""
+
+    hidden: int = 32
+    """Width, where another setting changes; the head's is twice as large."""
+
+    populations: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    """Populations that are tried."""
+
+    hosts: tuple[int, ...] = (4, 16)
+    """Numbers of hosts that are tried, beside one."""
+
+    widths: tuple[int, ...] = (16, 64, 128, 256)
+    """Widths that are tried."""
+
+    ranks: tuple[int, ...] = (2, 4, 8)
+    """Ranks that are tried, beside 1."""
+
+    rounds: int = 7
+    """Turns of evaluation and update."""
+
+
+class Learning(Section):
+    """Held-out loss over seconds and tokens: noise on weights, on activations, evosax, backpropagation."""
+
+    methods: tuple[str, ...] = ("low rank 1", "low rank 4", "full", "activation", "evosax", "backpropagation")
+    """Methods that take turns."""
+
+    seconds: float = 120
+    """Seconds that each trains."""
+
+    every: float = 2
+    """Seconds of a turn; each ends with an evaluation, which is not counted."""
+
+    search_seconds: float = 20
+    """Seconds that each step size is tried for. 0: the usual step sizes are taken."""
+
+    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Step sizes that are tried, in multiples of the usual one."""
+
+    targets: tuple[float, ...] = (3.33, 2.52, 2.2, 1.98)
+    """Losses to reach, in nats a token."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+    hidden: int = 32
+    """Width of the gru."""
+
+    head: int = 64
+    """Width of its head."""
+
+    population: int = 4096
+    """Members a step."""
+
+    evosax_sequences: int = 8
+    """Windows of a step that all members of evosax score."""
+
+    at_once: int = 256
+    """Sequences that a device has at a time for evosax, over all members; `bench throughput` tells the best."""
+
+    batch: int = 256
+    """Windows of a step of backpropagation."""
+
+
+class Start(Section):
+    """Process start to the first finished step, to the help, and to the import."""
+
+    words: tuple[str, ...] = ()
+    """Settings of `esjax train`."""
+
+    rounds: int = 5
+    """Turns."""
+
+
+class Ablation(Section):
+    """What each choice is worth: held-out loss at the same number of member-tokens."""
+
+    choices: tuple[str, ...] = ()
+    """Choices to change, by name. None: all."""
+
+    tokens: int = 60_000_000
+    """Member-tokens of a run."""
+
+    seeds: int = 3
+    """Runs of each."""
+
+    population: int = 4096
+    """Members a step."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
+class ScaleFree(Section):
+    """What is lost when population, width or batch change and nothing else does."""
+
+    factor: int = 4
+    """By how much."""
+
+    tokens: int = 120_000_000
+    """Member-tokens of a run."""
+
+    seeds: int = 3
+    """Runs of each."""
+
+    population: int = 4096
+    """Members a step."""
+
+    hidden: int = 32
+    """Width of the gru; its head's is twice as large."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
+class Scaling(Section):
+    """Rate of a step against devices, population, window and model size; memory."""
+
+    population: int = 4096
+    """Members, where another setting changes."""
+
+    populations: tuple[int, ...] = tuple(2**power for power in range(8, 19, 2))
+    """Populations that are tried."""
+
+    windows: tuple[int, ...] = (8, 32, 128, 512)
+    """Windows that are tried."""
+
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Widths that are tried; the head's is twice as large."""
+
+    rounds: int = 5
+    """Turns."""
+
+
+PYDOC = "builtin:pydoc"
+
+SHORT: dict[str, Any] = {
+    "throughput": Throughput(sizes=((8, 2, 2, 32),), scale=1, at_once=(64,), peak=128, rounds=2),
+    "update": Update(population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), rounds=2),
+    "learning": Learning(
+        seconds=0.4,
+        every=0.2,
+        search_seconds=0.1,
+        factors=(0.5, 1.0),
+        targets=(5.0, 3.33),
+        text=PYDOC,
+        methods=("low rank 1", "activation", "evosax", "backpropagation"),
+        hidden=4,
+        head=4,
+        population=64,
+        batch=16,
+    ),
+    "start": Start(words=("--data.text", PYDOC, "--model.hidden-size", "4", "--es.population-size", "64"), rounds=1),
+    "ablation": Ablation(choices=("pairing", "rank"), tokens=8192, seeds=1, population=128, text=PYDOC),
+    "scale_free": ScaleFree(tokens=8192, seeds=1, population=64, hidden=4, text=PYDOC),
+    "scaling": Scaling(population=64, populations=(64, 128), windows=(8,), widths=(8,), rounds=2),
+}
+"""A few seconds each: to see that they run."""

@@ -1,0 +1,83 @@
+"""What the update costs beside the evaluation: the whole population's noise grown again and summed, on every host.
+
+One setting changes at a time. With several hosts, the evaluation is one host's share of the pairs; the update is of
+all pairs, whatever the hosts.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from bench.measure import Way, alternate, spread
+from bench.ours import replica_of
+from bench.report import Report, Row
+from bench.settings import Update
+from esjax.config import Config, EsConfig, GruConfig
+from esjax.devices import local_mesh
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def run(settings: Update) -> Report:
+    """Measure every setting."""
+    base = {"population": settings.population, "hosts": 1, "hidden": settings.hidden, "rank": 1}
+    tried = {
+        "population": settings.populations,
+        "hosts": settings.hosts,
+        "hidden": settings.widths,
+        "rank": settings.ranks,
+    }
+    rows = [
+        {"changed": name, **measure(**base | {name: value}, rounds=settings.rounds)}
+        for name, values in tried.items()
+        for value in values
+    ]
+    return Report(rows, partial(plot, rows), ["A gru; a step is a host's share of the evaluation, and the update."])
+
+
+def measure(population: int, hosts: int, hidden: int, rank: int, rounds: int) -> Row:
+    """Measure one setting."""
+    config = Config(
+        es=EsConfig(population_size=population, rank=rank, exchange="losses"),
+        model=GruConfig(hidden_size=hidden, head_size=2 * hidden),
+    )
+    replica = replica_of(config, local_mesh())
+    pairs = np.arange(config.es.pairs, dtype=np.uint32)
+    weights = np.random.default_rng(1).integers(-127, 128, len(pairs)).astype(np.int8)
+    share = pairs[: max(replica.chunk_pairs, len(pairs) // hosts)]
+
+    def update() -> object:
+        replica.apply(pairs, weights, 0.0)
+        return replica.state
+
+    rates = alternate({"evaluation": Way(lambda: replica.losses(share)), "update": Way(update)}, rounds)
+    ratio = rates["evaluation"] / rates["update"]
+    return {
+        "population": population,
+        "hosts": hosts,
+        "hidden": hidden,
+        "rank": rank,
+        "weights": sum(leaf.size for leaf in jax.tree.leaves(replica.state.params)),
+        "evaluation ms": 1e3 / float(np.median(rates["evaluation"])),
+        "update ms": 1e3 / float(np.median(rates["update"])),
+        "update ÷ evaluation": spread(ratio),
+        "update ÷ step": spread(ratio / (1 + ratio)),
+    }
+
+
+def plot(rows: list[Row], figure: "Figure") -> None:
+    """Draw the ratio against each setting."""
+    names = list(dict.fromkeys(row["changed"] for row in rows))
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        mine = [row for row in rows if row["changed"] == name]
+        ratios = [row["update ÷ evaluation"] for row in mine]
+        values = [row[name] for row in mine]
+        axes.plot(values, [ratio.median for ratio in ratios], "o-")
+        axes.fill_between(values, [ratio.low for ratio in ratios], [ratio.high for ratio in ratios], alpha=0.3)
+        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("update ÷ evaluation")
