@@ -436,7 +436,10 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: p
 # --- processes of their own ---
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"], ["dashboard", "--help"]],
+)
 def test_help_imports_neither_jax_nor_flax(words: list[str]) -> None:
     program = """
 import runpy, sys
