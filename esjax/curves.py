@@ -57,8 +57,9 @@ def make_curve(metrics: Mapping[str, ndarray], column: str, points: int = POINTS
         stride *= 2
     there = there[: len(there) // stride * stride]
     ends = there[stride - 1 :: stride]
-    places = (metrics.get(name, np.full(len(values), np.nan))[ends] for name in COLUMN_OF.values())
-    return Curve(*places, values[there].reshape(-1, stride).mean(axis=1), stride)
+    unknown = np.full(len(values), np.nan)
+    step, seconds, member_tokens = (metrics.get(name, unknown)[ends] for name in COLUMN_OF.values())
+    return Curve(step, seconds, member_tokens, values[there].reshape(-1, stride).mean(axis=1), stride)
 
 
 def smooth(step: ndarray, value: ndarray, span: float) -> ndarray:

@@ -541,7 +541,13 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["train", "gru", "--help"], ["generate", "--help"], ["sweep", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "gru", "--help"],
+        *([name, "--help"] for name in ("generate", "sweep", "dashboard")),
+    ],
 )
 def test_help_imports_neither_jax_nor_flax(words: list[str]) -> None:
     program = """

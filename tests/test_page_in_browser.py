@@ -6,13 +6,14 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, sync_playwright
-from processes import PATIENCE, SMALL, TEXT, Process, wait_until
+from processes import PATIENCE, Fleet, Process, wait_until
 from recorded import make
 
 import esjax
@@ -143,30 +144,24 @@ def test_it_fits_a_phone_in_light_and_dark(browser: Browser, dashboard: str, sch
     page.close()
 
 
-def test_a_run_that_begins_is_listed_and_followed_with_its_hosts(
-    browser: Browser, dashboard: str, runs: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_begins_is_listed_and_followed_with_its_hosts(browser: Browser, dashboard: str, runs: Path) -> None:
     page = Page(browser, dashboard + "#run=a")
-    tab = page.tab
-    words = ("--out", str(runs / "live"), "--data.text", str(TEXT), "--workers", "1", *SMALL)
-    training = Process("train", *words, log=tmp_path / "train.log")
-    try:
-        row = tab.locator("li").filter(has=tab.get_by_text("live", exact=True))
+    row = page.tab.locator("li").filter(has=page.tab.get_by_text("run", exact=True))
+    with closing(Fleet(runs)) as fleet:
+        fleet.serve()
+        fleet.join("north")
         row.wait_for(timeout=PATIENCE * 1000)
         row.get_by_role("checkbox").check()
         row.get_by_text("running").wait_for()
-        wait_until(lambda: len(page.drawn("live")) > 2)
-        before = page.drawn("live")
-        wait_until(lambda: len(page.drawn("live")) > len(before))
-        assert page.drawn("live")[: len(before)] == before
-        tab.locator("#hosts td", has_text="ready").wait_for(timeout=PATIENCE * 1000)
+        wait_until(lambda: len(page.drawn("run")) > 2)
+        before = page.drawn("run")
+        wait_until(lambda: len(page.drawn("run")) > len(before))
+        assert page.drawn("run")[: len(before)] == before
         assert ["data.window", "32", "8"] in page.differing()
-    finally:
-        training.popen.terminate()
-        training.ends()
+        page.tab.locator("#hosts td", has_text="north").wait_for()
     row.get_by_text("stopped").wait_for()
-    tab.locator("#hosts").wait_for(state="hidden")
-    wait_until(lambda: page.drawn("live")[-1] == read_run(runs / "live").step)
+    page.tab.locator("#hosts").wait_for(state="hidden")
+    wait_until(lambda: page.drawn("run")[-1] == read_run(runs / "run").step)
     page.close()
 
 

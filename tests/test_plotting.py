@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 from recorded import append, line_of, make
 
 import esjax
@@ -23,14 +24,19 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def points(line: Line2D) -> np.ndarray:
+    """Return where a line goes: one row of x and y for each point."""
+    return np.array(line.get_xydata(), float)
+
+
 def test_the_lines_are_the_metrics(runs: Path) -> None:
     held_out, loss = esjax.plot(runs, over="seconds").axes
     a, b = loss.get_lines()
     assert (a.get_label(), b.get_label()) == ("a", "b")
-    np.testing.assert_array_equal(a.get_xydata(), [[step / 2, 5 - step] for step in range(1, 7)])
+    np.testing.assert_array_equal(points(a), [[step / 2, 5 - step] for step in range(1, 7)])
     first, _, unigram, bigram = held_out.get_lines()
-    np.testing.assert_array_equal(first.get_xydata(), [[1, 2], [2, 0], [3, -2]])
-    assert (unigram.get_ydata()[0], bigram.get_ydata()[0]) == (3.0, 2.5)
+    np.testing.assert_array_equal(points(first), [[1, 2], [2, 0], [3, -2]])
+    assert (points(unigram)[0, 1], points(bigram)[0, 1]) == (3.0, 2.5)
     assert [text.get_text() for text in held_out.texts] == ["unigram 3.00", "bigram 2.50"]
     assert loss.get_xlabel() == "seconds"
 
@@ -40,8 +46,8 @@ def test_axes_may_be_logarithmic_and_smoothed(runs: Path) -> None:
     assert {axes.get_xscale() for axes in (held_out, loss)} == {"log"}
     assert {axes.get_yscale() for axes in (held_out, loss)} == {"log"}
     raw, smoothed = loss.get_lines()
-    np.testing.assert_allclose(smoothed.get_ydata(), [4.0, 3.5, 3.0, 2.5, 2.0, 1.5])  # means of all so far
-    np.testing.assert_array_equal(raw.get_ydata(), [4.0, 3.0, 2.0, 1.0, 0.0, -1.0])
+    np.testing.assert_allclose(points(smoothed)[:, 1], [4.0, 3.5, 3.0, 2.5, 2.0, 1.5])  # means of all so far
+    np.testing.assert_array_equal(points(raw)[:, 1], [4.0, 3.0, 2.0, 1.0, 0.0, -1.0])
 
 
 def test_n_gram_lines_of_two_texts_name_their_runs(runs: Path) -> None:
@@ -60,7 +66,7 @@ def test_pictures_are_written(runs: Path, ending: str, magic: bytes) -> None:
 def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(runs: Path) -> None:
     append(runs / "a", line_of(7) + line_of(8)[:20])
     _, loss = esjax.plot(runs / "a").axes
-    assert len(loss.get_lines()[0].get_xdata()) == 7
+    assert len(points(loss.get_lines()[0])) == 7
 
 
 def told(page: str) -> dict:
@@ -118,3 +124,14 @@ def test_a_missing_extra_is_said(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
         esjax.plot(runs)
     with pytest.raises(EsjaxError, match=r"esjax\[plot\]"):
         esjax.report(runs, out=runs / "r.html")
+
+
+def test_the_python_of_the_page_about_it_runs(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "comparing.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(runs.parent)
+    exec(compile(code, "docs/comparing.md", "exec"), {})
+    assert capsys.readouterr().out == "a stopped 6 -2.0 [0.1]\nb stopped 4 0.0 [0.2]\n"
+    assert len(told((runs.parent / "report.html").read_text())["runs"]) == 2
