@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,7 @@ SMALL = {
 
 
 @pytest.mark.usefixtures("lenient_promotion")
-@pytest.mark.parametrize("name", ["README.md", "docs/extending.md", "docs/sweeps.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/extending.md", "docs/sweeps.md", "docs/start.md"])
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
     code = "\n".join(blocks)
@@ -24,6 +25,14 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
     assert "steps=2" in code
     monkeypatch.chdir(tmp_path)
     exec(compile(code, name, "exec"), {"__name__": "page"})
+
+
+def test_the_two_weights_of_how_it_works_are_found() -> None:
+    """The page's own assertion: the loss is nearly gone."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/how.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert "assert loss(theta) <" in code
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "docs/how.md", "exec"), {"__name__": "page"})
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

@@ -1,0 +1,72 @@
+"""A directive that lists every setting with its type, its default and its docstring, as `esjax.config` has them."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from esjax import config
+
+SECTIONS = {
+    "": config.Config,
+    "data": config.DataConfig,
+    "es": config.EsConfig,
+    "optim": config.OptimConfig,
+    "hosts": config.HostsConfig,
+    "model (gru)": config.GruConfig,
+    "model (rnn)": config.RnnConfig,
+}
+
+
+class Settings(SphinxDirective):
+    """`settings`: a section for each group of settings."""
+
+    def run(self) -> list[nodes.Node]:
+        """Build the sections."""
+        return [section_of(prefix, section) for prefix, section in SECTIONS.items()]
+
+
+def section_of(prefix: str, section: type[config.Section]) -> nodes.section:
+    """Build the list of a group."""
+    title = prefix or "the run"
+    found = nodes.section(ids=[nodes.make_id(f"settings {title}")])
+    found += nodes.title(text=title)
+    found += nodes.paragraph(text=inspect.getdoc(section))
+    listed = nodes.definition_list()
+    name_of = prefix.split(" ")[0]
+    for name, kind, default, text in fields_of(section):
+        term = nodes.term()
+        term += nodes.literal(text=f"{name_of}.{name}" if name_of else name)
+        term += nodes.Text(f"  {kind}, default {default}")
+        body = nodes.definition()
+        body += nodes.paragraph(text=text)
+        item = nodes.definition_list_item()
+        item += [term, body]
+        listed += item
+    found += listed
+    return found
+
+
+def fields_of(section: type[config.Section]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, type, default and docstring of each setting that is no group itself."""
+    tree = ast.parse(inspect.getsource(section)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name), annotation=kind), ast.Expr(ast.Constant(str(words))):
+                yield name, ast.unparse(kind), repr(default_of(section, name)), " ".join(words.split())
+
+
+def default_of(section: type[config.Section], name: str) -> Any:
+    """Return the default of a setting."""
+    return getattr(section(), name)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Make the directive known."""
+    app.add_directive("settings", Settings)
+    return {"parallel_read_safe": True}
