@@ -50,7 +50,7 @@ def plot(
             written.
     """
     if out is not None and Path(out).suffix not in PICTURES:
-        raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)}")
+        raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)} or .html")
     views = open_runs(runs)
     try:
         from matplotlib.figure import Figure

@@ -105,7 +105,7 @@ class Metrics:
         self._path = run / "metrics.jsonl"
         self._columns: dict[str, array[float]] = {}
         self._rows = 0
-        self._file = 0  # the inode: a resumed run puts another file in place
+        self._line = b""  # the last one read; it ends at the offset
         self._offset = 0
 
     def __len__(self) -> int:
@@ -123,20 +123,25 @@ class Metrics:
         """
         try:
             with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                anew = bool(self._file) and (status.st_ino != self._file or status.st_size < self._offset)
-                if anew:
-                    self._columns, self._rows, self._offset, self.damaged = {}, 0, 0, 0
-                self._file = status.st_ino
-                file.seek(self._offset)
+                file.seek(self._offset - len(self._line))
                 data = file.read()
+                anew = not data.startswith(self._line)
+                if anew:  # a resumed run puts another file in place, without the steps that it does again
+                    file.seek(0)
+                    data = file.read()
         except FileNotFoundError:
             return False
         except OSError as error:
             raise EsjaxError(f"cannot read {self._path}: {error.strerror}") from error
+        if anew:
+            self._columns, self._rows, self._offset, self.damaged = {}, 0, 0, 0
+        else:
+            data = data[len(self._line) :]
         whole = data.rfind(b"\n") + 1  # the rest is being written
+        lines = data[:whole].splitlines(keepends=True)
         self._offset += whole
-        for line in data[:whole].splitlines():
+        self._line = lines[-1] if lines else b"" if anew else self._line
+        for line in lines:
             self._add(line)
         return anew
 

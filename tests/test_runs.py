@@ -89,6 +89,13 @@ def test_the_metrics_of_a_resumed_run_are_read_again(tmp_path: Path) -> None:
         file.write(line_of(3))
     assert metrics.read()
     assert metrics.columns()["step"].tolist() == [1, 2, 3]
+    with folder.open_metrics(2) as file:  # and again, farther than it had come
+        file.write("".join(line_of(step).replace("seconds", "later") for step in range(3, 9)))
+    assert metrics.read()
+    assert metrics.columns()["step"].tolist() == [*range(1, 9)]
+    assert np.isnan(metrics.columns()["seconds"][2:]).all()
+    assert not metrics.read()
+    assert len(metrics) == 8
 
 
 def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
