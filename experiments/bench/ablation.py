@@ -1,6 +1,6 @@
 """What each choice is worth: held-out loss after the same number of member-tokens, one choice changed at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,12 @@ CHOICES: dict[str, dict[str, Maker]] = {
     "window": {str(n): changed("data", window=n) for n in (8, 16, 64, 128)},
     "burn-in (the state is reset)": {str(n): changed("data", burn_in=n) for n in (0, 16, 64)},
     "rank": {str(n): changed("es", rank=n) for n in (2, 4)} | {"full": changed("es", space="full")},
+    "space": {
+        "activation": changed("es", space="activation"),
+        "activation, the state carried": lambda config, corpus: changed("data", carry=True)(
+            replace(config, es=replace(config.es, space="activation")), corpus
+        ),
+    },
     "noise": {"gaussian": changed("es", noise="gaussian")},
     "shaping": {name: changed("es", shaping=name) for name in ("centered_rank", "sign", "raw")},
     "sigma": {str(sigma): changed("es", sigma=sigma) for sigma in (0.05, 0.1, 0.4)},
@@ -85,7 +91,7 @@ def run(settings: Ablation) -> Report:
     return Report(rows, partial(plot, rows), notes)
 
 
-def plot(rows: list[Row], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw what each choice loses."""
     figure.set_size_inches(9, 2 + 0.25 * len(rows))
     axes = figure.add_subplot()

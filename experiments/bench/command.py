@@ -38,6 +38,12 @@ class Bench:
     ablation: settings.Ablation = field(default_factory=settings.Ablation)
     scale_free: settings.ScaleFree = field(default_factory=settings.ScaleFree)
     scaling: settings.Scaling = field(default_factory=settings.Scaling)
+    activation: settings.Activation = field(default_factory=settings.Activation)
+    exchange: settings.Exchange = field(default_factory=settings.Exchange)
+    cosines: settings.Cosines = field(default_factory=settings.Cosines)
+    workers: settings.Workers = field(default_factory=settings.Workers)
+    watching: settings.Watching = field(default_factory=settings.Watching)
+    coordinator: settings.Coordinator = field(default_factory=settings.Coordinator)
 
     def run(self, console: Console) -> None:
         """Run them one after another."""

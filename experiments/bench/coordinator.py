@@ -1,37 +1,39 @@
 """What a step costs the coordinator, by the number of hosts: its own time, and bytes up and down.
 
-    python experiments/bench_coordinator.py --hosts 1 16 64 256
-
 First the state machine alone, every message as bytes, then a real coordinator with real sockets and a ledger on disk;
 hosts are simulated: real state machines whose devices make up losses. `own ms` is the processor time of the
 coordinator's thread, `process ms` that of its whole process, the network's threads included; hosts on the same cores
 do not count.
 """
 
-import json
 import multiprocessing
 import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import tyro
 
+from bench.report import Report, Row
+from bench.settings import Coordinator as Settings
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig
 from esjax.data.delivery import PackedText
 from esjax.hosts import wire
 from esjax.hosts.answers import noise_answers
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Publish, Snapshot, Terms, hash_bytes
+from esjax.hosts.serve import serve
 from esjax.hosts.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
 from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNIT = 32
 """Pairs that are never split between hosts."""
@@ -40,25 +42,15 @@ HOSTS_A_PROCESS = 64
 """Simulated hosts that share a process."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Measure the coordinator with simulated hosts."""
-
-    hosts: tuple[int, ...] = (1, 16, 64, 256)
-    """Numbers of hosts."""
-
-    members: int = 16_384
-    """Members a step."""
-
-    steps: int = 50
-    """Steps that are measured."""
-
-    sockets: bool = True
-    """Measure with real sockets, too."""
+def run(settings: Settings) -> Report:
+    """Measure every number of hosts."""
+    measures = (machine_alone, with_sockets) if settings.sockets else (machine_alone,)
+    rows = [measure(settings, hosts)._asdict() for measure in measures for hosts in settings.hosts]
+    return Report(rows, partial(plot, rows))
 
 
-class Row(NamedTuple):
-    """A figure of one setting; times and bytes are per step."""
+class Step(NamedTuple):
+    """What a step took with one setting."""
 
     how: str
     hosts: int
@@ -91,10 +83,10 @@ class FakeDevices:
         return Done(self._step, 1.0, 1.0)
 
 
-def settings(bench: Bench) -> Config:
+def config_of(settings: Settings) -> Config:
     """Choose a run whose rounds beside the steps never come."""
     return Config(
-        es=EsConfig(population_size=bench.members, chunk_pairs=UNIT),
+        es=EsConfig(population_size=settings.members, chunk_pairs=UNIT),
         data=DataConfig(text="builtin:pydoc"),
         model=GruConfig(hidden_size=8, head_size=8),
         hosts=HostsConfig(digest_interval=10**9),
@@ -103,9 +95,9 @@ def settings(bench: Bench) -> Config:
     )
 
 
-def machine_alone(bench: Bench, hosts: int) -> Row:
+def machine_alone(settings: Settings, hosts: int) -> Step:
     """Measure the state machine and the making and reading of bytes."""
-    config = settings(bench)
+    config = config_of(settings)
     terms = Terms("bench", 1, UNIT, 100, {"rademacher": ""}, {}, 1, 1)
     text = PackedText(b"text", 4, "digest")
     snapshot = Snapshot(0, b"0", hash_bytes(b"0"))
@@ -118,7 +110,7 @@ def machine_alone(bench: Bench, hosts: int) -> Row:
     devices = [FakeDevices(i) for i in range(hosts)]
     own, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
     first = None
-    while first is None or coordinator.step < first + bench.steps:
+    while first is None or coordinator.step < first + settings.steps:
         if first is None and coordinator.step >= 5:
             first, own, started = coordinator.step, 0.0, time.perf_counter()
             bytes_of.clear()
@@ -147,27 +139,23 @@ def machine_alone(bench: Bench, hosts: int) -> Row:
             bytes_of["down"] += sum(map(len, frames))
             for worker in workers:
                 worker.receive(wire.decode(frames, "broadcast"), now)
-    return _row("machine", bench, hosts, own, own, time.perf_counter() - started, bytes_of)
+    return _step("machine", settings, hosts, own, own, time.perf_counter() - started, bytes_of)
 
 
-def with_sockets(bench: Bench, hosts: int) -> Row:
+def with_sockets(settings: Settings, hosts: int) -> Step:
     """Measure a coordinator with a ledger on disk and hosts at the loopback interface."""
-    from esjax.devices import prepare_devices
-    from esjax.hosts.serve import serve
-
-    prepare_devices()
     with tempfile.TemporaryDirectory() as folder:
-        server = serve(settings(bench), Path(folder) / "run", bind="tcp://127.0.0.1:0", tell=lambda line: None)
+        server = serve(config_of(settings), Path(folder) / "run", bind="tcp://127.0.0.1:0", tell=lambda line: None)
         server.while_open = lambda: simulated_hosts(server.address, hosts)
         first, own, process, started = None, 0.0, 0.0, 0.0
         for info in server:
             ready = sum(host.state == "ready" for host in server.status().hosts) if first is None else hosts
             if first is None and ready == hosts:
                 first, own, process, started = info.step, *_clocks()
-            elif first is not None and info.step == first + bench.steps:
+            elif first is not None and info.step == first + settings.steps:
                 own, process, wall = (now - then for now, then in zip(_clocks(), (own, process, started), strict=True))
                 break
-    return _row("sockets", bench, hosts, own, process, wall, None)
+    return _step("sockets", settings, hosts, own, process, wall, None)
 
 
 def _clocks() -> tuple[float, float, float]:
@@ -220,20 +208,22 @@ def run_hosts(address: str, first: int, count: int) -> None:
                 worker.receive(wire.decode(received.reply, "reply"), now)
 
 
-def _row(how: str, bench: Bench, hosts: int, own: float, process: float, wall: float, sent: Counter[str] | None) -> Row:
+def _step(
+    how: str, settings: Settings, hosts: int, own: float, process: float, wall: float, sent: Counter[str] | None
+) -> Step:
     up = down = None
     if sent is not None:
-        up = sent["up"] / bench.steps / bench.members
-        down = sent["down"] / bench.steps / (bench.members / 2)
-    return Row(how, hosts, 1e3 * own / bench.steps, 1e3 * process / bench.steps, 1e3 * wall / bench.steps, up, down)
+        up = sent["up"] / settings.steps / settings.members
+        down = sent["down"] / settings.steps / (settings.members / 2)
+    own, process, wall = (1e3 * seconds / settings.steps for seconds in (own, process, wall))
+    return Step(how, hosts, own, process, wall, up, down)
 
 
-def main(bench: Bench) -> None:
-    """Measure everything, and print a line of JSON for each."""
-    for how in (machine_alone, with_sockets) if bench.sockets else (machine_alone,):
-        for hosts in bench.hosts:
-            print(json.dumps(how(bench, hosts)._asdict()), flush=True)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Bench))
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
+    """Draw the coordinator's own time."""
+    axes = figure.add_subplot()
+    for how in dict.fromkeys(row["how"] for row in rows):
+        mine = [row for row in rows if row["how"] == how]
+        axes.plot([row["hosts"] for row in mine], [row["own_ms"] for row in mine], "o-", label=how)
+    axes.set(xlabel="hosts", ylabel="the coordinator's own ms a step", xscale="log", ylim=(0, None))
+    axes.legend()

@@ -1,32 +1,32 @@
-"""The cosine of an estimate with the exact gradient, against the population, for the three spaces.
+"""The cosine of an estimate with the exact gradient, against the population, for the spaces.
 
-Beside it, for noise on weights, the law 1 / sqrt(1 + n r / K) for n parameters, K pairs of a window each, and the
-dispersion r of the windows' gradients (with r = 1, all windows alike, it is that of Dust, 2026):
-
-    python experiments/cosines.py [RUN_FOLDER] [--populations 256 1024 4096 16384] [--repeats 3]
+It is taken at the weights of a short run with noise on activations. Beside it, for noise on weights, the law
+1 / sqrt(1 + n r / K) for n parameters, K pairs of a window each, and the dispersion r of the windows' gradients (with
+r = 1, all windows alike, it is that of Dust, 2026).
 """
 
-import argparse
-import json
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import esjax
+import jax
+import numpy as np
 
-esjax.prepare_devices()
+from bench.measure import spread
+from bench.report import Report, Row
+from bench.settings import Cosines
+from esjax.compass import bearings
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.data.corpus import load_corpus
+from esjax.data.delivery import token_type
+from esjax.data.packing import pack_stream
+from esjax.devices import local_mesh
+from esjax.models import build_model
+from esjax.own import Own
+from esjax.training import Trainer
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-
-from esjax.checkpoint import restore_newest  # noqa: E402
-from esjax.compass import bearings  # noqa: E402
-from esjax.config import EsConfig, replace  # noqa: E402
-from esjax.data.delivery import token_type  # noqa: E402
-from esjax.data.packing import pack_stream  # noqa: E402
-from esjax.devices import local_mesh  # noqa: E402
-from esjax.loading import load_run_corpus  # noqa: E402
-from esjax.models import build_model  # noqa: E402
-from esjax.replica import Replica  # noqa: E402
-from esjax.run_folder import RunFolder  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SPACES = {
     "full": EsConfig(space="full"),
@@ -36,34 +36,47 @@ SPACES = {
 }
 
 
-def main() -> None:
-    """Print a line of JSON for each space and population."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_folder", type=Path, help="a run; the gradient is taken at its newest weights")
-    parser.add_argument("--populations", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    folder = RunFolder(arguments.run_folder)
-    config, corpus = folder.config, load_run_corpus(folder)
-    size, mesh = corpus.vocabulary.size, local_mesh()
-    model = build_model(config.model, size)
-    replica = Replica(config, model, None, mesh)
-    params = jax.device_get(restore_newest(folder.checkpoints, replica.state, print).state.params)
+def run(settings: Cosines) -> Report:
+    """Train a little, then compare."""
+    config = Config(
+        steps=settings.steps,
+        data=DataConfig(text=settings.text),
+        es=EsConfig(space="activation", population_size=settings.population),
+        model=GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden),
+    )
+    corpus = load_corpus(config.data)
+    trainer = Trainer(config, corpus, own=Own())
+    for _ in trainer:
+        pass
+    size, mesh, params = corpus.vocabulary.size, local_mesh(), jax.device_get(trainer.params)
+    model, stream = build_model(config.model, size), pack_stream(corpus.train).astype(token_type(size))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    stream = pack_stream(corpus.train).astype(token_type(size))
-    for name, es in SPACES.items():
-        for population in arguments.populations:
+    rows = []
+    for space, es in SPACES.items():
+        for population in settings.populations:
             chosen = replace(config, es=replace(es, population_size=population))
-            found = [*bearings(chosen, model, params, stream, mesh, arguments.repeats)]
-            cosines = [bearing.cosine for bearing in found]
-            line = {"space": name, "population": population, "cosine": round(float(np.mean(cosines)), 4)}
-            line["spread"] = round(float(np.std(cosines)), 4)
+            found = [*bearings(chosen, model, params, stream, mesh, settings.repeats)]
+            row: dict[str, Any] = {"space": space, "population": population}
+            row["cosine"] = spread(np.array([bearing.cosine for bearing in found]))
             if es.space != "activation":
-                dispersion = float(np.mean([bearing.dispersion for bearing in found]))
-                line["dispersion"] = round(dispersion, 1)
-                line["law"] = round((1 + parameters * dispersion / (population / 2)) ** -0.5, 4)
-            print(json.dumps(line), flush=True)
+                row["dispersion"] = dispersion = float(np.mean([bearing.dispersion for bearing in found]))
+                row["law"] = (1 + parameters * dispersion / (population / 2)) ** -0.5
+            rows.append(row)
+    held_out = trainer.last.held_out if trainer.last else None
+    notes = [f"At a held-out loss of {held_out:.3f}; {parameters:,} parameters."] if held_out else []
+    return Report(rows, partial(plot, rows), notes)
 
 
-if __name__ == "__main__":
-    main()
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
+    """Draw cosines, and the law as crosses."""
+    axes = figure.add_subplot()
+    for space in SPACES:
+        mine = [row for row in rows if row["space"] == space]
+        lines = axes.plot(
+            [row["population"] for row in mine], [row["cosine"].median for row in mine], "o-", label=space
+        )
+        if "law" in mine[0]:
+            color = lines[0].get_color()
+            axes.plot([row["population"] for row in mine], [row["law"] for row in mine], "x--", color=color)
+    axes.set(xlabel="population", ylabel="cosine with the exact gradient", xscale="log", yscale="log")
+    axes.legend()

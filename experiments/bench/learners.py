@@ -19,10 +19,12 @@ from esjax.data.packing import draw_windows, pack_stream
 from esjax.devices import local_mesh
 from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_evaluate
 from esjax.fitness import shape
+from esjax.member import Member
 from esjax.models import Model, build_model
 from esjax.models.model import Params
 from esjax.noise import INIT, PERTURBATIONS, WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
+from esjax.own import Own
 from esjax.replica import Replica
 from esjax.trained import Trained
 from esjax.training import Trainer
@@ -86,7 +88,7 @@ def scorer(config: Config, corpus: Corpus) -> Callable[[Params], float]:
 
 def ours(config: Config, corpus: Corpus) -> Learner:
     """Train as `esjax train` does."""
-    trainer = Trainer(replace(config, evaluate_time=NEVER), corpus)
+    trainer = Trainer(replace(config, evaluate_time=NEVER), corpus, own=Own())
     steps, last = iter(trainer), 0
 
     def step(_: float) -> int:
@@ -124,14 +126,18 @@ def _set(config: Config, corpus: Corpus) -> _Setting:
 def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_a_time: int = 10) -> Learner:
     """Train with exact gradients and Adam; the rate falls to 0 as a cosine over the run, `at_a_time` steps a call."""
     model, params, _, mesh, windows_of = _set(config, corpus)
-    loss, rule = cross_entropy(config.data.burn_in), optax.scale_by_adam()
+    rule, burn_in = optax.scale_by_adam(), config.data.burn_in
     over_devices = NamedSharding(mesh, PartitionSpec(PAIRS_AXIS))
 
     def update(number: Array, carried: tuple[Params, Any], rate: Array) -> tuple[Params, Any]:
         params, state = carried
         windows = windows_of(number, jnp.arange(batch, dtype=jnp.uint32), 1)[:, 0]
         windows = jax.lax.with_sharding_constraint(windows, over_devices)
-        gradient = jax.grad(lambda p: jax.vmap(lambda window: loss(model, p, window))(windows).mean())(params)
+
+        def mean_loss(params: Params) -> Array:
+            return jnp.mean(jax.vmap(lambda window: Member(model, params).cross_entropy(window, burn_in))(windows))
+
+        gradient = jax.grad(mean_loss)(params)
         updates, state = rule.update(gradient, state)
         return jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates), state
 
@@ -153,8 +159,8 @@ def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, a
     model, params, _, mesh, windows_of = _set(config, corpus)
     rival = evosax_open_es(
         model,
-        cross_entropy(config.data.burn_in),
         mesh,
+        burn_in=config.data.burn_in,
         population=population,
         sigma=config.es.sigma,
         optimizer=make_optimizer(config.optim, None),

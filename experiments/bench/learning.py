@@ -5,7 +5,7 @@ backpropagation with Adam. The step size of each is the best of the same few mul
 held-out loss after trials that are short and taken in turns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ def _row(name: str, rate: float, trials: dict[str, float], curve: list[Point], t
     return {**row, "curve": [list(point) for point in curve]}
 
 
-def plot(rows: list[Row], targets: tuple[float, ...], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], targets: tuple[float, ...], figure: "Figure") -> None:
     """Draw the curves."""
     over_seconds, over_tokens = figure.subplots(1, 2, sharey=True)
     for row in rows:

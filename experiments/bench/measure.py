@@ -139,7 +139,7 @@ def _serve(line: Connection, make: Callable[..., Mapping[str, Way]], arguments: 
 def all_threads() -> dict[str, str]:
     """Environment for one CPU device with a thread a core: JAX as it comes."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_cpu_multi_thread_eigen=false", "")
-    cache = jax.config.jax_compilation_cache_dir or ""
+    cache = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
     return {"XLA_FLAGS": flags.strip(), "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": cache}
 
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.errors import EsjaxError
-from esjax.evaluate import PAIRS_AXIS, Loss
+from esjax.evaluate import PAIRS_AXIS
+from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.noise import Factors, Noise, make_space
 from esjax.tokens import STOP
@@ -37,21 +38,21 @@ class Rival(NamedTuple):
 
 
 def forward(
-    model: Model, loss: Loss, mesh: Mesh, at_once: int
+    model: Model, mesh: Mesh, burn_in: int, at_once: int
 ) -> Callable[[Params, Int[Array, "sequences length"]], Array]:
     """Make a plain forward pass: the loss of one set of weights on many sequences. Jit it."""
 
     def total(params: Params, tokens: Int[Array, "sequences length"]) -> Float[Array, " sequences"]:
-        return _spread_out(mesh, lambda window: loss(model, params, window), tokens, at_once)
+        return _spread_out(mesh, lambda window: Member(model, params).cross_entropy(window, burn_in), tokens, at_once)
 
     return total
 
 
 def evosax_open_es(
     model: Model,
-    loss: Loss,
     mesh: Mesh,
     *,
+    burn_in: int,
     population: int,
     sigma: float,
     optimizer: optax.GradientTransformation,
@@ -81,8 +82,7 @@ def evosax_open_es(
         members, state = strategy.ask(key, state, strategy.default_params)
 
         def member_loss(solution: Params) -> Float[Array, ""]:
-            params = to_params(solution)
-            return jnp.mean(jax.vmap(lambda sequence: loss(model, params, sequence))(tokens))
+            return _mean_loss(Member(model, to_params(solution)), tokens, burn_in)
 
         losses = _spread_out(mesh, member_loss, members, at_once)
         return strategy.tell(key, members, losses, state, strategy.default_params)[0]
@@ -92,9 +92,9 @@ def evosax_open_es(
 
 def normal_low_rank(
     model: Model,
-    loss: Loss,
     mesh: Mesh,
     *,
+    burn_in: int,
     pairs: int,
     sigma: float,
     rank: int,
@@ -118,7 +118,7 @@ def normal_low_rank(
             return Factors(*(jax.random.normal(side, (rank, size)) for side, size in sides))
 
         leaves, treedef = jax.tree.flatten(example)
-        return jax.tree.map(one, example, treedef.unflatten(list(jax.random.split(key, len(leaves)))))
+        return jax.tree.map(one, example, jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves)))))
 
     def step(
         state: tuple[Params, Any], key: Key[Array, ""], tokens: Int[Array, "pairs sequences length"]
@@ -130,8 +130,7 @@ def normal_low_rank(
             noise, tokens = pair
 
             def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-                member = space.perturb(params, noise, sign)
-                return jnp.mean(jax.vmap(lambda sequence: loss(model, member, sequence))(tokens))
+                return _mean_loss(Member(model, space.perturb(params, noise, sign)), tokens, burn_in)
 
             return jax.vmap(member_loss)(jnp.array([1.0, -1.0]))
 
@@ -144,6 +143,10 @@ def normal_low_rank(
         return jax.tree.map(lambda leaf, unit, update: leaf + unit * update, params, units, updates), opt_state
 
     return Rival(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
+
+
+def _mean_loss(member: Member, tokens: Int[Array, "sequences length"], burn_in: int) -> Float[Array, ""]:
+    return jnp.mean(jax.vmap(lambda sequence: member.cross_entropy(sequence, burn_in))(tokens))
 
 
 def _spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_once: int) -> Array:

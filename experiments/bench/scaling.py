@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def _peak_memory() -> float:
     return most / 1e6 if sys.platform == "darwin" else most / 1e3
 
 
-def plot(rows: list[Row], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw rates against each setting, and memory against the population."""
     rows = [row for row in rows if "÷ first" in row]
     names = list(dict.fromkeys(row["axis"] for row in rows))

@@ -172,27 +172,146 @@ class Scaling(Section):
     """Turns."""
 
 
+class Activation(Section):
+    """A step with noise on activations against a plain forward pass."""
+
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Widths of the gru that are tried."""
+
+    population: int = 4096
+    """Noisy copies a step."""
+
+    at_once: tuple[int, ...] = (64, 128, 256, 512)
+    """Sequences that a device has at a time in the forward pass, of which the fastest counts."""
+
+    rounds: int = 9
+    """Turns."""
+
+
+class Exchange(Section):
+    """A step of one host of several, with losses and with sums."""
+
+    populations: tuple[int, ...] = (4096, 65536)
+    """Populations that are tried."""
+
+    hosts: tuple[int, ...] = (1, 4, 16)
+    """Numbers of hosts that are tried."""
+
+    hidden: int = 32
+    """Width of the gru."""
+
+    rounds: int = 5
+    """Turns."""
+
+
+class Cosines(Section):
+    """Cosine of the estimate with the exact gradient, against the population."""
+
+    steps: int = 150
+    """Steps, with noise on activations, after which the gradient is taken."""
+
+    population: int = 4096
+    """Noisy copies a step until then."""
+
+    populations: tuple[int, ...] = (256, 1024, 4096, 16384)
+    """Populations that are tried."""
+
+    repeats: int = 3
+    """Comparisons, with other windows and noise each."""
+
+    hidden: int = 32
+    """Width of the gru; its head's is twice as large."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
+class Workers(Section):
+    """Several processes that train together, against one."""
+
+    workers: tuple[int, ...] = (2, 4)
+    """Numbers of processes."""
+
+    rounds: int = 3
+    """Turns."""
+
+    seconds: float = 20.0
+    """Seconds of a run."""
+
+    words: tuple[str, ...] = ()
+    """Settings of `esjax train`."""
+
+
+class Coordinator(Section):
+    """What a step costs the coordinator, by the number of hosts."""
+
+    hosts: tuple[int, ...] = (1, 16, 64, 256)
+    """Numbers of hosts."""
+
+    members: int = 16_384
+    """Members a step."""
+
+    steps: int = 50
+    """Steps that are measured."""
+
+    sockets: bool = True
+    """Measure with real sockets, too."""
+
+
+class Watching(Section):
+    """What trackers, metrics and the line of progress cost a run."""
+
+    track: tuple[str, ...] = ("tensorboard",)
+    """Trackers: tensorboard, wandb, trackio."""
+
+    seconds: float = 120.0
+    """Seconds of all phases."""
+
+    phase: float = 3.0
+    """Seconds of a phase."""
+
+    warm_up: float = 10.0
+    """Seconds before the first phase."""
+
+    hidden: int = 32
+    """Width of the gru; its head's is twice as large."""
+
+    population: int = 4096
+    """Members: the smaller, the more steps there are to tell of."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
 PYDOC = "builtin:pydoc"
 
+SMALL_RUN = ("--data.text", PYDOC, "--model.hidden-size", "4", "--es.population-size", "64")
+
 SHORT: dict[str, Any] = {
-    "throughput": Throughput(sizes=((8, 2, 2, 32),), scale=1, at_once=(64,), peak=128, rounds=2),
-    "update": Update(population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), rounds=2),
+    "throughput": Throughput(sizes=((8, 2, 2, 32),), scale=1, at_once=(64,), peak=128, rounds=1),
+    "update": Update(population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), rounds=1),
     "learning": Learning(
-        seconds=0.4,
-        every=0.2,
-        search_seconds=0.1,
+        methods=("low rank 1", "evosax", "backpropagation"),
+        seconds=0.2,
+        every=0.1,
+        search_seconds=0.05,
         factors=(0.5, 1.0),
         targets=(5.0, 3.33),
         text=PYDOC,
-        methods=("low rank 1", "activation", "evosax", "backpropagation"),
         hidden=4,
         head=4,
         population=64,
         batch=16,
     ),
-    "start": Start(words=("--data.text", PYDOC, "--model.hidden-size", "4", "--es.population-size", "64"), rounds=1),
-    "ablation": Ablation(choices=("pairing", "rank"), tokens=8192, seeds=1, population=128, text=PYDOC),
+    "start": Start(words=SMALL_RUN, rounds=1),
+    "ablation": Ablation(choices=("pairing",), tokens=8192, seeds=1, population=128, text=PYDOC),
     "scale_free": ScaleFree(tokens=8192, seeds=1, population=64, hidden=4, text=PYDOC),
-    "scaling": Scaling(population=64, populations=(64, 128), windows=(8,), widths=(8,), rounds=2),
+    "scaling": Scaling(population=64, populations=(64, 128), windows=(8,), widths=(8,), rounds=1),
+    "activation": Activation(widths=(8,), population=64, at_once=(64,), rounds=1),
+    "exchange": Exchange(populations=(64,), hosts=(1,), hidden=8, rounds=1),
+    "cosines": Cosines(steps=2, population=64, populations=(64,), repeats=1, hidden=4, text=PYDOC),
+    "workers": Workers(workers=(2,), rounds=1, seconds=2.0, words=SMALL_RUN),
+    "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
+    "coordinator": Coordinator(hosts=(1, 2), members=128, steps=5),
 }
 """A few seconds each: to see that they run."""

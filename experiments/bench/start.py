@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def _first_line(command: list[str], cache: Path) -> None:
             process.kill()
 
 
-def plot(rows: list[Row], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw seconds."""
     axes = figure.add_subplot()
     times = [row["seconds"] for row in rows]

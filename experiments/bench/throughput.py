@@ -6,6 +6,7 @@ as a process a core with a thread each. The peak is a large float32 matrix produ
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +23,6 @@ from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_ra
 from bench.settings import Throughput
 from esjax.config import Config, DataConfig, EsConfig, RnnConfig
 from esjax.devices import local_mesh
-from esjax.evaluate import cross_entropy
 from esjax.models import build_model
 from esjax.models.primitives import HIGHEST
 
@@ -115,25 +115,25 @@ def measure(size: Size, settings: Throughput) -> Row:
 def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
     """Make the rivals in JAX, with several numbers of members at a time, and the peak; nothing is compiled yet."""
     config, mesh, es = size.config, local_mesh(), size.config.es
-    model, loss = build_model(config.model, VOCAB), cross_entropy(config.data.burn_in)
+    model, burn_in = build_model(config.model, VOCAB), config.data.burn_in
     params = model.init(jax.random.key(0))
     room = DENSE_BYTES[not _on_cpu()] // sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     dense = max(2 * mesh.size, min(es.population_size, 2 ** int(np.log2(room))))
-    length = config.data.burn_in + config.data.window
+    length = burn_in + config.data.window
     tokens = jnp.asarray(random_tokens((es.population_size * size.sequences, length)), jnp.int32)
     of_pairs = tokens[: len(tokens) // 2].reshape(es.pairs, size.sequences, length)
     work = member_tokens(config)
     ways = peak(settings.peak)
     for at_once in settings.at_once or AT_ONCE[not _on_cpu()]:
         members = max(1, at_once // size.sequences)
-        shared = {"sigma": es.sigma, "optimizer": optax.adam(0.01)}
-        pass_ = jax.jit(forward(model, loss, mesh, at_once))
+        shared = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
+        pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
         ways[f"forward {at_once}"] = Way(partial(pass_, params, tokens), work)
-        rival = evosax_open_es(model, loss, mesh, population=dense, at_once=members, **shared)
+        rival = evosax_open_es(model, mesh, population=dense, at_once=members, **shared)
         dense_work = work * dense // es.population_size
         ways[f"evosax {at_once}"] = _step_of(rival, params, tokens[: size.sequences], dense_work)
         pairs = max(1, members // 2)
-        rival = normal_low_rank(model, loss, mesh, pairs=es.pairs, rank=1, at_once=pairs, **shared)
+        rival = normal_low_rank(model, mesh, pairs=es.pairs, rank=1, at_once=pairs, **shared)
         ways[f"normal low rank {at_once}"] = _step_of(rival, params, of_pairs, work)
     return ways
 
@@ -176,7 +176,7 @@ def peak(rows: int) -> dict[str, Way]:
     return ways
 
 
-def plot(rows: list[Row], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw the rates of all ways, by size."""
     axes = figure.add_subplot()
     names = [name for name in rows[0]["rates"] if name != "peak"]

@@ -4,6 +4,7 @@ One setting changes at a time. With several hosts, the evaluation is one host's 
 all pairs, whatever the hosts.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def measure(population: int, hosts: int, hidden: int, rank: int, rounds: int) ->
     }
 
 
-def plot(rows: list[Row], figure: "Figure") -> None:
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw the ratio against each setting."""
     names = list(dict.fromkeys(row["changed"] for row in rows))
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):

@@ -1,64 +1,41 @@
 """What watching costs: the rate of one run while it is shown to everything there is, and while it is shown to nothing.
 
-    python experiments/bench_watching.py --seconds 120 --track tensorboard wandb trackio
-
 One run goes on all the time. In every other phase each step is written to a run folder, shown in a terminal's line of
 progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
 compared, so that what else the machine does meets both alike; seconds of this process's processors, per member-token,
-are compared as well, since they depend on that far less. Prints a line of JSON for each pair of phases, and the medians
-with the middle half of all pairs at the end.
+are compared as well, since they depend on that far less.
 """
 
-import json
 import statistics
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import tyro
+from rich.console import Console
 
-import esjax
+from bench.measure import Spread
+from bench.report import Report
+from bench.settings import Watching
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
+from esjax.metrics_server import MetricsServer
+from esjax.progress import Progress
+from esjax.run_folder import RunFolder
+from esjax.step_info import StepInfo
+from esjax.trackers import JsonLines, find_trackers, tracked_run
+from esjax.tracking import Watch
+from esjax.training import train
 
-esjax.prepare_devices()
-
-from rich.console import Console  # noqa: E402
-
-from esjax.config import Config, GruConfig  # noqa: E402
-from esjax.metrics_server import MetricsServer  # noqa: E402
-from esjax.progress import Progress  # noqa: E402
-from esjax.run_folder import RunFolder  # noqa: E402
-from esjax.step_info import StepInfo  # noqa: E402
-from esjax.trackers import JsonLines, find_trackers, tracked_run  # noqa: E402
-from esjax.tracking import Watch  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SKIPPED = 2
 """Steps at the start of a phase that are not counted: what the phase before left to do falls into them."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Compare a run that is watched with one that is not."""
-
-    track: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("tensorboard",)
-    """Trackers: tensorboard, wandb, trackio."""
-
-    seconds: float = 120.0
-    """Seconds of all phases."""
-
-    phase: float = 3.0
-    """Seconds of a phase."""
-
-    hidden: int = 32
-    """Width of the model."""
-
-    population: int = 4096
-    """Members: the smaller, the more steps there are to tell of."""
 
 
 class Phase(NamedTuple):
@@ -96,49 +73,60 @@ def read_metrics(server: MetricsServer, over: threading.Event) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read()
 
 
-def main(bench: Bench) -> None:
+def run(settings: Watching) -> Report:
     """Take turns, and compare."""
-    model = GruConfig(hidden_size=bench.hidden, head_size=2 * bench.hidden)
-    config = Config(model=model, es=esjax.EsConfig(population_size=bench.population), evaluate_time=1e9)
-    run = esjax.train(config)
+    model = GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden)
+    es, data = EsConfig(population_size=settings.population), DataConfig(text=settings.text)
+    config = Config(model=model, es=es, data=data, evaluate_time=1e9)
+    trainer = train(config)
     server = MetricsServer(0)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        folder = RunFolder.create(Path(place) / "run", config, run.corpus.vocabulary, run.corpus.digest)
-        watch = stack.enter_context(Watch([*find_trackers(bench.track), server], print))
-        watch.start(tracked_run(folder, run.baselines, 0), JsonLines(folder))
+        folder = RunFolder.create(Path(place) / "run", config, trainer.corpus.vocabulary, trainer.corpus.digest)
+        watch = stack.enter_context(Watch([*find_trackers(settings.track), server], print))
+        watch.start(tracked_run(folder, trainer.baselines, 0), JsonLines(folder))
         terminal = Console(
             file=stack.enter_context((Path(place) / "terminal").open("w")), force_terminal=True, width=150
         )
-        steps = iter(run)
-        with Progress(terminal, run.baselines, run.limits) as progress:
-            count(steps, 10.0, watch, progress)  # compiled, all trackers begun, all that they need imported
+        steps = iter(trainer)
+        with Progress(terminal, trainer.baselines, trainer.limits) as progress:
+            count(steps, settings.warm_up, watch, progress)  # compiled, all trackers begun, all that they need imported
         rates, processors = list[float](), list[float]()
-        for number in range(max(int(bench.seconds / bench.phase / 2), 1)):
+        for number in range(max(int(settings.seconds / settings.phase / 2), 1)):
             phases: dict[bool, Phase] = {}
             for watched in (False, True) if number % 2 else (True, False):
                 if watched:
                     over = threading.Event()
                     reader = threading.Thread(target=read_metrics, args=(server, over))
                     reader.start()
-                    with Progress(terminal, run.baselines, run.limits) as progress:
-                        phases[True] = count(steps, bench.phase, watch, progress)
+                    with Progress(terminal, trainer.baselines, trainer.limits) as progress:
+                        phases[True] = count(steps, settings.phase, watch, progress)
                     over.set()
                     reader.join()
                 else:
-                    phases[False] = count(steps, bench.phase, None, None)
+                    phases[False] = count(steps, settings.phase, None, None)
             rates.append(phases[True].rate / phases[False].rate)
             processors.append(phases[True].processor / phases[False].processor)
-            line = {"watched": phases[True]._asdict(), "alone": phases[False]._asdict()}
-            print(json.dumps({**line, "rate_ratio": rates[-1], "processor_ratio": processors[-1]}), flush=True)
         steps.close()  # type: ignore[attr-defined]
-    print(json.dumps({"track": bench.track, "rate_ratio": summary(rates), "processor_ratio": summary(processors)}))
+    row = {
+        "trackers": ", ".join(settings.track),
+        "pairs of phases": len(rates),
+        "rate, watched ÷ alone": middle(rates),
+        "processor time, watched ÷ alone": middle(processors),
+    }
+    return Report([row], partial(plot, rates, processors), ["Medians, and the middle half of all pairs of phases."])
 
 
-def summary(ratios: list[float]) -> dict[str, float]:
-    """Median, and the middle half."""
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"median": statistics.median(ratios), "low": low, "high": high, "pairs": len(ratios)}
+def middle(ratios: Sequence[float]) -> Spread:
+    """Tell the median, and the middle half in place of the extremes."""
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios] * 3
+    return Spread(statistics.median(ratios), low, high)
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Bench))
+def plot(rates: Sequence[float], processors: Sequence[float], figure: "Figure") -> None:
+    """Draw the ratios of all pairs of phases."""
+    axes = figure.add_subplot()
+    axes.plot(rates, "o", label="rate")
+    axes.plot(processors, "o", label="processor time")
+    axes.axhline(1, color="gray", linewidth=0.5)
+    axes.set(xlabel="pair of phases", ylabel="watched ÷ alone")
+    axes.legend()

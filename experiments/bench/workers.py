@@ -1,67 +1,63 @@
 """How fast several processes of this machine train together, compared with one that has all its cores.
 
-    python experiments/bench_workers.py --workers 2 4 --rounds 3
-
-Runs take turns, so that what else the machine does meets all of them alike; of each, member-tokens a second are counted
-from the tenth step on. Prints a line of JSON for each run, and the ratio of the medians to one process at the end.
+Runs take turns; of each, member-tokens a second are counted from the tenth step on.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
+import numpy as np
+
+from bench.measure import spread
+from bench.report import Report, Row
+from bench.settings import Workers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SKIPPED = 10
 """Steps at the start that are not counted."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Compare processes that train together with one alone."""
+def run(settings: Workers) -> Report:
+    """Take turns, and compare."""
+    rates: dict[int, list[float]] = {number: [] for number in (0, *settings.workers)}
+    for _ in range(settings.rounds):
+        for number, found in rates.items():
+            found.append(rate(number, settings))
+    alone = np.array(rates[0])
+    rows = [
+        {
+            "processes": number or "one, all cores",
+            "M/s": float(np.median(found)) / 1e6,
+            "÷ one process": spread(np.array(found) / alone),
+        }
+        for number, found in rates.items()
+    ]
+    return Report(rows, partial(plot, rows))
 
-    settings: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Settings of train, after --."""
 
-    workers: tuple[int, ...] = (2,)
-    """Numbers of processes."""
-
-    rounds: int = 3
-    """Turns."""
-
-    seconds: float = 20.0
-    """Seconds of a run."""
-
-
-def rate(workers: int, bench: Bench) -> float:
+def rate(workers: int, settings: Workers) -> float:
     """Train, and return member-tokens a second; 0 workers: one process with all cores."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        words = ["--seconds", str(bench.seconds), "--evaluate-time", "1000", "--out", str(run), *bench.settings]
+        out = Path(folder) / "run"
+        words = ["--seconds", str(settings.seconds), "--evaluate-time", "1000", "--out", str(out), *settings.words]
         command = [sys.executable, "-m", "esjax", "train", "--workers", str(workers), *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing"
     first, last = rows[SKIPPED], rows[-2]  # the last one may end with an evaluation
     return (last["member_tokens"] - first["member_tokens"]) / (last["seconds"] - first["seconds"])
 
 
-def main(bench: Bench) -> None:
-    """Take turns, and compare."""
-    rates: dict[int, list[float]] = {number: [] for number in (0, *bench.workers)}
-    for _ in range(bench.rounds):
-        for number, found in rates.items():
-            found.append(rate(number, bench))
-            print(json.dumps({"workers": number, "member_tokens_per_second": found[-1]}), flush=True)
-    alone = statistics.median(rates[0])
-    for number in bench.workers:
-        print(json.dumps({"workers": number, "ratio_to_one_process": statistics.median(rates[number]) / alone}))
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Bench))
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
+    """Draw the ratios."""
+    axes = figure.add_subplot()
+    axes.bar([str(row["processes"]) for row in rows], [row["÷ one process"].median for row in rows])
+    axes.set(xlabel="processes", ylabel="rate ÷ that of one process")
