@@ -4,12 +4,14 @@
 
 One run goes on all the time. In every other phase each step is written to a run folder, shown in a terminal's line of
 progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
-compared, so that what else the machine does meets both alike; seconds of this process's processors, per member-token,
-are compared as well, since they depend on that far less. Prints a line of JSON for each pair of phases, and the medians
-with the middle half of all pairs at the end.
+compared, so that what else the machine does meets both alike. Since a busy machine makes rates uncertain all the same,
+this process's processor time per member-token is compared as well: what of it is more while the run is watched comes to
+a share of the machine's processors (watching is work a second, not work a step, so a slowed run says too much of it).
+Prints a line of JSON for each pair of phases, and the medians with the middle half of all pairs at the end.
 """
 
 import json
+import os
 import statistics
 import tempfile
 import threading
@@ -112,7 +114,7 @@ def main(bench: Bench) -> None:
         steps = iter(run)
         with Progress(terminal, run.baselines, run.limits) as progress:
             count(steps, 10.0, watch, progress)  # compiled, all trackers begun, all that they need imported
-        rates, processors = list[float](), list[float]()
+        rates, shares = list[float](), list[float]()
         for number in range(max(int(bench.seconds / bench.phase / 2), 1)):
             phases: dict[bool, Phase] = {}
             for watched in (False, True) if number % 2 else (True, False):
@@ -127,11 +129,12 @@ def main(bench: Bench) -> None:
                 else:
                     phases[False] = count(steps, bench.phase, None, None)
             rates.append(phases[True].rate / phases[False].rate)
-            processors.append(phases[True].processor / phases[False].processor)
+            more = phases[True].processor - phases[False].processor
+            shares.append(1e-9 * more * phases[True].rate / (os.cpu_count() or 1))
             line = {"watched": phases[True]._asdict(), "alone": phases[False]._asdict()}
-            print(json.dumps({**line, "rate_ratio": rates[-1], "processor_ratio": processors[-1]}), flush=True)
+            print(json.dumps({**line, "rate_ratio": rates[-1], "processor_share": shares[-1]}), flush=True)
         steps.close()  # type: ignore[attr-defined]
-    print(json.dumps({"track": bench.track, "rate_ratio": summary(rates), "processor_ratio": summary(processors)}))
+    print(json.dumps({"track": bench.track, "rate_ratio": summary(rates), "processor_share": summary(shares)}))
 
 
 def summary(ratios: list[float]) -> dict[str, float]:
