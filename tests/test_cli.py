@@ -551,8 +551,9 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(work: Path, monkeypatch: p
 )
 def test_help_imports_neither_jax_nor_flax(words: list[str]) -> None:
     program = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as for a script
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
