@@ -7,6 +7,7 @@ vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
 baselines.json    nats per token of the n-gram models over the held-out documents
 samples.txt       text written on the way
+tensorboard/      event files, and wandb/ those of Weights & Biases, if the run is shown there
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
 epoch             how often a coordinator was started

@@ -161,13 +161,13 @@ def test_trackers_change_nothing_of_a_run(config: Config, tmp_path: Path) -> Non
 
 
 class Stuck(Tracker):
-    """A tracker that never comes back from its first row."""
+    """A tracker that does not come back from its first row before it is set free."""
 
     def __init__(self) -> None:
         self.free, self.closed = threading.Event(), threading.Event()
 
     def log(self, row: Mapping[str, float]) -> None:
-        self.free.wait()
+        self.free.wait(60)
 
     def close(self) -> None:
         self.closed.set()
@@ -286,6 +286,16 @@ def test_tensorboard_holds_what_the_folder_holds(config: Config, tmp_path: Path)
     assert ("loss", 5) in scalars(events)
     # What a reader drops: events of steps from there on that came before it.
     assert [event.step for event in events if event.HasField("session_log")] == [5]
+
+
+def test_event_files_of_one_second_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    board = TensorBoard()
+    for step in (0, 1):
+        board.start(TrackedRun("a", "a", tmp_path, {}, {}, step))
+        board.log(INFO._replace(step=step + 1).row())
+        board.close()
+    assert {step for name, step in scalars(read_events(tmp_path / "tensorboard")) if name == "loss"} == {1, 2}
 
 
 def test_tensorboard_without_a_folder_says_so(config: Config) -> None:

@@ -2,10 +2,13 @@
 
 One run goes on all the time. In every other phase each step is written to a run folder, shown in a terminal's line of
 progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
-compared, so that what else the machine does meets both alike; seconds of this process's processors, per member-token,
-are compared as well, since they depend on that far less.
+compared, so that what else the machine does meets both alike. A busy machine makes rates uncertain all the same, so
+this process's processor time per member-token is compared as well: what of it is more while the run is watched is told
+as a share of all processors of the machine. (Watching is work a second, not work a step: a ratio of processor times would
+say the more of it, the slower the run is.)
 """
 
+import os
 import statistics
 import tempfile
 import threading
@@ -90,7 +93,7 @@ def run(settings: Watching) -> Report:
         steps = iter(trainer)
         with Progress(terminal, trainer.baselines, trainer.limits) as progress:
             count(steps, settings.warm_up, watch, progress)  # compiled, all trackers begun, all that they need imported
-        rates, processors = list[float](), list[float]()
+        rates, shares = list[float](), list[float]()
         for number in range(max(int(settings.seconds / settings.phase / 2), 1)):
             phases: dict[bool, Phase] = {}
             for watched in (False, True) if number % 2 else (True, False):
@@ -105,15 +108,16 @@ def run(settings: Watching) -> Report:
                 else:
                     phases[False] = count(steps, settings.phase, None, None)
             rates.append(phases[True].rate / phases[False].rate)
-            processors.append(phases[True].processor / phases[False].processor)
+            more = phases[True].processor - phases[False].processor
+            shares.append(1e-9 * more * phases[True].rate / (os.cpu_count() or 1))
         steps.close()  # type: ignore[attr-defined]
     row = {
         "trackers": ", ".join(settings.track),
         "pairs of phases": len(rates),
         "rate, watched ÷ alone": middle(rates),
-        "processor time, watched ÷ alone": middle(processors),
+        "share of the processors": middle(shares),
     }
-    return Report([row], partial(plot, rates, processors), ["Medians, and the middle half of all pairs of phases."])
+    return Report([row], partial(plot, rates, shares), ["Medians, and the middle half of all pairs of phases."])
 
 
 def middle(ratios: Sequence[float]) -> Spread:
@@ -122,11 +126,12 @@ def middle(ratios: Sequence[float]) -> Spread:
     return Spread(statistics.median(ratios), low, high)
 
 
-def plot(rates: Sequence[float], processors: Sequence[float], figure: "Figure") -> None:
-    """Draw the ratios of all pairs of phases."""
-    axes = figure.add_subplot()
-    axes.plot(rates, "o", label="rate")
-    axes.plot(processors, "o", label="processor time")
-    axes.axhline(1, color="gray", linewidth=0.5)
-    axes.set(xlabel="pair of phases", ylabel="watched ÷ alone")
-    axes.legend()
+def plot(rates: Sequence[float], shares: Sequence[float], figure: "Figure") -> None:
+    """Draw what came of all pairs of phases."""
+    above, below = figure.subplots(2, sharex=True)
+    above.plot(rates, "o")
+    above.axhline(1, color="gray", linewidth=0.5)
+    above.set(ylabel="rate, watched ÷ alone")
+    below.plot(shares, "o")
+    below.axhline(0, color="gray", linewidth=0.5)
+    below.set(xlabel="pair of phases", ylabel="share of the processors")
