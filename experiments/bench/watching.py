@@ -4,8 +4,8 @@ One run goes on all the time. In every other phase each step is written to a run
 progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
 compared, so that what else the machine does meets both alike. A busy machine makes rates uncertain all the same, so
 this process's processor time per member-token is compared as well: what of it is more while the run is watched is told
-as a share of all processors of the machine. (Watching is work a second, not work a step: a ratio of processor times would
-say the more of it, the slower the run is.)
+as a share of all processors of the machine. (Watching is work a second, not work a step: a ratio of times would
+say more of it, the slower the run is.)
 """
 
 import os
