@@ -20,6 +20,7 @@
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about two minutes on two cores.
 
 # %%
+# %matplotlib inline
 import esjax
 
 esjax.prepare_devices()  # one device per core; before anything else uses JAX
@@ -78,7 +79,7 @@ for run in runs:
     left.plot(run.metrics["step"], run.metrics["gradient_norm"], lw=1, label=label)
     right.plot(run.metrics["step"], run.metrics["member_tokens_per_second"] / 1e6, lw=1, label=label)
 left.set(xlabel="step", ylabel="size of the estimate", yscale="log")
-right.set(xlabel="step", ylabel="millions of characters × members a second", ylim=(0, None))
+right.set(xlabel="step", ylabel="millions of member-characters a second", ylim=(0, None))
 left.legend()
 plt.show()
 

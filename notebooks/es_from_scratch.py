@@ -32,6 +32,7 @@ BLUE, ORANGE, GREEN = "#3b7dd8", "#e0752d", "#2f9e6e"
 
 # %% tags=["parameters"]
 REPEATS = 400  # estimates from which a spread is taken
+COUNTS = [4, 16, 64, 256, 1024, 4096]  # pairs of which cosines are taken
 
 # %% [markdown]
 # ## A loss of two weights
@@ -40,8 +41,10 @@ REPEATS = 400  # estimates from which a spread is taken
 # their mean.
 
 # %%
-x = jax.random.normal(jax.random.key(0), (512,))
-y = jnp.tanh(1.5 * x - 0.5) + 0.3 * jax.random.normal(jax.random.key(1), (512,))
+random = np.random.default_rng(0)
+x = random.normal(size=512).astype(np.float32)
+y = jnp.asarray(np.tanh(1.5 * x - 0.5) + 0.3 * random.normal(size=512), jnp.float32)
+x = jnp.asarray(x)
 
 
 def loss(w, points=slice(None)):
@@ -49,7 +52,8 @@ def loss(w, points=slice(None)):
 
 
 w = jnp.array([-0.5, 0.7])
-exact = jax.grad(loss)(w)
+gradient = jax.jit(jax.grad(loss))
+exact = gradient(w)
 
 # %% [markdown]
 # `make_space` says how members differ from the weights. `sample` grows noise from seeds, `perturb` makes a member,
@@ -81,8 +85,9 @@ def estimate(space, sigma, loss, weights, seeds):
 
 SIGMA, PAIRS = 0.4, 12
 space = space_of(w, SIGMA)
-noise = space.sample(seeds_of(5, PAIRS))
-guess, slope = estimate(space, SIGMA, loss, w, seeds_of(5, PAIRS))
+noise = jax.jit(lambda step: space.sample(seeds_of(step, PAIRS)))(5)
+one_step = jax.jit(lambda w, step: estimate(space, SIGMA, loss, w, seeds_of(step, PAIRS)))
+guess, slope = one_step(w, 5)
 
 # %% [markdown]
 # On the left are twelve pairs around the weights. Of each pair the better member is filled; the line is the thicker the
@@ -90,16 +95,18 @@ guess, slope = estimate(space, SIGMA, loss, w, seeds_of(5, PAIRS))
 # are followed downhill.
 
 # %%
-grid = jnp.meshgrid(jnp.linspace(-2, 3, 80), jnp.linspace(-2, 2, 80))
-heights = jax.vmap(loss)(jnp.stack(grid).reshape(2, -1).T).reshape(80, 80)
+grid = np.meshgrid(np.linspace(-2, 3, 80), np.linspace(-2, 2, 80))
+heights = jax.jit(jax.vmap(loss))(np.stack(grid, -1).reshape(-1, 2).astype(np.float32)).reshape(80, 80)
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True, sharey=True)
 for axes in (left, right):
     axes.contourf(*grid, heights, levels=25, cmap="Greys", alpha=0.55)
+    axes.plot(1.5, -0.5, "*", color="black", ms=10)  # what the points come from
     axes.set(xlabel="w₀", ylabel="w₁")
-plus, minus = w[:, None] + SIGMA * noise, w[:, None] - SIGMA * noise
-for k in range(PAIRS):
+around, ahead = np.asarray(w)[:, None], SIGMA * np.asarray(noise)
+plus, minus = around + ahead, around - ahead
+for k, size in enumerate(np.abs(slope)):
     better, worse = (minus, plus) if slope[k] > 0 else (plus, minus)
-    left.plot(*np.stack([better[:, k], worse[:, k]]).T, color=BLUE, lw=0.5 + 2.5 * abs(slope[k]), alpha=0.6)
+    left.plot(*np.stack([better[:, k], worse[:, k]]).T, color=BLUE, lw=0.5 + 2.5 * size, alpha=0.6)
     left.plot(*better[:, k], "o", color=BLUE, ms=5)
     left.plot(*worse[:, k], "o", color=BLUE, ms=5, mfc="white")
 for vector, color, name in ((exact, GREEN, "exact gradient, downhill"), (guess, ORANGE, "estimate of 12 pairs")):
@@ -107,15 +114,12 @@ for vector, color, name in ((exact, GREEN, "exact gradient, downhill"), (guess, 
     left.quiver(*w, *-vector, color=color, label=name, **arrow)
 left.legend(loc="lower right")
 
-gradient, step_of = jax.jit(jax.grad(loss)), jax.jit(lambda w, seeds: estimate(space, SIGMA, loss, w, seeds)[0])
-paths = {"exact gradient": [w], "evolution strategies, 12 pairs a step": [w]}
+exactly, estimated = [w], [w]
 for step in range(60):
-    for path, change in zip(
-        paths.values(), (gradient, lambda w, step=step: step_of(w, seeds_of(step, PAIRS))), strict=True
-    ):
-        path.append(path[-1] - 0.3 * change(path[-1]))
-for (name, path), color in zip(paths.items(), (GREEN, ORANGE), strict=True):
-    right.plot(*np.stack(path).T, "o-", ms=3, lw=1, color=color, label=name)
+    exactly.append(exactly[-1] - 0.3 * gradient(exactly[-1]))
+    estimated.append(estimated[-1] - 0.3 * one_step(estimated[-1], step)[0])
+right.plot(*np.stack(exactly).T, "o-", ms=3, lw=1, color=GREEN, label="exact gradient")
+right.plot(*np.stack(estimated).T, "o-", ms=3, lw=1, color=ORANGE, label="evolution strategies, 12 pairs a step")
 right.legend(loc="lower right")
 plt.show()
 
@@ -126,7 +130,7 @@ plt.show()
 # others, and a member on a hard piece looks bad whatever its noise is. The two members of a pair see the *same* piece,
 # so that how hard it is cancels in their difference.
 #
-# Each dot is an estimate from 64 losses. All three clouds have the gradient (green) in their middle.
+# Each dot is an estimate from 64 losses. All three clouds have the gradient (green) near their middle.
 
 
 # %%
@@ -137,7 +141,9 @@ def on_points(step, sigma, pairs, shared):
     points = points.at[1].set(points[0]) if shared else points
 
     def score(sign, points):
-        return jax.vmap(lambda one, point: loss(space_of(w, sigma).perturb(w, one, sign), point), (-1, 0))(noise, points)
+        return jax.vmap(lambda one, point: loss(space_of(w, sigma).perturb(w, one, sign), point), (-1, 0))(
+            noise, points
+        )
 
     return noise, score(1.0, points[0]), score(-1.0, points[1])
 
@@ -173,8 +179,8 @@ plt.show()
 # %% [markdown]
 # ## What sigma does
 #
-# The difference of a pair is the slope of a chord, not of a tangent. A large sigma therefore misses what is bent: that is
-# *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they do not,
+# The difference of a pair is the slope of a chord, not of a tangent. A large sigma therefore misses what is bent: that
+# is *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they do not,
 # or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs do
 # help against noise.
 
@@ -231,14 +237,13 @@ plt.grid(alpha=0.25)
 plt.show()
 
 # %% [markdown]
-# Does it point as well? A layer of 24 by 24 weights is to do what another layer does. We compare estimates with the exact
-# gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d` weights
-# about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same mean and the same variance in each direction.
+# Does it point as well? A layer of 24 by 24 weights is to do what another layer does. We compare estimates with the
+# exact gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d` weights
+# about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same variance in each direction.
 
 # %%
 inputs, target, weights = (
-    jax.random.normal(jax.random.key(seed), shape) / np.sqrt(shape[1])
-    for seed, shape in ((3, (64, 24)), (4, (24, 24)), (5, (24, 24)))
+    jnp.asarray(random.normal(size=shape) / 24**0.5, jnp.float32) for shape in ((64, 24), (24, 24), (24, 24))
 )
 
 
@@ -246,8 +251,8 @@ def layer_loss(weights):
     return jnp.mean((jnp.tanh(inputs @ weights) - jnp.tanh(inputs @ target)) ** 2)
 
 
-counts = 4 ** np.arange(1, 7)
-layer_gradient = jax.grad(layer_loss)(weights).ravel()
+counts = np.array(COUNTS)
+layer_gradient = jax.jit(jax.grad(layer_loss))(weights).ravel()
 
 
 def cosine(step, kind, pairs):
@@ -257,13 +262,15 @@ def cosine(step, kind, pairs):
 
 
 plt.figure(figsize=(8, 4.5), layout="constrained")
-for kind, color in (("full", BLUE), ("low_rank", ORANGE)):
+for kind, color, aside in (("full", BLUE, 0.95), ("low_rank", ORANGE, 1.05)):
     cosines = []
     for count in counts:
         repeats = jnp.arange(max(4, REPEATS // count))
-        cosines.append(np.asarray(jax.lax.map(jax.jit(lambda step: cosine(step, kind, count)), repeats)))  # noqa: B023
+        cosines.append(
+            np.asarray(jax.jit(lambda steps: jax.lax.map(lambda step: cosine(step, kind, count), steps))(repeats))
+        )  # noqa: B023
     plt.errorbar(
-        counts,
+        counts * aside,
         [one.mean() for one in cosines],
         [one.std() for one in cosines],
         fmt="o",

@@ -20,6 +20,7 @@
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
 
 # %%
+# %matplotlib inline
 import os
 import signal
 import subprocess
@@ -60,8 +61,11 @@ def address_of(coordinator):
 
 def show(status):
     loss = "no loss yet" if status.loss is None else f"loss {status.loss:.3f}"
-    hosts = ", ".join(f"{host.name} {host.state} {host.members_per_second:,.0f} members/s" for host in status.hosts)
-    print(f"step {status.step:>5,}  {loss}  {hosts or 'nobody there'}")
+    print(f"step {status.step:>5,}  {loss}", end="")
+    for host in sorted(status.hosts, key=lambda host: host.name):
+        rate = f" {host.members_per_second:,.0f} members/s" if host.state == "ready" else ""
+        print(f"  {host.name} {host.state}{rate}", end="")
+    print()
 
 
 # %% [markdown]
@@ -111,11 +115,12 @@ print({name: process.returncode for name, process in processes.items()})
 esjax.plot(run, over="seconds", smoothing=20)
 
 # %%
-print(esjax.load(run).generate("ROMEO\n", temperature=0.7, max_tokens=200, seed=1)[0].text)
+for written in esjax.load(run).generate("ROMEO\n", count=3, temperature=0.7, max_tokens=200, seed=1):
+    print("ROMEO\n" + written.text, end="\n\n")
 
 # %% [markdown]
-# Which worker scored what does not show in the result: the updates are in the ledger, and whoever makes them again gets the
-# same weights.
+# Which worker scored what does not show in the result: the updates are in the ledger, and whoever makes them again gets
+# the same weights.
 
 # %%
 print(esjax.replay(run).summary())
