@@ -17,7 +17,7 @@
 # Three runs that differ in sigma, drawn over one another. Every run leaves its settings and metrics in its folder;
 # nothing else is needed.
 #
-# Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about two minutes on two cores.
+# Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
 
 # %%
 # %matplotlib inline
@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 from esjax.runs import differing, find_runs, read_runs
 
 # %% tags=["parameters"]
-SECONDS = 30.0
+SECONDS = 10.0
 TEXT = "builtin:shakespeare"
 POPULATION = 1024
 

@@ -17,9 +17,11 @@
 # How can losses alone say where the gradient points? First with two weights, where everything can be seen, then with a
 # matrix. The noise is that of `esjax.noise`; the rest is written out here.
 #
-# Install with `pip install -e '.[notebook]'` in a checkout. It takes about half a minute.
+# Install with `pip install -e '.[notebook]'` in a checkout. It takes about a minute.
 
 # %%
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -180,8 +182,8 @@ plt.show()
 # ## What sigma does
 #
 # The difference of a pair is the slope of a chord, not of a tangent. A large sigma therefore misses what is bent: that
-# is *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they do not,
-# or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs do
+# is *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they
+# do not, or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs do
 # help against noise.
 
 # %%
@@ -238,8 +240,8 @@ plt.show()
 
 # %% [markdown]
 # Does it point as well? A layer of 24 by 24 weights is to do what another layer does. We compare estimates with the
-# exact gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d` weights
-# about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same variance in each direction.
+# exact gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d`
+# weights about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same variance in each direction.
 
 # %%
 inputs, target, weights = (
@@ -255,6 +257,11 @@ counts = np.array(COUNTS)
 layer_gradient = jax.jit(jax.grad(layer_loss))(weights).ravel()
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def cosines_of(steps, kind, pairs):
+    return jax.lax.map(lambda step: cosine(step, kind, pairs), steps)
+
+
 def cosine(step, kind, pairs):
     chosen = space_of(weights, 0.02, space=kind, noise="rademacher")
     found = estimate(chosen, 0.02, layer_loss, weights, seeds_of(step, pairs))[0].ravel()
@@ -266,9 +273,7 @@ for kind, color, aside in (("full", BLUE, 0.95), ("low_rank", ORANGE, 1.05)):
     cosines = []
     for count in counts:
         repeats = jnp.arange(max(4, REPEATS // count))
-        cosines.append(
-            np.asarray(jax.jit(lambda steps: jax.lax.map(lambda step: cosine(step, kind, count), steps))(repeats))
-        )  # noqa: B023
+        cosines.append(np.asarray(cosines_of(repeats, kind, count)))
     plt.errorbar(
         counts * aside,
         [one.mean() for one in cosines],

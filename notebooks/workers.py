@@ -33,7 +33,7 @@ import esjax
 from esjax.hosts.ask import ask_status
 
 # %% tags=["parameters"]
-SECONDS = 30.0
+SECONDS = 20.0
 TEXT = "builtin:shakespeare"
 SETTINGS = ["--es.population-size", "1024", "--es.chunk-pairs", "64"]
 
