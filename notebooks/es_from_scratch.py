@@ -183,8 +183,8 @@ plt.show()
 #
 # The difference of a pair is the slope of a chord, not of a tangent. A large sigma therefore misses what is bent: that
 # is *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they
-# do not, or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs do
-# help against noise.
+# do not, or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs
+# do help against noise.
 
 # %%
 sigmas = np.geomspace(0.02, 2, 13)
