@@ -6,23 +6,49 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from conftest import PROGRAMS
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-def test_the_first_run_runs(tmp_path: Path) -> None:
+SMALL = {
+    "comparing_runs": "SECONDS = 0.3\nPOPULATION = 16",
+    "es_from_scratch": "REPEATS = 20\nCOUNTS = [16]",
+    "first_run": "SECONDS = 1",
+    "workers": "SECONDS = 1.0\nSETTINGS = ['--es.population-size', '16', '--es.chunk-pairs', '4']",
+}
+"""Parameters of each notebook that make it quick; all of them get a text of their own."""
+
+SHOWN = {
+    "comparing_runs": ["es.sigma 1.0: finished"],
+    "es_from_scratch": [],
+    "first_run": ["ROMEO", "nats_per_token"],
+    "workers": ["ada ready", "grace leaves", "{'coordinator': 0, 'ada': 0, 'grace': 0}", "digests agree"],
+}
+"""What each notebook prints."""
+
+PICTURES = {"comparing_runs": 2, "es_from_scratch": 5, "first_run": 1, "workers": 1}
+"""How many each notebook draws at least."""
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.py")))
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same programs are compiled by several processes.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
-    notebook = jupytext.read(NOTEBOOKS / "first_run.py")
+    notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = f"SECONDS = 1\nTEXT = {str(text)!r}"
+    parameters.source = f"{SMALL[name]}\nTEXT = {str(text)!r}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert any("ROMEO" in output.get("text", "") for output in outputs)
-    assert any("nats_per_token" in output.get("data", {}).get("text/plain", "") for output in outputs)
+    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    for expected in SHOWN[name]:
+        assert expected in printed
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= PICTURES[name]
 
 
 def test_interrupting_a_cell_stops_cleanly_with_a_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Comparing runs
+#
+# Three runs that differ in sigma, drawn over one another. Every run leaves its settings and metrics in its folder;
+# nothing else is needed.
+#
+# Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
+
+# %%
+# %matplotlib inline
+import esjax
+
+esjax.prepare_devices()  # one device per core; before anything else uses JAX
+
+import tempfile
+
+import matplotlib.pyplot as plt
+
+from esjax.runs import differing, find_runs, read_runs
+
+# %% tags=["parameters"]
+SECONDS = 10.0
+TEXT = "builtin:shakespeare"
+POPULATION = 1024
+
+# %% [markdown]
+# A sweep trains a run for each combination of values, one after another. A folder that is kept, in place of this one,
+# can be gone on with after an interruption.
+
+# %%
+folder = tempfile.mkdtemp(prefix="esjax-sweep-")
+config = esjax.Config(
+    seconds=SECONDS,
+    evaluate_time=SECONDS / 10,
+    data=esjax.DataConfig(text=TEXT),
+    es=esjax.EsConfig(population_size=POPULATION),
+)
+sweep = esjax.sweep({"es.sigma": [0.02, 0.2, 1.0]}, config, out=folder, tell=print)
+for outcome in sweep:
+    print(f"  held-out loss {outcome.held_out:.3f} after {outcome.step:,} steps")
+
+# %% [markdown]
+# `esjax.plot` takes run folders, or folders of them. It also works while they are still training.
+
+# %%
+esjax.plot(folder, over="seconds", smoothing=20)
+
+# %% [markdown]
+# Which settings differ? Here we know; of old runs one may have forgotten.
+
+# %%
+runs = read_runs(find_runs(folder))
+names = differing(runs)
+for run in sorted(runs, key=lambda run: run.last("held_out") or float("inf")):
+    settings = ", ".join(f"{name} {run.settings[name]}" for name in names)
+    print(f"{settings}: {run.state}, {run.step:,} steps, held-out loss {run.last('held_out'):.3f}")
+
+# %% [markdown]
+# The metrics are NumPy arrays, one number a step: every name in `esjax.StepInfo`. So one can draw what `esjax.plot`
+# does not.
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for run in runs:
+    label = f"sigma {run.settings['es.sigma']}"
+    left.plot(run.metrics["step"], run.metrics["gradient_norm"], lw=1, label=label)
+    right.plot(run.metrics["step"], run.metrics["member_tokens_per_second"] / 1e6, lw=1, label=label)
+left.set(xlabel="step", ylabel="size of the estimate", yscale="log")
+right.set(xlabel="step", ylabel="millions of member-characters a second", ylim=(0, None))
+left.legend()
+plt.show()
+
+# %% [markdown]
+# A report is one file for a browser, to be sent to a colleague: `esjax.report(folder, out="report.html")`. A live page
+# is `esjax dashboard FOLDER`. See `docs/comparing.md`.

@@ -1,0 +1,130 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Several workers
+#
+# A coordinator and two workers, each a process of its own, train one model. Here all are on this machine; workers
+# on other machines are started with the same line. See `docs/hosts.md`.
+#
+# Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
+
+# %%
+# %matplotlib inline
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import esjax
+from esjax.hosts.ask import ask_status
+
+# %% tags=["parameters"]
+SECONDS = 20.0
+TEXT = "builtin:shakespeare"
+SETTINGS = ["--es.population-size", "1024", "--es.chunk-pairs", "64"]
+
+# %%
+folder = Path(tempfile.mkdtemp(prefix="esjax-workers-"))
+run = folder / "run"
+
+
+def start(name, *words):
+    """Start `esjax ...` with one device; what it prints goes to a file."""
+    with (folder / f"{name}.log").open("w") as log:
+        command = [sys.executable, "-m", "esjax", *words]
+        one_device = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=one_device)
+
+
+def address_of(coordinator):
+    """Wait for the line that tells workers where to join."""
+    while "esjax join " not in (printed := (folder / "coordinator.log").read_text()):
+        if coordinator.poll() is not None:
+            raise RuntimeError(printed)
+        time.sleep(0.05)
+    return printed.split("esjax join ")[1].split()[0]
+
+
+def show(status):
+    loss = "no loss yet" if status.loss is None else f"loss {status.loss:.3f}"
+    print(f"step {status.step:>5,}  {loss}", end="")
+    for host in sorted(status.hosts, key=lambda host: host.name):
+        rate = f" {host.members_per_second:,.0f} members/s" if host.state == "ready" else ""
+        print(f"  {host.name} {host.state}{rate}", end="")
+    print()
+
+
+# %% [markdown]
+# The coordinator listens on a free port of this machine. Workers get everything from it: settings, text and weights. In
+# the middle of the run, one worker is told to leave; the other goes on, with all the pairs. Whatever happens, no
+# process is left behind.
+
+# %%
+processes = {}
+try:
+    limits = ["--seconds", str(SECONDS), "--evaluate-time", str(SECONDS / 8), "--data.text", TEXT]
+    coordinator = start("coordinator", "serve", "--out", str(run), "--bind", "tcp://127.0.0.1:0", *limits, *SETTINGS)
+    processes["coordinator"] = coordinator
+    address = address_of(coordinator)
+    for name in ("ada", "grace"):
+        processes[name] = start(name, "join", address, "--name", name, "--patience", "30")
+    began = None
+    while coordinator.poll() is None:
+        try:
+            status = ask_status(address, patience=2.0)
+        except esjax.EsjaxError:  # it has just ended
+            continue
+        working = status.loss is not None and sum(host.members_per_second > 0 for host in status.hosts) == 2
+        began = began or (time.monotonic() if working else None)
+        show(status)
+        if began and time.monotonic() - began > SECONDS / 2 and processes["grace"].poll() is None:
+            print("grace leaves")
+            processes["grace"].send_signal(signal.SIGTERM)
+            processes["grace"].wait(30)
+        time.sleep(SECONDS / 20)
+finally:
+    for process in processes.values():
+        if process.poll() is None:
+            process.terminate()
+    for process in processes.values():
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+print({name: process.returncode for name, process in processes.items()})
+
+# %% [markdown]
+# The run folder is like any other: it is drawn, and the model in it writes.
+
+# %%
+esjax.plot(run, over="seconds", smoothing=20)
+
+# %%
+for written in esjax.load(run).generate("ROMEO\n", count=3, temperature=0.7, max_tokens=200, seed=1):
+    print("ROMEO\n" + written.text, end="\n\n")
+
+# %% [markdown]
+# Which worker scored what does not show in the result: the updates are in the ledger, and whoever makes them again gets
+# the same weights.
+
+# %%
+print(esjax.replay(run).summary())
+
+# %% [markdown]
+# The same from the command line: `esjax serve`, `esjax join ADDRESS`, `esjax status ADDRESS`; or, all of it at once,
+# `esjax train --workers 2`.
