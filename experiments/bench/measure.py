@@ -45,18 +45,18 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def alternate(ways: Mapping[str, Way], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
-    """Time all ways in turns; the first call of each, which compiles, does not count.
+    """Time all ways in turns; the first call of each, which may compile, does not count, nor does a second.
 
     Args:
         ways: By name.
         rounds: How often it is each one's turn, at least 1.
-        least: Seconds that a turn takes at least.
+        least: Seconds that a turn takes at least. 0: a turn is a call, and the first one counts.
 
     Returns:
         Work a second of each way and round.
     """
-    calls = {}
-    for name, way in ways.items():
+    calls = dict.fromkeys(ways, 1)
+    for name, way in ways.items() if least else ():
         jax.block_until_ready(way.call())
         calls[name] = max(1, math.ceil(least / _seconds(way, 1)))
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -70,7 +70,7 @@ def fastest(ways: Mapping[str, Way], rounds: int = 2) -> str:
     """Name the fastest of a few ways, so that a rival is measured at its best setting."""
     if len(ways) == 1:
         return next(iter(ways))
-    rates = alternate(ways, rounds, least=0.0)
+    rates = alternate(ways, rounds, least=1e-9)
     return max(rates, key=lambda name: float(np.max(rates[name])))
 
 

@@ -32,11 +32,12 @@ def run(settings: ScaleFree) -> Report:
         scaled["width", changed] = replace(base, model=GruConfig(hidden_size=hidden, head_size=2 * hidden))
     scaled["batch", f"x {factor}"] = replace(base, data=replace(base.data, batch_size=factor))
     corpus = load_corpus(base.data)
+    scorers = {config.model: scorer(config, corpus) for config in scaled.values()}
     found: dict[tuple[str, str], list[float]] = {key: [] for key in scaled}
     for seed in range(settings.seeds):
         for key, config in scaled.items():
             learner = ours(replace(config, seed=seed), corpus)
-            found[key].append(train_for_tokens(learner, scorer(config, corpus), settings.tokens))
+            found[key].append(train_for_tokens(learner, scorers[config.model], settings.tokens))
     defaults = np.array(found["defaults", ""])
     rows = [
         {

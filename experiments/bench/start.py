@@ -40,6 +40,7 @@ def run(settings: Start) -> Report:
             "first step, cold": Way(lambda: _first_line(train, Path(tempfile.mkdtemp(dir=folder)))),
             "first step, warm": Way(lambda: _first_line(train, warm)),
         }
+        ways["first step, warm"].call()
         rates = alternate(ways, settings.rounds, least=0.0)
     rows = [
         {

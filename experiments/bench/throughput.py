@@ -87,7 +87,7 @@ def measure(size: Size, settings: Throughput) -> Row:
         for kind in ("forward", "evosax", "normal low rank", "peak"):
             chosen[kind] = fastest({name: way for name, way in candidates.items() if name.startswith(kind)})
             ways[kind] = candidates[chosen[kind]]
-        ways |= stack.enter_context(elsewhere(in_numpy, size, environment={}))
+        ways |= in_numpy(size)
         cores = os.cpu_count() or 1
         alone = stack.enter_context(elsewhere(in_numpy, size, environment=one_thread(), processes=cores))
         ways["numpy, a process a core"] = alone["numpy"]
