@@ -22,7 +22,6 @@
 # %%
 # %matplotlib inline
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -68,6 +67,13 @@ def show(status):
     print()
 
 
+def watch(address, seconds):
+    """Show how things stand, ten times."""
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        show(ask_status(address))
+
+
 # %% [markdown]
 # The coordinator listens on a free port of this machine. Workers get everything from it: settings, text and weights. In
 # the middle of the run, one worker is told to leave; the other goes on, with all the pairs. Whatever happens, no
@@ -76,26 +82,23 @@ def show(status):
 # %%
 processes = {}
 try:
-    limits = ["--seconds", str(SECONDS), "--evaluate-time", str(SECONDS / 8), "--data.text", TEXT]
-    coordinator = start("coordinator", "serve", "--out", str(run), "--bind", "tcp://127.0.0.1:0", *limits, *SETTINGS)
+    chosen = ["--evaluate-time", str(SECONDS / 8), "--data.text", TEXT]
+    coordinator = start("coordinator", "serve", "--out", str(run), "--bind", "tcp://127.0.0.1:0", *chosen, *SETTINGS)
     processes["coordinator"] = coordinator
     address = address_of(coordinator)
     for name in ("ada", "grace"):
         processes[name] = start(name, "join", address, "--name", name, "--patience", "30")
-    began = None
-    while coordinator.poll() is None:
-        try:
-            status = ask_status(address, patience=2.0)
-        except esjax.EsjaxError:  # it has just ended
-            continue
-        working = status.loss is not None and sum(host.members_per_second > 0 for host in status.hosts) == 2
-        began = began or (time.monotonic() if working else None)
-        show(status)
-        if began and time.monotonic() - began > SECONDS / 2 and processes["grace"].poll() is None:
-            print("grace leaves")
-            processes["grace"].send_signal(signal.SIGTERM)
-            processes["grace"].wait(30)
-        time.sleep(SECONDS / 20)
+    while [host.state for host in ask_status(address).hosts] != ["ready", "ready"]:
+        if any(process.poll() is not None for process in processes.values()):
+            raise RuntimeError(f"one has ended; see what it printed, in {folder}")
+        time.sleep(0.2)
+    watch(address, SECONDS / 2)
+    print("grace leaves")
+    processes["grace"].terminate()
+    processes["grace"].wait(30)
+    watch(address, SECONDS / 2)
+    coordinator.terminate()  # it has a last checkpoint made
+    coordinator.wait(60)
 finally:
     for process in processes.values():
         if process.poll() is None:

@@ -25,7 +25,7 @@ SHOWN = {
     "comparing_runs": ["es.sigma 1.0: finished"],
     "es_from_scratch": [],
     "first_run": ["ROMEO", "nats_per_token"],
-    "workers": ["ada ready", "grace leaves", "{'coordinator': 0, 'ada': 0, 'grace': 0}", "digests agree"],
+    "workers": ["ada ready", "grace ready", "{'coordinator': 0, 'ada': 0, 'grace': 0}", "digests agree"],
 }
 """What each notebook prints."""
 
