@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -40,11 +42,7 @@ class Own:
 
     def names(self) -> dict[str, str]:
         """Name what there is, by kind."""
-        return {
-            kind: getattr(value, "__qualname__", type(value).__name__)
-            for kind, value in vars(self).items()
-            if value is not None
-        }
+        return {kind: _name_of(value) for kind, value in vars(self).items() if value is not None}
 
     @property
     def objective(self) -> Loss | None:
@@ -64,11 +62,16 @@ class Own:
         return objective
 
 
+def _name_of(value: object) -> str:
+    if isinstance(value, partial):
+        return _name_of(value.func)
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
 def _one_number(name: str, value: Any) -> Float[Array, ""]:
-    try:
-        shape, dtype = jnp.shape(value), jax.dtypes.result_type(value)
-    except TypeError:
-        raise EsjaxError(f"{name} returns a {type(value).__name__}; it must return one float32 number") from None
+    if not isinstance(value, float | int | np.generic | np.ndarray | jax.Array):
+        raise EsjaxError(f"{name} returns a {type(value).__name__}; it must return one float32 number")
+    shape, dtype = jnp.shape(value), jax.dtypes.result_type(value)
     if shape:
         raise EsjaxError(f"{name} returns an array of shape {shape}; it must return one number, a mean for example")
     if dtype != jnp.float32:

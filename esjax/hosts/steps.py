@@ -24,6 +24,9 @@ DEADLINE_FLOOR = 1.0
 DEADLINE_FACTOR = 3.0
 """How many times as long as the others a host may take."""
 
+QUIET = 100
+"""Steps without a trouble after which it is told of anew."""
+
 
 class Steps:
     """State machine of the steps.
@@ -68,7 +71,7 @@ class Steps:
         self._last_update = last_update
         self._work: Work = self._new_work()
         self._closed_at: float | None = None
-        self._in_trouble = self._told_of_void = False
+        self._noticed: dict[tuple[bool, bool], int] = {}
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
@@ -213,17 +216,16 @@ class Steps:
         self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
 
     def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
-        """Say why there is no update, where there was one before; and once, that some pairs do not count."""
-        was_in_trouble, self._in_trouble = self._in_trouble, bool(trouble)
-        if trouble:
-            return "" if was_in_trouble else f"step {self.step}: {trouble}{self._terms.blamed}; no update"
-        if not void_pairs or self._told_of_void:
+        """Say what keeps a step from its update, or pairs from counting, unless that was so a short time before."""
+        if not trouble and not void_pairs:
             return ""
-        self._told_of_void = True
-        return (
-            f"step {self.step}: {void_pairs} of {pairs} pairs have a loss that is not finite{self._terms.blamed}, and "
-            "count for nothing"
-        )
+        kind = (bool(trouble), bool(void_pairs))
+        before = self._noticed.get(kind)
+        self._noticed[kind] = self.step
+        if before is not None and self.step - before <= QUIET:
+            return ""
+        what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
+        return f"step {self.step}: {what}{self._terms.blamed}; {'no update' if trouble else 'they do not count'}"
 
     def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
         """Make the update of a step, and say why it must not be applied, or ""."""

@@ -1,0 +1,240 @@
+"""A loss or a reward of one's own: what it is given, what it may return, and what a run makes of it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+from jaxtyping import Array
+from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
+from test_models import busy
+
+import esjax
+from esjax.checkpoint import digest
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.errors import EsjaxError
+from esjax.evaluate import make_evaluate
+from esjax.hosts.effects import Terms
+from esjax.member import Member
+from esjax.own import Own
+from esjax.sums import TAIL, may_be
+from esjax.tokens import STOP, UNK
+from esjax.training import train
+from esjax.way import make_way
+
+MODEL = MODELS["gru"]
+
+pytestmark = pytest.mark.usefixtures("lenient_promotion")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    return Config(
+        steps=4,
+        data=DataConfig(text=str(path), window=6, held_out=0.2),
+        es=EsConfig(population_size=32),
+        model=GruConfig(hidden_size=4, head_size=8),
+    )
+
+
+def start_near_two(member: Member, tokens: Array, key: Array) -> Array:
+    return jnp.sum((member.params.start - 2) ** 2)
+
+
+def start_not_near_two(member: Member, tokens: Array, key: Array) -> Array:
+    return -start_near_two(member, tokens, key)
+
+
+def test_a_reward_trains_as_the_loss_of_the_other_sign_bit_for_bit(config: Config) -> None:
+    by_loss, by_reward = train(config, loss=start_near_two), train(config, reward=start_not_near_two)
+    losses, rewards = list(by_loss), list(by_reward)
+    assert [info.loss for info in losses] == [info.loss for info in rewards]
+    assert losses[-1].held_out == rewards[-1].held_out
+    assert digest(by_loss._replica.state) == digest(by_reward._replica.state)
+
+
+def draws(member: Member, tokens: Array, key: Array) -> Array:
+    return jax.random.uniform(key)
+
+
+def test_a_pair_shares_its_keys_and_no_two_pairs_or_sequences_do() -> None:
+    """Reference: a loss that is nothing but a draw from its key."""
+
+    def evaluate(sequences: int, devices: int) -> np.ndarray:
+        run = make_evaluate(MODEL, space_of(MODEL), draws, mesh_of(devices), 3)
+        return np.asarray(jax.jit(run)(params_of(MODEL), seeds_of(), tokens_of(sequences=sequences)))
+
+    alone = evaluate(1, 1)
+    np.testing.assert_array_equal(alone[:, 0], alone[:, 1])
+    assert len(np.unique(alone[:, 0])) == PAIRS
+    np.testing.assert_array_equal(alone, evaluate(1, 4))
+    assert (evaluate(2, 1) != alone).all()  # the mean of two draws, if the second sequence has a key of its own
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_sampled_tokens_come_as_often_as_predicted(name: str, temperature: float) -> None:
+    """Reference: softmax(logits / temperature) without UNK; the largest of 7 deviations is below 5 standard ones."""
+    member = Member(MODELS[name], busy(params_of(MODELS[name])))
+    state, count = member.read(jnp.array([3, 4])), 4000
+    keys = jax.random.split(jax.random.key(1), count)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: member.generate(state, 1, key, temperature)[0]))(keys))
+    logits = np.asarray(member.predict(state), np.float64) / temperature
+    logits[UNK] = -np.inf
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    share = np.bincount(drawn, minlength=len(logits)) / count
+    assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / count)).all()
+    assert share[UNK] == 0
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_perturbed_member_writes_what_is_most_probable_step_by_step(factored: bool) -> None:
+    """Reference: a loop in Python over the model's own functions."""
+    model = MODEL._replace(factored=factored)
+    space = space_of(model, sigma=0.5)
+    params = space.perturb(busy(params_of(model)), space.sample(seeds_of()[0]), jnp.float32(-1))
+    member = Member(model, params)
+    state, expected = member.read(jnp.array([2, 5, 3])), []
+    written = member.generate(state, 6)
+    for _ in range(6):
+        token = int(np.argmax(np.asarray(model.predict(params, state))[UNK + 1 :])) + UNK + 1
+        expected.append(STOP if STOP in expected else token)
+        state = model.consume(params, state, jnp.int32(token))
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_after_a_stop_there_are_only_stops() -> None:
+    member = Member(MODEL, busy(params_of(MODEL)))
+    keys = jax.random.split(jax.random.key(2), 50)
+    rows = np.asarray(jax.vmap(lambda key: member.generate(member.initial_state(), 8, key))(keys))
+    ended = np.cumsum(rows == STOP, axis=1) > 0
+    assert ended.any()
+    assert (rows[ended] == STOP).all()
+
+
+def test_nats_go_on_from_a_state() -> None:
+    """Reference: the nats of the whole, read at once."""
+    member, tokens = Member(MODEL, busy(params_of(MODEL))), jnp.array([3, 2, STOP, 4, 5, 2])
+    parts = [member.nats(tokens[:2]), member.nats(tokens[2:], member.read(tokens[:2]))]
+    np.testing.assert_allclose(jnp.concatenate(parts), member.nats(tokens), rtol=1e-6)
+    np.testing.assert_allclose(member.cross_entropy(tokens, 2), member.nats(tokens)[2:].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda: jnp.zeros(3), r"the loss .*<lambda> returns an array of shape \(3,\)"),
+        (lambda: jnp.bool_(True), "<lambda> returns bool; make it float32"),
+        (lambda: jnp.int32(1), "returns int32; make it float32"),
+        (lambda: jnp.bfloat16(1), "returns bfloat16; make it float32"),
+        (lambda: None, "returns a NoneType"),
+        (lambda: "right", "returns a str"),
+    ],
+)
+def test_what_is_no_float32_is_refused_before_anything_is_written(
+    config: Config, tmp_path: Path, value: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(EsjaxError, match=message):
+        train(config, tmp_path / "run", loss=lambda member, tokens, key: value())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plain_number_is_one_float32(config: Config) -> None:
+    loss: Any = lambda member, tokens, key: 1.5  # noqa: E731
+    first = next(iter(train(config, loss=loss, tell=lambda line: None)))
+    assert first.loss == 1.5
+
+
+def test_a_loss_and_a_reward_are_one_too_many(config: Config) -> None:
+    with pytest.raises(EsjaxError, match="give one of them"):
+        train(config, loss=start_near_two, reward=start_not_near_two)
+
+
+def spoiled(share: float, member: Member, tokens: Array, key: Array) -> Array:
+    return jnp.where(jax.random.uniform(key) < share, jnp.nan, start_near_two(member, tokens, key))
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.2, "do not count"), (0.9, "no update")])
+def test_nan_is_told_once_with_the_name_of_the_loss(config: Config, share: float, words: str) -> None:
+    told: list[str] = []
+    loss = partial(spoiled, share)
+    config = replace(config, steps=8, es=EsConfig(population_size=128))
+    infos = list(train(config, loss=loss, tell=told.append))
+    assert len(told) == 1
+    assert words in told[0]
+    assert "the run's own loss, spoiled" in told[0]
+    assert all(info.void_pairs > 0 for info in infos)
+    assert all(info.applied == (share < 0.5) for info in infos)
+
+
+def test_blame_is_for_losses_and_rewards_alone() -> None:
+    terms = Terms("", 1, 1, 0, {}, {"model": "m", "optimizer": "o"})
+    assert terms.blamed == ""
+    assert terms._replace(own={"model": "m", "reward": "right"}).blamed == " (the run's own reward, right)"
+
+
+def constant(member: Member, tokens: Array, key: Array) -> Array:
+    return jnp.mean((tokens == STOP).astype(jnp.float32)) + 0.001 * member.params.start[0]
+
+
+def test_held_out_is_the_same_loss_over_windows_of_held_out_text(config: Config) -> None:
+    """Reference: a start state of nearly no weight, and documents of one length, so a known share of STOPs."""
+    run = train(config, reward=constant)
+    infos = list(run)
+    lengths = {len(document) + 1 for document in run.corpus.held_out}
+    assert infos[-1].held_out is not None
+    assert -infos[-1].held_out == pytest.approx(1 / np.mean(list(lengths)), abs=0.01)
+    assert run.baselines == {}
+    assert run.evaluate().nats_per_token > 1  # whatever the loss
+
+
+def test_a_held_out_text_shorter_than_a_window_is_said(config: Config) -> None:
+    told: list[str] = []
+    run = train(replace(config, data=replace(config.data, window=700)), loss=start_near_two, tell=told.append)
+    assert any("less than a window is held out" in line for line in told)
+    assert [info.held_out for info in run] == [None] * 4
+
+
+def test_losses_are_exchanged_unless_sums_are_asked_for() -> None:
+    size = sum(leaf.size for leaf in jax.tree.leaves(params_of(MODEL)))
+
+    def numbers(loss: Any, **es: Any) -> int:
+        config = Config(es=EsConfig(population_size=2 * size + 2, **es))
+        return make_way(config, MODEL, params_of(MODEL), loss).numbers
+
+    assert numbers(None) == size + TAIL
+    assert numbers(start_near_two) == 0
+    assert numbers(start_near_two, exchange="sums") == size + TAIL
+
+
+def test_sums_of_a_reward_may_be_below_zero(config: Config) -> None:
+    """Reference: the same run, with losses exchanged."""
+    rewards = []
+    for exchange in ("sums", "losses"):
+        es = EsConfig(population_size=32, exchange=exchange)
+        (first, *_) = train(replace(config, es=es), reward=lambda member, tokens, key: 3 + member.params.start[0])
+        rewards.append(-first.loss)
+    assert rewards[0] == pytest.approx(rewards[1], abs=2**-10)
+    assert rewards[0] > 2
+    assert may_be(np.array([5, 2, -7, 1]), 2)
+    assert not may_be(np.array([5, -1, 7, 1]), 2)
+    assert not may_be(np.array([5, 2, 7, -1]), 2)
+
+
+def test_a_reward_must_be_given_again(config: Config, tmp_path: Path) -> None:
+    list(train(replace(config, steps=2), tmp_path / "run", reward=start_not_near_two))
+    with pytest.raises(EsjaxError, match=r"reward of its own, start_not_near_two; give it again, reward=…"):
+        esjax.resume(tmp_path / "run", steps=4)
+    list(esjax.resume(tmp_path / "run", steps=4, reward=start_not_near_two))
+
+
+def test_names_are_by_kind() -> None:
+    assert Own(reward=start_not_near_two).names() == {"reward": "start_not_near_two"}
+    assert Own().objective is None
