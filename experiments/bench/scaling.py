@@ -83,8 +83,11 @@ def plot(rows: Sequence[Row], figure: "Figure") -> None:
     for panel, name in zip(panels, names, strict=True):
         mine = [row for row in rows if row["axis"] == name]
         values = [row["value"] for row in mine]
-        panel.plot(values, [row["step M/s"] for row in mine], "o-")
-        panel.set(xscale="log", xlabel=name, ylim=(0, None))
+        rates = [row["step M/s"] for row in mine]
+        panel.plot(values, rates, "o-")
+        panel.set(xscale="log", xlabel=name, ylim=(0, 1.1 * max(rates)))
+        panel.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
+        panel.minorticks_off()
         if name == "population":
             memory = panel.twinx()
             memory.plot(values, [row["memory MB"] for row in mine], "s--", color="C1")

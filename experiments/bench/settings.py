@@ -46,14 +46,14 @@ class Update(Section):
     populations: tuple[int, ...] = (1024, 4096, 16384, 65536)
     """Populations that are tried."""
 
-    hosts: tuple[int, ...] = (4, 16)
-    """Numbers of hosts that are tried, beside one."""
+    hosts: tuple[int, ...] = (1, 4, 16)
+    """Numbers of hosts that are tried."""
 
-    widths: tuple[int, ...] = (16, 64, 128, 256)
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Widths that are tried."""
 
-    ranks: tuple[int, ...] = (2, 4, 8)
-    """Ranks that are tried, beside 1."""
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    """Ranks that are tried."""
 
     rounds: int = 7
     """Turns of evaluation and update."""
