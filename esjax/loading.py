@@ -52,6 +52,11 @@ class Loaded(NamedTuple):
     params: Params
     trained: Trained
 
+    def __repr__(self) -> str:
+        """Say what it is, without its weights."""
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"<esjax model after {self.step:,} steps: {size:,} weights, {self.vocabulary.size} token ids>"
+
     def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
         """Sample texts, see `Trained.write`."""
         return self.trained.write(self.params, prompt, **settings)

@@ -62,10 +62,13 @@ def plot(
         _draw(held_out, view, "held_out", color, over, 0.0)
         _draw(loss, view, "loss", color, over, smoothing)
     _draw_baselines(held_out, views)
+    if not any(view.last("held_out") is not None for view in views):
+        held_out.text(0.5, 0.5, "nothing was measured", transform=held_out.transAxes, ha="center", color="gray")
+        held_out.set(xticks=[], yticks=[])
     held_out.set_title("held-out text")
     loss.set_title("population, training text" + (f", averaged over {smoothing:g} steps" if smoothing else ""))
     for axes in (held_out, loss):
-        axes.set(xlabel=over, ylabel="nats per token")
+        axes.set(xlabel=over, ylabel=_unit(views))
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.25)
@@ -113,6 +116,18 @@ def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span
     axes.plot(
         x, smooth(curve.step, curve.value, span), color=color, lw=1.6, marker="o" if few else "", ms=3, label=view.name
     )
+
+
+def _unit(views: Sequence[RunView]) -> str:
+    """Say what losses are: nats per token, unless a run has a loss or a reward of its own."""
+    names = {name for view in views for name in _losses(view)}
+    return ", ".join(sorted(names))
+
+
+def _losses(view: RunView) -> list[str]:
+    settings = view.settings
+    own = [f"{sign}{settings[key]}" for key, sign in (("own.loss", ""), ("own.reward", "minus ")) if key in settings]
+    return own or ["nats per token"]
 
 
 def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:

@@ -49,6 +49,10 @@ class Written(NamedTuple):
     text: str
     log_probability: float | None = None
 
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
 
 class Trained:
     """Compiled functions around one model; the weights are passed in, so that they may still be changing."""

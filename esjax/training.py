@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optax
 
@@ -20,6 +20,7 @@ from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.held_out import make_measure
+from esjax.history import History
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine, make_update
 from esjax.hosts.wire import unpack_update
@@ -32,10 +33,14 @@ from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
+from esjax.runs import RunView, read_run
 from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Scored, Trained, Written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
@@ -98,11 +103,13 @@ class Trainer:
         self._own = own
         self._is_finite = True
         self._id = secrets.token_hex(8)
+        self._history = History()
 
     def __repr__(self) -> str:
         """Say where the run stands."""
         where = f" in {str(self.folder.path)!r}" if self.folder else ""
-        return f"<esjax run{where}: {self.step} steps, {self._member_tokens:,} member-tokens>"
+        loss = f", loss {self.last.loss:.3f}" if self.last else ""
+        return f"<esjax run{where}: {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
 
     @property
     def step(self) -> int:
@@ -130,6 +137,23 @@ class Trainer:
             EsjaxError: There are none.
         """
         return self._trained.score(self.params, *self.corpus.split("held_out"))
+
+    def plot(self, **settings: Any) -> "Figure":
+        """Draw the run's curves, at any time: those of its folder, or without one those since `train` was called.
+
+        Args:
+            settings: As for `esjax.plot`, such as `over="seconds"`.
+
+        Raises:
+            EsjaxError: No step is finished, or matplotlib is missing.
+        """
+        from esjax.plotting import plot
+
+        if self.folder:
+            return plot(read_run(self.folder.path), **settings)
+        values = {f"own.{kind}": name for kind, name in self._own.names().items()}
+        view = RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
+        return plot(view, **settings)
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield what each step did."""
@@ -169,6 +193,7 @@ class Trainer:
                     member_tokens_per_second=(info.member_tokens - tokens_before) / (now - started),
                     held_out=held_out,
                 )
+                self._history.add(self.last)
                 watch.log(self.last)
                 if record and (done or now >= checkpoint_at):
                     record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)

@@ -20,12 +20,12 @@
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about two minutes on two cores.
 
 # %%
+# %matplotlib inline
 import esjax
 
 esjax.prepare_devices()  # one device per core; before anything else uses JAX
 
-import matplotlib.pyplot as plt
-from IPython.display import clear_output
+from IPython.display import clear_output, display
 
 # %% [markdown]
 # All settings have names, types and bounds; a typing mistake is an error at once.
@@ -46,28 +46,11 @@ run
 # The dashed lines are n-gram models of the same text: a network below the unigram line has learned more than how
 # frequent each letter is, below the bigram line more than which letter follows which.
 
-
 # %%
-def plot(infos: list[esjax.StepInfo], baselines: dict[str, float]) -> None:
-    measured = [info for info in infos if info.held_out is not None]
-    plt.figure(figsize=(8, 4))
-    plt.plot([info.seconds for info in infos], [info.loss for info in infos], lw=0.5, label="population, training text")
-    plt.plot([info.seconds for info in measured], [info.held_out for info in measured], "o-", label="held-out text")
-    for name, value in baselines.items():
-        plt.axhline(value, ls="--", lw=1, color="gray")
-        plt.text(0, value, name, va="bottom", color="gray")
-    plt.xlabel("seconds")
-    plt.ylabel("nats per character")
-    plt.legend()
-    plt.show()
-
-
-infos = []
 for info in run:
-    infos.append(info)
     if info.held_out is not None:
         clear_output(wait=True)
-        plot(infos, run.baselines)
+        display(run.plot(over="seconds", smoothing=20))
 
 # %% [markdown]
 # The run is now a trained model: it writes, and is scored.

@@ -17,6 +17,7 @@ SMALL = {
     "comparing_runs": "SECONDS = 0.3\nPOPULATION = 16",
     "es_from_scratch": "REPEATS = 20\nCOUNTS = [16]",
     "first_run": "SECONDS = 1",
+    "own_model_and_reward": "SECONDS = 0.6\nPOPULATION = 32",
     "workers": "SECONDS = 1.0\nSETTINGS = ['--es.population-size', '16', '--es.chunk-pairs', '4']",
 }
 """Parameters of each notebook that make it quick; all of them get a text of their own."""
@@ -25,11 +26,12 @@ SHOWN = {
     "comparing_runs": ["es.sigma 1.0: finished"],
     "es_from_scratch": [],
     "first_run": ["ROMEO", "nats_per_token"],
+    "own_model_and_reward": ["right before: ", "the run's own reward, right"],
     "workers": ["ada ready", "grace ready", "{'coordinator': 0, 'ada': 0, 'grace': 0}", "digests agree"],
 }
 """What each notebook prints."""
 
-PICTURES = {"comparing_runs": 2, "es_from_scratch": 5, "first_run": 1, "workers": 1}
+PICTURES = {"comparing_runs": 2, "es_from_scratch": 5, "first_run": 1, "own_model_and_reward": 2, "workers": 1}
 """How many each notebook draws at least."""
 
 

@@ -238,3 +238,28 @@ def test_a_reward_must_be_given_again(config: Config, tmp_path: Path) -> None:
 def test_names_are_by_kind() -> None:
     assert Own(reward=start_not_near_two).names() == {"reward": "start_not_near_two"}
     assert Own().objective is None
+
+
+def test_a_run_is_drawn_from_memory_as_from_its_folder(config: Config, tmp_path: Path) -> None:
+    kept, remembered = train(config, tmp_path / "run", reward=constant), train(config, reward=constant)
+    pictures = []
+    for run in (kept, remembered):
+        with pytest.raises(EsjaxError, match="no step is finished"):
+            run.plot()
+        list(run)
+        _, loss = run.plot().axes
+        assert loss.get_ylabel() == "minus constant"
+        (line,) = loss.get_lines()
+        pictures.append(np.asarray(line.get_xydata()))
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert len(pictures[0]) == 4
+
+
+def test_what_is_shown_in_a_cell_is_short(config: Config, tmp_path: Path) -> None:
+    run = train(config, tmp_path / "run")
+    *_, last = run
+    assert repr(run).endswith(f"4 steps, 768 member-tokens, loss {last.loss:.3f}>")  # 4 * 32 * 6
+    loaded = esjax.load(tmp_path / "run")
+    weights = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert repr(loaded) == f"<esjax model after 4 steps: {weights:,} weights, {run.corpus.vocabulary.size} token ids>"
+    assert str(loaded.generate("the", seed=3)[0]) == loaded.generate("the", seed=3)[0].text

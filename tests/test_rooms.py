@@ -41,6 +41,7 @@ FLOORS = [
     (
         "esjax.devices",
         "esjax.processes",
+        "esjax.history",
         "esjax.interrupts",
         "esjax.replica",
         "esjax.trained",

@@ -1,12 +1,12 @@
 """The example of sums: its reward knows right answers from wrong ones, wherever a window begins."""
 
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sums
 from jaxtyping import Array
 
 from esjax.config import replace
@@ -16,10 +16,6 @@ from esjax.member import Member
 from esjax.models import Model
 from esjax.tokens import STOP
 from esjax.training import train
-
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-
-import sums
 
 SUMS = sums.make_text().splitlines()
 VOCABULARY = fit_vocabulary("char", SUMS, None)
