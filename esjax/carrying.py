@@ -15,7 +15,7 @@ from esjax.config import Config
 from esjax.models.model import Model, Params, State
 
 STEPS = 2**14
-"""Resolution of a state: steps a unit. A 64th of what noise of sigma 0.001 would do to it."""
+"""Resolution of a state: steps a unit, far finer than any noise on activations that is of use."""
 
 LARGEST_STATE = 2.0**16
 """Largest number of a state that is carried; what is beyond is cut off."""

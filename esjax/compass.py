@@ -61,7 +61,7 @@ def bearings(
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
-    alone = Alone(config, Engine(replica, tell=_nothing), replica=replica, own={}, record=_nothing)
+    alone = Alone(config, Engine(replica, tell=_nothing), own={}, record=_nothing)
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = model.units(params)
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)

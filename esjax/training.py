@@ -14,8 +14,7 @@ import optax
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, to_plain
 from esjax.data.corpus import Corpus, load_corpus
-from esjax.data.delivery import Blocks, token_type
-from esjax.data.packing import pack_stream
+from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
@@ -91,7 +90,7 @@ class Trainer:
         self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         # A text that is used block by block comes with its first block.
-        stream = None if config.data.block_tokens else pack_stream(corpus.train).astype(token_type(vocabulary.size))
+        stream = None if config.data.block_tokens else corpus.stream()
         self._replica = Replica(config, built, stream, whole_mesh(), objective, own.optimizer)
         self._trained = Trained(built, vocabulary, local_mesh())
         self._measure = make_measure(self._trained, config, corpus.held_out, objective)
@@ -248,18 +247,11 @@ class Trainer:
             if ledger:
                 ledger.append(UPDATE, step, payload)
 
-        replica, config = self._replica, self.config
+        config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
-        engine = Engine(replica, size, tell=self.tell)
-        blocks = Blocks(pack_stream(self.corpus.train), size, config.seed, block_tokens) if block_tokens else None
-        return Alone(
-            config,
-            engine,
-            replica=replica,
-            own=self._own.names(),
-            record=record,
-            block=blocks,
-        )
+        engine = Engine(self._replica, size, tell=self.tell)
+        blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
+        return Alone(config, engine, own=self._own.names(), record=record, block=blocks)
 
     def _take_step(self, alone: Alone) -> StepInfo:
         closed, gradient_norm, update_norm = alone.step()

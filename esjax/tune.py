@@ -10,8 +10,6 @@ import numpy as np
 from esjax.checkpoint import restore_newest
 from esjax.compass import bearings
 from esjax.config import Config, replace
-from esjax.data.delivery import token_type
-from esjax.data.packing import pack_stream
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.loading import load_run_corpus
@@ -82,7 +80,7 @@ def tune(
     built = model(size) if model else build_model(config.model, size)
     replica = Replica(folder.config, built, None, local_mesh())
     params = jax.device_get(restore_newest(folder.checkpoints, replica.state, tell).state.params)
-    stream = pack_stream(corpus.train).astype(token_type(size))
+    stream = corpus.stream()
 
     def attempt(best: Tried | None, **changes: Any) -> Tried:
         chosen = _with(config, **changes)

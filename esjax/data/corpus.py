@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from jaxtyping import Int32
+from jaxtyping import Int32, Integer
 from numpy import ndarray
 
 from esjax.config import DataConfig
+from esjax.data.delivery import token_type
 from esjax.data.ngram import fit_ngrams, ngram_losses
+from esjax.data.packing import pack_stream
 from esjax.data.sources import load_documents, split_documents
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
@@ -53,6 +55,10 @@ class Corpus(NamedTuple):
         if not documents:
             raise EsjaxError(f"the {name} split holds no document; raise data.held_out, add text or take another split")
         return documents, size
+
+    def stream(self) -> Integer[ndarray, " length"]:
+        """Pack the training documents, in the smallest type that holds their ids: every device has a copy."""
+        return pack_stream(self.train).astype(token_type(self.vocabulary.size))
 
     def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
         """Score documents with the n-gram models of the training split: nats per token by name."""

@@ -14,7 +14,6 @@ from esjax.hosts.engine import Engine
 from esjax.hosts.memory import exchange
 from esjax.hosts.tasks import Apply, Done, Failed
 from esjax.hosts.worker import Worker
-from esjax.replica import Replica
 
 NOW = 0.0
 """The time: it stands still, since nobody can be late or lost."""
@@ -45,7 +44,6 @@ class Alone:
         config: Config,
         engine: Engine,
         *,
-        replica: Replica,
         own: dict[str, str],
         record: Callable[[int, bytes], None],
         block: Callable[[int], bytes] | None = None,
@@ -54,12 +52,12 @@ class Alone:
 
         Args:
             config: Settings.
-            engine: Does the tasks.
-            replica: The engine's.
+            engine: Does the tasks; it has a replica.
             own: Names of the run's own model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
+        replica = engine.replica
         step = int(replica.state.step)
         terms = Terms(
             run="",

@@ -64,6 +64,12 @@ class Engine:
         self._tell = tell
         self._measure: Callable[[], float | None] = lambda: None
 
+    @property
+    def replica(self) -> Replica:
+        """The replica, which has to be there."""
+        assert self._replica is not None
+        return self._replica
+
     def do(self, task: Task) -> Result:
         """Do a task; what fails comes back as `Failed`, with the reason in one line."""
         try:
@@ -74,8 +80,7 @@ class Engine:
             return Failed(f"the devices failed: {str(error).splitlines()[0][:300]}")
 
     def _do(self, task: Task) -> Result:
-        replica = self._replica
-        assert replica is not None
+        replica = self.replica
         if isinstance(task, Score):
             started = time.perf_counter()
             if replica.numbers:

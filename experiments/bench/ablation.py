@@ -1,6 +1,6 @@
 """What each choice is worth: held-out loss after the same number of member-tokens, one choice changed at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,16 @@ def run(settings: Ablation) -> Report:
         config = replace(base, seed=seed)
         for key, maker in makers.items():
             found[key].append(train_for_tokens(maker(config, corpus), held_out, settings.tokens))
+    return compared(found, settings.tokens)
+
+
+def compared(found: Mapping[tuple[str, str], Sequence[float]], tokens: int) -> Report:
+    """Set each choice beside the defaults, seed by seed.
+
+    Args:
+        found: Held-out losses, one a seed, by choice and by what it is in place of the default.
+        tokens: Member-tokens that each was trained for.
+    """
     defaults = np.array(found[DEFAULTS, ""])
     rows = [
         {
@@ -87,7 +97,7 @@ def run(settings: Ablation) -> Report:
         }
         for (choice, name), losses in found.items()
     ]
-    notes = [f"After {settings.tokens / 1e6:g} M member-tokens; over {settings.seeds} seeds, compared seed by seed."]
+    notes = [f"After {tokens / 1e6:g} M member-tokens; over {len(defaults)} seeds, compared seed by seed."]
     return Report(rows, partial(plot, rows), notes)
 
 

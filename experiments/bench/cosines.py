@@ -18,8 +18,6 @@ from bench.settings import Cosines
 from esjax.compass import bearings
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.data.corpus import load_corpus
-from esjax.data.delivery import token_type
-from esjax.data.packing import pack_stream
 from esjax.devices import local_mesh
 from esjax.models import build_model
 from esjax.own import Own
@@ -49,7 +47,7 @@ def run(settings: Cosines) -> Report:
     for _ in trainer:
         pass
     size, mesh, params = corpus.vocabulary.size, local_mesh(), jax.device_get(trainer.params)
-    model, stream = build_model(config.model, size), pack_stream(corpus.train).astype(token_type(size))
+    model, stream = build_model(config.model, size), corpus.stream()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     rows = []
     for space, es in SPACES.items():

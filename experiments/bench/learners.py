@@ -14,8 +14,7 @@ from jaxtyping import Array
 from bench.rivals import evosax_open_es
 from esjax.config import Config, replace
 from esjax.data.corpus import Corpus
-from esjax.data.delivery import token_type
-from esjax.data.packing import draw_windows, pack_stream
+from esjax.data.packing import draw_windows
 from esjax.devices import local_mesh
 from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_evaluate
 from esjax.fitness import shape
@@ -113,7 +112,7 @@ class _Setting(NamedTuple):
 def _set(config: Config, corpus: Corpus) -> _Setting:
     size, data = corpus.vocabulary.size, config.data
     model, mesh = build_model(config.model, size), local_mesh()
-    stream = jnp.asarray(pack_stream(corpus.train).astype(token_type(size)))
+    stream = jnp.asarray(corpus.stream())
     params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
     of_windows = stream_seed(config.seed, WINDOWS)
 

@@ -33,7 +33,7 @@ def replica_of(config: Config, mesh: Mesh) -> Replica:
 
 def alone_of(config: Config, replica: Replica) -> Alone:
     """Set up whole steps: everything that training on one machine does, but for files."""
-    return Alone(config, Engine(replica, tell=lambda *_: None), replica=replica, own={}, record=lambda *_: None)
+    return Alone(config, Engine(replica, tell=lambda *_: None), own={}, record=lambda *_: None)
 
 
 def member_tokens(config: Config) -> int:

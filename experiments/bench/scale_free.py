@@ -3,13 +3,8 @@
 Held-out loss after the same number of member-tokens, seed by seed.
 """
 
-from functools import partial
-
-import numpy as np
-
-from bench.ablation import plot
+from bench.ablation import DEFAULTS, compared
 from bench.learners import ours, scorer, train_for_tokens
-from bench.measure import spread
 from bench.report import Report
 from bench.settings import ScaleFree
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
@@ -24,7 +19,7 @@ def run(settings: ScaleFree) -> Report:
         es=EsConfig(population_size=population),
         model=GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden),
     )
-    scaled = {("defaults", ""): base}
+    scaled = {(DEFAULTS, ""): base}
     for name, size in {"÷": 1 / factor, "x": factor}.items():
         changed = f"{name} {factor}"
         scaled["population", changed] = replace(base, es=EsConfig(population_size=2 * round(population * size / 2)))
@@ -38,15 +33,4 @@ def run(settings: ScaleFree) -> Report:
         for key, config in scaled.items():
             learner = ours(replace(config, seed=seed), corpus)
             found[key].append(train_for_tokens(learner, scorers[config.model], settings.tokens))
-    defaults = np.array(found["defaults", ""])
-    rows = [
-        {
-            "choice": choice,
-            "in place of the default": changed,
-            "held-out": spread(np.array(losses)),
-            "worse by": spread(np.array(losses) - defaults),
-        }
-        for (choice, changed), losses in found.items()
-    ]
-    notes = [f"After {settings.tokens / 1e6:g} M member-tokens; over {settings.seeds} seeds, compared seed by seed."]
-    return Report(rows, partial(plot, rows), notes)
+    return compared(found, settings.tokens)
