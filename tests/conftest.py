@@ -1,5 +1,6 @@
 """Strict JAX, four CPU devices, and types and shapes checked at every call of the package."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same small programs.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="esjax-tests-")
-jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+# Many tests compile the same small programs, in whichever process of a run they are.
+CACHE = "ESJAX_TESTS_PROGRAMS"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    OWN_PROGRAMS = tempfile.TemporaryDirectory(prefix="esjax-tests-")
+    os.environ[CACHE] = OWN_PROGRAMS.name
+PROGRAMS = os.environ[CACHE]
+jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
     """Share compiled programs between processes, and give each one device."""
     return {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": PROGRAMS.name,
+        "JAX_COMPILATION_CACHE_DIR": PROGRAMS,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": "1",
     }

@@ -120,16 +120,20 @@ def refusal(server: ServerTransport, client: ClientTransport) -> str:
     return reasons[-1]
 
 
-def listen(server: ServerTransport, client: ClientTransport) -> None:
-    """Subscribe, and wait until broadcasts arrive."""
+def listen(server: ServerTransport, client: ClientTransport) -> int:
+    """Subscribe, and wait until broadcasts arrive; return how many that took."""
     client.subscribe(server.publish_port)
+    asked = 0
 
     def heard() -> bool:
+        nonlocal asked
+        asked += 1
         server.publish([b"are you there"])
         return bool(client.poll(0.02).broadcasts)
 
     until(heard)
     until(lambda: not client.poll(0.1).broadcasts)
+    return asked
 
 
 def port_of(server: ServerTransport) -> int:
@@ -327,7 +331,7 @@ def test_subscribing_again_leaves_the_port_before(server: ServerTransport) -> No
 
 def test_a_slow_host_misses_broadcasts_sees_it_and_hinders_nobody(server: ServerTransport) -> None:
     with client_of(server) as slow:
-        listen(server, slow)
+        asked = listen(server, slow)
         sent = 5 * QUEUE
         for number in range(sent):
             server.publish([struct.pack("<I", number), bytes(20_000)])
@@ -341,7 +345,8 @@ def test_a_slow_host_misses_broadcasts_sees_it_and_hinders_nobody(server: Server
 
         until(drained)
         assert numbers == sorted(set(numbers))
-        assert QUEUE <= len(numbers) < sent
+        # What was heard before fills the queue, too, until the sender is told of it, which ZeroMQ does now and then.
+        assert QUEUE - asked <= len(numbers) < sent
         server.publish([b"goes on"])
         assert slow.poll(PATIENCE).broadcasts == [[b"goes on"]]
 

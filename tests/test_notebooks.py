@@ -38,7 +38,7 @@ PICTURES = {"comparing_runs": 2, "es_from_scratch": 5, "first_run": 1, "own_mode
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.py")))
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same programs are compiled by several processes.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", PROGRAMS)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
