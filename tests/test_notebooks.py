@@ -18,7 +18,8 @@ SMALL = {
     "es_from_scratch": "REPEATS = 20\nCOUNTS = [16]",
     "first_run": "SECONDS = 1",
     "own_model_and_reward": "SECONDS = 0.6\nPOPULATION = 32",
-    "workers": "SECONDS = 1.0\nSETTINGS = ['--es.population-size', '16', '--es.chunk-pairs', '4', '--model.hidden-size', '4']",
+    "workers": "SECONDS = 1.0\n"
+    "SETTINGS = ['--es.population-size', '16', '--es.chunk-pairs', '4', '--model.hidden-size', '4']",
 }
 """Parameters of each notebook that make it quick; all of them get a text of their own."""
 
