@@ -45,7 +45,7 @@ def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"] | LowR
     if not isinstance(matrix, LowRank):
         return jnp.matmul(x, matrix, precision=HIGHEST)
     base = jnp.matmul(x, matrix.weight, precision=HIGHEST)
-    return base + _combine(matrix, jnp.matmul(matrix.left, x, precision=HIGHEST))
+    return base + _combine(matrix, jnp.matmul(x, matrix.left.T, precision=HIGHEST))
 
 
 def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]) -> Float[Array, " columns"]:
