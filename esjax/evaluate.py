@@ -97,7 +97,7 @@ def make_evaluate_chunk(model: Model, space: Space, loss: Loss) -> Evaluate:
 
         def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
             member = Member(model, space.perturb(params, noise, sign))
-            if len(tokens) == 1:  # an axis of one would not change the loss, but costs XLA's loops a tenth of their speed
+            if len(tokens) == 1:  # an axis of one costs XLA's loops a tenth of their speed
                 return loss(member, tokens[0], keys[0])
             return jnp.mean(jax.vmap(partial(loss, member))(tokens, keys))
 

@@ -143,13 +143,18 @@ class Replica:
         self._score = jax.jit(score_pairs)
         self._sum = jax.jit(sum_pairs)
         apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
-        self._apply = jax.jit(apply_total)
         self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
         first = init_state(params, optimizer, first_states(config, model, params))
         self.state: TrainState = self._on_every_device(first)
         if way.space is not None:
             self._weighed_at_once = _shape_of_call(CALL_WEIGHED_PAIRS, _weighed_pairs(config, way.space, mesh), mesh)
-            self._weigh = jax.jit(make_weigh_pairs(way.space, mesh))
+            weigh_pairs = make_weigh_pairs(way.space, mesh)
+
+            def weigh_and_apply(state: TrainState, scale: Array, *arguments: Any) -> tuple[TrainState, UpdateInfo]:
+                return apply_total(state, weigh_pairs(*arguments), scale)
+
+            self._weigh = jax.jit(weigh_pairs)
+            self._weigh_and_apply = jax.jit(weigh_and_apply)
             self._zero_total = self._on_every_device(zero_total(way.space, params))
         # Arguments, not constants: a run of another seed finds its programs compiled already.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
@@ -216,9 +221,12 @@ class Replica:
         An update that is not finite is skipped: `update_norm` tells.
         """
         total = self._zero_total
-        for count, *part in _calls(self._weighed_at_once, pairs.astype(np.uint32), weights):
-            total = self._weigh(total, self._streams.perturbations, self.state.step, *part, count)
-        return self._take(*self._apply(self.state, total, np.float32(scale)))
+        named = self._streams.perturbations, self.state.step
+        *calls, (count, *last) = _calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
+        for chunks, *part in calls:
+            total = self._weigh(total, *named, *part, chunks)
+        # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
+        return self._take(*self._weigh_and_apply(self.state, np.float32(scale), total, *named, *last, count))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
@@ -255,14 +263,14 @@ def _shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.ndarray | np.int32, ...]]:
-    """Cut arrays of one value a pair into calls of one shape, the last filled up with zeros.
+    """Cut arrays of one value a pair into calls of one shape, the last filled up with zeros; at least one call.
 
     Yields:
         Number of chunks that hold pairs, and a part of each array.
     """
     chunks, chunk_pairs = shape
     size = chunks * chunk_pairs
-    for start in range(0, len(arrays[0]), size):
+    for start in range(0, max(len(arrays[0]), 1), size):
         pairs = min(len(arrays[0]) - start, size)
         parts = [np.zeros(shape, array.dtype) for array in arrays]
         for part, array in zip(parts, arrays, strict=True):

@@ -35,7 +35,7 @@ class Throughput(Section):
 
 
 class Update(Section):
-    """Cost of the update beside the evaluation, against population, hosts, width and rank."""
+    """Cost of the update beside the evaluation, against population, hosts, width, rank and sequences a member."""
 
     population: int = 4096
     """Members, where another setting changes."""
@@ -54,6 +54,9 @@ class Update(Section):
 
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     """Ranks that are tried."""
+
+    sequences: tuple[int, ...] = (1, 8, 32)
+    """Sequences a member that are tried."""
 
     rounds: int = 7
     """Turns of evaluation and update."""
@@ -289,7 +292,9 @@ SMALL_RUN = ("--data.text", PYDOC, "--model.hidden-size", "4", "--es.population-
 
 SHORT: dict[str, Any] = {
     "throughput": Throughput(sizes=((8, 2, 2, 32),), scale=1, at_once=(64,), peak=128, rounds=1),
-    "update": Update(population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), rounds=1),
+    "update": Update(
+        population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), sequences=(2,), rounds=1
+    ),
     "learning": Learning(
         methods=("low rank 1", "evosax", "backpropagation"),
         seconds=0.2,

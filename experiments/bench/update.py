@@ -15,7 +15,7 @@ from bench.measure import Way, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Update
-from esjax.config import Config, EsConfig, GruConfig
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.devices import local_mesh
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 def run(settings: Update) -> Report:
     """Measure every setting."""
-    base = {"population": settings.population, "hosts": 1, "hidden": settings.hidden, "rank": 1}
+    base = {"population": settings.population, "hosts": 1, "hidden": settings.hidden, "rank": 1, "sequences": 1}
     tried = {
         "population": settings.populations,
         "hosts": settings.hosts,
         "hidden": settings.widths,
         "rank": settings.ranks,
+        "sequences": settings.sequences,
     }
     rows = [
         {"changed": name, **measure(**base | {name: value}, rounds=settings.rounds)}
@@ -39,11 +40,12 @@ def run(settings: Update) -> Report:
     return Report(rows, partial(plot, rows), ["A gru; a step is a host's share of the evaluation, and the update."])
 
 
-def measure(population: int, hosts: int, hidden: int, rank: int, rounds: int) -> Row:
+def measure(population: int, hosts: int, hidden: int, rank: int, sequences: int, rounds: int) -> Row:
     """Measure one setting."""
     config = Config(
         es=EsConfig(population_size=population, rank=rank, exchange="losses"),
         model=GruConfig(hidden_size=hidden, head_size=2 * hidden),
+        data=DataConfig(batch_size=sequences),
     )
     replica = replica_of(config, local_mesh())
     pairs = np.arange(config.es.pairs, dtype=np.uint32)
@@ -61,6 +63,7 @@ def measure(population: int, hosts: int, hidden: int, rank: int, rounds: int) ->
         "hosts": hosts,
         "hidden": hidden,
         "rank": rank,
+        "sequences": sequences,
         "weights": sum(leaf.size for leaf in jax.tree.leaves(replica.state.params)),
         "evaluation ms": 1e3 / float(np.median(rates["evaluation"])),
         "update ms": 1e3 / float(np.median(rates["update"])),
