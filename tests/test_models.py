@@ -10,7 +10,7 @@ from small import MODELS, VOCAB, params_of
 
 from esjax.config import GruConfig, RnnConfig
 from esjax.member import Member, consume
-from esjax.models import build_model
+from esjax.models import Model, build_model
 from esjax.models.primitives import LowRank, lookup, matmul
 from esjax.score import make_score
 from esjax.tokens import STOP
@@ -98,6 +98,21 @@ def test_nothing_is_carried_over_a_stop(name: str) -> None:
     model, params = MODELS[name], busy(params_of(MODELS[name]))
     state = consume(model, params, jnp.full(4, 0.9), jnp.int32(STOP))
     np.testing.assert_array_equal(state, model.initial_state(params))
+
+
+def test_a_state_of_another_type_begins_anew_too() -> None:
+    """A model that counts tokens, and keeps what it counted as a number of each type."""
+    model = Model(
+        init=lambda key: (),
+        initial_state=lambda params: (jnp.int32(7), jnp.float32(0.5)),
+        predict=lambda params, state: jnp.zeros(VOCAB),
+        consume=lambda params, state, token: (state[0] + 1, state[1] + 1),
+    )
+    after = consume(model, (), (jnp.int32(9), jnp.float32(3.5)), jnp.int32(STOP + 1))
+    assert (int(after[0]), float(after[1])) == (10, 4.5)
+    fresh = consume(model, (), after, jnp.int32(STOP))
+    assert (int(fresh[0]), float(fresh[1])) == (7, 0.5)
+    assert fresh[0].dtype == jnp.int32
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -141,9 +141,10 @@ def test_nats_go_on_from_a_state() -> None:
 def test_what_is_no_float32_is_refused_before_anything_is_written(
     config: Config, tmp_path: Path, value: Callable[[], Any], message: str
 ) -> None:
-    with pytest.raises(EsjaxError, match=message):
-        train(config, tmp_path / "run", loss=lambda member, tokens, key: value())
-    assert not (tmp_path / "run").exists()
+    for begin in (train, esjax.serve):
+        with pytest.raises(EsjaxError, match=message):
+            begin(config, tmp_path / "run", loss=lambda member, tokens, key: value())
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_plain_number_is_one_float32(config: Config) -> None:

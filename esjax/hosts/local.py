@@ -10,8 +10,8 @@ from pathlib import Path
 PATIENCE = 60.0
 """Seconds after which a process ends whose coordinator says nothing."""
 
-FAREWELL = 15.0
-"""Seconds that processes have to end by themselves."""
+FAREWELL, LAST_WORD = 5.0, 15.0
+"""Seconds that processes have to end by themselves, and once they are asked to: one that still compiles hears nothing."""
 
 
 @contextmanager
@@ -72,10 +72,10 @@ def _start(words: list[str], cores: list[int], log: int) -> subprocess.Popen[byt
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for stop in (lambda: None, process.terminate, process.kill):
+    for stop, seconds in ((lambda: None, FAREWELL), (process.terminate, LAST_WORD), (process.kill, LAST_WORD)):
         stop()
         try:
-            process.wait(FAREWELL)
+            process.wait(seconds)
             return
         except subprocess.TimeoutExpired:
             continue

@@ -168,14 +168,7 @@ class Server:
         folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
-        own = self._own
-        build = own.model or (lambda size: build_model(config.model, size))
-        replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.objective, own.optimizer)
-        if 4 * replica.numbers > wire.MAX_REQUEST:
-            raise EsjaxError(
-                f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
-                "choose a smaller model, or es.exchange losses with noise on weights"
-            )
+        replica = _state_keeper(config, corpus, self._own)
         if not checkpoints.newest and not any(folder.checkpoints.iterdir()):
             checkpoints.save(replica.state, 0.0, 0)
         restored = restore_newest(folder.checkpoints, replica.state, self.tell)
@@ -258,6 +251,22 @@ class Server:
         return keys
 
 
+def _state_keeper(config: Config, corpus: Corpus, own: Own) -> Replica:
+    """Make the replica that knows the shapes of what hosts send, and computes nothing.
+
+    Raises:
+        EsjaxError: A loss or model of one's own does not do what it has to, or sums would be too large for a message.
+    """
+    build = own.model or (lambda size: build_model(config.model, size))
+    replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.objective, own.optimizer)
+    if 4 * replica.numbers > wire.MAX_REQUEST:
+        raise EsjaxError(
+            f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
+            "choose a smaller model, or es.exchange losses with noise on weights"
+        )
+    return replica
+
+
 def _for_others(address: str) -> str:
     """Name this machine in the address of all its interfaces, which means nothing elsewhere."""
     return re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", f"//{socket.gethostname()}:", address)
@@ -300,12 +309,14 @@ def serve(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, or the package of a tracker is missing.
+        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, or a loss
+            or reward does not return one float32.
     """
     config = replace(config or Config(), ledger=True)
     found = find_trackers(trackers)
     own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
+    _state_keeper(config, corpus, own)  # says what is wrong before there is a folder
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
     server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, found, tell)
     if corpus.note:

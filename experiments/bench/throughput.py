@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DENSE_BYTES = 2**29, 2**34
 """Bytes of a dense population that a rival is given at most, on CPUs and on an accelerator: fewer members, then."""
 
-AT_ONCE = (64, 256, 1024), (2**13, 2**15)
+AT_ONCE = (256, 1024), (2**13, 2**15)
 """Sequences that a device has at a time, over all members, of which rivals try each; on CPUs, and on an accelerator."""
 
 NUMPY_TOKENS = 2**15
