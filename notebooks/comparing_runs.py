@@ -76,9 +76,9 @@ for run in sorted(runs, key=lambda run: run.last("held_out") or float("inf")):
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for run in runs:
     label = f"sigma {run.settings['es.sigma']}"
-    left.plot(run.metrics["step"], run.metrics["gradient_norm"], lw=1, label=label)
+    left.plot(run.metrics["step"], run.metrics["update_norm"], lw=1, label=label)
     right.plot(run.metrics["step"], run.metrics["member_tokens_per_second"] / 1e6, lw=1, label=label)
-left.set(xlabel="step", ylabel="size of the estimate", yscale="log")
+left.set(xlabel="step", ylabel="size of the update", yscale="log")
 right.set(xlabel="step", ylabel="millions of member-characters a second", ylim=(0, None))
 left.legend()
 plt.show()
