@@ -11,7 +11,7 @@ PATIENCE = 60.0
 """Seconds after which a process ends whose coordinator says nothing."""
 
 FAREWELL, LAST_WORD = 5.0, 15.0
-"""Seconds that processes have to end by themselves, and once they are asked to; one that still compiles hears nothing."""
+"""Seconds that processes have to end by themselves, and once they are asked: what still compiles hears nothing."""
 
 
 @contextmanager
