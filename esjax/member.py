@@ -16,16 +16,8 @@ def consume(model: Model, params: Params, state: State, token: Token, tap: Tap |
     A model that is not `tapped` takes no tap.
     """
     after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
-    is_over = token == STOP
-
-    def choose(fresh: Array, after: Array) -> Array:
-        if not jnp.issubdtype(after.dtype, jnp.floating):
-            return jnp.where(is_over, fresh, after)
-        # As products, and just as exact: XLA's CPU loops turn to scalar code around a choice by a loop's token.
-        renewed = is_over.astype(after.dtype)
-        return fresh * renewed + after * (1 - renewed)
-
-    return jax.tree.map(choose, model.initial_state(params), after)
+    fresh = model.initial_state(params)
+    return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
 
 
 def token_loss(logits: Float[Array, " vocabulary"], token: Token) -> Float[Array, ""]:

@@ -100,18 +100,19 @@ def test_nothing_is_carried_over_a_stop(name: str) -> None:
     np.testing.assert_array_equal(state, model.initial_state(params))
 
 
-def test_a_state_of_another_type_begins_anew_too() -> None:
-    """A model that counts tokens, and keeps what it counted as a number of each type."""
+def test_a_state_of_any_type_and_value_is_kept_and_begins_anew() -> None:
+    """A count, a number, and log probabilities, of which some are -inf before and after."""
+    impossible = jnp.array([0.0, -jnp.inf])
     model = Model(
         init=lambda key: (),
-        initial_state=lambda params: (jnp.int32(7), jnp.float32(0.5)),
+        initial_state=lambda params: (jnp.int32(7), jnp.float32(0.5), impossible),
         predict=lambda params, state: jnp.zeros(VOCAB),
-        consume=lambda params, state, token: (state[0] + 1, state[1] + 1),
+        consume=lambda params, state, token: (state[0] + 1, state[1] + 1, state[2][::-1]),
     )
-    after = consume(model, (), (jnp.int32(9), jnp.float32(3.5)), jnp.int32(STOP + 1))
-    assert (int(after[0]), float(after[1])) == (10, 4.5)
+    after = consume(model, (), (jnp.int32(9), jnp.float32(3.5), impossible), jnp.int32(STOP + 1))
+    assert (int(after[0]), float(after[1]), after[2].tolist()) == (10, 4.5, [-np.inf, 0.0])
     fresh = consume(model, (), after, jnp.int32(STOP))
-    assert (int(fresh[0]), float(fresh[1])) == (7, 0.5)
+    assert (int(fresh[0]), float(fresh[1]), fresh[2].tolist()) == (7, 0.5, [0.0, -np.inf])
     assert fresh[0].dtype == jnp.int32
 
 
