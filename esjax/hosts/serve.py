@@ -85,6 +85,7 @@ class Server:
         corpus: Corpus,
         listen: _Listen,
         own: Own,
+        replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
     ) -> None:
@@ -101,7 +102,8 @@ class Server:
         self.last: StepInfo | None = None
         self.stopped = False
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
-        self._corpus, self._listen, self._own = corpus, listen, own
+        self._corpus, self._listen = corpus, listen
+        self._replica = replica  # tells the shapes of what hosts send, and computes nothing
         self._coordinator: Coordinator | None = None
 
     def __repr__(self) -> str:
@@ -168,7 +170,7 @@ class Server:
         folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
-        replica = _state_keeper(config, corpus, self._own)
+        replica = self._replica
         if not checkpoints.newest and not any(folder.checkpoints.iterdir()):
             checkpoints.save(replica.state, 0.0, 0)
         restored = restore_newest(folder.checkpoints, replica.state, self.tell)
@@ -251,8 +253,8 @@ class Server:
         return keys
 
 
-def _state_keeper(config: Config, corpus: Corpus, own: Own) -> Replica:
-    """Make the replica that knows the shapes of what hosts send, and computes nothing.
+def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
+    """Set up the run's own copy, on one CPU.
 
     Raises:
         EsjaxError: A loss or model of one's own does not do what it has to, or sums would be too large for a message.
@@ -316,9 +318,9 @@ def serve(
     found = find_trackers(trackers)
     own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
-    _state_keeper(config, corpus, own)  # says what is wrong before there is a folder
+    replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
-    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, found, tell)
+    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -363,7 +365,9 @@ def resume_serving(
     own = Own(model, loss, reward, optimizer)
     folder.check_own(**vars(own))
     listen = _Listen(bind, keys, plain_text_anywhere)
-    server = Server(folder, load_run_corpus(folder), listen, own, find_trackers(trackers), tell)
+    corpus = load_run_corpus(folder)
+    replica = _make_replica(folder.config, corpus, own)
+    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server
