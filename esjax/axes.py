@@ -1,6 +1,5 @@
 """A grid of settings: every combination of the values of some axes, around base settings."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -8,8 +7,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from esjax.config import MODELS, Config, Section
+from esjax.config import MODELS, VARIANTS, Config
 from esjax.errors import EsjaxError
+from esjax.mistakes import explain, nearest, setting_names
 
 LONGEST_NAME = 200
 """Characters of a trial's name: it is the name of a folder."""
@@ -86,18 +86,6 @@ def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
     return trials
 
 
-def setting_names(config: Section) -> list[str]:
-    """List the settings that can be an axis, by their dotted names."""
-    names: list[str] = []
-    for field in msgspec.structs.fields(type(config)):
-        value = getattr(config, field.name)
-        if isinstance(value, Section):
-            names += [f"{field.name}.{name}" for name in setting_names(value)]
-        elif not isinstance(value, dict):
-            names.append(field.name)
-    return names
-
-
 def value_of(config: Config, name: str) -> Any:
     """Read a setting by its dotted name; `model` is the name of the model."""
     if name == "model":
@@ -108,13 +96,6 @@ def value_of(config: Config, name: str) -> Any:
     return value
 
 
-def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Find the setting that a mistyped name may mean."""
-    last = name.rpartition(".")[2]
-    same = [known for known in names if known.rpartition(".")[2] == last]
-    return next(iter(same or difflib.get_close_matches(name, names, 1, 0.5)), None)
-
-
 def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
     values: dict[str, Any] = msgspec.to_builtins(base)
     model = wanted.get("model", values["model"]["name"])
@@ -122,7 +103,8 @@ def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
         raise EsjaxError(f"there is no model {model!r}; there are {', '.join(MODELS)}")
     if model != values["model"]["name"]:
         values["model"] = msgspec.to_builtins(MODELS[model]())
-    known = setting_names(msgspec.structs.replace(base, model=MODELS[model]()))
+    settings = msgspec.structs.replace(base, model=MODELS[model]())
+    known = [name for name in setting_names(settings) if not isinstance(value_of(settings, name), dict)]
     for name, value in wanted.items():
         if name == "model":
             continue
@@ -140,7 +122,7 @@ def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
         # Not strict: the values of the command line are texts.
         config = msgspec.convert(values, Config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
-        raise EsjaxError(f"{said}: {error}".replace("`$.", "`").replace("\n", " ")) from error
+        raise EsjaxError(f"{said}: {explain(error, VARIANTS)}") from error
     typed = {name: value_of(config, name) for name in wanted}
     return Trial(",".join(f"{name}={_plain(value)}" for name, value in typed.items()), typed, config)
 

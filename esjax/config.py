@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from esjax.errors import EsjaxError
+from esjax.mistakes import explain
 
 MOST_SUMMED_PAIRS = 2**17
 """Pairs of a step whose sums are sure to fit into 32 bits."""
@@ -180,7 +181,7 @@ class EsConfig(Section):
     """space activation: what noise on the state is rewarded for the next token but one, as a part of the next one."""
 
     layer_sigma: dict[str, float] = {}
-    """space activation: another sigma for some pre-activations, by name."""
+    """space activation: another sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
 
     layer_discount: dict[str, float] = {}
     """space activation: another discount for some pre-activations, by name."""
@@ -341,6 +342,9 @@ class Config(Section):
 
 MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
 
+VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
+"""The defaults, with each model."""
+
 
 def from_yaml(text: str, source: str) -> Config:
     """Read settings; those that are not named keep their defaults.
@@ -357,7 +361,7 @@ def from_yaml(text: str, source: str) -> Config:
         values = msgspec.yaml.decode(text)
         return msgspec.convert({} if values is None else values, Config, strict=False)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise EsjaxError(f"{source}: {error}".replace("`$.", "`").replace("\n", " ")) from error
+        raise EsjaxError(f"{source}: {explain(error, VARIANTS)}") from error
 
 
 def to_yaml(config: Config) -> str:

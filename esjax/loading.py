@@ -1,6 +1,6 @@
 """A finished or running run, read from its folder to write text and to be scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Loaded(NamedTuple):
     Attributes:
         config: The run's settings.
         vocabulary: From characters or bytes to ids.
+        own: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
         step: Steps it was trained for.
         params: The weights to use: the average that the settings ask for.
         trained: Compiled functions around it.
@@ -48,6 +49,7 @@ class Loaded(NamedTuple):
 
     config: Config
     vocabulary: Vocabulary
+    own: Mapping[str, str]
     step: int
     params: Params
     trained: Trained
@@ -132,4 +134,4 @@ def load(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first)
     )
     state = restore_newest(folder.checkpoints, like, tell).state
-    return Loaded(config, vocabulary, int(state.step), state.average, Trained(built, vocabulary, mesh))
+    return Loaded(config, vocabulary, folder.own, int(state.step), state.average, Trained(built, vocabulary, mesh))

@@ -1,5 +1,6 @@
 """What a run may be given beside its settings."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,9 @@ class Own:
     def __post_init__(self) -> None:
         if self.loss is not None and self.reward is not None:
             raise EsjaxError("there is a loss and a reward; give one of them")
+        for kind, function in (("loss", self.loss), ("reward", self.reward)):
+            if function is not None:
+                _check_arguments(f"the {kind} {_name_of(function)}", function)
 
     def names(self) -> dict[str, str]:
         """Name what there is, by kind."""
@@ -56,7 +60,12 @@ class Own:
         name = f"the {kind} {self.names()[kind]}"
 
         def objective(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
-            value = _one_number(name, function(member, tokens, key))
+            try:
+                result = function(member, tokens, key)
+            except Exception as error:
+                error.add_note(f"raised by {name}, given a member, tokens of shape {tokens.shape}, and a key")
+                raise
+            value = _one_number(name, result)
             return -value if kind == "reward" else value
 
         return objective
@@ -66,6 +75,17 @@ def _name_of(value: object) -> str:
     if isinstance(value, partial):
         return _name_of(value.func)
     return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _check_arguments(name: str, function: Loss | Reward) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a compiled function nothing is known
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise EsjaxError(f"{name} takes {signature}; it must take (member, tokens, key)") from error
 
 
 def _one_number(name: str, value: Any) -> Float[Array, ""]:

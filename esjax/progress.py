@@ -1,5 +1,6 @@
 """The progress of a run in a terminal: one line that stays in place, or plain lines where there is no terminal."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -72,7 +73,7 @@ class Progress:
         self._limits = limits
         self._live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
         self._last: tuple[StepInfo, float] | None = None  # and when it came
-        self._held_out: float | None = None
+        self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss: float | None = None
         self._rate: float | None = None
         self._void_pairs = 0
@@ -105,7 +106,7 @@ class Progress:
         self._rate = _smooth(self._rate, info.member_tokens_per_second)
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
-            self._held_out = info.held_out
+            self._held_out = info.held_out, now
         self._last = info, now
         if not self._live and (info.held_out is not None or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
@@ -121,9 +122,13 @@ class Progress:
             Part(1, Text(_clock(info.seconds))),
             Part(7, Text(f"loss {self._loss:.3f}")),
             self._against_baselines(),
-            Part(4, Text(f"{_count(self._rate or 0.0)}/s")),
-            Part(0, Text(f"|update| {info.update_norm:.3g}")),
         ]
+        age = now - self._held_out[1] if self._held_out else 0.0
+        if age >= 1:
+            parts.append(Part(0, Text(f"{_clock(age)} ago", "dim")))
+        parts.append(Part(4, Text(f"{_count(self._rate or 0.0)}/s")))
+        if not (info.applied and math.isnan(info.update_norm)):  # of hosts' first update nothing is known yet
+            parts.append(Part(0, Text(f"|update| {info.update_norm:.3g}")))
         if self._void_pairs:  # those of the session; red while there are more
             parts.append(Part(6, Text(f"void pairs {self._void_pairs:,}", "red" if info.void_pairs else "dim")))
         if info.hosts is not None:
@@ -135,13 +140,14 @@ class Progress:
 
     def _against_baselines(self) -> Part:
         """Read the held-out loss against all baselines; where there is less room against the next one; or alone."""
-        held_out = self._held_out
-        if held_out is None:
+        if self._held_out is None:
             return Part(9, Text("held-out -"))
+        held_out, _ = self._held_out
         beaten = [name for name, value in self._baselines.items() if held_out < value]
         color = "green" if beaten else "dim"
         marks = {
-            name: f"{'<' if name in beaten else '>'} {name} {value:.2f}" for name, value in self._baselines.items()
+            name: f"{'<' if name in beaten else '>'} {name} {_beside(value, held_out)}"
+            for name, value in self._baselines.items()
         }
         alone = Text.assemble("held-out ", (f"{held_out:.3f}", "bold green" if beaten else "bold"))
         part = Part(9, alone)
@@ -164,6 +170,11 @@ class Progress:
 
 def _smooth(before: float | None, value: float) -> float:
     return value if before is None or before != before else SMOOTHING * before + (1 - SMOOTHING) * value
+
+
+def _beside(value: float, other: float) -> str:
+    """Write a number with two digits, or with as many more as tell it from another."""
+    return f"{value:.2f}" if f"{value:.2f}" != f"{other:.2f}" else f"{value:.3f}"
 
 
 def _count(number: float) -> str:

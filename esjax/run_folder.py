@@ -21,7 +21,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -32,12 +32,16 @@ from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
+from esjax.runs import find_runs
 
 FORMAT = 1
 """Version of the layout."""
 
 LOCK_TRIES = 5
 """How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
+
+MOST_NAMED = 4
+"""Runs that are named where a folder of runs was given for one of them."""
 
 LOCK_PAUSE = 0.02
 """Seconds between two tries."""
@@ -129,7 +133,8 @@ class RunFolder:
             name = self.own.get(kind)
             if name and value is None:
                 raise EsjaxError(
-                    f"{str(self.path)!r} was trained with a {kind} of its own, {name}; give it again, {kind}=…"
+                    f"{str(self.path)!r} was trained with a {kind} of its own, {name}; give it again, from Python: "
+                    f"{kind}={name}"
                 )
             if value is not None and not name:
                 raise EsjaxError(f"{str(self.path)!r} was trained with the {kind} of its settings; leave {kind}= out")
@@ -212,15 +217,21 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def open_metrics(self, step: int) -> IO[str]:
-        """Open the metrics for appending, without the lines of steps after `step`: they will be done again."""
+    def open_metrics(self, step: int, tell: Callable[[str], None]) -> IO[str]:
+        """Open the metrics for appending, without the lines of steps after `step`: they will be done again.
+
+        Args:
+            step: Steps done.
+            tell: Called with a line if there is none for some of them: it was torn, or never written.
+        """
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if _step_of(line) <= step
-            ]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            steps = map(_step_of, lines)
+            there = {of: line for of, line in zip(steps, lines, strict=True) if of <= step}
+            kept = there.values()
+            if len(there) < step:
+                tell(f"{path} has no whole line for {step - len(there):,} of {step:,} steps; they stay left out")
             swap = path.with_suffix(".swap")
             swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(swap, path)
@@ -258,7 +269,11 @@ class RunFolder:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError as error:
-            raise EsjaxError(f"{str(self.path)!r} is not a run folder: it has no {name}") from error
+            inside = [str(path) for path in find_runs(self.path)]
+            hint = f"; there are {', '.join(inside[:MOST_NAMED])}{' and more' * (len(inside) > MOST_NAMED)}"
+            raise EsjaxError(
+                f"{str(self.path)!r} is not a run folder: it has no {name}{hint if inside else ''}"
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise EsjaxError(f"cannot read {self.path / name}: {error}") from error
 

@@ -1,10 +1,12 @@
 """A picture of a sweep: held-out loss over one axis, a line for each value of the others."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from esjax.errors import EsjaxError
+from esjax.plotting import COLORS
 from esjax.sweeping import Outcome
 
 WIDE = 8
@@ -30,7 +32,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError("no plot without matplotlib: pip install 'esjax[plot]'") from error
+        raise EsjaxError("no picture without matplotlib: pip install 'esjax[plot]'") from error
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -39,8 +41,9 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
         lines.setdefault(others, []).append((positions[str(one.values[axis])], float(one.held_out or 0.0)))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
-    for label in sorted(lines):
-        plot.plot(*zip(*sorted(lines[label]), strict=True), marker="o", label=label or None)
+    for label, color in zip(sorted(lines), cycle(COLORS), strict=False):
+        x, y = zip(*sorted(lines[label]), strict=True)
+        plot.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label or None)
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions))
@@ -49,9 +52,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     plot.tick_params(axis="x", which="minor", bottom=False)
     plot.set_xlabel(axis)
     plot.set_ylabel("held-out loss, nats/token")
-    plot.grid(alpha=0.3)
+    plot.grid(alpha=0.25)
+    plot.spines[["top", "right"]].set_visible(False)
     if any(lines):
-        plot.legend()
+        figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
     partial = path.with_suffix(f".partial{path.suffix}")
     figure.savefig(partial, dpi=150)
     partial.replace(path)

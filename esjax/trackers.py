@@ -26,14 +26,14 @@ PROJECT = "esjax"
 class JsonLines(Tracker):
     """metrics.jsonl and samples.txt of a run folder: every step, as soon as it is done."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Prepare to write into a run folder."""
-        self._folder = folder
+    def __init__(self, folder: RunFolder, tell: Callable[[str], None]) -> None:
+        """Prepare to write into a run folder; `tell` is called with a line that a person should see."""
+        self._folder, self._tell = folder, tell
         self._metrics: IO[str] | None = None
 
     def start(self, run: TrackedRun) -> None:
         """Open the metrics, without the lines of steps that will be done again."""
-        self._metrics = self._folder.open_metrics(run.step)
+        self._metrics = self._folder.open_metrics(run.step, self._tell)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Write a line."""

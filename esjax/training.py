@@ -96,7 +96,9 @@ class Trainer:
         self._measure = make_measure(self._trained, config, corpus.held_out, objective)
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
-            self.tell(f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller")
+            self.tell(
+                f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller, such as by data.documents line"
+            )
         self._seconds = 0.0
         self._member_tokens = 0
         self._own = own
@@ -125,9 +127,9 @@ class Trainer:
         return self._trained.write(self.params, prompt, **settings)
 
     def sample(self) -> str:
-        """Write a few documents, named by the step."""
+        """Write a few documents, a line of dashes between two of them; what they are follows from the step."""
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
-        return "\n\n".join(written.text for written in texts)
+        return "\n---\n".join(written.text for written in texts)
 
     def evaluate(self) -> Scored:
         """Score the held-out documents.
@@ -167,7 +169,7 @@ class Trainer:
             # Left after all the rest, so that a tracker that hangs delays nothing that matters.
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
-            watch.start(self._tracked(), JsonLines(record.folder) if record else None)
+            watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
             alone = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
             evaluate_at = checkpoint_at = 0.0

@@ -66,7 +66,10 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
     evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in))
     if loss is not None:  # one that cannot be is refused now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
-        jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
+        try:
+            jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
+        except EsjaxError as error:
+            raise EsjaxError(str(error)) from None  # without the many frames of JAX
     pair_bytes = 4 * space.numbers
     if es.space == "full" or not model.factored:
         pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -11,7 +11,7 @@ from esjax.run_folder import RunFolder, json_line
 def make(path: Path, done: int = 0, **settings: Any) -> RunFolder:
     """Make a run of so many steps, see `line_of`."""
     folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "")
-    with folder.open_metrics(0) as metrics:
+    with folder.open_metrics(0, print) as metrics:
         metrics.write("".join(line_of(step) for step in range(1, done + 1)))
     return folder
 

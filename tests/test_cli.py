@@ -137,7 +137,7 @@ def test_train_leaves_a_run(trained: tuple[Path, Called]) -> None:
 
 
 def test_the_folder_is_said_on_one_line_however_long_its_name(trained: tuple[Path, Called]) -> None:
-    assert trained[1].err.splitlines()[-1] == f"kept in {LONG_NAME}"
+    assert f"kept in {LONG_NAME}" in trained[1].err.splitlines()
 
 
 def test_resume_goes_on_to_more_steps(work: Path) -> None:
@@ -284,6 +284,73 @@ def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
     again = succeed("sweep", "--resume", "grid")
     assert again.out == called.out
     assert again.err.startswith("2 of 2 runs are finished already\n")
+
+
+def test_a_sweep_that_does_not_get_through_says_so_to_a_shell(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: Any, console: object) -> None:
+        for _ in run:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("esjax.cli.sweep.show", interrupted)
+        stopped = call("sweep", "--axis", "seed=1,2", *TINY, "--steps", "9", "--out", "grid")
+    assert stopped.code == 128 + signal.SIGINT
+    assert stopped.err.endswith("stopped; go on with: esjax sweep --resume grid\n")
+
+    def failing(run: Any, console: object) -> None:
+        raise EsjaxError("no luck")
+
+    monkeypatch.setattr("esjax.cli.sweep.show", failing)
+    failed = call("sweep", "--resume", "grid")
+    assert failed.code == 1
+    assert failed.err.endswith("what failed is tried again by: esjax sweep --resume grid\n")
+
+
+def test_a_run_trained_by_a_reward_is_evaluated_with_a_word_about_it(work: Path) -> None:
+    about = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**about, "own": {"reward": "right_answers"}}))
+    called = succeed("evaluate", "run")
+    assert called.err == "trained for the reward right_answers; below is how well it predicts the text\n"
+    assert "nats/token" in called.out
+
+
+def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write("{torn\n")
+    called = succeed("plot", "run")
+    assert (called.out, called.err) == ("curves.png\n", "run: 1 lines of metrics.jsonl are damaged and left out\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["walk"], "there is no command 'walk'; there are train, resume"),
+        (["train", "--sigma", "0.1"], "there is no option --sigma; did you mean --es.sigma?"),
+        (["serve", "--es.sigm=1"], "there is no option --es.sigm; did you mean --es.sigma?"),
+        (["train", "--metric-port", "1"], "did you mean --metrics-port?"),
+        (["train", "--data.no-cary"], "did you mean --data.carry?"),
+        (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; name it, too"),
+        (["generate", "."], "'.' is not a run folder: it has no run.json; there are run"),
+        (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),
+    ],
+)
+def test_what_was_probably_meant_is_said(work: Path, words: list[str], said: str) -> None:
+    Path("wrong.yaml").write_text("es: {sigm: 1}")
+    called = call(*words)
+    assert (called.code, called.out) == (2, "")
+    assert called.err.startswith("error: ")
+    assert said in called.err
+
+
+def test_every_option_in_the_help_is_one_that_there_is(work: Path) -> None:
+    for words in (["train"], ["train", "rnn"], ["serve"], ["sweep"]):
+        options = re.findall(r"^\W*(--[\w.-]+)(?:, (--[\w.-]+))?", succeed(*words, "--help").out, re.MULTILINE)
+        assert len(options) > 40
+        for option in {name for names in options for name in names if name} - {"--help"}:
+            refused = call(*words, option, "--steps", "two")  # nothing begins
+            assert "there is no option" not in refused.err, option
+            assert refused.code == 2
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:

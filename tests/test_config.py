@@ -129,6 +129,30 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("es: {sigm: 1}", "there is no setting es.sigm; did you mean es.sigma?"),
+        ("sigma: 1", "there is no setting sigma; did you mean es.sigma?"),
+        ("model: {name: rnn, n_layer: 1}", "there is no setting model.n_layer; did you mean model.n_layers?"),
+        ("qqqq: 1", "there is no setting qqqq; esjax train --help lists them"),
+        ("es: {sigma: loud}", "es.sigma must be a number, not a text"),
+        ("es: 3", "es must be a group of settings, not a whole number"),
+        ("- 1", "the whole must be a group of settings, not a list"),
+        ("steps: [1]", "steps must be a whole number or None, not a list"),
+        ("es: {noise: pink}", "es.noise must be rademacher or gaussian, not 'pink'"),
+        ("model: {name: lstm}", "model.name must be rnn or gru, not 'lstm'"),
+        ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
+        ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
+        ("seed: -1", "seed must be at least 0 and below 2^32, got -1"),
+    ],
+)
+def test_a_mistake_is_said_in_our_words(text: str, said: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        from_yaml(text, "file")
+    assert str(caught.value) == f"file: {said}"
+
+
 @pytest.mark.parametrize("text", ["es: [", "\t", "es: {sigma: 1", "- 1", "just words", "a: b: c", "\x00"])
 def test_text_that_holds_no_settings_is_one_line(text: str) -> None:
     with pytest.raises(EsjaxError, match=r"^my/config.yaml: ") as caught:

@@ -94,7 +94,11 @@ def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(
     newest = max(int(path.name) for path in (fleet.run / "checkpoints").iterdir())
     assert newest == steps_done(fleet.run) >= 5
     assert replay(fleet.run).agrees
-    assert host.popen.poll() is None  # it waits for the coordinator to come back
+    host.wait_for("one: the coordinator stopped; waiting up to 600 s for it, Ctrl-C to leave")
+    assert host.popen.poll() is None
+    host.send(number)
+    assert host.ends() == 0
+    assert host.output.endswith("one: left, it was stopped\n")
 
 
 def test_row_34_a_second_coordinator_of_a_run_is_refused(fleet: Fleet) -> None:

@@ -147,6 +147,34 @@ def test_what_is_no_float32_is_refused_before_anything_is_written(
         assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_of_other_arguments_is_refused(config: Config) -> None:
+    for own in (lambda member, tokens: 0.0, lambda member, tokens, key, more: 0.0, lambda *, member: 0.0):
+        with pytest.raises(
+            EsjaxError, match=r"the reward .*<lambda> takes \(.*\); it must take \(member, tokens, key\)"
+        ):
+            train(config, reward=own)
+    for own in (lambda *arguments: 1.0, partial(lambda member, tokens, key, scale: scale, scale=1.0)):
+        train(config, reward=own, tell=lambda line: None)
+
+
+def test_an_error_of_a_loss_is_its_own_with_a_note(config: Config) -> None:
+    def careless(member: Member, tokens: Array, key: Array) -> Any:
+        return member.params.no_such_weight
+
+    with pytest.raises(AttributeError, match="no_such_weight") as caught:
+        train(config, loss=careless)
+    (note,) = [note for note in caught.value.__notes__ if "raised by" in note]  # JAX leaves one, too
+    assert note.startswith("raised by the loss ")
+    assert note.endswith("careless, given a member, tokens of shape (7,), and a key")
+
+
+def test_a_refused_loss_is_not_told_under_frames_of_jax(config: Config) -> None:
+    with pytest.raises(EsjaxError, match="returns bool") as caught:
+        train(config, loss=lambda member, tokens, key: jnp.bool_(True))
+    assert caught.value.__cause__ is None
+    assert not any("/jax/" in entry.path.as_posix() for entry in caught.traceback if hasattr(entry.path, "as_posix"))
+
+
 def test_a_plain_number_is_one_float32(config: Config) -> None:
     loss: Any = lambda member, tokens, key: 1.5  # noqa: E731
     first = next(iter(train(config, loss=loss, tell=lambda line: None)))
@@ -231,7 +259,9 @@ def test_sums_of_a_reward_may_be_below_zero(config: Config) -> None:
 
 def test_a_reward_must_be_given_again(config: Config, tmp_path: Path) -> None:
     list(train(replace(config, steps=2), tmp_path / "run", reward=start_not_near_two))
-    with pytest.raises(EsjaxError, match=r"reward of its own, start_not_near_two; give it again, reward=…"):
+    with pytest.raises(
+        EsjaxError, match=r"reward of its own, start_not_near_two; give it again, from Python: reward=start_not"
+    ):
         esjax.resume(tmp_path / "run", steps=4)
     list(esjax.resume(tmp_path / "run", steps=4, reward=start_not_near_two))
 

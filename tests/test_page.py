@@ -79,7 +79,9 @@ def test_only_what_is_new_is_told(page: TestClient, runs: Path) -> None:
 
 def test_a_resumed_run_is_told_anew(page: TestClient, runs: Path) -> None:
     first = ask(page, "a")
-    with make(runs / "other", done=9).open_metrics(2) as metrics:  # the metrics of a run that went back to step 2
+    with make(runs / "other", done=9).open_metrics(
+        2, print
+    ) as metrics:  # the metrics of a run that went back to step 2
         metrics.write(line_of(3).replace("2.0", "2.5"))
     (runs / "other" / "metrics.jsonl").replace(runs / "a" / "metrics.jsonl")
     second = ask(page, "a", **known_of(first))

@@ -111,6 +111,27 @@ def test_void_pairs_are_added_up_and_not_shown_if_there_are_none() -> None:
     assert "void pairs 5 " in shown([INFO, calm, INFO._replace(void_pairs=2), calm], width=200)[0]
 
 
+def test_the_age_of_the_held_out_loss_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 104.4, 111.0]).__next__
+    monkeypatch.setattr("esjax.progress.time.monotonic", clock)
+    measured, not_measured = INFO, INFO._replace(held_out=None)
+    none, fresh, *later = shown([not_measured, measured, measured, not_measured])
+    assert "held-out -  3.08 M/s" in none
+    assert "ago" not in fresh + later[0]
+    assert "trigram 1.99)  0:07 ago  3.08 M/s" in later[1]
+
+
+def test_numbers_beside_each_other_are_told_apart() -> None:
+    (line,) = shown([INFO._replace(held_out=2.5114)])
+    assert "held-out 2.511 (< unigram 3.34 > bigram 2.510 > trigram 1.99)" in line
+
+
+def test_an_update_of_which_nothing_is_known_is_left_out() -> None:
+    unknown = INFO._replace(update_norm=float("nan"))
+    assert "|update|" not in shown([unknown])[0]
+    assert "|update| nan" in shown([unknown._replace(applied=False)])[0]
+
+
 def test_hosts_and_time_left_are_shown_where_there_are_some() -> None:
     (line,) = shown([INFO._replace(hosts=None)], limits=Limits(None, None))
     assert "hosts" not in line

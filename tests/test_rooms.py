@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 
 # From the top of the house to the ground floor; files of one tuple do not see each other.
 FLOORS = [
-    ("esjax", "esjax.errors", "esjax.tokens"),
+    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.tokens"),
     ("esjax.config",),
     ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
     ("esjax.models.rnn", "esjax.models.gru"),
@@ -37,7 +37,7 @@ FLOORS = [
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
     ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files", "esjax.tracking"),
-    ("esjax.data.corpus", "esjax.ledger", "esjax.snapshot"),
+    ("esjax.data.corpus", "esjax.ledger", "esjax.runs", "esjax.snapshot"),
     (
         "esjax.devices",
         "esjax.processes",
@@ -47,7 +47,6 @@ FLOORS = [
         "esjax.trained",
         "esjax.checkpoint",
         "esjax.run_folder",
-        "esjax.runs",
     ),
     (
         "esjax.loading",

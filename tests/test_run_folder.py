@@ -189,6 +189,10 @@ def test_unlocking_what_is_not_locked_does_nothing(path: Path) -> None:
     first.unlock()
 
 
+def not_told(line: str) -> None:
+    raise AssertionError(line)
+
+
 def lines(path: Path) -> list[str]:
     return (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
 
@@ -196,7 +200,7 @@ def lines(path: Path) -> list[str]:
 def test_metrics_are_appended(path: Path) -> None:
     folder = RunFolder(path)
     for step in (1, 2):
-        with folder.open_metrics(step) as metrics:
+        with folder.open_metrics(step - 1, not_told) as metrics:
             metrics.write(json.dumps({"step": step}) + "\n")
     assert lines(path) == ['{"step": 1}', '{"step": 2}']
 
@@ -204,7 +208,7 @@ def test_metrics_are_appended(path: Path) -> None:
 def test_metrics_after_the_checkpoint_are_cut_off(path: Path) -> None:
     written = [json.dumps({"step": step, "loss": step / 3}) for step in range(1, 6)]
     (path / "metrics.jsonl").write_text("".join(line + "\n" for line in written))
-    with RunFolder(path).open_metrics(3) as metrics:
+    with RunFolder(path).open_metrics(3, not_told) as metrics:
         metrics.write('{"step": 4}\n')
     assert lines(path) == [*written[:3], '{"step": 4}']
 
@@ -212,14 +216,23 @@ def test_metrics_after_the_checkpoint_are_cut_off(path: Path) -> None:
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step"', "{}", '"step"', "\0\0\0\0"])
 def test_a_torn_last_line_of_metrics_is_dropped(path: Path, torn: str) -> None:
     (path / "metrics.jsonl").write_text('{"step": 1}\n' + torn)
-    with RunFolder(path).open_metrics(2) as metrics:
+    with RunFolder(path).open_metrics(1, not_told) as metrics:  # the checkpoint is before it: it is done again
         metrics.write('{"step": 2}\n')
     assert lines(path) == ['{"step": 1}', '{"step": 2}']
 
 
+def test_lines_that_are_missing_for_good_are_told(path: Path) -> None:
+    (path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n{"step": 6}\n')
+    told: list[str] = []
+    with RunFolder(path).open_metrics(4, told.append) as metrics:  # 2 is torn, 4 was never written
+        metrics.write('{"step": 5}\n')
+    assert lines(path) == ['{"step": 1}', '{"step": 3}', '{"step": 5}']
+    assert told == [f"{path / 'metrics.jsonl'} has no whole line for 2 of 4 steps; they stay left out"]
+
+
 def test_metrics_that_cannot_be_read_are_no_traceback(path: Path) -> None:
     (path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe')
-    with RunFolder(path).open_metrics(1) as metrics:
+    with RunFolder(path).open_metrics(1, not_told) as metrics:
         metrics.write('{"step": 2}\n')
     assert lines(path) == ['{"step": 1}', '{"step": 2}']
 

@@ -85,11 +85,11 @@ def test_the_metrics_of_a_resumed_run_are_read_again(tmp_path: Path) -> None:
     folder = make(tmp_path, done=4)
     metrics = Metrics(tmp_path)
     assert not metrics.read()
-    with folder.open_metrics(2) as file:  # it goes on from a checkpoint at step 2
+    with folder.open_metrics(2, print) as file:  # it goes on from a checkpoint at step 2
         file.write(line_of(3))
     assert metrics.read()
     assert metrics.columns()["step"].tolist() == [1, 2, 3]
-    with folder.open_metrics(2) as file:  # and again, farther than it had come
+    with folder.open_metrics(2, print) as file:  # and again, farther than it had come
         file.write("".join(line_of(step).replace("seconds", "later") for step in range(3, 9)))
     assert metrics.read()
     assert metrics.columns()["step"].tolist() == [*range(1, 9)]

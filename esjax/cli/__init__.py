@@ -1,5 +1,6 @@
 """The command line: arguments in, one clear line out when they are wrong."""
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 import tyro
 from rich.console import Console
 
-from esjax.cli.exchange import Export, Import
+from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
 from esjax.cli.shared import parse_settings
@@ -35,7 +36,7 @@ COMMANDS: dict[str, Any] = {
     "replay": Replay,
     "export": Export,
     "import": Import,
-    "import-npy": Import,  # the name it had when there was nothing else to import
+    "import-npy": ImportNpy,
 }
 
 
@@ -61,7 +62,11 @@ def _parse(words: list[str]) -> Any:
         sys.exit(0)
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        raise EsjaxError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        raise EsjaxError(
+            f"there is no command {name!r}; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}")
+        )
     if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
     return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")

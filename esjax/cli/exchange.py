@@ -61,3 +61,8 @@ class Import:
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars)
         print(f"esjax evaluate {out} --data.text TEXT")
+
+
+@dataclass(frozen=True)
+class ImportNpy(Import):
+    """Make a run folder of the original program's weights: import, by the name of its format."""

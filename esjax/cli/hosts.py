@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -33,7 +33,7 @@ class Serve:
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
     config: Path | None = None
-    """YAML file of settings; options on the command line go before it."""
+    """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
     """Run folder to make. None: runs/ and the time of day."""
@@ -228,7 +228,7 @@ def _print(status: "StatusReply") -> None:
             host.device,
             host.note,
         )
-    Console().print(table)
+    wide_console().print(table)
     if any(host.slot == status.anchor for host in status.hosts):
         print("* its state is the one that is kept")
     for reason, count in sorted(status.counters.items()):

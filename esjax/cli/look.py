@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from esjax.cli.shared import teller
 from esjax.curves import Axis
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -37,10 +38,14 @@ class Plot:
     def run(self, console: Console) -> None:
         """Write the file."""
         from esjax.page.report import report
-        from esjax.plotting import plot
+        from esjax.plotting import open_runs, plot
 
+        views = open_runs(self.runs)
+        for view in views:
+            for note in view.notes:
+                teller(console)(f"{view.name}: {note}")
         draw = report if self.out.suffix == ".html" else plot
-        draw(*self.runs, out=self.out, over=self.over, log_x=self.log_x, log_y=self.log_y, smoothing=self.smoothing)
+        draw(*views, out=self.out, over=self.over, log_x=self.log_x, log_y=self.log_y, smoothing=self.smoothing)
         print(self.out)
 
 

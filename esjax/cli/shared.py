@@ -1,22 +1,27 @@
 """What the commands have in common."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.config import MODELS, Config, from_yaml, replace
+from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.errors import EsjaxError
+from esjax.mistakes import nearest, setting_names
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
     from esjax.tracking import Tracker
     from esjax.training import Trainer
+
+MOST_COLUMNS = 10_000
+"""Of a line in a file or a pipe."""
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
@@ -74,6 +79,12 @@ def teller(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def wide_console() -> Console:
+    """Make a console on standard output that, where it is no terminal, leaves lines as long as they are."""
+    console = Console()
+    return console if console.is_terminal else Console(width=MOST_COLUMNS)
+
+
 def show(run: "Trainer | Server", console: Console) -> None:
     """Train, with a line of progress."""
     from esjax.processes import leads
@@ -117,6 +128,7 @@ def parse_settings(command: Any, name: str, words: list[str]) -> Any:
         if not isinstance(settings.model, kind):  # that of the file keeps its settings
             settings = replace(settings, model=kind())
         words = words[: named[0]] + words[named[0] + 1 :]
+    _check_options(command, settings, words)
     try:
         return tyro.cli(
             command,
@@ -127,6 +139,25 @@ def parse_settings(command: Any, name: str, words: list[str]) -> Any:
         )
     except ValueError as error:  # of the settings as a whole; those of a section come as a box of tyro's
         raise EsjaxError(str(error)) from error
+
+
+def _check_options(command: Any, settings: Config, words: Sequence[str]) -> None:
+    """Refuse an option that there is not, if it is clear what was meant."""
+    of_settings = setting_names(settings)
+    known = {*of_settings, "help", *(field.name for kind in (command, Watching) for field in fields(kind))}
+    for word in words:
+        option = word.partition("=")[0]
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or {name, re.sub(r"(^|\.)no_", r"\1", name)} & known:
+            continue
+        for model, variant in zip(MODELS, VARIANTS, strict=True):
+            if name in setting_names(variant):
+                raise EsjaxError(
+                    f"{option} is a setting of the model {model}; name it, too: esjax ... {model} {option}"
+                )
+        near = nearest(name, of_settings) or nearest(name, sorted(known))
+        if near:
+            raise EsjaxError(f"there is no option {option}; did you mean --{near.replace('_', '-')}?")
 
 
 def _awaits_value(word: str) -> bool:

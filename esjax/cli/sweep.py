@@ -1,6 +1,7 @@
 """sweep."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.axes import parse_axes
-from esjax.cli.shared import new_folder, prepare, show, teller
+from esjax.cli.shared import new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -35,7 +36,7 @@ class Sweep:
     """A setting and its values, es.sigma=0.05,0.1; once for each axis of the grid. model=rnn,gru: architectures."""
 
     config: Path | None = None
-    """YAML file of settings; options on the command line go before it."""
+    """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
     """Folder of the runs. None: sweeps/ and the time of day."""
@@ -89,13 +90,15 @@ class Sweep:
             tell(f"stopped; {how}")
             raise
         outcomes = grid.outcomes()
-        Console().print(_table(outcomes))
+        wide_console().print(_table(outcomes))
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:
             tell(f"stopped; {how}")
-        elif any(outcome.state == "failed" for outcome in outcomes):
+            sys.exit(130)
+        if any(outcome.state == "failed" for outcome in outcomes):
             tell(f"what failed is tried again by: esjax sweep --resume {grid.path}")
+            sys.exit(1)
 
     def _draw(self, outcomes: "Sequence[Outcome]", path: Path, tell: Callable[[str], None]) -> None:
         from esjax.sweep_plot import draw
@@ -104,7 +107,7 @@ class Sweep:
             if draw(outcomes, path):
                 tell(f"drawn in {path}")
         except EsjaxError as error:
-            tell(str(error))
+            tell(f"{error}; then esjax sweep --resume {path.parent} draws it")
 
     def _hosts(self) -> "Hosts | None":
         from esjax.sweeping import ANY_PORT, Hosts

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.console import Console
 from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
+
+if TYPE_CHECKING:
+    from esjax.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Train:
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
     config: Path | None = None
-    """YAML file of settings; options on the command line go before it."""
+    """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
     """Run folder to make. None: runs/ and the time of day."""
@@ -59,7 +62,7 @@ class Train:
         run = train(self.settings, out, trackers=trackers, tell=tell)
         show(run, console)
         if run.folder is not None:
-            print(f"\n{run.sample()}\n")
+            _show_sample(run, console)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Resume:
     """Stop when the run has done so many steps in all."""
 
     seconds: float | None = None
-    """Stop so many seconds after the first step finished from now."""
+    """Train for so many seconds more, from the first finished step on."""
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
@@ -86,4 +89,9 @@ class Resume:
         trackers = self.watching.trackers(tell)
         trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell)
         show(trainer, console)
-        print(f"\n{trainer.sample()}\n")
+        _show_sample(trainer, console)
+
+
+def _show_sample(run: "Trainer", console: Console) -> None:
+    teller(console)("it writes, between lines of dashes:\n")
+    print(f"{run.sample()}\n")

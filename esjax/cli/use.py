@@ -35,7 +35,11 @@ class Evaluate:
         from esjax.loading import load
         from esjax.run_folder import json_line
 
-        evaluation = load(self.run_folder, tell=teller(console)).evaluate(self.text, self.split)
+        tell = teller(console)
+        loaded = load(self.run_folder, tell=tell)
+        for kind in loaded.own.keys() & {"loss", "reward"}:
+            tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
+        evaluation = loaded.evaluate(self.text, self.split)
         if self.json:
             print(json_line({**evaluation.scored._asdict(), **evaluation.baselines}))
             return

@@ -42,6 +42,12 @@ none of them can end well before the others."""
 FAREWELL = 10.0
 """Seconds to hand in what is scored and to say goodbye."""
 
+QUIET = 5.0
+"""Seconds without a word from the coordinator after which a person is told, and nobody is left to say goodbye to."""
+
+DOING: dict[wire.Phase, str] = {"joining": "fetching the run's state", "compiling": "compiling", "ready": "ready"}
+"""What a host does in each phase, for people."""
+
 
 def join(
     address: str,
@@ -126,9 +132,10 @@ def _take_part(
         left_at = float("inf")
         listening = 0
         was_in = False
-        phase = ""
+        said = ""
         while not worker.left:
             now = time.monotonic()
+            is_alone = worker.coordinator_stopped or now - worker.silent_since > QUIET
             if asked.is_set():
                 worker.leave("it was stopped")
             elif now >= ends_at:
@@ -140,7 +147,8 @@ def _take_part(
             if task is not None:
                 hands.give(task)
             if worker.reconnect:
-                tell("no word from the coordinator; connecting anew")
+                if not is_alone:
+                    tell(f"{name}: only one of the coordinator's two ports is heard; connecting anew")
                 transport.reconnect()
                 listening = 0
                 worker.reconnected(now)
@@ -151,11 +159,12 @@ def _take_part(
             request = worker.request(now)
             if request is not None:
                 transport.request(wire.encode(request))
-            if worker.phase != phase:
-                phase = worker.phase
-                tell(f"{name}: {phase}")
+            line = _describe(worker, is_alone, patience)
+            if line and line != said:
+                said = line
+                tell(f"{name}: {line}")
             if worker.leaving and left_at == float("inf"):
-                left_at = now + FAREWELL
+                left_at = now + (0.0 if is_alone else FAREWELL)
             if now >= left_at:
                 break
             if now - worker.silent_since > patience:
@@ -176,6 +185,14 @@ def _take_part(
             raise EsjaxError(worker.failed)
         tell(f"{name}: left, {worker.leaving or 'done'}")
         return worker.run_ended
+
+
+def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
+    """Say how the host does, or "" while there is nothing to say."""
+    if is_alone and not worker.leaving:
+        what = "the coordinator stopped" if worker.coordinator_stopped else "no word from the coordinator"
+        return f"{what}; waiting up to {patience:.0f} s for it, Ctrl-C to leave"
+    return DOING[worker.phase] if worker.joined else ""
 
 
 def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float) -> None:

@@ -133,7 +133,7 @@ class Server:
                     "go on (in Python: run.limits)"
                 )
             self._coordinator = coordinator
-            watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder))
+            watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder, self.tell))
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation

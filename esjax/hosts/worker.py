@@ -59,6 +59,7 @@ class Worker:
         failed: Why the devices cannot go on, or "".
         left: Whether everything is handed in and said after `leave`, or training has ended.
         run_ended: Whether training has ended, for all hosts.
+        coordinator_stopped: Whether the last thing that the coordinator said is that it stops, and will be back.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Worker:
         self.failed = ""
         self.left = False
         self.run_ended = False
+        self.coordinator_stopped = False
         self._jitter = jitter
         instance = int(jitter() * 2**53)
         self._hello = wire.Join(name[:128], device, kind, list(answers.items()), list(own.items()), "", instance, 0)
@@ -170,6 +172,7 @@ class Worker:
         sent = self._line.take_reply(now)
         if sent is None:
             return
+        self.coordinator_stopped = False
         if isinstance(message, wire.Refused):
             self.refused = message.reason
         elif isinstance(message, wire.Welcome):
@@ -344,6 +347,7 @@ class Worker:
         if joined is None or message.run != joined.run or message.epoch < joined.epoch:
             return
         self._line.take_broadcast(now)
+        self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
         if message.epoch > joined.epoch:  # the coordinator has begun anew
             self._rejoin(now)
         elif isinstance(message, wire.Bye):
