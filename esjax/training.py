@@ -97,7 +97,8 @@ class Trainer:
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
-                f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller, such as by data.documents line"
+                f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller "
+                "(data.documents line)"
             )
         self._seconds = 0.0
         self._member_tokens = 0

@@ -148,12 +148,12 @@ def test_what_is_no_float32_is_refused_before_anything_is_written(
 
 
 def test_a_loss_of_other_arguments_is_refused(config: Config) -> None:
-    for own in (lambda member, tokens: 0.0, lambda member, tokens, key, more: 0.0, lambda *, member: 0.0):
-        with pytest.raises(
-            EsjaxError, match=r"the reward .*<lambda> takes \(.*\); it must take \(member, tokens, key\)"
-        ):
+    wrong: list[Any] = [lambda member, tokens: 0.0, lambda member, tokens, key, more: 0.0, lambda *, member: 0.0]
+    for own in wrong:
+        with pytest.raises(EsjaxError, match=r"reward .*<lambda> takes \(.*\); it must take \(member, tokens, key\)"):
             train(config, reward=own)
-    for own in (lambda *arguments: 1.0, partial(lambda member, tokens, key, scale: scale, scale=1.0)):
+    right: list[Any] = [lambda *arguments: 1.0, partial(lambda member, tokens, key, scale: scale, scale=1.0)]
+    for own in right:
         train(config, reward=own, tell=lambda line: None)
 
 

@@ -86,7 +86,7 @@ def run(settings: Watching) -> Report:
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = RunFolder.create(Path(place) / "run", config, trainer.corpus.vocabulary, trainer.corpus.digest)
         watch = stack.enter_context(Watch([*find_trackers(settings.track), server], print))
-        watch.start(tracked_run(folder, trainer.baselines, 0), JsonLines(folder))
+        watch.start(tracked_run(folder, trainer.baselines, 0), JsonLines(folder, print))
         terminal = Console(
             file=stack.enter_context((Path(place) / "terminal").open("w")), force_terminal=True, width=150
         )
