@@ -225,7 +225,8 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
     notes: list[str] = []
     columns = metrics.columns()
     if metrics.damaged:
-        notes.append(f"{metrics.damaged:,} lines of metrics.jsonl are damaged and left out")
+        what = "line" if metrics.damaged == 1 else "lines"
+        notes.append(f"{metrics.damaged:,} damaged {what} of metrics.jsonl left out")
     own = _mapping(_read(path / "run.json", notes), "run.json", notes).get("own", {})
     text = _read(path / "config.yaml", notes)
     settings = flatten(_mapping(text, "config.yaml", notes)) | (flatten({"own": own}) if own else {})

@@ -24,9 +24,9 @@ from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
+from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
-from esjax.hosts.transport import is_loopback
 from esjax.runs import NEARLY, RunView, read_run
 from esjax.training import Trainer, resume, train
 

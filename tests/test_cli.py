@@ -318,7 +318,7 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
     with Path("run/metrics.jsonl").open("a") as file:
         file.write("{torn\n")
     called = succeed("plot", "run")
-    assert (called.out, called.err) == ("curves.png\n", "run: 1 lines of metrics.jsonl are damaged and left out\n")
+    assert (called.out, called.err) == ("curves.png\n", "run: 1 damaged line of metrics.jsonl left out\n")
 
 
 @pytest.mark.parametrize(

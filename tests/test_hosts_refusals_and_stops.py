@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from processes import Fleet, fleet, steps_done, wait_until
-from test_hosts_transport import last_frame, more_frames, send_endlessly, stranger
+from transports import last_frame, more_frames, send_endlessly, stranger
 
 from esjax.hosts.ask import ask_status
+from esjax.page.server import ask_hosts
 from esjax.replaying import replay
 
 __all__ = ["fleet"]
@@ -40,14 +41,15 @@ def test_row_15_the_status_counts_what_the_port_turns_down(fleet: Fleet) -> None
 
 
 def test_row_18_a_stranger_is_refused_and_told_why(fleet: Fleet) -> None:
-    fleet.serve("--keys", str(fleet.folder / "keys"))
-    token = fleet.folder / "keys" / "hosts.token"
+    fleet.serve("--keys", str(fleet.run / "keys"))
+    token = fleet.run / "keys" / "hosts.token"
     assert token.stat().st_mode & 0o077 == 0
     stranger = fleet.join("stranger")
     assert stranger.ends() == 2
     assert "Traceback" not in stranger.output
     assert "token" in stranger.output.splitlines()[-1]
     assert ask_known(fleet, token)
+    assert ask_hosts(fleet.run) == {"hosts": [], "note": "no host has joined yet"}  # the page finds the token itself
 
 
 def ask_known(fleet: Fleet, token: Path) -> bool:

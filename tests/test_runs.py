@@ -69,7 +69,7 @@ def test_a_damaged_line_is_left_out_and_said(tmp_path: Path, damage: str) -> Non
     append(tmp_path, damage + "\n" + line_of(3))
     run = read_run(tmp_path)
     assert run.metrics["step"].tolist() == [1, 2, 3]
-    assert run.notes == ["1 lines of metrics.jsonl are damaged and left out"]
+    assert run.notes == ["1 damaged line of metrics.jsonl left out"]
 
 
 def test_nulls_and_columns_that_come_and_go_are_nan(tmp_path: Path) -> None:

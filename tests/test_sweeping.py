@@ -17,6 +17,7 @@ from esjax.checkpoint import digest
 from esjax.cli.sweep import _table
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.errors import EsjaxError
+from esjax.hosts import join
 from esjax.hosts.serve import Server
 from esjax.loading import load
 from esjax.run_folder import RunFolder
@@ -314,6 +315,17 @@ def test_a_host_that_stays_takes_part_in_every_run(config: Config, out: Path, fl
     alone = replace(config, seed=1, es=replace(config.es, chunk_pairs=4))
     go(train(alone, fleet.folder / "alone", tell=quiet))
     assert digest(resume(out / "seed=1", steps=9)._replica.state) == state_digest(fleet.folder / "alone")
+
+
+def test_a_host_that_stays_is_done_when_no_further_run_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at the address; runs that were taken part in before are made up."""
+    really, ended = join._take_part, iter([True, True])
+    monkeypatch.setattr(join, "_take_part", lambda *arguments: next(ended, False) or really(*arguments))
+    address, told = f"tcp://127.0.0.1:{free_port()}", list[str]()
+    join.join(address, name="one", stay=True, patience=1.0, tell=told.append)
+    assert told[-1] == "one: no further run in 1 s; left"
+    with pytest.raises(EsjaxError, match=f"no word from {address}"):
+        join.join(address, stay=True, patience=1.0, tell=told.append)
 
 
 def test_from_python() -> None:

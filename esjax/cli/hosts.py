@@ -181,8 +181,9 @@ class Token:
 
     def run(self, console: Console) -> None:
         """Change the folder; a running coordinator sees it."""
+        from esjax.hosts.address import parse_address
         from esjax.hosts.keys import ServerKeys
-        from esjax.hosts.transport import new_keypair, parse_address
+        from esjax.hosts.sockets import new_keypair
 
         keys = ServerKeys(self.keys, new_keypair, teller(console))
         if self.action == "new":

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from esjax.errors import EsjaxError
 from esjax.hosts import wire
+from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.keys import load_token
-from esjax.hosts.transport import ClientTransport, Limits
+from esjax.hosts.sockets import Limits
 from esjax.hosts.wire import Envelope
 
 PATIENCE = 10.0

@@ -12,7 +12,7 @@ from esjax.hosts import wire
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Store, Tell
 from esjax.hosts.keys import ServerKeys
-from esjax.hosts.transport import Request, ServerTransport
+from esjax.hosts.server_transport import Request, ServerTransport
 from esjax.hosts.wire import Envelope
 from esjax.ledger import DIGEST, UPDATE, Ledger
 from esjax.snapshot import from_bytes

@@ -17,11 +17,12 @@ from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
+from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.crew import IDLE, Crew
 from esjax.hosts.engine import Engine
 from esjax.hosts.keys import Token, load_token
+from esjax.hosts.sockets import Limits
 from esjax.hosts.tasks import Failed, Result, Task
-from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
 from esjax.interrupts import stop_on_signals
 from esjax.models.model import ModelFactory
@@ -47,6 +48,10 @@ QUIET = 5.0
 
 DOING: dict[wire.Phase, str] = {"joining": "fetching the run's state", "compiling": "compiling", "ready": "ready"}
 """What a host does in each phase, for people."""
+
+
+class _SilenceError(EsjaxError):
+    """The coordinator said nothing for longer than the host is patient."""
 
 
 def join(
@@ -87,8 +92,15 @@ def join(
     own = Own(model, loss, reward, optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
-    while _take_part(address, token, name, ends_at, patience, stay, own, tell) and stay:
-        tell(f"{name}: waiting for the next run")
+    ended = 0
+    try:
+        while _take_part(address, token, name, ends_at, patience, stay, own, tell) and stay:
+            ended += 1
+            tell(f"{name}: waiting for the next run")
+    except _SilenceError:
+        if not ended:
+            raise
+        tell(f"{name}: no further run in {patience:.0f} s; left")
 
 
 def _take_part(
@@ -168,7 +180,7 @@ def _take_part(
             if now >= left_at:
                 break
             if now - worker.silent_since > patience:
-                raise EsjaxError(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
+                raise _SilenceError(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
             received = transport.poll(POLL)
             if received.refused:
                 raise EsjaxError(received.refused)

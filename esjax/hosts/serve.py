@@ -21,13 +21,15 @@ from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.hosts import wire
+from esjax.hosts.address import is_loopback
 from esjax.hosts.answers import noise_answers
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.desk import Desk
 from esjax.hosts.effects import Snapshot, Terms, hash_bytes
 from esjax.hosts.keys import ServerKeys
-from esjax.hosts.transport import Limits as Sizes
-from esjax.hosts.transport import ServerTransport, is_loopback, new_keypair
+from esjax.hosts.server_transport import ServerTransport
+from esjax.hosts.sockets import Limits as Sizes
+from esjax.hosts.sockets import new_keypair
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus

@@ -97,7 +97,7 @@ def compared(found: Mapping[tuple[str, str], Sequence[float]], tokens: int) -> R
         }
         for (choice, name), losses in found.items()
     ]
-    notes = [f"After {tokens / 1e6:g} M member-tokens; over {len(defaults)} seeds, compared seed by seed."]
+    notes = [f"After {tokens / 1e6:g} M member-tokens; {len(defaults)} runs of each, compared seed by seed."]
     return Report(rows, partial(plot, rows), notes)
 
 

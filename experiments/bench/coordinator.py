@@ -25,11 +25,12 @@ from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig
 from esjax.data.delivery import PackedText
 from esjax.hosts import wire
 from esjax.hosts.answers import noise_answers
+from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Publish, Snapshot, Terms, hash_bytes
 from esjax.hosts.serve import serve
+from esjax.hosts.sockets import Limits
 from esjax.hosts.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
-from esjax.hosts.transport import ClientTransport, Limits
 from esjax.hosts.worker import Worker
 
 if TYPE_CHECKING:
