@@ -503,6 +503,16 @@ def test_row_13_losses_of_the_wrong_number_or_type_are_rejected(
     check_run(sim)
 
 
+@all_modes
+@pytest.mark.parametrize("final", [False, True])
+def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: bool) -> None:
+    sim = run_with(config, "a", "b")
+    message, _ = losses_message(sim, sim.hosts["a"], UNIT, spans=[], final=final)
+    ask(sim, sim.hosts["a"], message, b"")
+    sim.run_steps(3)
+    check_run(sim)
+
+
 @pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed sums", "budget sums"])
 @pytest.mark.parametrize(
     "tail",

@@ -234,6 +234,12 @@ def test_sums_are_read_by_their_number() -> None:
         assert wire.sums_of(body, spans, numbers, other) is None
 
 
+def test_sums_of_nothing_are_none_at_all() -> None:
+    found = wire.sums_of(b"", 0, 6, "<i4")
+    assert found is not None
+    assert found.shape == (0, 6)
+
+
 def test_losses_are_read_by_their_number() -> None:
     losses = np.arange(6, dtype="<f4").reshape(3, 2)
     read = wire.losses_of(losses.tobytes(), 3)

@@ -587,7 +587,7 @@ def sums_of(body: bytes, spans: int, numbers: int, dtype: str) -> Int32[np.ndarr
     end = np.dtype(dtype).itemsize * spans * (numbers - TAIL)
     if len(body) != end + 4 * spans * TAIL:
         return None
-    gradients = np.frombuffer(body[:end], dtype).reshape(spans, -1)
+    gradients = np.frombuffer(body[:end], dtype).reshape(spans, numbers - TAIL)
     tails = np.frombuffer(body[end:], "<i4").reshape(spans, TAIL)
     return np.concatenate([gradients, tails], axis=1, dtype=np.int32)
 
