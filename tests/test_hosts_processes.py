@@ -76,10 +76,9 @@ def test_row_01_a_killed_host_changes_nothing_of_what_sums_come_to(fleet: Fleet,
     settings = [*SMALL, *words, "--ledger", "--steps", str(steps), "--data.text", str(TEXT), "--out", str(local)]
     assert fleet.start("train", *settings).ends() == 0  # with one device, as the hosts
     assert updates(fleet.run) == updates(local)
-    for run in (fleet.run, local):
-        replayed = replay(run)
-        assert replayed.agrees
-        assert replayed.compared >= 1
+    replayed = replay(fleet.run)
+    assert replayed.agrees
+    assert replayed.compared >= 1
 
 
 def stop_after(fleet: Fleet, server: Process, steps: int) -> None:

@@ -13,10 +13,10 @@ SOAK = Path(__file__).parents[1] / "experiments" / "soak.py"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the relay listens at a second loopback address")
 def test_row_42_a_soak_and_its_replay_agree(tmp_path: Path) -> None:
-    words = ["--seconds", "25", "--seed", "1", "--folder", str(tmp_path)]
+    words = ["--seconds", "15", "--seed", "1", "--folder", str(tmp_path)]
     done = subprocess.run([sys.executable, str(SOAK), *words], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["agrees"]
-    assert found["steps"] >= 20
-    assert sum(found["faults"].values()) >= 5
+    assert found["steps"] >= 10
+    assert sum(found["faults"].values()) >= 3
