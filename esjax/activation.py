@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 from esjax.fitness import LARGEST_LOSS
 from esjax.member import consume, token_loss
 from esjax.models.model import Model, Params, State
-from esjax.models.primitives import HIGHEST
+from esjax.models.primitives import HIGHEST, round_matrices
 from esjax.noise import BITS, fold, unpack
 from esjax.tokens import STOP
 
@@ -130,6 +130,7 @@ def make_estimate_chunk(
     copies: int,
     burn_in: int,
     exact_logits: bool,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> EstimateChunk:
     """Make the function for the windows that one device takes at a time.
 
@@ -142,6 +143,7 @@ def make_estimate_chunk(
         copies: Noisy copies of each window.
         burn_in: Tokens that only prepare the state; nothing is noisy there.
         exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
+        precision: Type of what matrix products of the copies multiply; bfloat16 is for models that are `factored`.
     """
     noisy = [name for name in taps.predict if not (exact_logits and name == LOGITS)]
     bits = [sum(taps.consume.values()), *(taps.predict[name] for name in noisy)]
@@ -154,8 +156,10 @@ def make_estimate_chunk(
         are_there: Bool[Array, " windows"],
         begin: State | None = None,
     ) -> Estimate:
+        rounded = round_matrices(params, precision)
+
         def read(state: State, token: Int[Array, " windows"]) -> tuple[State, None]:
-            return jax.vmap(partial(consume, model, params))(state, token), None
+            return jax.vmap(partial(consume, model, rounded))(state, token), None
 
         state = jax.vmap(lambda _: model.initial_state(params))(seeds) if begin is None else begin
         state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
@@ -163,7 +167,7 @@ def make_estimate_chunk(
         words = _draw(plan, seeds, len(tokens))
         # Copies come one after another, each with all windows, and the clean one last.
         start = _repeat(state, copies + 1)
-        end, passed = jax.lax.scan(partial(_pass_token, plan, params), start, (tokens, words))
+        end, passed = jax.lax.scan(partial(_pass_token, plan, rounded), start, (tokens, words))
 
         losses = passed.losses.reshape(len(tokens), copies + 1, -1)
         finite = are_there & jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1))

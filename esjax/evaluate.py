@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from esjax.member import Member
 from esjax.models.model import Model, Params
+from esjax.models.primitives import round_matrices
 from esjax.noise import Space, fold
 
 PAIRS_AXIS = "pairs"
@@ -46,7 +47,14 @@ def cross_entropy(burn_in: int) -> Loss:
     return loss
 
 
-def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pairs: int) -> Evaluate:
+def make_evaluate(
+    model: Model,
+    space: Space,
+    loss: Loss,
+    mesh: Mesh,
+    chunk_pairs: int,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Evaluate:
     """Make the function that scores both members of every pair.
 
     Args:
@@ -56,12 +64,13 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
         mesh: Devices that share the population; one axis, `PAIRS_AXIS`.
         chunk_pairs: Pairs that one device evaluates at a time: as many as its cache or memory likes. Another number
             may change the last bit of a loss; another number of devices does not.
+        precision: See `make_evaluate_chunk`.
 
     Returns:
         `(params, seeds, tokens) -> losses`: the mean loss of the members +ε and -ε over their sequences, which
         are the same for both. Any number of pairs; jit it.
     """
-    evaluate_chunk = make_evaluate_chunk(model, space, loss)
+    evaluate_chunk = make_evaluate_chunk(model, space, loss, precision)
     size = max(chunk_pairs, 2)  # XLA drops an axis of 1, and may then sum in another order
 
     def score(chunk: Array, losses: Array, params: Params, seeds: Array, tokens: Array) -> Array:
@@ -85,8 +94,17 @@ def make_evaluate(model: Model, space: Space, loss: Loss, mesh: Mesh, chunk_pair
     return evaluate
 
 
-def make_evaluate_chunk(model: Model, space: Space, loss: Loss) -> Evaluate:
-    """Make the function `(params, seeds, tokens) -> losses` for the pairs that one device evaluates at a time."""
+def make_evaluate_chunk(
+    model: Model, space: Space, loss: Loss, precision: Literal["float32", "bfloat16"] = "float32"
+) -> Evaluate:
+    """Make the function `(params, seeds, tokens) -> losses` for the pairs that one device evaluates at a time.
+
+    Args:
+        model: The architecture.
+        space: How members differ from the parameters.
+        loss: Loss of one member on one sequence.
+        precision: Type of what matrix products multiply; bfloat16 is for models that are `factored`.
+    """
     signs = jnp.array([1.0, -1.0])
 
     def pair_losses(
@@ -96,7 +114,7 @@ def make_evaluate_chunk(model: Model, space: Space, loss: Loss) -> Evaluate:
         keys = draw_keys(seed, len(tokens))
 
         def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-            member = Member(model, space.perturb(params, noise, sign))
+            member = Member(model, round_matrices(space.perturb(params, noise, sign), precision))
             if len(tokens) == 1:  # an axis of one costs XLA's loops a tenth of their speed
                 return loss(member, tokens[0], keys[0])
             return jnp.mean(jax.vmap(partial(loss, member))(tokens, keys))

@@ -52,7 +52,7 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
 
     Raises:
-        EsjaxError: Noise on activations was asked for, and the model or the loss does not allow it.
+        EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
@@ -60,10 +60,15 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
     numbers = size + carried + TAIL if es.sums(size) else 0
     if loss is not None and es.exchange == "auto":
         numbers = 0  # sums have room for differences of the size of nats, and nobody knows that of another loss
+    if es.precision != "float32" and not model.factored:
+        raise EsjaxError(
+            "es.precision bfloat16 needs a model whose matrices are used through esjax.models.primitives alone, and "
+            "that says so (factored=True)"
+        )
     if es.space == "activation":
         return _on_activations(config, model, params, loss, numbers)
     space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)
-    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in))
+    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in), es.precision)
     if loss is not None:  # one that cannot be is refused now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
         try:
@@ -104,6 +109,7 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         copies=es.copies,
         burn_in=data.tokens_before,
         exact_logits=es.exact_logits,
+        precision=es.precision,
     )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * (es.pairs if es.time_per_step is None else MOST_SUMMED_PAIRS))

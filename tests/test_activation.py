@@ -179,6 +179,16 @@ def test_exact_logits_are_the_exact_gradient_of_the_last_layer() -> None:
         np.testing.assert_allclose(getattr(found, leaf) / WINDOWS, getattr(right, leaf), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_the_estimate_is_nearly_the_same(name: str) -> None:
+    params, _, estimate = make(MODELS[name])
+    _, _, rounded = make(MODELS[name], precision="bfloat16")
+    windows, there = jnp.broadcast_to(TOKENS, (WINDOWS, len(TOKENS))), jnp.ones(WINDOWS, bool)
+    one, other = (flat(made(params, seeds_of(0), windows, there).gradient) for made in (estimate, rounded))
+    assert (one != other).any()
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+
+
 def test_the_losses_are_those_of_noisy_copies() -> None:
     """As noise vanishes they become the loss of the model itself; a little of it makes them differ."""
     model = MODELS["gru"]

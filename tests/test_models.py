@@ -11,7 +11,7 @@ from small import MODELS, VOCAB, params_of
 from esjax.config import GruConfig, RnnConfig
 from esjax.member import Member, consume
 from esjax.models import Model, build_model
-from esjax.models.primitives import LowRank, lookup, matmul
+from esjax.models.primitives import LowRank, lookup, matmul, round_matrices
 from esjax.score import make_score
 from esjax.tokens import STOP
 
@@ -126,6 +126,27 @@ def test_a_factored_matrix_acts_like_the_added_up_one(rank: int) -> None:
     added_up = weight.astype(np.float64) - 0.3 * left.T.astype(np.float64) @ right
     np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), x @ added_up, atol=5e-6)
     np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
+
+
+@pytest.mark.parametrize("is_factored", [False, True])
+def test_in_bfloat16_products_are_those_of_rounded_numbers(is_factored: bool) -> None:
+    """Reference: float64. A product of two bfloat16 has 16 digits, and float32 holds 24."""
+    rng = np.random.default_rng(0)
+    x, weight, left, right = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((40,), (40, 6), (2, 40), (2, 6))
+    )
+    plain = jnp.asarray(weight)
+    factored = LowRank(plain, jnp.asarray(left), jnp.asarray(right), jnp.float32(0.5))
+    rounded = round_matrices({"matrix": factored if is_factored else plain, "vector": jnp.asarray(x)}, "bfloat16")
+    np.testing.assert_array_equal(rounded["vector"], x)
+    matrix = rounded["matrix"]
+    assert (matrix.weight if is_factored else matrix).dtype == jnp.bfloat16
+    coarse, coarse_x = (np.asarray(jnp.asarray(value, jnp.bfloat16), np.float64) for value in (weight, x))
+    more = 0.5 * left.T.astype(np.float64) @ right if is_factored else np.zeros((40, 6))
+    np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), coarse_x @ coarse + x @ more, atol=1e-5)
+    assert np.abs(coarse_x @ coarse - x.astype(np.float64) @ weight).max() > 1e-3
+    np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), coarse[4] + more[4], atol=1e-5)
+    assert lookup(matrix, jnp.int32(4)).dtype == matmul(jnp.asarray(x), matrix).dtype == jnp.float32
 
 
 def test_a_first_model_predicts_about_uniformly() -> None:

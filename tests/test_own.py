@@ -21,6 +21,7 @@ from esjax.errors import EsjaxError
 from esjax.evaluate import make_evaluate
 from esjax.hosts.effects import Terms
 from esjax.member import Member
+from esjax.models import Model, gru
 from esjax.own import Own
 from esjax.sums import TAIL, may_be
 from esjax.tokens import STOP, UNK
@@ -173,6 +174,16 @@ def test_a_refused_loss_is_not_told_under_frames_of_jax(config: Config) -> None:
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
     assert caught.value.__cause__ is None
     assert not any("/jax/" in entry.path.as_posix() for entry in caught.traceback if hasattr(entry.path, "as_posix"))
+
+
+def test_a_model_that_uses_its_matrices_as_they_are_takes_no_bfloat16(config: Config) -> None:
+    def own(vocab_size: int) -> Model:
+        return gru(vocab_size, 4, 8)._replace(factored=False)
+
+    config = replace(config, es=replace(config.es, precision="bfloat16"))
+    with pytest.raises(EsjaxError, match=r"es\.precision bfloat16 needs a model"):
+        train(config, model=own)
+    list(train(config))
 
 
 def test_a_plain_number_is_one_float32(config: Config) -> None:

@@ -5,7 +5,7 @@ population shares one product with the base matrix, and a member adds only its o
 "Evolution Strategies at the Hyperscale", Sarkar et al. 2025, section 4).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
-"""Products ask for full float32: reduced precision would make losses depend on the kind of hardware."""
+"""Products ask for all digits of their factors: else the kind of hardware would decide how many count."""
 
 
 @struct.dataclass
@@ -41,18 +41,37 @@ Vector = Any
 
 
 def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"] | LowRank) -> Float[Array, " columns"]:
-    """Multiply a row vector with a matrix."""
+    """Multiply a row vector with a matrix: numbers of the matrix's type, added up in float32."""
     if not isinstance(matrix, LowRank):
-        return jnp.matmul(x, matrix, precision=HIGHEST)
-    base = jnp.matmul(x, matrix.weight, precision=HIGHEST)
-    return base + _combine(matrix, jnp.matmul(x, matrix.left.T, precision=HIGHEST))
+        return _product(x, matrix)
+    return _product(x, matrix.weight) + _combine(matrix, jnp.matmul(x, matrix.left.T, precision=HIGHEST))
 
 
 def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]) -> Float[Array, " columns"]:
     """Read the row of an embedding table that belongs to a token."""
     if not isinstance(matrix, LowRank):
-        return matrix[token]
-    return matrix.weight[token] + _combine(matrix, matrix.left[:, token])
+        return matrix[token].astype(jnp.float32)
+    return matrix.weight[token].astype(jnp.float32) + _combine(matrix, matrix.left[:, token])
+
+
+def round_matrices(params: Any, precision: Literal["float32", "bfloat16"]) -> Any:
+    """Round the matrices among the parameters of a member; a perturbation that is kept in factors stays as it is.
+
+    Args:
+        params: A pytree of matrices, vectors and other arrays, as `matmul` and `lookup` take them.
+        precision: Type of what is multiplied; float32 changes nothing.
+    """
+
+    def rounded(leaf: Any) -> Any:
+        if isinstance(leaf, LowRank):
+            return LowRank(leaf.weight.astype(precision), leaf.left, leaf.right, leaf.scale)
+        return leaf.astype(precision) if leaf.ndim == 2 else leaf
+
+    return jax.tree.map(rounded, params, is_leaf=lambda leaf: isinstance(leaf, LowRank))
+
+
+def _product(x: Float[Array, " rows"], weight: Float[Array, "rows columns"]) -> Float[Array, " columns"]:
+    return jnp.matmul(x.astype(weight.dtype), weight, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _combine(matrix: LowRank, coefficients: Float[Array, " rank"]) -> Float[Array, " columns"]:

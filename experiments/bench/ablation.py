@@ -47,6 +47,7 @@ CHOICES: dict[str, dict[str, Maker]] = {
         ),
     },
     "noise": {"gaussian": changed("es", noise="gaussian")},
+    "precision": {"bfloat16": changed("es", precision="bfloat16")},
     "shaping": {name: changed("es", shaping=name) for name in ("centered_rank", "sign", "raw")},
     "sigma": {str(sigma): changed("es", sigma=sigma) for sigma in (0.05, 0.1, 0.4)},
     "optimizer": {

@@ -21,10 +21,10 @@ from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_
 from bench.report import Report, Row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Throughput
-from esjax.config import Config, DataConfig, EsConfig, RnnConfig
+from esjax.config import Config, DataConfig, EsConfig, RnnConfig, replace
 from esjax.devices import local_mesh
 from esjax.models import build_model
-from esjax.models.primitives import HIGHEST
+from esjax.models.primitives import HIGHEST, round_matrices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,14 +77,18 @@ def measure(size: Size, settings: Throughput) -> Row:
     """Measure one size."""
     config, mesh = size.config, local_mesh()
     replica = replica_of(config, mesh)
+    in_bfloat16 = replace(config, es=replace(config.es, precision="bfloat16"))
+    coarse = replica_of(in_bfloat16, mesh)
     with ExitStack() as stack:
         candidates = rivals(size, settings)
         if _on_cpu():
             there = stack.enter_context(elsewhere(rivals, size, settings, environment=all_threads()))
             candidates |= {f"{name}, one device": way for name, way in there.items()}
         ways: dict[str, Way] = {"evaluation": evaluation(config, replica), "step": step(config, replica)}
+        ways["evaluation, bfloat16"] = evaluation(in_bfloat16, coarse)
+        ways["step, bfloat16"] = step(in_bfloat16, coarse)
         chosen = {}
-        for kind in ("forward", "evosax", "normal low rank", "peak"):
+        for kind in ("forward", "bfloat16 forward", "evosax", "normal low rank", "peak"):
             chosen[kind] = fastest({name: way for name, way in candidates.items() if name.startswith(kind)})
             ways[kind] = candidates[chosen[kind]]
         ways |= in_numpy(size)
@@ -103,9 +107,12 @@ def measure(size: Size, settings: Throughput) -> Row:
         "evaluation ÷ numpy": spread(rates["evaluation"] / rates["numpy"]),
         "÷ numpy, a process a core": spread(rates["evaluation"] / rates["numpy, a process a core"]),
         "evaluation ÷ forward": spread(rates["evaluation"] / rates["forward"]),
+        "evaluation, bfloat16 ÷ float32": spread(rates["evaluation, bfloat16"] / rates["evaluation"]),
+        "evaluation ÷ forward, both bfloat16": spread(rates["evaluation, bfloat16"] / rates["bfloat16 forward"]),
         "step ÷ evosax": spread(rates["step"] / rates["evosax"]),
         "step ÷ normal low rank": spread(rates["step"] / rates["normal low rank"]),
         "step ÷ best rival": spread(rates["step"] / best),
+        "step, bfloat16 ÷ best rival": spread(rates["step, bfloat16"] / best),
         "evaluation ÷ peak": spread(rates["evaluation"] * size.operations / rates["peak"]),
         "chosen": chosen,
         "rates": {name: list(values) for name, values in rates.items()},
@@ -129,6 +136,7 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
         shared = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
         pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
         ways[f"forward {at_once}"] = Way(partial(pass_, params, tokens), work)
+        ways[f"bfloat16 forward {at_once}"] = Way(partial(pass_, round_matrices(params, "bfloat16"), tokens), work)
         rival = evosax_open_es(model, mesh, population=dense, at_once=members, **shared)
         dense_work = work * dense // es.population_size
         ways[f"evosax {at_once}"] = _step_of(rival, params, tokens[: size.sequences], dense_work)
