@@ -26,7 +26,7 @@ MANIFESTS = sorted(DEPLOY.rglob("*.yaml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 """Where every line that the coordinator prints is explained."""
 
-SPEAKERS = ["coordinator", "steps", "rounds", "desk", "keys", "transport", "flood"]
+SPEAKERS = ["coordinator", "steps", "rounds", "desk", "keys", "server_transport", "client_transport", "flood"]
 SAYING = {"tell", "_tell", "Tell", "_refuse", "_refused"}
 
 
