@@ -269,7 +269,7 @@ class RunFolder:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError as error:
-            inside = [str(path) for path in find_runs(self.path)]
+            inside = [str(path) for path in find_runs(self.path) if path != self.path]
             hint = f"; there are {', '.join(inside[:MOST_NAMED])}{' and more' * (len(inside) > MOST_NAMED)}"
             raise EsjaxError(
                 f"{str(self.path)!r} is not a run folder: it has no {name}{hint if inside else ''}"

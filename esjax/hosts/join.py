@@ -51,7 +51,7 @@ DOING: dict[wire.Phase, str] = {"joining": "fetching the run's state", "compilin
 
 
 class _SilenceError(EsjaxError):
-    """The coordinator said nothing for longer than the host is patient."""
+    """A coordinator that was never heard said nothing for longer than the host is patient."""
 
 
 def join(
@@ -180,7 +180,8 @@ def _take_part(
             if now >= left_at:
                 break
             if now - worker.silent_since > patience:
-                raise _SilenceError(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
+                failure = EsjaxError if was_in else _SilenceError
+                raise failure(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
             received = transport.poll(POLL)
             if received.refused:
                 raise EsjaxError(received.refused)
@@ -201,7 +202,9 @@ def _take_part(
 
 def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
     """Say how the host does, or "" while there is nothing to say."""
-    if is_alone and not worker.leaving:
+    if worker.leaving:
+        return ""
+    if is_alone:
         what = "the coordinator stopped" if worker.coordinator_stopped else "no word from the coordinator"
         return f"{what}; waiting up to {patience:.0f} s for it, Ctrl-C to leave"
     return DOING[worker.phase] if worker.joined else ""
