@@ -171,7 +171,7 @@ class EsConfig(Section):
     """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is up to 1.6 times as
+    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is up to 1.7 times as
     fast on hardware that has it, and the order of the members hardly feels it."""
 
     exchange: Literal["auto", "losses", "sums"] = "auto"

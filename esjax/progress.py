@@ -173,7 +173,7 @@ def _smooth(before: float | None, value: float) -> float:
 
 
 def _beside(value: float, other: float) -> str:
-    """Write a number with two digits, or with as many more as tell it from another."""
+    """Write a number with two digits, or with three where another one would look the same."""
     return f"{value:.2f}" if f"{value:.2f}" != f"{other:.2f}" else f"{value:.3f}"
 
 
