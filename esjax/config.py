@@ -200,10 +200,13 @@ class EsConfig(Section):
         _check(
             self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
         )
-        for name, value in {"discount": self.discount, **self.layer_discount}.items():
-            _check(0 <= value <= 1, f"discount must be from 0 to 1, got {value} for {name}")
+        _check(0 <= self.discount <= 1, f"discount must be from 0 to 1, got {self.discount}")
+        for name, value in self.layer_discount.items():
+            _check(0 <= value <= 1, f"layer_discount must be from 0 to 1, got {value} for {name}")
         for name, value in self.layer_sigma.items():
-            _check(math.isfinite(value) and value > 0, f"sigma must be above 0 and finite, got {value} for {name}")
+            _check(
+                math.isfinite(value) and value > 0, f"layer_sigma must be above 0 and finite, got {value} for {name}"
+            )
         members = self.members_per_pair
         _check(
             self.population_size % members == 0,

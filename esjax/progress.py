@@ -110,13 +110,13 @@ class Progress:
         self._last = info, now
         if not self._live and (info.held_out is not None or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
-            self._console.print(join(self._parts(info, now)), soft_wrap=True)
+            self._console.print(join(self._parts(info, now, now)), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
         """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
-        return [fit(self._parts(*self._last), options.max_width)] if self._last else []
+        return [fit(self._parts(*self._last, time.monotonic()), options.max_width)] if self._last else []
 
-    def _parts(self, info: "StepInfo", now: float) -> list[Part]:
+    def _parts(self, info: "StepInfo", came: float, now: float) -> list[Part]:
         parts = [
             Part(8, Text(f"step {info.step:,}", "bold")),
             Part(1, Text(_clock(info.seconds))),
@@ -133,7 +133,7 @@ class Progress:
             parts.append(Part(6, Text(f"void pairs {self._void_pairs:,}", "red" if info.void_pairs else "dim")))
         if info.hosts is not None:
             parts.append(Part(2, Text(f"hosts {info.hosts}")))
-        left = self._time_left(info, now)
+        left = self._time_left(info, came)
         if left is not None:
             parts.append(Part(5, Text(f"{_clock(left)} left", "dim")))
         return parts
@@ -157,14 +157,14 @@ class Progress:
             part = Part(3, alone.copy().append(f" ({' '.join(marks.values())})", color), part)
         return part
 
-    def _time_left(self, info: "StepInfo", now: float) -> float | None:
+    def _time_left(self, info: "StepInfo", came: float) -> float | None:
         assert self._began is not None
         began, first = self._began
         candidates = []
         if self._limits.seconds is not None:
-            candidates.append(self._limits.seconds - (now - began))
+            candidates.append(self._limits.seconds - (came - began))
         if self._limits.steps is not None and info.step > first:
-            candidates.append((now - began) / (info.step - first) * (self._limits.steps - info.step))
+            candidates.append((came - began) / (info.step - first) * (self._limits.steps - info.step))
         return max(min(candidates), 0.0) if candidates else None
 
 

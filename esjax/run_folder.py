@@ -34,6 +34,9 @@ from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.runs import find_runs
 
+RUN = "run.json"
+"""What makes a folder a run folder."""
+
 FORMAT = 1
 """Version of the layout."""
 
@@ -63,7 +66,7 @@ class RunFolder:
             raise EsjaxError(f"cannot look for the run folder {str(path)!r}: {error.strerror}") from error
         if not there:
             raise EsjaxError(f"there is no run folder {str(path)!r}")
-        run = self._read_json("run.json")
+        run = self._read_json(RUN)
         if run.get("format") != FORMAT:
             raise EsjaxError(
                 f"{str(path)!r} is a run folder of format {run.get('format')}, this is esjax {esjax.__version__} with "
@@ -115,7 +118,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             (path / "vocabulary.json").write_text(json.dumps(stored, ensure_ascii=False) + "\n", encoding="utf-8")
-            (path / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
+            (path / RUN).write_text(json.dumps(run) + "\n", encoding="utf-8")
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         return cls(path)
@@ -225,15 +228,13 @@ class RunFolder:
             tell: Called with a line if there is none for some of them: it was torn, or never written.
         """
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            steps = map(_step_of, lines)
-            there = {of: line for of, line in zip(steps, lines, strict=True) if of <= step}
-            kept = there.values()
-            if len(there) < step:
-                tell(f"{path} has no whole line for {step - len(there):,} of {step:,} steps; they stay left out")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        there = {of: line for line in lines if 0 < (of := _step_of(line)) <= step}
+        if len(there) < step:
+            tell(f"{path} has no whole line for {step - len(there):,} of {step:,} steps; they stay left out")
+        if lines:
             swap = path.with_suffix(".swap")
-            swap.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            swap.write_text("".join(line + "\n" for line in there.values()), encoding="utf-8")
             os.replace(swap, path)
         return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
 
@@ -269,8 +270,11 @@ class RunFolder:
         try:
             return (self.path / name).read_text(encoding="utf-8")
         except FileNotFoundError as error:
+            if name != RUN and (self.path / RUN).exists():
+                raise EsjaxError(f"{str(self.path)!r} is damaged: it has no {name}; restore it from a copy") from error
             inside = [str(path) for path in find_runs(self.path) if path != self.path]
-            hint = f"; there are {', '.join(inside[:MOST_NAMED])}{' and more' * (len(inside) > MOST_NAMED)}"
+            more = " and more" if len(inside) > MOST_NAMED else ""
+            hint = f"; there {'is' if len(inside) == 1 else 'are'} {', '.join(inside[:MOST_NAMED])}{more}"
             raise EsjaxError(
                 f"{str(self.path)!r} is not a run folder: it has no {name}{hint if inside else ''}"
             ) from error

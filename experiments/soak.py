@@ -37,12 +37,19 @@ SMALL = [
 """Settings of a small, quick run."""
 
 
+STEPS_AFTER = 10
+"""Steps that are to follow the last fault."""
+
+PATIENCE = 120.0
+"""Seconds that the run has to recover from the last fault, and to end."""
+
+
 @dataclass(frozen=True)
 class Soak:
     """Train with hosts that come and go, and check that the ledger tells the truth."""
 
     seconds: float = 120.0
-    """For how long."""
+    """For how long there are faults."""
 
     hosts: int = 3
     """Hosts at a time."""
@@ -96,6 +103,7 @@ def _soak(soak: Soak, folder: Path) -> dict[str, object]:
                     hosts[i] = _Host(folder, coordinator.port, number)
                     number += 1
         relay.heal()
+        coordinator.goes_on()
         steps = coordinator.finish()
     finally:
         for host in hosts:
@@ -150,13 +158,25 @@ class _Coordinator:
         self.process.wait()
         self.process = self._start("--resume", str(self._run), port=self.port)
 
+    def goes_on(self) -> None:
+        """Wait until it has done some more steps than by now."""
+        enough, ends = self.steps() + STEPS_AFTER, time.monotonic() + PATIENCE
+        while self.steps() < enough:
+            if time.monotonic() > ends:
+                raise RuntimeError(f"{PATIENCE:.0f} s after the last fault no {STEPS_AFTER} steps were done")
+            time.sleep(0.1)
+
     def finish(self) -> int:
         """Stop it in good order; returns the steps that it did."""
         self.process.terminate()
-        self.process.wait(120)
+        self.process.wait(PATIENCE)
         assert self.process.returncode == 0, f"the coordinator ended with {self.process.returncode}"
-        lines = (self._run / "metrics.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        return self.steps()
+
+    def steps(self) -> int:
+        """Count the steps that are done."""
+        whole, _, _ = (self._run / "metrics.jsonl").read_text().rpartition("\n")
+        return int(json.loads(whole.splitlines()[-1])["step"]) if whole else 0
 
     def end(self) -> None:
         self.process.kill()

@@ -330,8 +330,10 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
         (["serve", "--es.sigm=1"], "there is no option --es.sigm; did you mean --es.sigma?"),
         (["train", "--metric-port", "1"], "did you mean --metrics-port?"),
         (["train", "--data.no-cary"], "did you mean --data.carry?"),
+        (["train", "--confg", "a.yaml"], "did you mean --config?"),
+        (["sweep", "--sigma=1"], "did you mean --es.sigma?"),
         (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; name it, too"),
-        (["generate", "."], "'.' is not a run folder: it has no run.json; there are run"),
+        (["generate", "."], "'.' is not a run folder: it has no run.json; there is run"),
         (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),
     ],
 )
@@ -341,6 +343,14 @@ def test_what_was_probably_meant_is_said(work: Path, words: list[str], said: str
     assert (called.code, called.out) == (2, "")
     assert called.err.startswith("error: ")
     assert said in called.err
+
+
+@pytest.mark.parametrize("option", ["--metric", "--track", "--settings", "--es.qqq"])
+def test_what_a_command_has_nothing_like_of_is_not_guessed_at(option: str) -> None:
+    called = call("sweep", option, "1")
+    assert called.code == 2
+    assert "did you mean" not in called.err
+    assert option in called.err
 
 
 def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

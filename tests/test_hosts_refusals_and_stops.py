@@ -13,6 +13,8 @@ import pytest
 from processes import Fleet, fleet, steps_done, wait_until
 from transports import last_frame, more_frames, send_endlessly, stranger
 
+from esjax.errors import EsjaxError
+from esjax.hosts import join
 from esjax.hosts.ask import ask_status
 from esjax.page.server import ask_hosts
 from esjax.replaying import replay
@@ -101,6 +103,24 @@ def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(
     host.send(number)
     assert host.ends() == 0
     assert host.output.endswith("one: left, it was stopped\n")
+    _, _, last_words = host.output.partition("; waiting up to")
+    assert "ready" not in last_words
+
+
+def test_a_host_that_stays_fails_when_the_run_that_it_is_in_falls_silent(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that it took part in before is made up."""
+    really, ended = join._take_part, iter([True])
+    monkeypatch.setattr(join, "_take_part", lambda *arguments: next(ended, False) or really(*arguments))
+    server = fleet.serve("--optim.optimizer", "sgd")  # strict promotion refuses optax's Adam
+
+    def tell(line: str) -> None:
+        if line == "one: ready":
+            server.popen.kill()
+
+    with pytest.raises(EsjaxError, match=f"no word from {fleet.address} for 5 s"):
+        join.join(fleet.address, name="one", stay=True, patience=5.0, tell=tell)
 
 
 def test_row_34_a_second_coordinator_of_a_run_is_refused(fleet: Fleet) -> None:

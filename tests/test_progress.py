@@ -121,6 +121,18 @@ def test_the_age_of_the_held_out_loss_is_shown(monkeypatch: pytest.MonkeyPatch) 
     assert "trigram 1.99)  0:07 ago  3.08 M/s" in later[1]
 
 
+def test_the_age_grows_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("esjax.progress.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    progress = Progress(console, BASELINES, TWO_MINUTES)
+    progress.update(INFO)
+    now[0] = 109.0
+    with console.capture() as drawn:
+        console.print(progress)
+    assert "0:09 ago" in drawn.get()
+
+
 def test_numbers_beside_each_other_are_told_apart() -> None:
     (line,) = shown([INFO._replace(held_out=2.5114)])
     assert "held-out 2.511 (< unigram 3.34 > bigram 2.510 > trigram 1.99)" in line

@@ -123,7 +123,9 @@ def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["run.json", "config.yaml", "vocabulary.json"])
 def test_a_missing_part_is_named(path: Path, name: str) -> None:
     (path / name).unlink()
-    assert name in refused(path)
+    message = refused(path)
+    assert f"it has no {name}" in message
+    assert ("is damaged" in message) == (name != "run.json")
 
 
 def test_another_format_is_told_with_both_numbers_and_the_version_to_use(path: Path) -> None:
@@ -228,6 +230,13 @@ def test_lines_that_are_missing_for_good_are_told(path: Path) -> None:
         metrics.write('{"step": 5}\n')
     assert lines(path) == ['{"step": 1}', '{"step": 3}', '{"step": 5}']
     assert told == [f"{path / 'metrics.jsonl'} has no whole line for 2 of 4 steps; they stay left out"]
+
+
+def test_lost_metrics_are_told(path: Path) -> None:
+    told: list[str] = []
+    with RunFolder(path).open_metrics(3, told.append) as metrics:
+        metrics.write('{"step": 4}\n')
+    assert told == [f"{path / 'metrics.jsonl'} has no whole line for 3 of 3 steps; they stay left out"]
 
 
 def test_metrics_that_cannot_be_read_are_no_traceback(path: Path) -> None:

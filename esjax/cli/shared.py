@@ -13,7 +13,7 @@ from rich.console import Console
 
 from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.errors import EsjaxError
-from esjax.mistakes import nearest, setting_names
+from esjax.mistakes import form_with, nearest, setting_names
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -143,20 +143,17 @@ def parse_settings(command: Any, name: str, words: list[str]) -> Any:
 
 def _check_options(command: Any, settings: Config, words: Sequence[str]) -> None:
     """Refuse an option that there is not, if it is clear what was meant."""
-    of_settings = setting_names(settings)
-    known = {*of_settings, "help", *(field.name for kind in (command, Watching) for field in fields(kind))}
+    own = [field.name for field in fields(command)]
+    own += [field.name for field in fields(Watching)] if "watching" in own else []
+    known = [*setting_names(settings), *(name for name in own if name not in ("settings", "watching")), "help"]
     for word in words:
         option = word.partition("=")[0]
         name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or {name, re.sub(r"(^|\.)no_", r"\1", name)} & known:
+        if not option.startswith("--") or name in known or re.sub(r"(^|\.)no_", r"\1", name) in known:
             continue
-        for model, variant in zip(MODELS, VARIANTS, strict=True):
-            if name in setting_names(variant):
-                raise EsjaxError(
-                    f"{option} is a setting of the model {model}; name it, too: esjax ... {model} {option}"
-                )
-        near = nearest(name, of_settings) or nearest(name, sorted(known))
-        if near:
+        if model := form_with(name, VARIANTS):
+            raise EsjaxError(f"{option} is a setting of the model {model}; name it, too: esjax ... {model} {option}")
+        if near := nearest(name, known):
             raise EsjaxError(f"there is no option {option}; did you mean --{near.replace('_', '-')}?")
 
 
