@@ -17,12 +17,13 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from esjax.config import Precision
 from esjax.fitness import LARGEST_LOSS
 from esjax.member import consume, token_loss
 from esjax.models.model import Model, Params, State
@@ -130,7 +131,7 @@ def make_estimate_chunk(
     copies: int,
     burn_in: int,
     exact_logits: bool,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> EstimateChunk:
     """Make the function for the windows that one device takes at a time.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+from esjax.config import Precision
 from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.models.primitives import round_matrices
@@ -53,7 +54,7 @@ def make_evaluate(
     loss: Loss,
     mesh: Mesh,
     chunk_pairs: int,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> Evaluate:
     """Make the function that scores both members of every pair.
 
@@ -94,9 +95,7 @@ def make_evaluate(
     return evaluate
 
 
-def make_evaluate_chunk(
-    model: Model, space: Space, loss: Loss, precision: Literal["float32", "bfloat16"] = "float32"
-) -> Evaluate:
+def make_evaluate_chunk(model: Model, space: Space, loss: Loss, precision: Precision = "float32") -> Evaluate:
     """Make the function `(params, seeds, tokens) -> losses` for the pairs that one device evaluates at a time.
 
     Args:

@@ -1,6 +1,6 @@
 """The population's losses: the same however they are computed."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,13 @@ from conftest import mesh_of
 from jaxtyping import Array
 from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
 
-from esjax.config import GruConfig
+from esjax.config import GruConfig, Precision
 from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_deal, make_evaluate
 from esjax.member import Member
 from esjax.models import Model, build_model
 from esjax.models.primitives import round_matrices
 
 LOSS = cross_entropy(burn_in=1)
-
-
-Precision = Literal["float32", "bfloat16"]
 
 
 def evaluate(

@@ -401,6 +401,16 @@ def test_a_model_that_is_not_float32_is_refused(config: Config) -> None:
         train(config, model=half)
 
 
+def test_with_products_in_bfloat16_the_held_out_loss_is_that_of_float32(config: Config) -> None:
+    exact, rounded = (
+        train(replace(config, steps=1, es=replace(config.es, precision=precision)))
+        for precision in ("float32", "bfloat16")
+    )
+    assert rounded.evaluate() == exact.evaluate()
+    loss, other_loss = (next(iter(run)).loss for run in (exact, rounded))
+    assert loss != other_loss
+
+
 def test_a_missing_held_out_part_is_said(config: Config, tmp_path: Path) -> None:
     told: list[str] = []
     data = replace(config.data, documents="file", held_out=1e-6)

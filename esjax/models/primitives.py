@@ -5,12 +5,14 @@ population shares one product with the base matrix, and a member adds only its o
 "Evolution Strategies at the Hyperscale", Sarkar et al. 2025, section 4).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
+
+from esjax.config import Precision
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Products ask for all digits of their factors: else the kind of hardware would decide how many count."""
@@ -54,7 +56,7 @@ def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]
     return matrix.weight[token].astype(jnp.float32) + _combine(matrix, matrix.left[:, token])
 
 
-def round_matrices(params: Any, precision: Literal["float32", "bfloat16"]) -> Any:
+def round_matrices(params: Any, precision: Precision) -> Any:
     """Round the matrices among the parameters of a member; a perturbation that is kept in factors stays as it is.
 
     Args:
