@@ -25,7 +25,7 @@ Carried = Any
 
 
 def first_states(config: Config, model: Model, params: Params) -> Carried:
-    """Make the states that a run begins with: every window's is that of a document's beginning."""
+    """Make the states that a run begins with, or goes on with after a void step: those of a document's beginning."""
     if not config.data.carry:
         return ()
     start, _ = ravel_pytree(model.initial_state(params))

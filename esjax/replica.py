@@ -144,6 +144,12 @@ class Replica:
         self._sum = jax.jit(sum_pairs)
         apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
         self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
+
+        def skip(state: TrainState) -> TrainState:
+            carried = first_states(config, model, state.params)
+            return dataclasses.replace(state, step=state.step + 1, carried=carried)
+
+        self._skip = jax.jit(skip)
         first = init_state(params, optimizer, first_states(config, model, params))
         self.state: TrainState = self._on_every_device(first)
         if way.space is not None:
@@ -236,8 +242,12 @@ class Replica:
         return info
 
     def skip(self) -> None:
-        """Count a step that was found void, and change nothing else."""
-        self.state = dataclasses.replace(self.state, step=self.state.step + 1)
+        """Count a step that was found void; the parameters stay as they are.
+
+        Carried states start anew: the next windows begin where those of this step end, and a void step leaves no word
+        of the states there.
+        """
+        self.state = self._skip(self.state)
 
     def _on_every_device(self, tree: Any) -> Any:
         """Copy arrays to all devices, those of other processes included: each process copies its own."""

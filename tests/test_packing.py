@@ -77,13 +77,18 @@ def test_every_start_from_the_first_to_the_last_is_equally_likely() -> None:
 
 
 def test_windows_that_follow_read_the_stream_on_and_on() -> None:
-    """Every token is its own position: steps put together are runs of successors, round and round."""
-    steps = [follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(step)) for step in range(8)]
+    """Every token is its own position: steps put together are runs of successors, also past the end of the text."""
+    steps = [follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(step)) for step in range(20)]
     whole = np.concatenate(steps, axis=2)
-    np.testing.assert_array_equal(whole, (whole[:, :, :1] + np.arange(48)) % 50)
+    np.testing.assert_array_equal(whole, (whole[:, :, :1] + np.arange(120)) % 50)
     assert len(np.unique(whole[:, :, 0])) > 30
-    after = follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(8))
-    np.testing.assert_array_equal(after, steps[0])
+
+
+@pytest.mark.parametrize("step", [10**6 + 3, 2**31 - 1])
+def test_windows_follow_each_other_after_many_steps(step: int) -> None:
+    """Reference: integers of any size."""
+    first, later = (follow_windows(jnp.arange(50), seeds_of(20), 3, 6, jnp.int32(number)) for number in (0, step))
+    np.testing.assert_array_equal(later, (np.asarray(first) + step * 6 % 50) % 50)
 
 
 def test_a_stream_as_long_as_a_window_is_the_window() -> None:

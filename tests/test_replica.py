@@ -17,10 +17,13 @@ from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, r
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError
 from esjax.evaluate import cross_entropy, make_evaluate
+from esjax.hosts import wire
+from esjax.hosts.engine import make_update
 from esjax.member import Member
 from esjax.models import build_model
 from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
+from esjax.snapshot import from_bytes, to_bytes
 from esjax.sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -223,6 +226,34 @@ def test_carried_states_are_those_of_reading_on() -> None:
     assert host.state.carried.shape == (6, 2, 4)
     np.testing.assert_allclose(host.state.carried.reshape(12, 4), right, atol=steps / STEPS)
     assert np.abs(np.asarray(right)).max() > 100 * steps / STEPS
+
+
+def test_after_a_void_step_carried_states_start_anew_and_windows_go_on() -> None:
+    """Reference: a state that reads the windows of the step after it, and no others.
+
+    A host that only replays, without a text, and one that takes a snapshot after the void step agree to the bit.
+    """
+    data = replace(CONFIG.data, carry=True, new_tokens_interval=1)
+    config = replace(CONFIG, data=data, es=replace(SUMS[0], population_size=24))
+    host, replaying, late = make(2, config=config), make(config=config, stream=None), make(config=config)
+    for step in range(4):
+        is_void = step == 2
+        total = host.sums(np.arange(6))
+        header = wire.UpdateHeader(step, [(0, 6)], host.scale / 6, not is_void, 1.0, 0, host.numbers)
+        payload = wire.pack_update(wire.Update(header, total[:0] if is_void else total))
+        before = jax.tree.map(np.asarray, host.state)
+        for one in (host, replaying) if step < 3 else (host, replaying, late):
+            make_update(one, payload)
+        assert (np.asarray(host.state.carried) != before.carried).any()
+        if is_void:
+            jax.tree.map(np.testing.assert_array_equal, host.state.params, before.params)
+            late.state = from_bytes(to_bytes(host.state), late.state)
+            np.testing.assert_array_equal(late.sums(np.arange(6)), host.sums(np.arange(6)))
+    assert digest(host.state) == digest(replaying.state) == digest(late.state)
+    seeds = pair_seeds(stream_seed(4, WINDOWS), 0, jnp.arange(6))
+    windows = follow_windows(jnp.asarray(STREAM), seeds, 2, 5, jnp.int32(3))
+    right = jax.vmap(Member(MODEL, jax.tree.map(jnp.asarray, before.params)).read)(windows.reshape(12, 5))
+    np.testing.assert_allclose(host.state.carried.reshape(12, 4), right, atol=1 / STEPS)
 
 
 @with_sums

@@ -56,9 +56,7 @@ def follow_windows(
     window_length: int,
     step: Int[Array, ""],
 ) -> Int[Array, "pairs sequences window_length"]:
-    """Cut out the windows of a step where each begins at the end of the one before, and the text has no end.
-
-    After a pass through the text each begins at its first place again: up to a window of tokens is left out there.
+    """Cut out the windows of a step where each begins at the end of the one before; the text begins anew at its end.
 
     Args:
         stream: Packed documents, at least `window_length` tokens.
@@ -68,8 +66,11 @@ def follow_windows(
         step: From 0.
     """
     length = stream.shape[0]
-    read = step % (length // window_length) * window_length
-    places = (_places(seeds, sequences, length) + read) % length  # so that no sum overflows
+    # step * window_length tokens further, modulo the length; in passes, since that product overflows. A pass of whole
+    # windows ends `length % window_length` before the place that it began at.
+    passes, further = jnp.divmod(step, length // window_length)
+    read = further * window_length - passes % length * (length % window_length)
+    places = (_places(seeds, sequences, length) + read % length) % length
     return stream[(places[:, :, None] + jnp.arange(window_length)[None, None]) % length].astype(jnp.int32)
 
 
