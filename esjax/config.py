@@ -19,6 +19,9 @@ Precision = Literal["float32", "bfloat16"]
 MOST_SUMMED_PAIRS = 2**17
 """Pairs of a step whose sums are sure to fit into 32 bits."""
 
+MOST_WEIGHED = 2**24
+"""Pairs of a step, times the rank of their noise, whose weighted noise is sure to fit: weights are 127 at most."""
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A group of settings; raises ValueError where one is of the wrong type or out of range."""
@@ -233,6 +236,13 @@ class EsConfig(Section):
                 self.pairs <= MOST_SUMMED_PAIRS,
                 f"exchange sums takes at most {MOST_SUMMED_PAIRS} pairs a step, got {self.pairs}",
             )
+        is_bounded = self.time_per_step is None or self.exchange == "sums"
+        if self.space == "low_rank" and self.noise == "rademacher" and is_bounded:
+            _check(
+                self.rank * self.pairs_with_room <= MOST_WEIGHED,
+                f"rank times the pairs of a step must be at most {MOST_WEIGHED}, so that sums fit into 32 bits, got "
+                f"{self.rank} * {self.pairs_with_room}; lower rank or population_size, or set space to full",
+            )
 
     @property
     def members_per_pair(self) -> int:
@@ -243,6 +253,11 @@ class EsConfig(Section):
     def pairs(self) -> int:
         """Pairs, or windows, of a fixed population."""
         return self.population_size // self.members_per_pair
+
+    @property
+    def pairs_with_room(self) -> int:
+        """Pairs of a step that sums have room for."""
+        return self.pairs if self.time_per_step is None else MOST_SUMMED_PAIRS
 
     def sums(self, parameters: int) -> bool:
         """Tell whether hosts hand in sums, for a model of so many parameters."""

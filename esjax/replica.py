@@ -303,7 +303,7 @@ def _chunk_pairs(config: Config, way: Way, mesh: Mesh) -> int:
         pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:
         pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if is_cpu else mesh.size)))
-    return max(pairs, 2)
+    return max(min(pairs, way.most_pairs), 2)
 
 
 def _weighed_pairs(config: Config, space: Space, mesh: Mesh) -> int:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.activation import EstimateChunk
 from esjax.carrying import among_zeros, states_of
-from esjax.config import MOST_SUMMED_PAIRS
 from esjax.es import TrainState
 from esjax.evaluate import Evaluate
 from esjax.fitness import LARGEST_LOSS, LIMIT, STEPS_PER_DEVIATION
@@ -39,41 +38,55 @@ SumChunk = Callable[[TrainState, Chunk], Int[Array, " numbers"]]
 """`(state, chunk) -> vector`."""
 
 
-def make_sum_of_activations(model: Model, estimate_chunk: EstimateChunk, units: PyTree, steps: float) -> SumChunk:
+def make_sum_of_activations(
+    model: Model, estimate_chunk: EstimateChunk, units: PyTree, pairs: int, tokens: int, steps: float
+) -> SumChunk:
     """Make the function for noise on activations.
 
     Args:
         model: The architecture.
         estimate_chunk: See `esjax.activation`.
         units: Size of a typical entry of each leaf, see `Model.units`; the sum is in these units.
-        steps: Resolution, see `esjax.sums.steps_per_nat`.
+        pairs: Pairs of a step that sums must have room for.
+        tokens: Tokens that a pair is scored on.
+        steps: Resolution, see `esjax.sums.steps_per_nat`, with room for the tokens of all pairs of a step.
     """
 
     def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
-        pairs, sequences, length = chunk.windows.shape
+        here, sequences, length = chunk.windows.shape
         of_sequences = fold(chunk.seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
         are_all_there = jnp.repeat(chunk.are_there, sequences)
         begin = states_of(model, state.params, state.carried, chunk.pairs)
         found = estimate_chunk(state.params, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin)
-        most = min(steps * HEADROOM * pairs * sequences * length, LARGEST / 2)  # float32 rounds LARGEST itself up
+        # Parts of this size at most add up to `LARGEST` at most.
+        most = jnp.minimum(steps * HEADROOM * tokens * jnp.sum(chunk.are_there, dtype=jnp.float32), 2.0**30)
         whole = jax.tree.map(
             lambda leaf, unit: jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most), found.gradient, units
         )
-        finite, losses = found.finite.reshape(pairs, sequences), found.losses.reshape(pairs, sequences)
+        finite, losses = found.finite.reshape(here, sequences), found.losses.reshape(here, sequences)
         ends = among_zeros(found.end, found.finite, state.carried, chunk.pairs)
-        return _join(whole, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(pairs))
+        return _join(whole, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
 
     return sum_chunk
 
 
-def make_sum_of_weights(space: Space, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"]) -> SumChunk:
+def make_sum_of_weights(
+    space: Space, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
+) -> SumChunk:
     """Make the function for noise on weights.
 
     No host knows the differences of all pairs here, so a z-score is over their spread in the step before; in a first
-    step only signs count.
+    step only signs count. A chunk holds at most `space.exact_pairs`.
+
+    Args:
+        space: How members differ from the parameters.
+        evaluate_chunk: See `esjax.evaluate`.
+        shaping: How a difference becomes a weight.
+        pairs: Pairs of a step that sums must have room for.
     """
 
     def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
+        assert len(chunk.pairs) <= space.exact_pairs  # float32 holds every integer up to 2^24
         losses = evaluate_chunk(state.params, chunk.seeds, chunk.windows)
         finite = jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=1) & chunk.are_there
         difference = jnp.where(finite, losses[:, 0] - losses[:, 1], 0.0)
@@ -84,7 +97,7 @@ def make_sum_of_weights(space: Space, evaluate_chunk: Evaluate, shaping: Literal
             deviations = jnp.where(state.spread > 0, in_spreads, jnp.sign(difference))
             weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
         total = space.weigh(space.sample(chunk.seeds), weights)
-        return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference))
+        return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
 
     return sum_chunk
 
@@ -95,10 +108,12 @@ def _join(
     finite: Bool[Array, " pairs"],
     losses: Float[Array, " pairs"],
     differences: Float[Array, " pairs"],
+    room: int,
 ) -> Int[Array, " numbers"]:
     def sum_up(values: Float[Array, " pairs"], steps: int) -> Int[Array, ""]:
-        most = LARGEST / MOST_SUMMED_PAIRS / steps  # nats: so no sum over a step overflows
-        return jnp.sum(jnp.rint(jnp.clip(jnp.where(finite, values, 0.0), -most, most) * steps).astype(jnp.int32))
+        whole = jnp.rint(jnp.clip(jnp.where(finite, values, 0.0) * steps, -(2.0**30), 2.0**30)).astype(jnp.int32)
+        most = LARGEST // room  # a pair: so no sum over a step overflows
+        return jnp.sum(jnp.clip(whole, -most, most))
 
     gradient, _ = ravel_pytree(total)
     tail = jnp.stack(

@@ -47,7 +47,8 @@ class Concluded(NamedTuple):
 
 def steps_per_nat(tokens: int) -> float:
     """Choose the resolution of a gradient: a power of two, as fine as is of use, with room for so many tokens."""
-    return min(FINEST, 2.0 ** math.floor(math.log2(LARGEST / (HEADROOM * tokens))))
+    room = LARGEST * (1 - 2.0**-20)  # the bounds of parts are rounded to float32
+    return min(FINEST, 2.0 ** math.floor(math.log2(room / (HEADROOM * tokens))))
 
 
 def may_be(total: Int[ndarray, " numbers"], pairs: int) -> bool:

@@ -30,6 +30,7 @@ class Way(NamedTuple):
         mean: `(total, scale) -> estimate`.
         numbers: Length of the vectors of `sum_chunk`; 0 where losses are exchanged.
         scale: Factor that makes their sum the estimate, times the number of pairs that count.
+        most_pairs: Pairs that `sum_chunk` takes at a time at most.
         pair_bytes: Memory that the noise of a pair takes.
     """
 
@@ -39,6 +40,7 @@ class Way(NamedTuple):
     mean: Callable[[Total, Float[Array, ""]], Params]
     numbers: int
     scale: float
+    most_pairs: int
     pair_bytes: int
 
 
@@ -52,8 +54,19 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
 
     Raises:
-        EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16.
+        EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16; or sums are of
+            fewer pairs at a time than the settings ask for.
     """
+    estimator = _make(config, model, params, loss)
+    if estimator.sum_chunk and (config.es.chunk_pairs or 0) > estimator.most_pairs:
+        raise EsjaxError(
+            f"es.chunk_pairs must be at most {estimator.most_pairs}, so that sums are exact, got "
+            f"{config.es.chunk_pairs}; lower it, or leave it out"
+        )
+    return estimator
+
+
+def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Way:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
@@ -79,10 +92,12 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
     if es.space == "full" or not model.factored:
         pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not numbers:
-        return Way(evaluate_chunk, space, None, space.mean, 0, 0.0, pair_bytes)
+        return Way(evaluate_chunk, space, None, space.mean, 0, 0.0, space.exact_pairs, pair_bytes)
     is_sign = es.shaping == "sign"
-    sum_chunk = make_sum_of_weights(space, evaluate_chunk, "sign" if is_sign else "zscore")
-    return Way(None, None, sum_chunk, space.mean, numbers, 1.0 if is_sign else 1 / STEPS_PER_DEVIATION, pair_bytes)
+    sum_chunk = make_sum_of_weights(space, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
+    scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
+    most_pairs = min(space.exact_pairs, MOST_SUMMED_PAIRS)
+    return Way(None, None, sum_chunk, space.mean, numbers, scale, most_pairs, pair_bytes)
 
 
 def _on_activations(config: Config, model: Model, params: Params, loss: Loss | None, numbers: int) -> Way:
@@ -112,14 +127,15 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         precision=es.precision,
     )
     tokens = data.batch_size * data.window
-    steps = steps_per_nat(tokens * (es.pairs if es.time_per_step is None else MOST_SUMMED_PAIRS))
-    sum_chunk = make_sum_of_activations(model, estimate_chunk, model.units(params), steps)
+    steps = steps_per_nat(tokens * es.pairs_with_room)
+    sum_chunk = make_sum_of_activations(model, estimate_chunk, model.units(params), es.pairs_with_room, tokens, steps)
 
     def mean(total: Total, scale: Float[Array, ""]) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, total)
 
     noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
-    return Way(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), 4 * data.batch_size * noise)
+    pair_bytes = 4 * data.batch_size * noise
+    return Way(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), MOST_SUMMED_PAIRS, pair_bytes)
 
 
 def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:

@@ -4,12 +4,15 @@ from typing import Any
 
 import jax
 import pytest
+from conftest import mesh_of
 
 from esjax.config import Config, EsConfig
 from esjax.errors import EsjaxError
 from esjax.evaluate import cross_entropy
+from esjax.fitness import LIMIT
 from esjax.models import Model, gru
-from esjax.sums import TAIL
+from esjax.replica import Replica
+from esjax.sums import LARGEST, TAIL
 from esjax.way import make_way
 
 MODEL = gru(7, 4, 6)
@@ -42,6 +45,9 @@ def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
         ({"exchange": "sums", "shaping": "raw"}, "zscore or sign"),
         ({"exchange": "sums", "noise": "gaussian"}, "rademacher"),
         ({"exchange": "sums", "population_size": 2**20}, "at most 131072 pairs"),
+        ({"exchange": "sums", "rank": 129, "population_size": 2**18}, "lower rank or population_size"),
+        ({"exchange": "sums", "rank": 129, "time_per_step": 1.0}, r"got 129 \* 131072; lower rank"),
+        ({"rank": 2, "population_size": 2**25}, "at most 16777216"),
         ({"discount": 1.5}, "from 0 to 1"),
         ({"layer_discount": {"new": -1.0}}, "for new"),
         ({"layer_sigma": {"new": 0.0}}, "for new"),
@@ -50,6 +56,26 @@ def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
 def test_settings_that_do_not_go_together_are_refused(es: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EsConfig(**es)
+
+
+def test_the_largest_rank_leaves_room_for_every_sum() -> None:
+    """Reference: integers; every pair has the largest weight, and its noise all the same signs."""
+    for es in (EsConfig(rank=128, population_size=2**18, exchange="sums"), EsConfig(rank=2, population_size=2**24)):
+        assert LARGEST / 2 < LIMIT * es.rank * es.pairs <= LARGEST
+    EsConfig(rank=129, population_size=2**18, space="full")
+    EsConfig(rank=129, population_size=2**18, noise="gaussian")
+
+
+def test_no_more_pairs_at_a_time_than_sums_are_exact_for() -> None:
+    """Reference: 127 * 128 * 1032 is below 2^24, and 127 * 128 * 1033 above."""
+    assert numbers(exchange="sums", rank=128, chunk_pairs=1032) == SIZE + TAIL
+    with pytest.raises(EsjaxError, match="chunk_pairs must be at most 1032, so that sums are exact, got 1033"):
+        numbers(exchange="sums", rank=128, chunk_pairs=1033)
+    assert numbers(exchange="losses", rank=128, chunk_pairs=1033) == 0
+    with pytest.raises(EsjaxError, match="chunk_pairs must be at most 131072"):
+        numbers(space="activation", population_size=64, chunk_pairs=2**17 + 1)
+    config = Config(es=EsConfig(exchange="sums", rank=8192, population_size=2**12))
+    assert Replica(config, gru(7, 1, 1), None, mesh_of(1)).chunk_pairs == 2**24 // (127 * 8192)
 
 
 def test_layers_that_the_model_does_not_have_are_named() -> None:

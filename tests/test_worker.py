@@ -20,6 +20,7 @@ from storms import Sent, body_of, near, one_of_each, spans, volume
 from wire_strategies import Strategy
 
 from esjax.config import Config
+from esjax.hosts import scoring as scoring_module
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
 from esjax.hosts.line import DEAF, TIMEOUT
@@ -460,6 +461,19 @@ def test_every_pair_is_in_one_sum_of_what_is_handed_in(
     assert sorted(wire.pairs_of(arrived)) == sorted(wire.pairs_of(scored))
     for first, count in arrived:
         assert any(first >= start and first + count <= start + size for start, size in leases)
+
+
+@pytest.mark.parametrize("speed", [20.0, 1000.0])
+def test_a_sum_is_of_no_more_pairs_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch, speed: float) -> None:
+    monkeypatch.setattr(scoring_module, "MOST_SUMMED_PAIRS", 10)
+    scoring = Scoring(0, 3, 3, None, numbers=4)
+    scoring.add([(0, 39)])
+    while scoring.has_work:
+        scoring.take(sums(scoring.next_slice(speed), 0.1), speed, 0.0)
+    handed_in = scoring.hand_in(0.0, everything=True)
+    assert handed_in is not None
+    assert max(count for _, count in handed_in.spans) == 9
+    assert sum(count for _, count in handed_in.spans) == 39
 
 
 @pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget"])

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numpy import ndarray
 
+from esjax.config import MOST_SUMMED_PAIRS
 from esjax.hosts import wire
 from esjax.hosts.wire import Span
 
@@ -64,6 +65,8 @@ class Scoring:
             numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
         """
         self.step = step
+        most_pairs = MOST_SUMMED_PAIRS if numbers else MOST_PAIRS
+        self._most_pairs = max(unit, most_pairs // unit * unit)
         self._most_spans = wire.MAX_REQUEST // (4 * numbers) if numbers else wire.SPAN_LIMIT
         self._unit, self._granule, self._budget = unit, granule, budget
         self._spans: list[Span] = []
@@ -94,7 +97,7 @@ class Scoring:
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
         granules = max(1, int(seconds * speed / self._granule))
-        left = min(granules * self._granule, MOST_PAIRS)
+        left = min(granules * self._granule, self._most_pairs)
         taken: list[Span] = []
         for first, count in self._spans:
             if left <= 0 or len(taken) == self._most_spans:
@@ -112,7 +115,7 @@ class Scoring:
         is_cut = any(first < end < first + count for first, count in self._spans)
         goes_on = self._cut_at == scored.spans[0][0] and len(scored.spans) == 1
         part = scored
-        if goes_on and self._parts[self._offered :]:
+        if goes_on and self._parts[self._offered :] and self._have_room(scored):
             part = _added_up(self._parts.pop(), scored)
         self._parts.append(part)
         self._cut_at = end if self._sums and is_cut else None
@@ -120,6 +123,10 @@ class Scoring:
         self._spent += scored.seconds
         if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
             self._spans, self._is_over = [], True
+
+    def _have_room(self, scored: Scored) -> bool:
+        """Tell whether a sum of the last part and of another one is sure to fit into 32 bits."""
+        return self._parts[-1].spans[-1][1] + scored.spans[0][1] <= MOST_SUMMED_PAIRS
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
         """Return what is to be handed in now, or None.
