@@ -42,9 +42,24 @@ def test_rows_are_means_of_equal_runs_of_steps(steps: int) -> None:
 
 
 def test_a_row_keeps_the_newest_held_out_loss_of_its_steps() -> None:
-    columns = remembered(100)  # a stride of 16: every row has a step that was measured
-    assert np.nanmax(columns["held_out"]) == 5.0
-    assert not np.isnan(columns["held_out"]).all()
+    """Reference: the last one measured among each row's steps; it is the step's own number."""
+    kept = History()
+    measured = [step for step in range(1, 101) if step % 10 == 1 or step % 7 == 0]
+    for step in range(1, 101):
+        kept.add(info(step, 1.0, float(step) if step in measured else None))
+    columns = kept.columns()
+    ends = columns["step"].astype(int)
+    starts = [0, *ends[:-1]]
+    assert ends.tolist() == [16, 32, 48, 64, 80, 96, 100]
+    expected = [max(step for step in measured if start < step <= end) for start, end in zip(starts, ends, strict=True)]
+    np.testing.assert_array_equal(columns["held_out"], expected)
+
+
+def test_a_row_without_a_held_out_loss_has_none() -> None:
+    kept = History()
+    kept.add(info(1, 1.0))
+    kept.add(info(2, 1.0, 3.0))
+    np.testing.assert_array_equal(kept.columns()["held_out"], [math.nan, 3.0])
 
 
 def test_a_loss_that_is_not_finite_is_left_out_of_a_mean() -> None:
