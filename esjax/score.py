@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from esjax.member import consume, token_loss
-from esjax.models.model import Model, Params, State
+from esjax.member import Member
+from esjax.models.model import Model, Params
 
 Score = Callable[[Params, Int[Array, "lanes length"], Bool[Array, "lanes length"]], Float[Array, ""]]
 
@@ -22,15 +22,9 @@ def make_score(model: Model) -> Score:
     def score(
         params: Params, tokens: Int[Array, "lanes length"], scored: Bool[Array, "lanes length"]
     ) -> Float[Array, ""]:
-        def lane_total(tokens: Int[Array, " length"], scored: Bool[Array, " length"]) -> Float[Array, ""]:
-            def step(state: State, token: Array) -> tuple[State, Array]:
-                loss = token_loss(model.predict(params, state), token)
-                return consume(model, params, state, token), loss
-
-            _, losses = jax.lax.scan(step, model.initial_state(params), tokens)
-            # Summed afterwards: added up one by one, millions of float32 losses would lose a part of the sum.
-            return jnp.sum(jnp.where(scored, losses, 0))
-
-        return jnp.sum(jax.vmap(lane_total)(tokens, scored)) / jnp.sum(scored, dtype=jnp.float32)
+        # All losses are kept and then summed: added up one by one, millions of float32 would lose a part of the sum.
+        nats = jax.vmap(Member(model, params).nats)(tokens)
+        totals = jnp.sum(jnp.where(scored, nats, 0), axis=1)
+        return jnp.sum(totals) / jnp.sum(scored, dtype=jnp.float32)
 
     return score
