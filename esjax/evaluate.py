@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt32
 
 from esjax.config import Precision
 from esjax.member import Member
@@ -33,6 +33,7 @@ Evaluate = Callable[
     [Params, UInt32[Array, "pairs 2"], Int[Array, "pairs sequences length"]],
     Float[Array, "pairs 2"],
 ]
+EvaluateChunks = Callable[..., Float[Array, "chunks chunk_pairs 2"]]
 
 
 def cross_entropy(burn_in: int) -> Loss:
@@ -71,13 +72,9 @@ def make_evaluate(
         `(params, seeds, tokens) -> losses`: the mean loss of the members +ε and -ε over their sequences, which
         are the same for both. Any number of pairs; jit it.
     """
-    evaluate_chunk = make_evaluate_chunk(model, space, loss, precision)
     size = max(chunk_pairs, 2)  # XLA drops an axis of 1, and may then sum in another order
-
-    def score(chunk: Array, losses: Array, params: Params, seeds: Array, tokens: Array) -> Array:
-        return losses.at[chunk].set(evaluate_chunk(params, seeds[chunk], tokens[chunk]))
-
-    deal = make_deal(mesh, score)
+    evaluate_chunk = make_evaluate_chunk(model, space, loss, precision)
+    evaluate_chunks = make_evaluate_chunks(evaluate_chunk, lambda given: given, mesh)
 
     def evaluate(
         params: Params, seeds: UInt32[Array, "pairs 2"], tokens: Int[Array, "pairs sequences length"]
@@ -89,10 +86,40 @@ def make_evaluate(
             padding = [(0, chunks * size - pairs)] + [(0, 0)] * (x.ndim - 1)
             return jnp.pad(x, padding).reshape(chunks, size, *x.shape[1:])
 
-        losses = deal(jnp.int32(chunks), jnp.zeros((chunks, size, 2)), params, in_chunks(seeds), in_chunks(tokens))
+        losses = evaluate_chunks(jnp.int32(chunks), (in_chunks(seeds), in_chunks(tokens)), params)
         return losses.reshape(-1, 2)[:pairs]
 
     return evaluate
+
+
+def make_evaluate_chunks(
+    evaluate_chunk: Evaluate, draw: Callable[..., tuple[Array, Array]], mesh: Mesh
+) -> EvaluateChunks:
+    """Make the function that scores chunks of pairs, dealt to the devices.
+
+    Args:
+        evaluate_chunk: See `make_evaluate_chunk`.
+        draw: `(names, *arguments) -> seeds, tokens` of the pairs of one chunk.
+        mesh: Devices that share the population; one axis, `PAIRS_AXIS`.
+
+    Returns:
+        `(count, names, params, *arguments) -> losses` scores the first `count` chunks; the others get 0. Names are
+        whatever pairs are drawn by, arrays [chunks, chunk_pairs, ...]. Jit it.
+    """
+
+    def score(chunk: Array, losses: Array, names: PyTree, params: Params, *arguments: Any) -> Array:
+        of_chunk = jax.tree.map(lambda leaf: leaf[chunk], names)
+        return losses.at[chunk].set(evaluate_chunk(params, *draw(of_chunk, *arguments)))
+
+    deal = make_deal(mesh, score)
+
+    def evaluate_chunks(
+        count: Int[Array, ""], names: PyTree, params: Params, *arguments: Any
+    ) -> Float[Array, "chunks chunk_pairs 2"]:
+        shape = jax.tree.leaves(names)[0].shape[:2]
+        return deal(count, jnp.zeros((*shape, 2)), names, params, *arguments)
+
+    return evaluate_chunks
 
 
 def make_evaluate_chunk(model: Model, space: Space, loss: Loss, precision: Precision = "float32") -> Evaluate:

@@ -24,7 +24,7 @@ from esjax.es import (
     make_weigh_pairs,
     zero_total,
 )
-from esjax.evaluate import Loss, make_deal
+from esjax.evaluate import Loss, make_deal, make_evaluate_chunks
 from esjax.models.model import Model, Params
 from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
@@ -110,12 +110,6 @@ class Replica:
                 windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
             return pair_seeds(streams.perturbations, step, pairs), windows
 
-        def score(
-            chunk: Array, losses: Array, params: Params, tokens: Array, streams: _Streams, step: Array, pairs: Array
-        ) -> Array:
-            assert way.evaluate_chunk is not None
-            return losses.at[chunk].set(way.evaluate_chunk(params, *draw(pairs[chunk], tokens, streams, step)))
-
         def add_up(
             chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
         ) -> Array:
@@ -123,10 +117,7 @@ class Replica:
             ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
             return total + way.sum_chunk(state, Chunk(ours, *draw(ours, tokens, streams, state.step), are_there))
 
-        deal, deal_sums = make_deal(mesh, score), make_deal(mesh, add_up)
-
-        def score_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
-            return deal(count, jnp.zeros((*pairs.shape, 2)), *arguments, pairs)
+        deal_sums = make_deal(mesh, add_up)
 
         def sum_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
             return deal_sums(count, jnp.zeros(way.numbers, jnp.int32), *arguments[:-1], pairs, arguments[-1])
@@ -140,7 +131,8 @@ class Replica:
         self._mesh = mesh
         self._window_length = window_length
         self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
-        self._score = jax.jit(score_pairs)
+        if way.evaluate_chunk is not None:
+            self._score = jax.jit(make_evaluate_chunks(way.evaluate_chunk, draw, mesh))
         self._sum = jax.jit(sum_pairs)
         apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
         self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
