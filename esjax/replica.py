@@ -24,12 +24,12 @@ from esjax.es import (
     make_weigh_pairs,
     zero_total,
 )
+from esjax.estimator import Estimator, make_estimator
 from esjax.evaluate import Loss, make_deal, make_evaluate_chunks
 from esjax.models.model import Model, Params
 from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
 from esjax.summing import Chunk
-from esjax.way import Way, make_way
 
 CPU_SEQUENCES = 512
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
@@ -95,7 +95,7 @@ class Replica:
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         _check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
-        way = make_way(config, model, params, loss)
+        estimator = make_estimator(config, model, params, loss)
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
 
@@ -113,28 +113,28 @@ class Replica:
         def add_up(
             chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
         ) -> Array:
-            assert way.sum_chunk is not None
+            assert estimator.sum_chunk is not None
             ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
-            return total + way.sum_chunk(state, Chunk(ours, *draw(ours, tokens, streams, state.step), are_there))
+            return total + estimator.sum_chunk(state, Chunk(ours, *draw(ours, tokens, streams, state.step), are_there))
 
         deal_sums = make_deal(mesh, add_up)
 
         def sum_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
-            return deal_sums(count, jnp.zeros(way.numbers, jnp.int32), *arguments[:-1], pairs, arguments[-1])
+            return deal_sums(count, jnp.zeros(estimator.numbers, jnp.int32), *arguments[:-1], pairs, arguments[-1])
 
-        chunk_pairs = es.chunk_pairs or _chunk_pairs(config, way, mesh)
+        chunk_pairs = es.chunk_pairs or _chunk_pairs(config, estimator, mesh)
         self.model = model
         self.chunk_pairs = chunk_pairs
         self.granule = chunk_pairs * mesh.size
-        self.numbers = way.numbers
-        self.scale = way.scale
+        self.numbers = estimator.numbers
+        self.scale = estimator.scale
         self._mesh = mesh
         self._window_length = window_length
         self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
-        if way.evaluate_chunk is not None:
-            self._score = jax.jit(make_evaluate_chunks(way.evaluate_chunk, draw, mesh))
+        if estimator.evaluate_chunk is not None:
+            self._score = jax.jit(make_evaluate_chunks(estimator.evaluate_chunk, draw, mesh))
         self._sum = jax.jit(sum_pairs)
-        apply_total = make_apply_total(way.mean, optimizer, model.units(params), config.optim.average)
+        apply_total = make_apply_total(estimator.mean, optimizer, model.units(params), config.optim.average)
         self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
 
         def skip(state: TrainState) -> TrainState:
@@ -144,16 +144,18 @@ class Replica:
         self._skip = jax.jit(skip)
         first = init_state(params, optimizer, first_states(config, model, params))
         self.state: TrainState = self._on_every_device(first)
-        if way.space is not None:
-            self._weighed_at_once = _shape_of_call(CALL_WEIGHED_PAIRS, _weighed_pairs(config, way.space, mesh), mesh)
-            weigh_pairs = make_weigh_pairs(way.space, mesh)
+        if estimator.space is not None:
+            self._weighed_at_once = _shape_of_call(
+                CALL_WEIGHED_PAIRS, _weighed_pairs(config, estimator.space, mesh), mesh
+            )
+            weigh_pairs = make_weigh_pairs(estimator.space, mesh)
 
             def weigh_and_apply(state: TrainState, scale: Array, *arguments: Any) -> tuple[TrainState, UpdateInfo]:
                 return apply_total(state, weigh_pairs(*arguments), scale)
 
             self._weigh = jax.jit(weigh_pairs)
             self._weigh_and_apply = jax.jit(weigh_and_apply)
-            self._zero_total = self._on_every_device(zero_total(way.space, params))
+            self._zero_total = self._on_every_device(zero_total(estimator.space, params))
         # Arguments, not constants: a run of another seed finds its programs compiled already.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
@@ -286,16 +288,18 @@ def _check_float32(params: Params) -> None:
             raise EsjaxError(f"parameter {jax.tree_util.keystr(path)} of the model is {leaf.dtype}; make it float32")
 
 
-def _chunk_pairs(config: Config, way: Way, mesh: Mesh) -> int:
+def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     sequences = CPU_SEQUENCES if is_cpu else ACCELERATOR_SEQUENCES
-    pairs = min(sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // way.pair_bytes)
+    pairs = min(
+        sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
+    )
     pairs = 2 * pairs // config.es.members_per_pair
     if config.es.space == "activation":
         pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:
         pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if is_cpu else mesh.size)))
-    return max(min(pairs, way.most_pairs), 2)
+    return max(min(pairs, estimator.most_pairs), 2)
 
 
 def _weighed_pairs(config: Config, space: Space, mesh: Mesh) -> int:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from esjax.checkpoint import restore_newest
-from esjax.compass import bearings
 from esjax.config import Config, replace
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
+from esjax.gradient_cosine import gradient_cosines
 from esjax.loading import load_run_corpus
 from esjax.models import build_model
 from esjax.models.model import ModelFactory
@@ -84,9 +84,9 @@ def tune(
 
     def attempt(best: Tried | None, **changes: Any) -> Tried:
         chosen = _with(config, **changes)
-        found = [*bearings(chosen, built, params, stream, local_mesh(), repeats)]
-        cosine = float(np.mean([bearing.cosine for bearing in found]))
-        leaves = {name: float(np.mean([bearing.leaves[name] for bearing in found])) for name in found[0].leaves}
+        found = [*gradient_cosines(chosen, built, params, stream, local_mesh(), repeats)]
+        cosine = float(np.mean([compared.cosine for compared in found]))
+        leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
         discount = chosen.es.discount if chosen.es.space == "activation" else None
         return Tried(chosen.es.sigma, discount, cosine, leaves, best is None or cosine > best.cosine)
 

@@ -18,6 +18,7 @@ import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.errors import EsjaxError
+from esjax.estimator import make_estimator
 from esjax.evaluate import make_evaluate
 from esjax.hosts.effects import Terms
 from esjax.member import Member
@@ -26,7 +27,6 @@ from esjax.own import Own
 from esjax.sums import TAIL, may_be
 from esjax.tokens import STOP, UNK
 from esjax.training import train
-from esjax.way import make_way
 
 MODEL = MODELS["gru"]
 
@@ -247,7 +247,7 @@ def test_losses_are_exchanged_unless_sums_are_asked_for() -> None:
 
     def numbers(loss: Any, **es: Any) -> int:
         config = Config(es=EsConfig(population_size=2 * size + 2, **es))
-        return make_way(config, MODEL, params_of(MODEL), loss).numbers
+        return make_estimator(config, MODEL, params_of(MODEL), loss).numbers
 
     assert numbers(None) == size + TAIL
     assert numbers(start_near_two) == 0

@@ -15,10 +15,10 @@ import numpy as np
 from bench.measure import spread
 from bench.report import Report, Row
 from bench.settings import Cosines
-from esjax.compass import bearings
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.data.corpus import load_corpus
 from esjax.devices import local_mesh
+from esjax.gradient_cosine import gradient_cosines
 from esjax.models import build_model
 from esjax.own import Own
 from esjax.training import Trainer
@@ -53,11 +53,11 @@ def run(settings: Cosines) -> Report:
     for space, es in SPACES.items():
         for population in settings.populations:
             chosen = replace(config, es=replace(es, population_size=population))
-            found = [*bearings(chosen, model, params, stream, mesh, settings.repeats)]
+            found = [*gradient_cosines(chosen, model, params, stream, mesh, settings.repeats)]
             row: dict[str, Any] = {"space": space, "population": population}
-            row["cosine"] = spread(np.array([bearing.cosine for bearing in found]))
+            row["cosine"] = spread(np.array([compared.cosine for compared in found]))
             if es.space != "activation":
-                row["dispersion"] = dispersion = float(np.mean([bearing.dispersion for bearing in found]))
+                row["dispersion"] = dispersion = float(np.mean([compared.dispersion for compared in found]))
                 row["law"] = (1 + parameters * dispersion / (population / 2)) ** -0.5
             rows.append(row)
     held_out = trainer.last.held_out if trainer.last else None

@@ -1,12 +1,12 @@
-"""The example of sums: its reward knows right answers from wrong ones, wherever a window begins."""
+"""The example of addition: its reward knows right answers from wrong ones, wherever a window begins."""
 
 from pathlib import Path
 
+import addition
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sums
 from jaxtyping import Array
 
 from esjax.config import replace
@@ -17,7 +17,7 @@ from esjax.models import Model
 from esjax.tokens import STOP
 from esjax.training import train
 
-SUMS = sums.make_text().splitlines()
+SUMS = addition.make_text().splitlines()
 VOCABULARY = fit_vocabulary("char", SUMS, None)
 CERTAIN = 30.0
 """Logit of what the calculator writes next; the others have 0."""
@@ -47,7 +47,7 @@ def test_only_the_sum_itself_is_right(off_by: int, right: float) -> None:
     stream, window = pack_stream([VOCABULARY.encode(line) for line in SUMS]), 14
     windows = np.stack([stream[first : first + window] for first in range(len(stream) - window + 1)])
     member, key = Member(calculator(off_by), jnp.zeros(1)), jax.random.key(0)
-    plain, hinted = sums.make_reward(0.0), sums.make_reward(0.1)
+    plain, hinted = addition.make_reward(0.0), addition.make_reward(0.1)
     rewards = jax.vmap(lambda window: plain(member, window, key))(jnp.asarray(windows))
     np.testing.assert_array_equal(rewards, right)
     hints = jax.vmap(lambda window: hinted(member, window, key))(jnp.asarray(windows)) - rewards
@@ -58,11 +58,11 @@ def test_only_the_sum_itself_is_right(off_by: int, right: float) -> None:
 @pytest.mark.usefixtures("lenient_promotion")
 def test_answers_are_read_from_a_run(tmp_path: Path) -> None:
     text = tmp_path / "sums.txt"
-    text.write_text(sums.make_text())
-    config = replace(sums.make_config(text, 1.0), steps=1, seconds=None)
+    text.write_text(addition.make_text())
+    config = replace(addition.make_config(text, 1.0), steps=1, seconds=None)
     config = replace(config, es=replace(config.es, population_size=16))
-    run = train(config, model=lambda size: calculator(0), reward=sums.make_reward(0.1), tell=lambda line: None)
-    answers = sums.answers(run)
-    assert sums.count_right(answers) == 100
+    run = train(config, model=lambda size: calculator(0), reward=addition.make_reward(0.1), tell=lambda line: None)
+    answers = addition.answers(run)
+    assert addition.count_right(answers) == 100
     assert answers["7+8="] == "15"
-    assert sums.count_right({**answers, "7+8=": "16", "0+0=": ""}) == 98
+    assert addition.count_right({**answers, "7+8=": "16", "0+0=": ""}) == 98

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from esjax.compass import Bearing, _compare, bearings
 from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.data.packing import pack_stream
 from esjax.errors import EsjaxError
+from esjax.gradient_cosine import GradientCosine, _compare, gradient_cosines
 from esjax.models import gru
 from esjax.training import train
 from esjax.tune import tune
@@ -23,20 +23,20 @@ STREAM = pack_stream([np.random.default_rng(i).integers(2, VOCAB, 20).astype(np.
 DATA = DataConfig(window=6, burn_in=3)
 
 
-def found(es: EsConfig, steps: int) -> list[Bearing]:
+def found(es: EsConfig, steps: int) -> list[GradientCosine]:
     params = MODEL.init(jax.random.key(1))
     params = params._replace(head_output=params.head_output * 10)  # a start that has something to say
-    return [*bearings(Config(es=es, data=DATA), MODEL, params, STREAM, mesh_of(2), steps)]
+    return [*gradient_cosines(Config(es=es, data=DATA), MODEL, params, STREAM, mesh_of(2), steps)]
 
 
 def test_the_cosine_by_hand() -> None:
     """(3, 4) and (4, 3): 24/25 of leaf a, 0 of the orthogonal leaf b; as a whole (24 + 0) / (√26 √29)."""
     ours = {"a": np.array([3.0, 4.0]), "b": np.array([1.0, 0.0])}
     exact = {"a": np.array([4.0, 3.0]), "b": np.array([0.0, 2.0])}
-    bearing = _compare(ours, exact, 58.0)
-    assert bearing.leaves == pytest.approx({"['a']": 24 / 25, "['b']": 0.0})
-    assert bearing.cosine == pytest.approx(24 / np.sqrt(26 * 29))
-    assert bearing.dispersion == pytest.approx(58 / 29)
+    compared = _compare(ours, exact, 58.0)
+    assert compared.leaves == pytest.approx({"['a']": 24 / 25, "['b']": 0.0})
+    assert compared.cosine == pytest.approx(24 / np.sqrt(26 * 29))
+    assert compared.dispersion == pytest.approx(58 / 29)
 
 
 def test_a_leaf_without_gradient_has_no_direction() -> None:
@@ -56,17 +56,17 @@ def test_many_pairs_point_along_the_gradient(es: EsConfig) -> None:
 
     The learned first state has no part in a pre-activation, and stays as it is where those are perturbed.
     """
-    (bearing,) = found(es, steps=1)
-    assert bearing.cosine > 0.85
+    (compared,) = found(es, steps=1)
+    assert compared.cosine > 0.85
     if es.space == "activation":
-        assert np.isnan(bearing.leaves.pop("start"))
-        assert min(bearing.leaves.values()) > 0.97
+        assert np.isnan(compared.leaves.pop("start"))
+        assert min(compared.leaves.values()) > 0.97
 
 
 def test_activations_need_far_fewer_members_than_weights() -> None:
     """The reason for them; with 64 members and 200 parameters the law gives weights 0.4."""
     spaces = EsConfig(space="activation", copies=8, population_size=64), EsConfig(population_size=64)
-    activation, weights = (np.mean([bearing.cosine for bearing in found(es, steps=6)]) for es in spaces)
+    activation, weights = (np.mean([compared.cosine for compared in found(es, steps=6)]) for es in spaces)
     assert activation > 1.3 * weights
 
 

@@ -28,7 +28,7 @@ AT_ONCE = 256
 """Windows whose exact gradient is computed at a time."""
 
 
-class Bearing(NamedTuple):
+class GradientCosine(NamedTuple):
     """How an estimate lies to the exact gradient, both in units of each leaf.
 
     Attributes:
@@ -43,9 +43,9 @@ class Bearing(NamedTuple):
     dispersion: float
 
 
-def bearings(
+def gradient_cosines(
     config: Config, model: Model, params: Params, stream: Integer[np.ndarray, " length"], mesh: Mesh, steps: int = 1
-) -> Iterator[Bearing]:
+) -> Iterator[GradientCosine]:
     """Compare estimates with exact gradients, at the same parameters, with new windows and noise each step.
 
     Args:
@@ -102,14 +102,14 @@ def _gradient(
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients), jnp.asarray(squares)
 
 
-def _compare(estimate: Params, exact: Params, squares: float) -> Bearing:
+def _compare(estimate: Params, exact: Params, squares: float) -> GradientCosine:
     paths = jax.tree_util.tree_flatten_with_path(exact)[0]
     names = [jax.tree_util.keystr(path).lstrip(".") for path, _ in paths]
     ours = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(estimate)]
     theirs = [np.asarray(leaf, np.float64).ravel() for _, leaf in paths]
     leaves = {name: _cosine(one, two) for name, one, two in zip(names, ours, theirs, strict=True)}
     whole = np.concatenate(theirs)
-    return Bearing(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
+    return GradientCosine(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:

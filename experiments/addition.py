@@ -1,7 +1,7 @@
 """Train a network to answer sums of two digits, such as 3+4=7, by whether the answer that it writes is right.
 
-    python experiments/sums.py                # about two minutes on two cores
-    python experiments/sums.py --hint 0       # right or wrong alone: it learns next to nothing
+    python experiments/addition.py                # about two minutes on two cores
+    python experiments/addition.py --hint 0       # right or wrong alone: it learns next to nothing
 
 The network writes its answer, token by token, and is given 1 for a right one: no gradient leads through that. Alone it
 says too little. Of a first network both members of a pair get 0, nearly always; then one number is found that answers a

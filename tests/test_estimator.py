@@ -8,19 +8,19 @@ from conftest import mesh_of
 
 from esjax.config import Config, EsConfig
 from esjax.errors import EsjaxError
+from esjax.estimator import make_estimator
 from esjax.evaluate import cross_entropy
 from esjax.fitness import LIMIT
 from esjax.models import Model, gru
 from esjax.replica import Replica
 from esjax.sums import LARGEST, TAIL
-from esjax.way import make_way
 
 MODEL = gru(7, 4, 6)
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(MODEL.init(jax.random.key(0))))
 
 
 def numbers(model: Model = MODEL, **es: Any) -> int:
-    return make_way(Config(es=EsConfig(**es)), model, model.init(jax.random.key(0)), None).numbers
+    return make_estimator(Config(es=EsConfig(**es)), model, model.init(jax.random.key(0)), None).numbers
 
 
 def test_losses_are_exchanged_but_where_sums_are_smaller() -> None:
@@ -89,4 +89,4 @@ def test_a_model_without_taps_and_a_loss_of_ones_own_are_refused() -> None:
     with pytest.raises(EsjaxError, match="no taps"):
         numbers(MODEL._replace(tapped=False), space="activation")
     with pytest.raises(EsjaxError, match="a loss of one's own"):
-        make_way(Config(es=EsConfig(space="activation")), MODEL, MODEL.init(jax.random.key(0)), cross_entropy(1))
+        make_estimator(Config(es=EsConfig(space="activation")), MODEL, MODEL.init(jax.random.key(0)), cross_entropy(1))

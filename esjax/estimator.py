@@ -1,4 +1,4 @@
-"""The way a run estimates the gradient, as its settings say: what is perturbed, and what is exchanged."""
+"""How a run estimates the gradient, as its settings say: what is perturbed, and what is exchanged."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from esjax.summing import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.sums import TAIL, steps_per_nat
 
 
-class Way(NamedTuple):
+class Estimator(NamedTuple):
     """How a run estimates the gradient.
 
     Attributes:
@@ -44,7 +44,7 @@ class Way(NamedTuple):
     pair_bytes: int
 
 
-def make_way(config: Config, model: Model, params: Params, loss: Loss | None) -> Way:
+def make_estimator(config: Config, model: Model, params: Params, loss: Loss | None) -> Estimator:
     """Choose the functions that the settings ask for.
 
     Args:
@@ -66,7 +66,7 @@ def make_way(config: Config, model: Model, params: Params, loss: Loss | None) ->
     return estimator
 
 
-def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Way:
+def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Estimator:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
@@ -92,15 +92,15 @@ def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Wa
     if es.space == "full" or not model.factored:
         pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not numbers:
-        return Way(evaluate_chunk, space, None, space.mean, 0, 0.0, space.exact_pairs, pair_bytes)
+        return Estimator(evaluate_chunk, space, None, space.mean, 0, 0.0, space.exact_pairs, pair_bytes)
     is_sign = es.shaping == "sign"
     sum_chunk = make_sum_of_weights(space, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(space.exact_pairs, MOST_SUMMED_PAIRS)
-    return Way(None, None, sum_chunk, space.mean, numbers, scale, most_pairs, pair_bytes)
+    return Estimator(None, None, sum_chunk, space.mean, numbers, scale, most_pairs, pair_bytes)
 
 
-def _on_activations(config: Config, model: Model, params: Params, loss: Loss | None, numbers: int) -> Way:
+def _on_activations(config: Config, model: Model, params: Params, loss: Loss | None, numbers: int) -> Estimator:
     es, data = config.es, config.data
     if loss is not None:
         raise EsjaxError(
@@ -135,7 +135,7 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
 
     noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
     pair_bytes = 4 * data.batch_size * noise
-    return Way(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), MOST_SUMMED_PAIRS, pair_bytes)
+    return Estimator(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), MOST_SUMMED_PAIRS, pair_bytes)
 
 
 def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:
