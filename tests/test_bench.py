@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bench import throughput
 from bench.learners import arranged, ours
-from bench.measure import Spread, Way, alternate, spread
+from bench.measure import Candidate, Spread, alternate, spread
+from bench.ours import replica_of, step
 from bench.report import Report, Row, to_table
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, normal_low_rank
-from bench.settings import SHORT
+from bench.settings import SHORT, Throughput
 from conftest import mesh_of
 from processes import environment
 from small import MODELS, VOCAB, params_of
@@ -84,16 +86,24 @@ def test_benchmarks_run_and_leave_their_figures(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ways_take_turns() -> None:
+def test_candidates_take_turns() -> None:
     called: list[str] = []
-    ways = {name: Way(partial(called.append, name), 6.0) for name in "ab"}
-    rates = alternate(ways, 3, least=1e-12)
+    candidates = {name: Candidate(partial(called.append, name), 6.0) for name in "ab"}
+    rates = alternate(candidates, 3, least=1e-12)
     assert called[:4] == ["a", "a", "b", "b"]  # one call that may compile, and one that tells how long it takes
     assert called[4:] == ["a", "b"] * 3
     called.clear()
-    alternate(ways, 2, least=0.0)
+    alternate(candidates, 2, least=0.0)
     assert called == ["a", "b"] * 2
     assert {name: len(values) for name, values in rates.items()} == {"a": 3, "b": 3}
+
+
+def test_losses_can_be_timed_at_the_populations_of_an_accelerator() -> None:
+    for size in throughput.sizes(Throughput(scale=16)):
+        replica = replica_of(size.config, mesh_of(1))
+        assert size.population >= 1024
+        assert replica.numbers == 0, size  # else it adds up, and `losses` finds no function to score with
+        step(size.config, replica)
 
 
 def test_a_table_shows_spreads_and_leaves_out_lists() -> None:

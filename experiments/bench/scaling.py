@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
 from bench.report import Report, Row
 from bench.settings import Scaling
@@ -42,19 +42,19 @@ def run(settings: Scaling) -> Report:
 
 def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> Iterator[Row]:
     """Measure steps with each value of one setting."""
-    ways: dict[str, Way] = {}
+    candidates: dict[str, Candidate] = {}
     memory: dict[str, float] = {}
     for value, (config, devices) in values.items():
-        way = step(config, replica_of(config, first_devices(devices)))
+        candidate = step(config, replica_of(config, first_devices(devices)))
         try:
-            jax.block_until_ready(way.call())
+            jax.block_until_ready(candidate.call())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             yield {"axis": axis, "value": value, "step M/s": "out of memory"}
             continue
-        ways[str(value)], memory[str(value)] = way, _peak_memory()
-    rates = alternate(ways, rounds)
+        candidates[str(value)], memory[str(value)] = candidate, _peak_memory()
+    rates = alternate(candidates, rounds)
     first = next(iter(rates.values()))
     for name, found in rates.items():
         yield {

@@ -31,7 +31,7 @@ class Throughput(Section):
     """Rows of the square matrices whose product is the machine's peak."""
 
     rounds: int = 5
-    """Turns of each way."""
+    """Turns of each candidate."""
 
 
 class Update(Section):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bench.measure import Way, all_threads, alternate, elsewhere, fastest, one_thread, spread
+from bench.measure import Candidate, all_threads, alternate, elsewhere, fastest, one_thread, spread
 from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_of, step
 from bench.report import Report, Row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
@@ -49,9 +49,9 @@ class Size(NamedTuple):
 
     @property
     def config(self) -> Config:
-        """Settings of a run."""
+        """Settings of a run. With sums, which large populations exchange by themselves, no losses could be timed."""
         return Config(
-            es=EsConfig(population_size=self.population),
+            es=EsConfig(population_size=self.population, exchange="losses"),
             model=RnnConfig(hidden_size=self.hidden, n_layers=self.layers),
             data=DataConfig(batch_size=self.sequences),
         )
@@ -64,13 +64,17 @@ class Size(NamedTuple):
 
 def run(settings: Throughput) -> Report:
     """Measure every size."""
-    scale = settings.scale or (1 if _on_cpu() else 16)
-    sizes = [Size(hidden, layers, sequences, scale * members) for hidden, layers, sequences, members in settings.sizes]
-    rows = [measure(size, settings) for size in sizes]
+    rows = [measure(size, settings) for size in sizes(settings)]
     notes = [
         "M/s are millions of member-tokens a second; a ratio is the median of those of each round, and their extremes.",
     ]
     return Report(rows, partial(plot, rows), notes)
+
+
+def sizes(settings: Throughput) -> list[Size]:
+    """List what is measured."""
+    scale = settings.scale or (1 if _on_cpu() else 16)
+    return [Size(hidden, layers, sequences, scale * members) for hidden, layers, sequences, members in settings.sizes]
 
 
 def measure(size: Size, settings: Throughput) -> Row:
@@ -83,19 +87,19 @@ def measure(size: Size, settings: Throughput) -> Row:
         candidates = rivals(size, settings)
         if _on_cpu():
             there = stack.enter_context(elsewhere(rivals, size, settings, environment=all_threads()))
-            candidates |= {f"{name}, one device": way for name, way in there.items()}
-        ways: dict[str, Way] = {"evaluation": evaluation(config, replica), "step": step(config, replica)}
-        ways["evaluation, bfloat16"] = evaluation(in_bfloat16, coarse)
-        ways["step, bfloat16"] = step(in_bfloat16, coarse)
+            candidates |= {f"{name}, one device": candidate for name, candidate in there.items()}
+        turns: dict[str, Candidate] = {"evaluation": evaluation(config, replica), "step": step(config, replica)}
+        turns["evaluation, bfloat16"] = evaluation(in_bfloat16, coarse)
+        turns["step, bfloat16"] = step(in_bfloat16, coarse)
         chosen = {}
         for kind in ("forward", "bfloat16 forward", "evosax", "normal low rank", "peak"):
-            chosen[kind] = fastest({name: way for name, way in candidates.items() if name.startswith(kind)})
-            ways[kind] = candidates[chosen[kind]]
-        ways |= in_numpy(size)
+            chosen[kind] = fastest({name: one for name, one in candidates.items() if name.startswith(kind)})
+            turns[kind] = candidates[chosen[kind]]
+        turns |= in_numpy(size)
         cores = os.cpu_count() or 1
         alone = stack.enter_context(elsewhere(in_numpy, size, environment=one_thread(), processes=cores))
-        ways["numpy, a process a core"] = alone["numpy"]
-        rates = alternate(ways, settings.rounds)
+        turns["numpy, a process a core"] = alone["numpy"]
+        rates = alternate(turns, settings.rounds)
     best = np.maximum(rates["evosax"], rates["normal low rank"])
     return {
         "hidden": size.hidden,
@@ -119,7 +123,7 @@ def measure(size: Size, settings: Throughput) -> Row:
     }
 
 
-def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
+def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
     """Make the rivals in JAX, with several numbers of members at a time, and the peak; nothing is compiled yet."""
     config, mesh, es = size.config, local_mesh(), size.config.es
     model, burn_in = build_model(config.model, VOCAB), config.data.burn_in
@@ -130,23 +134,25 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
     tokens = jnp.asarray(random_tokens((es.population_size * size.sequences, length)), jnp.int32)
     of_pairs = tokens[: len(tokens) // 2].reshape(es.pairs, size.sequences, length)
     work = member_tokens(config)
-    ways = peak(settings.peak)
+    candidates = peak(settings.peak)
     for at_once in settings.at_once or AT_ONCE[not _on_cpu()]:
         members = max(1, at_once // size.sequences)
         shared = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
         pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
-        ways[f"forward {at_once}"] = Way(partial(pass_, params, tokens), work)
-        ways[f"bfloat16 forward {at_once}"] = Way(partial(pass_, round_matrices(params, "bfloat16"), tokens), work)
+        candidates[f"forward {at_once}"] = Candidate(partial(pass_, params, tokens), work)
+        candidates[f"bfloat16 forward {at_once}"] = Candidate(
+            partial(pass_, round_matrices(params, "bfloat16"), tokens), work
+        )
         rival = evosax_open_es(model, mesh, population=dense, at_once=members, **shared)
         dense_work = work * dense // es.population_size
-        ways[f"evosax {at_once}"] = _step_of(rival, params, tokens[: size.sequences], dense_work)
+        candidates[f"evosax {at_once}"] = _step_of(rival, params, tokens[: size.sequences], dense_work)
         pairs = max(1, members // 2)
         rival = normal_low_rank(model, mesh, pairs=es.pairs, rank=1, at_once=pairs, **shared)
-        ways[f"normal low rank {at_once}"] = _step_of(rival, params, of_pairs, work)
-    return ways
+        candidates[f"normal low rank {at_once}"] = _step_of(rival, params, of_pairs, work)
+    return candidates
 
 
-def _step_of(rival: Rival, params: object, tokens: jax.Array, work: int) -> Way:
+def _step_of(rival: Rival, params: object, tokens: jax.Array, work: int) -> Candidate:
     state, number, jitted = rival.init(params), 0, jax.jit(rival.step)
 
     def call() -> object:
@@ -155,10 +161,10 @@ def _step_of(rival: Rival, params: object, tokens: jax.Array, work: int) -> Way:
         state = jitted(state, jax.random.key(number), tokens)
         return state
 
-    return Way(call, work)
+    return Candidate(call, work)
 
 
-def in_numpy(size: Size) -> dict[str, Way]:
+def in_numpy(size: Size) -> dict[str, Candidate]:
     """Make the loop in numpy."""
     config = size.config
     model = build_model(config.model, VOCAB)
@@ -167,25 +173,25 @@ def in_numpy(size: Size) -> dict[str, Way]:
     tokens = random_tokens((size.sequences, config.data.burn_in + config.data.window)).astype(np.int64)
     work = 2 * size.sequences * config.data.window
     pairs = max(1, NUMPY_TOKENS // work)
-    return {"numpy": Way(lambda: [rnn.pair(seed, tokens) for seed in range(pairs)], pairs * work)}
+    return {"numpy": Candidate(lambda: [rnn.pair(seed, tokens) for seed in range(pairs)], pairs * work)}
 
 
-def peak(rows: int) -> dict[str, Way]:
+def peak(rows: int) -> dict[str, Candidate]:
     """Make large matrix products, by JAX on every device, and on CPUs by numpy."""
     mesh = local_mesh()
     matrices = jnp.ones((mesh.size, rows, rows))
     product = jax.jit(lambda one, two: jnp.matmul(one, two, precision=HIGHEST))
     spread_out = jax.device_put(matrices, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names)))
     operations = 2 * rows**3
-    ways = {"peak jax": Way(lambda: product(spread_out, spread_out), mesh.size * operations)}
+    candidates = {"peak jax": Candidate(lambda: product(spread_out, spread_out), mesh.size * operations)}
     if _on_cpu():
         square = np.ones((rows, rows), np.float32)
-        ways["peak numpy"] = Way(lambda: square @ square, operations)
-    return ways
+        candidates["peak numpy"] = Candidate(lambda: square @ square, operations)
+    return candidates
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw the rates of all ways, by size."""
+    """Draw the rates of all candidates, by size."""
     axes = figure.add_subplot()
     names = [name for name in rows[0]["rates"] if name != "peak"]
     for i, name in enumerate(names):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Update
@@ -56,7 +56,7 @@ def measure(population: int, hosts: int, hidden: int, rank: int, sequences: int,
         replica.apply(pairs, weights, 0.0)
         return replica.state
 
-    rates = alternate({"evaluation": Way(lambda: replica.losses(share)), "update": Way(update)}, rounds)
+    rates = alternate({"evaluation": Candidate(lambda: replica.losses(share)), "update": Candidate(update)}, rounds)
     ratio = rates["evaluation"] / rates["update"]
     return {
         "population": population,
