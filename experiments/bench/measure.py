@@ -19,6 +19,10 @@ LEAST_SECONDS = 0.2
 """A candidate is called as often in a round as takes so long."""
 
 
+FINALISTS = 3
+"""Of several settings of a rival, those that are timed more than once."""
+
+
 class Candidate(NamedTuple):
     """One way of doing some work.
 
@@ -47,6 +51,9 @@ def spread(values: np.ndarray) -> Spread:
 def alternate(candidates: Mapping[str, Candidate], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
     """Time all candidates in turns; the first call of each, which may compile, does not count, nor does a second.
 
+    Each round begins with another one, and every other round goes backwards: what one leaves behind, in caches or in
+    the processor's clock, does not always meet the same next one.
+
     Args:
         candidates: By name.
         rounds: How often it is each one's turn, at least 1.
@@ -60,18 +67,40 @@ def alternate(candidates: Mapping[str, Candidate], rounds: int, least: float = L
         jax.block_until_ready(candidate.call())
         calls[name] = max(1, math.ceil(least / _seconds(candidate, 1)))
     rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
+    for number in range(rounds):
+        for name in _order(list(candidates), number):
+            candidate = candidates[name]
             rates[name].append(candidate.work * calls[name] / _seconds(candidate, calls[name]))
     return {name: np.asarray(values) for name, values in rates.items()}
 
 
-def fastest(candidates: Mapping[str, Candidate], rounds: int = 1) -> str:
-    """Name the fastest of a few candidates, so that a rival is measured at its best setting."""
+def _order(names: list[str], number: int) -> list[str]:
+    first = number % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if number % 2 else order
+
+
+def fastest(candidates: Mapping[str, Candidate], seconds: float = 60.0, rounds: int = 3) -> str:
+    """Name the fastest of a few candidates, so that a rival is measured at its best setting.
+
+    One call of each tells which few may be the fastest; of these the median over some rounds decides.
+
+    Args:
+        candidates: By name, the most promising first.
+        seconds: After these no further ones are tried, but for a second one.
+        rounds: Turns of those that may be the fastest.
+    """
     if len(candidates) == 1:
         return next(iter(candidates))
-    rates = alternate(candidates, rounds, least=1e-9)
-    return max(rates, key=lambda name: float(np.max(rates[name])))
+    until, tried = time.perf_counter() + seconds, dict[str, float]()
+    for name, candidate in candidates.items():
+        if len(tried) >= 2 and time.perf_counter() > until:
+            break
+        jax.block_until_ready(candidate.call())  # compiles
+        tried[name] = candidate.work / _seconds(candidate, 1)
+    best = sorted(tried, key=lambda name: -tried[name])[:FINALISTS]
+    rates = alternate({name: candidates[name] for name in best}, rounds, least=0.0)
+    return max(best, key=lambda name: float(np.median(rates[name])))
 
 
 def _seconds(candidate: Candidate, calls: int) -> float:
