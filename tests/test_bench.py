@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bench import throughput
+from bench import scaling, throughput
 from bench.learners import arranged, mean_gradient, mean_of_peers, ours
 from bench.measure import Candidate, Spread, alternate, elsewhere, fastest, spread
 from bench.ours import replica_of, step
 from bench.report import Report, Row, to_table
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, normal_low_rank
 from bench.search import Choice, best_of, search
-from bench.settings import SHORT, Throughput
+from bench.settings import SHORT, Scaling, Throughput
 from conftest import mesh_of
 from processes import environment
 from small import MODELS, VOCAB, params_of
@@ -57,7 +57,7 @@ FIGURES = {
     "scaling": {"axis", "value", "step M/s", "÷ first", "memory MB"},
     "activation": {"hidden", "step ÷ forward"},
     "exchange": {"hosts", "losses ÷ sums"},
-    "cosines": {"space", "population", "cosine"},
+    "cosines": {"space", "population", "cosine", "standard error"},
     "workers": {"processes", "÷ one process"},
     "watching": {"trackers", "rate, watched ÷ alone"},
     "coordinator": {"how", "hosts", "own_ms"},
@@ -158,6 +158,12 @@ def test_losses_can_be_timed_at_the_populations_of_an_accelerator() -> None:
         replica = replica_of(size.config, mesh_of(1))
         assert replica.numbers == 0, size  # else it adds up, and `losses` finds no function to score with
         step(size.config, replica)
+
+
+def test_a_curve_of_scaling_is_of_one_estimator() -> None:
+    configs = [config for values in scaling.axes(Scaling()).values() for config, _ in values.values()]
+    assert max(config.es.population_size for config in configs) == 2**18
+    assert not any(config.es.sums(parameters=1) for config in configs)
 
 
 def test_a_table_shows_spreads_and_leaves_out_lists() -> None:

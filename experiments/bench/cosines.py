@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from bench.measure import spread
 from bench.report import Report, Row
 from bench.settings import Cosines
 from esjax.compass import bearings
@@ -55,13 +54,16 @@ def run(settings: Cosines) -> Report:
             chosen = replace(config, es=replace(es, population_size=population))
             found = [*bearings(chosen, model, params, stream, mesh, settings.repeats)]
             row: dict[str, Any] = {"space": space, "population": population}
-            row["cosine"] = spread(np.array([bearing.cosine for bearing in found]))
+            cosines = np.array([bearing.cosine for bearing in found])
+            row["cosine"] = float(cosines.mean())
+            row["standard error"] = float(cosines.std(ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None
             if es.space != "activation":
                 row["dispersion"] = dispersion = float(np.mean([bearing.dispersion for bearing in found]))
                 row["law"] = (1 + parameters * dispersion / (population / 2)) ** -0.5
             rows.append(row)
     held_out = trainer.last.held_out if trainer.last else None
-    notes = [f"At a held-out loss of {held_out:.3f}; {parameters:,} parameters."] if held_out else []
+    notes = [f"Means of {settings.repeats} comparisons; {parameters:,} parameters."]
+    notes += [f"At a held-out loss of {held_out:.3f}."] if held_out else []
     return Report(rows, partial(plot, rows), notes)
 
 
@@ -70,11 +72,11 @@ def plot(rows: Sequence[Row], figure: "Figure") -> None:
     axes = figure.add_subplot()
     for space in SPACES:
         mine = [row for row in rows if row["space"] == space]
-        lines = axes.plot(
-            [row["population"] for row in mine], [row["cosine"].median for row in mine], "o-", label=space
-        )
+        errors = [row["standard error"] or 0.0 for row in mine]
+        populations = [row["population"] for row in mine]
+        line, *_ = axes.errorbar(populations, [row["cosine"] for row in mine], errors, fmt="o-", label=space)
         if "law" in mine[0]:
-            color = lines[0].get_color()
-            axes.plot([row["population"] for row in mine], [row["law"] for row in mine], "x--", color=color)
+            color = line.get_color()
+            axes.plot(populations, [row["law"] for row in mine], "x--", color=color)
     axes.set(xlabel="population", ylabel="cosine with the exact gradient", xscale="log", yscale="log")
     axes.legend()

@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 
 def run(settings: Scaling) -> Report:
     """Measure each axis by itself, its values in turns."""
-    base = Config(es=EsConfig(population_size=settings.population))
+    rows = [row for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
+    notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
+    return Report(rows, partial(plot, rows), notes)
+
+
+def axes(settings: Scaling) -> dict[str, dict[int, tuple[Config, int]]]:
+    """List settings and devices by the axis and the value on it.
+
+    All exchange losses: left to itself a large population would exchange sums, and a curve would join two estimators.
+    """
+    es = EsConfig(population_size=settings.population, exchange="losses")
+    base = Config(es=es)
     everywhere = len(jax.local_devices())
     counts = [count for count in (2**power for power in range(10)) if count < everywhere] + [everywhere]
-    axes: dict[str, dict[int, tuple[Config, int]]] = {
+    return {
         "devices": {count: (base, count) for count in counts},
         "population": {
-            size: (replace(base, es=EsConfig(population_size=size)), everywhere) for size in settings.populations
+            size: (replace(base, es=replace(es, population_size=size)), everywhere) for size in settings.populations
         },
         "window": {length: (replace(base, data=DataConfig(window=length)), everywhere) for length in settings.windows},
         "hidden": {
@@ -35,9 +46,6 @@ def run(settings: Scaling) -> Report:
             for width in settings.widths
         },
     }
-    rows = [row for name, values in axes.items() for row in measure(name, values, settings.rounds)]
-    notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
-    return Report(rows, partial(plot, rows), notes)
 
 
 def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> Iterator[Row]:

@@ -70,6 +70,12 @@ class Update(Section):
     sequences: tuple[int, ...] = (1, 8, 32)
     """Sequences a member that are tried."""
 
+    rnns: tuple[tuple[int, int, int, int], ...] = Throughput().sizes[:4]
+    """Hidden size, layers, sequences a member, and population, of each rnn."""
+
+    rnn_hosts: tuple[int, ...] = (1, 16)
+    """Numbers of hosts that are tried with each rnn."""
+
     rounds: int = 7
     """Turns of evaluation and update."""
 
@@ -234,7 +240,7 @@ class Cosines(Section):
     populations: tuple[int, ...] = (256, 1024, 4096, 16384)
     """Populations that are tried."""
 
-    repeats: int = 3
+    repeats: int = 30
     """Comparisons, with other windows and noise each."""
 
     hidden: int = 32
@@ -317,7 +323,16 @@ SHORT: dict[str, Any] = {
         rounds=1,
     ),
     "update": Update(
-        population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), sequences=(2,), rounds=1
+        population=64,
+        populations=(64,),
+        hosts=(4,),
+        hidden=8,
+        widths=(),
+        ranks=(2,),
+        sequences=(2,),
+        rnns=((8, 2, 2, 64),),
+        rnn_hosts=(2,),
+        rounds=1,
     ),
     "learning": Learning(
         methods=("low rank 1", "evosax", "backpropagation"),
