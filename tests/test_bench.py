@@ -24,6 +24,7 @@ from bench.report import Report, Row, to_table
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, normal_low_rank
 from bench.search import Choice, best_of, search
 from bench.settings import SHORT, Scaling, Throughput
+from bench.targets import compare
 from conftest import mesh_of
 from processes import environment
 from small import MODELS, VOCAB, params_of
@@ -178,6 +179,39 @@ def test_a_table_shows_spreads_and_leaves_out_lists() -> None:
     ]
 
 
+def test_targets_are_set_beside_what_was_found(tmp_path: Path) -> None:
+    def leave(name: str, *rows: Row) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+    def ratio(median: float) -> dict[str, float]:
+        return {"median": median, "low": 0.0, "high": 99.0}
+
+    small = {"model": "rnn", "hidden": 16, "sequences": 8}
+    leave(
+        "throughput",
+        {**small, "evaluation ÷ numpy": ratio(75.0), "step ÷ best rival": ratio(1.6), "evaluation ÷ forward": ratio(1)},
+        {"model": "gru", "hidden": 32, "sequences": 1, "evaluation ÷ forward": ratio(0.94)},
+    )
+    leave(
+        "learning",
+        {"method": "full", "below 3.33: s": 9.0, "below 2.52: s": None, "below 1.98: s": None},
+        {"method": "low rank 1", "below 3.33: s": 11.0, "below 2.52: s": None, "below 1.98: s": None},
+        {"method": "activation", "below 3.33: s": 1.0, "below 2.52: s": 2.0, "below 1.98: s": 60.0},
+    )
+    leave("coordinator", {"how": "machine", "hosts": 256, "own_ms": 1.0}, {"hosts": 256, "own_ms": 20.5})
+    rows = compare(tmp_path).rows
+    assert {row["what"]: (row["found"], row["reached"]) for row in rows if row["reached"] != "not measured"} == {
+        "rnn 16: evaluation ÷ numpy": (75.0, "yes"),
+        "rnn 16: step ÷ best rival": (1.6, "no"),
+        "evaluation ÷ forward, all sizes": (0.94, "no"),
+        "seconds to 3.33, noise on weights": (9.0, "yes"),
+        "seconds to 2.52, bigram, noise on weights": (None, "no"),
+        "seconds to 1.98, trigram, any noise": (60.0, "yes"),
+        "own ms a step, 256 hosts": (20.5, "no"),
+    }
+    assert {row["benchmark"] for row in rows} == {"throughput", "learning", "update", "start", "coordinator"}
+
+
 def test_numpy_computes_the_same_loss() -> None:
     model = MODELS["rnn"]
     params = params_of(model)
@@ -188,17 +222,20 @@ def test_numpy_computes_the_same_loss() -> None:
     np.testing.assert_allclose(NumpyRnn(leaves, 0.1, 2).loss(leaves, tokens), expected, rtol=1e-6)
 
 
-def cosine_with_gradient(rival: Rival, model: Model, params: Params, key: int, tokens: jax.Array) -> float:
-    """Take a step of size 1 downhill, and compare it with the exact one; both in units."""
-    state = jax.jit(rival.step)(rival.init(params), jax.random.key(key), tokens)
+def stepped(rival: Rival, params: Params, tokens: jax.Array) -> Params:
+    """Take a step of size 1 downhill."""
+    return rival.params(jax.jit(rival.step)(rival.init(params), jax.random.key(0), tokens))
+
+
+def cosine_with_gradient(model: Model, params: Params, after: Params, windows: jax.Array) -> float:
+    """Compare a step with the exact one; both in units."""
     units = model.units(params)
-    change = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, rival.params(state), units)
-    windows = tokens.reshape(-1, tokens.shape[-1])
+    change = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, after, units)
 
     def mean_loss(params: Params) -> jax.Array:
         return jnp.mean(jax.vmap(lambda window: Member(model, params).cross_entropy(window, 1))(windows))
 
-    gradient = jax.tree.map(lambda leaf, unit: leaf * unit, jax.grad(mean_loss)(params), units)
+    gradient = jax.tree.map(lambda leaf, unit: leaf * unit, jax.jit(jax.grad(mean_loss))(params), units)
     one, two = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (change, gradient))
     return float(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
 
@@ -214,7 +251,7 @@ def test_rivals_go_along_the_gradient() -> None:
     mesh = mesh_of(4)
     dense = evosax_open_es(model, mesh, burn_in=1, population=2 * pairs, sigma=0.01, optimizer=SGD, at_once=256)
     with jax.numpy_rank_promotion("allow"):  # evosax's code needs it
-        found = cosine_with_gradient(dense, model, params, 0, window)
+        found = cosine_with_gradient(model, params, stepped(dense, params, window), window)
     assert found == pytest.approx(expected, abs=0.05)  # ranks in place of losses cost a little
     same = jnp.broadcast_to(window, (pairs, *window.shape))
     kept, again = (
@@ -223,10 +260,10 @@ def test_rivals_go_along_the_gradient() -> None:
         )
         for is_kept in (True, False)
     )
+    after = [stepped(rival, params, same) for rival in (kept, again)]
     # Products of two normals have heavier tails than one normal, which costs more.
-    assert 0.8 < cosine_with_gradient(kept, model, params, 0, same) < expected + 0.02
+    assert 0.8 < cosine_with_gradient(model, params, after[0], window) < expected + 0.02
     # From the same keys comes the same noise, in groups or not; sums in another order differ in the last bits.
-    after = [jax.jit(rival.step)(rival.init(params), jax.random.key(0), same)[0] for rival in (kept, again)]
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=0, atol=1e-4), *after)
 
 
