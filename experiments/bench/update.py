@@ -100,7 +100,7 @@ def measure(setting: Setting, rounds: int) -> Row:
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw the ratio against each setting."""
     names = list(dict.fromkeys(row["changed"] for row in rows if row["changed"] != RNN))
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         mine = [row for row in rows if row["changed"] == name]
         ratios = [row["update ÷ evaluation"] for row in mine]
         values = [row[name] for row in mine]
