@@ -40,7 +40,10 @@ RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 SGD = optax.sgd(1.0)
 
 FIGURES = {
-    "throughput": {"evaluation ÷ numpy", "evaluation ÷ forward", "step ÷ evosax", "step ÷ best rival", "rates"},
+    "throughput": {
+        *("evaluation ÷ numpy", "evaluation ÷ forward", "step ÷ evosax", "step ÷ normal, kept"),
+        *("step ÷ normal, grown again", "step ÷ best rival", "step, bfloat16 ÷ best rival, bfloat16", "rates"),
+    },
     "update": {"update ÷ evaluation", "update ÷ step", "population", "hosts", "hidden", "rank"},
     "learning": {
         "method",

@@ -49,7 +49,8 @@ def run(settings: Cosines) -> Report:
     model, stream = build_model(config.model, size), corpus.stream()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     rows = []
-    for space, es in SPACES.items():
+    for space in settings.spaces:
+        es = SPACES[space]
         for population in settings.populations:
             chosen = replace(config, es=replace(es, population_size=population))
             found = [*bearings(chosen, model, params, stream, mesh, settings.repeats)]
@@ -70,7 +71,7 @@ def run(settings: Cosines) -> Report:
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw cosines, and the law as crosses."""
     axes = figure.add_subplot()
-    for space in SPACES:
+    for space in dict.fromkeys(row["space"] for row in rows):
         mine = [row for row in rows if row["space"] == space]
         errors = [row["standard error"] or 0.0 for row in mine]
         populations = [row["population"] for row in mine]

@@ -62,6 +62,8 @@ def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> It
             yield {"axis": axis, "value": value, "step M/s": "out of memory"}
             continue
         candidates[str(value)], memory[str(value)] = candidate, _peak_memory()
+    if not candidates:  # nothing had room, or nothing was asked for
+        return
     rates = alternate(candidates, rounds)
     first = next(iter(rates.values()))
     for name, found in rates.items():

@@ -161,6 +161,9 @@ class ScaleFree(Section):
     factor: int = 4
     """By how much."""
 
+    scaled: tuple[str, ...] = ("population", "width", "batch")
+    """What is scaled."""
+
     tokens: int = 120_000_000
     """Member-tokens of a run."""
 
@@ -239,6 +242,9 @@ class Cosines(Section):
 
     populations: tuple[int, ...] = (256, 1024, 4096, 16384)
     """Populations that are tried."""
+
+    spaces: tuple[str, ...] = ("full", "low_rank", "activation", "activation, exact logits")
+    """Spaces that are compared."""
 
     repeats: int = 30
     """Comparisons, with other windows and noise each."""
@@ -350,12 +356,14 @@ SHORT: dict[str, Any] = {
         batches=(16,),
     ),
     "start": Start(words=SMALL_RUN, rounds=1),
-    "ablation": Ablation(choices=("pairing",), tokens=4096, seeds=1, population=128, text=PYDOC),
-    "scale_free": ScaleFree(tokens=8192, seeds=1, population=64, hidden=4, text=PYDOC),
+    "ablation": Ablation(choices=("schedule",), tokens=4096, seeds=1, population=128, text=PYDOC),
+    "scale_free": ScaleFree(scaled=("batch",), tokens=4096, seeds=1, population=64, hidden=4, text=PYDOC),
     "scaling": Scaling(population=64, populations=(64, 128), windows=(), widths=(8,), rounds=1),
     "activation": Activation(widths=(8,), population=64, at_once=(64,), rounds=1),
     "exchange": Exchange(populations=(64,), hosts=(1,), hidden=8, rounds=1),
-    "cosines": Cosines(steps=2, population=64, populations=(64,), repeats=1, hidden=4, text=PYDOC),
+    "cosines": Cosines(
+        steps=2, population=64, populations=(64,), spaces=("low_rank", "activation"), repeats=2, hidden=4, text=PYDOC
+    ),
     "workers": Workers(workers=(2,), rounds=1, seconds=2.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
     "coordinator": Coordinator(hosts=(2,), members=128, steps=5),
