@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.measure import Way, alternate, fastest, spread
+from bench.measure import Candidate, alternate, fastest, spread
 from bench.ours import VOCAB, member_tokens, random_tokens, replica_of, step
 from bench.report import Report, Row
 from bench.rivals import forward
@@ -41,16 +41,16 @@ def measure(hidden: int, settings: Activation) -> Row:
     tokens = jnp.asarray(random_tokens((settings.population, data.burn_in + data.window)), jnp.int32)
     work = member_tokens(config)
     passes = {
-        str(at_once): Way(partial(jax.jit(forward(model, mesh, data.burn_in, at_once)), params, tokens), work)
+        str(at_once): Candidate(partial(jax.jit(forward(model, mesh, data.burn_in, at_once)), params, tokens), work)
         for at_once in settings.at_once
     }
     chosen = fastest(passes)
-    ways = {
+    candidates = {
         "forward": passes[chosen],
         "step": step(config, replica_of(config, mesh)),
         "exact": step(exact, replica_of(exact, mesh)),
     }
-    rates = alternate(ways, settings.rounds)
+    rates = alternate(candidates, settings.rounds)
     return {
         "hidden": hidden,
         **{f"{name} M/s": float(np.median(values)) / 1e6 for name, values in rates.items()},

@@ -14,12 +14,15 @@ from bench.settings import SHORT
 from esjax.cli.shared import prepare
 from esjax.errors import EsjaxError
 
+TARGETS = "targets"
+
 
 @dataclass(frozen=True)
 class Bench:
     """Measure speed and learning beside rivals.
 
-    Each benchmark leaves NAME.json, a table NAME.md and a plot NAME.png.
+    Each benchmark leaves NAME.json, a table NAME.md and a plot NAME.png. At last all that the folder holds is set
+    beside what must be reached; the name `targets` does only that.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
@@ -48,14 +51,18 @@ class Bench:
     def run(self, console: Console) -> None:
         """Run them one after another."""
         for name in self.names:
-            if name not in SHORT:
-                raise EsjaxError(f"there is no benchmark {name!r}; there are {', '.join(SHORT)}")
+            if name not in (*SHORT, TARGETS):
+                raise EsjaxError(f"there is no benchmark {name!r}; there are {', '.join((*SHORT, TARGETS))}")
         prepare()
-        from bench.report import write
+        from bench.report import to_table, write
+        from bench.targets import compare
 
         for name in self.names or SHORT:
+            if name == TARGETS:
+                continue
             chosen: Any = SHORT[name] if self.short else getattr(self, name)
             console.print(f"{name} ...", markup=False, highlight=False)
             report = importlib.import_module(f"bench.{name}").run(chosen)
             print(f"\n{write(self.out, name, msgspec.to_builtins(chosen), report)}\n", flush=True)
+        print(f"{to_table(compare(self.out))}\n", flush=True)
         console.print(f"kept in {self.out}", markup=False, highlight=False)

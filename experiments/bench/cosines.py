@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from bench.measure import spread
 from bench.report import Report, Row
 from bench.settings import Cosines
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
@@ -50,31 +49,35 @@ def run(settings: Cosines) -> Report:
     model, stream = build_model(config.model, size), corpus.stream()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     rows = []
-    for space, es in SPACES.items():
+    for space in settings.spaces:
+        es = SPACES[space]
         for population in settings.populations:
             chosen = replace(config, es=replace(es, population_size=population))
             found = [*gradient_cosines(chosen, model, params, stream, mesh, settings.repeats)]
             row: dict[str, Any] = {"space": space, "population": population}
-            row["cosine"] = spread(np.array([compared.cosine for compared in found]))
+            cosines = np.array([compared.cosine for compared in found])
+            row["cosine"] = float(cosines.mean())
+            row["standard error"] = float(cosines.std(ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None
             if es.space != "activation":
                 row["dispersion"] = dispersion = float(np.mean([compared.dispersion for compared in found]))
                 row["law"] = (1 + parameters * dispersion / (population / 2)) ** -0.5
             rows.append(row)
     held_out = trainer.last.held_out if trainer.last else None
-    notes = [f"At a held-out loss of {held_out:.3f}; {parameters:,} parameters."] if held_out else []
+    notes = [f"Means of {settings.repeats} comparisons; {parameters:,} parameters."]
+    notes += [f"At a held-out loss of {held_out:.3f}."] if held_out else []
     return Report(rows, partial(plot, rows), notes)
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw cosines, and the law as crosses."""
     axes = figure.add_subplot()
-    for space in SPACES:
+    for space in dict.fromkeys(row["space"] for row in rows):
         mine = [row for row in rows if row["space"] == space]
-        lines = axes.plot(
-            [row["population"] for row in mine], [row["cosine"].median for row in mine], "o-", label=space
-        )
+        errors = [row["standard error"] or 0.0 for row in mine]
+        populations = [row["population"] for row in mine]
+        line, *_ = axes.errorbar(populations, [row["cosine"] for row in mine], errors, fmt="o-", label=space)
         if "law" in mine[0]:
-            color = lines[0].get_color()
-            axes.plot([row["population"] for row in mine], [row["law"] for row in mine], "x--", color=color)
+            color = line.get_color()
+            axes.plot(populations, [row["law"] for row in mine], "x--", color=color)
     axes.set(xlabel="population", ylabel="cosine with the exact gradient", xscale="log", yscale="log")
     axes.legend()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Exchange
@@ -49,7 +49,7 @@ def measure(population: int, hosts: int, settings: Exchange) -> Row:
         by_sums.apply_sum(by_sums.sums(share), 0.0)
         return by_sums.state
 
-    rates = alternate({"losses": Way(losses), "sums": Way(sums)}, settings.rounds)
+    rates = alternate({"losses": Candidate(losses), "sums": Candidate(sums)}, settings.rounds)
     return {
         "population": population,
         "hosts": hosts,

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int
 
 from bench.rivals import evosax_open_es
 from esjax.config import Config, replace
@@ -30,6 +32,10 @@ from esjax.training import Trainer
 
 NEVER = 1e9
 """Seconds between evaluations of a run that is evaluated from outside."""
+
+
+Name = TypeVar("Name")
+"""What learners are told apart by."""
 
 
 class Learner(NamedTuple):
@@ -54,11 +60,11 @@ class Point(NamedTuple):
 
 
 def train_in_turns(
-    learners: dict[str, Learner], held_out: Callable[[Params], float], seconds: float, every: float
-) -> dict[str, list[Point]]:
+    learners: dict[Name, Learner], held_out: Callable[[Params], float], seconds: float, every: float
+) -> dict[Name, list[Point]]:
     """Train all in turns of `every` seconds, and evaluate each after its turn; evaluations and first steps are free."""
     clocks = {name: [0.0, learner.step(0.0)] for name, learner in learners.items()}
-    curves: dict[str, list[Point]] = {name: [] for name in learners}
+    curves: dict[Name, list[Point]] = {name: [] for name in learners}
     for turn in range(1, max(1, round(seconds / every)) + 1):
         for name, learner in learners.items():
             clock = clocks[name]
@@ -122,22 +128,39 @@ def _set(config: Config, corpus: Corpus) -> _Setting:
     return _Setting(model, params, stream, mesh, windows_of)
 
 
+def mean_gradient(model: Model, mesh: Mesh, burn_in: int) -> Callable[[Params, Int[Array, "windows length"]], Params]:
+    """Make `(params, windows) -> gradient` of the mean loss; jit it.
+
+    Each device takes the gradient of its share by itself, and they meet once. Left to the compiler, they would meet at
+    every token of the backward pass.
+    """
+
+    def mean_loss(params: Params, windows: Array) -> Array:
+        return jnp.mean(jax.vmap(lambda window: Member(model, params).cross_entropy(window, burn_in))(windows))
+
+    everywhere, shares = PartitionSpec(), PartitionSpec(PAIRS_AXIS)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(everywhere, shares), out_specs=everywhere, check_vma=False)
+    def gradient(params: Params, windows: Array) -> Params:
+        flat, unravel = ravel_pytree(jax.grad(mean_loss)(params, windows))
+        return unravel(jax.lax.pmean(flat, PAIRS_AXIS))
+
+    return gradient
+
+
 def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_a_time: int = 10) -> Learner:
-    """Train with exact gradients and Adam; the rate falls to 0 as a cosine over the run, `at_a_time` steps a call."""
+    """Train with exact gradients and Adam; the rate falls to 0 as a cosine over the run, `at_a_time` steps a call.
+
+    The batch is rounded up to as many windows for every device.
+    """
     model, params, _, mesh, windows_of = _set(config, corpus)
-    rule, burn_in = optax.scale_by_adam(), config.data.burn_in
-    over_devices = NamedSharding(mesh, PartitionSpec(PAIRS_AXIS))
+    rule, gradient_of = optax.scale_by_adam(), mean_gradient(model, mesh, config.data.burn_in)
+    batch += -batch % mesh.size
 
     def update(number: Array, carried: tuple[Params, Any], rate: Array) -> tuple[Params, Any]:
         params, state = carried
         windows = windows_of(number, jnp.arange(batch, dtype=jnp.uint32), 1)[:, 0]
-        windows = jax.lax.with_sharding_constraint(windows, over_devices)
-
-        def mean_loss(params: Params) -> Array:
-            return jnp.mean(jax.vmap(lambda window: Member(model, params).cross_entropy(window, burn_in))(windows))
-
-        gradient = jax.grad(mean_loss)(params)
-        updates, state = rule.update(gradient, state)
+        updates, state = rule.update(gradient_of(params, windows), state)
         return jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates), state
 
     jitted, carried, number = jax.jit(update), (params, rule.init(params)), 0
@@ -185,13 +208,22 @@ def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, a
     return Learner(step, lambda: average)
 
 
+def mean_of_peers(losses: np.ndarray, members_a_window: int) -> np.ndarray:
+    """Give each member the mean loss of those that share its window, or of all, if it has one alone."""
+    if members_a_window == 1:
+        return np.full_like(losses, losses.mean())
+    windows = np.arange(len(losses)) // members_a_window
+    return (np.bincount(windows, losses) / np.bincount(windows))[windows]
+
+
 def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_window: int = 1) -> Learner:
     """Train with the library's functions in another arrangement.
 
     Args:
         config: Settings.
         corpus: The text.
-        paired: False: every member has noise of its own and its loss is compared with the mean, not with a twin's.
+        paired: False: every member has noise of its own and its loss is compared with a mean, not with a twin's: of
+            those that share its window, which else would count how hard the window is; of all, if it has one alone.
         pairs_a_window: Pairs (or members, unpaired) that share a window.
     """
     model, params, _, mesh, windows_of = _set(config, corpus)
@@ -212,7 +244,7 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
     def step(_: float) -> int:
         losses = np.array(losses_of(replica.state.params, replica.state.step))
         if not paired:  # the other sign is scored as well, and not looked at: what counts here are tokens, not seconds
-            losses[:, 1] = losses[:, 0].mean()
+            losses[:, 1] = mean_of_peers(losses[:, 0], pairs_a_window)
         shaped = shape(losses, es.shaping, es.sigma)
         replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale)
         return es.population_size * data.batch_size * data.window

@@ -1,100 +1,129 @@
 """Held-out loss over seconds and over tokens, from the same first weights on the same text, all trained in turns.
 
 Noise on weights (the defaults; full; low rank 4), noise on activations, evosax's OpenES with the same optimizer, and
-backpropagation with Adam. The step size of each is the best of the same few multiples of its usual one, by the
-held-out loss after trials that are short and taken in turns.
+backpropagation with Adam. The step size of each is searched by the held-out loss after trials that are short and taken
+in turns; for evosax together with the windows that its members share, for backpropagation with those of a batch, of
+which both have none that is usual. A schedule with an end, which backpropagation has, ends with the trial, and with
+the run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer, train_in_turns
 from bench.report import Report, Row
+from bench.search import Choice, best_of, search
 from bench.settings import Learning
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
+from esjax.models.model import Params
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TURNS = 4
+"""Turns that a trial is cut into."""
 
 BACKPROPAGATION_RATE = 0.005
 """Adam's usual rate for backpropagation with such models."""
 
 
+class Method(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        make: `(choice) -> learner`.
+        rate: Its usual step size.
+        windows: Numbers of windows that are tried, the usual one first.
+    """
+
+    make: Callable[[Choice], Learner]
+    rate: float
+    windows: tuple[int, ...] = (1,)
+
+
 def run(settings: Learning) -> Report:
-    """Search step sizes, then train."""
+    """Search, then train."""
     config = Config(
         data=DataConfig(text=settings.text),
         model=GruConfig(hidden_size=settings.hidden, head_size=settings.head),
     )
     corpus = load_corpus(config.data)
     held_out = scorer(config, corpus)
+    seconds = settings.seconds / 3 if settings.search_seconds is None else settings.search_seconds
+    trials: dict[str, dict[Choice, float]] = {}
+    chosen: dict[str, Choice] = {}
     makers = methods(settings, config, corpus)
-    rates, trials = {}, {}
     for name in settings.methods:
-        maker, usual = makers[name]
-        tried = {factor: usual * factor for factor in settings.factors} if settings.search_seconds else {1.0: usual}
-        if len(tried) > 1:
-            learners = {str(rate): maker(rate) for rate in tried.values()}
-            curves = train_in_turns(learners, held_out, settings.search_seconds, settings.search_seconds)
-            trials[name] = {rate: curve[-1].held_out for rate, curve in curves.items()}
-            rates[name] = float(min(trials[name], key=lambda rate: _or_infinite(trials[name][rate])))
-        else:
-            rates[name] = usual
-    learners = {name: makers[name][0](rates[name]) for name in settings.methods}
+        method = makers[name]
+        chosen[name], trials[name] = Choice(method.rate, method.windows[0]), {}
+        if seconds:
+            rates = [factor * method.rate for factor in settings.factors]
+            try_out = partial(_try_out, method, held_out, seconds)
+            trials[name] = search(try_out, rates, method.windows, settings.extensions)
+            chosen[name] = best_of(trials[name])
+    learners = {name: makers[name].make(chosen[name]) for name in settings.methods}
     curves = train_in_turns(learners, held_out, settings.seconds, settings.every)
-    rows = [_row(name, rates[name], trials.get(name, {}), curve, settings.targets) for name, curve in curves.items()]
+    rows = [_row(name, chosen[name], trials[name], curve, settings.targets) for name, curve in curves.items()]
     baselines = corpus.baselines(corpus.held_out)
     notes = ["On the same documents: " + ", ".join(f"{name} {value:.3f}" for name, value in baselines.items()) + "."]
     return Report(rows, partial(plot, rows, settings.targets), notes)
 
 
-def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, tuple[Callable[[float], Learner], float]]:
-    """Name every method: how to make it from a step size, and its usual step size."""
+def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, Method]:
+    """Name every method."""
 
-    def es(**changes: Any) -> tuple[Callable[[float], Learner], float]:
+    def es(**changes: Any) -> Method:
         chosen = replace(config, es=EsConfig(population_size=settings.population, **changes))
-        return lambda rate: ours(_at(chosen, rate), corpus), config.optim.learning_rate
+        return Method(lambda choice: ours(_at(chosen, choice.rate), corpus), config.optim.learning_rate)
 
-    def rival(rate: float) -> Learner:
+    def rival(choice: Choice) -> Learner:
         return evosax(
-            _at(config, rate),
+            _at(config, choice.rate),
             corpus,
             population=settings.population,
-            sequences=settings.evosax_sequences,
-            at_once=max(1, settings.at_once // settings.evosax_sequences),
+            sequences=choice.windows,
+            at_once=max(1, settings.at_once // choice.windows),
         )
+
+    def exact(choice: Choice) -> Learner:
+        return backpropagation(config, corpus, choice.rate, choice.windows)
 
     return {
         "low rank 1": es(),
         "low rank 4": es(rank=4),
         "full": es(space="full"),
         "activation": es(space="activation"),
-        "evosax": (rival, config.optim.learning_rate),
-        "backpropagation": (
-            lambda rate: backpropagation(config, corpus, rate, settings.batch),
-            BACKPROPAGATION_RATE,
-        ),
+        "evosax": Method(rival, config.optim.learning_rate, settings.evosax_windows),
+        "backpropagation": Method(exact, BACKPROPAGATION_RATE, settings.batches),
     }
+
+
+def _try_out(
+    method: Method, held_out: Callable[[Params], float], seconds: float, choices: Sequence[Choice]
+) -> dict[Choice, float]:
+    learners = {choice: method.make(choice) for choice in choices}
+    curves = train_in_turns(learners, held_out, seconds, seconds / TURNS)
+    losses = {choice: curve[-1].held_out for choice, curve in curves.items()}
+    return {choice: loss if math.isfinite(loss) else math.inf for choice, loss in losses.items()}
 
 
 def _at(config: Config, rate: float) -> Config:
     return replace(config, optim=replace(config.optim, learning_rate=rate))
 
 
-def _or_infinite(loss: float) -> float:
-    return loss if loss == loss else float("inf")
-
-
-def _row(name: str, rate: float, trials: dict[str, float], curve: list[Point], targets: tuple[float, ...]) -> Row:
+def _row(name: str, choice: Choice, trials: dict[Choice, float], curve: list[Point], targets: tuple[float, ...]) -> Row:
     last = curve[-1]
-    row: dict[str, Any] = {"method": name, "step size": rate, "M tokens/s": last.tokens / last.seconds / 1e6}
+    tried = [[*choice, loss if math.isfinite(loss) else None] for choice, loss in trials.items()]
+    row: dict[str, Any] = {"method": name, "step size": choice.rate, "windows": choice.windows}
+    row |= {"M tokens/s": last.tokens / last.seconds / 1e6}
     for target in targets:
         reached = next((point for point in curve if point.held_out < target), None)
         row[f"below {target}: s"] = reached.seconds if reached else None
         row[f"below {target}: M tokens"] = reached.tokens / 1e6 if reached else None
-    row |= {"seconds": last.seconds, "held-out": last.held_out, "trials": trials}
+    row |= {"seconds": last.seconds, "held-out": last.held_out, "trials": tried}
     return {**row, "curve": [list(point) for point in curve]}
 
 

@@ -1,4 +1,4 @@
-"""Times ways of doing the same work in turns, so that whatever else the machine does meets all of them alike.
+"""Times candidates for the same work in turns, so that whatever else the machine does meets all of them alike.
 
 Every figure that is reported is a ratio of two rates of the same round; its spread is over the rounds.
 """
@@ -16,11 +16,15 @@ import jax
 import numpy as np
 
 LEAST_SECONDS = 0.2
-"""A way is called as often in a round as takes so long."""
+"""A candidate is called as often in a round as takes so long."""
 
 
-class Way(NamedTuple):
-    """A way of doing some work.
+FINALISTS = 3
+"""Of several settings of a rival, those that are timed more than once."""
+
+
+class Candidate(NamedTuple):
+    """One way of doing some work.
 
     Attributes:
         call: Does it; what it returns is waited for.
@@ -44,54 +48,79 @@ def spread(values: np.ndarray) -> Spread:
     return Spread(float(np.median(values)), float(np.min(values)), float(np.max(values)))
 
 
-def alternate(ways: Mapping[str, Way], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
-    """Time all ways in turns; the first call of each, which may compile, does not count, nor does a second.
+def alternate(candidates: Mapping[str, Candidate], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
+    """Time all candidates in turns; the first call of each, which may compile, does not count, nor does a second.
+
+    Each round begins with another one, and every other round goes backwards: what one leaves behind, in caches or in
+    the processor's clock, does not always meet the same next one.
 
     Args:
-        ways: By name.
+        candidates: By name.
         rounds: How often it is each one's turn, at least 1.
         least: Seconds that a turn takes at least. 0: a turn is a call, and the first one counts.
 
     Returns:
-        Work a second of each way and round.
+        Work a second of each candidate and round.
     """
-    calls = dict.fromkeys(ways, 1)
-    for name, way in ways.items() if least else ():
-        jax.block_until_ready(way.call())
-        calls[name] = max(1, math.ceil(least / _seconds(way, 1)))
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            rates[name].append(way.work * calls[name] / _seconds(way, calls[name]))
+    calls = dict.fromkeys(candidates, 1)
+    for name, candidate in candidates.items() if least else ():
+        jax.block_until_ready(candidate.call())
+        calls[name] = max(1, math.ceil(least / _seconds(candidate, 1)))
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds):
+        for name in _order(list(candidates), number):
+            candidate = candidates[name]
+            rates[name].append(candidate.work * calls[name] / _seconds(candidate, calls[name]))
     return {name: np.asarray(values) for name, values in rates.items()}
 
 
-def fastest(ways: Mapping[str, Way], rounds: int = 1) -> str:
-    """Name the fastest of a few ways, so that a rival is measured at its best setting."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    rates = alternate(ways, rounds, least=1e-9)
-    return max(rates, key=lambda name: float(np.max(rates[name])))
+def _order(names: list[str], number: int) -> list[str]:
+    first = number % len(names)
+    order = names[first:] + names[:first]
+    return order[::-1] if number % 2 else order
 
 
-def _seconds(way: Way, calls: int) -> float:
+def fastest(candidates: Mapping[str, Candidate], seconds: float = 60.0, rounds: int = 3) -> str:
+    """Name the fastest of a few candidates, so that a rival is measured at its best setting.
+
+    One call of each tells which few may be the fastest; of these the median over some rounds decides.
+
+    Args:
+        candidates: By name, the most promising first.
+        seconds: After these no further ones are tried, but for a second one.
+        rounds: Turns of those that may be the fastest.
+    """
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    until, tried = time.perf_counter() + seconds, dict[str, float]()
+    for name, candidate in candidates.items():
+        if len(tried) >= 2 and time.perf_counter() > until:
+            break
+        jax.block_until_ready(candidate.call())  # compiles
+        tried[name] = candidate.work / _seconds(candidate, 1)
+    best = sorted(tried, key=lambda name: -tried[name])[:FINALISTS]
+    rates = alternate({name: candidates[name] for name in best}, rounds, least=0.0)
+    return max(best, key=lambda name: float(np.median(rates[name])))
+
+
+def _seconds(candidate: Candidate, calls: int) -> float:
     started = time.perf_counter()
     for _ in range(calls):
-        jax.block_until_ready(way.call())
+        jax.block_until_ready(candidate.call())
     return max(time.perf_counter() - started, 1e-9)
 
 
 @contextmanager
 def elsewhere(
-    make: Callable[..., Mapping[str, Way]],
+    make: Callable[..., Mapping[str, Candidate]],
     *arguments: Any,
     environment: Mapping[str, str],
     processes: int = 1,
-) -> Iterator[dict[str, Way]]:
-    """Make ways in processes of their own, whose libraries start with other settings.
+) -> Iterator[dict[str, Candidate]]:
+    """Make candidates in processes of their own, whose libraries start with other settings.
 
     Args:
-        make: `(*arguments) -> ways`, a function of a module; called in each process.
+        make: `(*arguments) -> candidates`, a function of a module; called in each process.
         arguments: What it is given.
         environment: Variables that are set when the processes start.
         processes: How many work at the same time; together they do so many times the work.
@@ -121,18 +150,18 @@ def elsewhere(
             for line in lines:
                 line.recv()
 
-        yield {name: Way(lambda name=name: call(name), sum(of[name] for of in work)) for name in work[0]}
+        yield {name: Candidate(lambda name=name: call(name), sum(of[name] for of in work)) for name in work[0]}
 
 
-def _serve(line: Connection, make: Callable[..., Mapping[str, Way]], arguments: tuple[Any, ...]) -> None:
-    ways = make(*arguments)
-    line.send({name: way.work for name, way in ways.items()})
+def _serve(line: Connection, make: Callable[..., Mapping[str, Candidate]], arguments: tuple[Any, ...]) -> None:
+    candidates = make(*arguments)
+    line.send({name: candidate.work for name, candidate in candidates.items()})
     while True:
         try:
             name = line.recv()
         except EOFError:
             return
-        jax.block_until_ready(ways[name].call())
+        jax.block_until_ready(candidates[name].call())
         line.send(None)
 
 

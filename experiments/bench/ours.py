@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from bench.measure import Way
+from bench.measure import Candidate
 from esjax.config import Config
 from esjax.evaluate import PAIRS_AXIS
 from esjax.hosts.alone import Alone
@@ -41,13 +41,13 @@ def member_tokens(config: Config) -> int:
     return config.es.population_size * config.data.batch_size * config.data.window
 
 
-def evaluation(config: Config, replica: Replica) -> Way:
+def evaluation(config: Config, replica: Replica) -> Candidate:
     """Score the whole population once: its noise is grown, its windows are drawn, and losses come back."""
     pairs = np.arange(config.es.pairs, dtype=np.uint32)
-    return Way(lambda: replica.losses(pairs), member_tokens(config))
+    return Candidate(lambda: replica.losses(pairs), member_tokens(config))
 
 
-def step(config: Config, replica: Replica) -> Way:
+def step(config: Config, replica: Replica) -> Candidate:
     """Take a whole step: evaluation, shaping, the noise once more, Adam."""
     alone = alone_of(config, replica)
 
@@ -55,4 +55,4 @@ def step(config: Config, replica: Replica) -> Way:
         alone.step()
         return replica.state
 
-    return Way(call, member_tokens(config))
+    return Candidate(call, member_tokens(config))

@@ -4,6 +4,7 @@ All score the library's own models with its own loss, numpy apart, which is writ
 a share of the members, `at_once` of them at a time, as the library's own evaluation does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,15 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from esjax.config import Precision
 from esjax.errors import EsjaxError
 from esjax.evaluate import PAIRS_AXIS
 from esjax.member import Member
 from esjax.models.model import Model, Params
+from esjax.models.primitives import round_matrices
 from esjax.noise import Factors, Noise, make_space
 from esjax.tokens import STOP
+
+WEIGHED = 512
+"""Pairs whose noise a device draws again and sums at a time, at most, as in this library."""
 
 
 class Rival(NamedTuple):
@@ -57,11 +64,12 @@ def evosax_open_es(
     sigma: float,
     optimizer: optax.GradientTransformation,
     at_once: int,
+    precision: Precision = "float32",
 ) -> Rival:
     """Make evosax's OpenES: dense normal noise, antithetic, and centred ranks over the whole population.
 
     All members score the same sequences, tokens [sequences, length]. It searches in units of each leaf, so that one
-    sigma and one step size serve all leaves, as they do here.
+    sigma and one step size serve all leaves, as they do here. Products are of the precision's type.
     """
     try:
         from evosax.algorithms import Open_ES
@@ -82,7 +90,7 @@ def evosax_open_es(
         members, state = strategy.ask(key, state, strategy.default_params)
 
         def member_loss(solution: Params) -> Float[Array, ""]:
-            return _mean_loss(Member(model, to_params(solution)), tokens, burn_in)
+            return _mean_loss(Member(model, round_matrices(to_params(solution), precision)), tokens, burn_in)
 
         losses = _spread_out(mesh, member_loss, members, at_once)
         return strategy.tell(key, members, losses, state, strategy.default_params)[0]
@@ -100,15 +108,32 @@ def normal_low_rank(
     rank: int,
     optimizer: optax.GradientTransformation,
     at_once: int,
+    kept: bool,
+    precision: Precision = "float32",
 ) -> Rival:
     """Make low-rank evolution strategies whose factors are drawn by `jax.random.normal`, a key a member and leaf.
 
-    The noise of a step is drawn once and kept for the update. Each pair has sequences of its own, tokens
-    [pairs, sequences, length]; shaping is by the standard deviation of the pairs' differences.
+    Each pair has sequences of its own, tokens [pairs, sequences, length]; shaping is by the standard deviation of the
+    pairs' differences.
+
+    Args:
+        model: The architecture.
+        mesh: Devices that share the pairs.
+        burn_in: Tokens of a sequence that are read and not scored.
+        pairs: Pairs a step.
+        sigma: Standard deviation of the noise, in units of each leaf.
+        rank: Rank of the noise of a matrix.
+        optimizer: From the estimate, in units of each leaf, to the update.
+        at_once: Pairs that a device scores at a time.
+        kept: Whether a step draws its noise once and keeps all of it for the update, the faster way, which takes memory
+            by the population; or draws it with each group of pairs and once more, from the same keys, in the update,
+            as it is published ("Evolution Strategies at the Hyperscale", Sarkar et al. 2025).
+        precision: Type of what matrix products multiply while members are scored.
     """
     example = model.init(jax.random.key(0))
     units = model.units(example)
     space = make_space(model, example, space="low_rank", noise="gaussian", sigma=sigma, rank=rank)
+    signs = jnp.array([1.0, -1.0])
 
     def draw(key: Key[Array, ""]) -> Noise:
         def one(leaf: Array, key: Key[Array, ""]) -> Array | Factors:
@@ -120,26 +145,47 @@ def normal_low_rank(
         leaves, treedef = jax.tree.flatten(example)
         return jax.tree.map(one, example, jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves)))))
 
+    def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Params:
+        return space.weigh(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), noise), weights)
+
+    def weigh_again(keys: Key[Array, " pairs"], weights: Float[Array, " pairs"]) -> Params:
+        size = math.gcd(len(keys) // mesh.size, WEIGHED)
+
+        shares, everywhere = PartitionSpec(PAIRS_AXIS), PartitionSpec()
+
+        @partial(jax.shard_map, mesh=mesh, in_specs=shares, out_specs=everywhere, check_vma=False)
+        def share(keys: Array, weights: Array) -> Params:
+            def add(total: Params, group: tuple[Array, Array]) -> tuple[Params, None]:
+                return jax.tree.map(jnp.add, total, weigh(jax.vmap(draw)(group[0]), group[1])), None
+
+            zero = jax.tree.map(jnp.zeros_like, example)
+            total, _ = jax.lax.scan(add, zero, (keys.reshape(-1, size), weights.reshape(-1, size)))
+            flat, unravel = ravel_pytree(total)
+            return unravel(jax.lax.psum(flat, PAIRS_AXIS))
+
+        return share(keys, weights)
+
     def step(
         state: tuple[Params, Any], key: Key[Array, ""], tokens: Int[Array, "pairs sequences length"]
     ) -> tuple[Params, Any]:
         params, opt_state = state
-        noise = jax.vmap(draw)(jax.random.split(key, pairs))
+        keys = jax.random.split(key, pairs)
+        noise = jax.vmap(draw)(keys) if kept else keys
 
-        def pair_losses(pair: tuple[Noise, Int[Array, "sequences length"]]) -> Float[Array, "2"]:
-            noise, tokens = pair
+        def pair_losses(pair: tuple[Any, Int[Array, "sequences length"]]) -> Float[Array, "2"]:
+            noise, tokens = pair if kept else (draw(pair[0]), pair[1])
 
             def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-                return _mean_loss(Member(model, space.perturb(params, noise, sign)), tokens, burn_in)
+                member = Member(model, round_matrices(space.perturb(params, noise, sign), precision))
+                return _mean_loss(member, tokens, burn_in)
 
-            return jax.vmap(member_loss)(jnp.array([1.0, -1.0]))
+            return jax.vmap(member_loss)(signs)
 
         losses = _spread_out(mesh, pair_losses, (noise, tokens), at_once)
         difference = losses[:, 0] - losses[:, 1]
         weights = difference / (jnp.sqrt(jnp.mean(difference**2)) + 1e-12)
-        pairs_last = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), noise)
-        estimate = space.mean(space.weigh(pairs_last, weights), jnp.float32(1 / pairs))
-        updates, opt_state = optimizer.update(estimate, opt_state, params)
+        total = weigh(noise, weights) if kept else weigh_again(keys, weights)
+        updates, opt_state = optimizer.update(space.mean(total, jnp.float32(1 / pairs)), opt_state, params)
         return jax.tree.map(lambda leaf, unit, update: leaf + unit * update, params, units, updates), opt_state
 
     return Rival(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])

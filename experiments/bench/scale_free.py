@@ -26,6 +26,7 @@ def run(settings: ScaleFree) -> Report:
         hidden = round(settings.hidden * size)
         scaled["width", changed] = replace(base, model=GruConfig(hidden_size=hidden, head_size=2 * hidden))
     scaled["batch", f"x {factor}"] = replace(base, data=replace(base.data, batch_size=factor))
+    scaled = {key: config for key, config in scaled.items() if key[0] in (DEFAULTS, *settings.scaled)}
     corpus = load_corpus(base.data)
     scorers = {config.model: scorer(config, corpus) for config in scaled.values()}
     found: dict[tuple[str, str], list[float]] = {key: [] for key in scaled}

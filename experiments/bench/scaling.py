@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
 from bench.report import Report, Row
 from bench.settings import Scaling
@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 
 def run(settings: Scaling) -> Report:
     """Measure each axis by itself, its values in turns."""
-    base = Config(es=EsConfig(population_size=settings.population))
+    rows = [row for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
+    notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
+    return Report(rows, partial(plot, rows), notes)
+
+
+def axes(settings: Scaling) -> dict[str, dict[int, tuple[Config, int]]]:
+    """List settings and devices by the axis and the value on it.
+
+    All exchange losses: left to itself a large population would exchange sums, and a curve would join two estimators.
+    """
+    es = EsConfig(population_size=settings.population, exchange="losses")
+    base = Config(es=es)
     everywhere = len(jax.local_devices())
     counts = [count for count in (2**power for power in range(10)) if count < everywhere] + [everywhere]
-    axes: dict[str, dict[int, tuple[Config, int]]] = {
+    return {
         "devices": {count: (base, count) for count in counts},
         "population": {
-            size: (replace(base, es=EsConfig(population_size=size)), everywhere) for size in settings.populations
+            size: (replace(base, es=replace(es, population_size=size)), everywhere) for size in settings.populations
         },
         "window": {length: (replace(base, data=DataConfig(window=length)), everywhere) for length in settings.windows},
         "hidden": {
@@ -35,26 +46,25 @@ def run(settings: Scaling) -> Report:
             for width in settings.widths
         },
     }
-    rows = [row for name, values in axes.items() for row in measure(name, values, settings.rounds)]
-    notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
-    return Report(rows, partial(plot, rows), notes)
 
 
 def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> Iterator[Row]:
     """Measure steps with each value of one setting."""
-    ways: dict[str, Way] = {}
+    candidates: dict[str, Candidate] = {}
     memory: dict[str, float] = {}
     for value, (config, devices) in values.items():
-        way = step(config, replica_of(config, first_devices(devices)))
+        candidate = step(config, replica_of(config, first_devices(devices)))
         try:
-            jax.block_until_ready(way.call())
+            jax.block_until_ready(candidate.call())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             yield {"axis": axis, "value": value, "step M/s": "out of memory"}
             continue
-        ways[str(value)], memory[str(value)] = way, _peak_memory()
-    rates = alternate(ways, rounds)
+        candidates[str(value)], memory[str(value)] = candidate, _peak_memory()
+    if not candidates:  # nothing had room, or nothing was asked for
+        return
+    rates = alternate(candidates, rounds)
     first = next(iter(rates.values()))
     for name, found in rates.items():
         yield {

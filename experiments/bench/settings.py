@@ -21,6 +21,9 @@ class Throughput(Section):
     )
     """Hidden size, layers, sequences a member, and population, of each rnn."""
 
+    grus: tuple[tuple[int, int, int, int], ...] = ((32, 64, 1, 4096),)
+    """Hidden size, head, sequences a member, and population, of each gru: the defaults of a run."""
+
     scale: int | None = None
     """Multiplies the populations. None: 1 on CPUs, 16 on an accelerator."""
 
@@ -30,8 +33,17 @@ class Throughput(Section):
     peak: int = 2048
     """Rows of the square matrices whose product is the machine's peak."""
 
+    numpy_tokens: int = 2**15
+    """Member-tokens that numpy does in a call."""
+
+    processes: bool = True
+    """Measure in processes of their own, too: rivals in JAX with one device, on CPUs, and numpy with one thread."""
+
+    choose_seconds: float = 60
+    """Seconds after which no further settings of a rival are tried."""
+
     rounds: int = 5
-    """Turns of each way."""
+    """Turns of each candidate."""
 
 
 class Update(Section):
@@ -58,6 +70,12 @@ class Update(Section):
     sequences: tuple[int, ...] = (1, 8, 32)
     """Sequences a member that are tried."""
 
+    rnns: tuple[tuple[int, int, int, int], ...] = Throughput().sizes[:4]
+    """Hidden size, layers, sequences a member, and population, of each rnn."""
+
+    rnn_hosts: tuple[int, ...] = (1, 16)
+    """Numbers of hosts that are tried with each rnn."""
+
     rounds: int = 7
     """Turns of evaluation and update."""
 
@@ -74,11 +92,14 @@ class Learning(Section):
     every: float = 2
     """Seconds of a turn; each ends with an evaluation, which is not counted."""
 
-    search_seconds: float = 20
-    """Seconds that each step size is tried for. 0: the usual step sizes are taken."""
+    search_seconds: float | None = None
+    """Seconds that each choice is tried for. 0: the usual ones are taken. None: a third of those of the run."""
 
-    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Step sizes that are tried, in multiples of the usual one."""
+    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    """Step sizes that are tried first, in multiples of the usual one."""
+
+    extensions: int = 3
+    """How often a step size three times as far out is tried, at most, where the best one is at an end."""
 
     targets: tuple[float, ...] = (3.33, 2.52, 2.2, 1.98)
     """Losses to reach, in nats a token."""
@@ -95,14 +116,14 @@ class Learning(Section):
     population: int = 4096
     """Members a step."""
 
-    evosax_sequences: int = 8
-    """Windows of a step that all members of evosax score."""
+    evosax_windows: tuple[int, ...] = (8, 1, 2)
+    """Windows of a step that all members of evosax score: numbers that are tried, the usual one first."""
 
     at_once: int = 256
     """Sequences that a device has at a time for evosax, over all members; `bench throughput` tells the best."""
 
-    batch: int = 256
-    """Windows of a step of backpropagation."""
+    batches: tuple[int, ...] = (256, 64, 1024)
+    """Windows of a step of backpropagation: numbers that are tried, the usual one first."""
 
 
 class Start(Section):
@@ -139,6 +160,9 @@ class ScaleFree(Section):
 
     factor: int = 4
     """By how much."""
+
+    scaled: tuple[str, ...] = ("population", "width", "batch")
+    """What is scaled."""
 
     tokens: int = 120_000_000
     """Member-tokens of a run."""
@@ -184,7 +208,7 @@ class Activation(Section):
     population: int = 4096
     """Noisy copies a step."""
 
-    at_once: tuple[int, ...] = (64, 128, 256, 512)
+    at_once: tuple[int, ...] = (512, 256, 1024, 128, 2048)
     """Sequences that a device has at a time in the forward pass, of which the fastest counts."""
 
     rounds: int = 9
@@ -219,7 +243,10 @@ class Cosines(Section):
     populations: tuple[int, ...] = (256, 1024, 4096, 16384)
     """Populations that are tried."""
 
-    repeats: int = 3
+    spaces: tuple[str, ...] = ("full", "low_rank", "activation", "activation, exact logits")
+    """Spaces that are compared."""
+
+    repeats: int = 30
     """Comparisons, with other windows and noise each."""
 
     hidden: int = 32
@@ -291,32 +318,54 @@ PYDOC = "builtin:pydoc"
 SMALL_RUN = ("--data.text", PYDOC, "--model.hidden-size", "4", "--es.population-size", "64")
 
 SHORT: dict[str, Any] = {
-    "throughput": Throughput(sizes=((8, 2, 2, 32),), scale=1, at_once=(64,), peak=128, rounds=1),
+    "throughput": Throughput(
+        sizes=((8, 1, 2, 32),),
+        grus=(),
+        scale=1,
+        at_once=(64,),
+        peak=128,
+        numpy_tokens=1024,
+        processes=False,
+        rounds=1,
+    ),
     "update": Update(
-        population=64, populations=(64,), hosts=(4,), hidden=8, widths=(16,), ranks=(2,), sequences=(2,), rounds=1
+        population=64,
+        populations=(64,),
+        hosts=(4,),
+        hidden=8,
+        widths=(),
+        ranks=(),
+        sequences=(),
+        rnns=((8, 1, 2, 64),),
+        rnn_hosts=(2,),
+        rounds=1,
     ),
     "learning": Learning(
         methods=("low rank 1", "evosax", "backpropagation"),
         seconds=0.2,
         every=0.1,
         search_seconds=0.05,
-        factors=(0.5, 1.0),
+        factors=(1.0,),
+        extensions=0,
+        evosax_windows=(2,),
         targets=(5.0, 3.33),
         text=PYDOC,
         hidden=4,
         head=4,
         population=64,
-        batch=16,
+        batches=(16,),
     ),
     "start": Start(words=SMALL_RUN, rounds=1),
-    "ablation": Ablation(choices=("pairing",), tokens=8192, seeds=1, population=128, text=PYDOC),
-    "scale_free": ScaleFree(tokens=8192, seeds=1, population=64, hidden=4, text=PYDOC),
-    "scaling": Scaling(population=64, populations=(64, 128), windows=(8,), widths=(8,), rounds=1),
+    "ablation": Ablation(choices=("schedule",), tokens=4096, seeds=1, population=128, text=PYDOC),
+    "scale_free": ScaleFree(scaled=("batch",), tokens=4096, seeds=1, population=64, hidden=4, text=PYDOC),
+    "scaling": Scaling(population=64, populations=(64, 128), windows=(), widths=(8,), rounds=1),
     "activation": Activation(widths=(8,), population=64, at_once=(64,), rounds=1),
     "exchange": Exchange(populations=(64,), hosts=(1,), hidden=8, rounds=1),
-    "cosines": Cosines(steps=2, population=64, populations=(64,), repeats=1, hidden=4, text=PYDOC),
+    "cosines": Cosines(
+        steps=2, population=64, populations=(64,), spaces=("low_rank", "activation"), repeats=2, hidden=4, text=PYDOC
+    ),
     "workers": Workers(workers=(2,), rounds=1, seconds=2.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
-    "coordinator": Coordinator(hosts=(1, 2), members=128, steps=5),
+    "coordinator": Coordinator(hosts=(2,), members=128, steps=5),
 }
 """A few seconds each: to see that they run."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.report import Report, Row
 from bench.settings import Start
 
@@ -31,17 +31,17 @@ def run(settings: Start) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm"
         train = [sys.executable, "-m", "esjax", "train", *settings.words]
-        ways = {
-            "python": Way(partial(_finish, [sys.executable, "-c", ""])),
-            "import esjax": Way(partial(_finish, [sys.executable, "-c", "import esjax"])),
-            "esjax --help": Way(partial(_finish, [sys.executable, "-m", "esjax", "--help"])),
-            "esjax train --help": Way(partial(_finish, [sys.executable, "-m", "esjax", "train", "--help"])),
-            "a first product in JAX": Way(partial(_finish, [sys.executable, "-c", JAX])),
-            "first step, cold": Way(lambda: _first_line(train, Path(tempfile.mkdtemp(dir=folder)))),
-            "first step, warm": Way(lambda: _first_line(train, warm)),
+        candidates = {
+            "python": Candidate(partial(_finish, [sys.executable, "-c", ""])),
+            "import esjax": Candidate(partial(_finish, [sys.executable, "-c", "import esjax"])),
+            "esjax --help": Candidate(partial(_finish, [sys.executable, "-m", "esjax", "--help"])),
+            "esjax train --help": Candidate(partial(_finish, [sys.executable, "-m", "esjax", "train", "--help"])),
+            "a first product in JAX": Candidate(partial(_finish, [sys.executable, "-c", JAX])),
+            "first step, cold": Candidate(lambda: _first_line(train, Path(tempfile.mkdtemp(dir=folder)))),
+            "first step, warm": Candidate(lambda: _first_line(train, warm)),
         }
-        ways["first step, warm"].call()
-        rates = alternate(ways, settings.rounds, least=0.0)
+        candidates["first step, warm"].call()
+        rates = alternate(candidates, settings.rounds, least=0.0)
     rows = [
         {
             "start of": name,

@@ -1,27 +1,28 @@
 """Member-tokens a second of evaluation and of a whole step, beside what a user would take instead.
 
 Rivals in JAX are tried with one device a core and with one device and a thread a core, and with several numbers of
-members at a time; the fastest of these takes part in the turns. numpy runs as one process with its own threads, and
-as a process a core with a thread each. The peak is a large float32 matrix product, the faster of JAX's and numpy's.
+members at a time; the fastest of these takes part in the turns, with products in float32 and in bfloat16. numpy runs
+as one process with its own threads, and as a process a core with a thread each, where the model is an rnn. The peak
+is a large float32 matrix product, the faster of JAX's and numpy's.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bench.measure import Way, all_threads, alternate, elsewhere, fastest, one_thread, spread
+from bench.measure import Candidate, Spread, all_threads, alternate, elsewhere, fastest, one_thread, spread
 from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_of, step
 from bench.report import Report, Row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Throughput
-from esjax.config import Config, DataConfig, EsConfig, RnnConfig, replace
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
 from esjax.devices import local_mesh
 from esjax.models import build_model
 from esjax.models.primitives import HIGHEST, round_matrices
@@ -32,94 +33,132 @@ if TYPE_CHECKING:
 DENSE_BYTES = 2**29, 2**34
 """Bytes of a dense population that a rival is given at most, on CPUs and on an accelerator: fewer members, then."""
 
-AT_ONCE = (256, 1024), (2**13, 2**15)
+AT_ONCE = (512, 256, 1024, 128), (2**13, 2**15)
 """Sequences that a device has at a time, over all members, of which rivals try each; on CPUs, and on an accelerator."""
 
-NUMPY_TOKENS = 2**15
-"""Member-tokens that numpy does in a call, or those of a pair."""
+FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**13, 2**15, 2**14, 2**16)
+"""The same for the forward pass, which has no noise to keep."""
+
+RIVALS = "evosax", "normal, kept", "normal, grown again"
+"""Evolution strategies of others, see `bench.rivals`."""
 
 
 class Size(NamedTuple):
-    """An rnn and its population."""
+    """A model and its population."""
 
-    hidden: int
-    layers: int
+    model: ModelConfig
     sequences: int
     population: int
 
     @property
     def config(self) -> Config:
-        """Settings of a run."""
+        """Settings of a run. With sums, which large populations exchange by themselves, no losses could be timed."""
         return Config(
-            es=EsConfig(population_size=self.population),
-            model=RnnConfig(hidden_size=self.hidden, n_layers=self.layers),
+            es=EsConfig(population_size=self.population, exchange="losses"),
+            model=self.model,
             data=DataConfig(batch_size=self.sequences),
         )
 
     @property
     def operations(self) -> int:
         """Floating-point operations of the matrix products of a token, noise not counted."""
-        return 2 * (self.layers * self.hidden**2 + 4 * self.hidden**2 + 4 * self.hidden * VOCAB)
+        hidden = self.model.hidden_size
+        if isinstance(self.model, RnnConfig):
+            return 2 * (self.model.n_layers * hidden**2 + 4 * hidden**2 + 4 * hidden * VOCAB)
+        return 2 * (3 * hidden**2 + hidden * self.model.head_size + self.model.head_size * VOCAB)
 
 
 def run(settings: Throughput) -> Report:
     """Measure every size."""
-    scale = settings.scale or (1 if _on_cpu() else 16)
-    sizes = [Size(hidden, layers, sequences, scale * members) for hidden, layers, sequences, members in settings.sizes]
-    rows = [measure(size, settings) for size in sizes]
+    rows = [measure(size, settings) for size in sizes(settings)]
     notes = [
         "M/s are millions of member-tokens a second; a ratio is the median of those of each round, and their extremes.",
     ]
     return Report(rows, partial(plot, rows), notes)
 
 
+def sizes(settings: Throughput) -> list[Size]:
+    """List what is measured."""
+    scale = settings.scale or (1 if _on_cpu() else 16)
+    rnns = [
+        Size(RnnConfig(hidden_size=hidden, n_layers=layers), sequences, scale * members)
+        for hidden, layers, sequences, members in settings.sizes
+    ]
+    grus = [
+        Size(GruConfig(hidden_size=hidden, head_size=head), sequences, scale * members)
+        for hidden, head, sequences, members in settings.grus
+    ]
+    return rnns + grus
+
+
 def measure(size: Size, settings: Throughput) -> Row:
     """Measure one size."""
     config, mesh = size.config, local_mesh()
-    replica = replica_of(config, mesh)
     in_bfloat16 = replace(config, es=replace(config.es, precision="bfloat16"))
-    coarse = replica_of(in_bfloat16, mesh)
     with ExitStack() as stack:
         candidates = rivals(size, settings)
-        if _on_cpu():
-            there = stack.enter_context(elsewhere(rivals, size, settings, environment=all_threads()))
-            candidates |= {f"{name}, one device": way for name, way in there.items()}
-        ways: dict[str, Way] = {"evaluation": evaluation(config, replica), "step": step(config, replica)}
-        ways["evaluation, bfloat16"] = evaluation(in_bfloat16, coarse)
-        ways["step, bfloat16"] = step(in_bfloat16, coarse)
-        chosen = {}
-        for kind in ("forward", "bfloat16 forward", "evosax", "normal low rank", "peak"):
-            chosen[kind] = fastest({name: way for name, way in candidates.items() if name.startswith(kind)})
-            ways[kind] = candidates[chosen[kind]]
-        ways |= in_numpy(size)
-        cores = os.cpu_count() or 1
-        alone = stack.enter_context(elsewhere(in_numpy, size, environment=one_thread(), processes=cores))
-        ways["numpy, a process a core"] = alone["numpy"]
-        rates = alternate(ways, settings.rounds)
-    best = np.maximum(rates["evosax"], rates["normal low rank"])
+        if _on_cpu() and settings.processes:
+            alone = stack.enter_context(elsewhere(rivals, size, settings, environment=all_threads()))
+            candidates = {
+                f"{name}{how}": of[name]
+                for name in candidates
+                for how, of in (("", candidates), (", one device", alone))
+            }
+        turns: dict[str, Candidate] = {}
+        for name, chosen in (("", config), (", bfloat16", in_bfloat16)):
+            replica = replica_of(chosen, mesh)
+            turns |= {f"evaluation{name}": evaluation(chosen, replica), f"step{name}": step(chosen, replica)}
+        best = {}
+        for kind in ("forward", "bfloat16 forward", *RIVALS, "peak"):
+            of_kind = {name: one for name, one in candidates.items() if name.startswith(f"{kind}:")}
+            best[kind] = fastest(of_kind, settings.choose_seconds)
+            turns[kind] = candidates[best[kind]]
+            if kind in RIVALS:  # what suits float32 suits bfloat16: trying all once more would take as long again
+                turns[f"bfloat16 {kind}"] = candidates[f"bfloat16 {best[kind]}"]
+        if isinstance(size.model, RnnConfig):
+            turns |= in_numpy(size, settings.numpy_tokens)
+            if settings.processes:
+                there = elsewhere(
+                    in_numpy, size, settings.numpy_tokens, environment=one_thread(), processes=os.cpu_count() or 1
+                )
+                turns["numpy, a process a core"] = stack.enter_context(there)["numpy"]
+        rates = alternate(turns, settings.rounds)
+    return row_of(size, rates) | {"chosen": best, "rates": {name: list(values) for name, values in rates.items()}}
+
+
+def row_of(size: Size, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Compare the rates of each round."""
+    rate = {**rates}
+    rate["best rival"] = np.max([rates[name] for name in RIVALS], axis=0)
+    rate["best rival, bfloat16"] = np.max([rates[f"bfloat16 {name}"] for name in RIVALS], axis=0)
+    rate["peak"] = rates["peak"] / size.operations
+    name = size.model.__struct_config__.tag
+    second = size.model.n_layers if isinstance(size.model, RnnConfig) else size.model.head_size
+
+    def ratio(one: str, two: str) -> Spread | None:
+        return spread(rate[one] / rate[two]) if two in rate else None
+
     return {
-        "hidden": size.hidden,
-        "layers": size.layers,
+        "model": name,
+        "hidden": size.model.hidden_size,
+        "layers, or head": second,
         "sequences": size.sequences,
         "population": size.population,
         "evaluation M/s": float(np.median(rates["evaluation"])) / 1e6,
         "step M/s": float(np.median(rates["step"])) / 1e6,
-        "evaluation ÷ numpy": spread(rates["evaluation"] / rates["numpy"]),
-        "÷ numpy, a process a core": spread(rates["evaluation"] / rates["numpy, a process a core"]),
-        "evaluation ÷ forward": spread(rates["evaluation"] / rates["forward"]),
-        "evaluation, bfloat16 ÷ float32": spread(rates["evaluation, bfloat16"] / rates["evaluation"]),
-        "evaluation ÷ forward, both bfloat16": spread(rates["evaluation, bfloat16"] / rates["bfloat16 forward"]),
-        "step ÷ evosax": spread(rates["step"] / rates["evosax"]),
-        "step ÷ normal low rank": spread(rates["step"] / rates["normal low rank"]),
-        "step ÷ best rival": spread(rates["step"] / best),
-        "step, bfloat16 ÷ best rival": spread(rates["step, bfloat16"] / best),
-        "evaluation ÷ peak": spread(rates["evaluation"] * size.operations / rates["peak"]),
-        "chosen": chosen,
-        "rates": {name: list(values) for name, values in rates.items()},
+        "evaluation ÷ numpy": ratio("evaluation", "numpy"),
+        "÷ numpy, a process a core": ratio("evaluation", "numpy, a process a core"),
+        "evaluation ÷ forward": ratio("evaluation", "forward"),
+        "evaluation, bfloat16 ÷ float32": ratio("evaluation, bfloat16", "evaluation"),
+        "evaluation ÷ forward, both bfloat16": ratio("evaluation, bfloat16", "bfloat16 forward"),
+        **{f"step ÷ {rival}": ratio("step", rival) for rival in RIVALS},
+        "step ÷ best rival": ratio("step", "best rival"),
+        "step, bfloat16 ÷ best rival, bfloat16": ratio("step, bfloat16", "best rival, bfloat16"),
+        "evaluation ÷ peak": ratio("evaluation", "peak"),
     }
 
 
-def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
+def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
     """Make the rivals in JAX, with several numbers of members at a time, and the peak; nothing is compiled yet."""
     config, mesh, es = size.config, local_mesh(), size.config.es
     model, burn_in = build_model(config.model, VOCAB), config.data.burn_in
@@ -130,69 +169,81 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Way]:
     tokens = jnp.asarray(random_tokens((es.population_size * size.sequences, length)), jnp.int32)
     of_pairs = tokens[: len(tokens) // 2].reshape(es.pairs, size.sequences, length)
     work = member_tokens(config)
-    ways = peak(settings.peak)
-    for at_once in settings.at_once or AT_ONCE[not _on_cpu()]:
-        members = max(1, at_once // size.sequences)
-        shared = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
-        pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
-        ways[f"forward {at_once}"] = Way(partial(pass_, params, tokens), work)
-        ways[f"bfloat16 forward {at_once}"] = Way(partial(pass_, round_matrices(params, "bfloat16"), tokens), work)
-        rival = evosax_open_es(model, mesh, population=dense, at_once=members, **shared)
-        dense_work = work * dense // es.population_size
-        ways[f"evosax {at_once}"] = _step_of(rival, params, tokens[: size.sequences], dense_work)
-        pairs = max(1, members // 2)
-        rival = normal_low_rank(model, mesh, pairs=es.pairs, rank=1, at_once=pairs, **shared)
-        ways[f"normal low rank {at_once}"] = _step_of(rival, params, of_pairs, work)
-    return ways
+    candidates = peak(settings.peak)
+    shared: dict[str, Any] = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
+    precisions: tuple[tuple[str, Precision], ...] = ("", "float32"), ("bfloat16 ", "bfloat16")
+    for prefix, precision in precisions:
+        weights = round_matrices(params, precision)
+        for at_once in settings.at_once or FORWARD_AT_ONCE[not _on_cpu()]:
+            pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
+            candidates[f"{prefix}forward: {at_once}"] = Candidate(partial(pass_, weights, tokens), work)
+        for at_once in settings.at_once or AT_ONCE[not _on_cpu()]:
+            members = max(1, at_once // size.sequences)
+            of_kind = shared | {"precision": precision}
+            make = partial(evosax_open_es, model, mesh, population=dense, at_once=members, **of_kind)
+            dense_work = work * dense // es.population_size
+            candidates[f"{prefix}evosax: {at_once}"] = _step_of(make, params, tokens[: size.sequences], dense_work)
+            of_kind |= {"pairs": es.pairs, "rank": 1, "at_once": max(1, members // 2)}
+            for how, kept in (("kept", True), ("grown again", False)):
+                make = partial(normal_low_rank, model, mesh, kept=kept, **of_kind)
+                candidates[f"{prefix}normal, {how}: {at_once}"] = _step_of(make, params, of_pairs, work)
+    return candidates
 
 
-def _step_of(rival: Rival, params: object, tokens: jax.Array, work: int) -> Way:
-    state, number, jitted = rival.init(params), 0, jax.jit(rival.step)
+def _step_of(make: Callable[[], Rival], params: object, tokens: jax.Array, work: int) -> Candidate:
+    """Make the rival when it is first called: of most settings it never is."""
+    step, state, number = None, None, 0
 
     def call() -> object:
-        nonlocal state, number
+        nonlocal step, state, number
+        if step is None:
+            rival = make()
+            step, state = jax.jit(rival.step), rival.init(params)
         number += 1
-        state = jitted(state, jax.random.key(number), tokens)
+        state = step(state, jax.random.key(number), tokens)
         return state
 
-    return Way(call, work)
+    return Candidate(call, work)
 
 
-def in_numpy(size: Size) -> dict[str, Way]:
-    """Make the loop in numpy."""
+def in_numpy(size: Size, tokens_a_call: int) -> dict[str, Candidate]:
+    """Make the loop in numpy, of so many member-tokens a call, or those of a pair."""
     config = size.config
     model = build_model(config.model, VOCAB)
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(model.init(jax.random.key(0)))]
     rnn = NumpyRnn(params, config.es.sigma, config.data.burn_in)
     tokens = random_tokens((size.sequences, config.data.burn_in + config.data.window)).astype(np.int64)
     work = 2 * size.sequences * config.data.window
-    pairs = max(1, NUMPY_TOKENS // work)
-    return {"numpy": Way(lambda: [rnn.pair(seed, tokens) for seed in range(pairs)], pairs * work)}
+    pairs = max(1, tokens_a_call // work)
+    return {"numpy": Candidate(lambda: [rnn.pair(seed, tokens) for seed in range(pairs)], pairs * work)}
 
 
-def peak(rows: int) -> dict[str, Way]:
+def peak(rows: int) -> dict[str, Candidate]:
     """Make large matrix products, by JAX on every device, and on CPUs by numpy."""
     mesh = local_mesh()
     matrices = jnp.ones((mesh.size, rows, rows))
     product = jax.jit(lambda one, two: jnp.matmul(one, two, precision=HIGHEST))
     spread_out = jax.device_put(matrices, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names)))
     operations = 2 * rows**3
-    ways = {"peak jax": Way(lambda: product(spread_out, spread_out), mesh.size * operations)}
+    candidates = {"peak: jax": Candidate(lambda: product(spread_out, spread_out), mesh.size * operations)}
     if _on_cpu():
         square = np.ones((rows, rows), np.float32)
-        ways["peak numpy"] = Way(lambda: square @ square, operations)
-    return ways
+        candidates["peak: numpy"] = Candidate(lambda: square @ square, operations)
+    return candidates
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw the rates of all ways, by size."""
+    """Draw the rates of all candidates, by size."""
     axes = figure.add_subplot()
-    names = [name for name in rows[0]["rates"] if name != "peak"]
+    names = [name for name in rows[0]["rates"] if name != "peak" and all(name in row["rates"] for row in rows)]
     for i, name in enumerate(names):
         places = np.arange(len(rows)) + (i - len(names) / 2) * 0.8 / len(names)
         axes.bar(places, [np.median(row["rates"][name]) for row in rows], 0.8 / len(names), align="edge", label=name)
-    axes.set_xticks(range(len(rows)), ["{hidden}, {layers}, {sequences}".format(**row) for row in rows])
-    axes.set(yscale="log", xlabel="hidden, layers, sequences a member", ylabel="member-tokens a second")
+    axes.set_xticks(
+        range(len(rows)),
+        [" ".join(str(row[key]) for key in ("model", "hidden", "layers, or head", "sequences")) for row in rows],
+    )
+    axes.set(yscale="log", xlabel="model, hidden, layers or head, sequences a member", ylabel="member-tokens a second")
     axes.legend()
 
 

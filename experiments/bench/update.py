@@ -1,25 +1,29 @@
 """What the update costs beside the evaluation: the whole population's noise grown again and summed, on every host.
 
-One setting changes at a time. With several hosts, the evaluation is one host's share of the pairs; the update is of
-all pairs, whatever the hosts.
+One setting changes at a time, for a gru; beside them are the rnns of `bench throughput`. With several hosts, the
+evaluation is one host's share of the pairs; the update is of all pairs, whatever the hosts.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 
-from bench.measure import Way, alternate, spread
+from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Update
-from esjax.config import Config, DataConfig, EsConfig, GruConfig
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
 from esjax.devices import local_mesh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+RNN = "model"
+"""What is changed in rows of rnns."""
 
 
 def run(settings: Update) -> Report:
@@ -32,19 +36,39 @@ def run(settings: Update) -> Report:
         "rank": settings.ranks,
         "sequences": settings.sequences,
     }
-    rows = [
-        {"changed": name, **measure(**base | {name: value}, rounds=settings.rounds)}
+    rows: list[Row] = [
+        {"changed": name, **measure(gru(**base | {name: value}), settings.rounds)}
         for name, values in tried.items()
         for value in values
     ]
-    return Report(rows, partial(plot, rows), ["A gru; a step is a host's share of the evaluation, and the update."])
+    for hidden, layers, sequences, population in settings.rnns:
+        rnn = RnnConfig(hidden_size=hidden, n_layers=layers)
+        for hosts in settings.rnn_hosts:
+            rows.append({"changed": RNN, **measure(Setting(rnn, population, hosts, 1, sequences), settings.rounds)})
+    return Report(rows, partial(plot, rows), ["A step is a host's share of the evaluation, and the update."])
 
 
-def measure(population: int, hosts: int, hidden: int, rank: int, sequences: int, rounds: int) -> Row:
+class Setting(NamedTuple):
+    """What is measured."""
+
+    model: ModelConfig
+    population: int
+    hosts: int
+    rank: int
+    sequences: int
+
+
+def gru(population: int, hosts: int, hidden: int, rank: int, sequences: int) -> Setting:
+    """Set up the model of most rows."""
+    return Setting(GruConfig(hidden_size=hidden, head_size=2 * hidden), population, hosts, rank, sequences)
+
+
+def measure(setting: Setting, rounds: int) -> Row:
     """Measure one setting."""
+    model, population, hosts, rank, sequences = setting
     config = Config(
         es=EsConfig(population_size=population, rank=rank, exchange="losses"),
-        model=GruConfig(hidden_size=hidden, head_size=2 * hidden),
+        model=model,
         data=DataConfig(batch_size=sequences),
     )
     replica = replica_of(config, local_mesh())
@@ -56,12 +80,13 @@ def measure(population: int, hosts: int, hidden: int, rank: int, sequences: int,
         replica.apply(pairs, weights, 0.0)
         return replica.state
 
-    rates = alternate({"evaluation": Way(lambda: replica.losses(share)), "update": Way(update)}, rounds)
+    rates = alternate({"evaluation": Candidate(lambda: replica.losses(share)), "update": Candidate(update)}, rounds)
     ratio = rates["evaluation"] / rates["update"]
     return {
+        "model": f"rnn, {model.n_layers} layers" if isinstance(model, RnnConfig) else "gru",
         "population": population,
         "hosts": hosts,
-        "hidden": hidden,
+        "hidden": model.hidden_size,
         "rank": rank,
         "sequences": sequences,
         "weights": sum(leaf.size for leaf in jax.tree.leaves(replica.state.params)),
@@ -74,8 +99,8 @@ def measure(population: int, hosts: int, hidden: int, rank: int, sequences: int,
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
     """Draw the ratio against each setting."""
-    names = list(dict.fromkeys(row["changed"] for row in rows))
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+    names = list(dict.fromkeys(row["changed"] for row in rows if row["changed"] != RNN))
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         mine = [row for row in rows if row["changed"] == name]
         ratios = [row["update ÷ evaluation"] for row in mine]
         values = [row[name] for row in mine]
