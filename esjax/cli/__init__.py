@@ -12,7 +12,7 @@ from rich.console import Console
 from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
-from esjax.cli.shared import parse_settings
+from esjax.cli.settings import parse_settings
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, Tune
