@@ -14,7 +14,7 @@ class Limits(NamedTuple):
     steps: int | None
     seconds: float | None
 
-    def reached(self, step: int, seconds: float) -> bool:
+    def reached(self, step: float, seconds: float) -> bool:
         """Tell whether iteration ends after so many steps of the run, and seconds of this iteration."""
         return (self.steps is not None and step >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
 
