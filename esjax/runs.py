@@ -318,11 +318,10 @@ def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def _state(path: Path, settings: Mapping[str, Any], columns: Mapping[str, ndarray]) -> State:
     if is_running(path):
         return "running"
-    steps, seconds = (
-        limit if isinstance(limit := settings.get(name), int | float) else None for name in Limits._fields
-    )
+    found = [settings.get(name) for name in Limits._fields]
+    limits: list[Any] = [limit if isinstance(limit, int | float) else None for limit in found]
     last = {name: float(columns[name][-1]) for name in ("step", "seconds") if name in columns and len(columns[name])}
-    if has_reached(Limits(steps, seconds), last.get("step", 0), last.get("seconds", 0.0)):
+    if has_reached(Limits(*limits), last.get("step", 0), last.get("seconds", 0.0)):
         return "finished"
     return "stopped"
 
