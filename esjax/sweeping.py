@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from esjax.axes import Trial, make_grid
+from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
@@ -31,7 +32,7 @@ from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
 
-RECORD, TABLE = "sweep.yaml", "sweep.csv"
+RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
 
 ANY_PORT = "tcp://127.0.0.1:0"
 
@@ -153,14 +154,14 @@ class Sweep:
 
     def _open(self, trial: Trial) -> Trainer | Server:
         path, limits = self.path / trial.name, trial.config
-        if not _kept_steps(path):
+        if not kept_steps(path / CHECKPOINTS):
             if path.exists():
                 shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
             return self._begin(limits, path)
         run = read_run(path)
         before = 0.0
         if run.step:  # not if it was stopped while it waited for hosts
-            kept = run.metrics["step"] <= max(_kept_steps(path))
+            kept = run.metrics["step"] <= max(kept_steps(path / CHECKPOINTS))
             if (path / "ledger").exists():
                 kept[:] = True
             before = float(np.max(run.metrics["seconds"][kept], initial=0.0))
@@ -343,14 +344,9 @@ def _claim(path: Path) -> Iterator[None]:
         yield
 
 
-def _kept_steps(path: Path) -> list[int]:
-    """List the steps whose state is kept."""
-    return [int(kept.name) for kept in (path / "checkpoints").glob("*") if kept.name.isdigit()]
-
-
 def _is_finished(run: RunView, config: Config) -> bool:
     """Tell whether a run has reached its limits, and its state is kept."""
-    if max(_kept_steps(run.path), default=0) < run.step and not (run.path / "ledger").exists():
+    if max(kept_steps(run.path / CHECKPOINTS), default=0) < run.step and not (run.path / "ledger").exists():
         return False
     return has_reached(Limits(config.steps, config.seconds), run.step, run.last("seconds") or 0.0)
 

@@ -535,6 +535,8 @@ MISTAKES = {
     "no tokens": (["generate", "run", "--max-tokens", "0"], "max_tokens"),
     "no beams": (["generate", "run", "--beams", "0"], "beams"),
     "no text of a beam search": (["generate", "run", "--beams", "2", "--count", "0"], "count"),
+    "more texts than beams": (["generate", "run", "--beams", "2", "--count", "5"], "at most 2 texts, not 5"),
+    "temperature of a beam search": (["generate", "run", "--beams", "2", "--temperature", "0.5"], "for sampling"),
     "seed too large": (["generate", "run", "--seed", "4294967296"], "seed"),
     "sweep of nothing": (["sweep", *TINY, "--steps", "1"], "no axis"),
     "sweep of a mistyped setting": (["sweep", *TINY, "--steps", "1", "--axis", "es.sgma=1"], "did you mean es.sigma?"),
@@ -805,5 +807,32 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     monkeypatch.setattr("esjax.trackers.json_line", full)
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
-    assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert called.err.splitlines()[-1] == (
+        "error: cannot write run/metrics.jsonl: No space left on device; the run is kept to step 4; make room, then: "
+        "esjax resume run"
+    )
     assert checkpoints(Path("run"))[-1] == 4  # the step that was done is kept
+
+
+def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ledger holds beyond the last checkpoint is kept, too."""
+    succeed("train", *TINY, "--steps", "2", "--ledger", "--out", "kept")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esjax.checkpoint.write_durably", full)
+    called = call("resume", "kept", "--steps", "5")
+    assert called.err.splitlines()[-1] == (
+        "error: cannot write the checkpoint 'kept/checkpoints/5': [Errno 28] No space left on device; the run is kept "
+        "to step 5; make room, then: esjax resume kept"
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "none"])
+def test_devices_that_are_not_there_are_one_line(work: Path, surroundings: dict[str, str], platform: str) -> None:
+    done = run_alone({**surroundings, "JAX_PLATFORMS": platform}, 1, "generate", "run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: JAX cannot use the devices of JAX_PLATFORMS={platform}: ")
+    assert done.stderr.endswith("or set JAX_PLATFORMS=cpu\n")
+    assert done.stderr.count("\n") == 1

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a disk that filled up, a folder that was taken away
-        _fail(console, str(error))
+        _fail(console, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def _parse(words: list[str]) -> Any:

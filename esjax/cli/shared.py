@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
+from esjax.errors import DiskError, EsjaxError
+
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
     from esjax.tracking import Tracker
@@ -54,7 +56,7 @@ def prepare(processes: str | None = None) -> None:
     Args:
         processes: Those that compute as one, see `esjax.processes.connect`; None: this one alone.
     """
-    from esjax.devices import prepare_devices
+    from esjax.devices import prepare_devices, start_devices
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     prepare_devices(Path(home) / "esjax")
@@ -62,6 +64,7 @@ def prepare(processes: str | None = None) -> None:
         from esjax.processes import connect
 
         connect(processes)
+    start_devices()
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
@@ -92,9 +95,30 @@ def show(run: "Trainer | Server", console: Console) -> None:
     assert run.folder is not None
     with Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
-        for info in run:
-            progress.update(info)
+        try:
+            for info in run:
+                progress.update(info)
+        except DiskError as error:
+            raise EsjaxError(f"{error}; {_way_on(run)}") from error
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
     run.tell(f"kept in {run.folder.path}")
+
+
+def _way_on(run: "Trainer | Server") -> str:
+    """Say what is kept of a run whose disk is full, and how to go on."""
+    from esjax.checkpoint import kept_steps
+    from esjax.hosts.serve import Server
+    from esjax.ledger import UPDATE, read
+
+    assert run.folder is not None
+    kept = kept_steps(run.folder.checkpoints)
+    if kept and run.folder.ledger.exists():
+        kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
+    command = "serve --resume" if isinstance(run, Server) else "resume"
+    return (
+        f"the run is kept to step {max(kept)}; make room, then: esjax {command} {run.folder.path}"
+        if kept
+        else "make room"
+    )
