@@ -370,6 +370,7 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
     for words, text in helps.items():
         options = re.findall(r"^│ (--[\w.-]+)(?:, (--[\w.-]+))?", text, re.MULTILINE)
         assert len(options) > 40
+        assert "{None}" not in text
         for option in {name for names in options for name in names if name} - {"--help"}:
             # Right as a text or a path, or understood and refused as something else.
             expected = r"parsed|cannot read the settings 'none'|\S+ must be .* not 'none'|'none' is neither the value"

@@ -69,7 +69,7 @@ def _parse(words: list[str]) -> Any:
         )
     if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
-    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")
+    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,))
 
 
 def _fail(console: Console, message: str) -> NoReturn:

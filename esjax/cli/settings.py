@@ -73,7 +73,7 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
         args=rest,
         prog=f"esjax {name}",
         default=command(settings),
-        config=(tyro.conf.AvoidSubcommands,),
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
     )
 
 
