@@ -5,11 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
-from esjax.config import MODELS, VARIANTS, Config
+from esjax.config import MODELS, VARIANTS, Config, replace
+from esjax.dotted import change, value_of
 from esjax.errors import EsjaxError
-from esjax.mistakes import explain, nearest, setting_names
+from esjax.mistakes import setting_names, wrong_name
 
 LONGEST_NAME = 200
 """Characters of a trial's name: it is the name of a folder."""
@@ -86,43 +85,25 @@ def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
     return trials
 
 
-def value_of(config: Config, name: str) -> Any:
-    """Read a setting by its dotted name; `model` is the name of the model."""
-    if name == "model":
-        return next(model for model, kind in MODELS.items() if isinstance(config.model, kind))
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
-    values: dict[str, Any] = msgspec.to_builtins(base)
-    model = wanted.get("model", values["model"]["name"])
+    chosen = value_of(base, "model")
+    model = wanted.get("model", chosen)
     if model not in MODELS:
         raise EsjaxError(f"there is no model {model!r}; there are {', '.join(MODELS)}")
-    if model != values["model"]["name"]:
-        values["model"] = msgspec.to_builtins(MODELS[model]())
-    settings = msgspec.structs.replace(base, model=MODELS[model]())
-    known = [name for name in setting_names(settings) if not isinstance(value_of(settings, name), dict)]
-    for name, value in wanted.items():
-        if name == "model":
-            continue
+    if model != chosen:
+        base = replace(base, model=MODELS[model]())
+    values = {name: value for name, value in wanted.items() if name != "model"}
+    known = setting_names(base)
+    for name in values:
         if name not in known:
-            near = nearest(name, known)
-            hint = f"did you mean {near}?" if near else "esjax train --help lists them"
-            raise EsjaxError(f"there is no setting {name!r} to vary (model {model}); {hint}")
-        *sections, last = name.split(".")
-        section = values
-        for part in sections:
-            section = section[part]
-        section[last] = None if value == "None" else value
-    said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+            raise EsjaxError(wrong_name(name, known, VARIANTS))
+        if isinstance(value_of(base, name), dict):
+            raise EsjaxError(f"{name} holds several numbers and can be no axis; set it for the whole grid")
     try:
-        # Not strict: the values of the command line are texts.
-        config = msgspec.convert(values, Config, strict=False)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise EsjaxError(f"{said}: {explain(error, VARIANTS)}") from error
+        config = change(base, values)
+    except EsjaxError as error:
+        said = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        raise EsjaxError(f"{said}: {error}") from error
     typed = {name: value_of(config, name) for name in wanted}
     return Trial(",".join(f"{name}={_plain(value)}" for name, value in typed.items()), typed, config)
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from esjax.errors import EsjaxError
+from esjax.errors import DiskError, EsjaxError
 from esjax.es import TrainState
 from esjax.files import write_durably
 from esjax.snapshot import leaf_types
@@ -55,7 +55,7 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         for path in folder.glob("*.partial"):
             shutil.rmtree(path)
-        for step in _steps(folder):
+        for step in kept_steps(folder):
             path = folder / str(step)
             if _damage(path):
                 os.replace(path, _unused(folder / f"{step}.damaged"))
@@ -63,13 +63,13 @@ class Checkpoints:
     @property
     def newest(self) -> int:
         """Step of the newest checkpoint; 0 if there is none."""
-        return max(_steps(self._folder), default=0)
+        return max(kept_steps(self._folder), default=0)
 
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
         """Write a state; a step that is there already is not written again.
 
         Raises:
-            EsjaxError: The disk is full, or cannot be written; the checkpoints before stay as they are.
+            DiskError: The disk is full, or cannot be written; the checkpoints before stay as they are.
         """
         step = int(state.step)
         path = self._folder / str(step)
@@ -89,8 +89,8 @@ class Checkpoints:
             os.replace(partial, path)
         except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise EsjaxError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
-        for old in _steps(self._folder)[self._keep :]:
+            raise DiskError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
+        for old in kept_steps(self._folder)[self._keep :]:
             doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
             shutil.rmtree(doomed)
@@ -107,7 +107,7 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
     Raises:
         EsjaxError: There is none, or it holds the state of another model.
     """
-    steps = _steps(folder)
+    steps = kept_steps(folder)
     for step in steps:
         path = folder / str(step)
         damage = _damage(path)
@@ -152,7 +152,7 @@ def _restore(path: Path, like: TrainState) -> Restored:
     return Restored(state, seal["seconds"], seal["member_tokens"])
 
 
-def _steps(folder: Path) -> list[int]:
+def kept_steps(folder: Path) -> list[int]:
     """List the steps that have a checkpoint, newest first."""
     if not folder.is_dir():
         return []

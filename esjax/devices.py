@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esjax.errors import EsjaxError
+
 if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
@@ -29,6 +31,26 @@ def prepare_devices(cache: Path | None = None) -> None:
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def start_devices() -> None:
+    """Have JAX find its devices, which it does once.
+
+    Raises:
+        EsjaxError: There are none of the kind that the environment asks for, or they do not work.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # without the plugin of a platform JAX asserts, and says nothing
+        asked = os.environ.get("JAX_PLATFORMS")
+        which = f" of JAX_PLATFORMS={asked}" if asked else ""
+        said = str(error).strip().splitlines() or ["it knows of none"]
+        raise EsjaxError(
+            f"JAX cannot use the devices{which}: {said[0]}; install what they need, such as esjax[cuda13], or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def _cores() -> int:

@@ -1,5 +1,9 @@
-"""The one exception that stands for a mistake a person can mend."""
+"""The exceptions that stand for what a person can mend."""
 
 
 class EsjaxError(Exception):
     """Name what is wrong and the way out, in one line; the command line prints it and exits with 2."""
+
+
+class DiskError(EsjaxError):
+    """A file of a run cannot be written: the disk is full, or fails."""

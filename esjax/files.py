@@ -1,7 +1,11 @@
 """Small files that are written as a whole."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from esjax.errors import DiskError
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -17,3 +21,16 @@ def write_durably(path: Path, content: str | bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong while it is written.
+
+    Raises:
+        DiskError: Whatever the system said.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error

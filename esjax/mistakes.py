@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -33,25 +34,70 @@ def setting_names(settings: msgspec.Struct) -> list[str]:
     return names
 
 
-def nearest(name: str, names: Sequence[str]) -> str | None:
-    """Find the one that a mistyped name may mean: of the same last part, or else spelled much like it."""
-    last = name.rpartition(".")[2]
-    same = [known for known in names if known.rpartition(".")[2] == last]
-    return next(iter(same or difflib.get_close_matches(name, names, 1, LIKENESS)), None)
+def wrong_name(
+    name: str,
+    known: Sequence[str],
+    variants: Sequence[msgspec.Struct],
+    kind: str = "setting",
+    spell: Callable[[str], str] = str,
+) -> str:
+    """Say what is wrong with the name of a setting that there is not, and what may have been meant.
+
+    Args:
+        name: What was written.
+        known: Dotted names that would be right.
+        variants: Right settings, of each form that they may have: some have settings that others lack.
+        kind: What to call it.
+        spell: Writes a name as it is written where this one stands.
+    """
+    if any(other.startswith(f"{name}.") for other in known):
+        return f"{spell(name)} is a group of settings; name one of them"
+    there = [*known, *(other for settings in variants for other in setting_names(settings))]
+    near = name if name in there else _nearest(name, there)
+    if near and near not in known:
+        section = near.rpartition(".")[0]
+        form = next(_tag(settings, section) for settings in variants if near in setting_names(settings))
+        return f"{spell(near)} is a setting of the {section} {form}; choose that {section}, or leave it out"
+    hint = f"did you mean {spell(near)}?" if near else "esjax train --help lists them"
+    return f"there is no {kind} {spell(name)}; {hint}"
 
 
-def form_with(name: str, variants: Sequence[msgspec.Struct]) -> str | None:
-    """Tell which form of its section has a setting, `rnn` for `model.n_layers`."""
-    section = name.rpartition(".")[0]
-    return next((_tag(variant, section) for variant in variants if section and name in setting_names(variant)), None)
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    """Find the one that a mistyped name may mean.
+
+    It is one of the same last part, or spelled much like it as a whole, in its last part, or in the first word of that:
+    for `sigma`, `es.sgma`, `windw` and `populaton`.
+    """
+    last = _last_part(name)
+    for mine, part, likeness in (
+        (last, _last_part, 1.0),
+        (name, str, LIKENESS),
+        (last, _last_part, LIKENESS),
+        (last, _first_word, LIKENESS),
+    ):
+        parts = {part(known): known for known in reversed(names)}  # of equal ones the first
+        for found in difflib.get_close_matches(mine, parts, 1, likeness):
+            return parts[found]
+    return None
 
 
-def explain(error: Exception, variants: Sequence[msgspec.Struct]) -> str:
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _first_word(name: str) -> str:
+    return _last_part(name).partition("_")[0]
+
+
+def explain(
+    error: Exception, variants: Sequence[msgspec.Struct], given: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """Say in one line what is wrong with settings that msgspec could not read.
 
     Args:
         error: What it raised: of its own, or by a section's own check.
         variants: Right settings, of each form that they may have.
+        given: Values by dotted name, as they were written: a text that should be something else is shown.
     """
     found = re.fullmatch(r"(.*?)(?: - at (`key` in )?`\$(.*)`)?", str(error).replace("\n", " "))
     assert found
@@ -64,15 +110,14 @@ def explain(error: Exception, variants: Sequence[msgspec.Struct]) -> str:
         return f"a name in {here} must be a text"
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", text):
         name = f"{path}.{found[1]}".strip(".")
-        if form := form_with(name, variants):
-            return f"{name} is a setting of the {path} {form}"
-        near = nearest(name, known)
-        return f"there is no setting {name}; " + (f"did you mean {near}?" if near else "esjax train --help lists them")
+        return wrong_name(name, [other for other in known if other != name], variants)
     if found := re.fullmatch(r"Object missing required field `(.*)`", text):
         choices = _choices(variants, f"{path}.{found[1]}")
         return f"{here} needs a {found[1]}: {' or '.join(choices)}"
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", text):
-        return f"{here} must be {' or '.join(choices) or _in_words(found[1])}, not {_in_words(found[2])}"
+        written = given.get(path)
+        shown = repr(written) if isinstance(written, str) and found[2] == "str" else _in_words(found[2])
+        return f"{here} must be {' or '.join(choices) or _in_words(found[1])}, not {shown}"
     if found := re.fullmatch(r"Invalid (?:enum )?value (.*)", text):
         return f"{path} must be {' or '.join(choices)}, not {found[1]}" if choices else f"{path}: {text}"
     first, _, rest = text.partition(" ")

@@ -22,6 +22,9 @@ SMOOTHING = 0.9
 GAP = "  "
 """Between the parts of a line."""
 
+FEWEST_DIGITS, MOST_DIGITS = 2, 6
+"""After the point, of a baseline: so many as tell it from the held-out loss."""
+
 
 class Part(NamedTuple):
     """A part of the line.
@@ -143,13 +146,16 @@ class Progress:
         if self._held_out is None:
             return Part(9, Text("held-out -"))
         held_out, _ = self._held_out
-        beaten = [name for name, value in self._baselines.items() if held_out < value]
+        digits = {name: _digits(value, held_out) for name, value in self._baselines.items()}
+        beaten = [name for name, value in self._baselines.items() if held_out < value and digits[name]]
         color = "green" if beaten else "dim"
         marks = {
-            name: f"{'<' if name in beaten else '>'} {name} {_beside(value, held_out)}"
+            name: f"{'=' if not digits[name] else '<' if name in beaten else '>'} {name} "
+            f"{value:.{digits[name] or FEWEST_DIGITS}f}"
             for name, value in self._baselines.items()
         }
-        alone = Text.assemble("held-out ", (f"{held_out:.3f}", "bold green" if beaten else "bold"))
+        most = max([FEWEST_DIGITS + 1, *(number or 0 for number in digits.values())])
+        alone = Text.assemble("held-out ", (f"{held_out:.{most}f}", "bold green" if beaten else "bold"))
         part = Part(9, alone)
         if marks:
             ahead = [mark for name, mark in marks.items() if name not in beaten] or [*marks.values()][-1:]
@@ -172,9 +178,10 @@ def _smooth(before: float | None, value: float) -> float:
     return value if before is None or before != before else SMOOTHING * before + (1 - SMOOTHING) * value
 
 
-def _beside(value: float, other: float) -> str:
-    """Write a number with two digits, or with three where another one would look the same."""
-    return f"{value:.2f}" if f"{value:.2f}" != f"{other:.2f}" else f"{value:.3f}"
+def _digits(value: float, other: float) -> int | None:
+    """Count the digits after the point that tell two numbers apart; None: they are as good as equal."""
+    enough = (d for d in range(FEWEST_DIGITS, MOST_DIGITS + 1) if f"{value:.{d}f}" != f"{other:.{d}f}")
+    return next(enough, None)
 
 
 def _count(number: float) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy import ndarray
 
 from esjax.errors import EsjaxError
+from esjax.step_info import Limits
 
 State = Literal["running", "finished", "stopped"]
 """running: a process holds the folder's lock. finished: it reached the limits of its settings. stopped: neither."""
@@ -32,7 +33,7 @@ SAMPLE_BYTES = 2**16
 """End of samples.txt that is read."""
 
 NEARLY = 0.99
-"""Part of a limit at which it counts as reached: a run stops at its own clock, not at that of its metrics."""
+"""Part of a limit of seconds at which it is reached: a run stops at its own clock, not at that of its metrics."""
 
 _SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)
 
@@ -274,6 +275,17 @@ def is_running(path: Path) -> bool:
     return False
 
 
+def has_reached(limits: Limits, step: float, seconds: float) -> bool:
+    """Tell whether a run has come to its limits, by the last line of its metrics.
+
+    Args:
+        limits: Of the whole run.
+        step: Steps done; the limit of these is exact.
+        seconds: Training time.
+    """
+    return step > 0 and limits.reached(step, seconds / NEARLY)
+
+
 def differing(runs: Sequence[RunView]) -> list[str]:
     """Name the settings in which runs differ, sorted; one that a run does not have counts as different."""
     names = sorted({name for run in runs for name in run.settings})
@@ -306,10 +318,11 @@ def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def _state(path: Path, settings: Mapping[str, Any], columns: Mapping[str, ndarray]) -> State:
     if is_running(path):
         return "running"
-    for limit, column in (("steps", "step"), ("seconds", "seconds")):
-        most, done = settings.get(limit), columns.get(column)
-        if isinstance(most, int | float) and done is not None and len(done) and done[-1] >= NEARLY * most:
-            return "finished"
+    found = [settings.get(name) for name in Limits._fields]
+    limits: list[Any] = [limit if isinstance(limit, int | float) else None for limit in found]
+    last = {name: float(columns[name][-1]) for name in ("step", "seconds") if name in columns and len(columns[name])}
+    if has_reached(Limits(*limits), last.get("step", 0), last.get("seconds", 0.0)):
+        return "finished"
     return "stopped"
 
 

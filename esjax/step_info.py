@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from esjax.errors import EsjaxError
+
 
 class Limits(NamedTuple):
     """Where iteration ends.
@@ -14,9 +16,21 @@ class Limits(NamedTuple):
     steps: int | None
     seconds: float | None
 
-    def reached(self, step: int, seconds: float) -> bool:
+    def reached(self, step: float, seconds: float) -> bool:
         """Tell whether iteration ends after so many steps of the run, and seconds of this iteration."""
         return (self.steps is not None and step >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
+
+    def check(self, step: int) -> None:
+        """See that there is a step to do.
+
+        Raises:
+            EsjaxError: The run has done as many as it may.
+        """
+        if self.steps is not None and step >= self.steps:
+            raise EsjaxError(
+                f"the run has done {step} steps, and its limit is {self.steps}; raise steps to go on (in Python: "
+                "run.limits)"
+            )
 
 
 class StepInfo(NamedTuple):

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from esjax.axes import Trial, make_grid
+from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
@@ -27,10 +28,11 @@ from esjax.files import write_durably
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
-from esjax.runs import NEARLY, RunView, read_run
+from esjax.runs import RunView, has_reached, read_run
+from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
 
-RECORD, TABLE = "sweep.yaml", "sweep.csv"
+RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
 
 ANY_PORT = "tcp://127.0.0.1:0"
 
@@ -152,15 +154,17 @@ class Sweep:
 
     def _open(self, trial: Trial) -> Trainer | Server:
         path, limits = self.path / trial.name, trial.config
-        if not _kept_steps(path):
+        if not kept_steps(path / CHECKPOINTS):
             if path.exists():
                 shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
             return self._begin(limits, path)
         run = read_run(path)
-        kept = run.metrics["step"] <= max(_kept_steps(path))
-        if (path / "ledger").exists():
-            kept[:] = True
-        before = float(np.max(run.metrics["seconds"][kept], initial=0.0))
+        before = 0.0
+        if run.step:  # not if it was stopped while it waited for hosts
+            kept = run.metrics["step"] <= max(kept_steps(path / CHECKPOINTS))
+            if (path / "ledger").exists():
+                kept[:] = True
+            before = float(np.max(run.metrics["seconds"][kept], initial=0.0))
         # A run stops at its own clock: what is left of it may be less than nothing.
         seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
         if self._hosts is None:
@@ -237,7 +241,7 @@ def sweep(
     Args:
         axes: Values by the name of a setting, such as `{"es.sigma": [0.05, 0.1]}`; `model` takes names of models.
         config: Settings of what is no axis; None: the defaults.
-        out: Folder of the sweep. One that is there already has to be of the same axes and settings.
+        out: Folder of the sweep. One that is there already has to be of the same axes, in any order, and settings.
         hosts: Who trains. None: this process.
         show: Trains a run, by iterating over it. None: that, and nothing else.
         tell: Called with each line that a person should see. None: they go to standard error.
@@ -254,7 +258,8 @@ def sweep(
     for data in dict.fromkeys(trial.config.data for trial in trials):
         load_corpus(data)
     typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
-    _record(path, typed, config)
+    # The folders are called by the axes in the order in which they were first given.
+    trials = make_grid(config, _record(path, typed, config))
     return Sweep(path, trials, hosts, show, tell)
 
 
@@ -280,8 +285,8 @@ def resume_sweep(
     return Sweep(Path(path), make_grid(config, axes), hosts, show, tell)
 
 
-def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> None:
-    """Write down what a sweep is of, or see that it is the same as before."""
+def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Mapping[str, Sequence[Any]]:
+    """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
     if (path / RECORD).exists():
         before, settings = _read_record(path)
         if before != axes:
@@ -293,7 +298,7 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> No
                 f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
                 "go on with that one"
             )
-        return
+        return before
     try:
         if path.exists() and any(path.iterdir()):
             raise EsjaxError(f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out")
@@ -302,6 +307,7 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> No
         write_durably(path / RECORD, msgspec.yaml.encode(record).decode())
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
+    return axes
 
 
 def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
@@ -338,19 +344,11 @@ def _claim(path: Path) -> Iterator[None]:
         yield
 
 
-def _kept_steps(path: Path) -> list[int]:
-    """List the steps whose state is kept."""
-    return [int(kept.name) for kept in (path / "checkpoints").glob("*") if kept.name.isdigit()]
-
-
 def _is_finished(run: RunView, config: Config) -> bool:
     """Tell whether a run has reached its limits, and its state is kept."""
-    if max(_kept_steps(run.path), default=0) < run.step and not (run.path / "ledger").exists():
+    if max(kept_steps(run.path / CHECKPOINTS), default=0) < run.step and not (run.path / "ledger").exists():
         return False
-    seconds = run.last("seconds") or 0.0
-    return (config.steps is not None and run.step >= config.steps) or (
-        config.seconds is not None and run.step > 0 and seconds >= NEARLY * config.seconds
-    )
+    return has_reached(Limits(config.steps, config.seconds), run.step, run.last("seconds") or 0.0)
 
 
 def _trouble(run: RunView) -> str:

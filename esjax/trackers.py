@@ -6,6 +6,7 @@ The packages of the last three are extras, imported when a run starts; none of t
 import html
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import msgspec
 
 from esjax.config import to_plain
 from esjax.errors import EsjaxError
+from esjax.files import writing
 from esjax.run_folder import RunFolder, json_line
 from esjax.tracking import TrackedRun, Tracker
 
@@ -33,21 +35,28 @@ class JsonLines(Tracker):
 
     def start(self, run: TrackedRun) -> None:
         """Open the metrics, without the lines of steps that will be done again."""
-        self._metrics = self._folder.open_metrics(run.step, self._tell)
+        with self._writing_metrics():
+            self._metrics = self._folder.open_metrics(run.step, self._tell)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Write a line."""
         assert self._metrics is not None
-        self._metrics.write(json_line(row) + "\n")
+        with self._writing_metrics():
+            self._metrics.write(json_line(row) + "\n")
 
     def sample(self, step: int, text: str) -> None:
         """Append the text."""
-        self._folder.add_sample(step, text)
+        with writing(self._folder.path / "samples.txt"):
+            self._folder.add_sample(step, text)
 
     def close(self) -> None:
         """Close the metrics."""
         if self._metrics is not None:
-            self._metrics.close()
+            with self._writing_metrics():
+                self._metrics.close()
+
+    def _writing_metrics(self) -> AbstractContextManager[None]:
+        return writing(self._folder.path / "metrics.jsonl")
 
 
 class TensorBoard(Tracker):

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
@@ -160,11 +161,7 @@ class Trainer:
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield what each step did."""
         config = self.config
-        if self.limits.steps is not None and self.step >= self.limits.steps:
-            raise EsjaxError(
-                f"the run has done {self.step} steps, and its limit is {self.limits.steps}; raise steps to go on "
-                "(in Python: run.limits)"
-            )
+        self.limits.check(self.step)
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
             # Left after all the rest, so that a tracker that hangs delays nothing that matters.
@@ -173,6 +170,8 @@ class Trainer:
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
             alone = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
+            # Where there is a held-out loss already, the next one can wait.
+            evaluate_after = config.evaluate_time if self._is_measured() else 0.0
             evaluate_at = checkpoint_at = 0.0
             before = self._seconds
             while True:
@@ -180,7 +179,7 @@ class Trainer:
                 info = self._take_step(alone)
                 now = time.perf_counter()
                 if began_at is None:
-                    began_at, evaluate_at, checkpoint_at = now, now, now + config.checkpoint_time
+                    began_at, evaluate_at, checkpoint_at = now, now + evaluate_after, now + config.checkpoint_time
                 session = now - began_at
                 self._seconds = before + session
                 # Clocks and signals differ between processes; what follows from them must not.
@@ -219,6 +218,12 @@ class Trainer:
         # However the iteration ends, what is trained is kept.
         stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
         return _Record(self.folder, checkpoints, self._open_ledger(stack, self.folder))
+
+    def _is_measured(self) -> bool:
+        """Tell whether a held-out loss is kept, or remembered."""
+        if self.folder is not None:
+            return read_run(self.folder.path).last("held_out") is not None
+        return not np.isnan(self._history.columns()["held_out"]).all()
 
     def _tracked(self) -> TrackedRun:
         if self.folder is not None:

@@ -313,6 +313,7 @@ class Simulation:
         self.revoked: set[str] = set()
         self.text = TEXT
         self.epoch = 0
+        self.measured = False  # whether a held-out loss is kept when it starts
         self.snapshot_bytes = snapshot_bytes
         self._seed = seed
         self._events: list[tuple[float, int, Callable[[], object]]] = []
@@ -363,6 +364,7 @@ class Simulation:
             history=_History(self.ledger),
             last_update=self.ledger[-1][1] if self.ledger else b"",
             block=block,
+            measured=self.measured,
         )
 
     def kill(self) -> None:

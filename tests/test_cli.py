@@ -332,7 +332,15 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
         (["train", "--data.no-cary"], "did you mean --data.carry?"),
         (["train", "--confg", "a.yaml"], "did you mean --config?"),
         (["sweep", "--sigma=1"], "did you mean --es.sigma?"),
-        (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; name it, too"),
+        (["train", "--windw", "16"], "did you mean --data.window?"),
+        (["train", "--rnk", "2"], "did you mean --es.rank?"),
+        (["train", "--noize", "gaussian"], "did you mean --es.noise?"),
+        (["train", "--populaton", "64"], "did you mean --es.population-size?"),
+        (["train", "--vocab", "64"], "did you mean --data.vocab-size?"),
+        (["train", "--es", "3"], "--es is a group of settings; name one of them"),
+        (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
+        (["train", "--n-layer", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
+        (["train", "rnn", "--n-layer", "2"], "did you mean --model.n-layers?"),
         (["generate", "."], "'.' is not a run folder: it has no run.json; there is run"),
         (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),
     ],
@@ -358,13 +366,15 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
         raise EsjaxError("parsed")
 
     helps = {words: succeed(*words, "--help").out for words in (("train",), ("train", "rnn"), ("serve",), ("sweep",))}
-    monkeypatch.setattr("esjax.cli.shared.tyro.cli", parsed)
+    monkeypatch.setattr("esjax.cli.settings.tyro.cli", parsed)
     for words, text in helps.items():
-        options = re.findall(r"^\W*(--[\w.-]+)(?:, (--[\w.-]+))?", text, re.MULTILINE)
+        options = re.findall(r"^│ (--[\w.-]+)(?:, (--[\w.-]+))?", text, re.MULTILINE)
         assert len(options) > 40
+        assert "{None}" not in text
         for option in {name for names in options for name in names if name} - {"--help"}:
-            expected = "error: cannot read" if option == "--config" else "error: parsed"
-            assert call(*words, option, "none").err.startswith(expected), option
+            # Right as a text or a path, or understood and refused as something else.
+            expected = r"parsed|cannot read the settings 'none'|\S+ must be .* not 'none'|'none' is neither the value"
+            assert re.match(f"error: ({expected})", call(*words, option, "none").err), option
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
@@ -381,6 +391,17 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
     return seen[0]
 
 
+def test_a_line_without_options_takes_the_defaults(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_of(monkeypatch) == Config()
+
+    def serve(settings: Config, *rest: Any, **more: Any) -> None:
+        raise EsjaxError(f"served {settings == Config()}")
+
+    monkeypatch.setattr("esjax.hosts.serve.serve", serve)
+    assert call("serve").err == "error: served True\n"
+    assert call("sweep").err == "error: there is no axis; give at least one, such as es.sigma=0.05,0.1\n"
+
+
 @pytest.mark.parametrize("position", [0, 2, 4])
 @pytest.mark.parametrize(("name", "model"), [("rnn", RnnConfig), ("gru", GruConfig)])
 def test_a_model_may_be_named_anywhere(
@@ -391,6 +412,32 @@ def test_a_model_may_be_named_anywhere(
     settings = settings_of(monkeypatch, *words)
     assert settings.model == model(hidden_size=5)
     assert settings.steps == 3
+
+
+@pytest.mark.parametrize("switch", ["--ledger", "--no-ledger", "--es.exact-logits", "--es.no-exact-logits"])
+def test_a_model_may_be_named_after_a_switch(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    settings = settings_of(monkeypatch, switch, "rnn")
+    assert settings.model == RnnConfig()
+    is_on = "no-" not in switch
+    assert (settings.ledger, settings.es.exact_logits) == (is_on and "ledger" in switch, is_on and "exact" in switch)
+
+
+def test_a_model_may_be_named_after_a_switch_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(settings: Config, *rest: Any, plain_text_anywhere: bool, **more: Any) -> None:
+        raise EsjaxError(f"{plain_text_anywhere} {settings.model}")
+
+    monkeypatch.setattr("esjax.hosts.serve.serve", serve)
+    assert call("serve", "--plain-text-anywhere", "rnn").err == f"error: True {RnnConfig()}\n"
+
+
+def test_numbers_and_names_with_numbers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--es.population-size", "1_000", "--es.sigma=.5", "--steps", "1e3", "--seconds", "None")
+    layers = ("--es.layer-sigma", "logits", "0.1", "hidden", ".3", "rnn")  # the odd one is a model
+    settings = settings_of(monkeypatch, *words, "--data.text", "1e3", *layers)
+    assert (settings.es.population_size, settings.es.sigma, settings.steps, settings.seconds) == (1000, 0.5, 1000, None)
+    assert settings.data.text == "1e3"
+    assert settings.es.layer_sigma == {"logits": 0.1, "hidden": 0.3}
+    assert settings.model == RnnConfig()
 
 
 def test_a_value_that_is_called_like_a_model_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,6 +536,8 @@ MISTAKES = {
     "no tokens": (["generate", "run", "--max-tokens", "0"], "max_tokens"),
     "no beams": (["generate", "run", "--beams", "0"], "beams"),
     "no text of a beam search": (["generate", "run", "--beams", "2", "--count", "0"], "count"),
+    "more texts than beams": (["generate", "run", "--beams", "2", "--count", "5"], "at most 2 texts, not 5"),
+    "temperature of a beam search": (["generate", "run", "--beams", "2", "--temperature", "0.5"], "for sampling"),
     "seed too large": (["generate", "run", "--seed", "4294967296"], "seed"),
     "sweep of nothing": (["sweep", *TINY, "--steps", "1"], "no axis"),
     "sweep of a mistyped setting": (["sweep", *TINY, "--steps", "1", "--axis", "es.sgma=1"], "did you mean es.sigma?"),
@@ -561,22 +610,42 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--no-such-option", "1"], "there is no option --no-such-option; esjax train --help lists them"),
+        (["train", "--steps", "two"], "steps must be a whole number or None, not 'two'"),
+        (["train", "--steps=1.5"], "steps must be a whole number or None, not '1.5'"),
+        (["train", "--steps", "0"], "steps must be above 0 and finite, got 0"),
+        (["train", "--es.noise", "pink"], "es.noise must be rademacher or gaussian, not 'pink'"),
+        (["train", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
+        (["train", "--es.population-size", "7"], "es.population_size must be even, got 7"),
+        (["train", "--data.held-out", "1"], "data.held_out must be at least 0 and below 1, got 1.0"),
+        (["train", "--model.hidden-size", "0"], "model.hidden_size must be above 0 and finite, got 0"),
+        (["train", "--seed", "-1"], "seed must be at least 0 and below 2^32, got -1"),
+        (["train", "--data.carry"], "data.carry needs es.space activation, where a clean copy is read"),
+        (["train", "--data.text"], "--data.text needs a value"),
+        (["train", "--steps", "--seed", "1"], "--steps needs a value"),
+        (["train", "--es.layer-sigma"], "--es.layer-sigma needs a name and a number"),
+        (["train", "--es.layer-sigma", "logits", "x"], "es.layer_sigma: a value must be a number, not a text"),
+        (["train", "--config"], "--config needs a value"),
+        (["train", "--ledger=true"], "'true' is neither the value of an option nor a model; models are rnn, gru"),
+        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru"),
+        (["sweep", "--axis"], "--axis needs a value"),
+        (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(words: list[str], said: str, work: Path) -> None:
+    before = contents(work)
+    assert call(*words) == (2, "", f"error: {said}\n")
+    assert contents(work) == before
+
+
+@pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["train", "--no-such-option", "1"], "no-such-option"),
-        (["train", "--steps", "two"], "steps"),
-        (["train", "--es.noise", "pink"], "noise"),
-        (["train", "--es.sigma", "-1"], "sigma"),
-        (["train", "--es.population-size", "7"], "population_size"),
-        (["train", "--data.vocab-size", "2"], "vocab_size"),
-        (["train", "--seed", "-1"], "seed"),
-        (["train", "--steps", "0"], "steps"),
-        (["train", "--optim.schedule", "cosine"], "decay_steps"),
-        (["train", "--data.text"], "data.text"),
-        (["train", "--config"], "config"),
+        (["train", *TINY, "--optim.schedule", "cosine"], "decay_steps"),
         (["train", "--track", "tensorbored"], "tensorbored"),
         (["resume", "run", "--metrics-port", "high"], "metrics-port"),
-        (["train", "gru", "--model.n-layers", "2"], "n-layers"),
         (["evaluate", "run", "--split", "none"], "split"),
         (["evaluate"], "DIR"),
         (["resume"], "DIR"),
@@ -584,12 +653,10 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["import-npy", "weights.npy"], "chars"),
         (["import-npy"], "FILE"),
         (["export", "run", "--format", "pickle"], "format"),
-        (["sweep", "--axis"], "axis"),
-        (["sweep", "--es.sigma", "-1"], "sigma"),
     ],
 )
 def test_a_wrong_option_is_refused(words: list[str], named: str, work: Path) -> None:
-    """These are the option parser's own words, over several lines."""
+    """Most of these are the option parser's own words, over several lines."""
     before = contents(work)
     called = call(*words)
     assert called.code == 2
@@ -597,6 +664,10 @@ def test_a_wrong_option_is_refused(words: list[str], named: str, work: Path) -> 
     assert named in called.err
     assert "Traceback" not in called.err
     assert contents(work) == before
+
+
+def test_help_is_shown_beside_a_mistake(work: Path) -> None:
+    assert "usage: esjax train" in succeed("train", "--es.sigma", "-1", "--help").out
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -737,5 +808,32 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     monkeypatch.setattr("esjax.trackers.json_line", full)
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
-    assert called.err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert called.err.splitlines()[-1] == (
+        "error: cannot write run/metrics.jsonl: No space left on device; the run is kept to step 4; make room, then: "
+        "esjax resume run"
+    )
     assert checkpoints(Path("run"))[-1] == 4  # the step that was done is kept
+
+
+def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ledger holds beyond the last checkpoint is kept, too."""
+    succeed("train", *TINY, "--steps", "2", "--ledger", "--out", "kept")
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esjax.checkpoint.write_durably", full)
+    called = call("resume", "kept", "--steps", "5")
+    assert called.err.splitlines()[-1] == (
+        "error: cannot write the checkpoint 'kept/checkpoints/5': [Errno 28] No space left on device; the run is kept "
+        "to step 5; make room, then: esjax resume kept"
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "none"])
+def test_devices_that_are_not_there_are_one_line(work: Path, surroundings: dict[str, str], platform: str) -> None:
+    done = run_alone({**surroundings, "JAX_PLATFORMS": platform}, 1, "generate", "run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: JAX cannot use the devices of JAX_PLATFORMS={platform}: ")
+    assert done.stderr.endswith("or set JAX_PLATFORMS=cpu\n")
+    assert done.stderr.count("\n") == 1

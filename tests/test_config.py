@@ -135,7 +135,10 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("es: {sigm: 1}", "there is no setting es.sigm; did you mean es.sigma?"),
         ("sigma: 1", "there is no setting sigma; did you mean es.sigma?"),
         ("model: {name: rnn, n_layer: 1}", "there is no setting model.n_layer; did you mean model.n_layers?"),
-        ("model: {name: gru, n_layers: 1}", "model.n_layers is a setting of the model rnn"),
+        (
+            "model: {name: gru, n_layers: 1}",
+            "model.n_layers is a setting of the model rnn; choose that model, or leave it out",
+        ),
         ("model: {hidden_size: 4}", "model needs a name: rnn or gru"),
         ("model: {name: [1]}", "model.name must be rnn or gru, not a list"),
         ("es: {noise: 3}", "es.noise must be rademacher or gaussian, not a whole number"),

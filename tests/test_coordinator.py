@@ -332,6 +332,22 @@ def test_a_disk_that_fails_stops_no_training() -> None:
     check_snapshots(sim)
 
 
+@pytest.mark.parametrize(("measured", "first"), [(False, 0.0), (True, 30.0)])
+def test_after_a_restart_the_next_held_out_loss_is_not_beside_the_one_before(measured: bool, first: float) -> None:
+    """Reference: the clock, from the restart to the first step that asks for it."""
+    sim = Simulation(config_of(evaluate_time=30.0))
+    sim.add("a")
+    sim.run_steps(2)
+    sim.measured = measured
+    sim.coordinator = None
+    sim.start()
+    since, before = sim.now, len(sim.log)
+    sim.run(50)
+    asked = [at for at, _, _, sent in sim.log[before:] if isinstance(sent, wire.Step) and sent.measure is not None]
+    # The host takes a few seconds to come back, and a step lasts one.
+    assert first <= asked[0] - since < first + 10
+
+
 def test_who_measures_gets_no_pairs_meanwhile() -> None:
     sim = Simulation(config_of(evaluate_time=30.0))
     sim.add("a", measure_seconds=10.0)

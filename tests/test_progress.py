@@ -138,6 +138,29 @@ def test_numbers_beside_each_other_are_told_apart() -> None:
     assert "held-out 2.511 (< unigram 3.34 > bigram 2.510 > trigram 1.99)" in line
 
 
+@pytest.mark.parametrize(
+    ("bigram", "shown_as"),
+    [
+        (2.5112, "2.5114 (< unigram 3.34 > bigram 2.5112"),
+        (2.51141, "2.51140 (< unigram 3.34 < bigram 2.51141"),
+        (2.5114, "2.511 (< unigram 3.34 = bigram 2.51"),
+        (2.5114 + 1e-9, "2.511 (< unigram 3.34 = bigram 2.51"),
+    ],
+)
+def test_close_numbers_have_the_digits_that_they_need(
+    monkeypatch: pytest.MonkeyPatch, bigram: float, shown_as: str
+) -> None:
+    monkeypatch.setitem(BASELINES, "bigram", bigram)
+    (line,) = shown([INFO._replace(held_out=2.5114)])
+    assert f"held-out {shown_as} > trigram 1.99)" in line
+
+
+def test_without_baselines_the_held_out_loss_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(BASELINES):
+        monkeypatch.delitem(BASELINES, name)
+    assert "held-out 2.391  3.08 M/s" in shown([INFO])[0]
+
+
 def test_an_update_of_which_nothing_is_known_is_left_out() -> None:
     unknown = INFO._replace(update_norm=float("nan"))
     assert "|update|" not in shown([unknown])[0]

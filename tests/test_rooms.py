@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 FLOORS = [
     ("esjax", "esjax.errors", "esjax.mistakes", "esjax.tokens"),
     ("esjax.config",),
+    ("esjax.dotted",),
     ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
     ("esjax.models.rnn", "esjax.models.gru"),
     ("esjax.models", "esjax.member"),
@@ -77,6 +78,7 @@ FLOORS = [
     ("esjax.page.server",),
     ("esjax.cli.shared", "esjax.sweep_plot"),
     ("esjax.cli.exchange", "esjax.cli.hosts", "esjax.cli.look", "esjax.cli.sweep", "esjax.cli.train", "esjax.cli.use"),
+    ("esjax.cli.settings",),
     ("esjax.cli",),
     ("esjax.__main__",),
 ]

@@ -127,6 +127,25 @@ def test_a_run_is_finished_at_its_limits(tmp_path: Path, settings: dict[str, Any
     assert read_run(tmp_path).state == state
 
 
+@pytest.mark.parametrize(
+    ("settings", "last", "state"),
+    [
+        # Steps are counted; only seconds are of another clock than the one that ends a run.
+        ({"steps": 1000}, '{"step": 995, "seconds": 1.0}', "stopped"),
+        ({"steps": 1000}, '{"step": 1000, "seconds": 1.0}', "finished"),
+        ({"seconds": 1000.0}, '{"step": 7, "seconds": 995.0}', "finished"),
+        ({"seconds": 1000.0}, '{"step": 7, "seconds": 985.0}', "stopped"),
+        ({"seconds": 1000.0}, '{"step": 7}', "stopped"),
+    ],
+)
+def test_a_limit_is_nearly_reached_by_seconds_alone(
+    tmp_path: Path, settings: dict[str, Any], last: str, state: str
+) -> None:
+    make(tmp_path, **settings)
+    append(tmp_path, last + "\n")
+    assert read_run(tmp_path).state == state
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "baselines.json", "run.json"])
 def test_a_damaged_part_is_a_note(tmp_path: Path, name: str) -> None:
     make(tmp_path, done=2).keep_baselines({"unigram": 3.0})

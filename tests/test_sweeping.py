@@ -22,7 +22,7 @@ from esjax.hosts.serve import Server
 from esjax.loading import load
 from esjax.run_folder import RunFolder
 from esjax.sweep_plot import choose_axis, draw
-from esjax.sweeping import Outcome, Sweep, resume_sweep, sweep
+from esjax.sweeping import Hosts, Outcome, Sweep, resume_sweep, sweep
 from esjax.training import Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -157,6 +157,25 @@ def test_metrics_beyond_the_newest_checkpoint_do_not_count(config: Config, out: 
     (checkpoint,) = (out / "seed=5" / "checkpoints").iterdir()
     checkpoint.rename(checkpoint.with_name("2"))
     assert states(grid) == {"seed=5": "stopped"}
+
+
+def test_a_run_that_no_host_came_to_goes_on(config: Config, out: Path) -> None:
+    """Stopped while it waits for hosts, it has a checkpoint and no step."""
+    served: list[str] = []
+
+    def stop(server: Server) -> None:
+        served.append(server.folder.path.name)
+        signal.raise_signal(signal.SIGINT)
+
+    hosts, config = Hosts(announce=stop), replace(config, seconds=9.0)
+    for grid in (sweep({"seed": [5]}, config, out=out, hosts=hosts, tell=quiet), resume_sweep(out, hosts=hosts)):
+        assert [(one.state, one.step, one.note) for one in grid] == [("stopped", 0, "")]
+    assert served == ["seed=5", "seed=5"]
+
+
+def test_axes_in_another_order_are_the_same_sweep(config: Config, begun: Path) -> None:
+    again = sweep(dict([*AXES.items()][::-1]), config, out=begun)
+    assert [trial.name for trial in again.trials] == NAMES
 
 
 # --- runs that fail ---

@@ -145,6 +145,24 @@ def test_metrics_hold_what_they_promise(config: Config, tmp_path: Path) -> None:
     assert "--- step 6" in (tmp_path / "run" / "samples.txt").read_text()
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_run_that_goes_on_is_measured_when_it_is_time(config: Config, tmp_path: Path, measured: bool) -> None:
+    """It ends with a held-out loss; the one of a run that was killed before its first is not put off."""
+    list(train(config, tmp_path / "run"))
+    if not measured:
+        kept = "".join(json.dumps({**row, "held_out": None}) + "\n" for row in rows(tmp_path / "run"))
+        (tmp_path / "run" / "metrics.jsonl").write_text(kept)
+    infos = list(resume(tmp_path / "run", steps=9))
+    assert [info.held_out is not None for info in infos] == [not measured, False, True]
+
+
+def test_a_run_without_a_folder_that_goes_on_is_measured_when_it_is_time(config: Config) -> None:
+    trainer = train(config)
+    assert [info.held_out is not None for info in trainer] == [True, False, False, False, False, True]
+    trainer.limits = Limits(8, None)
+    assert [info.held_out is not None for info in trainer] == [False, True]
+
+
 def test_the_run_folder_starts_the_same_run_again(config: Config, tmp_path: Path) -> None:
     first = train(config, tmp_path / "run")
     list(first)

@@ -12,7 +12,7 @@ from rich.console import Console
 from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
-from esjax.cli.shared import parse_settings
+from esjax.cli.settings import parse_settings
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, Tune
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a disk that filled up, a folder that was taken away
-        _fail(console, str(error))
+        _fail(console, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def _parse(words: list[str]) -> Any:
@@ -69,7 +69,7 @@ def _parse(words: list[str]) -> Any:
         )
     if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
-    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}")
+    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,))
 
 
 def _fail(console: Console, message: str) -> NoReturn:

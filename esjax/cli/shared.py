@@ -1,19 +1,16 @@
 """What the commands have in common."""
 
 import os
-import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
-from esjax.errors import EsjaxError
-from esjax.mistakes import form_with, nearest, setting_names
+from esjax.errors import DiskError, EsjaxError
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -59,7 +56,7 @@ def prepare(processes: str | None = None) -> None:
     Args:
         processes: Those that compute as one, see `esjax.processes.connect`; None: this one alone.
     """
-    from esjax.devices import prepare_devices
+    from esjax.devices import prepare_devices, start_devices
 
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     prepare_devices(Path(home) / "esjax")
@@ -67,6 +64,7 @@ def prepare(processes: str | None = None) -> None:
         from esjax.processes import connect
 
         connect(processes)
+    start_devices()
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
@@ -97,75 +95,30 @@ def show(run: "Trainer | Server", console: Console) -> None:
     assert run.folder is not None
     with Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
-        for info in run:
-            progress.update(info)
+        try:
+            for info in run:
+                progress.update(info)
+        except DiskError as error:
+            raise EsjaxError(f"{error}; {_way_on(run)}") from error
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
     run.tell(f"kept in {run.folder.path}")
 
 
-def parse_settings(command: Any, name: str, words: list[str]) -> Any:
-    """Read settings from a file, then a model's name, then the options, each over the one before.
+def _way_on(run: "Trainer | Server") -> str:
+    """Say what is kept of a run whose disk is full, and how to go on."""
+    from esjax.checkpoint import kept_steps
+    from esjax.hosts.serve import Server
+    from esjax.ledger import UPDATE, read
 
-    Args:
-        command: A dataclass whose field `settings` is a `Config`.
-        name: Of the command.
-        words: After the command.
-    """
-    settings = Config()
-    path = _option(words, "--config")
-    if path is not None:
-        try:
-            settings = from_yaml(Path(path).read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
-    named = [i for i, word in enumerate(words) if word in MODELS and not (i and _awaits_value(words[i - 1]))]
-    if len(named) > 1:
-        raise EsjaxError(f"one model at a time, not {' and '.join(words[i] for i in named)}")
-    if named:
-        kind = MODELS[words[named[0]]]
-        if not isinstance(settings.model, kind):  # that of the file keeps its settings
-            settings = replace(settings, model=kind())
-        words = words[: named[0]] + words[named[0] + 1 :]
-    _check_options(command, settings, words)
-    try:
-        return tyro.cli(
-            command,
-            args=words,
-            prog=f"esjax {name}",
-            default=command(settings),
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValueError as error:  # of the settings as a whole; those of a section come as a box of tyro's
-        raise EsjaxError(str(error)) from error
-
-
-def _check_options(command: Any, settings: Config, words: Sequence[str]) -> None:
-    """Refuse an option that there is not, if it is clear what was meant."""
-    own = [field.name for field in fields(command)]
-    own += [field.name for field in fields(Watching)] if "watching" in own else []
-    known = [*setting_names(settings), *(name for name in own if name not in ("settings", "watching")), "help"]
-    for word in words:
-        option = word.partition("=")[0]
-        name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or name in known or re.sub(r"(^|\.)no_", r"\1", name) in known:
-            continue
-        if model := form_with(name, VARIANTS):
-            raise EsjaxError(f"{option} is a setting of the model {model}; name it, too: esjax ... {model} {option}")
-        if near := nearest(name, known):
-            raise EsjaxError(f"there is no option {option}; did you mean --{near.replace('_', '-')}?")
-
-
-def _awaits_value(word: str) -> bool:
-    return word.startswith("--") and "=" not in word and word != "--help"
-
-
-def _option(words: Sequence[str], name: str) -> str | None:
-    """Find an option's value before the whole line can be read."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == name:
-            return following
-        if word.startswith(name + "="):
-            return word.removeprefix(name + "=")
-    return None
+    assert run.folder is not None
+    kept = kept_steps(run.folder.checkpoints)
+    if kept and run.folder.ledger.exists():
+        kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
+    command = "serve --resume" if isinstance(run, Server) else "resume"
+    return (
+        f"the run is kept to step {max(kept)}; make room, then: esjax {command} {run.folder.path}"
+        if kept
+        else "make room"
+    )

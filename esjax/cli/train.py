@@ -67,7 +67,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint.
+
+    With neither --steps nor --seconds the limits of the run's settings hold; seconds are counted anew.
+    """
 
     run_folder: Run
     """Run folder."""

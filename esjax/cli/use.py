@@ -96,7 +96,7 @@ class Generate:
     """Start of the text."""
 
     beams: int | None = None
-    """Width of a beam search, in place of sampling."""
+    """Width of a beam search, in place of sampling: no temperature, top_k or top_p, and at most so many texts."""
 
     temperature: float = 1.0
     """Below 1: safer; above 1: bolder; 0: always the most probable token."""
@@ -120,6 +120,8 @@ class Generate:
         """Print the texts."""
         if self.count < 1:
             raise EsjaxError(f"count must be at least 1, got {self.count}")
+        if self.beams is not None:
+            self._check_search(self.beams)
         prepare()
         from esjax.data.vocabulary import is_symbol
         from esjax.loading import load
@@ -150,3 +152,9 @@ class Generate:
             print(self.prompt + text.text)
             if len(texts) > 1:
                 print("---")
+
+    def _check_search(self, beams: int) -> None:
+        if self.count > beams >= 1:
+            raise EsjaxError(f"{beams} beams find at most {beams} texts, not {self.count}; raise --beams to the count")
+        if (self.temperature, self.top_k, self.top_p) != (Generate.temperature, Generate.top_k, Generate.top_p):
+            raise EsjaxError("temperature, top_k and top_p are for sampling; leave them out with --beams")

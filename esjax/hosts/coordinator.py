@@ -56,6 +56,7 @@ class Coordinator:
         last_update: bytes = b"",
         block: Callable[[int], bytes] | None = None,
         with_rounds: bool = True,
+        measured: bool = False,
     ) -> None:
         """Begin, or begin again, at a step.
 
@@ -71,6 +72,7 @@ class Coordinator:
             last_update: The last one, to be published once more: it may never have left the coordinator before.
             block: Gives a block of tokens as bytes, if the text is sent in blocks.
             with_rounds: Whether to ask hosts for checkpoints, digests and evaluations.
+            measured: Whether the run has a held-out loss already.
         """
         self.config, self.terms = config, terms
         self.counters: Counter[str] = Counter()
@@ -91,6 +93,7 @@ class Coordinator:
             self._resync,
             now=now,
             is_on=with_rounds,
+            measured=measured,
         )
         self._steps = Steps(config, terms, step, last_update, rng, roster, self.rounds, self._emit, self._put_aside)
         self._pulse_at = now

@@ -78,6 +78,7 @@ class Rounds:
         *,
         now: float,
         is_on: bool,
+        measured: bool,
     ) -> None:
         """Begin.
 
@@ -91,6 +92,7 @@ class Rounds:
             resync: Has a host fetch the newest state; with whether its own is wrong.
             now: The time.
             is_on: Whether hosts are asked for anything.
+            measured: Whether the run has a held-out loss already: the next one can wait.
         """
         self.held_out: float | None = None
         self.measure_seconds = 0.0
@@ -104,7 +106,7 @@ class Rounds:
         self._drifted: list[Host] = []  # to fetch the state that is being stored
         self._measuring: _Measuring | None = None
         self._measured_step = -1
-        self._measure_at = now
+        self._measure_at = now + config.evaluate_time if measured else now
 
     @property
     def under_way(self) -> bool:

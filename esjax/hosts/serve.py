@@ -38,6 +38,7 @@ from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
+from esjax.runs import read_run
 from esjax.snapshot import to_bytes
 from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
@@ -129,11 +130,7 @@ class Server:
             # Left after all the rest, so that a tracker that hangs delays nothing that matters.
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             coordinator, desk = self._open(stack)
-            if self.limits.steps is not None and coordinator.step >= self.limits.steps:
-                raise EsjaxError(
-                    f"the run has done {coordinator.step} steps, and its limit is {self.limits.steps}; raise steps to "
-                    "go on (in Python: run.limits)"
-                )
+            self.limits.check(coordinator.step)
             self._coordinator = coordinator
             watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder, self.tell))
             stack.enter_context(self.while_open())
@@ -223,6 +220,7 @@ class Server:
             history=ledger,
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
             block=blocks,
+            measured=read_run(folder.path).last("held_out") is not None,
         )
         members = config.es.members_per_pair * sum(pairs for update in since for _, pairs in update.header.spans)
         a_member = config.data.batch_size * config.data.window
