@@ -16,9 +16,9 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
-from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
+from esjax.own import Own
 from esjax.run_folder import RunFolder
 from esjax.trained import Scored, Trained, Written
 
@@ -119,9 +119,10 @@ def load(
         EsjaxError: It is no run folder, no checkpoint is whole, or a model or optimizer of its own is missing.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(model=model, optimizer=optimizer)
+    own = Own(model=model, optimizer=optimizer)
+    folder.check_own(own.names(), "esjax.load", ("model", "optimizer"))
     config, vocabulary = folder.config, folder.vocabulary
-    built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+    built = own.build(config.model, vocabulary.size)
     optimizer = optimizer or make_optimizer(config.optim, config.steps)
     mesh = local_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it

@@ -26,10 +26,10 @@ from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.es import init_state
-from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
-from esjax.run_folder import RunFolder
+from esjax.own import Own
+from esjax.run_folder import RunFolder, check_own
 
 FORMAT = "1"
 """Version of the layout."""
@@ -81,14 +81,9 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | None = None)
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
-    name = read.own.get("model")
-    if bool(name) != (model is not None):
-        raise EsjaxError(
-            f"{str(path)!r} holds weights of a model of its own, {name}; give it again, model=…"
-            if name
-            else f"{str(path)!r} holds weights of the model of its settings; leave model= out"
-        )
-    built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+    own = Own(model=model)
+    check_own(str(path), read.own, own.names(), "esjax.import_weights")
+    built = own.build(config.model, vocabulary.size)
     like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
     expected = name_tensors(like)
     for tensor in {**expected, **read.tensors}:

@@ -26,7 +26,6 @@ from esjax.hosts.wire import unpack_update
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
-from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
@@ -78,7 +77,7 @@ class Trainer:
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
         vocabulary = corpus.vocabulary
-        built = own.model(vocabulary.size) if own.model else build_model(config.model, vocabulary.size)
+        built = own.build(config.model, vocabulary.size)
         self.config = config
         self.corpus = corpus
         self.limits = Limits(config.steps, config.seconds)
@@ -357,7 +356,7 @@ def resume(
     """
     folder = RunFolder(Path(path))
     own = Own(model, loss, reward, optimizer)
-    folder.check_own(**vars(own))
+    folder.check_own(own.names(), "esjax.resume")
     corpus = load_run_corpus(folder)
     trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)

@@ -12,7 +12,7 @@ FLOORS = [
     ("esjax", "esjax.errors", "esjax.mistakes", "esjax.tokens"),
     ("esjax.config",),
     ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
-    ("esjax.models.rnn", "esjax.models.gru"),
+    ("esjax.models.rnn", "esjax.models.gru", "esjax.models.check"),
     ("esjax.models", "esjax.member"),
     ("esjax.fitness", "esjax.sums"),
     ("esjax.noise",),

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -392,13 +393,21 @@ def test_limits_may_be_changed_on_the_way(config: Config) -> None:
     assert run.step == 4
 
 
-def test_a_model_that_is_not_float32_is_refused(config: Config) -> None:
-    def half(vocab_size: int) -> Model:
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (lambda leaf: leaf.astype(jnp.bfloat16), "bfloat16"),
+        (lambda leaf: np.zeros(leaf.shape), "float64"),
+        (lambda leaf: 1.0 if leaf.ndim == 1 else leaf, "float"),
+    ],
+)
+def test_a_model_that_is_not_float32_is_refused(config: Config, convert: Callable[[Any], Any], kind: str) -> None:
+    def other(vocab_size: int) -> Model:
         model = own_model(vocab_size)
-        return model._replace(init=lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(key)))
+        return model._replace(init=lambda key: jax.tree.map(convert, model.init(key)))
 
-    with pytest.raises(EsjaxError, match="is bfloat16; make it float32"):
-        train(config, model=half)
+    with pytest.raises(EsjaxError, match=rf"parameter .*\.start of the model is {kind}; make it float32"):
+        train(config, model=other)
 
 
 def test_with_products_in_bfloat16_the_held_out_loss_is_that_of_float32(config: Config) -> None:
