@@ -379,6 +379,15 @@ def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], mess
         Own(model=own).build(GruConfig(), SIZE)
 
 
+def test_a_parameter_that_is_a_number_of_python_is_refused(config: Config) -> None:
+    def own(vocab_size: int) -> Model:
+        parts = {"init": lambda key: {"scale": 1.0}, "predict": lambda params, state: jnp.ones(vocab_size)}
+        return plain(**parts)
+
+    with pytest.raises(EsjaxError, match=r"parameter \['scale'\] of the model is float; make it float32"):
+        train(config, model=own)
+
+
 def test_a_model_that_keeps_the_contract_is_left_as_it_is() -> None:
     for model in (plain(), gru(SIZE, 4, 8), gru(SIZE, 4, 8)._replace(tapped=False), *MODELS.values()):
         size = VOCAB if model in MODELS.values() else SIZE

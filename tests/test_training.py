@@ -398,7 +398,6 @@ def test_limits_may_be_changed_on_the_way(config: Config) -> None:
     [
         (lambda leaf: leaf.astype(jnp.bfloat16), "bfloat16"),
         (lambda leaf: np.zeros(leaf.shape), "float64"),
-        (lambda leaf: 1.0 if leaf.ndim == 1 else leaf, "float"),
     ],
 )
 def test_a_model_that_is_not_float32_is_refused(config: Config, convert: Callable[[Any], Any], kind: str) -> None:
