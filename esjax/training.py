@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
-from esjax.config import Config, to_plain
+from esjax.config import Config, replace, to_plain
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
@@ -35,10 +35,8 @@ from esjax.runs import RunView, read_run
 from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
-from esjax.trained import Scored, Trained, Written
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from esjax.trained import Trained
+from esjax.usable import Usable
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
@@ -47,7 +45,7 @@ SAMPLE_TOKENS = 200
 """Most tokens of each."""
 
 
-class Trainer:
+class Trainer(Usable):
     """A run: iterate over it to train, and write or score with it at any time.
 
     Iteration ends at the limits of the settings, or after the step during which Ctrl-C or SIGTERM came. With a run
@@ -122,39 +120,25 @@ class Trainer:
         """The weights to use: the average that the settings ask for."""
         return here(self._replica.state.average)
 
-    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Sample texts, see `Trained.write`."""
-        return self._trained.write(self.params, prompt, **settings)
-
     def sample(self) -> str:
         """Write a few documents, a line of dashes between two of them; what they are follows from the step."""
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
         return "\n---\n".join(written.text for written in texts)
 
-    def evaluate(self) -> Scored:
-        """Score the held-out documents.
+    def _now(self) -> tuple[Trained, Params]:
+        return self._trained, self.params
 
-        Raises:
-            EsjaxError: There are none.
-        """
-        return self._trained.score(self.params, *self.corpus.split("held_out"))
+    def _text(self, text: str | None) -> Corpus:
+        if text is None:
+            return self.corpus
+        return load_corpus(replace(self.config.data, text=text), self.corpus.vocabulary)
 
-    def plot(self, **settings: Any) -> "Figure":
-        """Draw the run's curves, at any time: those of its folder, or without one those since `train` was called.
-
-        Args:
-            settings: As for `esjax.plot`, such as `over="seconds"`.
-
-        Raises:
-            EsjaxError: No step is finished, or matplotlib is missing.
-        """
-        from esjax.plotting import plot
-
+    def _view(self) -> RunView:
+        """Return what its folder holds, or without one what was measured since `train` was called."""
         if self.folder:
-            return plot(read_run(self.folder.path), **settings)
+            return read_run(self.folder.path)
         values = {f"own.{kind}": name for kind, name in self._own.names().items()}
-        view = RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
-        return plot(view, **settings)
+        return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield what each step did."""

@@ -244,6 +244,7 @@ def test_held_out_is_the_same_loss_over_windows_of_held_out_text(config: Config)
     assert -infos[-1].held_out == pytest.approx(1 / np.mean(list(lengths)), abs=0.01)
     assert run.baselines == {}
     assert run.evaluate().nats_per_token > 1  # whatever the loss
+    assert set(run.evaluate().baselines) == {"unigram", "bigram", "trigram"}
 
 
 def test_a_held_out_text_shorter_than_a_window_is_said(config: Config) -> None:

@@ -49,7 +49,6 @@ FLOORS = [
         "esjax.run_folder",
     ),
     (
-        "esjax.loading",
         "esjax.import_npy",
         "esjax.held_out",
         "esjax.tensors",
@@ -58,6 +57,8 @@ FLOORS = [
         "esjax.trackers",
         "esjax.metrics_server",
     ),
+    ("esjax.usable",),
+    ("esjax.loading",),
     ("esjax.exporting",),
     (
         "esjax.hosts.flood",

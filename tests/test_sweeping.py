@@ -100,7 +100,7 @@ def test_each_run_is_what_it_would_be_alone(config: Config, out: Path, tmp_path:
         assert state_digest(folder) == state_digest(tmp_path / f"alone-{sigma}")
         one = next(one for one in outcomes if one.name == folder.name)
         assert one.values == {"es.sigma": sigma, "seed": seed}
-        assert one.held_out == pytest.approx(load(folder).evaluate().scored.nats_per_token)
+        assert one.held_out == pytest.approx(load(folder).evaluate().nats_per_token)
         assert (one.state, one.step, one.note) == ("finished", 3, "")
         assert one.member_tokens == 3 * 32 * 6
 
