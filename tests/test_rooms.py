@@ -48,6 +48,7 @@ FLOORS = [
         "esjax.checkpoint",
         "esjax.run_folder",
     ),
+    ("esjax.importing",),
     (
         "esjax.import_npy",
         "esjax.held_out",
