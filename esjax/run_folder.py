@@ -11,7 +11,7 @@ tensorboard/      event files, and wandb/ those of Weights & Biases, if the run 
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
 epoch             how often a coordinator was started
-address           where the coordinator listens, while it does
+address           where the coordinator listens, while it does, and the file that lets a host in
 keys/             who may join, see `esjax.hosts.keys`
 """
 
@@ -143,21 +143,35 @@ class RunFolder:
     @property
     def address(self) -> str | None:
         """Where the coordinator listens that has the run; None if there is none. A killed one leaves its last."""
+        return self._where()[0]
+
+    @property
+    def token(self) -> Path | None:
+        """What lets a host in there; None if nothing does, or if there are no keys."""
+        path = self._where()[1]
+        return Path(path) if path else None
+
+    def _where(self) -> tuple[str | None, str | None]:
         try:
-            return (self.path / "address").read_text(encoding="utf-8").strip() or None
+            address, token, *_ = [*(self.path / "address").read_text(encoding="utf-8").splitlines(), "", ""]
         except (OSError, UnicodeDecodeError):
-            return None
+            return None, None
+        return address or None, token or None
 
     @contextmanager
-    def keep_address(self, address: str) -> Iterator[None]:
+    def keep_address(self, address: str, token: Path | None = None) -> Iterator[None]:
         """Record where the coordinator listens, for as long as it does.
+
+        Args:
+            address: There.
+            token: File that lets a host in; None: there are no keys, or only others have one.
 
         Raises:
             EsjaxError: It cannot be written.
         """
         path = self.path / "address"
         try:
-            write_durably(path, address + "\n")
+            write_durably(path, f"{address}\n{token.resolve() if token else ''}\n")
         except OSError as error:
             raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
         try:

@@ -193,7 +193,7 @@ class Server:
             )
         )
         self.address = _for_others(transport.address)
-        stack.enter_context(folder.keep_address(self.address))
+        stack.enter_context(folder.keep_address(self.address, self.token))
         now = time.monotonic()
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)
