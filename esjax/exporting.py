@@ -12,6 +12,7 @@ from esjax.import_npy import export_npy, import_npy
 from esjax.loading import load
 from esjax.models.model import ModelFactory
 from esjax.models.rnn import RnnParams
+from esjax.own import Own
 from esjax.run_folder import RunFolder
 from esjax.tensors import export_safetensors, import_safetensors
 
@@ -58,11 +59,12 @@ def export(
     for file in files:
         if file.exists():
             raise EsjaxError(f"{str(file)!r} exists already and is left alone; give another --out")
-    own = RunFolder(path).own
+    folder = RunFolder(path)
+    folder.check_own(Own(model=model, optimizer=optimizer).names(), "esjax.export", ("model", "optimizer"))
     loaded = load(path, model=model, optimizer=optimizer, tell=tell)
     contents: list[bytes | str]
     if out.suffix == ".safetensors":
-        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, own)]
+        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, folder.own)]
     else:
         if not isinstance(loaded.params, RnnParams):
             raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")

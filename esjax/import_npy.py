@@ -14,14 +14,11 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from esjax.checkpoint import Checkpoints
 from esjax.config import Config, RnnConfig
 from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError
-from esjax.es import init_state
+from esjax.importing import begin_with
 from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
-from esjax.optimizer import make_optimizer
-from esjax.run_folder import RunFolder
 
 
 def import_npy(weights: Path, characters: Path, out: Path) -> None:
@@ -45,9 +42,7 @@ def import_npy(weights: Path, characters: Path, out: Path) -> None:
             f"{vocab_size - FIRST}; give the table that belongs to these weights"
         )
     vocabulary = Vocabulary("char", tuple(symbols[: vocab_size - FIRST]))
-    folder = RunFolder.create(out, config, vocabulary, text_digest="")
-    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-    checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
+    begin_with(params, out, config, vocabulary)
 
 
 def export_npy(params: RnnParams, vocabulary: Vocabulary) -> tuple[bytes, str]:

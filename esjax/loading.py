@@ -1,8 +1,8 @@
 """A finished or running run, read from its folder to write text and to be scored."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -11,34 +11,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from esjax.carrying import first_states
 from esjax.checkpoint import restore_newest
 from esjax.config import Config, replace
-from esjax.data.corpus import Corpus, Split, load_corpus
+from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
-from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
+from esjax.own import Own
 from esjax.run_folder import RunFolder
-from esjax.trained import Scored, Trained, Written
+from esjax.runs import RunView, read_run
+from esjax.trained import Trained
+from esjax.usable import Usable
 
 
-class Evaluation(NamedTuple):
-    """A score beside the n-gram models of the same text's training split.
-
-    Attributes:
-        scored: The model's score.
-        baselines: Nats per token by name: unigram, bigram, trigram.
-    """
-
-    scored: Scored
-    baselines: dict[str, float]
-
-
-class Loaded(NamedTuple):
+@dataclass(frozen=True, repr=False, eq=False)
+class Loaded(Usable):
     """A model read back from its run folder.
 
     Attributes:
+        path: The folder.
         config: The run's settings.
         vocabulary: From characters or bytes to ids.
         own: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
@@ -47,6 +39,7 @@ class Loaded(NamedTuple):
         trained: Compiled functions around it.
     """
 
+    path: Path
     config: Config
     vocabulary: Vocabulary
     own: Mapping[str, str]
@@ -59,28 +52,15 @@ class Loaded(NamedTuple):
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"<esjax model after {self.step:,} steps: {size:,} weights, {self.vocabulary.size} token ids>"
 
-    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Sample texts, see `Trained.write`."""
-        return self.trained.write(self.params, prompt, **settings)
+    def _now(self) -> tuple[Trained, Params]:
+        return self.trained, self.params
 
-    def search(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Find the most probable texts, see `Trained.search`."""
-        return self.trained.search(self.params, prompt, **settings)
-
-    def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
-        """Score whole documents, beside n-gram models fitted to the training split of the same text.
-
-        Args:
-            text: As the setting data.text; None: the run's own.
-            split: Which of the text's documents.
-
-        Raises:
-            EsjaxError: The text cannot be used, or the split holds no document.
-        """
+    def _text(self, text: str | None) -> Corpus:
         data = self.config.data if text is None else replace(self.config.data, text=text)
-        corpus = load_corpus(data, self.vocabulary)
-        documents, size = corpus.split(split)
-        return Evaluation(self.trained.score(self.params, documents, size), corpus.baselines(documents))
+        return load_corpus(data, self.vocabulary)
+
+    def _view(self) -> RunView:
+        return read_run(self.path)
 
 
 def load_run_corpus(folder: RunFolder) -> Corpus:
@@ -119,9 +99,10 @@ def load(
         EsjaxError: It is no run folder, no checkpoint is whole, or a model or optimizer of its own is missing.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(model=model, optimizer=optimizer)
+    own = Own(model=model, optimizer=optimizer)
+    folder.check_own(own.names(), "esjax.load", ("model", "optimizer"))
     config, vocabulary = folder.config, folder.vocabulary
-    built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+    built = own.build(config.model, vocabulary.size)
     optimizer = optimizer or make_optimizer(config.optim, config.steps)
     mesh = local_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
@@ -134,4 +115,5 @@ def load(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first)
     )
     state = restore_newest(folder.checkpoints, like, tell).state
-    return Loaded(config, vocabulary, folder.own, int(state.step), state.average, Trained(built, vocabulary, mesh))
+    trained = Trained(built, vocabulary, mesh)
+    return Loaded(folder.path, config, vocabulary, folder.own, int(state.step), state.average, trained)

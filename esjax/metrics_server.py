@@ -26,14 +26,14 @@ CLOSING = 0.1
 HELP = {
     "step": "Steps done.",
     "seconds": "Training time, in seconds.",
-    "loss": "Mean nats per token over the population.",
+    "loss": "Mean over the population: nats per token, or the run's own loss, or minus its own reward.",
     "population": "Members evaluated in a step.",
     "applied": "1 if the last update was made, else 0.",
     "gradient_norm": "Euclidean norm of the estimate, in units of each weight's typical size.",
     "update_norm": "Euclidean norm of the change of the weights, in the same units.",
     "member_tokens": "Tokens scored, times members.",
     "member_tokens_per_second": "Rate of a step.",
-    "held_out": "Nats per token over the held-out documents, as last measured.",
+    "held_out": "The same over the held-out documents, as last measured.",
     "hosts": "Hosts that scored a part of the last step.",
 }
 

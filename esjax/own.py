@@ -12,9 +12,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from esjax.config import ModelConfig
 from esjax.errors import EsjaxError
 from esjax.evaluate import Loss
 from esjax.member import Member
+from esjax.models import Model, build_model
+from esjax.models.check import check_model
 from esjax.models.model import ModelFactory
 
 Reward = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
@@ -40,6 +43,18 @@ class Own:
     def __post_init__(self) -> None:
         if self.loss is not None and self.reward is not None:
             raise EsjaxError("there is a loss and a reward; give one of them")
+        if self.model is not None and not callable(self.model):
+            raise EsjaxError(
+                f"model is {_shown(self.model)}; give a function from the number of token ids to an esjax.Model, or "
+                "for one with a name the setting model, esjax.GruConfig() for example"
+            )
+        if self.optimizer is not None and not all(
+            callable(getattr(self.optimizer, part, None)) for part in ("init", "update")
+        ):
+            raise EsjaxError(
+                f"optimizer is {_shown(self.optimizer)}; give an optax transformation, optax.adam(1e-2) for example, "
+                "or for one with a name the setting optim.optimizer"
+            )
         for kind, function in (("loss", self.loss), ("reward", self.reward)):
             if function is not None:
                 _check_arguments(f"the {kind} {_name_of(function)}", function)
@@ -47,6 +62,12 @@ class Own:
     def names(self) -> dict[str, str]:
         """Name what there is, by kind."""
         return {kind: _name_of(value) for kind, value in vars(self).items() if value is not None}
+
+    def build(self, config: ModelConfig, vocab_size: int) -> Model:
+        """Build the model: its own, once it was seen to keep the contract, or the one that the settings name."""
+        if self.model is None:
+            return build_model(config, vocab_size)
+        return check_model(f"the model {_name_of(self.model)}", self.model(vocab_size), vocab_size)
 
     @property
     def objective(self) -> Loss | None:
@@ -75,6 +96,13 @@ def _name_of(value: object) -> str:
     if isinstance(value, partial):
         return _name_of(value.func)
     return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _shown(value: object) -> str:
+    """Show a text as it is, and tell of anything else what it is."""
+    if isinstance(value, str):
+        return repr(value)
+    return f"the function {_name_of(value)}" if inspect.isroutine(value) else f"a {type(value).__name__}"
 
 
 def _check_arguments(name: str, function: Loss | Reward) -> None:

@@ -46,12 +46,14 @@ def plot(
         The figure, which pyplot does not know.
 
     Raises:
-        EsjaxError: There is no such run, none of them has done a step, matplotlib is missing, or the file cannot be
-            written.
+        EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
+            matplotlib is missing, or the file cannot be written.
     """
     if out is not None and Path(out).suffix not in PICTURES:
         raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)} or .html")
     views = open_runs(runs)
+    if log_y:
+        check_log_y(views)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -68,7 +70,7 @@ def plot(
     held_out.set_title("held-out text")
     loss.set_title("population, training text" + (f", averaged over {smoothing:g} steps" if smoothing else ""))
     for axes in (held_out, loss):
-        axes.set(xlabel=over, ylabel=_unit(views))
+        axes.set(xlabel=over, ylabel=", ".join(sorted({view.unit for view in views})))
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.25)
@@ -107,6 +109,20 @@ def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
     return views
 
 
+def check_log_y(views: Sequence[RunView]) -> None:
+    """See that there is something to draw on an axis of logarithms.
+
+    Raises:
+        EsjaxError: Of the losses of one kind, held-out or not, none is above 0, as with a reward that is.
+    """
+    for column, what in (("held_out", "held-out loss"), ("loss", "loss")):
+        values = np.concatenate([view.metrics.get(column, np.zeros(0)) for view in views])
+        values = values[~np.isnan(values)]
+        if len(values) and not (values > 0).any():
+            unit = ", ".join(sorted({view.unit for view in views}))
+            raise EsjaxError(f"no {what} ({unit}) is above 0, so it has no logarithm; leave log-y out")
+
+
 def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span: float) -> None:
     curve = make_curve(view.metrics, column)
     x = curve.over(over)
@@ -116,18 +132,6 @@ def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span
     axes.plot(
         x, smooth(curve.step, curve.value, span), color=color, lw=1.6, marker="o" if few else "", ms=3, label=view.name
     )
-
-
-def _unit(views: Sequence[RunView]) -> str:
-    """Say what losses are: nats per token, unless a run has a loss or a reward of its own."""
-    names = {name for view in views for name in _losses(view)}
-    return ", ".join(sorted(names))
-
-
-def _losses(view: RunView) -> list[str]:
-    settings = view.settings
-    own = [f"{sign}{settings[key]}" for key, sign in (("own.loss", ""), ("own.reward", "minus ")) if key in settings]
-    return own or ["nats per token"]
 
 
 def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:

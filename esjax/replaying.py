@@ -13,7 +13,6 @@ from esjax.es import TrainState
 from esjax.evaluate import Loss
 from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
-from esjax.models import build_model
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
@@ -73,12 +72,11 @@ def replay(
     """
     folder = RunFolder(Path(path))
     own = Own(model, loss, reward, optimizer)
-    folder.check_own(**vars(own))
+    folder.check_own(own.names(), "esjax.replay")
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
-    built = model(size) if model else build_model(config.model, size)
-    replica = Replica(config, built, None, whole_mesh(), own.objective, optimizer)
+    replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, optimizer)
     checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
     kept = (int(checkpoint.step), digest(checkpoint))
     compared, differs_at = 0, None

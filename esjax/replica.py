@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 from esjax.carrying import first_states
 from esjax.config import Config
 from esjax.data.packing import check_stream, draw_windows, follow_windows
-from esjax.errors import EsjaxError
 from esjax.es import (
     TrainState,
     UpdateInfo,
@@ -26,6 +25,7 @@ from esjax.es import (
 )
 from esjax.estimator import Estimator, make_estimator
 from esjax.evaluate import Loss, make_deal, make_evaluate_chunks
+from esjax.models.check import check_float32
 from esjax.models.model import Model, Params
 from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
@@ -93,7 +93,7 @@ class Replica:
             EsjaxError: The text is shorter than a window, or a parameter of the model is not float32.
         """
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
-        _check_float32(params)
+        check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
         estimator = make_estimator(config, model, params, loss)
         data, es = config.data, config.es
@@ -280,12 +280,6 @@ def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.nda
         for part, array in zip(parts, arrays, strict=True):
             part.reshape(-1)[:pairs] = array[start : start + pairs]
         yield np.int32(-(-pairs // chunk_pairs)), *parts
-
-
-def _check_float32(params: Params) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if leaf.dtype != jnp.float32:
-            raise EsjaxError(f"parameter {jax.tree_util.keystr(path)} of the model is {leaf.dtype}; make it float32")
 
 
 def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:

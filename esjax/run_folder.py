@@ -11,7 +11,7 @@ tensorboard/      event files, and wandb/ those of Weights & Biases, if the run 
 checkpoints/      see `esjax.checkpoint`
 ledger            every update, if the run keeps them, see `esjax.ledger`
 epoch             how often a coordinator was started
-address           where the coordinator listens, while it does
+address           where the coordinator listens, while it does, and the file that lets a host in
 keys/             who may join, see `esjax.hosts.keys`
 """
 
@@ -21,7 +21,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +39,9 @@ RUN = "run.json"
 
 FORMAT = 1
 """Version of the layout."""
+
+OWN = ("model", "loss", "reward", "optimizer")
+"""What a run may be given beside its settings."""
 
 LOCK_TRIES = 5
 """How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
@@ -123,24 +126,9 @@ class RunFolder:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         return cls(path)
 
-    def check_own(self, **given: object) -> None:
-        """See that what the run was given beside its settings is given again.
-
-        Args:
-            given: What the caller has for model, loss, reward, optimizer; None: nothing.
-
-        Raises:
-            EsjaxError: The run had one of its own, or had none.
-        """
-        for kind, value in given.items():
-            name = self.own.get(kind)
-            if name and value is None:
-                raise EsjaxError(
-                    f"{str(self.path)!r} was trained with a {kind} of its own, {name}; give it again, from Python: "
-                    f"{kind}={name}"
-                )
-            if value is not None and not name:
-                raise EsjaxError(f"{str(self.path)!r} was trained with the {kind} of its settings; leave {kind}= out")
+    def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = OWN) -> None:
+        """See that what the run was given beside its settings is given again, see `check_own`."""
+        check_own(str(self.path), {kind: name for kind, name in self.own.items() if kind in kinds}, given, again)
 
     @property
     def checkpoints(self) -> Path:
@@ -155,21 +143,35 @@ class RunFolder:
     @property
     def address(self) -> str | None:
         """Where the coordinator listens that has the run; None if there is none. A killed one leaves its last."""
+        return self._where()[0]
+
+    @property
+    def token(self) -> Path | None:
+        """What lets a host in there; None if nothing does, or if there are no keys."""
+        path = self._where()[1]
+        return Path(path) if path else None
+
+    def _where(self) -> tuple[str | None, str | None]:
         try:
-            return (self.path / "address").read_text(encoding="utf-8").strip() or None
+            address, token, *_ = [*(self.path / "address").read_text(encoding="utf-8").splitlines(), "", ""]
         except (OSError, UnicodeDecodeError):
-            return None
+            return None, None
+        return address or None, token or None
 
     @contextmanager
-    def keep_address(self, address: str) -> Iterator[None]:
+    def keep_address(self, address: str, token: Path | None = None) -> Iterator[None]:
         """Record where the coordinator listens, for as long as it does.
+
+        Args:
+            address: There.
+            token: File that lets a host in; None: there are no keys, or only others have one.
 
         Raises:
             EsjaxError: It cannot be written.
         """
         path = self.path / "address"
         try:
-            write_durably(path, address + "\n")
+            write_durably(path, f"{address}\n{token.resolve() if token else ''}\n")
         except OSError as error:
             raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
         try:
@@ -289,6 +291,41 @@ class RunFolder:
         if not isinstance(value, dict):
             raise EsjaxError(f"{self.path / name} is damaged: it is no JSON object; restore it from a copy")
         return value
+
+
+def check_own(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
+    """See that what weights were trained with beside their settings is given again.
+
+    Functions are known by their names alone, without the place where they were made; a lambda has none, and an
+    optimizer only that of its type, so of those any will do.
+
+    Args:
+        path: Where the weights are.
+        kept: Names of what they were trained with, by kind.
+        given: Names of what there is now.
+        again: The function to give it to.
+
+    Raises:
+        EsjaxError: Something is missing, is another one, or was none of its own.
+    """
+    missing = [f"{a_or_an(kind)} of its own, {name}" for kind, name in kept.items() if kind not in given]
+    if missing:
+        words = ", ".join(f"{kind}=..." for kind in kept)
+        raise EsjaxError(
+            f"{path!r} was trained with {', and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} again, "
+            f"from Python: {again}({path!r}, {words})"
+        )
+    for kind, name in given.items():
+        if kind not in kept:
+            raise EsjaxError(f"{path!r} was trained with the {kind} of its settings; leave {kind}= out")
+        was, now = (one.rpartition(".")[2] for one in (kept[kind], name))
+        if kind != "optimizer" and was != now and "<lambda>" not in (was, now):
+            raise EsjaxError(f"{path!r} was trained with the {kind} {was}, not {now}; give that one, or train anew")
+
+
+def a_or_an(kind: str) -> str:
+    """Put the article before what a run was given."""
+    return f"an {kind}" if kind == "optimizer" else f"a {kind}"
 
 
 def json_line(numbers: Mapping[str, float]) -> str:

@@ -80,6 +80,13 @@ class RunView:
         """Steps done."""
         return int(self.last("step") or 0)
 
+    @property
+    def unit(self) -> str:
+        """What its losses are in: nats per token, or its own loss, or its own reward with the sign turned."""
+        signs = {"own.loss": "", "own.reward": "minus "}
+        own = [f"{sign}{self.settings[key]}" for key, sign in signs.items() if key in self.settings]
+        return own[0] if own else "nats per token"
+
     def last(self, column: str) -> float | None:
         """Return the newest number of a column; None if there is none."""
         values = self.metrics.get(column)

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esjax.errors import EsjaxError
 from esjax.plotting import COLORS
 from esjax.sweeping import Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WIDE = 8
 """Largest over smallest number from which on they are drawn in logarithms."""
@@ -26,9 +29,23 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     Raises:
         EsjaxError: matplotlib is missing.
     """
-    measured = [one for one in outcomes if one.held_out is not None]
-    if not measured:
+    if all(one.held_out is None for one in outcomes):
         return False
+    partial = path.with_suffix(f".partial{path.suffix}")
+    make_figure(outcomes).savefig(partial, dpi=150)
+    partial.replace(path)
+    return True
+
+
+def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
+    """Draw what was measured.
+
+    Args:
+        outcomes: Of one sweep, at least one of them with a held-out loss.
+
+    Raises:
+        EsjaxError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -36,9 +53,11 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}
-    for one in measured:
+    for one in outcomes:
+        if one.held_out is None:
+            continue
         others = ", ".join(f"{name}={value}" for name, value in one.values.items() if name != axis)
-        lines.setdefault(others, []).append((positions[str(one.values[axis])], float(one.held_out or 0.0)))
+        lines.setdefault(others, []).append((positions[str(one.values[axis])], one.held_out))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     for label, color in zip(sorted(lines), cycle(COLORS), strict=False):
@@ -56,10 +75,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):
         figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
-    partial = path.with_suffix(f".partial{path.suffix}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
-    return True
+    return figure
 
 
 def choose_axis(outcomes: Sequence[Outcome]) -> str:

@@ -21,15 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy import ndarray
 
-from esjax.checkpoint import Checkpoints
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
-from esjax.es import init_state
-from esjax.models import build_model
+from esjax.importing import begin_with
 from esjax.models.model import ModelFactory, Params
-from esjax.optimizer import make_optimizer
-from esjax.run_folder import RunFolder
+from esjax.own import Own
+from esjax.run_folder import check_own
 
 FORMAT = "1"
 """Version of the layout."""
@@ -81,14 +79,9 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | None = None)
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
-    name = read.own.get("model")
-    if bool(name) != (model is not None):
-        raise EsjaxError(
-            f"{str(path)!r} holds weights of a model of its own, {name}; give it again, model=…"
-            if name
-            else f"{str(path)!r} holds weights of the model of its settings; leave model= out"
-        )
-    built = model(vocabulary.size) if model else build_model(config.model, vocabulary.size)
+    own = Own(model=model)
+    check_own(str(path), read.own, own.names(), "esjax.import_weights")
+    built = own.build(config.model, vocabulary.size)
     like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
     expected = name_tensors(like)
     for tensor in {**expected, **read.tensors}:
@@ -99,9 +92,7 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | None = None)
         raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
     leaves = [jnp.asarray(read.tensors[tensor]) for tensor in expected]
     params = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    folder = RunFolder.create(out, config, vocabulary, text_digest="", own=read.own)
-    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-    checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
+    begin_with(params, out, config, vocabulary, read.own)
 
 
 class _Read(NamedTuple):

@@ -1,7 +1,7 @@
 """A model with its weights and its vocabulary: it writes text and is scored."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from esjax.score import make_score
 from esjax.tokens import UNK
 
 
-class Scored(NamedTuple):
+class Evaluation(NamedTuple):
     """How well a model predicts whole documents, the STOP at the end of each included.
 
     Attributes:
@@ -30,12 +30,20 @@ class Scored(NamedTuple):
         bits_per_byte: The same per UTF-8 byte of the documents, one more for the end of each.
         tokens: Tokens scored.
         unknown_tokens: Tokens among them that are outside the vocabulary and were scored as UNK.
+        baselines: Nats per token of n-gram models, over the same documents, by name: unigram, bigram, trigram.
     """
 
     nats_per_token: float
     bits_per_byte: float
     tokens: int
     unknown_tokens: int
+    baselines: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        """Show as many digits as mean something."""
+        values = {**self._asdict(), "baselines": {name: round(value, 4) for name, value in self.baselines.items()}}
+        shown = (f"{key}={round(value, 4) if isinstance(value, float) else value}" for key, value in values.items())
+        return f"Evaluation({', '.join(shown)})"
 
 
 class Written(NamedTuple):
@@ -81,18 +89,21 @@ class Trained:
         """Mean nats per token over packed documents."""
         return float(self._score(params, *lanes))
 
-    def score(self, params: Params, documents: Sequence[ndarray], size: int) -> Scored:
+    def score(
+        self, params: Params, documents: Sequence[ndarray], size: int, baselines: Mapping[str, float]
+    ) -> Evaluation:
         """Score whole documents.
 
         Args:
             params: The weights.
             documents: Encoded documents.
             size: UTF-8 bytes of the documents, one more for the end of each.
+            baselines: What n-gram models have for the same documents.
         """
         nats = self.loss(params, self.lanes(documents))
         tokens = sum(len(document) + 1 for document in documents)
         unknown = sum(int(np.count_nonzero(document == UNK)) for document in documents)
-        return Scored(nats, nats * tokens / size / math.log(2), tokens, unknown)
+        return Evaluation(nats, nats * tokens / size / math.log(2), tokens, unknown, baselines)
 
     def write(
         self,

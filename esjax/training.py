@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
-from esjax.config import Config, to_plain
+from esjax.config import Config, replace, to_plain
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
@@ -27,7 +27,6 @@ from esjax.hosts.wire import unpack_update
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
-from esjax.models import build_model
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
@@ -37,10 +36,8 @@ from esjax.runs import RunView, read_run
 from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
-from esjax.trained import Scored, Trained, Written
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from esjax.trained import Trained
+from esjax.usable import Usable
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
@@ -49,7 +46,7 @@ SAMPLE_TOKENS = 200
 """Most tokens of each."""
 
 
-class Trainer:
+class Trainer(Usable):
     """A run: iterate over it to train, and write or score with it at any time.
 
     Iteration ends at the limits of the settings, or after the step during which Ctrl-C or SIGTERM came. With a run
@@ -79,7 +76,7 @@ class Trainer:
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
         vocabulary = corpus.vocabulary
-        built = own.model(vocabulary.size) if own.model else build_model(config.model, vocabulary.size)
+        built = own.build(config.model, vocabulary.size)
         self.config = config
         self.corpus = corpus
         self.limits = Limits(config.steps, config.seconds)
@@ -124,39 +121,25 @@ class Trainer:
         """The weights to use: the average that the settings ask for."""
         return here(self._replica.state.average)
 
-    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Sample texts, see `Trained.write`."""
-        return self._trained.write(self.params, prompt, **settings)
-
     def sample(self) -> str:
         """Write a few documents, a line of dashes between two of them; what they are follows from the step."""
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
         return "\n---\n".join(written.text for written in texts)
 
-    def evaluate(self) -> Scored:
-        """Score the held-out documents.
+    def _now(self) -> tuple[Trained, Params]:
+        return self._trained, self.params
 
-        Raises:
-            EsjaxError: There are none.
-        """
-        return self._trained.score(self.params, *self.corpus.split("held_out"))
+    def _text(self, text: str | None) -> Corpus:
+        if text is None:
+            return self.corpus
+        return load_corpus(replace(self.config.data, text=text), self.corpus.vocabulary)
 
-    def plot(self, **settings: Any) -> "Figure":
-        """Draw the run's curves, at any time: those of its folder, or without one those since `train` was called.
-
-        Args:
-            settings: As for `esjax.plot`, such as `over="seconds"`.
-
-        Raises:
-            EsjaxError: No step is finished, or matplotlib is missing.
-        """
-        from esjax.plotting import plot
-
+    def _view(self) -> RunView:
+        """Return what its folder holds, or without one what was measured since `train` was called."""
         if self.folder:
-            return plot(read_run(self.folder.path), **settings)
+            return read_run(self.folder.path)
         values = {f"own.{kind}": name for kind, name in self._own.names().items()}
-        view = RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
-        return plot(view, **settings)
+        return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield what each step did."""
@@ -362,7 +345,7 @@ def resume(
     """
     folder = RunFolder(Path(path))
     own = Own(model, loss, reward, optimizer)
-    folder.check_own(**vars(own))
+    folder.check_own(own.names(), "esjax.resume")
     corpus = load_run_corpus(folder)
     trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)

@@ -13,10 +13,10 @@ from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.gradient_cosine import gradient_cosines
 from esjax.loading import load_run_corpus
-from esjax.models import build_model
 from esjax.models.model import ModelFactory
+from esjax.own import Own
 from esjax.replica import Replica
-from esjax.run_folder import RunFolder
+from esjax.run_folder import RunFolder, a_or_an
 
 SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Sizes of the noise that are tried, unless others are named."""
@@ -72,12 +72,19 @@ def tune(
             checkpoint is whole.
     """
     folder = RunFolder(Path(path))
-    folder.check_own(model=model)
+    own = Own(model=model)
+    for kind in ("loss", "reward", "optimizer"):
+        if kind in folder.own:
+            raise EsjaxError(
+                f"{str(path)!r} was trained with {a_or_an(kind)} of its own, {folder.own[kind]}, and tune knows only "
+                "cross entropy and the optimizers of the settings; compare settings with esjax.sweep"
+            )
+    folder.check_own(own.names(), "esjax.tune.tune")
     corpus, config = load_run_corpus(folder), folder.config
     if space is not None:
         config = _with(config, space=space)
     size = corpus.vocabulary.size
-    built = model(size) if model else build_model(config.model, size)
+    built = own.build(config.model, size)
     replica = Replica(folder.config, built, None, local_mesh())
     params = jax.device_get(restore_newest(folder.checkpoints, replica.state, tell).state.params)
     stream = corpus.stream()

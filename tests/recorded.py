@@ -1,16 +1,20 @@
 """Run folders with metrics that are known."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from esjax.config import Config
 from esjax.data.vocabulary import Vocabulary
 from esjax.run_folder import RunFolder, json_line
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
-def make(path: Path, done: int = 0, **settings: Any) -> RunFolder:
+
+def make(path: Path, done: int = 0, own: Mapping[str, str] = NOTHING, **settings: Any) -> RunFolder:
     """Make a run of so many steps, see `line_of`."""
-    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "")
+    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "", own)
     with folder.open_metrics(0, print) as metrics:
         metrics.write("".join(line_of(step) for step in range(1, done + 1)))
     return folder

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import esjax
+
 ROOT = Path(__file__).parents[1]
 
 SMALL = {
@@ -17,7 +19,7 @@ SMALL = {
 
 @pytest.mark.usefixtures("lenient_promotion")
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/extending.md", "docs/sweeps.md", "docs/start.md", "docs/watching.md"]
+    "name", ["README.md", "docs/api.md", "docs/extending.md", "docs/sweeps.md", "docs/start.md", "docs/watching.md"]
 )
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
@@ -27,6 +29,16 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
     assert "steps=2" in code
     monkeypatch.chdir(tmp_path)
     exec(compile(code, name, "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("name", esjax.__all__)
+def test_every_public_name_is_described(name: str) -> None:
+    """Settings in their tables, all else in the reference, where it is at home."""
+    home = getattr(esjax, name).__module__
+    if home == "esjax.config":
+        assert f"config.{name}," in (ROOT / "docs/_ext/settings_tables.py").read_text()
+    else:
+        assert re.search(rf"^\.\. auto\w+:: {home}\.{name}$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
 
 
 def test_the_two_weights_of_how_it_works_are_found() -> None:

@@ -1,5 +1,7 @@
 """How an estimate lies to the exact gradient, and the search that follows from it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -98,3 +100,12 @@ def test_tuning_tries_sigmas_and_then_discounts(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(EsjaxError, match=str(tmp_path)):
         next(tune(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["loss", "reward", "optimizer"])
+def test_a_run_for_something_else_than_cross_entropy_is_not_tuned(run: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "own": {kind: "right"}}))
+    with pytest.raises(EsjaxError, match=f"with an? {kind} of its own, right, and tune knows only cross entropy"):
+        next(tune(tmp_path / "run"))

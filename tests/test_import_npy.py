@@ -104,7 +104,7 @@ def test_imported_weights_score_as_the_originals_equations(files: Files, form: s
     # Sums of up to 24 float32 products, each off by 6e-8, through layers that grow a difference some five times.
     # A mistake in the equations changes the figure by more than 1e-2, see below.
     expected = reference(some_weights(), DOCUMENTS)
-    scored = loaded.evaluate(str(text), "all").scored
+    scored = loaded.evaluate(str(text), "all")
     assert scored.nats_per_token == pytest.approx(expected, rel=1e-5)
     assert scored.tokens == sum(len(document) + 1 for document in DOCUMENTS)
     assert scored.unknown_tokens == 1

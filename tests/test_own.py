@@ -1,6 +1,10 @@
 """A loss or a reward of one's own: what it is given, what it may return, and what a run makes of it."""
 
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
-from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
+from small import MODELS, PAIRS, VOCAB, params_of, seeds_of, space_of, tokens_of
 from test_models import busy
 
 import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.estimator import make_estimator
 from esjax.evaluate import make_evaluate
@@ -24,9 +30,11 @@ from esjax.hosts.effects import Terms
 from esjax.member import Member
 from esjax.models import Model, gru
 from esjax.own import Own
+from esjax.run_folder import RunFolder, check_own
 from esjax.sums import TAIL, may_be
 from esjax.tokens import STOP, UNK
 from esjax.training import train
+from esjax.tune import tune
 
 MODEL = MODELS["gru"]
 
@@ -169,11 +177,14 @@ def test_an_error_of_a_loss_is_its_own_with_a_note(config: Config) -> None:
     assert note.endswith("careless, given a member, tokens of shape (7,), and a key")
 
 
-def test_a_refused_loss_is_not_told_under_frames_of_jax(config: Config) -> None:
+def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) -> None:
+    """What a person sees ends where the loss was looked at, not where it was called."""
     with pytest.raises(EsjaxError, match="returns bool") as caught:
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
-    assert caught.value.__cause__ is None
-    assert not any("/jax/" in entry.path.as_posix() for entry in caught.traceback if hasattr(entry.path, "as_posix"))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "esjax/way.py" in shown
+    assert "esjax/evaluate.py" not in shown
+    assert "esjax/own.py" not in shown
 
 
 def test_a_model_that_uses_its_matrices_as_they_are_takes_no_bfloat16(config: Config) -> None:
@@ -233,6 +244,7 @@ def test_held_out_is_the_same_loss_over_windows_of_held_out_text(config: Config)
     assert -infos[-1].held_out == pytest.approx(1 / np.mean(list(lengths)), abs=0.01)
     assert run.baselines == {}
     assert run.evaluate().nats_per_token > 1  # whatever the loss
+    assert set(run.evaluate().baselines) == {"unigram", "bigram", "trigram"}
 
 
 def test_a_held_out_text_shorter_than_a_window_is_said(config: Config) -> None:
@@ -268,13 +280,183 @@ def test_sums_of_a_reward_may_be_below_zero(config: Config) -> None:
     assert not may_be(np.array([5, 2, 7, -1]), 2)
 
 
-def test_a_reward_must_be_given_again(config: Config, tmp_path: Path) -> None:
-    list(train(replace(config, steps=2), tmp_path / "run", reward=start_not_near_two))
-    with pytest.raises(
-        EsjaxError, match=r"reward of its own, start_not_near_two; give it again, from Python: reward=start_not"
+def small_model(vocab_size: int) -> Model:
+    return gru(vocab_size, 4, 8)
+
+
+def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    own = Own(model=small_model, reward=start_not_near_two, optimizer=optax.sgd(0.1))
+    RunFolder.create(path, config, Vocabulary("byte"), "", own.names())
+    for begin, function in (
+        (esjax.resume, "resume"),
+        (esjax.resume_serving, "resume_serving"),
+        (esjax.replay, "replay"),
     ):
-        esjax.resume(tmp_path / "run", steps=4)
-    list(esjax.resume(tmp_path / "run", steps=4, reward=start_not_near_two))
+        with pytest.raises(EsjaxError) as caught:
+            begin(path)
+        assert str(caught.value) == (
+            f"{str(path)!r} was trained with a model of its own, small_model, and a reward of its own, "
+            "start_not_near_two, and an optimizer of its own, GradientTransformationExtraArgs; give them again, from "
+            f"Python: esjax.{function}({str(path)!r}, model=..., reward=..., optimizer=...)"
+        )
+    with pytest.raises(
+        EsjaxError, match=r"own, Gradient\w*; give it again, from Python: esjax.load\(.*, model=..., opt"
+    ):
+        esjax.load(path, model=small_model)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ("right", "right", False),
+        ("right", "wrong", True),
+        ("outer.<locals>.right", "right", False),
+        ("Task.right", "Other.wrong", True),
+        ("<lambda>", "right", False),
+        ("right", "outer.<locals>.<lambda>", False),
+    ],
+)
+def test_another_function_is_refused_where_its_name_tells(was: str, now: str, refused: bool) -> None:
+    with pytest.raises(EsjaxError, match="with the reward right, not wrong; give") if refused else nullcontext():
+        check_own("run", {"reward": was}, {"reward": now}, "resume")
+    check_own(
+        "run", {"optimizer": "GradientTransformation"}, {"optimizer": "GradientTransformationExtraArgs"}, "resume"
+    )
+
+
+def test_a_run_does_not_go_on_with_another_reward(config: Config, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", config, Vocabulary("byte"), "", Own(reward=start_not_near_two).names())
+    for begin in (esjax.resume, esjax.resume_serving, esjax.replay):
+        with pytest.raises(EsjaxError, match="trained with the reward start_not_near_two, not constant; give that one"):
+            begin(tmp_path / "run", reward=constant)
+
+
+# --- a model that does not keep the contract ---
+
+SIZE = 12
+
+
+def plain(**parts: Any) -> Model:
+    whole: dict[str, Any] = {
+        "init": lambda key: {"out": jnp.zeros((4, SIZE))},
+        "initial_state": lambda params: {"seen": jnp.zeros(4)},
+        "predict": lambda params, state: state["seen"] @ params["out"],
+        "consume": lambda params, state, token: state,
+    }
+    return Model(**{**whole, **parts})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"predict": lambda params, state: jnp.zeros(3)},
+            r"predict of the model own returns float32\[3\]; it must return a float logit for each of the 12 token ids",
+        ),
+        (
+            {"predict": lambda params, state: jnp.zeros(SIZE, jnp.int32)},
+            r"predict of the model own returns int32\[12\]",
+        ),
+        ({"predict": lambda params, state: None}, "predict of the model own returns None"),
+        (
+            {"consume": lambda params, state, token: {"seen": jnp.zeros(5)}},
+            r"consume of the model own returns \{'seen': float32\[5\]\}, and initial_state \{'seen': float32\[4\]\}; a",
+        ),
+        ({"consume": lambda params, state, token: jnp.zeros(4)}, r"returns float32\[4\], and initial_state \{'seen'"),
+        (
+            {"consume": lambda params, state, token: {"seen": token * jnp.ones(4, jnp.int32)}},
+            r"returns \{'seen': int32",
+        ),
+        ({"unit": {"in": 1.0}}, "unit of the model own is no tree like its parameters"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], message: str) -> None:
+    def own(vocab_size: int) -> Model:
+        return plain(**parts)
+
+    own.__qualname__ = "own"
+    with pytest.raises(EsjaxError, match=message):
+        Own(model=own).build(GruConfig(), SIZE)
+
+
+def test_a_parameter_that_is_a_number_of_python_is_refused(config: Config) -> None:
+    def own(vocab_size: int) -> Model:
+        parts = {"init": lambda key: {"scale": 1.0}, "predict": lambda params, state: jnp.ones(vocab_size)}
+        return plain(**parts)
+
+    with pytest.raises(EsjaxError, match=r"parameter \['scale'\] of the model is float; make it float32"):
+        train(config, model=own)
+
+
+def test_a_model_that_keeps_the_contract_is_left_as_it_is() -> None:
+    for model in (plain(), gru(SIZE, 4, 8), gru(SIZE, 4, 8)._replace(tapped=False), *MODELS.values()):
+        size = VOCAB if model in MODELS.values() else SIZE
+        assert Own(model=lambda vocab_size, model=model: model).build(GruConfig(), size) is model
+
+
+@pytest.mark.parametrize(
+    ("parts", "raised", "note"),
+    [
+        ({"predict": lambda params: params}, TypeError, "raised by predict of the model own"),
+        ({"initial_state": lambda params: params["in"]}, KeyError, "raised by initial_state of the model own"),
+        ({"tapped": True}, TypeError, "raised by predict of the model own, given a tap"),
+    ],
+)
+def test_an_error_of_a_model_is_its_own_with_a_note(parts: dict[str, Any], raised: type[Exception], note: str) -> None:
+    def own(vocab_size: int) -> Model:
+        return plain(**parts)
+
+    own.__qualname__ = "own"
+    with pytest.raises(raised) as caught:
+        Own(model=own).build(GruConfig(), SIZE)
+    assert note in caught.value.__notes__
+
+
+def test_what_is_no_model_or_optimizer_is_refused() -> None:
+    """In a process of its own, where no type is checked at calls."""
+    code = """
+import esjax, optax
+from esjax.models import gru
+for given in ({"model": "gru"}, {"model": gru(9, 4, 8)}, {"model": lambda size: None}, {"optimizer": "adam"},
+              {"optimizer": optax.adam}):
+    try:
+        esjax.train(esjax.Config(data=esjax.DataConfig(text="builtin:pydoc")), **given)
+    except esjax.EsjaxError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    expected = [
+        "model is 'gru'; give",
+        "model is a Model; give",
+        "the model <lambda> returns a NoneType; it must return",
+    ]
+    expected += ["optimizer is 'adam'; give an optax", "optimizer is the function adam; give an optax"]
+    for line, start in zip(done.stdout.splitlines(), expected, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_model_is_checked_wherever_it_is_given(config: Config, tmp_path: Path) -> None:
+    """Each of them would go on with three logits for all the text's ids."""
+
+    def small_model(vocab_size: int) -> Model:
+        return gru(vocab_size, 4, 8)._replace(predict=lambda params, state: jnp.zeros(3))
+
+    train(config, tmp_path / "run", model=globals()["small_model"])
+    (tmp_path / "run" / "ledger").touch()
+    begin: list[Callable[[], Any]] = [
+        lambda: train(config, tmp_path / "new", model=small_model),
+        lambda: esjax.serve(config, tmp_path / "new", model=small_model),
+        lambda: esjax.resume(tmp_path / "run", model=small_model),
+        lambda: esjax.resume_serving(tmp_path / "run", model=small_model),
+        lambda: esjax.replay(tmp_path / "run", model=small_model),
+        lambda: esjax.load(tmp_path / "run", model=small_model),
+        lambda: next(tune(tmp_path / "run", model=small_model)),
+    ]
+    for one in begin:
+        with pytest.raises(EsjaxError, match=r"predict of the model .*small_model returns float32\[3\]"):
+            one()
+    assert not (tmp_path / "new").exists()
 
 
 def test_names_are_by_kind() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 from processes import PATIENCE, Fleet, Process, wait_until
-from recorded import make
+from recorded import append, line_of, make
 
 import esjax
 from esjax.config import EsConfig
@@ -172,4 +172,21 @@ def test_a_report_is_the_same_page_without_a_server(browser: Browser, runs: Path
     assert page.tab.input_value("[name=span]") == "7"
     assert page.differing() == [["es.sigma", "0.1", "0.2"]]
     assert page.tab.locator("pre").all_text_contents() == ["<b>written by a</b>", "<b>written by b</b>"]
+    page.close()
+
+
+def test_losses_of_a_reward_have_its_name_and_no_logarithm(browser: Browser, runs: Path, tmp_path: Path) -> None:
+    below = make(runs / "below", own={"reward": "outer.<locals>.right"})
+    append(below.path, "".join(line_of(step) for step in range(6, 9)))
+    esjax.report(below.path, runs / "a", out=tmp_path / "report.html")
+    page = Page(browser, (tmp_path / "report.html").as_uri())
+    title = "#chart-loss .ytitle"
+    assert page.tab.locator(title).text_content() == "minus outer.<locals>.right, nats per token"
+    page.tab.check("[name=logY]")
+    assert page.axes("loss") == ["linear", "log"]
+    page.tab.locator("li", has_text="held-out").filter(has=page.tab.get_by_text("a", exact=True)).get_by_role(
+        "checkbox"
+    ).uncheck()
+    assert page.axes("loss") == ["linear", "linear"]
+    assert page.tab.locator(title).text_content() == "minus outer.<locals>.right"
     page.close()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,18 @@ def test_axes_may_be_logarithmic_and_smoothed(runs: Path) -> None:
     np.testing.assert_array_equal(points(raw)[:, 1], [4.0, 3.0, 2.0, 1.0, 0.0, -1.0])
 
 
+def test_losses_below_zero_have_no_logarithm(runs: Path) -> None:
+    """As those of a reward are; with a run beside it that has some, only what is below is left out."""
+    below = make(runs / "below", own={"reward": "right"})
+    append(below.path, "".join(line_of(step) for step in range(6, 9)))
+    for write in (esjax.plot, partial(esjax.report, out=runs / "r.html")):
+        with pytest.raises(EsjaxError, match=r"no held-out loss \(minus right\) is above 0, .*; leave log-y out"):
+            write(below.path, log_y=True)
+        write(below.path)
+    _, loss = esjax.plot(below.path, runs / "a", log_y=True).axes
+    assert loss.get_ylabel() == "minus right, nats per token"
+
+
 def test_n_gram_lines_of_two_texts_name_their_runs(runs: Path) -> None:
     (runs / "b" / "baselines.json").write_text('{"unigram": 2.75}')
     held_out, _ = esjax.plot(runs).axes
@@ -89,6 +102,7 @@ def test_a_report_stands_alone(runs: Path) -> None:
     assert a["settings"]["es.sigma"] == 0.1
     assert a["curves"]["loss"]["value"] == [4.0, 3.0, 2.0, 1.0, 0.0, -1.0]
     assert a["curves"]["loss"]["member_tokens"] == [100, 200, 300, 400, 500, 600]
+    assert a["unit"] == "nats per token"
     assert b["samples"] == [{"step": 4, "text": text}]
     assert "<title>runs/a, b, more/a - esjax</title>" in page
 

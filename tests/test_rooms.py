@@ -13,7 +13,7 @@ FLOORS = [
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
-    ("esjax.models.rnn", "esjax.models.gru"),
+    ("esjax.models.rnn", "esjax.models.gru", "esjax.models.check"),
     ("esjax.models", "esjax.member"),
     ("esjax.fitness", "esjax.sums"),
     ("esjax.noise",),
@@ -49,8 +49,8 @@ FLOORS = [
         "esjax.checkpoint",
         "esjax.run_folder",
     ),
+    ("esjax.importing",),
     (
-        "esjax.loading",
         "esjax.import_npy",
         "esjax.held_out",
         "esjax.tensors",
@@ -59,6 +59,8 @@ FLOORS = [
         "esjax.trackers",
         "esjax.metrics_server",
     ),
+    ("esjax.usable",),
+    ("esjax.loading",),
     ("esjax.exporting",),
     (
         "esjax.hosts.flood",

@@ -44,6 +44,20 @@ def test_a_run_without_a_step_is_read(tmp_path: Path) -> None:
     assert (run.step, dict(run.metrics), run.baselines, run.samples) == (0, {}, {}, [])
 
 
+@pytest.mark.parametrize(
+    ("own", "unit"),
+    [
+        ({}, "nats per token"),
+        ({"model": "bigram"}, "nats per token"),
+        ({"loss": "wrong"}, "wrong"),
+        ({"model": "bigram", "reward": "right"}, "minus right"),
+    ],
+)
+def test_losses_have_a_unit(tmp_path: Path, own: dict[str, str], unit: str) -> None:
+    RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", own)
+    assert read_run(tmp_path / "run").unit == unit
+
+
 def test_what_a_run_has_of_its_own_is_a_setting(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", {"model": "bigram"})
     assert read_run(tmp_path / "run").settings["own.model"] == "bigram"

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from processes import Fleet
 from test_axes import BASE as OTHER_SETTINGS
 
@@ -21,7 +23,7 @@ from esjax.hosts import join
 from esjax.hosts.serve import Server
 from esjax.loading import load
 from esjax.run_folder import RunFolder
-from esjax.sweep_plot import choose_axis, draw
+from esjax.sweep_plot import choose_axis, draw, make_figure
 from esjax.sweeping import Hosts, Outcome, Sweep, resume_sweep, sweep
 from esjax.training import Trainer, resume, train
 
@@ -100,7 +102,7 @@ def test_each_run_is_what_it_would_be_alone(config: Config, out: Path, tmp_path:
         assert state_digest(folder) == state_digest(tmp_path / f"alone-{sigma}")
         one = next(one for one in outcomes if one.name == folder.name)
         assert one.values == {"es.sigma": sigma, "seed": seed}
-        assert one.held_out == pytest.approx(load(folder).evaluate().scored.nats_per_token)
+        assert one.held_out == pytest.approx(load(folder).evaluate().nats_per_token)
         assert (one.state, one.step, one.note) == ("finished", 3, "")
         assert one.member_tokens == 3 * 32 * 6
 
@@ -287,6 +289,38 @@ def test_the_plot_is_over_the_numbers_with_most_values() -> None:
     outcomes = [outcome(2.0, space=space, seed=1, sigma=sigma) for space in ("full", "x", "y") for sigma in (0.1, 0.2)]
     assert choose_axis(outcomes) == "sigma"
     assert choose_axis([outcome(2.0, space="full", noise="x")]) == "space"
+
+
+Lines = dict[str, list[tuple[float, float]]]
+
+
+def lines_of(axes: Axes) -> Lines:
+    """Return what is drawn, by label; Matplotlib calls what has none by a name that begins with _."""
+    found: Lines = {}
+    for line in axes.get_lines():
+        label = str(line.get_label())
+        found["" if label.startswith("_") else label] = [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
+    return found
+
+
+def test_the_lines_of_the_plot_are_what_was_measured() -> None:
+    """A line for each seed, over the sizes in order, without what was not measured."""
+    outcomes = [outcome(2.0 + sigma + seed, sigma=sigma, seed=seed) for sigma in (4.0, 0.5, 1.0) for seed in (0, 1)]
+    (axes,) = make_figure([*outcomes, outcome(None, sigma=0.25, seed=0)]).axes
+    assert lines_of(axes) == {
+        "seed=0": [(0.5, 2.5), (1.0, 3.0), (4.0, 6.0)],
+        "seed=1": [(0.5, 3.5), (1.0, 4.0), (4.0, 7.0)],
+    }
+    assert (axes.get_xlabel(), axes.get_xscale(), axes.get_yscale()) == ("sigma", "log", "linear")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.25", "0.5", "1.0", "4.0"]
+
+
+def test_what_is_no_number_stands_side_by_side_and_what_went_astray_in_logarithms() -> None:
+    outcomes = [outcome(held_out, space=space) for space, held_out in (("full", 2.0), ("low_rank", 16.0), (None, 3.0))]
+    (axes,) = make_figure(outcomes).axes
+    assert lines_of(axes) == {"": [(0.0, 2.0), (1.0, 16.0), (2.0, 3.0)]}
+    assert (axes.get_xlabel(), axes.get_xscale(), axes.get_yscale()) == ("space", "linear", "log")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["full", "low_rank", "None"]
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2], ["full", "low_rank"], [None, 3], [True, False], [0, 5]])

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from esjax.member import Member
 from esjax.models import Model, gru
 from esjax.replaying import replay
 from esjax.step_info import Limits
+from esjax.trained import Evaluation
 from esjax.training import Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -73,6 +75,32 @@ def test_it_learns_to_beat_letter_frequencies(config: Config, model: GruConfig |
     assert infos[-1].held_out is not None
     assert infos[-1].held_out < trainer.baselines["unigram"] - 0.3
     assert trainer.evaluate().nats_per_token == pytest.approx(infos[-1].held_out)
+
+
+def test_what_is_loaded_is_used_as_what_trains(config: Config, tmp_path: Path) -> None:
+    run = train(config, tmp_path / "run")
+    list(run)
+    loaded = esjax.load(tmp_path / "run")
+    assert run.generate("the", seed=3) == loaded.generate("the", seed=3)
+    assert run.search("the", beams=3, max_tokens=5) == loaded.search("the", beams=3, max_tokens=5)
+    (tmp_path / "other.txt").write_text("the dog\n\nthe cow")
+    other = str(tmp_path / "other.txt")
+    asked: list[tuple[Any, ...]] = [(), (None, "train"), (other, "all")]
+    for words in asked:
+        assert run.evaluate(*words) == loaded.evaluate(*words)
+    assert run.evaluate().baselines == run.baselines
+    assert run.evaluate(other, "all").tokens == 16  # 7 characters and a STOP, twice
+    drawn = [np.asarray(one.plot(over="steps").axes[1].get_lines()[0].get_xydata()) for one in (run, loaded)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert len(drawn[0]) == config.steps
+
+
+def test_an_evaluation_is_shown_with_the_digits_that_mean_something() -> None:
+    shown = repr(Evaluation(2.350811719894409, 3.39151, 246783, 0, {"unigram": 3.0, "bigram": 2.45678}))
+    assert shown == (
+        "Evaluation(nats_per_token=2.3508, bits_per_byte=3.3915, tokens=246783, unknown_tokens=0, "
+        "baselines={'unigram': 3.0, 'bigram': 2.4568})"
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -410,13 +438,20 @@ def test_limits_may_be_changed_on_the_way(config: Config) -> None:
     assert run.step == 4
 
 
-def test_a_model_that_is_not_float32_is_refused(config: Config) -> None:
-    def half(vocab_size: int) -> Model:
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (lambda leaf: leaf.astype(jnp.bfloat16), "bfloat16"),
+        (lambda leaf: np.zeros(leaf.shape), "float64"),
+    ],
+)
+def test_a_model_that_is_not_float32_is_refused(config: Config, convert: Callable[[Any], Any], kind: str) -> None:
+    def other(vocab_size: int) -> Model:
         model = own_model(vocab_size)
-        return model._replace(init=lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.init(key)))
+        return model._replace(init=lambda key: jax.tree.map(convert, model.init(key)))
 
-    with pytest.raises(EsjaxError, match="is bfloat16; make it float32"):
-        train(config, model=half)
+    with pytest.raises(EsjaxError, match=rf"parameter .*\.start of the model is {kind}; make it float32"):
+        train(config, model=other)
 
 
 def test_with_products_in_bfloat16_the_held_out_loss_is_that_of_float32(config: Config) -> None:

@@ -41,12 +41,14 @@ class Evaluate:
             tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
         if self.json:
-            print(json_line({**evaluation.scored._asdict(), **evaluation.baselines}))
+            numbers = evaluation._asdict()
+            baselines = numbers.pop("baselines")
+            print(json_line(numbers | baselines))
             return
-        scored = evaluation.scored
-        print(f"{scored.nats_per_token:.4f} nats/token, {scored.bits_per_byte:.4f} bits/byte, {scored.tokens:,} tokens")
-        if scored.unknown_tokens:
-            print(f"{scored.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
+        nats, bits = evaluation.nats_per_token, evaluation.bits_per_byte
+        print(f"{nats:.4f} nats/token, {bits:.4f} bits/byte, {evaluation.tokens:,} tokens")
+        if evaluation.unknown_tokens:
+            print(f"{evaluation.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
         for name, value in evaluation.baselines.items():
             print(f"{value:.4f} {name}")
 

@@ -31,7 +31,6 @@ from esjax.hosts.tasks import (
     UseBlock,
     Value,
 )
-from esjax.models import build_model
 from esjax.own import NOTHING_OWN, Own
 from esjax.processes import here, share_number
 from esjax.replica import Replica
@@ -111,8 +110,7 @@ class Engine:
     def _build(self, task: Build) -> Result:
         config = from_yaml(task.config, "the run's settings")
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
-        build = self._own.model or (lambda size: build_model(config.model, size))
-        model = build(task.vocab_size)
+        model = self._own.build(config.model, task.vocab_size)
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
         stream = text.stream

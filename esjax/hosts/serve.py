@@ -33,7 +33,6 @@ from esjax.hosts.sockets import new_keypair
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
-from esjax.models import build_model
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
@@ -191,7 +190,7 @@ class Server:
             )
         )
         self.address = _for_others(transport.address)
-        stack.enter_context(folder.keep_address(self.address))
+        stack.enter_context(folder.keep_address(self.address, self.token))
         now = time.monotonic()
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)
@@ -259,8 +258,8 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
     Raises:
         EsjaxError: A loss or model of one's own does not do what it has to, or sums would be too large for a message.
     """
-    build = own.model or (lambda size: build_model(config.model, size))
-    replica = Replica(config, build(corpus.vocabulary.size), None, cpu_mesh(), own.objective, own.optimizer)
+    model = own.build(config.model, corpus.vocabulary.size)
+    replica = Replica(config, model, None, cpu_mesh(), own.objective, own.optimizer)
     if 4 * replica.numbers > wire.MAX_REQUEST:
         raise EsjaxError(
             f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
@@ -363,7 +362,7 @@ def resume_serving(
     """
     folder = RunFolder(Path(path))
     own = Own(model, loss, reward, optimizer)
-    folder.check_own(**vars(own))
+    folder.check_own(own.names(), "esjax.resume_serving")
     listen = _Listen(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder)
     replica = _make_replica(folder.config, corpus, own)

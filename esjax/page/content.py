@@ -52,6 +52,7 @@ def summary(view: RunView, run: str) -> dict[str, Any]:
         "run": run,
         "name": view.name,
         "state": view.state,
+        "unit": view.unit,
         "last": {name: view.last(name) for name in LAST},
     }
 

@@ -6,8 +6,8 @@ const INTERVAL = 1500; // milliseconds between two looks
 const COLORS = ["#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d"];
 const AXES = { steps: "step", seconds: "seconds", "member-tokens": "member_tokens" };
 const CHARTS = [
-  { column: "held_out", title: "Held-out loss", unit: "nats per token", loss: true },
-  { column: "loss", title: "Training loss, mean of the population", unit: "nats per token", loss: true },
+  { column: "held_out", title: "Held-out loss", loss: true },
+  { column: "loss", title: "Training loss, mean of the population", loss: true },
   { column: "member_tokens_per_second", title: "Rate", unit: "member-tokens per second", small: true },
   { column: "update_norm", title: "Size of the update", unit: "norm", small: true },
 ];
@@ -172,6 +172,9 @@ function baselines() {
   );
 }
 
+// What losses are in: nats per token, or what a run has in their place.
+const units = () => [...new Set(chosen().map((run) => run.unit))].sort().join(", ");
+
 const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly reads some HTML
 
 function drawCharts() {
@@ -187,14 +190,15 @@ function drawCharts() {
   for (const chart of CHARTS) {
     const lines = traces(chart, dark);
     const marks = chart.column === "held_out" && lines.length ? baselines() : [];
-    const log = chart.loss && view.logY;
+    const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // a reward's are not
+    const unit = chart.loss ? escapeText(units()) : chart.unit;
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { color: ink } };
     Plotly.react(
       chart.box,
       lines.map((trace) => ({ ...trace, name: escapeText(trace.name ?? "") })),
       {
         xaxis: { ...axis, type: view.logX ? "log" : "linear", title: { text: view.over, font: { color: ink, size: 12 } }, exponentformat: "SI" },
-        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: chart.unit, font: { color: ink, size: 12 } }, rangemode: chart.small && !log ? "tozero" : "normal", ...(log ? { dtick: "D1" } : {}) },
+        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: unit, font: { color: ink, size: 12 } }, rangemode: chart.small && !log ? "tozero" : "normal", ...(log ? { dtick: "D1" } : {}) },
         margin: { l: 52, r: marks.length ? 78 : 16, t: 10, b: 40 },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif", size: 12 },
         showlegend: false, hovermode: "x unified",

@@ -9,7 +9,7 @@ from esjax.curves import Axis
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.page.content import curves, details, page_file, plotly_script, summary
-from esjax.plotting import open_runs
+from esjax.plotting import check_log_y, open_runs
 from esjax.runs import RunView
 
 
@@ -32,12 +32,14 @@ def report(
         smoothing: Steps over which curves are averaged, exponentially; 0: none.
 
     Raises:
-        EsjaxError: There is no such run, none of them has done a step, plotly is missing, or the file cannot be
-            written.
+        EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
+            plotly is missing, or the file cannot be written.
     """
     if Path(out).suffix != ".html":
         raise EsjaxError(f"{str(out)!r} must end in .html")
     views = open_runs(runs)
+    if log_y:
+        check_log_y(views)
     told: dict[str, Any] = {
         "view": {"over": over, "logX": log_x, "logY": log_y, "span": smoothing},
         "runs": [{**summary(view, str(i)), **details(view), "curves": curves(view)} for i, view in enumerate(views)],

@@ -120,9 +120,8 @@ def ask_hosts(run: Path) -> dict[str, Any]:
     address = folder.address
     if address is None:
         return {"hosts": [], "note": ""}
-    token = run / "keys" / "hosts.token"
     try:
-        status = ask_status(address, token if token.exists() else None, PATIENCE)
+        status = ask_status(address, folder.token, PATIENCE)
     except EsjaxError as error:
         return {"hosts": [], "note": str(error)}
     if status.run != folder.name:

@@ -1,0 +1,87 @@
+"""Sees that a model of one's own keeps the contract, before anything is computed with it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esjax.errors import EsjaxError
+from esjax.models.model import Model, Params, untouched
+
+
+def check_model(name: str, model: object, vocab_size: int) -> Model:
+    """Compare what a model's functions return with what `Model` promises; of it all, only shapes are computed.
+
+    JAX would take an index beyond too few logits for the last one, and train without a word.
+
+    Args:
+        name: What to call it, "the model bigram".
+        model: What the factory returned.
+        vocab_size: Number of token ids.
+
+    Returns:
+        The model.
+
+    Raises:
+        EsjaxError: It is no model, or a function of it returns something else. An error raised inside one is its own,
+            with a note.
+    """
+    if not isinstance(model, Model):
+        raise EsjaxError(f"{name} returns a {type(model).__name__}; it must return an esjax.Model")
+
+    def shapes(part: str, *given: Any, tapped: bool = False) -> Any:
+        function = getattr(model, part)
+        more = (untouched,) if tapped else ()
+        try:
+            return jax.eval_shape(lambda *given: function(*given, *more), *given)
+        except Exception as error:
+            error.add_note(f"raised by {part} of {name}{', given a tap' if tapped else ''}")
+            raise
+
+    params = shapes("init", jax.random.key(0, impl="threefry2x32"))
+    check_float32(params)
+    unit: Any = jax.tree.structure(model.unit)
+    if model.unit is not None and unit != jax.tree.structure(params):
+        raise EsjaxError(f"unit of {name} is no tree like its parameters; give a number for each, or leave unit out")
+    state, token = shapes("initial_state", params), jax.ShapeDtypeStruct((), jnp.int32)
+    for tapped in {False, model.tapped}:
+        logits = shapes("predict", params, state, tapped=tapped)
+        if not (
+            isinstance(logits, jax.ShapeDtypeStruct)
+            and logits.shape == (vocab_size,)
+            and jnp.issubdtype(logits.dtype, jnp.floating)
+        ):
+            raise EsjaxError(
+                f"predict of {name} returns {_described(logits)}; it must return a float logit for each of the "
+                f"{vocab_size} token ids, float32[{vocab_size}]"
+            )
+        after = shapes("consume", params, state, token, tapped=tapped)
+        if _described(after) != _described(state):
+            raise EsjaxError(
+                f"consume of {name} returns {_described(after)}, and initial_state {_described(state)}; a state must "
+                "keep its form, shapes and types"
+            )
+    return model
+
+
+def check_float32(params: Params) -> None:
+    """See that parameters are float32; what a model makes may be something else than what tracing it tells.
+
+    Raises:
+        EsjaxError: One is not.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        kind = getattr(leaf, "dtype", type(leaf).__name__)  # a number of Python has no type of JAX
+        if kind != jnp.float32:
+            raise EsjaxError(f"parameter {jax.tree_util.keystr(path)} of the model is {kind}; make it float32")
+
+
+def _described(tree: Any) -> str:
+    return str(jax.tree.map(lambda leaf: _Shape(f"{leaf.dtype}{list(leaf.shape)}"), tree))
+
+
+class _Shape(str):
+    """A text that stands without quotes in the description of a tree."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
