@@ -31,7 +31,7 @@ from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_
 from esjax.optimizer import make_optimizer
 from esjax.summing import Chunk
 
-CPU_SEQUENCES = 512
+CPU_SEQUENCES = 256
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
 
 CPU_CHUNKS = 16
