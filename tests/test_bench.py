@@ -25,6 +25,7 @@ from bench.rivals import NumpyRnn, Rival, evosax_open_es, normal_low_rank
 from bench.search import Choice, best_of, search
 from bench.settings import SHORT, Scaling, Throughput
 from bench.targets import compare
+from bench.watching import median_of
 from conftest import mesh_of
 from processes import environment
 from small import MODELS, VOCAB, params_of
@@ -63,7 +64,7 @@ FIGURES = {
     "exchange": {"hosts", "losses ÷ sums"},
     "cosines": {"space", "population", "cosine", "standard error"},
     "workers": {"processes", "÷ one process"},
-    "watching": {"trackers", "rate, watched ÷ alone"},
+    "watching": {"compared", "rate ÷ alone", "share of the processors"},
     "coordinator": {"how", "hosts", "own_ms"},
 }
 
@@ -102,6 +103,12 @@ def test_benchmarks_run_and_leave_their_figures(tmp_path: Path) -> None:
         assert sum(line.startswith("|") for line in lines) == len(found["rows"]) + 2
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "rnn 16: evaluation ÷ numpy" in done.stdout  # the table of targets comes last
+
+
+def test_the_interval_of_a_median_is_that_of_the_tables() -> None:
+    """Of 100 values the 40th and the 61st, of 5 all."""
+    assert median_of([float(number) for number in range(100, 0, -1)]) == Spread(50.5, 40.0, 61.0)
+    assert median_of([5.0, 3.0, 1.0, 2.0, 4.0]) == Spread(3.0, 1.0, 5.0)
 
 
 def test_candidates_take_turns() -> None:

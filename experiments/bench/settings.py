@@ -294,10 +294,10 @@ class Watching(Section):
     track: tuple[str, ...] = ("tensorboard",)
     """Trackers: tensorboard, wandb, trackio."""
 
-    seconds: float = 120.0
+    seconds: float = 400.0
     """Seconds of all phases."""
 
-    phase: float = 3.0
+    phase: float = 1.0
     """Seconds of a phase."""
 
     warm_up: float = 10.0

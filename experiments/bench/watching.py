@@ -1,20 +1,22 @@
 """What watching costs: the rate of one run while it is shown to everything there is, and while it is shown to nothing.
 
-One run goes on all the time. In every other phase each step is written to a run folder, shown in a terminal's line of
+One run goes on all the time. In watched phases each step is written to a run folder, shown in a terminal's line of
 progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
-compared, so that what else the machine does meets both alike. A busy machine makes rates uncertain all the same, so
-this process's processor time per member-token is compared as well: what of it is more while the run is watched is told
-as a share of all processors of the machine. (Watching is work a second, not work a step: a ratio of times would
-say more of it, the slower the run is.)
+compared, so that what else the machine does meets both alike, and many short ones, so that the median is sure where
+single pairs are not; as a control, phases that nobody watches are compared with each other in the same way. This
+process's processor time per member-token is compared as well: what of it is more while the run is watched is told as a
+share of all processors of the machine. (Watching is work a second, not work a step: a ratio of times would say more of
+it, the slower the run is.)
 """
 
+import math
 import os
 import statistics
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,12 @@ from esjax.training import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+COMPARED = {"watched": True, "alone": False}
+"""What is compared with phases that nobody watches, and whether it is watched."""
+
+CERTAIN = 1.96
+"""Standard deviations on either side of a normal's middle that hold 95% of it."""
 
 SKIPPED = 2
 """Steps at the start of a phase that are not counted: what the phase before left to do falls into them."""
@@ -93,45 +101,61 @@ def run(settings: Watching) -> Report:
         steps = iter(trainer)
         with Progress(terminal, trainer.baselines, trainer.limits) as progress:
             count(steps, settings.warm_up, watch, progress)  # compiled, all trackers begun, all that they need imported
-        rates, shares = list[float](), list[float]()
-        for number in range(max(int(settings.seconds / settings.phase / 2), 1)):
-            phases: dict[bool, Phase] = {}
-            for watched in (False, True) if number % 2 else (True, False):
-                if watched:
-                    over = threading.Event()
-                    reader = threading.Thread(target=read_metrics, args=(server, over))
-                    reader.start()
-                    with Progress(terminal, trainer.baselines, trainer.limits) as progress:
-                        phases[True] = count(steps, settings.phase, watch, progress)
-                    over.set()
-                    reader.join()
-                else:
-                    phases[False] = count(steps, settings.phase, None, None)
-            rates.append(phases[True].rate / phases[False].rate)
-            more = phases[True].processor - phases[False].processor
-            shares.append(1e-9 * more * phases[True].rate / (os.cpu_count() or 1))
+        rates: dict[str, list[float]] = {name: [] for name in COMPARED}
+        shares: dict[str, list[float]] = {name: [] for name in COMPARED}
+
+        def take(watched: bool) -> Phase:
+            if not watched:
+                return count(steps, settings.phase, None, None)
+            over = threading.Event()
+            reader = threading.Thread(target=read_metrics, args=(server, over))
+            reader.start()
+            with Progress(terminal, trainer.baselines, trainer.limits) as progress:
+                phase = count(steps, settings.phase, watch, progress)
+            over.set()
+            reader.join()
+            return phase
+
+        for number in range(max(int(settings.seconds / settings.phase / 4), 1)):
+            for name, watched in COMPARED.items():
+                turns = (True, False) if number % 2 else (False, True)  # each comes first as often
+                phases = {first: take(first and watched) for first in turns}
+                rates[name].append(phases[True].rate / phases[False].rate)
+                more = phases[True].processor - phases[False].processor
+                shares[name].append(1e-9 * more * phases[True].rate / (os.cpu_count() or 1))
         steps.close()  # type: ignore[attr-defined]
-    row = {
-        "trackers": ", ".join(settings.track),
-        "pairs of phases": len(rates),
-        "rate, watched ÷ alone": middle(rates),
-        "share of the processors": middle(shares),
-    }
-    return Report([row], partial(plot, rates, shares), ["Medians, and the middle half of all pairs of phases."])
+    rows = [
+        {
+            "compared": name,
+            "trackers": ", ".join(settings.track),
+            "pairs of phases": len(rates[name]),
+            "rate ÷ alone": median_of(rates[name]),
+            "share of the processors": median_of(shares[name]),
+        }
+        for name in COMPARED
+    ]
+    return Report(rows, partial(plot, rates, shares), ["Medians, and where they are with a certainty of 95%."])
 
 
-def middle(ratios: Sequence[float]) -> Spread:
-    """Tell the median, and the middle half in place of the extremes."""
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [*ratios] * 3
-    return Spread(statistics.median(ratios), low, high)
+def median_of(values: Sequence[float]) -> Spread:
+    """Tell the median, and the interval that holds the true one with a certainty of 95%.
+
+    The number of values below the true median is binomial, so the interval ends 1.96 √n / 2 values before and behind
+    the middle one of n in order.
+    """
+    ordered = sorted(values)
+    rank = max(1, math.floor((len(ordered) - CERTAIN * math.sqrt(len(ordered))) / 2))
+    return Spread(statistics.median(ordered), ordered[rank - 1], ordered[-rank])
 
 
-def plot(rates: Sequence[float], shares: Sequence[float], figure: "Figure") -> None:
+def plot(rates: Mapping[str, Sequence[float]], shares: Mapping[str, Sequence[float]], figure: "Figure") -> None:
     """Draw what came of all pairs of phases."""
     above, below = figure.subplots(2, sharex=True)
-    above.plot(rates, "o")
+    for name in rates:
+        above.plot(rates[name], "o", label=name)
+        below.plot(shares[name], "o")
     above.axhline(1, color="gray", linewidth=0.5)
-    above.set(ylabel="rate, watched ÷ alone")
-    below.plot(shares, "o")
+    above.set(ylabel="rate ÷ alone")
+    above.legend()
     below.axhline(0, color="gray", linewidth=0.5)
     below.set(xlabel="pair of phases", ylabel="share of the processors")
