@@ -19,7 +19,7 @@ LARGEST = 2**31 - 1
 LOSS_STEPS = 2**10
 """Resolution of a pair's loss: steps a nat."""
 
-DIFFERENCE_STEPS = 2**16
+DIFFERENCE_STEPS = 2**13
 """Resolution of the size of a pair's difference: steps a nat."""
 
 FINEST = 64.0

@@ -63,6 +63,7 @@ FIGURES = {
     "activation": {"hidden", "step ÷ forward"},
     "exchange": {"hosts", "losses ÷ sums"},
     "cosines": {"space", "population", "cosine", "standard error"},
+    "execution": {"way", "chunk, pairs", "÷ defaults"},
     "workers": {"processes", "÷ one process"},
     "watching": {"compared", "rate ÷ alone", "share of the processors"},
     "coordinator": {"how", "hosts", "own_ms"},

@@ -182,7 +182,7 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
     with pytest.raises(EsjaxError, match="returns bool") as caught:
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
     shown = "".join(traceback.format_exception(caught.value))
-    assert "esjax/way.py" in shown
+    assert "esjax/estimator.py" in shown
     assert "esjax/evaluate.py" not in shown
     assert "esjax/own.py" not in shown
 

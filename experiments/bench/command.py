@@ -44,6 +44,7 @@ class Bench:
     activation: settings.Activation = field(default_factory=settings.Activation)
     exchange: settings.Exchange = field(default_factory=settings.Exchange)
     cosines: settings.Cosines = field(default_factory=settings.Cosines)
+    execution: settings.Execution = field(default_factory=settings.Execution)
     workers: settings.Workers = field(default_factory=settings.Workers)
     watching: settings.Watching = field(default_factory=settings.Watching)
     coordinator: settings.Coordinator = field(default_factory=settings.Coordinator)

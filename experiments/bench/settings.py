@@ -8,8 +8,8 @@ from typing import Any
 from esjax.config import Section
 
 
-class Throughput(Section):
-    """Member-tokens a second against rivals, a plain forward pass, and the machine's peak."""
+class Models(Section):
+    """Which models are measured."""
 
     sizes: tuple[tuple[int, int, int, int], ...] = (
         (16, 4, 8, 4096),
@@ -27,6 +27,13 @@ class Throughput(Section):
     scale: int | None = None
     """Multiplies the populations. None: 1 on CPUs, 16 on an accelerator."""
 
+    rounds: int = 5
+    """Turns of each candidate."""
+
+
+class Throughput(Models):
+    """Member-tokens a second against rivals, a plain forward pass, and the machine's peak."""
+
     at_once: tuple[int, ...] | None = None
     """Sequences that a device has at a time, over all members, of which rivals try each. None: some that suit it."""
 
@@ -42,8 +49,12 @@ class Throughput(Section):
     choose_seconds: float = 60
     """Seconds after which no further settings of a rival are tried."""
 
-    rounds: int = 5
-    """Turns of each candidate."""
+
+class Execution(Models):
+    """An evaluation on devices or threads, in chunks of other sizes, with products in bfloat16."""
+
+    chunks: tuple[float, ...] = (0.25, 0.5, 2, 4)
+    """Multiples of the default number of pairs that a device evaluates at a time."""
 
 
 class Update(Section):
@@ -364,6 +375,7 @@ SHORT: dict[str, Any] = {
     "cosines": Cosines(
         steps=2, population=64, populations=(64,), spaces=("low_rank", "activation"), repeats=2, hidden=4, text=PYDOC
     ),
+    "execution": Execution(sizes=((8, 1, 2, 64),), grus=(), chunks=(2,), rounds=1),
     "workers": Workers(workers=(2,), rounds=1, seconds=2.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
     "coordinator": Coordinator(hosts=(2,), members=128, steps=5),

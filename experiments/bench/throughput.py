@@ -21,7 +21,7 @@ from bench.measure import Candidate, Spread, all_threads, alternate, elsewhere, 
 from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_of, step
 from bench.report import Report, Row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
-from bench.settings import Throughput
+from bench.settings import Models, Throughput
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
 from esjax.devices import local_mesh
 from esjax.models import build_model
@@ -77,7 +77,7 @@ def run(settings: Throughput) -> Report:
     return Report(rows, partial(plot, rows), notes)
 
 
-def sizes(settings: Throughput) -> list[Size]:
+def sizes(settings: Models) -> list[Size]:
     """List what is measured."""
     scale = settings.scale or (1 if _on_cpu() else 16)
     rnns = [
