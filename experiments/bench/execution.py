@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.measure import Candidate, all_threads, alternate, elsewhere, spread
 from bench.ours import evaluation, replica_of
-from bench.report import Report, Row
+from bench.report import Report, Row, told
 from bench.settings import Execution
 from bench.throughput import Size, sizes
 from esjax.config import Config, replace
@@ -25,7 +25,7 @@ THREADS = "one device, a thread a core"
 
 def run(settings: Execution) -> Report:
     """Measure every size."""
-    rows = [row for size in sizes(settings) for row in measure(size, settings)]
+    rows = [told(row) for size in sizes(settings) for row in measure(size, settings)]
     return Report(rows, partial(plot, rows), ["Evaluations; chunks are multiples of the default number of pairs."])
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer, train_in_turns
-from bench.report import Report, Row
+from bench.report import Report, Row, told
 from bench.search import Choice, best_of, search
 from bench.settings import Learning
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
@@ -64,6 +64,7 @@ def run(settings: Learning) -> Report:
             try_out = partial(_try_out, method, held_out, seconds)
             trials[name] = search(try_out, rates, method.windows, settings.extensions)
             chosen[name] = best_of(trials[name])
+            told({"method": name, **chosen[name]._asdict(), "held-out": trials[name][chosen[name]]})
     learners = {name: makers[name].make(chosen[name]) for name in settings.methods}
     curves = train_in_turns(learners, held_out, settings.seconds, settings.every)
     rows = [_row(name, chosen[name], trials[name], curve, settings.targets) for name, curve in curves.items()]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,6 +74,13 @@ def write(folder: Path, name: str, settings: Any, report: Report) -> str:
         report.plot(figure)
         figure.savefig(folder / f"{name}.png", dpi=120)
     return table
+
+
+def told(row: Row) -> Row:
+    """Print a row as soon as it is there, since the whole table may take an hour, and give it back."""
+    shown = (f"{column} {_word(value)}" for column, value in row.items() if value is not None and _is_shown(value))
+    print(", ".join(shown), file=sys.stderr, flush=True)
+    return row
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
-from bench.report import Report, Row
+from bench.report import Report, Row, told
 from bench.settings import Scaling
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(settings: Scaling) -> Report:
     """Measure each axis by itself, its values in turns."""
-    rows = [row for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
+    rows = [told(row) for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
     notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
     return Report(rows, partial(plot, rows), notes)
 

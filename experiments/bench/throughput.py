@@ -19,7 +19,7 @@ import optax
 
 from bench.measure import Candidate, Spread, all_threads, alternate, elsewhere, fastest, one_thread, spread
 from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_of, step
-from bench.report import Report, Row
+from bench.report import Report, Row, told
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
@@ -70,7 +70,7 @@ class Size(NamedTuple):
 
 def run(settings: Throughput) -> Report:
     """Measure every size."""
-    rows = [measure(size, settings) for size in sizes(settings)]
+    rows = [told(measure(size, settings)) for size in sizes(settings)]
     notes = [
         "M/s are millions of member-tokens a second; a ratio is the median of those of each round, and their extremes.",
     ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
-from bench.report import Report, Row
+from bench.report import Report, Row, told
 from bench.settings import Update
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
 from esjax.devices import local_mesh
@@ -37,14 +37,15 @@ def run(settings: Update) -> Report:
         "sequences": settings.sequences,
     }
     rows: list[Row] = [
-        {"changed": name, **measure(gru(**base | {name: value}), settings.rounds)}
+        told({"changed": name, **measure(gru(**base | {name: value}), settings.rounds)})
         for name, values in tried.items()
         for value in values
     ]
     for hidden, layers, sequences, population in settings.rnns:
         rnn = RnnConfig(hidden_size=hidden, n_layers=layers)
         for hosts in settings.rnn_hosts:
-            rows.append({"changed": RNN, **measure(Setting(rnn, population, hosts, 1, sequences), settings.rounds)})
+            row = measure(Setting(rnn, population, hosts, 1, sequences), settings.rounds)
+            rows.append(told({"changed": RNN, **row}))
     return Report(rows, partial(plot, rows), ["A step is a host's share of the evaluation, and the update."])
 
 
