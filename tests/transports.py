@@ -16,7 +16,7 @@ from esjax.hosts.server_transport import Request, ServerTransport
 from esjax.hosts.sockets import Limits, new_keypair
 
 LIMITS = Limits(frame=65_536, frames=4)
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a test gives up; nothing here needs more than a few."""
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a connection's bytes")
