@@ -66,6 +66,17 @@ def look(guard: FloodGuard, clock: list[float]) -> None:
     guard.look()
 
 
+def test_a_flood_before_the_connection_is_heard_of_is_cut_off(door: socket.socket, guard: FloodGuard) -> None:
+    with Pair(door) as hasty, Pair(door) as busy:
+        hasty.send(MESSAGE + IDLE_BYTES + 1)
+        busy.send(MESSAGE + IDLE_BYTES + 1)
+        guard.emptied([busy.fd])  # messages, and all of them were taken
+        guard.accepted(hasty.fd)
+        guard.accepted(busy.fd)
+        assert (hasty.is_cut_off(), busy.is_cut_off()) == (True, False)
+        assert guard.cut_off == 1
+
+
 def test_what_a_message_may_have_is_allowed_and_no_more(
     door: socket.socket, guard: FloodGuard, clock: list[float]
 ) -> None:

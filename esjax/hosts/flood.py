@@ -67,9 +67,9 @@ class FloodGuard:
         self._peak = 0
 
     def accepted(self, fd: int) -> None:
-        """Note a new connection, by its file descriptor."""
+        """Note a new connection, by its file descriptor; it may have sent a flood before anybody heard of it."""
         self._connections.pop(fd, None)
-        self._count(fd)
+        self._count(fd, begun=0)
 
     def emptied(self, fds: Iterable[int]) -> None:
         """Note that connections sent messages, and that all of these were taken."""
@@ -85,8 +85,13 @@ class FloodGuard:
                 self._count(fd)
             self._emptied.clear()
 
-    def _count(self, fd: int) -> None:
-        """Count the bytes of a connection, and close it if they are too many; forget it if it is gone."""
+    def _count(self, fd: int, begun: int | None = None) -> None:
+        """Count the bytes of a connection, and close it if they are too many; forget it if it is gone.
+
+        Args:
+            fd: Its file descriptor.
+            begun: Bytes of one that is not known yet which do not count. None: all that it has brought by now.
+        """
         connection = self._connections.pop(fd, None)
         if sys.platform != "linux":
             return
@@ -96,8 +101,10 @@ class FloodGuard:
                 return  # the number has come to stand for something else
             info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
             (received,) = struct.unpack_from("=Q", info, TCP_INFO_BYTES - 8)
-            if connection is None or connection.peer != peer or fd in self._emptied:
+            if fd in self._emptied:
                 connection = _Connection(peer, received)
+            elif connection is None or connection.peer != peer:
+                connection = _Connection(peer, received if begun is None else begun)
             waiting = received - connection.received
             if waiting <= self._message + IDLE_BYTES:
                 self._connections[fd] = connection
