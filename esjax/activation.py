@@ -28,7 +28,8 @@ from esjax.fitness import LARGEST_LOSS
 from esjax.member import consume, token_loss
 from esjax.models.model import Model, Params, State
 from esjax.models.primitives import HIGHEST, round_matrices
-from esjax.noise import BITS, fold, unpack
+from esjax.noise import fold
+from esjax.signs import BITS, signs
 from esjax.tokens import STOP
 
 LOGITS = "logits"
@@ -119,7 +120,7 @@ class _Plan(NamedTuple):
         """Make the noise of a family, of whole words: so unpacking it is a plain loop. Those who use it cut it off."""
         many = [_words(bits) for bits in self.bits]
         first = sum(many[:number])
-        return unpack(words[:, first : first + many[number]])
+        return _unpack(words[:, first : first + many[number]])
 
 
 def make_estimate_chunk(
@@ -221,6 +222,13 @@ def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> _Wo
     drawn = fold(lanes[None], jnp.arange(positions * blocks, dtype=jnp.uint32)[:, None])
     first, second = jnp.moveaxis(drawn.reshape(positions, blocks, len(lanes), 2), -1, 0)
     return first, second
+
+
+def _unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
+    # In two parts, and joined: XLA then makes the noise once, in a plain loop. Otherwise it unpacks each bit where it
+    # is used, in the middle of the network's own loops, which turns them into scalar code: four times slower on CPUs.
+    half = len(words) // 2
+    return jnp.concatenate([signs(part).reshape(len(part), -1) for part in (words[:half], words[half:])])
 
 
 def _pass_token(

@@ -44,7 +44,7 @@ class Estimator(NamedTuple):
     pair_bytes: int
 
 
-def make_estimator(config: Config, model: Model, params: Params, loss: Loss | None) -> Estimator:
+def make_estimator(config: Config, model: Model, params: Params, loss: Loss | None, packed: bool = False) -> Estimator:
     """Choose the functions that the settings ask for.
 
     Args:
@@ -52,12 +52,13 @@ def make_estimator(config: Config, model: Model, params: Params, loss: Loss | No
         model: The architecture.
         params: Its parameters, for their shapes.
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
+        packed: Whether noise on weights stays packed, see `esjax.noise.make_space`.
 
     Raises:
         EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16; or sums are of
             fewer pairs at a time than the settings ask for.
     """
-    estimator = _make(config, model, params, loss)
+    estimator = _make(config, model, params, loss, packed)
     if estimator.sum_chunk and (config.es.chunk_pairs or 0) > estimator.most_pairs:
         raise EsjaxError(
             f"es.chunk_pairs must be at most {estimator.most_pairs}, so that sums are exact, got "
@@ -66,7 +67,7 @@ def make_estimator(config: Config, model: Model, params: Params, loss: Loss | No
     return estimator
 
 
-def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Estimator:
+def _make(config: Config, model: Model, params: Params, loss: Loss | None, packed: bool) -> Estimator:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
@@ -80,7 +81,7 @@ def _make(config: Config, model: Model, params: Params, loss: Loss | None) -> Es
         )
     if es.space == "activation":
         return _on_activations(config, model, params, loss, numbers)
-    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)
+    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank, packed=packed)
     evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in), es.precision)
     if loss is not None:  # one that cannot be is refused now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)

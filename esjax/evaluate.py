@@ -136,7 +136,7 @@ def make_evaluate_chunk(model: Model, space: Space, loss: Loss, precision: Preci
     def pair_losses(
         params: Params, seed: UInt32[Array, "2"], tokens: Int[Array, "sequences length"]
     ) -> Float[Array, "2"]:
-        noise = space.sample(seed)
+        noise = space.sample_pair(seed)
         keys = draw_keys(seed, len(tokens))
 
         def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:

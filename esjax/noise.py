@@ -11,10 +11,9 @@ Two spaces:
 
 - full: one entry of ε per parameter.
 - low_rank: for a matrix, ε = Σ_r a_r b_rᵀ / √R with noise vectors a_r, b_r (Sarkar et al. 2025, "Evolution
-  Strategies at the Hyperscale", section 4); any other leaf gets a full ε.
+  Strategies at the Hyperscale", section 4); a layer's bias is one more row of its matrix; any other leaf gets a full ε.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,8 @@ from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from esjax.fitness import LIMIT
 from esjax.models.model import Model, Params
-from esjax.models.primitives import HIGHEST, LowRank
+from esjax.models.primitives import HIGHEST, Affine, LowRank, LowRankAffine, add_up
+from esjax.signs import BITS, PackedSigns, of_highest_bit, unpacked
 
 PERTURBATIONS = 0
 """Stream of keys from which perturbations grow."""
@@ -41,20 +41,25 @@ INIT = 2
 HELD_OUT = 3
 """Stream of keys from which the windows of held-out text are drawn, for a loss of one's own."""
 
-BITS = 32
-
 
 @struct.dataclass
 class Factors:
-    """The two sides of a low-rank ε, before the division by √rank: [rank, rows] and [rank, columns]."""
+    """The two sides of a low-rank ε, before the division by √rank.
 
-    left: Float[Array, "..."]
-    right: Float[Array, "..."]
+    Attributes:
+        left: [rank, rows].
+        right: [rank, columns].
+        shift: Where the matrix has a bias, that one's entries of the left side, [rank].
+    """
+
+    left: Float[Array, "..."] | PackedSigns
+    right: Float[Array, "..."] | PackedSigns
+    shift: Float[Array, "..."] | PackedSigns | None = None
 
 
 Noise = Any
-"""A pytree like the parameters; each leaf is an array of the leaf's shape, or `Factors`. The axis of pairs, where there
-is one, comes last."""
+"""A pytree like the parameters; in place of each leaf, or `Affine`, an array of the leaf's shape, or `Factors`. The
+axis of pairs, where there is one, comes last."""
 
 Total = Any
 """A pytree like the parameters: Σ weight * ε, before the division by √rank."""
@@ -65,6 +70,7 @@ class Space(NamedTuple):
 
     Attributes:
         sample: `(seeds) -> noise` of one pair, or of a batch of pairs.
+        sample_pair: `(seed) -> noise` of one pair, the same, but packed if the space is.
         perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`.
         weigh: `(noise of a batch of pairs, weights[pairs]) -> total`, exact integers for Rademacher noise.
         mean: `(total, scale) -> pytree` with `scale * Σ weight * ε`.
@@ -74,6 +80,7 @@ class Space(NamedTuple):
     """
 
     sample: Callable[[UInt32[Array, "*pairs 2"]], Noise]
+    sample_pair: Callable[[UInt32[Array, "2"]], Noise]
     perturb: Callable[[Params, Noise, Float[Array, ""]], Params]
     weigh: Callable[[Noise, Float[Array, " pairs"]], Total]
     mean: Callable[[Total, Float[Array, ""]], Params]
@@ -110,28 +117,15 @@ def draw(
     if kind == "gaussian":
         normal = jnp.vectorize(_normal, excluded={1}, signature="(n)->(m)")
         return jnp.moveaxis(normal(seeds, count), -1, 0)
-    axes = (1,) * (seeds.ndim - 1)
-    blocks = jnp.arange(-(-count // (2 * BITS)), dtype=jnp.uint32)
-    drawn = fold(seeds[None], blocks.reshape(-1, *axes))
-    words = jnp.concatenate([drawn[..., 0], drawn[..., 1]])
-    # Each bit becomes the sign bit of a 1.0: three integer operations and no conversion.
-    signs = (words[:, None] << jnp.arange(BITS, dtype=jnp.uint32).reshape(1, -1, *axes)) & jnp.uint32(1 << 31)
-    ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
-    return ones.reshape(-1, *seeds.shape[:-1])[:count]
+    words = _words(seeds, count)
+    shifts = jnp.arange(BITS, dtype=jnp.uint32).reshape(1, -1, *(1,) * (seeds.ndim - 1))
+    return of_highest_bit(words[:, None] << shifts).reshape(-1, *seeds.shape[:-1])[:count]
 
 
-def unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
-    """Make ±1 of the bits of each lane's words; the axis of bits comes last."""
-
-    def part(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
-        signs = (words[:, :, None] << jnp.arange(BITS, dtype=jnp.uint32)[None, None]) & jnp.uint32(1 << 31)
-        ones = jax.lax.bitcast_convert_type(signs | jnp.uint32(0x3F800000), jnp.float32)
-        return ones.reshape(len(words), -1)
-
-    # In two parts, and joined: XLA then makes the noise once, in a plain loop. Otherwise it unpacks each bit where it
-    # is used, in the middle of the network's own loops, which turns them into scalar code: four times slower on CPUs.
-    half = len(words) // 2
-    return jnp.concatenate([part(words[:half]), part(words[half:])])
+def _words(seeds: UInt32[Array, "*pairs 2"], bits: int) -> UInt32[Array, "*shape"]:
+    blocks = jnp.arange(-(-bits // (2 * BITS)), dtype=jnp.uint32)
+    drawn = fold(seeds[None], blocks.reshape(-1, *(1,) * (seeds.ndim - 1)))
+    return jnp.concatenate([drawn[..., 0], drawn[..., 1]])
 
 
 def _normal(seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
@@ -146,6 +140,7 @@ def make_space(
     noise: Literal["rademacher", "gaussian"],
     sigma: float,
     rank: int,
+    packed: bool = False,
 ) -> Space:
     """Lay out the noise of one pair over the leaves of `params` (arrays, or their shapes and dtypes).
 
@@ -156,45 +151,60 @@ def make_space(
         noise: Distribution of the entries, or of the factors' entries.
         sigma: Standard deviation of a perturbation, in units of each leaf.
         rank: Number of factor pairs of a low-rank perturbation, at least 1.
+        packed: Whether the signs of factored members stay packed until they are used, which suits accelerators; see
+            `esjax.signs`. It changes no number.
     """
     units = model.units(params)
-    factored = jax.tree.map(lambda leaf: space == "low_rank" and len(leaf.shape) == 2, params)
-    leaves, treedef = jax.tree.flatten(params)
-    layout = [(leaf.shape, is_factored) for leaf, is_factored in zip(leaves, jax.tree.leaves(factored), strict=True)]
-    counts = [rank * sum(shape) if is_factored else math.prod(shape) for shape, is_factored in layout]
+    low_rank = space == "low_rank"
+    nodes, treedef = jax.tree.flatten(params, is_leaf=lambda node: low_rank and isinstance(node, Affine))
+    layout = [_shapes(node, rank if low_rank else 0) for node in nodes]
+    factored = [jax.tree.map(lambda _, of=parts: len(of) > 1, node) for node, parts in zip(nodes, layout, strict=True)]
+    count = sum(math.prod(shape) for shapes in layout for shape in shapes)
 
-    def sample(seeds: UInt32[Array, "*pairs 2"]) -> Noise:
-        flat = draw(noise, seeds, sum(counts))
-        parts = jnp.split(flat, list(itertools.accumulate(counts))[:-1])
-
-        def shaped(part: Float[Array, " count *pairs"], shape: tuple[int, ...], is_factored: bool) -> Array | Factors:
-            pairs = part.shape[1:]
-            if not is_factored:
-                return part.reshape(*shape, *pairs)
-            left, right = jnp.split(part, [rank * shape[0]])
-            return Factors(left.reshape(rank, shape[0], *pairs), right.reshape(rank, shape[1], *pairs))
-
-        noises = [shaped(part, *leaf_layout) for part, leaf_layout in zip(parts, layout, strict=True)]
+    def arrange(cut: Callable[[int, tuple[int, ...]], Array | PackedSigns]) -> Noise:
+        """Lay out the numbers of a pair, of which `(start, shape)` cuts off some."""
+        start, noises = 0, []
+        for shapes in layout:
+            parts = []
+            for shape in shapes:
+                parts.append(cut(start, shape))
+                start += math.prod(shape)
+            noises.append(Factors(*parts) if len(parts) > 1 else parts[0])
         return jax.tree.unflatten(treedef, noises)
 
-    def perturb(params: Params, noise: Noise, sign: Float[Array, ""]) -> Params:
-        def member(leaf: Array, epsilon: Array | Factors, unit: float) -> Array | LowRank:
-            scale = sign * (sigma * unit)
-            if not isinstance(epsilon, Factors):
-                return leaf + scale * epsilon
-            scale = scale / math.sqrt(rank)
-            if model.factored:
-                return LowRank(leaf, epsilon.left, epsilon.right, scale)
-            return leaf + scale * jnp.matmul(epsilon.left.T, epsilon.right, precision=HIGHEST)
+    def sample(seeds: UInt32[Array, "*pairs 2"]) -> Noise:
+        drawn, pairs = draw(noise, seeds, count), seeds.shape[:-1]
+        return arrange(lambda start, shape: drawn[start : start + math.prod(shape)].reshape(*shape, *pairs))
 
-        return jax.tree.map(member, params, noise, units)
+    def sample_packed(seed: UInt32[Array, "2"]) -> Noise:
+        words = _words(seed, count)
+        return arrange(lambda start, shape: PackedSigns(words, start, shape))
+
+    def perturb(params: Params, noise: Noise, sign: Float[Array, ""]) -> Params:
+        def member(node: Array | Affine, epsilon: Array | PackedSigns | Factors, unit: Any) -> Any:
+            if not isinstance(epsilon, Factors):
+                return node + sign * (sigma * unit) * unpacked(epsilon)
+            steps = jax.tree.map(lambda unit: sign * (sigma * unit) / math.sqrt(rank), unit)
+            if isinstance(node, Affine):
+                matrix = LowRank(node.matrix, epsilon.left, epsilon.right, steps.matrix)
+                assert epsilon.shift is not None
+                perturbed: Any = LowRankAffine(matrix, node.bias, steps.bias * unpacked(epsilon.shift))
+            else:
+                perturbed = LowRank(node, epsilon.left, epsilon.right, steps)
+            return perturbed if model.factored else add_up(perturbed)
+
+        return jax.tree.map(member, params, noise, units, is_leaf=lambda node: low_rank and isinstance(node, Affine))
 
     def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Total:
-        def total(epsilon: Array | Factors) -> Array:
+        def total(epsilon: Array | Factors) -> Array | Affine:
             if not isinstance(epsilon, Factors):
                 return jnp.matmul(epsilon, weights, precision=HIGHEST)
-            left = epsilon.left * weights[None, None, :]
-            return jnp.einsum("rmk,rnk->rmn", left, epsilon.right, precision=HIGHEST).sum(axis=0)
+            left, right = unpacked(epsilon.left), unpacked(epsilon.right)
+            if epsilon.shift is not None:
+                left = jnp.concatenate([left, unpacked(epsilon.shift)[:, None]], axis=1)
+            left = left * weights[None, None, :]
+            summed = jnp.einsum("rmk,rnk->rmn", left, right, precision=HIGHEST).sum(axis=0)
+            return summed if epsilon.shift is None else Affine(summed[:-1], summed[-1])
 
         return jax.tree.map(total, noise, is_leaf=lambda leaf: isinstance(leaf, Factors))
 
@@ -202,14 +212,24 @@ def make_space(
         def finish(leaf: Array, is_factored: bool) -> Array:
             return leaf.astype(jnp.float32) * (scale / math.sqrt(rank) if is_factored else scale)
 
-        return jax.tree.map(finish, total, factored)
+        return jax.tree.map(finish, total, jax.tree.unflatten(treedef, factored))
 
     return Space(
         sample,
+        sample_packed if packed and low_rank and model.factored and noise == "rademacher" else sample,
         perturb,
         weigh,
         mean,
-        numbers=sum(counts),
+        numbers=count,
         exact=noise == "rademacher",
         exact_pairs=2**24 // (LIMIT * rank),
     )
+
+
+def _shapes(node: Any, rank: int) -> list[tuple[int, ...]]:
+    """List the shapes of what the noise of a leaf or layer is made of; those of its `Factors` if `rank` is not 0."""
+    matrix = node.matrix if isinstance(node, Affine) else node
+    if not rank or len(matrix.shape) != 2:
+        return [node.shape]
+    rows, columns = matrix.shape
+    return [(rank, rows), (rank, columns), *([(rank,)] if isinstance(node, Affine) else [])]

@@ -95,7 +95,8 @@ class Replica:
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
-        estimator = make_estimator(config, model, params, loss)
+        is_accelerator = mesh.devices.flat[0].platform != "cpu"
+        estimator = make_estimator(config, model, params, loss, packed=is_accelerator)
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
 

@@ -143,15 +143,16 @@ def test_an_update_moves_each_leaf_by_its_unit_against_the_estimate() -> None:
     before, after = step_by_hand(optax.sgd(0.5), 0, 1)
     noise = space.sample(seeds_of(40, 0))
     weights = WEIGHTS.astype(np.float64)
-    bias = np.asarray(before.params.head_output_bias) - 0.5 * model.unit.head_output_bias * 0.01 * (
-        np.asarray(noise.head_output_bias, np.float64) @ weights
+    start = np.asarray(before.params.start) - 0.5 * model.unit.start * 0.01 * (
+        np.asarray(noise.start, np.float64) @ weights
     )
-    np.testing.assert_allclose(after.params.head_output_bias, bias, rtol=1e-5)
-    left, right = (np.asarray(side, np.float64)[0] for side in (noise.recurrent.left, noise.recurrent.right))
-    recurrent = np.asarray(before.params.recurrent) - 0.5 * model.unit.recurrent * 0.01 * np.einsum(
-        "k,mk,nk->mn", weights, left, right
-    )
-    np.testing.assert_allclose(after.params.recurrent, recurrent, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.params.start, start, rtol=1e-5)
+    old, unit, epsilon = before.params.recurrent, model.unit.recurrent, noise.recurrent
+    left, right, shift = (np.asarray(side, np.float64)[0] for side in (epsilon.left, epsilon.right, epsilon.shift))
+    matrix = np.asarray(old.matrix) - 0.5 * unit.matrix * 0.01 * np.einsum("k,mk,nk->mn", weights, left, right)
+    np.testing.assert_allclose(after.params.recurrent.matrix, matrix, rtol=1e-5, atol=1e-6)
+    bias = np.asarray(old.bias) - 0.5 * unit.bias * 0.01 * np.einsum("k,k,nk->n", weights, shift, right)
+    np.testing.assert_allclose(after.params.recurrent.bias, bias, rtol=1e-5, atol=1e-6)
 
 
 def test_the_norms_are_in_units_of_each_leaf() -> None:
@@ -174,9 +175,9 @@ def test_the_average_looks_back_over_a_share_of_the_run() -> None:
     average = None
     for t, state in enumerate(states[1:], start=1):
         weight = min(1.0, 4 / (t + 3))
-        leaf = np.asarray(state.params.recurrent, np.float64)
+        leaf = np.asarray(state.params.embedding, np.float64)
         average = leaf if average is None else (1 - weight) * average + weight * leaf
-        np.testing.assert_allclose(state.average.recurrent, average, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.average.embedding, average, rtol=1e-5, atol=1e-6)
 
 
 def test_without_averaging_the_newest_weights_are_evaluated() -> None:
@@ -188,4 +189,4 @@ def test_without_averaging_the_newest_weights_are_evaluated() -> None:
 def test_any_optax_transformation_will_do() -> None:
     before, *_, after = step_by_hand(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)), 0, 2)
     assert int(after.step) == 2
-    assert (np.asarray(before.params.recurrent) != np.asarray(after.params.recurrent)).any()
+    assert (np.asarray(before.params.embedding) != np.asarray(after.params.embedding)).any()

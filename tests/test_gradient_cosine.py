@@ -27,7 +27,8 @@ DATA = DataConfig(window=6, burn_in=3)
 
 def found(es: EsConfig, steps: int) -> list[GradientCosine]:
     params = MODEL.init(jax.random.key(1))
-    params = params._replace(head_output=params.head_output * 10)  # a start that has something to say
+    louder = params.head_output._replace(matrix=10 * params.head_output.matrix)  # a start that has something to say
+    params = params._replace(head_output=louder)
     return [*gradient_cosines(Config(es=es, data=DATA), MODEL, params, STREAM, mesh_of(2), steps)]
 
 

@@ -11,7 +11,7 @@ from small import MODELS, VOCAB, params_of
 from esjax.config import GruConfig, RnnConfig
 from esjax.member import Member, consume
 from esjax.models import Model, build_model
-from esjax.models.primitives import LowRank, lookup, matmul, round_matrices
+from esjax.models.primitives import Affine, LowRank, LowRankAffine, affine, lookup, matmul, round_matrices
 from esjax.score import make_score
 from esjax.tokens import STOP
 
@@ -31,9 +31,9 @@ def rnn_step(p: Any, s: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def gru_step(p: Any, h: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    logits = np.maximum(h @ p.head_hidden + p.head_hidden_bias, 0) @ p.head_output + p.head_output_bias
+    logits = np.maximum(h @ p.head_hidden.matrix + p.head_hidden.bias, 0) @ p.head_output.matrix + p.head_output.bias
     d = len(h)
-    x, y = p.embedding[token], h @ p.recurrent + p.recurrent_bias
+    x, y = p.embedding[token], h @ p.recurrent.matrix + p.recurrent.bias
     r = 1 / (1 + np.exp(-(x[:d] + y[:d])))
     z = 1 / (1 + np.exp(-(x[d : 2 * d] + y[d : 2 * d])))
     n = np.tanh(x[2 * d :] + r * y[2 * d :])
@@ -126,6 +126,12 @@ def test_a_factored_matrix_acts_like_the_added_up_one(rank: int) -> None:
     added_up = weight.astype(np.float64) - 0.3 * left.T.astype(np.float64) @ right
     np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), x @ added_up, atol=5e-6)
     np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
+    bias, shift = rng.normal(size=3).astype(np.float32), rng.normal(size=rank).astype(np.float32)
+    layer = LowRankAffine(matrix, jnp.asarray(bias), jnp.asarray(shift))
+    shifted = x @ added_up + bias + shift.astype(np.float64) @ right
+    np.testing.assert_allclose(affine(jnp.asarray(x), layer), shifted, atol=5e-6)
+    plain = Affine(jnp.asarray(weight), jnp.asarray(bias))
+    np.testing.assert_allclose(affine(jnp.asarray(x), plain), x @ weight.astype(np.float64) + bias, atol=5e-6)
 
 
 @pytest.mark.parametrize("is_factored", [False, True])

@@ -9,24 +9,27 @@ import numpy as np
 import pytest
 from small import MODELS, PAIRS, params_of, seeds_of, space_of
 
-from esjax.models.primitives import LowRank
+from esjax.models.primitives import Affine, LowRank, LowRankAffine, add_up
 from esjax.noise import Factors, draw, pair_seeds, stream_seed
+from esjax.signs import PackedSigns
 
 NOISES = ["rademacher", "gaussian"]
 SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 3)]
 
 
-def epsilon_of(leaf: jax.Array | Factors) -> np.ndarray:
-    """Write a leaf's ε out in full, in float64; the axis of pairs, where there is one, comes last."""
-    if isinstance(leaf, Factors):
-        left, right = np.asarray(leaf.left, np.float64), np.asarray(leaf.right, np.float64)
-        return np.einsum("rm...,rn...->mn...", left, right) / math.sqrt(len(left))
-    return np.asarray(leaf, np.float64)
-
-
 def epsilons_of(noise: object) -> list[np.ndarray]:
-    leaves = jax.tree.leaves(noise, is_leaf=lambda leaf: isinstance(leaf, Factors))
-    return [epsilon_of(leaf) for leaf in leaves]
+    """Write the ε of each leaf out in full, in float64; the axis of pairs, where there is one, comes last."""
+
+    def written_out(part: jax.Array | Factors) -> np.ndarray | Affine:
+        if not isinstance(part, Factors):
+            return np.asarray(part, np.float64)
+        left, right = np.asarray(part.left, np.float64), np.asarray(part.right, np.float64)
+        matrix = np.einsum("rm...,rn...->mn...", left, right) / math.sqrt(len(left))
+        if part.shift is None:
+            return matrix
+        return Affine(matrix, np.einsum("r...,rn...->n...", np.asarray(part.shift), right) / math.sqrt(len(left)))
+
+    return jax.tree.leaves(jax.tree.map(written_out, noise, is_leaf=lambda part: isinstance(part, Factors)))
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -104,19 +107,42 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
     chosen = space_of(model, noise=noise, space=space, rank=rank, sigma=0.3)
     params, drawn = params_of(model), chosen.sample(seeds_of()[2])
     member = chosen.perturb(params, drawn, jnp.float32(-1.0))
-    members = jax.tree.leaves(member, is_leaf=lambda leaf: isinstance(leaf, LowRank))
+    parts, treedef = jax.tree.flatten(member, is_leaf=lambda part: isinstance(part, LowRank | LowRankAffine))
+    kept = [part for part in parts if not isinstance(part, jax.Array)]
+    assert len(kept) == (4 if factored and space == "low_rank" else 0)
+    written_out = [part if isinstance(part, jax.Array) else add_up(part) for part in parts]
+    members = jax.tree.leaves(jax.tree.unflatten(treedef, written_out))
     rest = zip(jax.tree.leaves(params), epsilons_of(drawn), jax.tree.leaves(model.unit), members, strict=True)
     for leaf, epsilon, unit, got in rest:
-        if isinstance(got, LowRank):
-            assert factored
-            got = got.weight + got.scale * got.left.T @ got.right
         np.testing.assert_allclose(got, np.asarray(leaf, np.float64) - 0.3 * unit * epsilon, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_packed_signs_are_the_same(name: str, rank: int) -> None:
+    """Equality of two ways: kept as bits until they are used, or drawn as numbers."""
+    seed = seeds_of()[2]
+    packed = space_of(MODELS[name], rank=rank, packed=True).sample_pair(seed)
+    plain = space_of(MODELS[name], rank=rank).sample_pair(seed)
+    parts = jax.tree.leaves(packed, is_leaf=lambda part: isinstance(part, PackedSigns))
+    assert all(isinstance(part, PackedSigns) for part in parts)
+    for part, numbers in zip(parts, jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(part.unpack(), numbers)
+
+
+def test_a_column_of_packed_signs_is_that_of_the_matrix() -> None:
+    words = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 9), jnp.uint32)
+    matrix = PackedSigns(words, 37, (3, 70))
+    assert set(np.unique(matrix.unpack())) == {-1.0, 1.0}
+    for number in (0, 1, 26, 27, 69):
+        np.testing.assert_array_equal(matrix.column(jnp.int32(number)), matrix.unpack()[:, number])
+
+
+@pytest.mark.parametrize("model", ["rnn", "gru"])
 @pytest.mark.parametrize(("space", "rank"), SPACES)
-def test_the_weighted_sum_is_exact_in_any_order(space: str, rank: int) -> None:
+def test_the_weighted_sum_is_exact_in_any_order(model: str, space: str, rank: int) -> None:
     """Reference: integer arithmetic in Python's order; then the same pairs backwards."""
-    chosen = space_of(MODELS["rnn"], space=space, rank=rank)
+    chosen = space_of(MODELS[model], space=space, rank=rank)
     noise = chosen.sample(seeds_of())
     weights = np.random.default_rng(1).integers(-127, 128, PAIRS).astype(np.float32)
     total = chosen.weigh(noise, jnp.asarray(weights))
@@ -124,8 +150,8 @@ def test_the_weighted_sum_is_exact_in_any_order(space: str, rank: int) -> None:
     for leaf, again, epsilon in zip(
         jax.tree.leaves(total), jax.tree.leaves(backwards), epsilons_of(noise), strict=True
     ):
-        # epsilons_of divides a low-rank ε by √rank, the total does not.
-        undo = math.sqrt(rank) if space == "low_rank" and epsilon.ndim == 3 else 1.0
+        # epsilons_of divides a low-rank ε by √rank, the total does not; the one full ε, that of the start, is ±1.
+        undo = math.sqrt(rank) if space == "low_rank" and (np.abs(epsilon) != 1).any() else 1.0
         np.testing.assert_array_equal(leaf, np.rint(epsilon * undo @ weights))
         np.testing.assert_array_equal(leaf, again)
 
@@ -133,7 +159,7 @@ def test_the_weighted_sum_is_exact_in_any_order(space: str, rank: int) -> None:
 @pytest.mark.parametrize(("space", "rank"), SPACES)
 def test_the_mean_scales_the_sum_and_divides_by_the_root_of_the_rank(space: str, rank: int) -> None:
     """Reference: Σ weight * ε / PAIRS in float64."""
-    chosen = space_of(MODELS["rnn"], space=space, rank=rank)
+    chosen = space_of(MODELS["gru"], space=space, rank=rank)
     noise = chosen.sample(seeds_of())
     weights = jnp.arange(PAIRS, dtype=jnp.float32) - 5
     mean = chosen.mean(chosen.weigh(noise, weights), jnp.float32(1 / PAIRS))

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 
 # From the top of the house to the ground floor; files of one tuple do not see each other.
 FLOORS = [
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.tokens"),
+    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.signs", "esjax.tokens"),
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),

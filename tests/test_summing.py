@@ -110,18 +110,18 @@ def test_later_steps_weigh_by_the_spread_of_the_step_before() -> None:
             np.testing.assert_allclose(host.state.spread, deviation, rtol=1e-3)
             exact = np.clip(16 * differences / deviation, -127, 127)
             noise = space.sample(pair_seeds(stream_seed(4, 0), step, jnp.arange(200)))
-            got = np.asarray(unravel(jnp.asarray(total[:-TAIL])).head_output_bias, np.float64)
-            expected = np.asarray(noise.head_output_bias, np.float64) @ exact
+            got = np.asarray(unravel(jnp.asarray(total[:-TAIL])).start, np.float64)
+            expected = np.asarray(noise.start, np.float64) @ exact
             # Each of 200 weights is rounded by 1/2 at most; noise is ±1: errors of a deviation below 200^½ / 3.
             np.testing.assert_allclose(got, expected, atol=5 * 200**0.5 / 3)
             assert np.abs(expected).max() > 200
-            before = np.asarray(host.state.params.head_output_bias, np.float64)
+            before = np.asarray(host.state.params.start, np.float64)
         concluded = conclude(total, 200, host.scale)
         host.apply_sum(total, concluded.scale)
         if step:
             # In deviations the mean of (weight * ε), times the learning rate and the leaf's unit.
-            moved = before - np.asarray(host.state.params.head_output_bias, np.float64)
+            moved = before - np.asarray(host.state.params.start, np.float64)
             assert model.unit
-            np.testing.assert_allclose(moved, 0.5 * model.unit.head_output_bias * got / 16 / 200, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(moved, 0.5 * model.unit.start * got / 16 / 200, rtol=1e-4, atol=1e-7)
         # Of a normal variable of deviation 1 the size has the mean (2/π)^½.
         deviation = np.abs(differences).mean() / np.sqrt(2 / np.pi)

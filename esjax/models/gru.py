@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from esjax.models.model import Logits, Model, Tap, Token, untouched
-from esjax.models.primitives import Matrix, Vector, lookup, matmul
+from esjax.models.primitives import Affine, Layer, Matrix, Vector, affine, lookup
 
 BIAS_UNIT = 0.3
 """Unit of the biases: with 1, their perturbations drown those of the matrices."""
@@ -31,18 +31,12 @@ class GruParams(NamedTuple):
     """State at the start of a document, [hidden]."""
     embedding: Matrix
     """E, [vocabulary, 3 hidden]."""
-    recurrent: Matrix
-    """U, [hidden, 3 hidden]."""
-    recurrent_bias: Vector
-    """b, [3 hidden]."""
-    head_hidden: Matrix
-    """W1, [hidden, head]."""
-    head_hidden_bias: Vector
-    """b1, [head]."""
-    head_output: Matrix
-    """W2, [head, vocabulary]."""
-    head_output_bias: Vector
-    """b2, [vocabulary]."""
+    recurrent: Layer
+    """U [hidden, 3 hidden] and b."""
+    head_hidden: Layer
+    """W1 [hidden, head] and b1."""
+    head_output: Layer
+    """W2 [head, vocabulary] and b2."""
 
 
 def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
@@ -56,41 +50,37 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
     unit = GruParams(
         start=1.0,
         embedding=1.0,
-        recurrent=hidden_size**-0.5,
-        recurrent_bias=BIAS_UNIT,
-        head_hidden=hidden_size**-0.5,
-        head_hidden_bias=BIAS_UNIT,
-        head_output=head_size**-0.5,
-        head_output_bias=BIAS_UNIT,
+        recurrent=Affine(hidden_size**-0.5, BIAS_UNIT),
+        head_hidden=Affine(hidden_size**-0.5, BIAS_UNIT),
+        head_output=Affine(head_size**-0.5, BIAS_UNIT),
     )
 
     def init(key: Key[Array, ""]) -> GruParams:
         embedding_key, recurrent_key, hidden_key, output_key = jax.random.split(key, 4)
         orthogonal = jax.nn.initializers.orthogonal()
         gates = [orthogonal(k, (hidden_size, hidden_size), jnp.float32) for k in jax.random.split(recurrent_key, 3)]
+        hidden = math.sqrt(2 / hidden_size) * jax.random.normal(hidden_key, (hidden_size, head_size))
+        output = FIRST_LOGITS * head_size**-0.5 * jax.random.normal(output_key, (head_size, vocab_size))
         return GruParams(
             start=jnp.zeros(hidden_size),
             embedding=jax.random.normal(embedding_key, (vocab_size, 3 * hidden_size)),
-            recurrent=jnp.concatenate(gates, axis=1),
-            recurrent_bias=jnp.zeros(3 * hidden_size),
-            head_hidden=unit.head_hidden * math.sqrt(2) * jax.random.normal(hidden_key, (hidden_size, head_size)),
-            head_hidden_bias=jnp.zeros(head_size),
-            head_output=unit.head_output * FIRST_LOGITS * jax.random.normal(output_key, (head_size, vocab_size)),
-            head_output_bias=jnp.zeros(vocab_size),
+            recurrent=Affine(jnp.concatenate(gates, axis=1), jnp.zeros(3 * hidden_size)),
+            head_hidden=Affine(hidden, jnp.zeros(head_size)),
+            head_output=Affine(output, jnp.zeros(vocab_size)),
         )
 
     def initial_state(params: GruParams) -> Float[Array, " hidden"]:
         return params.start
 
     def predict(params: GruParams, state: Float[Array, " hidden"], tap: Tap = untouched) -> Logits:
-        hidden = jax.nn.relu(tap("hidden", matmul(state, params.head_hidden) + params.head_hidden_bias))
-        return tap("logits", matmul(hidden, params.head_output) + params.head_output_bias)
+        hidden = jax.nn.relu(tap("hidden", affine(state, params.head_hidden)))
+        return tap("logits", affine(hidden, params.head_output))
 
     def consume(
         params: GruParams, state: Float[Array, " hidden"], token: Token, tap: Tap = untouched
     ) -> Float[Array, " hidden"]:
         x_reset, x_update, x_new = jnp.split(lookup(params.embedding, token), 3)
-        y_reset, y_update, y_new = jnp.split(matmul(state, params.recurrent) + params.recurrent_bias, 3)
+        y_reset, y_update, y_new = jnp.split(affine(state, params.recurrent), 3)
         reset = jax.nn.sigmoid(tap("reset", x_reset + y_reset))
         update = jax.nn.sigmoid(tap("update", x_update + y_update))
         return update * state + (1 - update) * jnp.tanh(tap("new", x_new + reset * y_new))

@@ -5,7 +5,7 @@ population shares one product with the base matrix, and a member adds only its o
 "Evolution Strategies at the Hyperscale", Sarkar et al. 2025, section 4).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from esjax.config import Precision
+from esjax.signs import PackedSigns, unpacked
 
 HIGHEST = jax.lax.Precision.HIGHEST
 """Products ask for all digits of their factors: else the kind of hardware would decide how many count."""
@@ -24,14 +25,14 @@ class LowRank:
 
     Attributes:
         weight: Base matrix, shared by all members.
-        left: Factors along the first axis.
-        right: Factors along the second axis.
+        left: Factors along the first axis, [rank, rows].
+        right: Factors along the second axis, [rank, columns].
         scale: Step along the perturbation, sign included.
     """
 
     weight: Float[Array, "rows columns"]
-    left: Float[Array, "rank rows"]
-    right: Float[Array, "rank columns"]
+    left: Float[Array, "rank rows"] | PackedSigns
+    right: Float[Array, "rank columns"] | PackedSigns
     scale: Float[Array, ""]
 
 
@@ -42,18 +43,63 @@ Vector = Any
 """A leaf of a model's parameters: an array [size]; in `Model.unit`, a float."""
 
 
+class Affine(NamedTuple):
+    """The weights of x ↦ x `matrix` + `bias`, which low-rank noise perturbs as one matrix with a row more."""
+
+    matrix: Matrix
+    bias: Vector
+
+
+@struct.dataclass
+class LowRankAffine:
+    """A perturbed `Affine`, never added up: its bias is `bias + shiftᵀ right`.
+
+    Attributes:
+        matrix: Its perturbed matrix.
+        bias: Base bias, shared by all members.
+        shift: Steps of the bias along the matrix's right factors, sign included.
+    """
+
+    matrix: LowRank
+    bias: Float[Array, " columns"]
+    shift: Float[Array, " rank"]
+
+
+Layer = Any
+"""An `Affine` among a model's parameters, or a `LowRankAffine`; in `Model.unit`, an `Affine` of floats."""
+
+
 def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"] | LowRank) -> Float[Array, " columns"]:
     """Multiply a row vector with a matrix: numbers of the matrix's type, added up in float32."""
     if not isinstance(matrix, LowRank):
         return _product(x, matrix)
-    return _product(x, matrix.weight) + _combine(matrix, jnp.matmul(x, matrix.left.T, precision=HIGHEST))
+    return _product(x, matrix.weight) + _combine(matrix, matrix.scale * _coefficients(x, matrix))
+
+
+def affine(x: Float[Array, " rows"], layer: Affine | LowRankAffine) -> Float[Array, " columns"]:
+    """Multiply a row vector with a layer's matrix, see `matmul`, and add its bias."""
+    if not isinstance(layer, LowRankAffine):
+        return _product(x, layer.matrix) + layer.bias
+    matrix = layer.matrix
+    coefficients = matrix.scale * _coefficients(x, matrix) + layer.shift
+    return _product(x, matrix.weight) + layer.bias + _combine(matrix, coefficients)
 
 
 def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]) -> Float[Array, " columns"]:
     """Read the row of an embedding table that belongs to a token."""
     if not isinstance(matrix, LowRank):
         return matrix[token].astype(jnp.float32)
-    return matrix.weight[token].astype(jnp.float32) + _combine(matrix, matrix.left[:, token])
+    left = matrix.left.column(token) if isinstance(matrix.left, PackedSigns) else matrix.left[:, token]
+    return matrix.weight[token].astype(jnp.float32) + _combine(matrix, matrix.scale * left)
+
+
+def add_up(perturbed: LowRank | LowRankAffine) -> Any:
+    """Write a perturbed matrix or layer out, for a model that does not use the functions above."""
+    if isinstance(perturbed, LowRank):
+        more = jnp.matmul(unpacked(perturbed.left).T, unpacked(perturbed.right), precision=HIGHEST)
+        return perturbed.weight + perturbed.scale * more
+    shift = jnp.matmul(perturbed.shift, unpacked(perturbed.matrix.right), precision=HIGHEST)
+    return Affine(add_up(perturbed.matrix), perturbed.bias + shift)
 
 
 def round_matrices(params: Any, precision: Precision) -> Any:
@@ -76,8 +122,12 @@ def _product(x: Float[Array, " rows"], weight: Float[Array, "rows columns"]) -> 
     return jnp.matmul(x.astype(weight.dtype), weight, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
+def _coefficients(x: Float[Array, " rows"], matrix: LowRank) -> Float[Array, " rank"]:
+    return jnp.matmul(x, unpacked(matrix.left).T, precision=HIGHEST)
+
+
 def _combine(matrix: LowRank, coefficients: Float[Array, " rank"]) -> Float[Array, " columns"]:
-    scaled = matrix.scale * coefficients
-    if matrix.left.shape[0] == 1:  # an outer product: XLA fuses it, where a product of inner size 1 is a call
-        return scaled[0] * matrix.right[0]
-    return jnp.matmul(scaled, matrix.right, precision=HIGHEST)
+    right = unpacked(matrix.right)
+    if len(right) == 1:  # an outer product: XLA fuses it, where a product of inner size 1 is a call
+        return coefficients[0] * right[0]
+    return jnp.matmul(coefficients, right, precision=HIGHEST)
