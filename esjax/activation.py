@@ -106,6 +106,7 @@ class _Plan(NamedTuple):
     Attributes:
         noisy: Taps of a prediction that noise is put on.
         bits: Number of entries of each family of noise: all taps of the state together, then each of `noisy`.
+        packed: Whether noise stays packed until it is used.
     """
 
     model: Model
@@ -115,12 +116,14 @@ class _Plan(NamedTuple):
     copies: int
     noisy: list[str]
     bits: list[int]
+    packed: bool
 
     def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
         """Make the noise of a family, of whole words: so unpacking it is a plain loop. Those who use it cut it off."""
         many = [_words(bits) for bits in self.bits]
         first = sum(many[:number])
-        return _unpack(words[:, first : first + many[number]])
+        words = words[:, first : first + many[number]]
+        return signs(words).reshape(len(words), -1) if self.packed else _unpack(words)
 
 
 def make_estimate_chunk(
@@ -133,6 +136,7 @@ def make_estimate_chunk(
     burn_in: int,
     exact_logits: bool,
     precision: Precision = "float32",
+    packed: bool = False,
 ) -> EstimateChunk:
     """Make the function for the windows that one device takes at a time.
 
@@ -146,10 +150,12 @@ def make_estimate_chunk(
         burn_in: Tokens that only prepare the state; nothing is noisy there.
         exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
         precision: Type of what matrix products of the copies multiply; bfloat16 is for models that are `factored`.
+        packed: Whether noise stays packed until it is used, and sums over copies are plain sums, which suits
+            accelerators; else noise is written out, and they are products. It changes last digits alone.
     """
     noisy = [name for name in taps.predict if not (exact_logits and name == LOGITS)]
     bits = [sum(taps.consume.values()), *(taps.predict[name] for name in noisy)]
-    plan = _Plan(model, taps, sigma, discount, copies, noisy, bits)
+    plan = _Plan(model, taps, sigma, discount, copies, noisy, bits, packed)
 
     def estimate_chunk(
         params: Params,
@@ -247,13 +253,13 @@ def _pass_token(
     for number, name in enumerate(plan.noisy, start=1):
         noise = plan.family(number, words[:noisy])
         if name == LOGITS:
-            rewards = _rewards_of_logits(before[name][noisy:], noise, others, sigma[name])
+            rewards = _rewards_of_logits(plan, before[name][noisy:], noise, others)
         else:
             value = _repeat(before[name][noisy:], copies)
             value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
             found = jax.vmap(partial(_loss_from, model, params, name))(_repeat(clean, copies), value, others)
             rewards = found - clean_losses
-        errors[name] = _by_window(rewards / sigma[name], noise, copies)[:, : plan.taps.predict[name]]
+        errors[name] = _by_window(plan, rewards / sigma[name], noise)[:, : plan.taps.predict[name]]
     if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
         probabilities = jax.nn.softmax(before[LOGITS][noisy:])
         errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
@@ -281,7 +287,7 @@ def _errors_of_state(
         later, halves = inputs
         noise = plan.family(0, jnp.concatenate(halves).T[: later[0].size])
         # With the noise on all taps, of which each may need a part only: a product is faster than cutting noise up.
-        errors = [_split(_by_window(rewards, noise, plan.copies), plan.taps.consume) for rewards in later]
+        errors = [_split(_by_window(plan, rewards, noise), plan.taps.consume) for rewards in later]
         which = {name: discounts.index(plan.discount[name]) for name in plan.taps.consume}
         return None, {name: errors[i][name] / plan.sigma[name] for name, i in which.items()}
 
@@ -296,10 +302,14 @@ def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
     return jnp.where(is_void.reshape(1, -1, *[1] * (leaf.ndim - 2)), 0, leaf)
 
 
-def _by_window(rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"], copies: int) -> Array:
-    """Return the mean of (reward * noise) over each window's copies: a product, the fastest sum there is on CPUs."""
-    is_own = _is_own(len(rewards) // copies, copies)
-    return jnp.matmul(jnp.where(is_own, rewards[None] / copies, 0.0), noise, precision=HIGHEST)
+def _by_window(plan: _Plan, rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"]) -> Array:
+    """Return the mean of (reward * noise) over each window's copies."""
+    copies = plan.copies
+    rewards = rewards / copies
+    if plan.packed:
+        return jnp.sum((rewards[:, None] * noise).reshape(copies, -1, noise.shape[1]), axis=0)
+    is_own = _is_own(len(rewards) // copies, copies)  # a product is the fastest sum there is on CPUs
+    return jnp.matmul(jnp.where(is_own, rewards[None], 0.0), noise, precision=HIGHEST)
 
 
 def _is_own(windows: int, copies: int) -> Bool[Array, "windows lanes"]:
@@ -334,16 +344,19 @@ def _loss_from(model: Model, params: Params, name: str, state: State, value: Arr
 
 
 def _rewards_of_logits(
-    logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array, sigma: float
+    plan: _Plan, logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array
 ) -> Float[Array, " lanes"]:
     """Return what ±sigma on the logits adds to the loss of a softmax, in closed form, without another exponential.
 
     log Σ_v p_v exp(σ ε_v) - σ ε_token, and exp(σ ε) = cosh σ + ε sinh σ for ε = ±1.
     """
-    windows, entries = logits.shape
+    (windows, entries), sigma = logits.shape, plan.sigma[LOGITS]
     probabilities = jnp.pad(jax.nn.softmax(logits), ((0, 0), (0, noise.shape[1] - entries)))
-    means = jnp.matmul(probabilities, noise.T, precision=HIGHEST)
-    mean = jnp.sum(jnp.where(_is_own(windows, len(noise) // windows), means, 0.0), axis=0)
+    if plan.packed:
+        mean = jnp.sum(probabilities[None] * noise.reshape(plan.copies, windows, -1), axis=-1).reshape(-1)
+    else:
+        means = jnp.matmul(probabilities, noise.T, precision=HIGHEST)
+        mean = jnp.sum(jnp.where(_is_own(windows, plan.copies), means, 0.0), axis=0)
     chosen = jnp.take_along_axis(noise, token[:, None], axis=1)[:, 0]
     return jnp.log(math.cosh(sigma) + math.sinh(sigma) * mean) - sigma * chosen
 

@@ -52,7 +52,7 @@ def make_estimator(config: Config, model: Model, params: Params, loss: Loss | No
         model: The architecture.
         params: Its parameters, for their shapes.
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
-        packed: Whether noise on weights stays packed, see `esjax.noise.make_space`.
+        packed: Whether noise stays packed until it is used, see `esjax.signs`; for accelerators.
 
     Raises:
         EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16; or sums are of
@@ -80,7 +80,7 @@ def _make(config: Config, model: Model, params: Params, loss: Loss | None, packe
             "that says so (factored=True)"
         )
     if es.space == "activation":
-        return _on_activations(config, model, params, loss, numbers)
+        return _on_activations(config, model, params, loss, numbers, packed)
     space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank, packed=packed)
     evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in), es.precision)
     if loss is not None:  # one that cannot be is refused now, not in the first step
@@ -101,7 +101,9 @@ def _make(config: Config, model: Model, params: Params, loss: Loss | None, packe
     return Estimator(None, None, sum_chunk, space.mean, numbers, scale, most_pairs, pair_bytes)
 
 
-def _on_activations(config: Config, model: Model, params: Params, loss: Loss | None, numbers: int) -> Estimator:
+def _on_activations(
+    config: Config, model: Model, params: Params, loss: Loss | None, numbers: int, packed: bool
+) -> Estimator:
     es, data = config.es, config.data
     if loss is not None:
         raise EsjaxError(
@@ -126,6 +128,7 @@ def _on_activations(config: Config, model: Model, params: Params, loss: Loss | N
         burn_in=data.tokens_before,
         exact_logits=es.exact_logits,
         precision=es.precision,
+        packed=packed,
     )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * es.pairs_with_room)

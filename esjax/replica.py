@@ -38,13 +38,13 @@ CPU_CHUNKS = 16
 """Chunks that a fixed population is cut into at least, so that as many cores share it. Fixed, whatever the cores, so
 that losses are the same to the last bit on any number of them."""
 
-ACCELERATOR_SEQUENCES = 2**15
+ACCELERATOR_SEQUENCES = 2**16
 """Sequences, times two members, that an accelerator evaluates at a time at most; it wants many."""
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
 """Bytes that the noise, or the added up weights, of a chunk may take."""
 
-CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**14
+CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 """Pairs whose noise a device sums at a time at most."""
 
 CPU_WEIGHED_BYTES = 2**23

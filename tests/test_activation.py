@@ -180,6 +180,16 @@ def test_exact_logits_are_the_exact_gradient_of_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_packed_noise_makes_the_same_estimate(name: str) -> None:
+    """Equality of two ways: noise written out and summed by products, or unpacked where it is used and summed up."""
+    params, _, estimate = make(MODELS[name])
+    _, _, packed = make(MODELS[name], packed=True)
+    windows, there = jnp.broadcast_to(TOKENS, (WINDOWS, len(TOKENS))), jnp.ones(WINDOWS, bool)
+    one, other = (flat(made(params, seeds_of(0), windows, there).gradient) for made in (estimate, packed))
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_in_bfloat16_the_estimate_is_nearly_the_same(name: str) -> None:
     params, _, estimate = make(MODELS[name])
     _, _, rounded = make(MODELS[name], precision="bfloat16")

@@ -235,7 +235,7 @@ class Steps:
             scale, loss, void_pairs, trouble = conclude(total, pairs, self._terms.scale)
         else:
             total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma)
-            finite = result[np.abs(result) < LARGEST_LOSS]
+            finite = result[np.abs(result) < LARGEST_LOSS] if void_pairs else result
             loss = float(finite.mean()) if finite.size else None
         header = wire.UpdateHeader(self.step, spans, scale, not trouble, loss, void_pairs, numbers)
         return wire.Update(header, total[:0] if trouble else total), trouble

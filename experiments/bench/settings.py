@@ -37,6 +37,9 @@ class Throughput(Models):
     at_once: tuple[int, ...] | None = None
     """Sequences that a device has at a time, over all members, of which rivals try each. None: some that suit it."""
 
+    rivals: tuple[str, ...] = ("evosax", "normal, kept", "normal, grown again")
+    """Evolution strategies of others, see `bench.rivals`."""
+
     peak: int = 2048
     """Rows of the square matrices whose product is the machine's peak."""
 

@@ -30,18 +30,14 @@ from esjax.models.primitives import HIGHEST, round_matrices
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DENSE_BYTES = 2**29, 2**34
+DENSE_BYTES = 2**29, 2**33
 """Bytes of a dense population that a rival is given at most, on CPUs and on an accelerator: fewer members, then."""
 
-AT_ONCE = (512, 256, 1024, 128), (2**13, 2**15)
+AT_ONCE = (512, 256, 1024, 128), (2**15, 2**17)
 """Sequences that a device has at a time, over all members, of which rivals try each; on CPUs, and on an accelerator."""
 
-FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**13, 2**15, 2**14, 2**16)
+FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**15, 2**17, 2**18)
 """The same for the forward pass, which has no noise to keep."""
-
-RIVALS = "evosax", "normal, kept", "normal, grown again"
-"""Evolution strategies of others, see `bench.rivals`."""
-
 
 class Size(NamedTuple):
     """A model and its population."""
@@ -109,11 +105,11 @@ def measure(size: Size, settings: Throughput) -> Row:
             replica = replica_of(chosen, mesh)
             turns |= {f"evaluation{name}": evaluation(chosen, replica), f"step{name}": step(chosen, replica)}
         best = {}
-        for kind in ("forward", "bfloat16 forward", *RIVALS, "peak"):
+        for kind in ("forward", "bfloat16 forward", *settings.rivals, "peak"):
             of_kind = {name: one for name, one in candidates.items() if name.startswith(f"{kind}:")}
             best[kind] = fastest(of_kind, settings.choose_seconds)
             turns[kind] = candidates[best[kind]]
-            if kind in RIVALS:  # what suits float32 suits bfloat16: trying all once more would take as long again
+            if kind in settings.rivals:  # what suits float32 suits bfloat16: trying all once more would take as long again
                 turns[f"bfloat16 {kind}"] = candidates[f"bfloat16 {best[kind]}"]
         if isinstance(size.model, RnnConfig):
             turns |= in_numpy(size, settings.numpy_tokens)
@@ -123,14 +119,15 @@ def measure(size: Size, settings: Throughput) -> Row:
                 )
                 turns["numpy, a process a core"] = stack.enter_context(there)["numpy"]
         rates = alternate(turns, settings.rounds)
-    return row_of(size, rates) | {"chosen": best, "rates": {name: list(values) for name, values in rates.items()}}
+    return row_of(size, rates, settings.rivals) | {"chosen": best, "rates": {name: list(values) for name, values in rates.items()}}
 
 
-def row_of(size: Size, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def row_of(size: Size, rates: Mapping[str, np.ndarray], rivals: Sequence[str]) -> dict[str, Any]:
     """Compare the rates of each round."""
     rate = {**rates}
-    rate["best rival"] = np.max([rates[name] for name in RIVALS], axis=0)
-    rate["best rival, bfloat16"] = np.max([rates[f"bfloat16 {name}"] for name in RIVALS], axis=0)
+    if rivals:
+        rate["best rival"] = np.max([rates[name] for name in rivals], axis=0)
+        rate["best rival, bfloat16"] = np.max([rates[f"bfloat16 {name}"] for name in rivals], axis=0)
     rate["peak"] = rates["peak"] / size.operations
     name = size.model.__struct_config__.tag
     second = size.model.n_layers if isinstance(size.model, RnnConfig) else size.model.head_size
@@ -151,7 +148,7 @@ def row_of(size: Size, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "evaluation ÷ forward": ratio("evaluation", "forward"),
         "evaluation, bfloat16 ÷ float32": ratio("evaluation, bfloat16", "evaluation"),
         "evaluation ÷ forward, both bfloat16": ratio("evaluation, bfloat16", "bfloat16 forward"),
-        **{f"step ÷ {rival}": ratio("step", rival) for rival in RIVALS},
+        **{f"step ÷ {rival}": ratio("step", rival) for rival in rivals},
         "step ÷ best rival": ratio("step", "best rival"),
         "step, bfloat16 ÷ best rival, bfloat16": ratio("step, bfloat16", "best rival, bfloat16"),
         "evaluation ÷ peak": ratio("evaluation", "peak"),
