@@ -22,7 +22,7 @@ from esjax.errors import EsjaxError
 from esjax.evaluate import PAIRS_AXIS
 from esjax.member import Member
 from esjax.models.model import Model, Params
-from esjax.models.primitives import round_matrices
+from esjax.models.primitives import Affine, round_matrices
 from esjax.noise import Factors, Noise, make_space
 from esjax.tokens import STOP
 
@@ -136,14 +136,19 @@ def normal_low_rank(
     signs = jnp.array([1.0, -1.0])
 
     def draw(key: Key[Array, ""]) -> Noise:
-        def one(leaf: Array, key: Key[Array, ""]) -> Array | Factors:
-            if leaf.ndim != 2:
-                return jax.random.normal(key, leaf.shape)
-            sides = zip(jax.random.split(key), leaf.shape, strict=True)
-            return Factors(*(jax.random.normal(side, (rank, size)) for side, size in sides))
+        def one(node: Array | Affine, key: Key[Array, ""]) -> Array | Factors:
+            matrix = node.matrix if isinstance(node, Affine) else node
+            if matrix.ndim != 2:
+                return jax.random.normal(key, matrix.shape)
+            keys = jax.random.split(key, 3)
+            left, right = (
+                jax.random.normal(key, (rank, size)) for key, size in zip(keys[:2], matrix.shape, strict=True)
+            )
+            return Factors(left, right, jax.random.normal(keys[2], (rank,)) if isinstance(node, Affine) else None)
 
-        leaves, treedef = jax.tree.flatten(example)
-        return jax.tree.map(one, example, jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves)))))
+        nodes, treedef = jax.tree.flatten(example, is_leaf=lambda node: isinstance(node, Affine))
+        keys = jax.random.split(key, len(nodes))
+        return jax.tree.unflatten(treedef, [one(node, key) for node, key in zip(nodes, keys, strict=True)])
 
     def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Params:
         return space.weigh(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), noise), weights)

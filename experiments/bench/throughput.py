@@ -39,6 +39,7 @@ AT_ONCE = (512, 256, 1024, 128), (2**15, 2**17)
 FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**15, 2**17, 2**18)
 """The same for the forward pass, which has no noise to keep."""
 
+
 class Size(NamedTuple):
     """A model and its population."""
 
@@ -109,7 +110,9 @@ def measure(size: Size, settings: Throughput) -> Row:
             of_kind = {name: one for name, one in candidates.items() if name.startswith(f"{kind}:")}
             best[kind] = fastest(of_kind, settings.choose_seconds)
             turns[kind] = candidates[best[kind]]
-            if kind in settings.rivals:  # what suits float32 suits bfloat16: trying all once more would take as long again
+            if (
+                kind in settings.rivals
+            ):  # what suits float32 suits bfloat16: trying all once more would take as long again
                 turns[f"bfloat16 {kind}"] = candidates[f"bfloat16 {best[kind]}"]
         if isinstance(size.model, RnnConfig):
             turns |= in_numpy(size, settings.numpy_tokens)
@@ -119,7 +122,10 @@ def measure(size: Size, settings: Throughput) -> Row:
                 )
                 turns["numpy, a process a core"] = stack.enter_context(there)["numpy"]
         rates = alternate(turns, settings.rounds)
-    return row_of(size, rates, settings.rivals) | {"chosen": best, "rates": {name: list(values) for name, values in rates.items()}}
+    return row_of(size, rates, settings.rivals) | {
+        "chosen": best,
+        "rates": {name: list(values) for name, values in rates.items()},
+    }
 
 
 def row_of(size: Size, rates: Mapping[str, np.ndarray], rivals: Sequence[str]) -> dict[str, Any]:
