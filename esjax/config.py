@@ -177,9 +177,9 @@ class EsConfig(Section):
     """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
     precision: Precision = "float32"
-    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is up to 1.7
-    times as fast on some processors, and slower on others: `experiments/run.py bench execution` tells. The order of
-    the members hardly feels it."""
+    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is 1.3 to 7 times as
+    fast on a GPU, up to 1.7 times on some processors, and slower on others: `experiments/run.py bench execution` tells.
+    The order of the members hardly feels it."""
 
     exchange: Literal["auto", "losses", "sums"] = "auto"
     """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
