@@ -167,6 +167,14 @@ class EsConfig(Section):
     population_size: int = 4096
     """Members a step, both signs of each pair counted; even. space activation: noisy copies, a multiple of copies."""
 
+    pairing: Literal["antithetic", "split"] = "antithetic"
+    """How the members of a pair differ. antithetic: in the sign of all noise. split: in that of one half of it; what
+    the half they have in common is worth, their sum tells, beside those of other pairs with the same windows. So a
+    pair tells more: fewer tokens to the same loss. Hosts exchange losses then."""
+
+    pairs_per_window: int = 16
+    """pairing split: pairs that read the same windows; at least 2."""
+
     time_per_step: float | None = None
     """Seconds of evaluation a step, in place of a fixed population: as many pairs as fit."""
 
@@ -221,6 +229,12 @@ class EsConfig(Section):
             if members == 2
             else f"population_size must be a multiple of copies = {members}, got {self.population_size}",
         )
+        if self.pairing == "split":
+            _check(self.space != "activation", "pairing split is for noise on weights; set pairing to antithetic")
+            _check(
+                self.exchange != "sums", "pairing split needs the losses of all pairs; set exchange to losses or auto"
+            )
+            _check(self.pairs_per_window >= 2, f"pairs_per_window must be at least 2, got {self.pairs_per_window}")
         if self.space == "activation":
             _check(self.noise == "rademacher", "noise on activations is rademacher")
             _check(
@@ -255,6 +269,11 @@ class EsConfig(Section):
         return self.population_size // self.members_per_pair
 
     @property
+    def pairs_a_window(self) -> int:
+        """Pairs, one after another, that read the same windows."""
+        return self.pairs_per_window if self.pairing == "split" else 1
+
+    @property
     def pairs_with_room(self) -> int:
         """Pairs of a step that sums have room for."""
         return self.pairs if self.time_per_step is None else MOST_SUMMED_PAIRS
@@ -264,7 +283,7 @@ class EsConfig(Section):
         if self.space == "activation" or self.exchange != "auto":
             return self.exchange != "losses"
         can = self.noise == "rademacher" and self.shaping in ("zscore", "sign") and self.time_per_step is None
-        return can and parameters < self.pairs <= MOST_SUMMED_PAIRS
+        return can and self.pairing == "antithetic" and parameters < self.pairs <= MOST_SUMMED_PAIRS
 
 
 class OptimConfig(Section):

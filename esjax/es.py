@@ -67,7 +67,7 @@ WeighPairs = Callable[
         UInt32[Array, "2"],
         Int[Array, ""],
         UInt32[Array, "chunks chunk_pairs"],
-        Int8[Array, "chunks chunk_pairs"],
+        Int8[Array, "chunks chunk_pairs *halves"],
         Int[Array, ""],
     ],
     Total,
@@ -112,7 +112,7 @@ def make_weigh_pairs(space: Space, mesh: Mesh) -> WeighPairs:
         stream: UInt32[Array, "2"],
         step: Int[Array, ""],
         pairs: UInt32[Array, "chunks chunk_pairs"],
-        weights: Int8[Array, "chunks chunk_pairs"],
+        weights: Int8[Array, "chunks chunk_pairs *halves"],
         count: Int[Array, ""],
     ) -> Total:
         assert pairs.shape[1] <= space.exact_pairs  # float32 holds every integer up to 2^24

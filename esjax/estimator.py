@@ -81,7 +81,16 @@ def _make(config: Config, model: Model, params: Params, loss: Loss | None, packe
         )
     if es.space == "activation":
         return _on_activations(config, model, params, loss, numbers, packed)
-    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank, packed=packed)
+    space = make_space(
+        model,
+        params,
+        space=es.space,
+        noise=es.noise,
+        sigma=es.sigma,
+        rank=es.rank,
+        packed=packed,
+        split=es.pairing == "split",
+    )
     evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in), es.precision)
     if loss is not None:  # one that cannot be is refused now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)

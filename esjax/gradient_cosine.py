@@ -70,7 +70,9 @@ def gradient_cosines(
         replica.use_params(params)
         alone.step()
         estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
-        seeds = pair_seeds(of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32))
+        seeds = pair_seeds(
+            of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32) // es.pairs_a_window
+        )
         windows = draw_windows(jnp.asarray(stream), seeds, data.batch_size, length).reshape(-1, length)
         parts = [
             gradient(model, data.burn_in, params, units, windows[first : first + AT_ONCE])

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Integer, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from esjax.fitness import LIMIT
 from esjax.models.model import Model, Params
@@ -71,8 +71,10 @@ class Space(NamedTuple):
     Attributes:
         sample: `(seeds) -> noise` of one pair, or of a batch of pairs.
         sample_pair: `(seed) -> noise` of one pair, the same, but packed if the space is.
-        perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`.
-        weigh: `(noise of a batch of pairs, weights[pairs]) -> total`, exact integers for Rademacher noise.
+        perturb: `(params, noise, sign) -> params` of the member `params + sign * sigma * unit * ε`; of split pairs the
+            sign is that of every other column alone.
+        weigh: `(noise of a batch of pairs, weights) -> total`, exact integers for Rademacher noise; weights [pairs], or
+            [pairs, 2] of split pairs, those of the columns that both members have in common first.
         mean: `(total, scale) -> pytree` with `scale * Σ weight * ε`.
         numbers: Numbers of noise that a pair needs.
         exact: Whether totals are integers, so that they are the same in any order of summation.
@@ -82,7 +84,7 @@ class Space(NamedTuple):
     sample: Callable[[UInt32[Array, "*pairs 2"]], Noise]
     sample_pair: Callable[[UInt32[Array, "2"]], Noise]
     perturb: Callable[[Params, Noise, Float[Array, ""]], Params]
-    weigh: Callable[[Noise, Float[Array, " pairs"]], Total]
+    weigh: Callable[[Noise, Float[Array, " pairs *halves"]], Total]
     mean: Callable[[Total, Float[Array, ""]], Params]
     numbers: int
     exact: bool
@@ -141,6 +143,7 @@ def make_space(
     sigma: float,
     rank: int,
     packed: bool = False,
+    split: bool = False,
 ) -> Space:
     """Lay out the noise of one pair over the leaves of `params` (arrays, or their shapes and dtypes).
 
@@ -153,6 +156,8 @@ def make_space(
         rank: Number of factor pairs of a low-rank perturbation, at least 1.
         packed: Whether the signs of factored members stay packed until they are used, which suits accelerators; see
             `esjax.signs`. It changes no number.
+        split: Whether the members of a pair have every other column of ε in common, beginning with the first, and
+            differ in the sign of the others; else they differ in that of all.
     """
     units = model.units(params)
     low_rank = space == "low_rank"
@@ -180,29 +185,39 @@ def make_space(
         words = _words(seed, count)
         return arrange(lambda start, shape: PackedSigns(words, start, shape))
 
+    one = jnp.float32(1)
+
     def perturb(params: Params, noise: Noise, sign: Float[Array, ""]) -> Params:
         def member(node: Array | Affine, epsilon: Array | PackedSigns | Factors, unit: Any) -> Any:
             if not isinstance(epsilon, Factors):
-                return node + sign * (sigma * unit) * unpacked(epsilon)
-            steps = jax.tree.map(lambda unit: sign * (sigma * unit) / math.sqrt(rank), unit)
+                numbers = unpacked(epsilon)
+                direction = jnp.where(_is_common(numbers.shape), one, sign) if split else sign
+                return node + direction * (sigma * unit) * numbers
+            steps = jax.tree.map(lambda unit: (one if split else sign) * (sigma * unit) / math.sqrt(rank), unit)
+            turned = jnp.where(_is_common(epsilon.right.shape[1:]), one, sign) if split else None
             if isinstance(node, Affine):
-                matrix = LowRank(node.matrix, epsilon.left, epsilon.right, steps.matrix)
+                matrix = LowRank(node.matrix, epsilon.left, epsilon.right, steps.matrix, turned)
                 assert epsilon.shift is not None
                 perturbed: Any = LowRankAffine(matrix, node.bias, steps.bias * unpacked(epsilon.shift))
             else:
-                perturbed = LowRank(node, epsilon.left, epsilon.right, steps)
+                perturbed = LowRank(node, epsilon.left, epsilon.right, steps, turned)
             return perturbed if model.factored else add_up(perturbed)
 
         return jax.tree.map(member, params, noise, units, is_leaf=lambda node: low_rank and isinstance(node, Affine))
 
-    def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Total:
+    def weigh(noise: Noise, weights: Float[Array, " pairs *halves"]) -> Total:
         def total(epsilon: Array | Factors) -> Array | Affine:
             if not isinstance(epsilon, Factors):
-                return jnp.matmul(epsilon, weights, precision=HIGHEST)
+                sums = jnp.matmul(epsilon, weights, precision=HIGHEST)
+                return jnp.where(_is_common(sums.shape[:-1]), sums[..., 0], sums[..., 1]) if split else sums
             left, right = unpacked(epsilon.left), unpacked(epsilon.right)
             if epsilon.shift is not None:
                 left = jnp.concatenate([left, unpacked(epsilon.shift)[:, None]], axis=1)
-            left = left * weights[None, None, :]
+            if split:
+                is_common = _is_common((1, right.shape[1], 1))
+                right = right * jnp.where(is_common, weights[None, None, :, 0], weights[None, None, :, 1])
+            else:
+                left = left * weights[None, None, :]
             summed = jnp.einsum("rmk,rnk->rmn", left, right, precision=HIGHEST).sum(axis=0)
             return summed if epsilon.shift is None else Affine(summed[:-1], summed[-1])
 
@@ -233,3 +248,8 @@ def _shapes(node: Any, rank: int) -> list[tuple[int, ...]]:
         return [node.shape]
     rows, columns = matrix.shape
     return [(rank, rows), (rank, columns), *([(rank,)] if isinstance(node, Affine) else [])]
+
+
+def _is_common(shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """Tell which entries, or columns, of a perturbation the members of a split pair have in common: every other one."""
+    return (jnp.arange(math.prod(shape)) % 2 == 0).reshape(shape)

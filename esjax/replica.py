@@ -68,6 +68,7 @@ class Replica:
         granule: Pairs that all devices together evaluate at a time; with fewer, some are idle.
         numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: Factor that makes a sum the estimate, times the number of pairs that count.
+        halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
     """
 
     def __init__(
@@ -107,7 +108,8 @@ class Replica:
                 places = pair_seeds(streams.windows, 0, pairs)
                 windows = follow_windows(tokens, places, data.batch_size, window_length, step)
             else:
-                window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs)
+                groups = pairs // es.pairs_a_window
+                window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
                 windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
             return pair_seeds(streams.perturbations, step, pairs), windows
 
@@ -129,6 +131,7 @@ class Replica:
         self.granule = chunk_pairs * mesh.size
         self.numbers = estimator.numbers
         self.scale = estimator.scale
+        self.halves = (2,) if es.pairing == "split" else ()
         self._mesh = mesh
         self._window_length = window_length
         self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
@@ -215,7 +218,7 @@ class Replica:
         return self._take(*self._apply_sum(self.state, total, np.float32(scale)))
 
     def apply(
-        self, pairs: Integer[np.ndarray, " pairs"], weights: Int8[np.ndarray, " pairs"], scale: float
+        self, pairs: Integer[np.ndarray, " pairs"], weights: Int8[np.ndarray, " pairs *halves"], scale: float
     ) -> UpdateInfo:
         """Update with the shaped weights of the step's pairs; one that is left out counts as weight 0.
 
@@ -268,7 +271,7 @@ def _shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.ndarray | np.int32, ...]]:
-    """Cut arrays of one value a pair into calls of one shape, the last filled up with zeros; at least one call.
+    """Cut arrays of one row a pair into calls of one shape, the last filled up with zeros; at least one call.
 
     Yields:
         Number of chunks that hold pairs, and a part of each array.
@@ -277,9 +280,9 @@ def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.nda
     size = chunks * chunk_pairs
     for start in range(0, max(len(arrays[0]), 1), size):
         pairs = min(len(arrays[0]) - start, size)
-        parts = [np.zeros(shape, array.dtype) for array in arrays]
+        parts = [np.zeros((*shape, *array.shape[1:]), array.dtype) for array in arrays]
         for part, array in zip(parts, arrays, strict=True):
-            part.reshape(-1)[:pairs] = array[start : start + pairs]
+            part.reshape(size, *array.shape[1:])[:pairs] = array[start : start + pairs]
         yield np.int32(-(-pairs // chunk_pairs)), *parts
 
 

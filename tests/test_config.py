@@ -157,6 +157,15 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("model: {name: lstm}", "model.name must be rnn or gru, not 'lstm'"),
         ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
         ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
+        (
+            "es: {pairing: split, exchange: sums}",
+            "es: pairing split needs the losses of all pairs; set exchange to losses or auto",
+        ),
+        (
+            "es: {pairing: split, space: activation}",
+            "es: pairing split is for noise on weights; set pairing to antithetic",
+        ),
+        ("es: {pairing: split, pairs_per_window: 1}", "es.pairs_per_window must be at least 2, got 1"),
         ("seed: -1", "seed must be at least 0 and below 2^32, got -1"),
     ],
 )

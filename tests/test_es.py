@@ -25,9 +25,11 @@ WEIGHTS = np.random.default_rng(3).integers(-127, 128, 40).astype(np.int8)
 def weigh(space: Space, devices: int, chunk_pairs: int, pairs: np.ndarray, weights: np.ndarray, step: int = 5) -> Total:
     """Sum over some pairs of those that `seeds_of` names, on some devices, so many at a time."""
     padding = -len(pairs) % chunk_pairs
-    chunks = [np.pad(array, (0, padding)).reshape(-1, chunk_pairs) for array in (pairs.astype(np.uint32), weights)]
+    padded = [np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)]) for array in (pairs, weights)]
+    chunks = [array.reshape(-1, chunk_pairs, *array.shape[1:]) for array in (padded[0].astype(np.uint32), padded[1])]
     run = jax.jit(make_weigh_pairs(space, mesh_of(devices)))
-    params = jax.eval_shape(lambda: space.mean(space.weigh(space.sample(seeds_of(2)), jnp.ones(2)), jnp.float32(1)))
+    two = jnp.ones((2, *weights.shape[1:]))
+    params = jax.eval_shape(lambda: space.mean(space.weigh(space.sample(seeds_of(2)), two), jnp.float32(1)))
     return run(zero_total(space, params), stream_seed(1, 0), jnp.int32(step), *chunks, np.int32(len(chunks[0])))
 
 
@@ -97,23 +99,25 @@ def inner(left: list[np.ndarray], right: list[np.ndarray]) -> float:
     return sum(float(np.sum(a * b)) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 @pytest.mark.parametrize(("space", "rank"), [("full", 1), ("low_rank", 1), ("low_rank", 3)])
-def test_the_estimate_is_the_gradient_on_average(noise: str, space: str, rank: int) -> None:
+def test_the_estimate_is_the_gradient_on_average(noise: str, space: str, rank: int, split: bool) -> None:
     model = MODELS["gru"]
     params, sequences = params_of(model), tokens_of(1, 3, 7)[0]
-    chosen = space_of(model, noise=noise, space=space, rank=rank, sigma=SIGMA)
+    chosen = space_of(model, noise=noise, space=space, rank=rank, sigma=SIGMA, split=split)
     evaluate = jax.jit(make_evaluate(model, chosen, cross_entropy(burn_in=1), mesh_of(4), 256))
     seeds = seeds_of(PAIRS)
     losses = np.asarray(evaluate(params, seeds, jnp.broadcast_to(sequences, (PAIRS, *sequences.shape))))
-    shaped = shape(losses, "raw", SIGMA)
+    shaped = shape(losses, "raw", SIGMA, np.arange(PAIRS) // 8 if split else None)
     total = weigh(chosen, 4, 250, np.arange(PAIRS), shaped.weights)
     estimate = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(chosen.mean(total, jnp.float32(shaped.scale)))]
     gradient = exact_gradient(model, params, sequences)
     squared = inner(gradient, gradient)
     assert abs(inner(estimate, gradient) / squared - 1) < 5 * math.sqrt(8 / PAIRS)
-    # What is left over is noise: |estimate|² = |∇|² (1 + about n / K), n weights.
-    weights = sum(leaf.size for leaf in gradient)
+    # What is left over is noise: |estimate|² = |∇|² (1 + about n / K), n weights. Members that share one half of their
+    # noise tell of n / 2 weights twice, and the mean of the other 7 pairs adds a seventh to one half's noise.
+    weights = sum(leaf.size for leaf in gradient) / (2 if split else 1)
     assert inner(estimate, estimate) < squared * (1 + 3 * weights / PAIRS) * 1.5
     # Leaf by leaf too, where a leaf has enough of the gradient to be seen.
     for got, exact in zip(estimate, gradient, strict=True):

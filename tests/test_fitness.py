@@ -29,6 +29,27 @@ def test_zscore_by_hand() -> None:
     )
 
 
+def test_the_common_half_of_pairs_is_compared_with_others_of_their_windows() -> None:
+    """By hand: sums 4, 6, 11 share windows, and so do 20, 24; 40 has its windows alone."""
+    sums, differences = np.array([4, 6, 11, 20, 24, 40]), np.array([1, -1, 2, 0, 2, -4])
+    losses = np.stack([sums + differences, sums - differences], axis=1).astype(np.float32) / 2
+    shaped = shape(losses, "raw", 0.5, np.array([7, 7, 7, 8, 8, 9]))
+    common = [4 - (6 + 11) / 2, 6 - (4 + 11) / 2, 11 - (4 + 6) / 2, 20 - 24, 24 - 20, 0]
+    expected = np.stack([common, differences], axis=1)  # over 2 sigma = 1
+    np.testing.assert_allclose(shaped.weights * shaped.scale * 6, expected, atol=0.5 * 6 / LIMIT)
+    # Neither half knows how hard windows are.
+    harder = losses + np.array([50, 50, 50, 0, 0, 9], np.float32)[:, None]
+    np.testing.assert_array_equal(shape(harder, "raw", 0.5, np.array([7, 7, 7, 8, 8, 9])).weights, shaped.weights)
+
+
+def test_a_pair_that_is_not_finite_is_no_measure_of_others() -> None:
+    losses = np.array([[1, 2], [np.nan, 2], [3, 4], [5, 7]], np.float32)
+    shaped = shape(losses, "zscore", 0.1, np.zeros(4, int))
+    kept = shape(losses[[0, 2, 3]], "zscore", 0.1, np.zeros(3, int))
+    np.testing.assert_array_equal(shaped.weights, np.insert(kept.weights, 1, 0, axis=0))
+    assert shaped.void_pairs == 1
+
+
 def test_centered_rank_by_hand() -> None:
     # Ranks 3, 0.5, 2, 0.5 of 0..3, the two equal ones sharing theirs.
     np.testing.assert_allclose(

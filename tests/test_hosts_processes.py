@@ -51,8 +51,9 @@ def test_rows_and_metrics_tell_how_many_hosts_take_part(fleet: Fleet) -> None:
     assert list((fleet.run / "tensorboard").glob("*tfevents*"))
 
 
-def test_row_01_a_killed_host_changes_nothing(fleet: Fleet, lenient_promotion: None) -> None:
-    server = fleet.serve()
+@pytest.mark.parametrize("words", [(), ("--es.pairing", "split", "--es.pairs-per-window", "3")])
+def test_row_01_a_killed_host_changes_nothing(words: tuple[str, ...], fleet: Fleet, lenient_promotion: None) -> None:
+    server = fleet.serve(*words)
     fleet.join("survivor")
     victim = fleet.join("victim")
     wait_until(lambda: steps_done(fleet.run) >= 5 and all_ready(fleet, 2))

@@ -117,6 +117,52 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
         np.testing.assert_allclose(got, np.asarray(leaf, np.float64) - 0.3 * unit * epsilon, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize(("space", "rank"), SPACES)
+def test_members_of_a_split_pair_have_every_other_column_in_common(
+    space: str, rank: int, factored: bool, packed: bool
+) -> None:
+    """Reference: params + sigma * unit * ε in float64, with the sign on every other column, or entry of a full ε."""
+    model = MODELS["gru"]._replace(factored=factored)
+    chosen = space_of(model, space=space, rank=rank, sigma=0.3, split=True, packed=packed)
+    params, seed = params_of(model), seeds_of()[2]
+    epsilons = epsilons_of(chosen.sample(seed))
+    for sign in (1.0, -1.0):
+        member = chosen.perturb(params, chosen.sample_pair(seed), jnp.float32(sign))
+        parts, treedef = jax.tree.flatten(member, is_leaf=lambda part: isinstance(part, LowRank | LowRankAffine))
+        parts = [part if isinstance(part, jax.Array) else add_up(part) for part in parts]
+        members = jax.tree.leaves(jax.tree.unflatten(treedef, parts))
+        rest = zip(jax.tree.leaves(params), epsilons, jax.tree.leaves(model.unit), members, strict=True)
+        for leaf, epsilon, unit, got in rest:
+            is_full = space == "full" or leaf is params.start
+            places = np.arange(leaf.size).reshape(leaf.shape) if is_full else np.arange(leaf.shape[-1])
+            direction = np.where(places % 2 == 0, 1.0, sign)
+            expected = np.asarray(leaf, np.float64) + 0.3 * unit * direction * epsilon
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("space", "rank"), SPACES)
+def test_the_two_halves_of_split_pairs_are_weighed_apart(space: str, rank: int) -> None:
+    """Reference: the sums of whole perturbations with one weight and with the other, of which each column takes one."""
+    model = MODELS["gru"]
+    split, whole = (space_of(model, space=space, rank=rank, split=value) for value in (True, False))
+    noise = whole.sample(seeds_of())
+    weights = np.random.default_rng(1).integers(-127, 128, (PAIRS, 2)).astype(np.float32)
+    common, turned = (whole.weigh(noise, jnp.asarray(weights[:, half])) for half in (0, 1))
+    got = split.weigh(noise, jnp.asarray(weights))
+
+    def expected(name: str, common: jax.Array, turned: jax.Array) -> np.ndarray:
+        is_full = space == "full" or name == "start"
+        places = np.arange(common.size).reshape(common.shape) if is_full else np.arange(common.shape[-1])
+        return np.where(places % 2 == 0, common, turned)
+
+    for (path, leaf), one, two in zip(
+        jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(common), jax.tree.leaves(turned), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, expected(jax.tree_util.keystr(path, simple=True), one, two))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_packed_signs_are_the_same(name: str, rank: int) -> None:

@@ -68,6 +68,24 @@ def test_losses_are_those_of_the_pure_function() -> None:
     np.testing.assert_allclose(host.losses(pairs), expected, rtol=1e-6)
 
 
+def test_split_pairs_share_windows_and_have_two_weights_each() -> None:
+    """Reference: windows and losses by the public functions; weights of one half alone move that half alone."""
+    host = make(2, pairing="split", pairs_per_window=3)
+    pairs = np.arange(8)
+    groups = jnp.asarray(pairs // 3, jnp.uint32)
+    windows = draw_windows(jnp.asarray(STREAM), pair_seeds(stream_seed(4, WINDOWS), 0, groups), 2, 6)
+    params = jax.tree.map(np.asarray, host.state.params)
+    space = make_space(MODEL, params, space="low_rank", noise="rademacher", sigma=0.2, rank=1, split=True)
+    evaluate = make_evaluate(MODEL, space, cross_entropy(1), mesh_of(1), 4)
+    expected = evaluate(params, pair_seeds(stream_seed(4, 0), 0, jnp.asarray(pairs, jnp.uint32)), windows)
+    np.testing.assert_allclose(host.losses(pairs), expected, rtol=1e-6)
+    host.apply(pairs, np.stack([np.zeros(8, np.int8), WEIGHTS[:8]], axis=1), 0.01)
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(host.state.params), strict=True):
+        moved = np.asarray(after) != before
+        assert not moved[..., ::2].any()
+        assert moved[..., 1::2].all()
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.usefixtures("short_calls")
 def test_a_pairs_losses_are_the_same_bits_in_any_lease_on_any_devices(devices: int) -> None:

@@ -164,8 +164,10 @@ HEADERS = messages(wire.UpdateHeader, spans=SPANS, numbers=st.just(0), dtype=st.
 @settings(deadline=None)
 @given(HEADERS, st.data())
 def test_an_update_is_read_as_it_was_written(header: wire.UpdateHeader, data: st.DataObject) -> None:
-    pairs = sum(count for _, count in header.spans) if header.applied else 0
-    weights = np.frombuffer(data.draw(st.binary(min_size=pairs, max_size=pairs)), np.int8)
+    count = header.halves * sum(count for _, count in header.spans) if header.applied else 0
+    weights = np.frombuffer(data.draw(st.binary(min_size=count, max_size=count)), np.int8)
+    if header.halves == 2:
+        weights = weights.reshape(-1, 2)
     packed = wire.pack_update(wire.Update(header, weights))
     read = wire.unpack_update(packed)
     assert same(read.header, header)

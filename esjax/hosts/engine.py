@@ -155,7 +155,7 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
     if not update.header.applied:
         replica.skip()
         return None, None
-    if update.header.numbers != replica.numbers:
+    if update.header.numbers != replica.numbers or update.weights.shape[1:] != replica.halves:
         raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
     if replica.numbers:
         info = replica.apply_sum(update.weights, update.header.scale)
@@ -172,5 +172,5 @@ def _compile(replica: Replica) -> None:
         replica.apply_sum(replica.sums(pairs), 0.0)
     else:
         replica.losses(pairs)
-        replica.apply(pairs, np.ones(len(pairs), np.int8), 0.0)
+        replica.apply(pairs, np.ones((len(pairs), *replica.halves), np.int8), 0.0)
     replica.state = first

@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int, Int32, UInt32
 
 from esjax.sums import TAIL
 
-VERSION = 1
+VERSION = 2
 """Version of the protocol: hosts of another one are refused."""
 
 MARK = b"\xe5j"
@@ -492,6 +492,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
         numbers: Length of the sum over all pairs, see `esjax.sums`; 0: there is a weight for each pair.
         dtype: Of the weights, or of the gradient in the sum.
+        halves: Weights of each pair: 2 if its members have one half of their noise in common.
     """
 
     step: Whole
@@ -502,13 +503,14 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     void_pairs: Whole
     numbers: Whole = 0
     dtype: Integers = "|i1"
+    halves: Literal[1, 2] = 1
 
 
 class Update(NamedTuple):
-    """An update: a header, and a weight for each pair or the sum over all of them; no numbers if it is not applied."""
+    """An update: a header, and weights for each pair or the sum over all of them; no numbers if it is not applied."""
 
     header: UpdateHeader
-    weights: Int[np.ndarray, " numbers"]
+    weights: Int[np.ndarray, " numbers *halves"]
 
     def pairs(self) -> UInt32[np.ndarray, " pairs"]:
         """List the pairs' numbers, in the order of the weights."""
@@ -551,10 +553,11 @@ def unpack_update(data: bytes) -> Update:
                 f"an update has {len(data) - end} bytes for {header.numbers} numbers of type {header.dtype}"
             )
         return Update(header, sums[0])
-    expected = sum(count for _, count in header.spans) if header.applied else 0
-    if len(data) - end != expected:
-        raise WireError(f"an update has {len(data) - end} weights for {expected} pairs")
-    return Update(header, np.frombuffer(data, np.int8, offset=end))
+    pairs = sum(count for _, count in header.spans) if header.applied else 0
+    if len(data) - end != pairs * header.halves:
+        raise WireError(f"an update has {len(data) - end} weights for {pairs} pairs, {header.halves} each")
+    weights = np.frombuffer(data, np.int8, offset=end)
+    return Update(header, weights if header.halves == 1 else weights.reshape(-1, 2))
 
 
 def is_update(data: bytes, step: int) -> bool:

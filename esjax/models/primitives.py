@@ -5,6 +5,7 @@ population shares one product with the base matrix, and a member adds only its o
 "Evolution Strategies at the Hyperscale", Sarkar et al. 2025, section 4).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +29,14 @@ class LowRank:
         left: Factors along the first axis, [rank, rows].
         right: Factors along the second axis, [rank, columns].
         scale: Step along the perturbation, sign included.
+        turned: What else multiplies each column of the perturbation, ±1. None: nothing.
     """
 
     weight: Float[Array, "rows columns"]
     left: Float[Array, "rank rows"] | PackedSigns
     right: Float[Array, "rank columns"] | PackedSigns
     scale: Float[Array, ""]
+    turned: Float[Array, " columns"] | None = None
 
 
 Matrix = Any
@@ -96,10 +99,9 @@ def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]
 def add_up(perturbed: LowRank | LowRankAffine) -> Any:
     """Write a perturbed matrix or layer out, for a model that does not use the functions above."""
     if isinstance(perturbed, LowRank):
-        more = jnp.matmul(unpacked(perturbed.left).T, unpacked(perturbed.right), precision=HIGHEST)
-        return perturbed.weight + perturbed.scale * more
-    shift = jnp.matmul(perturbed.shift, unpacked(perturbed.matrix.right), precision=HIGHEST)
-    return Affine(add_up(perturbed.matrix), perturbed.bias + shift)
+        rows = jax.vmap(lambda left: _combine(perturbed, perturbed.scale * left), in_axes=1)(unpacked(perturbed.left))
+        return perturbed.weight + rows
+    return Affine(add_up(perturbed.matrix), perturbed.bias + _combine(perturbed.matrix, perturbed.shift))
 
 
 def round_matrices(params: Any, precision: Precision) -> Any:
@@ -112,7 +114,7 @@ def round_matrices(params: Any, precision: Precision) -> Any:
 
     def rounded(leaf: Any) -> Any:
         if isinstance(leaf, LowRank):
-            return LowRank(leaf.weight.astype(precision), leaf.left, leaf.right, leaf.scale)
+            return dataclasses.replace(leaf, weight=leaf.weight.astype(precision))
         return leaf.astype(precision) if leaf.ndim == 2 else leaf
 
     return jax.tree.map(rounded, params, is_leaf=lambda leaf: isinstance(leaf, LowRank))
@@ -128,6 +130,6 @@ def _coefficients(x: Float[Array, " rows"], matrix: LowRank) -> Float[Array, " r
 
 def _combine(matrix: LowRank, coefficients: Float[Array, " rank"]) -> Float[Array, " columns"]:
     right = unpacked(matrix.right)
-    if len(right) == 1:  # an outer product: XLA fuses it, where a product of inner size 1 is a call
-        return coefficients[0] * right[0]
-    return jnp.matmul(coefficients, right, precision=HIGHEST)
+    # With one factor an outer product: XLA fuses it, where a product of inner size 1 is a call.
+    step = coefficients[0] * right[0] if len(right) == 1 else jnp.matmul(coefficients, right, precision=HIGHEST)
+    return step if matrix.turned is None else step * matrix.turned
