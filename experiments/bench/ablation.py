@@ -34,6 +34,7 @@ CHOICES: dict[str, dict[str, Maker]] = {
     "pairing": {
         "none, a window a member": partial(arranged, paired=False),
         "none, 64 members a window": partial(arranged, paired=False, pairs_a_window=64),
+        **{f"split, {n} pairs a window": changed("es", pairing="split", pairs_per_window=n) for n in (2, 4, 16, 64)},
     },
     "pairs a window": {str(n): partial(arranged, pairs_a_window=n) for n in (8, 64, 2048)},
     "sequences a pair": {str(n): changed("data", batch_size=n) for n in (4,)},

@@ -1,6 +1,6 @@
 """Held-out loss over seconds and over tokens, from the same first weights on the same text, all trained in turns.
 
-Noise on weights (the defaults; full; low rank 4), noise on activations, evosax's OpenES with the same optimizer, and
+Noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, evosax's OpenES with the same optimizer, and
 backpropagation with Adam. The step size of each is searched by the held-out loss after trials that are short and taken
 in turns; for evosax together with the windows that its members share, for backpropagation with those of a batch, of
 which both have none that is usual. A schedule with an end, which backpropagation has, ends with the trial, and with
@@ -94,6 +94,7 @@ def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, Met
 
     return {
         "low rank 1": es(),
+        "split": es(pairing="split"),
         "low rank 4": es(rank=4),
         "full": es(space="full"),
         "activation": es(space="activation"),

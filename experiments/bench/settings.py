@@ -97,7 +97,7 @@ class Update(Section):
 class Learning(Section):
     """Held-out loss over seconds and tokens: noise on weights, on activations, evosax, backpropagation."""
 
-    methods: tuple[str, ...] = ("low rank 1", "low rank 4", "full", "activation", "evosax", "backpropagation")
+    methods: tuple[str, ...] = ("low rank 1", "split", "low rank 4", "full", "activation", "evosax", "backpropagation")
     """Methods that take turns."""
 
     seconds: float = 120
