@@ -1,10 +1,10 @@
 """Held-out loss over seconds and over tokens, from the same first weights on the same text, all trained in turns.
 
-Noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, evosax's OpenES with the same optimizer, and
-backpropagation with Adam. The step size of each is searched by the held-out loss after trials that are short and taken
-in turns; for evosax together with the windows that its members share, for backpropagation with those of a batch, of
-which both have none that is usual. A schedule with an end, which backpropagation has, ends with the trial, and with
-the run.
+Noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, evosax's OpenES with the same
+optimizer, and backpropagation with Adam. The step size of each is searched by the held-out loss after trials that are
+short and taken in turns; for evosax together with the windows that its members share, for backpropagation with those
+of a batch, of which both have none that is usual. A schedule with an end, which backpropagation has, ends with the
+trial, and with the run.
 """
 
 import math
