@@ -161,7 +161,11 @@ def make_space(
     """
     units = model.units(params)
     low_rank = space == "low_rank"
-    nodes, treedef = jax.tree.flatten(params, is_leaf=lambda node: low_rank and isinstance(node, Affine))
+
+    def is_layer(node: Any) -> bool:
+        return low_rank and isinstance(node, Affine) and len(node.matrix.shape) == 2
+
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_layer)
     layout = [_shapes(node, rank if low_rank else 0) for node in nodes]
     factored = [jax.tree.map(lambda _, of=parts: len(of) > 1, node) for node, parts in zip(nodes, layout, strict=True)]
     count = sum(math.prod(shape) for shapes in layout for shape in shapes)
@@ -203,7 +207,7 @@ def make_space(
                 perturbed = LowRank(node, epsilon.left, epsilon.right, steps, turned)
             return perturbed if model.factored else add_up(perturbed)
 
-        return jax.tree.map(member, params, noise, units, is_leaf=lambda node: low_rank and isinstance(node, Affine))
+        return jax.tree.map(member, params, noise, units, is_leaf=is_layer)
 
     def weigh(noise: Noise, weights: Float[Array, " pairs *halves"]) -> Total:
         def total(epsilon: Array | Factors) -> Array | Affine:
