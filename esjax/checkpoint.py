@@ -145,7 +145,8 @@ def _restore(path: Path, like: TrainState) -> Restored:
     if strange:
         raise EsjaxError(
             f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
-            f"{seal['leaves'].get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own again"
+            f"{seal['leaves'].get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own "
+            "again, or use the esjax that wrote it"
         )
     with _checkpointer() as checkpointer:
         state = checkpointer.restore((path / STATE).absolute(), like)

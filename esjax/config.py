@@ -185,9 +185,9 @@ class EsConfig(Section):
     """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
 
     precision: Precision = "float32"
-    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is 1.3 to 7 times as
-    fast on a GPU, up to 1.7 times on some processors, and slower on others: `experiments/run.py bench execution` tells.
-    The order of the members hardly feels it."""
+    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is 1.3 times as fast
+    on a GPU for small models and much more for wide ones, up to 1.7 times on some processors, and slower on others:
+    `experiments/run.py bench execution` tells. The order of the members hardly feels it."""
 
     exchange: Literal["auto", "losses", "sums"] = "auto"
     """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
@@ -235,6 +235,10 @@ class EsConfig(Section):
                 self.exchange != "sums", "pairing split needs the losses of all pairs; set exchange to losses or auto"
             )
             _check(self.pairs_per_window >= 2, f"pairs_per_window must be at least 2, got {self.pairs_per_window}")
+            _check(
+                self.pairs >= 2,
+                f"pairing split compares pairs: population_size must be at least 4, got {self.pairs * 2}",
+            )
         if self.space == "activation":
             _check(self.noise == "rademacher", "noise on activations is rademacher")
             _check(

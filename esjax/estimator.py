@@ -31,7 +31,7 @@ class Estimator(NamedTuple):
         numbers: Length of the vectors of `sum_chunk`; 0 where losses are exchanged.
         scale: Factor that makes their sum the estimate, times the number of pairs that count.
         most_pairs: Pairs that `sum_chunk` takes at a time at most.
-        pair_bytes: Memory that the noise of a pair takes.
+        pair_bytes: Memory that the noise of a pair takes where it is written out.
     """
 
     evaluate_chunk: Evaluate | None

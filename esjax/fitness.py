@@ -1,7 +1,8 @@
 """From losses to shaped weights: what each pair's perturbation counts for in the update.
 
 Shaping works on the difference of a pair, d = loss(+ε) - loss(-ε). Both signs see the same tokens, so d does not
-depend on how hard the pair's window was, and pairs with different windows can be compared.
+depend on how hard the pair's window was, and pairs with different windows can be compared. Where the members of a pair
+have one half of their noise in common, it works on their sum as well, over that of others with the same windows.
 
 Weights are small integers, so that the update is a sum of integers: the same in any order, on any number of
 devices and hosts, and a byte or two a pair to send. A sum Σ weight * ε grows with a positive d along +ε: it
@@ -52,7 +53,8 @@ def shape(
 
     What shaping works on is the difference d of a pair's losses. Where its members have one half of their noise in
     common (`EsConfig.pairing`), that half has a value of its own: their sum, less the mean sum of the other pairs with
-    the same windows, which like d does not know how hard a window is.
+    the same windows, which like d does not know how hard a window is. A pair that is alone with its windows says
+    nothing of that half.
 
     Args:
         losses: Nats per token of the members +ε and -ε; lower is better.
@@ -65,7 +67,7 @@ def shape(
 
     Returns:
         The weights, [pairs], or [pairs, 2] with those of the common half first; all are 0 where there is trouble: most
-        pairs are not finite, or every pair's losses are equal.
+        pairs are not finite, or all losses that are compared are equal.
     """
     # Not all(axis=1), which takes ten times as long.
     finite = (np.abs(losses[:, 0]) < LARGEST_LOSS) & (np.abs(losses[:, 1]) < LARGEST_LOSS)
@@ -76,9 +78,10 @@ def shape(
     # float64, in the order of the pairs: one result, whoever computed the losses.
     kept = losses[finite] if void_pairs else losses
     difference = kept[:, 0].astype(np.float64) - kept[:, 1]
-    if not difference.any():
-        return Shaped(weights, 0.0, void_pairs, "the two losses of every pair are equal")
     what = difference if windows is None else np.stack([_over_others(kept, windows[finite]), difference], axis=1)
+    if not what.any():
+        alike = "pair" if windows is None else "pair, and the sums of those with the same windows,"
+        return Shaped(weights, 0.0, void_pairs, f"the two losses of every {alike} are equal")
     value, step = _SHAPINGS[method](what.ravel(), sigma)
     weights[finite] = np.clip(np.rint(value / step), -LIMIT, LIMIT).reshape(what.shape)
     return Shaped(weights, step / len(difference), void_pairs)
@@ -93,23 +96,23 @@ def _over_others(losses: Float[ndarray, "pairs 2"], windows: Integer[ndarray, " 
     return np.where(count[group] > 1, total - (np.bincount(group, total)[group] - total) / others, 0.0)
 
 
-def _zscore(difference: ndarray, sigma: float) -> tuple[ndarray, float]:
-    deviation = np.sqrt(np.mean(difference**2))  # about 0, the mean by symmetry
-    return difference / deviation, 1 / STEPS_PER_DEVIATION
+def _zscore(values: ndarray, sigma: float) -> tuple[ndarray, float]:
+    deviation = np.sqrt(np.mean(values**2))  # about 0, the mean by symmetry
+    return values / deviation, 1 / STEPS_PER_DEVIATION
 
 
-def _centered_rank(difference: ndarray, sigma: float) -> tuple[ndarray, float]:
-    _, inverse, counts = np.unique(difference, return_inverse=True, return_counts=True)
+def _centered_rank(values: ndarray, sigma: float) -> tuple[ndarray, float]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     mean_rank = np.cumsum(counts) - (counts + 1) / 2
-    return mean_rank[inverse] / max(len(difference) - 1, 1) - 0.5, 0.5 / LIMIT
+    return mean_rank[inverse] / max(len(values) - 1, 1) - 0.5, 0.5 / LIMIT
 
 
-def _sign(difference: ndarray, sigma: float) -> tuple[ndarray, float]:
-    return np.sign(difference), 1.0
+def _sign(values: ndarray, sigma: float) -> tuple[ndarray, float]:
+    return np.sign(values), 1.0
 
 
-def _raw(difference: ndarray, sigma: float) -> tuple[ndarray, float]:
-    value = difference / (2 * sigma)
+def _raw(values: ndarray, sigma: float) -> tuple[ndarray, float]:
+    value = values / (2 * sigma)
     return value, float(np.abs(value).max() / LIMIT)
 
 

@@ -214,16 +214,18 @@ def make_space(
             if not isinstance(epsilon, Factors):
                 sums = jnp.matmul(epsilon, weights, precision=HIGHEST)
                 return jnp.where(_is_common(sums.shape[:-1]), sums[..., 0], sums[..., 1]) if split else sums
-            left, right = unpacked(epsilon.left), unpacked(epsilon.right)
-            if epsilon.shift is not None:
-                left = jnp.concatenate([left, unpacked(epsilon.shift)[:, None]], axis=1)
+            # What `sample` gives is not packed.
+            sides: tuple[Array, Array, Array | None] = (epsilon.left, epsilon.right, epsilon.shift)  # type: ignore[assignment]
+            left, right, shift = sides
+            if shift is not None:
+                left = jnp.concatenate([left, shift[:, None]], axis=1)
             if split:
                 is_common = _is_common((1, right.shape[1], 1))
                 right = right * jnp.where(is_common, weights[None, None, :, 0], weights[None, None, :, 1])
             else:
                 left = left * weights[None, None, :]
             summed = jnp.einsum("rmk,rnk->rmn", left, right, precision=HIGHEST).sum(axis=0)
-            return summed if epsilon.shift is None else Affine(summed[:-1], summed[-1])
+            return summed if shift is None else Affine(summed[:-1], summed[-1])
 
         return jax.tree.map(total, noise, is_leaf=lambda leaf: isinstance(leaf, Factors))
 

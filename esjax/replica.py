@@ -54,7 +54,7 @@ ACTIVATION_ROOM = 4
 """How many times as much room a noisy copy takes in a cache as a member: its noise is drawn token by token."""
 
 CALL_PAIRS, CALL_WEIGHED_PAIRS = 2**12, 2**14
-"""Pairs of one call to the devices, unless they want more at a time. They cost 13 bytes each, used or not."""
+"""Pairs of one call to the devices, unless they want more at a time. They cost 13 bytes each, or 14, used or not."""
 
 
 class Replica:

@@ -75,13 +75,20 @@ def config_of(
     evaluate_time: float = 1e6,
     block_interval: int | None = None,
     sums: bool = False,
+    split: bool = False,
 ) -> Config:
     blocks = None if block_interval is None else 64
     return Config(
         checkpoint_time=checkpoint_time,
         evaluate_time=evaluate_time,
         data=DataConfig(block_tokens=blocks, new_tokens_interval=block_interval or 1),
-        es=EsConfig(population_size=population, time_per_step=budget, exchange="sums" if sums else "losses"),
+        es=EsConfig(
+            population_size=population,
+            time_per_step=budget,
+            exchange="sums" if sums else "losses",
+            pairing="split" if split else "antithetic",
+            pairs_per_window=3,
+        ),
         hosts=HostsConfig(spot_check=spot_check, digest_interval=digest_interval),
     )
 
@@ -157,7 +164,9 @@ def check_updates(
             scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
             assert (header.loss, header.numbers) == (loss, NUMBERS)
         else:
-            numbers, scale, void_pairs, trouble = shape(values, config.es.shaping, config.es.sigma)
+            pairs = wire.pairs_of(header.spans)
+            windows = pairs // 3 if config.es.pairing == "split" else None
+            numbers, scale, void_pairs, trouble = shape(values, config.es.shaping, config.es.sigma, windows)
         assert payload == wire.pack_update(wire.Update(header, numbers if header.applied else numbers[:0]))
         assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
         state = next_state(state, payload)

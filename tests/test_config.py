@@ -165,6 +165,10 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
             "es: {pairing: split, space: activation}",
             "es: pairing split is for noise on weights; set pairing to antithetic",
         ),
+        (
+            "es: {pairing: split, population_size: 2}",
+            "es: pairing split compares pairs: population_size must be at least 4, got 2",
+        ),
         ("es: {pairing: split, pairs_per_window: 1}", "es.pairs_per_window must be at least 2, got 1"),
         ("seed: -1", "seed must be at least 0 and below 2^32, got -1"),
     ],

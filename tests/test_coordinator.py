@@ -469,6 +469,21 @@ def test_one_name_takes_no_more_than_two_places() -> None:
     assert sim.server.counters["too many hosts"] == 0
 
 
+@pytest.mark.parametrize("budget", [None, 1.0], ids=["fixed", "budget"])
+def test_split_pairs_are_compared_with_those_of_their_windows_whoever_scored_them(budget: float | None) -> None:
+    """With a budget each host has pairs of its own, and its last window may be cut off."""
+    config = config_of(budget=budget, split=True)
+    sim = Simulation(config)
+    sim.add("a")
+    sim.add("b", speed=7.0)
+    sim.run_steps(6)
+    check_updates(sim.updates, config)
+    last = wire.unpack_update(sim.updates[-1])
+    assert last.weights.shape == (len(last.pairs()), 2)
+    assert len(last.header.spans) == (1 if budget is None else 2)
+    assert budget is None or last.header.spans[0][1] % 3 > 0
+
+
 def test_slots_are_used_again_but_not_within_a_step() -> None:
     sim = Simulation(BUDGET)
     sim.add("a")

@@ -42,6 +42,16 @@ def test_the_common_half_of_pairs_is_compared_with_others_of_their_windows() -> 
     np.testing.assert_array_equal(shape(harder, "raw", 0.5, np.array([7, 7, 7, 8, 8, 9])).weights, shaped.weights)
 
 
+def test_a_step_whose_pairs_differ_in_their_sums_alone_is_not_void() -> None:
+    losses = np.array([[1, 1], [2, 2], [3, 3], [6, 6]], np.float32)
+    assert shape(losses, "zscore", 0.1).trouble
+    shaped = shape(losses, "sign", 0.1, np.zeros(4, int))
+    assert not shaped.trouble
+    assert shaped.weights.tolist() == [[-1, 0], [-1, 0], [0, 0], [1, 0]]
+    alike = shape(np.ones((4, 2), np.float32), "zscore", 0.1, np.zeros(4, int))
+    assert "sums of those with the same windows" in alike.trouble
+
+
 def test_a_pair_that_is_not_finite_is_no_measure_of_others() -> None:
     losses = np.array([[1, 2], [np.nan, 2], [3, 4], [5, 7]], np.float32)
     shaped = shape(losses, "zscore", 0.1, np.zeros(4, int))

@@ -128,6 +128,7 @@ def test_a_factored_matrix_acts_like_the_added_up_one(rank: int) -> None:
     np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
     bias, shift = rng.normal(size=3).astype(np.float32), rng.normal(size=rank).astype(np.float32)
     layer = LowRankAffine(matrix, jnp.asarray(bias), jnp.asarray(shift))
+    assert not {"matrix", "bias"} & set(dir(layer))  # alone they would be without their noise
     shifted = x @ added_up + bias + shift.astype(np.float64) @ right
     np.testing.assert_allclose(affine(jnp.asarray(x), layer), shifted, atol=5e-6)
     plain = Affine(jnp.asarray(weight), jnp.asarray(bias))

@@ -131,6 +131,9 @@ def test_an_update_is_the_same_bits_in_any_order_on_any_devices(devices: int) ->
     assert state_after(make(devices), np.arange(32), WEIGHTS) == expected
     assert state_after(make(devices), shuffled, WEIGHTS[shuffled]) == expected
     assert state_after(make(devices, time_per_step=1.0), shuffled, WEIGHTS[shuffled]) == expected
+    halves = np.stack([WEIGHTS, WEIGHTS[::-1]], axis=1)
+    expected = state_after(make(pairing="split"), np.arange(32), halves)
+    assert state_after(make(devices, pairing="split"), shuffled, halves[shuffled]) == expected
 
 
 def test_a_pair_that_is_left_out_weighs_nothing() -> None:

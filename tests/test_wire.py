@@ -192,6 +192,12 @@ def test_an_update_of_a_pair_costs_a_byte() -> None:
     assert len(wire.pack_update(wire.Update(header, np.zeros(8192, np.int8)))) <= 8192 + 50
 
 
+def test_an_update_of_before_pairs_had_halves_is_still_read() -> None:
+    packed = msgspec.msgpack.encode([7, [(0, 3)], 0.5, True, 2.0, 0, 0, "|i1"])
+    read = wire.unpack_update(len(packed).to_bytes(4, "little") + packed + b"\x01\xff\x02")
+    assert (read.header.step, read.header.halves, read.weights.tolist()) == (7, 1, [1, -1, 2])
+
+
 def test_pairs_of_spans_are_listed_in_their_order() -> None:
     assert wire.pairs_of([(5, 2), (0, 3)]).tolist() == [5, 6, 0, 1, 2]
     assert wire.pairs_of([(2**32 - 2, 2)]).tolist() == [2**32 - 2, 2**32 - 1]

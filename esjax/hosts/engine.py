@@ -146,7 +146,7 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
         Norms of the estimate and of the update; None for a void step.
 
     Raises:
-        EsjaxError: The update is of another step.
+        EsjaxError: The update is of another step, pairing or model.
     """
     update = wire.unpack_update(payload)
     step = int(replica.state.step)
@@ -155,7 +155,9 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
     if not update.header.applied:
         replica.skip()
         return None, None
-    if update.header.numbers != replica.numbers or update.weights.shape[1:] != replica.halves:
+    if update.weights.shape[1:] != replica.halves:
+        raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
+    if update.header.numbers != replica.numbers:
         raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
     if replica.numbers:
         info = replica.apply_sum(update.weights, update.header.scale)

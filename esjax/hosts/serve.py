@@ -256,7 +256,8 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
     """Set up the run's own copy, on one CPU.
 
     Raises:
-        EsjaxError: A loss or model of one's own does not do what it has to, or sums would be too large for a message.
+        EsjaxError: A loss or model of one's own does not do what it has to, or sums or updates would be too large for
+            a message.
     """
     model = own.build(config.model, corpus.vocabulary.size)
     replica = Replica(config, model, None, cpu_mesh(), own.objective, own.optimizer)
@@ -264,6 +265,12 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
         raise EsjaxError(
             f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
             "choose a smaller model, or es.exchange losses with noise on weights"
+        )
+    weights = config.es.pairs * (2 if config.es.pairing == "split" else 1)
+    if config.es.time_per_step is None and not replica.numbers and weights > wire.MOST_WEIGHTS:
+        raise EsjaxError(
+            f"an update would hold {weights:,} weights, and {wire.MOST_WEIGHTS:,} are the most; lower "
+            "es.population_size"
         )
     return replica
 

@@ -30,6 +30,9 @@ MAX_REQUEST_HEADER = 2**18
 MAX_BODY = 2**24
 """Bytes of a body at most; what is larger travels in parts."""
 
+MOST_WEIGHTS = MAX_BODY - 2**8
+"""Weights of a fixed population's update, a byte each, at most: its header takes the rest of the body."""
+
 MAX_REQUEST = 2**22
 """Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from esjax.models.model import Logits, Model, Tap, Token, untouched
-from esjax.models.primitives import Affine, Layer, Matrix, Vector, affine, lookup
+from esjax.models.primitives import Affine, AffineLike, Matrix, Vector, affine, lookup
 
 BIAS_UNIT = 0.3
 """Unit of the biases: with 1, their perturbations drown those of the matrices."""
@@ -31,11 +31,11 @@ class GruParams(NamedTuple):
     """State at the start of a document, [hidden]."""
     embedding: Matrix
     """E, [vocabulary, 3 hidden]."""
-    recurrent: Layer
+    recurrent: AffineLike
     """U [hidden, 3 hidden] and b."""
-    head_hidden: Layer
+    head_hidden: AffineLike
     """W1 [hidden, head] and b1."""
-    head_output: Layer
+    head_output: AffineLike
     """W2 [head, vocabulary] and b2."""
 
 

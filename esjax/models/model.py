@@ -38,8 +38,9 @@ class Model(NamedTuple):
         unit: A pytree like `params` of positive floats: the size of a typical entry of each leaf. Perturbations
             and updates are multiples of it, so that sigma and the learning rate mean the same for every leaf and
             for every width. None: 1 everywhere.
-        factored: Whether every matrix, and every `Affine`, is used through `esjax.models.primitives` alone, so that
-            low-rank perturbations need never be added to it. When in doubt, False: slower, never wrong.
+        factored: Whether every matrix is used through `esjax.models.primitives` alone, and every `Affine` through its
+            `affine`, so that low-rank perturbations need never be added to it. When in doubt, False: slower, never
+            wrong.
         tapped: Whether `predict` and `consume` take one argument more, `tap: Tap = untouched`, and call it on each
             pre-activation, under a name of its own, before anything else uses it. Needed for `es.space activation`
             alone; there, a parameter is trained if it has a part in some pre-activation.

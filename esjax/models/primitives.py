@@ -22,13 +22,13 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @struct.dataclass
 class LowRank:
-    """The matrix `weight + scale * leftᵀ right`, never added up.
+    """The matrix `weight + (scale * leftᵀ right) * turned`, never added up.
 
     Attributes:
         weight: Base matrix, shared by all members.
         left: Factors along the first axis, [rank, rows].
         right: Factors along the second axis, [rank, columns].
-        scale: Step along the perturbation, sign included.
+        scale: Step along the perturbation, sign included unless `turned` has it.
         turned: What else multiplies each column of the perturbation, ±1. None: nothing.
     """
 
@@ -55,20 +55,22 @@ class Affine(NamedTuple):
 
 @struct.dataclass
 class LowRankAffine:
-    """A perturbed `Affine`, never added up: its bias is `bias + shiftᵀ right`.
+    """A perturbed `Affine`, never added up: its bias is `base_bias + (shiftᵀ right) * turned`.
+
+    It has no `matrix` and no `bias`: whoever asks for one of them alone would get what is not perturbed.
 
     Attributes:
-        matrix: Its perturbed matrix.
-        bias: Base bias, shared by all members.
-        shift: Steps of the bias along the matrix's right factors, sign included.
+        perturbed: Its matrix.
+        base_bias: Base bias, shared by all members.
+        shift: Steps of the bias along the matrix's right factors, sign included unless `turned` has it.
     """
 
-    matrix: LowRank
-    bias: Float[Array, " columns"]
+    perturbed: LowRank
+    base_bias: Float[Array, " columns"]
     shift: Float[Array, " rank"]
 
 
-Layer = Any
+AffineLike = Any
 """An `Affine` among a model's parameters, or a `LowRankAffine`; in `Model.unit`, an `Affine` of floats."""
 
 
@@ -83,9 +85,9 @@ def affine(x: Float[Array, " rows"], layer: Affine | LowRankAffine) -> Float[Arr
     """Multiply a row vector with a layer's matrix, see `matmul`, and add its bias."""
     if not isinstance(layer, LowRankAffine):
         return _product(x, layer.matrix) + layer.bias
-    matrix = layer.matrix
+    matrix = layer.perturbed
     coefficients = matrix.scale * _coefficients(x, matrix) + layer.shift
-    return _product(x, matrix.weight) + layer.bias + _combine(matrix, coefficients)
+    return _product(x, matrix.weight) + layer.base_bias + _combine(matrix, coefficients)
 
 
 def lookup(matrix: Float[Array, "rows columns"] | LowRank, token: Int[Array, ""]) -> Float[Array, " columns"]:
@@ -101,7 +103,8 @@ def add_up(perturbed: LowRank | LowRankAffine) -> Any:
     if isinstance(perturbed, LowRank):
         rows = jax.vmap(lambda left: _combine(perturbed, perturbed.scale * left), in_axes=1)(unpacked(perturbed.left))
         return perturbed.weight + rows
-    return Affine(add_up(perturbed.matrix), perturbed.bias + _combine(perturbed.matrix, perturbed.shift))
+    matrix = perturbed.perturbed
+    return Affine(add_up(matrix), perturbed.base_bias + _combine(matrix, perturbed.shift))
 
 
 def round_matrices(params: Any, precision: Precision) -> Any:

@@ -3,7 +3,7 @@
 The docstring under each field is its help on the command line.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from esjax.config import Section
 
@@ -37,7 +37,11 @@ class Throughput(Models):
     at_once: tuple[int, ...] | None = None
     """Sequences that a device has at a time, over all members, of which rivals try each. None: some that suit it."""
 
-    rivals: tuple[str, ...] = ("evosax", "normal, kept", "normal, grown again")
+    rivals: tuple[Literal["evosax", "normal, kept", "normal, grown again"], ...] = (
+        "evosax",
+        "normal, kept",
+        "normal, grown again",
+    )
     """Evolution strategies of others, see `bench.rivals`."""
 
     peak: int = 2048

@@ -110,9 +110,8 @@ def measure(size: Size, settings: Throughput) -> Row:
             of_kind = {name: one for name, one in candidates.items() if name.startswith(f"{kind}:")}
             best[kind] = fastest(of_kind, settings.choose_seconds)
             turns[kind] = candidates[best[kind]]
-            if (
-                kind in settings.rivals
-            ):  # what suits float32 suits bfloat16: trying all once more would take as long again
+            # What suits float32 suits bfloat16: trying all once more would take as long again.
+            if kind in settings.rivals:
                 turns[f"bfloat16 {kind}"] = candidates[f"bfloat16 {best[kind]}"]
         if isinstance(size.model, RnnConfig):
             turns |= in_numpy(size, settings.numpy_tokens)
