@@ -10,12 +10,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from processes import Fleet, fleet, steps_done, wait_until
+from processes import TEXT, Fleet, fleet, steps_done, wait_until
 from transports import last_frame, more_frames, send_endlessly, stranger
 
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
+from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.ask import ask_status
+from esjax.hosts.serve import _make_replica
+from esjax.own import Own
 from esjax.page.server import ask_hosts
 from esjax.replaying import replay
 
@@ -138,3 +142,17 @@ def test_row_41_a_port_in_use_is_one_clear_line(fleet: Fleet) -> None:
         assert server.ends() == 2
     assert "Traceback" not in server.output
     assert "in use" in server.output
+
+
+@pytest.mark.parametrize(("pairing", "most"), [("antithetic", 2**24 - 2**8), ("split", 2**23 - 2**7)])
+def test_a_population_whose_update_is_too_large_for_a_message_is_refused(pairing: str, most: int) -> None:
+    """A byte a pair, or two, of the 2^24 that a frame holds, less 256 for its header."""
+
+    def make(pairs: int) -> None:
+        es = EsConfig(population_size=2 * pairs, pairing=pairing, exchange="losses", space="full")  # type: ignore[arg-type]
+        config = Config(data=DataConfig(text=str(TEXT)), model=GruConfig(hidden_size=4, head_size=4), es=es)
+        _make_replica(config, load_corpus(config.data), Own())
+
+    make(most)
+    with pytest.raises(EsjaxError, match=r"an update would hold .* weights, and 16,776,960 are the most"):
+        make(most + 1)

@@ -277,6 +277,15 @@ def test_after_a_void_step_carried_states_start_anew_and_windows_go_on() -> None
     np.testing.assert_allclose(host.state.carried.reshape(12, 4), right, atol=1 / STEPS)
 
 
+@pytest.mark.parametrize("pairing", ["antithetic", "split"])
+def test_an_update_of_another_pairing_is_refused(pairing: str) -> None:
+    host, shape = make(pairing=pairing), (6,) if pairing == "split" else (6, 2)
+    header = wire.UpdateHeader(0, [(0, 6)], 0.1, True, 1.0, 0, halves=1 if pairing == "split" else 2)
+    with pytest.raises(EsjaxError, match=r"update 0 was made with another es\.pairing"):
+        make_update(host, wire.pack_update(wire.Update(header, np.ones(shape, np.int8))))
+    assert int(host.state.step) == 0
+
+
 @with_sums
 def test_nothing_is_compiled_for_another_number_of_summed_pairs(es: EsConfig, caplog: pytest.LogCaptureFixture) -> None:
     host = make(4, config=replace(CONFIG, es=es))
