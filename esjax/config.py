@@ -278,6 +278,11 @@ class EsConfig(Section):
         return self.pairs_per_window if self.pairing == "split" else 1
 
     @property
+    def weights_per_pair(self) -> Literal[1, 2]:
+        """Weights that a pair has in an update: of all its noise, or of each half."""
+        return 2 if self.pairing == "split" else 1
+
+    @property
     def pairs_with_room(self) -> int:
         """Pairs of a step that sums have room for."""
         return self.pairs if self.time_per_step is None else MOST_SUMMED_PAIRS

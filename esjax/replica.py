@@ -96,8 +96,7 @@ class Replica:
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
-        is_accelerator = mesh.devices.flat[0].platform != "cpu"
-        estimator = make_estimator(config, model, params, loss, packed=is_accelerator)
+        estimator = make_estimator(config, model, params, loss, packed=not _is_cpu(mesh))
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
 
@@ -131,7 +130,7 @@ class Replica:
         self.granule = chunk_pairs * mesh.size
         self.numbers = estimator.numbers
         self.scale = estimator.scale
-        self.halves = (2,) if es.pairing == "split" else ()
+        self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
         self._window_length = window_length
         self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
@@ -286,8 +285,12 @@ def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.nda
         yield np.int32(-(-pairs // chunk_pairs)), *parts
 
 
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    is_cpu = _is_cpu(mesh)
     sequences = CPU_SEQUENCES if is_cpu else ACCELERATOR_SEQUENCES
     pairs = min(
         sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
@@ -302,7 +305,7 @@ def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
 
 def _weighed_pairs(config: Config, space: Space, mesh: Mesh) -> int:
     pair_bytes = 4 * space.numbers
-    if mesh.devices.flat[0].platform == "cpu":
+    if _is_cpu(mesh):
         pairs = min(CPU_WEIGHED_PAIRS, CPU_WEIGHED_BYTES // pair_bytes)
     else:
         pairs = min(ACCELERATOR_WEIGHED_PAIRS, ACCELERATOR_BYTES // pair_bytes)

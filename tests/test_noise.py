@@ -32,6 +32,14 @@ def epsilons_of(noise: object) -> list[np.ndarray]:
     return jax.tree.leaves(jax.tree.map(written_out, noise, is_leaf=lambda part: isinstance(part, Factors)))
 
 
+def leaves_of(member: object) -> tuple[list[jax.Array], int]:
+    """List the leaves of a member, those that it keeps in factors written out; and tell how many it keeps so."""
+    parts, treedef = jax.tree.flatten(member, is_leaf=lambda part: isinstance(part, LowRank | LowRankAffine))
+    written_out = [part if isinstance(part, jax.Array) else add_up(part) for part in parts]
+    kept = sum(not isinstance(part, jax.Array) for part in parts)
+    return jax.tree.leaves(jax.tree.unflatten(treedef, written_out)), kept
+
+
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize(("space", "rank"), SPACES)
 def test_the_seed_alone_names_a_perturbation(noise: str, space: str, rank: int) -> None:
@@ -107,11 +115,8 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
     chosen = space_of(model, noise=noise, space=space, rank=rank, sigma=0.3)
     params, drawn = params_of(model), chosen.sample(seeds_of()[2])
     member = chosen.perturb(params, drawn, jnp.float32(-1.0))
-    parts, treedef = jax.tree.flatten(member, is_leaf=lambda part: isinstance(part, LowRank | LowRankAffine))
-    kept = [part for part in parts if not isinstance(part, jax.Array)]
-    assert len(kept) == (4 if factored and space == "low_rank" else 0)
-    written_out = [part if isinstance(part, jax.Array) else add_up(part) for part in parts]
-    members = jax.tree.leaves(jax.tree.unflatten(treedef, written_out))
+    members, kept = leaves_of(member)
+    assert kept == (4 if factored and space == "low_rank" else 0)
     rest = zip(jax.tree.leaves(params), epsilons_of(drawn), jax.tree.leaves(model.unit), members, strict=True)
     for leaf, epsilon, unit, got in rest:
         np.testing.assert_allclose(got, np.asarray(leaf, np.float64) - 0.3 * unit * epsilon, rtol=1e-6, atol=1e-6)
@@ -130,9 +135,7 @@ def test_members_of_a_split_pair_have_every_other_column_in_common(
     epsilons = epsilons_of(chosen.sample(seed))
     for sign in (1.0, -1.0):
         member = chosen.perturb(params, chosen.sample_pair(seed), jnp.float32(sign))
-        parts, treedef = jax.tree.flatten(member, is_leaf=lambda part: isinstance(part, LowRank | LowRankAffine))
-        parts = [part if isinstance(part, jax.Array) else add_up(part) for part in parts]
-        members = jax.tree.leaves(jax.tree.unflatten(treedef, parts))
+        members, _ = leaves_of(member)
         rest = zip(jax.tree.leaves(params), epsilons, jax.tree.leaves(model.unit), members, strict=True)
         for leaf, epsilon, unit, got in rest:
             is_full = space == "full" or leaf is params.start

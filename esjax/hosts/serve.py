@@ -266,7 +266,7 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
             f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
             "choose a smaller model, or es.exchange losses with noise on weights"
         )
-    weights = config.es.pairs * (2 if config.es.pairing == "split" else 1)
+    weights = config.es.pairs * config.es.weights_per_pair
     if config.es.time_per_step is None and not replica.numbers and weights > wire.MOST_WEIGHTS:
         raise EsjaxError(
             f"an update would hold {weights:,} weights, and {wire.MOST_WEIGHTS:,} are the most; lower "

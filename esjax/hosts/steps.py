@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -231,16 +230,17 @@ class Steps:
     def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
         """Make the update of a step, and say why it must not be applied, or ""."""
         es, numbers = self._config.es, self._terms.numbers
-        windows = wire.pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
         if numbers:
             total = np.clip(result, -LARGEST, LARGEST)
             scale, loss, void_pairs, trouble = conclude(total, pairs, self._terms.scale)
         else:
+            windows = wire.pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
             total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma, windows)
             finite = result[np.abs(result) < LARGEST_LOSS] if void_pairs else result
             loss = float(finite.mean()) if finite.size else None
-        halves: Literal[1, 2] = 1 if windows is None else 2
-        header = wire.UpdateHeader(self.step, spans, scale, not trouble, loss, void_pairs, numbers, halves=halves)
+        header = wire.UpdateHeader(
+            self.step, spans, scale, not trouble, loss, void_pairs, numbers, halves=es.weights_per_pair
+        )
         return wire.Update(header, total[:0] if trouble else total), trouble
 
     def _measure_rate(self, members: int, now: float) -> None:
