@@ -1,8 +1,10 @@
-r"""Train recurrent language models with evolution strategies: no backpropagation, only seeds and losses travel.
+r"""Evolution strategies for JAX: no backpropagation, only seeds and losses travel.
 
-For example:
+Any JAX model is trained by the functions of the core, see `esjax.core`:
 
-    import esjax
+    value, grads = esjax.value_and_grad(loss, esjax.low_rank(sigma=0.1), pairs=2048)(params, seed, batch)
+
+A language model on a text of yours, on one machine or many, is a run:
 
     run = esjax.train(esjax.Config(seconds=60))
     for info in run:
@@ -15,6 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
+    from esjax.core import (
+        Noise,
+        Shaped,
+        estimate,
+        evaluate,
+        explain,
+        full,
+        in_units,
+        initial_units,
+        low_rank,
+        pair_seeds,
+        shape,
+        value_and_grad,
+    )
     from esjax.devices import prepare_devices
     from esjax.errors import EsjaxError
     from esjax.exporting import export, import_weights
@@ -22,7 +38,8 @@ if TYPE_CHECKING:
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.loading import load
     from esjax.metrics_server import MetricsServer
-    from esjax.models import Model
+    from esjax.models import Model, sequence_model
+    from esjax.models.adapters import equinox_model, linen_model, nnx_model
     from esjax.page.report import report
     from esjax.plotting import plot
     from esjax.replaying import replay
@@ -43,18 +60,31 @@ __all__ = [
     "HostsConfig",
     "MetricsServer",
     "Model",
+    "Noise",
     "OptimConfig",
     "RnnConfig",
     "Server",
+    "Shaped",
     "StepInfo",
     "Sweep",
     "TrackedRun",
     "Tracker",
     "Trainer",
+    "equinox_model",
+    "estimate",
+    "evaluate",
+    "explain",
     "export",
+    "full",
     "import_weights",
+    "in_units",
+    "initial_units",
     "join",
+    "linen_model",
     "load",
+    "low_rank",
+    "nnx_model",
+    "pair_seeds",
     "plot",
     "prepare_devices",
     "replay",
@@ -62,9 +92,12 @@ __all__ = [
     "resume",
     "resume_serving",
     "resume_sweep",
+    "sequence_model",
     "serve",
+    "shape",
     "sweep",
     "train",
+    "value_and_grad",
 ]
 
 _HOME = {
@@ -92,6 +125,22 @@ _HOME = {
     "serve": "hosts.serve",
     "train": "training",
     "load": "loading",
+    "Noise": "core",
+    "Shaped": "core",
+    "equinox_model": "models.adapters",
+    "estimate": "core",
+    "evaluate": "core",
+    "explain": "core",
+    "full": "core",
+    "in_units": "core",
+    "initial_units": "core",
+    "linen_model": "models.adapters",
+    "low_rank": "core",
+    "nnx_model": "models.adapters",
+    "pair_seeds": "core",
+    "sequence_model": "models",
+    "shape": "core",
+    "value_and_grad": "core",
 }
 
 

@@ -24,12 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.config import Precision
-from esjax.fitness import LARGEST_LOSS
-from esjax.member import consume, token_loss
+from esjax.core.interpreter import interpret
+from esjax.core.noise import round_products
+from esjax.core.rules import HIGHEST
+from esjax.core.seeds import fold
+from esjax.core.shaping import LARGEST_LOSS
+from esjax.core.signs import BITS, signs
+from esjax.member import consume
 from esjax.models.model import Model, Params, State
-from esjax.models.primitives import HIGHEST, round_matrices
-from esjax.noise import fold
-from esjax.signs import BITS, signs
+from esjax.models.sequence import token_loss
 from esjax.tokens import STOP
 
 LOGITS = "logits"
@@ -149,7 +152,7 @@ def make_estimate_chunk(
         copies: Noisy copies of each window.
         burn_in: Tokens that only prepare the state; nothing is noisy there.
         exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
-        precision: Type of what matrix products of the copies multiply; bfloat16 is for models that are `factored`.
+        precision: Type of what matrix products of the copies multiply; sums are float32.
         packed: Whether noise stays packed until it is used, and sums over copies are plain sums, which suits
             accelerators; else noise is written out, and they are products. It changes last digits alone.
     """
@@ -164,10 +167,10 @@ def make_estimate_chunk(
         are_there: Bool[Array, " windows"],
         begin: State | None = None,
     ) -> Estimate:
-        rounded = round_matrices(params, precision)
+        rounded = jax.tree.map(partial(round_products, precision=precision), params)
 
         def read(state: State, token: Int[Array, " windows"]) -> tuple[State, None]:
-            return jax.vmap(partial(consume, model, rounded))(state, token), None
+            return jax.vmap(partial(interpret(partial(consume, model)), rounded))(state, token), None
 
         state = jax.vmap(lambda _: model.initial_state(params))(seeds) if begin is None else begin
         state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
@@ -246,7 +249,7 @@ def _pass_token(
     words = jnp.concatenate(halves).T
     noisy = copies * len(token)
     everyone, others = _repeat(token, copies + 1), _repeat(token, copies)
-    losses, before = jax.vmap(partial(_predict_and_tell, model, params))(states, everyone)
+    losses, before = jax.vmap(partial(interpret(partial(_predict_and_tell, model)), params))(states, everyone)
     clean = jax.tree.map(lambda leaf: leaf[noisy:], states)
     clean_losses = _repeat(losses[noisy:], copies)
     errors = {}
@@ -257,7 +260,9 @@ def _pass_token(
         else:
             value = _repeat(before[name][noisy:], copies)
             value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
-            found = jax.vmap(partial(_loss_from, model, params, name))(_repeat(clean, copies), value, others)
+            found = jax.vmap(partial(interpret(partial(_loss_from, model, name)), params))(
+                _repeat(clean, copies), value, others
+            )
             rewards = found - clean_losses
         errors[name] = _by_window(plan, rewards / sigma[name], noise)[:, : plan.taps.predict[name]]
     if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
@@ -265,7 +270,7 @@ def _pass_token(
         errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
     is_noisy = (jnp.arange(len(everyone)) < noisy).astype(jnp.float32)
     noise = plan.family(0, words) * is_noisy[:, None]
-    after = jax.vmap(partial(_consume_noisily, plan, params))(states, everyone, noise)
+    after = jax.vmap(partial(interpret(partial(_consume_noisily, plan)), params))(states, everyone, noise)
     return after, _Passed(clean, losses, errors)
 
 
@@ -337,7 +342,7 @@ def _predict_and_tell(model: Model, params: Params, state: State, token: Array) 
     return token_loss(model.predict(params, state, tell), token), told
 
 
-def _loss_from(model: Model, params: Params, name: str, state: State, value: Array, token: Array) -> Array:
+def _loss_from(model: Model, name: str, params: Params, state: State, value: Array, token: Array) -> Array:
     """Score a prediction that goes on from a pre-activation; what comes before it is not computed."""
     logits = model.predict(params, state, lambda tapped, ours: value if tapped == name else ours)
     return token_loss(logits, token)

@@ -83,6 +83,6 @@ def whole_mesh() -> "Mesh":
 def _line_up(devices: "list[jax.Device]") -> "Mesh":
     import jax
 
-    from esjax.evaluate import PAIRS_AXIS
+    from esjax.core.population import PAIRS_AXIS
 
     return jax.make_mesh((len(devices),), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)

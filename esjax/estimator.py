@@ -6,59 +6,70 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from esjax.activation import Taps, find_taps, make_estimate_chunk
 from esjax.carrying import first_states
 from esjax.config import MOST_SUMMED_PAIRS, Config
+from esjax.core.noise import Noise, Totals
+from esjax.core.population import evaluate
+from esjax.core.shaping import STEPS_PER_DEVIATION
 from esjax.errors import EsjaxError
-from esjax.evaluate import Evaluate, Loss, cross_entropy, make_evaluate_chunk
-from esjax.fitness import STEPS_PER_DEVIATION
+from esjax.member import Loss, cross_entropy, over_sequences
 from esjax.models.model import Model, Params
-from esjax.noise import Space, Total, make_space
 from esjax.summing import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.sums import TAIL, steps_per_nat
+
+PairLoss = Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Float[Array, ""]]
+"""`(params, windows, key) -> loss` of one member on the windows of its pair."""
 
 
 class Estimator(NamedTuple):
     """How a run estimates the gradient.
 
     Attributes:
-        evaluate_chunk: `(params, seeds, windows) -> losses` of a chunk of pairs, where losses are exchanged.
-        space: How members differ from the parameters, where their weights do.
+        noise: How members differ, where their weights do.
+        loss: `(params, windows, key) -> loss` of a pair, where losses are exchanged.
         sum_chunk: See `esjax.summing`, where sums are exchanged.
-        mean: `(total, scale) -> estimate`.
+        gradient: `(totals, scale, params) -> gradient`.
+        zeros: Totals of no pairs.
         numbers: Length of the vectors of `sum_chunk`; 0 where losses are exchanged.
         scale: Factor that makes their sum the estimate, times the number of pairs that count.
         most_pairs: Pairs that `sum_chunk` takes at a time at most.
         pair_bytes: Memory that the noise of a pair takes where it is written out.
+        noise_bytes: Memory that the noise of a pair takes where it is summed.
     """
 
-    evaluate_chunk: Evaluate | None
-    space: Space | None
+    noise: Noise | None
+    loss: PairLoss | None
     sum_chunk: SumChunk | None
-    mean: Callable[[Total, Float[Array, ""]], Params]
+    gradient: Callable[[Totals, Float[Array, ""], Params], Params]
+    zeros: Totals
     numbers: int
     scale: float
     most_pairs: int
     pair_bytes: int
+    noise_bytes: int = 0
 
 
-def make_estimator(config: Config, model: Model, params: Params, loss: Loss | None, packed: bool = False) -> Estimator:
+def make_estimator(
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool = False
+) -> Estimator:
     """Choose the functions that the settings ask for.
 
     Args:
         config: Settings.
         model: The architecture.
         params: Its parameters, for their shapes.
+        units: Size of a typical entry of each leaf.
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
-        packed: Whether noise stays packed until it is used, see `esjax.signs`; for accelerators.
+        packed: Whether noise stays packed until it is used, see `esjax.core.signs`; for accelerators.
 
     Raises:
-        EsjaxError: The model or the loss does not allow noise on activations, or products in bfloat16; or sums are of
-            fewer pairs at a time than the settings ask for.
+        EsjaxError: The model or the loss does not allow noise on activations; or sums are of fewer pairs at a time
+            than the settings ask for.
     """
-    estimator = _make(config, model, params, loss, packed)
+    estimator = _make(config, model, params, units, loss, packed)
     if estimator.sum_chunk and (config.es.chunk_pairs or 0) > estimator.most_pairs:
         raise EsjaxError(
             f"es.chunk_pairs must be at most {estimator.most_pairs}, so that sums are exact, got "
@@ -67,51 +78,56 @@ def make_estimator(config: Config, model: Model, params: Params, loss: Loss | No
     return estimator
 
 
-def _make(config: Config, model: Model, params: Params, loss: Loss | None, packed: bool) -> Estimator:
+def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool) -> Estimator:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
     numbers = size + carried + TAIL if es.sums(size) else 0
     if loss is not None and es.exchange == "auto":
         numbers = 0  # sums have room for differences of the size of nats, and nobody knows that of another loss
-    if es.precision != "float32" and not model.factored:
-        raise EsjaxError(
-            "es.precision bfloat16 needs a model whose matrices are used through esjax.models.primitives alone, and "
-            "that says so (factored=True)"
-        )
     if es.space == "activation":
-        return _on_activations(config, model, params, loss, numbers, packed)
-    space = make_space(
-        model,
-        params,
-        space=es.space,
-        noise=es.noise,
+        return _on_activations(config, model, params, units, loss, numbers, packed)
+    noise = Noise(
         sigma=es.sigma,
-        rank=es.rank,
-        packed=packed,
+        rank=es.rank if es.space == "low_rank" else 0,
+        gaussian=es.noise == "gaussian",
         split=es.pairing == "split",
+        units=units,
+        packed=packed,
     )
-    evaluate_chunk = make_evaluate_chunk(model, space, loss or cross_entropy(data.burn_in), es.precision)
+    layout = noise.lay_out(params)
+    pair_loss = over_sequences(model, loss or cross_entropy(data.burn_in))
+    evaluate_chunk = evaluate(pair_loss, noise, chunk_pairs=MOST_SUMMED_PAIRS, precision=es.precision)
     if loss is not None:  # one that cannot be is refused now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
         try:
             jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
         except EsjaxError as error:
             raise EsjaxError(str(error)) from None  # without the many frames of JAX
-    pair_bytes = 4 * space.numbers
-    if es.space == "full" or not model.factored:
-        pair_bytes += 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    noise_bytes = 4 * layout.numbers
+    pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
     if not numbers:
-        return Estimator(evaluate_chunk, space, None, space.mean, 0, 0.0, space.exact_pairs, pair_bytes)
+        return Estimator(
+            noise,
+            pair_loss,
+            None,
+            layout.gradient,
+            layout.zeros(),
+            0,
+            0.0,
+            noise.exact_pairs,
+            pair_bytes,
+            noise_bytes,
+        )
     is_sign = es.shaping == "sign"
-    sum_chunk = make_sum_of_weights(space, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
+    sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
-    most_pairs = min(space.exact_pairs, MOST_SUMMED_PAIRS)
-    return Estimator(None, None, sum_chunk, space.mean, numbers, scale, most_pairs, pair_bytes)
+    most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
+    return Estimator(None, None, sum_chunk, layout.gradient, layout.zeros(), numbers, scale, most_pairs, pair_bytes)
 
 
 def _on_activations(
-    config: Config, model: Model, params: Params, loss: Loss | None, numbers: int, packed: bool
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, numbers: int, packed: bool
 ) -> Estimator:
     es, data = config.es, config.data
     if loss is not None:
@@ -141,14 +157,19 @@ def _on_activations(
     )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * es.pairs_with_room)
-    sum_chunk = make_sum_of_activations(model, estimate_chunk, model.units(params), es.pairs_with_room, tokens, steps)
+    sum_chunk = make_sum_of_activations(model, estimate_chunk, units, es.pairs_with_room, tokens, steps)
+    treedef = jax.tree.structure(params)
 
-    def mean(total: Total, scale: Float[Array, ""]) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, total)
+    def gradient(totals: Totals, scale: Float[Array, ""], params: Params) -> Params:
+        whole = jax.tree.unflatten(treedef, totals)
+        return jax.tree.map(lambda leaf, unit: leaf.astype(jnp.float32) * (scale / unit), whole, units)
+
+    zeros = [jnp.zeros(leaf.shape, jnp.int32) for leaf in jax.tree.leaves(params)]
 
     noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
     pair_bytes = 4 * data.batch_size * noise
-    return Estimator(None, None, sum_chunk, mean, numbers, 1 / (steps * tokens), MOST_SUMMED_PAIRS, pair_bytes)
+    scale = 1 / (steps * tokens)
+    return Estimator(None, None, sum_chunk, gradient, zeros, numbers, scale, MOST_SUMMED_PAIRS, pair_bytes)
 
 
 def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:

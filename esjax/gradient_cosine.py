@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Integer, PyTree
 
 from esjax.config import Config, replace
+from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine
 from esjax.member import Member
 from esjax.models.model import Model, Params
-from esjax.noise import WINDOWS, pair_seeds, stream_seed
 from esjax.replica import Replica
+from esjax.streams import WINDOWS
 
 AT_ONCE = 256
 """Windows whose exact gradient is computed at a time."""
@@ -63,7 +64,7 @@ def gradient_cosines(
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
     alone = Alone(config, Engine(replica, tell=_nothing), own={}, record=_nothing)
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
-    units = model.units(params)
+    units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
     length = data.burn_in + data.window
     for step in range(steps):

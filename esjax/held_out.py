@@ -9,11 +9,11 @@ from jaxtyping import Array, Float, Int, Key
 from numpy import ndarray
 
 from esjax.config import Config
+from esjax.core.seeds import loss_key, stream_seed
 from esjax.data.packing import draw_windows, pack_stream
-from esjax.evaluate import Loss, draw_keys
-from esjax.member import Member
+from esjax.member import Loss, Member, sequence_keys
 from esjax.models.model import Params
-from esjax.noise import HELD_OUT, stream_seed
+from esjax.streams import HELD_OUT
 from esjax.trained import Trained
 
 SEQUENCES = 1024
@@ -54,7 +54,7 @@ def make_measure(
     ) -> Float[Array, ""]:
         return jnp.mean(jax.vmap(partial(objective, Member(trained.model, params)))(windows, keys))
 
-    return partial(_number, mean, windows, draw_keys(seed, SEQUENCES))
+    return partial(_number, mean, windows, sequence_keys(loss_key(seed), SEQUENCES))
 
 
 def _nats(trained: Trained, lanes: tuple[Array, Array], params: Params) -> float:

@@ -1,5 +1,7 @@
-"""A model with somebody's weights: what a loss is a function of, and what predicts, reads and writes."""
+"""A model with weights: what a custom loss is a function of, and what predicts, reads and writes."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.models.model import Logits, Model, Params, State, Tap, Token
+from esjax.models.sequence import sequence_nats, token_loss
 from esjax.tokens import STOP, UNK
 
 
@@ -20,16 +23,8 @@ def consume(model: Model, params: Params, state: State, token: Token, tap: Tap |
     return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
 
 
-def token_loss(logits: Float[Array, " vocabulary"], token: Token) -> Float[Array, ""]:
-    """Score a prediction: -log softmax(logits)[token], in nats."""
-    peak = jnp.max(logits)
-    return jnp.log(jnp.sum(jnp.exp(logits - peak))) + peak - logits[token]
-
-
 class Member(NamedTuple):
     """A member of the population, or the unperturbed weights: one sequence at a time, to be called in jitted code.
-
-    A member's matrices may be perturbed and factored; who calls these functions does not notice.
 
     Attributes:
         model: The architecture.
@@ -72,6 +67,8 @@ class Member(NamedTuple):
             tokens: Ids.
             state: Where to begin. None: at the start of a document.
         """
+        if state is None and self.model.logits is not None:
+            return sequence_nats(partial(self.model.logits, self.params), self.model.context, tokens)
 
         def score(state: State, token: Token) -> tuple[State, Float[Array, ""]]:
             scored = token_loss(self.predict(state), token)
@@ -82,6 +79,8 @@ class Member(NamedTuple):
 
     def cross_entropy(self, tokens: Int[Array, " length"], burn_in: int = 0) -> Float[Array, ""]:
         """Average the nats of a window's tokens; the first `burn_in` are read and not scored."""
+        if self.model.logits is not None:
+            return jnp.mean(self.nats(tokens)[burn_in:])
         return jnp.mean(self.nats(tokens[burn_in:], self.read(tokens[:burn_in])))
 
     def generate(
@@ -106,3 +105,40 @@ class Member(NamedTuple):
             return (self.consume(state, token), token == STOP), token
 
         return jax.lax.scan(write, (state, jnp.bool_(False)), jnp.arange(length))[1]
+
+
+Loss = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
+"""`(member, tokens, key) -> loss` of one member on one sequence; lower is better. Both members of a pair get the same
+tokens and the same key, and no two sequences of a run the same key: what is drawn from it is common to the pair."""
+
+
+def cross_entropy(burn_in: int) -> Loss:
+    """Make the default loss: mean nats per token over a window, its first `burn_in` tokens read and not scored.
+
+    Args:
+        burn_in: Tokens, at least 0, that only prepare the state.
+    """
+
+    def loss(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
+        return member.cross_entropy(tokens, burn_in)
+
+    return loss
+
+
+def over_sequences(
+    model: Model, loss: Loss
+) -> Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Array]:
+    """Make `(params, windows, key) -> loss`, the mean over a pair's sequences, for `esjax.core.evaluate`."""
+
+    def mean(params: Params, windows: Int[Array, "sequences length"], key: Key[Array, ""]) -> Float[Array, ""]:
+        member, keys = Member(model, params), sequence_keys(key, len(windows))
+        if len(windows) == 1:  # an axis of one costs XLA's loops a tenth of their speed
+            return loss(member, windows[0], keys[0])
+        return jnp.mean(jax.vmap(partial(loss, member))(windows, keys))
+
+    return mean
+
+
+def sequence_keys(key: Key[Array, ""], sequences: int) -> Key[Array, " sequences"]:
+    """Derive the key of each sequence of a pair from the pair's key."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(sequences, dtype=jnp.uint32))

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from esjax.config import ModelConfig
 from esjax.errors import EsjaxError
-from esjax.evaluate import Loss
-from esjax.member import Member
+from esjax.member import Loss, Member
 from esjax.models import Model, build_model
 from esjax.models.check import check_model
 from esjax.models.model import ModelFactory

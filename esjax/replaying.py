@@ -10,9 +10,9 @@ from esjax.checkpoint import digest, restore_newest
 from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
-from esjax.evaluate import Loss
 from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
+from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
@@ -71,6 +71,7 @@ def replay(
         EsjaxError: It is no run folder, or has no ledger from its first step on.
     """
     folder = RunFolder(Path(path))
+    folder.check_goes_on()
     own = Own(model, loss, reward, optimizer)
     folder.check_own(own.names(), "esjax.replay")
     if not folder.ledger.exists():

@@ -1,7 +1,8 @@
 """A host's copy of the run: it scores pairs and applies updates, and knows neither clock nor file nor network."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,23 +14,21 @@ from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
 from esjax.carrying import first_states
 from esjax.config import Config
+from esjax.core.gradient import estimate, weigh
+from esjax.core.noise import Noise, Totals
+from esjax.core.population import deal, evaluate
+from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
+from esjax.core.shaping import Shaped
+from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
-from esjax.es import (
-    TrainState,
-    UpdateInfo,
-    init_state,
-    make_apply_sum,
-    make_apply_total,
-    make_weigh_pairs,
-    zero_total,
-)
-from esjax.estimator import Estimator, make_estimator
-from esjax.evaluate import Loss, make_deal, make_evaluate_chunks
+from esjax.es import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
+from esjax.estimator import Estimator, PairLoss, make_estimator
+from esjax.member import Loss
 from esjax.models.check import check_float32
 from esjax.models.model import Model, Params
-from esjax.noise import INIT, PERTURBATIONS, WINDOWS, Space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
-from esjax.summing import Chunk
+from esjax.streams import INIT, WINDOWS
+from esjax.summing import Chunk, SumChunk
 
 CPU_SEQUENCES = 256
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
@@ -62,6 +61,7 @@ class Replica:
 
     Attributes:
         model: The architecture.
+        units: Size of a typical entry of each leaf.
         state: Everything that a later step depends on.
         chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
             call and the devices, as long as it comes with the same others in a whole chunk.
@@ -96,36 +96,23 @@ class Replica:
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         check_float32(params)
         optimizer = optimizer or make_optimizer(config.optim, config.steps)
-        estimator = make_estimator(config, model, params, loss, packed=not _is_cpu(mesh))
+        units = model.units(params)
+        estimator = make_estimator(config, model, params, units, loss, packed=not _is_cpu(mesh))
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
 
-        def draw(
-            pairs: UInt32[Array, " pairs"], tokens: Array, streams: _Streams, step: Array
-        ) -> tuple[UInt32[Array, "pairs 2"], Array]:
+        def draw(tokens: Array, streams: _Streams, step: Array, pairs: UInt32[Array, " pairs"]) -> Array:
+            """Draw the windows of some pairs."""
             if data.carry:
                 places = pair_seeds(streams.windows, 0, pairs)
-                windows = follow_windows(tokens, places, data.batch_size, window_length, step)
-            else:
-                groups = pairs // es.pairs_a_window
-                window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
-                windows = draw_windows(tokens, window_seeds, data.batch_size, window_length)
-            return pair_seeds(streams.perturbations, step, pairs), windows
-
-        def add_up(
-            chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
-        ) -> Array:
-            assert estimator.sum_chunk is not None
-            ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
-            return total + estimator.sum_chunk(state, Chunk(ours, *draw(ours, tokens, streams, state.step), are_there))
-
-        deal_sums = make_deal(mesh, add_up)
-
-        def sum_pairs(count: Array, pairs: Array, *arguments: Any) -> Array:
-            return deal_sums(count, jnp.zeros(estimator.numbers, jnp.int32), *arguments[:-1], pairs, arguments[-1])
+                return follow_windows(tokens, places, data.batch_size, window_length, step)
+            groups = pairs // es.pairs_a_window
+            window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
+            return draw_windows(tokens, window_seeds, data.batch_size, window_length)
 
         chunk_pairs = es.chunk_pairs or _chunk_pairs(config, estimator, mesh)
         self.model = model
+        self.units = units
         self.chunk_pairs = chunk_pairs
         self.granule = chunk_pairs * mesh.size
         self.numbers = estimator.numbers
@@ -133,32 +120,28 @@ class Replica:
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
         self._window_length = window_length
-        self._scored_at_once = _shape_of_call(CALL_PAIRS, chunk_pairs, mesh)
-        if estimator.evaluate_chunk is not None:
-            self._score = jax.jit(make_evaluate_chunks(estimator.evaluate_chunk, draw, mesh))
-        self._sum = jax.jit(sum_pairs)
-        apply_total = make_apply_total(estimator.mean, optimizer, model.units(params), config.optim.average)
-        self._apply_sum = jax.jit(make_apply_sum(apply_total, params))
+        self._scored_at_once = _shape_of_call(_call_pairs(config, CALL_PAIRS), chunk_pairs, mesh)
+        apply = make_apply(optimizer, units, config.optim.average)
+        if estimator.noise is not None:
+            assert estimator.loss is not None
+            weighed_pairs = _weighed_pairs(config, estimator, mesh)
+            self._weighed_at_once = _shape_of_call(_call_pairs(config, CALL_WEIGHED_PAIRS), weighed_pairs, mesh)
+            self._score, self._weigh, self._weigh_and_apply = _for_losses(
+                estimator.noise, estimator.loss, draw, apply, config, mesh, chunk_pairs, weighed_pairs
+            )
+            self._no_totals = self._on_every_device(estimator.zeros)
+        else:
+            assert estimator.sum_chunk is not None
+            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.numbers, mesh)
+            self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
 
         def skip(state: TrainState) -> TrainState:
             carried = first_states(config, model, state.params)
             return dataclasses.replace(state, step=state.step + 1, carried=carried)
 
         self._skip = jax.jit(skip)
-        first = init_state(params, optimizer, first_states(config, model, params))
+        first = init_state(params, in_units(optimizer, units), first_states(config, model, params))
         self.state: TrainState = self._on_every_device(first)
-        if estimator.space is not None:
-            self._weighed_at_once = _shape_of_call(
-                CALL_WEIGHED_PAIRS, _weighed_pairs(config, estimator.space, mesh), mesh
-            )
-            weigh_pairs = make_weigh_pairs(estimator.space, mesh)
-
-            def weigh_and_apply(state: TrainState, scale: Array, *arguments: Any) -> tuple[TrainState, UpdateInfo]:
-                return apply_total(state, weigh_pairs(*arguments), scale)
-
-            self._weigh = jax.jit(weigh_pairs)
-            self._weigh_and_apply = jax.jit(weigh_and_apply)
-            self._zero_total = self._on_every_device(zero_total(estimator.space, params))
         # Arguments, not constants: a run of another seed finds its programs compiled already.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
@@ -190,9 +173,8 @@ class Replica:
             pairs: Indices, from 0 to 2^32 - 1, in any order; at least one.
         """
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
-        arguments = (self.state.params, self._tokens, self._streams, self.state.step)
         calls = [
-            self._score(count, part, *arguments)
+            self._score(self.state.params, self._tokens, self._streams, self.state.step, part, count)
             for count, part in _calls(self._scored_at_once, pairs.astype(np.uint32))
         ]
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
@@ -223,13 +205,12 @@ class Replica:
 
         An update that is not finite is skipped: `update_norm` tells.
         """
-        total = self._zero_total
-        named = self._streams.perturbations, self.state.step
-        *calls, (count, *last) = _calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
-        for chunks, *part in calls:
-            total = self._weigh(total, *named, *part, chunks)
+        totals = self._no_totals
+        *calls, last = _calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
+        for part in calls:
+            totals = self._weigh(self.state, self._streams, totals, *part)
         # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
-        return self._take(*self._weigh_and_apply(self.state, np.float32(scale), total, *named, *last, count))
+        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, np.float32(scale), *last))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
@@ -257,11 +238,96 @@ class Replica:
         return jax.tree.map(copy, tree)
 
 
+def _for_losses(
+    noise: Noise,
+    loss: PairLoss,
+    draw: Callable[..., Array],
+    apply: Apply,
+    config: Config,
+    mesh: Mesh,
+    chunk_pairs: int,
+    weighed_pairs: int,
+) -> tuple[Callable[..., Array], Callable[..., Totals], Callable[..., tuple[TrainState, UpdateInfo]]]:
+    """Compile what a step consists of where losses are exchanged: scores, sums of noise, and the update."""
+
+    def pair_loss(params: Params, example: _Example, key: Array) -> Array:
+        # The windows of a pair are drawn where they are read: those of all pairs would be drawn by every device.
+        tokens, streams, step, pair = example
+        return loss(params, draw(tokens, streams, step, pair[None])[0], key)
+
+    losses = evaluate(
+        pair_loss,
+        noise,
+        batch_axis=_Example(None, None, None, 0),
+        mesh=mesh,
+        chunk_pairs=chunk_pairs,
+        precision=config.es.precision,
+    )
+
+    def score(params: Params, tokens: Array, streams: _Streams, step: Array, pairs: Array, count: Array) -> Array:
+        seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
+        return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
+
+    sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
+    gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)
+
+    def weigh_pairs(
+        state: TrainState, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
+    ) -> Totals:
+        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals)
+
+    def weigh_and_apply(
+        state: TrainState, streams: _Streams, totals: Totals, scale: Array, count: Array, pairs: Array, weights: Array
+    ) -> tuple[TrainState, UpdateInfo]:
+        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        shaped = Shaped(weights.reshape(pairs.size, *weights.shape[2:]), scale, 0)
+        return apply(state, gradient(state.params, seeds, shaped, count, totals))
+
+    return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
+
+
+def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mesh: Mesh) -> Callable[..., Array]:
+    """Compile what a step consists of where sums are exchanged."""
+
+    def add(
+        chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
+    ) -> Array:
+        ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
+        seeds = pair_seeds(streams.perturbations, state.step, ours)
+        windows = draw(tokens, streams, state.step, ours)
+        return total + sum_chunk(state, Chunk(ours, seeds, windows, are_there))
+
+    add_all = deal(mesh, add)
+
+    def sum_pairs(
+        count: Array, pairs: Array, state: TrainState, tokens: Array, streams: _Streams, left: Array
+    ) -> Array:
+        chunks = -(-count // pairs.shape[1])
+        return add_all(chunks, jnp.zeros(numbers, jnp.int32), state, tokens, streams, pairs, left)
+
+    return jax.jit(sum_pairs)
+
+
 class _Streams(NamedTuple):
     """Seeds of the run's streams of keys."""
 
     perturbations: UInt32[Array, "2"]
     windows: UInt32[Array, "2"]
+
+
+class _Example(NamedTuple):
+    """What the loss of a pair is a function of: the text, what draws a window of it, and the pair's number."""
+
+    tokens: Any
+    streams: Any
+    step: Any
+    pair: Any
+
+
+def _call_pairs(config: Config, most: int) -> int:
+    """Return how many pairs a call to the devices is made for."""
+    return most if config.es.time_per_step is not None else min(most, config.es.pairs)
 
 
 def _shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
@@ -273,16 +339,15 @@ def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.nda
     """Cut arrays of one row a pair into calls of one shape, the last filled up with zeros; at least one call.
 
     Yields:
-        Number of chunks that hold pairs, and a part of each array.
+        Number of pairs, and a part of each array.
     """
-    chunks, chunk_pairs = shape
-    size = chunks * chunk_pairs
+    size = math.prod(shape)
     for start in range(0, max(len(arrays[0]), 1), size):
         pairs = min(len(arrays[0]) - start, size)
         parts = [np.zeros((*shape, *array.shape[1:]), array.dtype) for array in arrays]
         for part, array in zip(parts, arrays, strict=True):
             part.reshape(size, *array.shape[1:])[:pairs] = array[start : start + pairs]
-        yield np.int32(-(-pairs // chunk_pairs)), *parts
+        yield np.int32(pairs), *parts
 
 
 def _is_cpu(mesh: Mesh) -> bool:
@@ -303,12 +368,12 @@ def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
     return max(min(pairs, estimator.most_pairs), 2)
 
 
-def _weighed_pairs(config: Config, space: Space, mesh: Mesh) -> int:
-    pair_bytes = 4 * space.numbers
+def _weighed_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
+    pair_bytes = estimator.noise_bytes
     if _is_cpu(mesh):
         pairs = min(CPU_WEIGHED_PAIRS, CPU_WEIGHED_BYTES // pair_bytes)
     else:
         pairs = min(ACCELERATOR_WEIGHED_PAIRS, ACCELERATOR_BYTES // pair_bytes)
     if config.es.time_per_step is None:
         pairs = min(pairs, -(-config.es.pairs // mesh.size))
-    return max(1, min(pairs, space.exact_pairs))
+    return max(1, min(pairs, estimator.most_pairs))

@@ -37,8 +37,12 @@ from esjax.runs import find_runs
 RUN = "run.json"
 """What makes a folder a run folder."""
 
-FORMAT = 1
-"""Version of the layout."""
+FORMAT = 2
+"""Version of the layout, and of the noise and the arithmetic of a run: folders of one format are replayed to the
+bit."""
+
+READABLE = (1, 2)
+"""Versions whose weights can be used."""
 
 OWN = ("model", "loss", "reward", "optimizer")
 """What a run may be given beside its settings."""
@@ -70,9 +74,10 @@ class RunFolder:
         if not there:
             raise EsjaxError(f"there is no run folder {str(path)!r}")
         run = self._read_json(RUN)
-        if run.get("format") != FORMAT:
+        self._format = run.get("format")
+        if self._format not in READABLE:
             raise EsjaxError(
-                f"{str(path)!r} is a run folder of format {run.get('format')}, this is esjax {esjax.__version__} with "
+                f"{str(path)!r} is a run folder of format {self._format}, this is esjax {esjax.__version__} with "
                 f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
             )
         self.name: str = run.get("name", "")
@@ -125,6 +130,19 @@ class RunFolder:
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         return cls(path)
+
+    def check_goes_on(self) -> None:
+        """See that this esjax makes the same updates as the one that began the run.
+
+        Raises:
+            EsjaxError: It makes others.
+        """
+        if self._format != FORMAT:
+            raise EsjaxError(
+                f"{str(self.path)!r} was trained by an earlier esjax, whose noise and updates differ (run folder of "
+                f"format {self._format}, this is {FORMAT}), so it cannot be resumed or replayed; evaluate, generate, "
+                "plot and export use its weights as they are"
+            )
 
     def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = OWN) -> None:
         """See that what the run was given beside its settings is given again, see `check_own`."""

@@ -10,11 +10,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.activation import EstimateChunk
 from esjax.carrying import among_zeros, states_of
+from esjax.core.gradient import weigh
+from esjax.core.noise import Noise
+from esjax.core.population import Evaluate
+from esjax.core.seeds import fold
+from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
 from esjax.es import TrainState
-from esjax.evaluate import Evaluate
-from esjax.fitness import LARGEST_LOSS, LIMIT, STEPS_PER_DEVIATION
 from esjax.models.model import Model
-from esjax.noise import Space, fold
 from esjax.sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 
 
@@ -71,24 +73,25 @@ def make_sum_of_activations(
 
 
 def make_sum_of_weights(
-    space: Space, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
+    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
 ) -> SumChunk:
     """Make the function for noise on weights.
 
     No host knows the differences of all pairs here, so a z-score is over their spread in the step before; in a first
-    step only signs count. A chunk holds at most `space.exact_pairs`.
+    step only signs count. A chunk holds at most `Noise.exact_pairs`.
 
     Args:
-        space: How members differ from the parameters.
-        evaluate_chunk: See `esjax.evaluate`.
+        noise: How members differ.
+        evaluate_chunk: See `esjax.core.evaluate`.
         shaping: How a difference becomes a weight.
         pairs: Pairs of a step that sums must have room for.
     """
+    weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
 
     def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
-        assert len(chunk.pairs) <= space.exact_pairs  # float32 holds every integer up to 2^24
+        assert len(chunk.pairs) <= noise.exact_pairs  # float32 holds every integer up to 2^24
         losses = evaluate_chunk(state.params, chunk.seeds, chunk.windows)
-        finite = jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=1) & chunk.are_there
+        finite = is_finite(losses) & chunk.are_there
         difference = jnp.where(finite, losses[:, 0] - losses[:, 1], 0.0)
         if shaping == "sign":
             weights = jnp.sign(difference)
@@ -96,7 +99,7 @@ def make_sum_of_weights(
             in_spreads = difference / jnp.maximum(state.spread, 1e-30)
             deviations = jnp.where(state.spread > 0, in_spreads, jnp.sign(difference))
             weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
-        total = space.weigh(space.sample(chunk.seeds), weights)
+        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8))
         return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
 
     return sum_chunk

@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy import ndarray
 
+from esjax.core.population import PAIRS_AXIS
 from esjax.data.packing import pack_lanes
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
-from esjax.evaluate import PAIRS_AXIS
 from esjax.generate import Sampling, beam_search, sample
 from esjax.member import Member
 from esjax.models.model import Model, Params

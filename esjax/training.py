@@ -18,7 +18,6 @@ from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
-from esjax.evaluate import Loss
 from esjax.held_out import make_measure
 from esjax.history import History
 from esjax.hosts.alone import Alone
@@ -27,6 +26,7 @@ from esjax.hosts.wire import unpack_update
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
+from esjax.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
 from esjax.processes import any_of, here, leads
@@ -344,6 +344,7 @@ def resume(
             its own is missing.
     """
     folder = RunFolder(Path(path))
+    folder.check_goes_on()
     own = Own(model, loss, reward, optimizer)
     folder.check_own(own.names(), "esjax.resume")
     corpus = load_run_corpus(folder)

@@ -6,9 +6,9 @@
 The network writes its answer, token by token, and is given 1 for a right one: no gradient leads through that. Alone it
 says too little. Of a first network both members of a pair get 0, nearly always; then one number is found that answers a
 few sums, and no small change of the weights betters that: 7 of 100 are right after a minute. So a small part of the
-reward is a hint, the log probability of the right answer, which tells what is nearly right from what is far off. With
-a tenth of it 98 of 100 are right after 36 s on two cores, and with a hundredth 66 after a minute. (The hint alone is
-the usual loss, and learns these sums as fast: where the one right answer is known, there is no need for more.)
+reward is a hint, the log probability of the right answer, which sets what is nearly right apart from what is far off.
+With a tenth of it 98 of 100 are right after 36 s on two cores, and with a hundredth 66 after a minute. (The hint alone
+is the usual loss, and learns these sums as fast: where the one right answer is known, there is no need for more.)
 """
 
 import argparse

@@ -46,7 +46,7 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Soak:
-    """Train with hosts that come and go, and check that the ledger tells the truth."""
+    """Train with hosts that come and go, and check that the ledger is true."""
 
     seconds: float = 120.0
     """For how long there are faults."""

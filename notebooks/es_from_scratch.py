@@ -15,7 +15,7 @@
 # # Evolution strategies from scratch
 #
 # How can losses alone say where the gradient points? First with two weights, where everything can be seen, then with a
-# matrix. The noise is that of `esjax.noise`; the rest is written out here.
+# matrix. Noise comes from `esjax.core`; the rest is written out here first, and then left to the library.
 #
 # Install with `pip install -e '.[notebook]'` in a checkout. It takes about a minute.
 
@@ -27,8 +27,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-import esjax
-from esjax.noise import PERTURBATIONS, make_space, pair_seeds, stream_seed
+from esjax.core import estimate, evaluate, full, low_rank, pair_seeds, shape, value_and_grad
 
 BLUE, ORANGE, GREEN = "#3b7dd8", "#e0752d", "#2f9e6e"
 
@@ -58,37 +57,33 @@ gradient = jax.jit(jax.grad(loss))
 exact = gradient(w)
 
 # %% [markdown]
-# `make_space` says how members differ from the weights. `sample` grows noise from seeds, `perturb` makes a member,
-# `weigh` sums the noise again. It asks the model only for the unit of each weight, which is 1 here. Noise is
-# normal in this picture: ±1, the default, knows but four directions in two dimensions.
+# Each pair has its own perturbation ε, with entries of mean 0 and variance 1, and its two members are at `w + σ ε` and
+# `w - σ ε`. `pair_seeds` names the pairs of a step, and `full` grows an ε from each name: a number for each weight.
+# Noise is normal in this picture: ±1, the default, knows but four directions in two dimensions.
+#
+# The difference of the two losses, divided by 2σ, is the slope along ε. The mean of slope times ε is an estimate of the
+# gradient.
 
 # %%
-unitless = esjax.Model(init=None, initial_state=None, predict=None, consume=None)
-
-
-def space_of(weights, sigma, **settings):
-    return make_space(unitless, weights, **{"space": "full", "noise": "gaussian", "rank": 1, "sigma": sigma} | settings)
-
-
-def seeds_of(step, pairs):
-    return pair_seeds(stream_seed(0, PERTURBATIONS), step, jnp.arange(pairs))
-
-
-def estimate(space, sigma, loss, weights, seeds):
-    """Score both members of each pair, and sum their noise by the difference."""
-    noise = space.sample(seeds)  # the pairs are the last axis
-
-    def score(sign):
-        return jax.vmap(lambda one: loss(space.perturb(weights, one, sign)), in_axes=-1)(noise)
-
-    difference = (score(1.0) - score(-1.0)) / (2 * sigma)  # slope along ε
-    return space.mean(space.weigh(noise, difference), 1 / len(seeds)), difference
-
-
 SIGMA, PAIRS = 0.4, 12
-space = space_of(w, SIGMA)
-noise = jax.jit(lambda step: space.sample(seeds_of(step, PAIRS)))(5)
-one_step = jax.jit(lambda w, step: estimate(space, SIGMA, loss, w, seeds_of(step, PAIRS)))
+noise = full(SIGMA, gaussian=True, units=1.0)  # units scale the noise of each leaf; here there is but one
+layout = noise.lay_out(w)
+
+
+def grow(step, pairs):
+    """Grow ε of each pair of a step, [pairs, 2]."""
+    return jax.vmap(lambda seed: layout.epsilon(seed, w))(pair_seeds(0, step, pairs))
+
+
+@jax.jit
+def one_step(w, step):
+    """Score both members of each pair, and average ε by the slope."""
+    epsilon, score = grow(step, PAIRS), jax.vmap(loss)
+    slope = (score(w + SIGMA * epsilon) - score(w - SIGMA * epsilon)) / (2 * SIGMA)
+    return slope @ epsilon / PAIRS, slope
+
+
+epsilon = jax.jit(grow, static_argnums=1)(5, PAIRS)
 guess, slope = one_step(w, 5)
 
 # %% [markdown]
@@ -104,13 +99,13 @@ for axes in (left, right):
     axes.contourf(*grid, heights, levels=25, cmap="Greys", alpha=0.55)
     axes.plot(1.5, -0.5, "*", color="black", ms=10)  # what the points come from
     axes.set(xlabel="w₀", ylabel="w₁")
-around, ahead = np.asarray(w)[:, None], SIGMA * np.asarray(noise)
+around, ahead = np.asarray(w), SIGMA * np.asarray(epsilon)
 plus, minus = around + ahead, around - ahead
 for k, size in enumerate(np.abs(slope)):
     better, worse = (minus, plus) if slope[k] > 0 else (plus, minus)
-    left.plot(*np.stack([better[:, k], worse[:, k]]).T, color=BLUE, lw=0.5 + 2.5 * size, alpha=0.6)
-    left.plot(*better[:, k], "o", color=BLUE, ms=5)
-    left.plot(*worse[:, k], "o", color=BLUE, ms=5, mfc="white")
+    left.plot(*np.stack([better[k], worse[k]]).T, color=BLUE, lw=0.5 + 2.5 * size, alpha=0.6)
+    left.plot(*better[k], "o", color=BLUE, ms=5)
+    left.plot(*worse[k], "o", color=BLUE, ms=5, mfc="white")
 for vector, color, name in ((exact, GREEN, "exact gradient, downhill"), (guess, ORANGE, "estimate of 12 pairs")):
     arrow = {"angles": "xy", "scale_units": "xy", "scale": 0.8, "width": 0.009, "zorder": 3}
     left.quiver(*w, *-vector, color=color, label=name, **arrow)
@@ -126,6 +121,21 @@ right.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
+# The library does the same in three functions. `evaluate` scores both members of every pair, `shape` makes a small
+# integer of each pair's difference, and one scale for all, and `estimate` grows the noise once more from the seeds and
+# sums it with these integers. So only seeds and integers need to travel between machines, and a sum of integers is the
+# same in any order. The estimate differs from the one above by the rounding alone.
+
+# %%
+seeds = pair_seeds(0, 5, PAIRS)
+losses = jax.jit(evaluate(lambda w, _: loss(w), noise, batch_axis=None))(w, seeds, None)
+shaped = shape(losses, "raw", sigma=SIGMA)
+print("exact gradient   ", exact)
+print("written out      ", guess)
+print("of the library   ", jax.jit(estimate(noise))(w, seeds, shaped))
+print("integers of pairs", shaped.weights)
+
+# %% [markdown]
 # ## Why pairs
 #
 # One does not score all data in a step: each pair sees a piece of its own, one point here. Some pieces are harder than
@@ -138,30 +148,25 @@ plt.show()
 # %%
 def on_points(step, sigma, pairs, shared):
     """Score pairs on one point each, or each member on a point of its own."""
-    noise = space_of(w, sigma).sample(seeds_of(step, pairs))
+    epsilon = grow(step, pairs)
     points = jax.random.randint(jax.random.fold_in(jax.random.key(2), step), (2, pairs), 0, len(x))
     points = points.at[1].set(points[0]) if shared else points
-
-    def score(sign, points):
-        return jax.vmap(lambda one, point: loss(space_of(w, sigma).perturb(w, one, sign), point), (-1, 0))(
-            noise, points
-        )
-
-    return noise, score(1.0, points[0]), score(-1.0, points[1])
+    score = jax.vmap(loss)
+    return epsilon, score(w + sigma * epsilon, points[0]), score(w - sigma * epsilon, points[1])
 
 
 def pairs_estimate(step, sigma=0.4, pairs=32, shared=True):
-    noise, plus, minus = on_points(step, sigma, pairs, shared)
-    return noise @ ((plus - minus) / (2 * sigma)) / pairs
+    epsilon, plus, minus = on_points(step, sigma, pairs, shared)
+    return (plus - minus) / (2 * sigma) @ epsilon / pairs
 
 
 def single_estimate(step, sigma=0.4, members=64, centered=False):
-    noise, plus, _ = on_points(step, sigma, members, shared=True)
-    return noise @ ((plus - centered * plus.mean()) / sigma) / members
+    epsilon, plus, _ = on_points(step, sigma, members, shared=True)
+    return (plus - centered * plus.mean()) / sigma @ epsilon / members
 
 
-def cloud(estimate, **settings):
-    return np.asarray(jax.jit(jax.vmap(lambda step: estimate(step, **settings)))(jnp.arange(REPEATS)))
+def cloud(make, **settings):
+    return np.asarray(jax.jit(jax.vmap(lambda step: make(step, **settings)))(jnp.arange(REPEATS)))
 
 
 clouds = {
@@ -195,10 +200,10 @@ sigmas = np.geomspace(0.02, 2, 13)
 def blurred(sigma):
     """Take the mean over all normal noise, as an integral: what infinitely many pairs would say."""
     nodes, shares = (jnp.asarray(part, jnp.float32) for part in np.polynomial.hermite_e.hermegauss(40))
-    noise = jnp.stack(jnp.meshgrid(nodes, nodes)).reshape(2, -1)
-    slopes = jax.vmap(lambda one: loss(w + sigma * one) - loss(w - sigma * one), in_axes=-1)(noise) / (2 * sigma)
+    epsilon = jnp.stack(jnp.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
+    slopes = jax.vmap(lambda one: loss(w + sigma * one) - loss(w - sigma * one))(epsilon) / (2 * sigma)
     shares = jnp.outer(shares, shares).ravel() / shares.sum() ** 2
-    return noise @ (shares * slopes)
+    return (shares * slopes) @ epsilon
 
 
 def spread(shared):
@@ -224,14 +229,16 @@ plt.show()
 #
 # A full perturbation of a matrix has a number for each weight, and each member multiplies by a matrix of its own. One
 # of rank 1 is `a bᵀ`: it takes a row and a column of numbers. And it need never be added to the matrix:
-# `x (W + σ a bᵀ) = x W + σ (x·a) bᵀ`, so that all members share the product with `W`.
+# `x (W + σ a bᵀ) = x W + σ (x·a) bᵀ`, so that all members share the product with `W`. `evaluate` does so for any loss:
+# it follows the operations of the loss and puts this rule in the place of each product with a perturbed matrix.
 
 # %%
+KINDS = {"full": (full, BLUE), "rank 1": (low_rank, ORANGE)}
 widths = 2 ** np.arange(4, 13)
 plt.figure(figsize=(8, 4), layout="constrained")
-for kind, color in (("full", BLUE), ("low_rank", ORANGE)):
-    numbers = [space_of(jax.ShapeDtypeStruct((n, n), jnp.float32), 0.1, space=kind).numbers for n in widths]
-    plt.loglog(widths, numbers, "o-", base=2, color=color, label=f"{kind}, {numbers[-1]:,} at width {widths[-1]:,}")
+for name, (kind, color) in KINDS.items():
+    numbers = [kind(SIGMA).lay_out(jax.ShapeDtypeStruct((n, n), jnp.float32)).numbers for n in widths]
+    plt.loglog(widths, numbers, "o-", base=2, color=color, label=f"{name}, {numbers[-1]:,} at width {widths[-1]:,}")
 plt.xlabel("width of the matrix")
 plt.ylabel("numbers of noise a pair")
 plt.legend()
@@ -242,6 +249,9 @@ plt.show()
 # Does it point as well? A layer of 24 by 24 weights is to do what another layer does. We compare estimates with the
 # exact gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d`
 # weights about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same variance in each direction.
+#
+# `value_and_grad` is `pair_seeds`, `evaluate`, `shape` and `estimate` one after another. It takes the place of
+# `jax.value_and_grad`.
 
 # %%
 inputs, target, weights = (
@@ -249,7 +259,7 @@ inputs, target, weights = (
 )
 
 
-def layer_loss(weights):
+def layer_loss(weights, _=None):
     return jnp.mean((jnp.tanh(inputs @ weights) - jnp.tanh(inputs @ target)) ** 2)
 
 
@@ -259,17 +269,17 @@ layer_gradient = jax.jit(jax.grad(layer_loss))(weights).ravel()
 
 @partial(jax.jit, static_argnums=(1, 2))
 def cosines_of(steps, kind, pairs):
-    return jax.lax.map(lambda step: cosine(step, kind, pairs), steps)
+    estimated = value_and_grad(layer_loss, kind(0.02, units=1.0), pairs, shaping="raw", batch_axis=None)
 
+    def cosine(step):
+        found = estimated(weights, step)[1].ravel()
+        return found @ layer_gradient / jnp.linalg.norm(found) / jnp.linalg.norm(layer_gradient)
 
-def cosine(step, kind, pairs):
-    chosen = space_of(weights, 0.02, space=kind, noise="rademacher")
-    found = estimate(chosen, 0.02, layer_loss, weights, seeds_of(step, pairs))[0].ravel()
-    return found @ layer_gradient / jnp.linalg.norm(found) / jnp.linalg.norm(layer_gradient)
+    return jax.lax.map(cosine, steps)
 
 
 plt.figure(figsize=(8, 4.5), layout="constrained")
-for kind, color, aside in (("full", BLUE, 0.95), ("low_rank", ORANGE, 1.05)):
+for (name, (kind, color)), aside in zip(KINDS.items(), (0.95, 1.05), strict=True):
     cosines = []
     for count in counts:
         repeats = jnp.arange(max(4, REPEATS // count))
@@ -281,7 +291,7 @@ for kind, color, aside in (("full", BLUE, 0.95), ("low_rank", ORANGE, 1.05)):
         fmt="o",
         color=color,
         capsize=3,
-        label="full" if kind == "full" else "rank 1",
+        label=name,
     )
 expected = np.geomspace(counts[0], counts[-1], 100)
 plt.plot(expected, np.sqrt(expected / (expected + weights.size)), "--", color="gray", label="√(n / (n + d))")
@@ -294,5 +304,5 @@ plt.show()
 
 # %% [markdown]
 # So rank 1 points as well for a fraction of the noise, and its members are cheap. What training does beyond this is
-# little: the slopes become small integers (`esjax.fitness`), and Adam takes the estimate (`esjax.es`). `esjax tune RUN`
-# measures this cosine for a model and a text of yours.
+# little: differences are divided by their standard deviation before they are rounded (`zscore` in `shape`), and Adam
+# takes the estimate. `esjax tune RUN` measures this cosine for a model and a text of yours.

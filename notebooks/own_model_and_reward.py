@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # A model and a reward of one's own
+# # Your own model and reward
 #
 # Evolution strategies need no gradient, so a network can be trained for whatever can be counted. Here it learns to
 # answer `3+4=`, and is rewarded when what it writes is right.
@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from esjax.models.primitives import lookup, matmul
 from esjax.tokens import STOP
 
 # %% tags=["parameters"]
@@ -60,8 +59,9 @@ config = esjax.Config(
 # Four functions for one sequence: first parameters, first state, prediction, next state. This one is not recurrent at
 # all: its state is the embeddings of the last six tokens, and a network with one hidden layer reads them.
 #
-# `matmul` and `lookup`, together with `factored=True`, let members keep their perturbations factored; plain products
-# would do as well, but slower. `unit` is the size of a typical entry of each leaf, so that one sigma fits all of them.
+# They are plain `jax.numpy`. A member's matrices are nevertheless not copied: it differs by two vectors a matrix, and
+# the population shares the products with the rest. `unit` is the size of a typical entry of each leaf, so that one
+# sigma fits all of them; without it, units come from the first weights.
 
 # %%
 MEMORY, WIDTH, HIDDEN = 6, 12, 64
@@ -90,13 +90,13 @@ def last_tokens(vocab_size: int) -> esjax.Model:
         return jnp.tile(params["nothing"], (MEMORY, 1))
 
     def predict(params, state):
-        hidden = jax.nn.relu(matmul(state.reshape(-1), params["inner"]) + params["bias"])
-        return matmul(hidden, params["output"])
+        hidden = jax.nn.relu(state.reshape(-1) @ params["inner"] + params["bias"])
+        return hidden @ params["output"]
 
     def consume(params, state, token):
-        return jnp.concatenate([state[1:], lookup(params["embedding"], token)[None]])
+        return jnp.concatenate([state[1:], params["embedding"][token][None]])
 
-    return esjax.Model(init, initial_state, predict, consume, unit=unit, factored=True)
+    return esjax.Model(init, initial_state, predict, consume, unit=unit)
 
 
 # %% [markdown]
@@ -152,7 +152,7 @@ print(f"right after {plain.step:,} steps: {accuracy(plain)[1]} of 100")
 # %% [markdown]
 # ## With a hint
 #
-# A tenth of the log probability of the right answer tells what is nearly right from what is far off.
+# A tenth of the log probability of the right answer sets what is nearly right apart from what is far off.
 
 
 # %%

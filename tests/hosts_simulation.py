@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from esjax.config import Config, DataConfig, EsConfig, HostsConfig
+from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText
-from esjax.fitness import LARGEST_LOSS, shape
 from esjax.hosts import wire
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
@@ -166,7 +166,8 @@ def check_updates(
         else:
             pairs = wire.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
-            numbers, scale, void_pairs, trouble = shape(values, config.es.shaping, config.es.sigma, windows)
+            shaped = shape(values, config.es.shaping, config.es.sigma, windows)
+            numbers, scale, void_pairs, trouble = *shaped, shaped.trouble
         assert payload == wire.pack_update(wire.Update(header, numbers if header.applied else numbers[:0]))
         assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
         state = next_state(state, payload)

@@ -10,10 +10,10 @@ import pytest
 from jaxtyping import Array
 
 from esjax.activation import Estimate, Taps, _later, find_taps, make_estimate_chunk
+from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.member import Member
 from esjax.models import Model, gru, rnn
 from esjax.models.model import Params, Tap, untouched
-from esjax.noise import pair_seeds, stream_seed
 from esjax.tokens import STOP
 
 VOCAB = 6

@@ -19,7 +19,16 @@ SMALL = {
 
 @pytest.mark.usefixtures("lenient_promotion")
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/api.md", "docs/extending.md", "docs/sweeps.md", "docs/start.md", "docs/watching.md"]
+    "name",
+    [
+        "README.md",
+        "docs/api.md",
+        "docs/extending.md",
+        "docs/own_code.md",
+        "docs/sweeps.md",
+        "docs/start.md",
+        "docs/watching.md",
+    ],
 )
 def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)

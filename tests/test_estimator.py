@@ -7,10 +7,10 @@ import pytest
 from conftest import mesh_of
 
 from esjax.config import Config, EsConfig
+from esjax.core.shaping import LIMIT
 from esjax.errors import EsjaxError
 from esjax.estimator import make_estimator
-from esjax.evaluate import cross_entropy
-from esjax.fitness import LIMIT
+from esjax.member import Loss, cross_entropy
 from esjax.models import Model, gru
 from esjax.replica import Replica
 from esjax.sums import LARGEST, TAIL
@@ -19,8 +19,9 @@ MODEL = gru(7, 4, 6)
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(MODEL.init(jax.random.key(0))))
 
 
-def numbers(model: Model = MODEL, **es: Any) -> int:
-    return make_estimator(Config(es=EsConfig(**es)), model, model.init(jax.random.key(0)), None).numbers
+def numbers(model: Model = MODEL, loss: Loss | None = None, **es: Any) -> int:
+    params = model.init(jax.random.key(0))
+    return make_estimator(Config(es=EsConfig(**es)), model, params, model.units(params), loss).numbers
 
 
 def test_losses_are_exchanged_but_where_sums_are_smaller() -> None:
@@ -89,4 +90,4 @@ def test_a_model_without_taps_and_a_loss_of_ones_own_are_refused() -> None:
     with pytest.raises(EsjaxError, match="no taps"):
         numbers(MODEL._replace(tapped=False), space="activation")
     with pytest.raises(EsjaxError, match="a loss of one's own"):
-        make_estimator(Config(es=EsConfig(space="activation")), MODEL, MODEL.init(jax.random.key(0)), cross_entropy(1))
+        numbers(loss=cross_entropy(1), space="activation")

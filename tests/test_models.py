@@ -1,17 +1,23 @@
-"""Architectures against an independent float64 numpy implementation, and the primitives against plain matrices."""
+"""Architectures against an independent float64 numpy implementation, and their products against plain matrices."""
 
+import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODELS, VOCAB, params_of
+from jaxtyping import Array
+from small import MODELS, VOCAB, kept_in_factors, params_of
 
 from esjax.config import GruConfig, RnnConfig
+from esjax.core.interpreter import interpret
+from esjax.core.noise import low_rank, round_products
+from esjax.core.perturbed import PerturbedArray
 from esjax.member import Member, consume
 from esjax.models import Model, build_model
-from esjax.models.primitives import Affine, LowRank, LowRankAffine, affine, lookup, matmul, round_matrices
+from esjax.models.layers import Affine, affine, matmul
 from esjax.score import make_score
 from esjax.tokens import STOP
 
@@ -116,44 +122,71 @@ def test_a_state_of_any_type_and_value_is_kept_and_begins_anew() -> None:
     assert fresh[0].dtype == jnp.int32
 
 
+def lookup(matrix: Array, token: Array) -> Array:
+    return matrix[token]
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_factored_matrix_acts_like_the_added_up_one(rank: int) -> None:
+    """Reference: products in float64 with matrix + step * left rightᵀ, written out."""
     rng = np.random.default_rng(2)
     weight, left, right, x = (
-        rng.normal(size=shape).astype(np.float32) for shape in [(5, 3), (rank, 5), (rank, 3), (5,)]
+        rng.normal(size=shape).astype(np.float32) for shape in [(5, 3), (5, 1, rank), (1, 3, rank), (5,)]
     )
-    matrix = LowRank(jnp.asarray(weight), jnp.asarray(left), jnp.asarray(right), jnp.float32(-0.3))
-    added_up = weight.astype(np.float64) - 0.3 * left.T.astype(np.float64) @ right
-    np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), x @ added_up, atol=5e-6)
-    np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
-    bias, shift = rng.normal(size=3).astype(np.float32), rng.normal(size=rank).astype(np.float32)
-    layer = LowRankAffine(matrix, jnp.asarray(bias), jnp.asarray(shift))
-    assert not {"matrix", "bias"} & set(dir(layer))  # alone they would be without their noise
-    shifted = x @ added_up + bias + shift.astype(np.float64) @ right
-    np.testing.assert_allclose(affine(jnp.asarray(x), layer), shifted, atol=5e-6)
+    matrix = PerturbedArray(jnp.asarray(weight), jnp.asarray(left), jnp.asarray(right), jnp.float32(-0.3))
+    added_up = weight.astype(np.float64) - 0.3 * left[:, 0].astype(np.float64) @ right[0].T
+    np.testing.assert_allclose(interpret(matmul)(jnp.asarray(x), matrix), x @ added_up, atol=5e-6)
+    np.testing.assert_allclose(interpret(lookup)(matrix, jnp.int32(4)), added_up[4], atol=5e-6)
+    bias = rng.normal(size=3).astype(np.float32)
+    layer = Affine(matrix, jnp.asarray(bias))
+    np.testing.assert_allclose(interpret(affine)(jnp.asarray(x), layer), x @ added_up + bias, atol=5e-6)
     plain = Affine(jnp.asarray(weight), jnp.asarray(bias))
     np.testing.assert_allclose(affine(jnp.asarray(x), plain), x @ weight.astype(np.float64) + bias, atol=5e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_perturbed_layer_is_a_perturbed_matrix_with_a_row_more(rank: int) -> None:
+    """Reference: x with a 1 behind it times that matrix of factors, [rows + 1, columns], in float64."""
+    rng, unit = np.random.default_rng(2), 0.7
+    layer = Affine(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (3,))))
+    x, seed = rng.normal(size=5).astype(np.float32), jnp.array([3, 4], jnp.uint32)
+    layout = low_rank(0.3, rank, gaussian=True, units=Affine(unit, unit)).lay_out(layer)
+    (left, right), _ = layout.sample(seed)
+    numbers = jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (layout.numbers,), jnp.float32)
+    shift = np.asarray(numbers, np.float64)[-rank:]  # the bias comes after the matrix
+    rows = np.concatenate([np.asarray(left, np.float64)[:, 0], shift[None]])
+    base = np.concatenate([np.asarray(layer.matrix, np.float64), np.asarray(layer.bias, np.float64)[None]])
+    added_up = base - 0.3 * unit * rows @ np.asarray(right, np.float64)[0].T / math.sqrt(rank)
+    member = layout.member(layer, seed, jnp.float32(-1))
+    assert len(kept_in_factors(member)) == 1
+    np.testing.assert_allclose(interpret(affine)(jnp.asarray(x), member), np.append(x, 1) @ added_up, atol=5e-6)
+    # Neither part is ever there without its noise.
+    np.testing.assert_allclose(member.matrix.added_up(), added_up[:-1], atol=5e-6)
+    np.testing.assert_allclose(member.bias, added_up[-1], atol=5e-6)
 
 
 @pytest.mark.parametrize("is_factored", [False, True])
 def test_in_bfloat16_products_are_those_of_rounded_numbers(is_factored: bool) -> None:
     """Reference: float64. A product of two bfloat16 has 16 digits, and float32 holds 24."""
     rng = np.random.default_rng(0)
-    x, weight, left, right = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((40,), (40, 6), (2, 40), (2, 6))
-    )
-    plain = jnp.asarray(weight)
-    factored = LowRank(plain, jnp.asarray(left), jnp.asarray(right), jnp.float32(0.5))
-    rounded = round_matrices({"matrix": factored if is_factored else plain, "vector": jnp.asarray(x)}, "bfloat16")
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((40,), (40, 6)))
+    params, seed = {"matrix": jnp.asarray(weight), "vector": jnp.asarray(x)}, jnp.array([3, 4], jnp.uint32)
+    if is_factored:
+        layout = low_rank(0.5, 2, gaussian=True, where=lambda path, leaf: path == "matrix").lay_out(params)
+        rounded = layout.member(params, seed, jnp.float32(1), "bfloat16")
+        more = 0.5 * 40**-0.5 * np.asarray(layout.epsilon(seed, params)["matrix"], np.float64)
+    else:
+        rounded = jax.tree.map(partial(round_products, precision="bfloat16"), params)
+        more = np.zeros((40, 6))
     np.testing.assert_array_equal(rounded["vector"], x)
     matrix = rounded["matrix"]
-    assert (matrix.weight if is_factored else matrix).dtype == jnp.bfloat16
+    assert matrix.base.dtype == jnp.bfloat16
     coarse, coarse_x = (np.asarray(jnp.asarray(value, jnp.bfloat16), np.float64) for value in (weight, x))
-    more = 0.5 * left.T.astype(np.float64) @ right if is_factored else np.zeros((40, 6))
-    np.testing.assert_allclose(matmul(jnp.asarray(x), matrix), coarse_x @ coarse + x @ more, atol=1e-5)
+    product, row = interpret(matmul)(jnp.asarray(x), matrix), interpret(lookup)(matrix, jnp.int32(4))
+    np.testing.assert_allclose(product, coarse_x @ coarse + x @ more, atol=1e-5)
     assert np.abs(coarse_x @ coarse - x.astype(np.float64) @ weight).max() > 1e-3
-    np.testing.assert_allclose(lookup(matrix, jnp.int32(4)), coarse[4] + more[4], atol=1e-5)
-    assert lookup(matrix, jnp.int32(4)).dtype == matmul(jnp.asarray(x), matrix).dtype == jnp.float32
+    np.testing.assert_allclose(row, coarse[4] + more[4], atol=1e-5)
+    assert row.dtype == product.dtype == jnp.float32
 
 
 def test_a_first_model_predicts_about_uniformly() -> None:

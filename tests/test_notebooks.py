@@ -15,6 +15,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 SMALL = {
     "comparing_runs": "SECONDS = 0.3\nPOPULATION = 16",
+    "core": "SECONDS = 0.5\nPAIRS = 16",
     "es_from_scratch": "REPEATS = 20\nCOUNTS = [16]",
     "first_run": "SECONDS = 1",
     "own_model_and_reward": "SECONDS = 0.6\nPOPULATION = 32",
@@ -25,6 +26,7 @@ SMALL = {
 
 SHOWN = {
     "comparing_runs": ["es.sigma 1.0: finished"],
+    "core": ["[]", "cosine with the exact gradient", "'evolution strategies': "],
     "es_from_scratch": [],
     "first_run": ["ROMEO", "nats_per_token"],
     "own_model_and_reward": ["right before: ", "the run's own reward, right"],
@@ -32,7 +34,7 @@ SHOWN = {
 }
 """What each notebook prints."""
 
-PICTURES = {"comparing_runs": 2, "es_from_scratch": 5, "first_run": 1, "own_model_and_reward": 2, "workers": 1}
+PICTURES = {"comparing_runs": 2, "core": 1, "es_from_scratch": 5, "first_run": 1, "own_model_and_reward": 2, "workers": 1}
 """How many each notebook draws at least."""
 
 

@@ -16,18 +16,19 @@ import optax
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
-from small import MODELS, PAIRS, VOCAB, params_of, seeds_of, space_of, tokens_of
+from small import MODELS, PAIRS, VOCAB, dense_member, kept_in_factors, noise_of, params_of, seeds_of, tokens_of
 from test_models import busy
 
 import esjax
+from esjax import core
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.core.interpreter import interpret
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.estimator import make_estimator
-from esjax.evaluate import make_evaluate
 from esjax.hosts.effects import Terms
-from esjax.member import Member
+from esjax.member import Member, over_sequences
 from esjax.models import Model, gru
 from esjax.own import Own
 from esjax.run_folder import RunFolder, check_own
@@ -77,7 +78,7 @@ def test_a_pair_shares_its_keys_and_no_two_pairs_or_sequences_do() -> None:
     """Reference: a loss that is nothing but a draw from its key."""
 
     def evaluate(sequences: int, devices: int) -> np.ndarray:
-        run = make_evaluate(MODEL, space_of(MODEL), draws, mesh_of(devices), 3)
+        run = core.evaluate(over_sequences(MODEL, draws), noise_of(MODEL), mesh=mesh_of(devices), chunk_pairs=3)
         return np.asarray(jax.jit(run)(params_of(MODEL), seeds_of(), tokens_of(sequences=sequences)))
 
     alone = evaluate(1, 1)
@@ -103,19 +104,25 @@ def test_sampled_tokens_come_as_often_as_predicted(name: str, temperature: float
     assert share[UNK] == 0
 
 
-@pytest.mark.parametrize("factored", [True, False])
-def test_a_perturbed_member_writes_what_is_most_probable_step_by_step(factored: bool) -> None:
-    """Reference: a loop in Python over the model's own functions."""
-    model = MODEL._replace(factored=factored)
-    space = space_of(model, sigma=0.5)
-    params = space.perturb(busy(params_of(model)), space.sample(seeds_of()[0]), jnp.float32(-1))
-    member = Member(model, params)
-    state, expected = member.read(jnp.array([2, 5, 3])), []
-    written = member.generate(state, 6)
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_a_perturbed_member_writes_what_is_most_probable_step_by_step(is_dense: bool) -> None:
+    """Reference: a loop in Python over the model's own functions, with the member's weights written out."""
+    model, params, seed = MODEL, busy(params_of(MODEL)), seeds_of()[0]
+    noise, prompt = noise_of(model, sigma=0.5), jnp.array([2, 5, 3])
+    dense = dense_member(noise, params, seed, -1.0)
+    member = dense if is_dense else noise.lay_out(params).member(params, seed, jnp.float32(-1))
+    assert len(kept_in_factors(member)) == (0 if is_dense else 4)
+
+    def write(params: Any) -> Array:
+        member = Member(model, params)
+        return member.generate(member.read(prompt), 6)
+
+    written, expected = interpret(write)(member), []
+    state = Member(model, dense).read(prompt)
     for _ in range(6):
-        token = int(np.argmax(np.asarray(model.predict(params, state))[UNK + 1 :])) + UNK + 1
+        token = int(np.argmax(np.asarray(model.predict(dense, state))[UNK + 1 :])) + UNK + 1
         expected.append(STOP if STOP in expected else token)
-        state = model.consume(params, state, jnp.int32(token))
+        state = model.consume(dense, state, jnp.int32(token))
     np.testing.assert_array_equal(written, expected)
 
 
@@ -183,18 +190,29 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
     shown = "".join(traceback.format_exception(caught.value))
     assert "esjax/estimator.py" in shown
-    assert "esjax/evaluate.py" not in shown
+    assert "esjax/core/" not in shown
+    assert "esjax/member.py" not in shown
     assert "esjax/own.py" not in shown
 
 
-def test_a_model_that_uses_its_matrices_as_they_are_takes_no_bfloat16(config: Config) -> None:
-    def own(vocab_size: int) -> Model:
-        return gru(vocab_size, 4, 8)._replace(factored=False)
+def test_any_model_takes_bfloat16(config: Config) -> None:
+    """One that multiplies its matrices with @, and one of esjax: losses are those of float32, but for the rounding."""
 
-    config = replace(config, es=replace(config.es, precision="bfloat16"))
-    with pytest.raises(EsjaxError, match=r"es\.precision bfloat16 needs a model"):
-        train(config, model=own)
-    list(train(config))
+    def own(vocab_size: int) -> Model:
+        return Model(
+            init=lambda key: {"out": 0.5 * jax.random.normal(key, (vocab_size, vocab_size))},
+            initial_state=lambda params: jax.nn.one_hot(STOP, vocab_size),
+            predict=lambda params, state: state @ params["out"],
+            consume=lambda params, state, token: jax.nn.one_hot(token, vocab_size),
+        )
+
+    for model in (own, None):
+        exact, rounded = (
+            next(iter(train(replace(config, es=replace(config.es, precision=precision)), model=model))).loss
+            for precision in ("float32", "bfloat16")
+        )
+        assert rounded != exact
+        assert rounded == pytest.approx(exact, rel=1e-2)
 
 
 def test_a_plain_number_is_one_float32(config: Config) -> None:
@@ -259,7 +277,7 @@ def test_losses_are_exchanged_unless_sums_are_asked_for() -> None:
 
     def numbers(loss: Any, **es: Any) -> int:
         config = Config(es=EsConfig(population_size=2 * size + 2, **es))
-        return make_estimator(config, MODEL, params_of(MODEL), loss).numbers
+        return make_estimator(config, MODEL, params_of(MODEL), MODEL.unit, loss).numbers
 
     assert numbers(None) == size + TAIL
     assert numbers(start_near_two) == 0

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import check_stream, draw_windows, follow_windows, pack_lanes, pack_stream
 from esjax.errors import EsjaxError
-from esjax.noise import WINDOWS, pair_seeds, stream_seed
+from esjax.streams import WINDOWS
 from esjax.tokens import STOP
 
 DOCUMENTS = st.lists(

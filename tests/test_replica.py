@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from esjax import replica
+from esjax import core, replica
 from esjax.carrying import STEPS
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError
-from esjax.evaluate import cross_entropy, make_evaluate
 from esjax.hosts import wire
 from esjax.hosts.engine import make_update
-from esjax.member import Member
+from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import build_model
-from esjax.noise import WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
 from esjax.snapshot import from_bytes, to_bytes
+from esjax.streams import WINDOWS
 from esjax.sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -62,8 +62,8 @@ def test_losses_are_those_of_the_pure_function() -> None:
     # Step 2 and two steps to a set of windows: the second set.
     windows = draw_windows(jnp.asarray(STREAM), pair_seeds(stream_seed(4, WINDOWS), 1, wide), 2, 6)
     params = jax.tree.map(np.asarray, host.state.params)
-    space = make_space(MODEL, params, space="low_rank", noise="rademacher", sigma=0.2, rank=1)
-    evaluate = make_evaluate(MODEL, space, cross_entropy(1), mesh_of(1), 4)
+    noise = core.low_rank(0.2, units=MODEL.unit)
+    evaluate = core.evaluate(over_sequences(MODEL, cross_entropy(1)), noise, mesh=mesh_of(1), chunk_pairs=4)
     expected = evaluate(params, pair_seeds(stream_seed(4, 0), 2, wide), windows)
     np.testing.assert_allclose(host.losses(pairs), expected, rtol=1e-6)
 
@@ -75,8 +75,8 @@ def test_split_pairs_share_windows_and_have_two_weights_each() -> None:
     groups = jnp.asarray(pairs // 3, jnp.uint32)
     windows = draw_windows(jnp.asarray(STREAM), pair_seeds(stream_seed(4, WINDOWS), 0, groups), 2, 6)
     params = jax.tree.map(np.asarray, host.state.params)
-    space = make_space(MODEL, params, space="low_rank", noise="rademacher", sigma=0.2, rank=1, split=True)
-    evaluate = make_evaluate(MODEL, space, cross_entropy(1), mesh_of(1), 4)
+    noise = core.low_rank(0.2, units=MODEL.unit, split=True)
+    evaluate = core.evaluate(over_sequences(MODEL, cross_entropy(1)), noise, mesh=mesh_of(1), chunk_pairs=4)
     expected = evaluate(params, pair_seeds(stream_seed(4, 0), 0, jnp.asarray(pairs, jnp.uint32)), windows)
     np.testing.assert_allclose(host.losses(pairs), expected, rtol=1e-6)
     host.apply(pairs, np.stack([np.zeros(8, np.int8), WEIGHTS[:8]], axis=1), 0.01)

@@ -9,15 +9,22 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 
 # From the top of the house to the ground floor; files of one tuple do not see each other.
 FLOORS = [
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.signs", "esjax.tokens"),
+    ("esjax.core.seeds", "esjax.core.shaping", "esjax.core.units"),
+    ("esjax.core.signs",),
+    ("esjax.core.perturbed",),
+    ("esjax.core.rules",),
+    ("esjax.core.interpreter", "esjax.core.noise"),
+    ("esjax.core.population",),
+    ("esjax.core.gradient",),
+    ("esjax.core",),
+    # What is above this line imports nothing of the package but what is there itself.
+    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.streams", "esjax.tokens"),
     ("esjax.config",),
     ("esjax.dotted",),
-    ("esjax.axes", "esjax.models.model", "esjax.models.primitives"),
-    ("esjax.models.rnn", "esjax.models.gru", "esjax.models.check"),
-    ("esjax.models", "esjax.member"),
-    ("esjax.fitness", "esjax.sums"),
-    ("esjax.noise",),
-    ("esjax.evaluate", "esjax.carrying"),
+    ("esjax.axes", "esjax.models.layers", "esjax.models.model"),
+    ("esjax.models.rnn", "esjax.models.gru", "esjax.models.check", "esjax.models.sequence"),
+    ("esjax.models", "esjax.models.adapters", "esjax.member"),
+    ("esjax.sums", "esjax.carrying"),
     ("esjax.activation", "esjax.es"),
     ("esjax.summing",),
     ("esjax.estimator",),
@@ -84,7 +91,8 @@ FLOORS = [
     ("esjax.cli",),
     ("esjax.__main__",),
 ]
-PURE_FLOORS = 19
+CORE_FLOORS = 8
+PURE_FLOORS = 25
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}
@@ -126,10 +134,23 @@ def test_core_is_pure(name: str) -> None:
     assert not {imported.split(".")[0] for imported in imports(modules()[name])} & IMPURE
 
 
+def test_core_is_the_package_that_stands_by_itself() -> None:
+    core = {name for name in FLOOR if f"{name}.".startswith("esjax.core.")}
+    assert core == {name for names in FLOORS[:CORE_FLOORS] for name in names}
+    for name in core:
+        assert {i for i in imports(modules()[name]) if i.split(".")[0] == "esjax"} <= core
+
+
 def test_one_room_knows_orbax() -> None:
     users = {name for name, path in modules().items() if any(m.startswith("orbax") for m in imports(path))}
     assert users == {"esjax.checkpoint"}
 
 
-def test_core_keeps_clear_of_nnx() -> None:
-    assert not any("nnx" in m for path in modules().values() for m in imports(path))
+def test_one_room_knows_libraries_of_models() -> None:
+    def names(path: Path) -> set[str]:
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        return imports(path) | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+
+    known = ("flax.nnx", "flax.linen", "equinox")
+    users = {room for room, path in modules().items() if any(name.startswith(known) for name in names(path))}
+    assert users == {"esjax.models.adapters"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from esjax.config import Config, DataConfig, to_yaml
+import esjax
+from esjax.config import Config, DataConfig, EsConfig, to_yaml
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.run_folder import FORMAT, RunFolder
@@ -252,3 +253,22 @@ def test_samples_are_appended_under_their_step(path: Path) -> None:
     folder.add_sample(4, "é")
     samples = (path / "samples.txt").read_text(encoding="utf-8")
     assert samples == "--- step 3\nfirst\ntext\n\n--- step 4\né\n\n"
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+def test_a_run_of_the_format_before_is_used_and_not_gone_on_with(tmp_path: Path) -> None:
+    """Its weights are the same; its noise and its last bits were others."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    path = tmp_path / "run"
+    config = Config(steps=2, data=DataConfig(text=str(text)), es=EsConfig(population_size=16), ledger=True)
+    list(esjax.train(config, path))
+    run = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**run, "format": 1}))
+    for begin in (esjax.resume, esjax.resume_serving, esjax.replay):
+        with pytest.raises(EsjaxError, match=r"earlier esjax.* cannot be resumed or replayed; evaluate, generate"):
+            begin(path)
+    loaded = esjax.load(path)
+    assert loaded.generate("the", max_tokens=3)
+    assert loaded.evaluate().nats_per_token > 0
+    assert esjax.export(path, tmp_path / "weights.safetensors")

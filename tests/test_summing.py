@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
-from jax.flatten_util import ravel_pytree
-from small import MODELS, params_of
+from small import MODELS, epsilons_of, params_of
 
+from esjax import core
 from esjax.activation import Estimate
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.es import init_state
 from esjax.models import build_model
-from esjax.noise import make_space, pair_seeds, stream_seed
 from esjax.replica import Replica
 from esjax.summing import Chunk, make_sum_of_activations
 from esjax.sums import LARGEST, TAIL, conclude, steps_per_nat
@@ -98,8 +98,7 @@ def test_later_steps_weigh_by_the_spread_of_the_step_before() -> None:
     model = build_model(CONFIG.model, vocabulary)
     host = Replica(CONFIG, model, stream, mesh_of(2))
     reference = Replica(replace(CONFIG, es=replace(CONFIG.es, exchange="losses")), model, stream, mesh_of(2))
-    space = make_space(model, host.state.params, space="low_rank", noise="rademacher", sigma=0.2, rank=1)
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.int32), host.state.params))
+    noise = core.low_rank(0.2, units=model.unit)
     deviation = 0.0
     for step in range(3):
         reference.state = host.state
@@ -109,9 +108,10 @@ def test_later_steps_weigh_by_the_spread_of_the_step_before() -> None:
         if step:
             np.testing.assert_allclose(host.state.spread, deviation, rtol=1e-3)
             exact = np.clip(16 * differences / deviation, -127, 127)
-            noise = space.sample(pair_seeds(stream_seed(4, 0), step, jnp.arange(200)))
-            got = np.asarray(unravel(jnp.asarray(total[:-TAIL])).start, np.float64)
-            expected = np.asarray(noise.start, np.float64) @ exact
+            seeds = pair_seeds(stream_seed(4, 0), step, jnp.arange(200))
+            epsilon, *_ = epsilons_of(noise, host.state.params, seeds)  # of the start, the first leaf
+            got = total[: len(epsilon)].astype(np.float64)
+            expected = epsilon @ exact
             # Each of 200 weights is rounded by 1/2 at most; noise is ±1: errors of a deviation below 200^½ / 3.
             np.testing.assert_allclose(got, expected, atol=5 * 200**0.5 / 3)
             assert np.abs(expected).max() > 200

@@ -329,7 +329,7 @@ def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
     """Reference: the loss asks for a start state of 2s alone, which has a known minimum."""
     run = train(
         replace(config, steps=60, optim=OptimConfig(learning_rate=0.1)),
-        model=lambda vocab_size: gru(vocab_size, 3, 5)._replace(factored=False),
+        model=lambda vocab_size: gru(vocab_size, 3, 5),
         loss=lambda member, tokens, key: jnp.sum((member.params.start - 2) ** 2),
     )
     list(run)

@@ -40,7 +40,7 @@ def draw_windows(
 
     Args:
         stream: Packed documents, at least `window_length` tokens.
-        seeds: One seed a pair, of the stream of keys `esjax.noise.WINDOWS`.
+        seeds: One seed a pair, of the stream of keys `esjax.streams.WINDOWS`.
         sequences: Windows of a pair.
         window_length: Tokens of a window, the burn-in included.
     """

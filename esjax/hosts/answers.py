@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esjax.noise import draw, pair_seeds, stream_seed
+from esjax.core.seeds import pair_seeds, stream_seed
+from esjax.core.signs import draw
 
 NUMBERS = 1000
 """Numbers of noise that are compared."""

@@ -14,7 +14,6 @@ import jax
 import optax
 
 from esjax.errors import EsjaxError
-from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
 from esjax.hosts.client_transport import ClientTransport
@@ -25,6 +24,7 @@ from esjax.hosts.sockets import Limits
 from esjax.hosts.tasks import Failed, Result, Task
 from esjax.hosts.worker import Worker
 from esjax.interrupts import stop_on_signals
+from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 

@@ -19,7 +19,6 @@ from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
-from esjax.evaluate import Loss
 from esjax.hosts import wire
 from esjax.hosts.address import is_loopback
 from esjax.hosts.answers import noise_answers
@@ -33,6 +32,7 @@ from esjax.hosts.sockets import new_keypair
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
+from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.replica import Replica
@@ -368,6 +368,7 @@ def resume_serving(
         EsjaxError: It is no run folder, its text has changed, or a part of its own is missing.
     """
     folder = RunFolder(Path(path))
+    folder.check_goes_on()
     own = Own(model, loss, reward, optimizer)
     folder.check_own(own.names(), "esjax.resume_serving")
     listen = _Listen(bind, keys, plain_text_anywhere)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from esjax.config import Config
-from esjax.fitness import LARGEST_LOSS, shape
+from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.hosts import wire
 from esjax.hosts.effects import Closed, Effect, Publish, Record, Tell, Terms
 from esjax.hosts.roster import Host, Roster, speeds_of
@@ -235,7 +235,8 @@ class Steps:
             scale, loss, void_pairs, trouble = conclude(total, pairs, self._terms.scale)
         else:
             windows = wire.pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
-            total, scale, void_pairs, trouble = shape(result, es.shaping, es.sigma, windows)
+            shaped = shape(result, es.shaping, sigma=es.sigma, examples=windows)
+            total, scale, void_pairs, trouble = *shaped, shaped.trouble
             finite = result[np.abs(result) < LARGEST_LOSS] if void_pairs else result
             loss = float(finite.mean()) if finite.size else None
         header = wire.UpdateHeader(

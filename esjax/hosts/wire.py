@@ -15,7 +15,7 @@ from jaxtyping import Float32, Int, Int32, UInt32
 
 from esjax.sums import TAIL
 
-VERSION = 2
+VERSION = 3
 """Version of the protocol: hosts of another one are refused."""
 
 MARK = b"\xe5j"
@@ -489,7 +489,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     Attributes:
         step: Whose losses it follows from.
         spans: Pairs that were scored, in the order of their weights.
-        scale: Factor of the sum, see `esjax.fitness.Shaped`.
+        scale: Factor of the sum, see `esjax.core.Shaped`.
         applied: False for a step that was found void: it is counted, and changes nothing.
         loss: Mean of the finite losses; None: there is none.
         void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.

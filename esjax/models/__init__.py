@@ -4,8 +4,9 @@ from esjax.config import ModelConfig, RnnConfig
 from esjax.models.gru import gru
 from esjax.models.model import Model
 from esjax.models.rnn import rnn
+from esjax.models.sequence import sequence_model
 
-__all__ = ["Model", "build_model", "gru", "rnn"]
+__all__ = ["Model", "build_model", "gru", "rnn", "sequence_model"]
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> Model:

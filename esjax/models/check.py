@@ -1,5 +1,6 @@
 """Sees that a model of one's own keeps the contract, before anything is computed with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,7 +62,21 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
                 f"consume of {name} returns {_described(after)}, and initial_state {_described(state)}; a state must "
                 "keep its form, shapes and types"
             )
+    if model.logits is not None:
+        _check_logits(name, shapes, params, model.context, vocab_size)
     return model
+
+
+def _check_logits(name: str, shapes: Callable[..., Any], params: Params, context: int, vocab_size: int) -> None:
+    if context < 1:
+        raise EsjaxError(f"context of {name} is {context}; name the tokens that its logits take at most, 1 or more")
+    logits = shapes("logits", params, jax.ShapeDtypeStruct((context,), jnp.int32))
+    is_array = isinstance(logits, jax.ShapeDtypeStruct) and jnp.issubdtype(logits.dtype, jnp.floating)
+    if not (is_array and logits.shape == (context, vocab_size)):
+        raise EsjaxError(
+            f"logits of {name} returns {_described(logits)} for {context} tokens; it must return a float logit for "
+            f"each token and each of the {vocab_size} token ids, float32[{context}, {vocab_size}]"
+        )
 
 
 def check_float32(params: Params) -> None:

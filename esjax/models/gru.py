@@ -8,14 +8,14 @@ With x = E[token] of width 3D split in three, and y = h U + b split likewise:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from esjax.models.layers import Affine, affine
 from esjax.models.model import Logits, Model, Tap, Token, untouched
-from esjax.models.primitives import Affine, AffineLike, Matrix, Vector, affine, lookup
 
 BIAS_UNIT = 0.3
 """Unit of the biases: with 1, their perturbations drown those of the matrices."""
@@ -27,15 +27,15 @@ FIRST_LOGITS = 0.1
 class GruParams(NamedTuple):
     """All weights."""
 
-    start: Vector
+    start: Any
     """State at the start of a document, [hidden]."""
-    embedding: Matrix
+    embedding: Any
     """E, [vocabulary, 3 hidden]."""
-    recurrent: AffineLike
+    recurrent: Affine
     """U [hidden, 3 hidden] and b."""
-    head_hidden: AffineLike
+    head_hidden: Affine
     """W1 [hidden, head] and b1."""
-    head_output: AffineLike
+    head_output: Affine
     """W2 [head, vocabulary] and b2."""
 
 
@@ -79,10 +79,10 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
     def consume(
         params: GruParams, state: Float[Array, " hidden"], token: Token, tap: Tap = untouched
     ) -> Float[Array, " hidden"]:
-        x_reset, x_update, x_new = jnp.split(lookup(params.embedding, token), 3)
+        x_reset, x_update, x_new = jnp.split(params.embedding[token], 3)
         y_reset, y_update, y_new = jnp.split(affine(state, params.recurrent), 3)
         reset = jax.nn.sigmoid(tap("reset", x_reset + y_reset))
         update = jax.nn.sigmoid(tap("update", x_update + y_update))
         return update * state + (1 - update) * jnp.tanh(tap("new", x_new + reset * y_new))
 
-    return Model(init, initial_state, predict, consume, unit=unit, factored=True, tapped=True)
+    return Model(init, initial_state, predict, consume, unit=unit, tapped=True)

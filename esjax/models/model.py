@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import Array, Float, Int, Key
+
+from esjax.core.units import initial_units
 
 Params = Any
 """A pytree of float32 arrays."""
@@ -28,7 +29,8 @@ class Model(NamedTuple):
     """Pure functions for one sequence; batches and populations are made outside, by `jax.vmap`.
 
     A prediction is read from the state *before* the token it predicts is consumed. Keeping `predict` and
-    `consume` apart makes it impossible for a model to see the token it is scored on.
+    `consume` apart makes it impossible for a model to see the token it is scored on. A model that is made to read whole
+    sequences gives `logits` as well, and is scored by it; `esjax.models.sequence_model` makes the rest from it.
 
     Attributes:
         init: `(key) -> params`.
@@ -37,13 +39,13 @@ class Model(NamedTuple):
         consume: `(params, state, token) -> state` after the token.
         unit: A pytree like `params` of positive floats: the size of a typical entry of each leaf. Perturbations
             and updates are multiples of it, so that sigma and the learning rate mean the same for every leaf and
-            for every width. None: 1 everywhere.
-        factored: Whether every matrix is used through `esjax.models.primitives` alone, and every `Affine` through its
-            `affine`, so that low-rank perturbations need never be added to it. When in doubt, False: slower, never
-            wrong.
+            for every width. None: from the first parameters, see `esjax.core.initial_units`.
         tapped: Whether `predict` and `consume` take one argument more, `tap: Tap = untouched`, and call it on each
             pre-activation, under a name of its own, before anything else uses it. Needed for `es.space activation`
             alone; there, a parameter is trained if it has a part in some pre-activation.
+        logits: `(params, tokens) -> logits` of whole sequences, [length] to [length, vocabulary]: row i predicts the
+            token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
+        context: Tokens that `logits` takes at most. Longer texts are scored in overlapping pieces.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -51,12 +53,13 @@ class Model(NamedTuple):
     predict: Callable[..., Logits]
     consume: Callable[..., State]
     unit: Params | None = None
-    factored: bool = False
     tapped: bool = False
+    logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
+    context: int = 0
 
-    def units(self, params: Params) -> Params:
-        """Return the unit of each leaf, 1 where the model names none."""
-        return jax.tree.map(lambda _: 1.0, params) if self.unit is None else self.unit
+    def units(self, first: Params) -> Params:
+        """Return the unit of each leaf: the model's own, or those of the first parameters."""
+        return initial_units(first) if self.unit is None else self.unit
 
     def step(self, params: Params, state: State, token: Token) -> tuple[State, Logits]:
         """Predict one token, then consume it.

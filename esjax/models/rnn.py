@@ -9,14 +9,14 @@ and s0, the state at the start of a document, is learned.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from esjax.models.layers import matmul
 from esjax.models.model import Logits, Model, Tap, Token, untouched
-from esjax.models.primitives import Matrix, Vector, lookup, matmul
 
 HEAD_WIDTH = 4
 """Width of the head's hidden layer, in widths of the state."""
@@ -31,21 +31,21 @@ FIRST_LOGITS = 0.1
 class Layer(NamedTuple):
     """One update of the state."""
 
-    recurrent: Matrix
+    recurrent: Any
     """U_i, [hidden, hidden]."""
-    embedding: Matrix
+    embedding: Any
     """E_i, [vocabulary, hidden]."""
 
 
 class RnnParams(NamedTuple):
     """All weights, in the order of the original's weight file."""
 
-    start: Vector
+    start: Any
     """s0, [hidden]."""
     layers: tuple[Layer, ...]
-    head_hidden: Matrix
+    head_hidden: Any
     """W1, [hidden, 4 hidden]."""
-    head_output: Matrix
+    head_output: Any
     """W2, [4 hidden, vocabulary]."""
 
 
@@ -86,11 +86,11 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
         params: RnnParams, state: Float[Array, " hidden"], token: Token, tap: Tap = untouched
     ) -> Float[Array, " hidden"]:
         for i, layer in enumerate(params.layers):
-            change = matmul(state, layer.recurrent) * lookup(layer.embedding, token)
+            change = matmul(state, layer.recurrent) * layer.embedding[token]
             state = jnp.tanh(tap(f"state_{i}", state + change))
         return state
 
-    return Model(init, initial_state, predict, consume, unit=unit, factored=True, tapped=True)
+    return Model(init, initial_state, predict, consume, unit=unit, tapped=True)
 
 
 def _init_layer(key: Key[Array, ""], vocab_size: int, is_constant: Bool[Array, " hidden"]) -> Layer:

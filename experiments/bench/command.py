@@ -42,6 +42,7 @@ class Bench:
     scale_free: settings.ScaleFree = field(default_factory=settings.ScaleFree)
     scaling: settings.Scaling = field(default_factory=settings.Scaling)
     activation: settings.Activation = field(default_factory=settings.Activation)
+    frameworks: settings.Frameworks = field(default_factory=settings.Frameworks)
     exchange: settings.Exchange = field(default_factory=settings.Exchange)
     cosines: settings.Cosines = field(default_factory=settings.Cosines)
     execution: settings.Execution = field(default_factory=settings.Execution)

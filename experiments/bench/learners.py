@@ -15,18 +15,19 @@ from jaxtyping import Array, Int
 
 from bench.rivals import evosax_open_es
 from esjax.config import Config, replace
+from esjax.core import Noise, evaluate, pair_seeds, shape
+from esjax.core.population import PAIRS_AXIS
+from esjax.core.seeds import PERTURBATIONS, stream_seed
 from esjax.data.corpus import Corpus
 from esjax.data.packing import draw_windows
 from esjax.devices import local_mesh
-from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_evaluate
-from esjax.fitness import shape
-from esjax.member import Member
+from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import Model, build_model
 from esjax.models.model import Params
-from esjax.noise import INIT, PERTURBATIONS, WINDOWS, make_space, pair_seeds, stream_seed
 from esjax.optimizer import make_optimizer
 from esjax.own import Own
 from esjax.replica import Replica
+from esjax.streams import INIT, WINDOWS
 from esjax.trained import Trained
 from esjax.training import Trainer
 
@@ -42,7 +43,7 @@ class Learner(NamedTuple):
     """A run that may be stopped and looked at after any step.
 
     Attributes:
-        step: `(done) -> tokens` takes a step, or a few, waits for it, and tells the (member-)tokens that it read;
+        step: `(done) -> tokens` takes a step, or a few, waits for it, and returns how many (member-)tokens it read;
             `done` is the part of the run that is over, for schedules that need an end.
         params: Gives the weights to evaluate.
     """
@@ -226,20 +227,22 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
             those that share its window, which else would count how hard the window is; of all, if it has one alone.
         pairs_a_window: Pairs (or members, unpaired) that share a window.
     """
-    model, params, _, mesh, windows_of = _set(config, corpus)
+    model, _, _, mesh, windows_of = _set(config, corpus)
     es, data = config.es, config.data
-    space = make_space(model, params, space=es.space, noise=es.noise, sigma=es.sigma, rank=es.rank)  # type: ignore[arg-type]
     count = es.pairs if paired else es.population_size
     chosen = replace(config, es=replace(es, population_size=2 * count, exchange="losses"))
     replica = Replica(chosen, model, None, mesh)
-    evaluate = make_evaluate(model, space, cross_entropy(data.burn_in), mesh, replica.chunk_pairs)
+    rank = es.rank if es.space == "low_rank" else 0
+    noise = Noise(es.sigma, rank, gaussian=es.noise == "gaussian", units=replica.units)
+    loss = over_sequences(model, cross_entropy(data.burn_in))
+    score = evaluate(loss, noise, mesh=mesh, chunk_pairs=replica.chunk_pairs)
     of_noise = stream_seed(config.seed, PERTURBATIONS)
 
     @jax.jit
     def losses_of(params: Params, number: Array) -> Array:
         pairs = jnp.arange(count, dtype=jnp.uint32)
         windows = windows_of(number, pairs // pairs_a_window, data.batch_size)
-        return evaluate(params, pair_seeds(of_noise, number, pairs), windows)
+        return score(params, pair_seeds(of_noise, number, pairs), windows)
 
     def step(_: float) -> int:
         losses = np.array(losses_of(replica.state.params, replica.state.step))

@@ -83,7 +83,7 @@ def _order(names: list[str], number: int) -> list[str]:
 def fastest(candidates: Mapping[str, Candidate], seconds: float = 60.0, rounds: int = 3) -> str:
     """Name the fastest of a few candidates, so that a rival is measured at its best setting.
 
-    One call of each tells which few may be the fastest; of these the median over some rounds decides.
+    One call of each finds the few that may be the fastest; of these the median over some rounds decides.
 
     Args:
         candidates: By name, the most promising first.

@@ -6,7 +6,7 @@ from jax.sharding import AxisType, Mesh
 
 from bench.measure import Candidate
 from esjax.config import Config
-from esjax.evaluate import PAIRS_AXIS
+from esjax.core.population import PAIRS_AXIS
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine
 from esjax.models import build_model

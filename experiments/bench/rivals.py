@@ -18,12 +18,14 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.config import Precision
+from esjax.core.interpreter import interpret
+from esjax.core.noise import round_products
+from esjax.core.perturbed import PerturbedArray
+from esjax.core.population import PAIRS_AXIS
 from esjax.errors import EsjaxError
-from esjax.evaluate import PAIRS_AXIS
-from esjax.member import Member
+from esjax.member import cross_entropy, over_sequences
+from esjax.models.layers import HIGHEST, Affine
 from esjax.models.model import Model, Params
-from esjax.models.primitives import Affine, round_matrices
-from esjax.noise import Factors, Noise, make_space
 from esjax.tokens import STOP
 
 WEIGHED = 512
@@ -48,9 +50,10 @@ def forward(
     model: Model, mesh: Mesh, burn_in: int, at_once: int
 ) -> Callable[[Params, Int[Array, "sequences length"]], Array]:
     """Make a plain forward pass: the loss of one set of weights on many sequences. Jit it."""
+    loss = _loss(model, burn_in)
 
     def total(params: Params, tokens: Int[Array, "sequences length"]) -> Float[Array, " sequences"]:
-        return _spread_out(mesh, lambda window: Member(model, params).cross_entropy(window, burn_in), tokens, at_once)
+        return spread_out(mesh, lambda window: loss(params, window[None]), tokens, at_once)
 
     return total
 
@@ -76,7 +79,7 @@ def evosax_open_es(
     except ImportError:
         raise EsjaxError("the rival evosax is not installed: pip install 'esjax[bench]'") from None
     example = model.init(jax.random.key(0))
-    units = model.units(example)
+    units, loss = model.units(example), _loss(model, burn_in)
     strategy = Open_ES(population, example, optimizer=optimizer, std_schedule=optax.constant_schedule(sigma))
 
     def init(params: Params) -> Any:
@@ -90,9 +93,9 @@ def evosax_open_es(
         members, state = strategy.ask(key, state, strategy.default_params)
 
         def member_loss(solution: Params) -> Float[Array, ""]:
-            return _mean_loss(Member(model, round_matrices(to_params(solution), precision)), tokens, burn_in)
+            return loss(jax.tree.map(partial(round_products, precision=precision), to_params(solution)), tokens)
 
-        losses = _spread_out(mesh, member_loss, members, at_once)
+        losses = spread_out(mesh, member_loss, members, at_once)
         return strategy.tell(key, members, losses, state, strategy.default_params)[0]
 
     return Rival(init, step, lambda state: to_params(strategy.get_mean(state)))
@@ -131,37 +134,36 @@ def normal_low_rank(
         precision: Type of what matrix products multiply while members are scored.
     """
     example = model.init(jax.random.key(0))
-    units = model.units(example)
-    space = make_space(model, example, space="low_rank", noise="gaussian", sigma=sigma, rank=rank)
+    units, loss = model.units(example), _loss(model, burn_in)
     signs = jnp.array([1.0, -1.0])
 
-    def draw(key: Key[Array, ""]) -> Noise:
-        def one(node: Array | Affine, key: Key[Array, ""]) -> Array | Factors:
-            matrix = node.matrix if isinstance(node, Affine) else node
-            if matrix.ndim != 2:
-                return jax.random.normal(key, matrix.shape)
-            keys = jax.random.split(key, 3)
-            left, right = (
-                jax.random.normal(key, (rank, size)) for key, size in zip(keys[:2], matrix.shape, strict=True)
-            )
-            return Factors(left, right, jax.random.normal(keys[2], (rank,)) if isinstance(node, Affine) else None)
-
-        nodes, treedef = jax.tree.flatten(example, is_leaf=lambda node: isinstance(node, Affine))
+    def draw(key: Key[Array, ""]) -> _Noise:
+        nodes, treedef = jax.tree.flatten(example, is_leaf=_is_layer)
         keys = jax.random.split(key, len(nodes))
-        return jax.tree.unflatten(treedef, [one(node, key) for node, key in zip(nodes, keys, strict=True)])
+        drawn = [_draw(node, key, rank) for node, key in zip(nodes, keys, strict=True)]
+        return jax.tree.unflatten(treedef, drawn)
 
-    def weigh(noise: Noise, weights: Float[Array, " pairs"]) -> Params:
-        return space.weigh(jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), noise), weights)
+    def perturb(params: Params, noise: _Noise, sign: Float[Array, ""]) -> Params:
+        def member(node: Any, epsilon: Any, unit: Any) -> Any:
+            if not isinstance(epsilon, _Factors):
+                return node + sign * sigma * unit * epsilon
+            matrix, step = (node.matrix, unit.matrix) if isinstance(node, Affine) else (node, unit)
+            left, right, size = epsilon.left[:, None], epsilon.right[None], sign * sigma / math.sqrt(rank)
+            perturbed = PerturbedArray(matrix.astype(precision), left, right, size * step)
+            if epsilon.shift is None:
+                return perturbed
+            return Affine(perturbed, node.bias + size * unit.bias * (epsilon.right @ epsilon.shift))
+
+        return jax.tree.map(member, params, noise, units, is_leaf=_is_layer)
 
     def weigh_again(keys: Key[Array, " pairs"], weights: Float[Array, " pairs"]) -> Params:
         size = math.gcd(len(keys) // mesh.size, WEIGHED)
-
         shares, everywhere = PartitionSpec(PAIRS_AXIS), PartitionSpec()
 
         @partial(jax.shard_map, mesh=mesh, in_specs=shares, out_specs=everywhere, check_vma=False)
         def share(keys: Array, weights: Array) -> Params:
             def add(total: Params, group: tuple[Array, Array]) -> tuple[Params, None]:
-                return jax.tree.map(jnp.add, total, weigh(jax.vmap(draw)(group[0]), group[1])), None
+                return jax.tree.map(jnp.add, total, _weigh(jax.vmap(draw)(group[0]), group[1])), None
 
             zero = jax.tree.map(jnp.zeros_like, example)
             total, _ = jax.lax.scan(add, zero, (keys.reshape(-1, size), weights.reshape(-1, size)))
@@ -181,26 +183,70 @@ def normal_low_rank(
             noise, tokens = pair if kept else (draw(pair[0]), pair[1])
 
             def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-                member = Member(model, round_matrices(space.perturb(params, noise, sign), precision))
-                return _mean_loss(member, tokens, burn_in)
+                return loss(perturb(params, noise, sign), tokens)
 
             return jax.vmap(member_loss)(signs)
 
-        losses = _spread_out(mesh, pair_losses, (noise, tokens), at_once)
+        losses = spread_out(mesh, pair_losses, (noise, tokens), at_once)
         difference = losses[:, 0] - losses[:, 1]
         weights = difference / (jnp.sqrt(jnp.mean(difference**2)) + 1e-12)
-        total = weigh(noise, weights) if kept else weigh_again(keys, weights)
-        updates, opt_state = optimizer.update(space.mean(total, jnp.float32(1 / pairs)), opt_state, params)
+        total = _weigh(noise, weights) if kept else weigh_again(keys, weights)
+        mean = jax.tree.map(lambda leaf: leaf / pairs, total)
+        updates, opt_state = optimizer.update(mean, opt_state, params)
         return jax.tree.map(lambda leaf, unit, update: leaf + unit * update, params, units, updates), opt_state
 
     return Rival(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
 
 
-def _mean_loss(member: Member, tokens: Int[Array, "sequences length"], burn_in: int) -> Float[Array, ""]:
-    return jnp.mean(jax.vmap(lambda sequence: member.cross_entropy(sequence, burn_in))(tokens))
+class _Factors(NamedTuple):
+    """Noise of a matrix, before the division by √rank."""
+
+    left: Float[Array, "*pairs rows rank"]
+    right: Float[Array, "*pairs columns rank"]
+    shift: Float[Array, "*pairs rank"] | None
+    """Where it has a bias, which is one more row of it."""
 
 
-def _spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_once: int) -> Array:
+_Noise = Any
+"""A pytree like the parameters; in place of each matrix, or layer, `_Factors`. Pairs come first."""
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, Affine)
+
+
+def _draw(node: Any, key: Key[Array, ""], rank: int) -> Array | _Factors:
+    """Draw the noise of a leaf, or of a layer."""
+    matrix = node.matrix if isinstance(node, Affine) else node
+    if matrix.ndim != 2:
+        return jax.random.normal(key, matrix.shape)
+    keys = jax.random.split(key, 3)
+    left, right = (jax.random.normal(key, (size, rank)) for key, size in zip(keys[:2], matrix.shape, strict=True))
+    return _Factors(left, right, jax.random.normal(keys[2], (rank,)) if isinstance(node, Affine) else None)
+
+
+def _weigh(noise: _Noise, weights: Float[Array, " pairs"]) -> Params:
+    """Sum weight * noise over pairs."""
+
+    def total(epsilon: Array | _Factors) -> Array | Affine:
+        if not isinstance(epsilon, _Factors):
+            return jnp.tensordot(weights, epsilon, 1, precision=HIGHEST)
+        right = epsilon.right * (weights / math.sqrt(epsilon.right.shape[-1]))[:, None, None]
+        matrix = jnp.einsum("kmr,knr->mn", epsilon.left, right, precision=HIGHEST)
+        if epsilon.shift is None:
+            return matrix
+        return Affine(matrix, jnp.einsum("kr,knr->n", epsilon.shift, right, precision=HIGHEST))
+
+    return jax.tree.map(total, noise, is_leaf=lambda node: isinstance(node, _Factors))
+
+
+def _loss(model: Model, burn_in: int) -> Callable[[Params, Int[Array, "sequences length"]], Float[Array, ""]]:
+    """Make the mean loss over some sequences, of weights that may be perturbed or rounded."""
+    loss, key = over_sequences(model, cross_entropy(burn_in)), jax.random.key(0)
+    return interpret(lambda params, tokens: loss(params, tokens, key))
+
+
+def spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_once: int) -> Array:
     """Map over the first axis, a share for each device, so many at a time."""
     axis = PartitionSpec(PAIRS_AXIS)
 

@@ -138,7 +138,7 @@ class Learning(Section):
     """Windows of a step that all members of evosax score: numbers that are tried, the usual one first."""
 
     at_once: int = 256
-    """Sequences that a device has at a time for evosax, over all members; `bench throughput` tells the best."""
+    """Sequences that a device has at a time for evosax, over all members; `bench throughput` finds the best."""
 
     batches: tuple[int, ...] = (256, 64, 1024)
     """Windows of a step of backpropagation: numbers that are tried, the usual one first."""
@@ -228,6 +228,31 @@ class Activation(Section):
 
     at_once: tuple[int, ...] = (512, 256, 1024, 128, 2048)
     """Sequences that a device has at a time in the forward pass, of which the fastest counts."""
+
+    rounds: int = 9
+    """Turns."""
+
+
+class Frameworks(Section):
+    """Unmodified models of flax and equinox against their own plain forward pass."""
+
+    models: tuple[str, ...] = (
+        "linen GRU",
+        "equinox GRU",
+        "nnx transformer",
+        "linen attention, tied embedding",
+        "linen blocks, stacked",
+    )
+    """Which ones."""
+
+    pairs: int = 2048
+    """Pairs of an evaluation."""
+
+    window: int = 32
+    """Tokens that each member is scored on."""
+
+    at_once: tuple[int, ...] = (128, 64, 256, 32)
+    """Pairs that a device has at a time, or twice as many sequences in the forward pass; the fastest counts."""
 
     rounds: int = 9
     """Turns."""
@@ -378,6 +403,7 @@ SHORT: dict[str, Any] = {
     "scale_free": ScaleFree(scaled=("batch",), tokens=4096, seeds=1, population=64, hidden=4, text=PYDOC),
     "scaling": Scaling(population=64, populations=(64, 128), windows=(), widths=(8,), rounds=1),
     "activation": Activation(widths=(8,), population=64, at_once=(64,), rounds=1),
+    "frameworks": Frameworks(pairs=4, window=3, at_once=(2,), rounds=1),
     "exchange": Exchange(populations=(64,), hosts=(1,), hidden=8, rounds=1),
     "cosines": Cosines(
         steps=2, population=64, populations=(64,), spaces=("low_rank", "activation"), repeats=2, hidden=4, text=PYDOC

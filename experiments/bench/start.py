@@ -59,7 +59,7 @@ def _finish(command: list[str]) -> None:
 
 
 def _first_line(command: list[str], cache: Path) -> None:
-    """Train until a line tells of a step, with compiled programs kept in `cache`."""
+    """Train until a line shows a step, with compiled programs kept in `cache`."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,9 +23,10 @@ from bench.report import Report, Row, told
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
+from esjax.core.noise import round_products
 from esjax.devices import local_mesh
 from esjax.models import build_model
-from esjax.models.primitives import HIGHEST, round_matrices
+from esjax.models.layers import HIGHEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,7 +176,7 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
     shared: dict[str, Any] = {"burn_in": burn_in, "sigma": es.sigma, "optimizer": optax.adam(0.01)}
     precisions: tuple[tuple[str, Precision], ...] = ("", "float32"), ("bfloat16 ", "bfloat16")
     for prefix, precision in precisions:
-        weights = round_matrices(params, precision)
+        weights = jax.tree.map(partial(round_products, precision=precision), params)
         for at_once in settings.at_once or FORWARD_AT_ONCE[not _on_cpu()]:
             pass_ = jax.jit(forward(model, mesh, burn_in, at_once))
             candidates[f"{prefix}forward: {at_once}"] = Candidate(partial(pass_, weights, tokens), work)

@@ -1,5 +1,6 @@
 """The population's losses: the same however they are computed."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,28 +9,31 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
-from small import MODELS, PAIRS, params_of, seeds_of, space_of, tokens_of
+from small import MODELS, PAIRS, dense_member, epsilons_of, noise_of, params_of, seeds_of, tokens_of
 
+from esjax import core
 from esjax.config import GruConfig, Precision
-from esjax.evaluate import PAIRS_AXIS, cross_entropy, make_deal, make_evaluate
-from esjax.member import Member
+from esjax.core.interpreter import interpret
+from esjax.core.population import PAIRS_AXIS, deal
+from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import Model, build_model
-from esjax.models.primitives import round_matrices
 
 LOSS = cross_entropy(burn_in=1)
 
 
 def evaluate(
     model: Model,
-    devices: int = 1,
+    devices: int | None = 1,
     chunk_pairs: int = 64,
     pairs: int = PAIRS,
     precision: Precision = "float32",
     **settings: Any,
 ) -> Array:
-    space = space_of(model, **settings)
-    run = jax.jit(make_evaluate(model, space, LOSS, mesh_of(devices), chunk_pairs, precision))
-    return run(params_of(model), seeds_of(pairs), tokens_of(pairs))
+    """Score a population. None for the devices: without a mesh."""
+    mesh = None if devices is None else mesh_of(devices)
+    noise = noise_of(model, **settings)
+    run = core.evaluate(over_sequences(model, LOSS), noise, mesh=mesh, chunk_pairs=chunk_pairs, precision=precision)
+    return jax.jit(run)(params_of(model), seeds_of(pairs), tokens_of(pairs))
 
 
 SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 2)]
@@ -51,14 +55,16 @@ def test_in_bfloat16_it_is_a_loop_over_members_of_rounded_matrices(name: str, sp
 def check_loop(name: str, precision: Precision, **settings: Any) -> None:
     """Reference: one member, one sequence at a time, without vmap."""
     model = MODELS[name]
-    chosen = space_of(model, **settings)
     losses = evaluate(model, precision=precision, **settings)
     params, seeds, tokens = params_of(model), seeds_of(), tokens_of()
+    layout = noise_of(model, **settings).lay_out(params)
+
+    def score(params: Any, sequence: Array) -> Array:
+        return Member(model, params).cross_entropy(sequence, burn_in=1)
 
     @jax.jit
     def loss_of(seed: Array, sign: Array, sequence: Array) -> Array:
-        member = Member(model, round_matrices(chosen.perturb(params, chosen.sample(seed), sign), precision))
-        return member.cross_entropy(sequence, burn_in=1)
+        return interpret(score)(layout.member(params, seed, sign, precision), sequence)
 
     for pair in range(PAIRS):
         for side, sign in enumerate([1.0, -1.0]):
@@ -82,19 +88,27 @@ def test_bfloat16_changes_losses_and_hardly_their_order(name: str, space: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rank", [1, 2])
-def test_low_rank_members_are_those_of_the_added_up_matrices(name: str, rank: int) -> None:
-    factored = evaluate(MODELS[name], rank=rank)
-    added_up = evaluate(MODELS[name]._replace(factored=False), rank=rank)
-    np.testing.assert_allclose(factored, added_up, rtol=1e-5)
+@pytest.mark.parametrize(("space", "rank"), SPACES)
+def test_members_are_those_of_the_added_up_matrices(name: str, space: str, rank: int) -> None:
+    """Reference: the model with plain arrays, params + sign * sigma * unit * ε, which nothing interprets."""
+    model = MODELS[name]
+    noise, params = noise_of(model, space=space, rank=rank), params_of(model)
+
+    def loss_of(seed: Array, tokens: Array, sign: Array) -> Array:
+        member = Member(model, dense_member(noise, params, seed, sign))
+        return jnp.mean(jax.vmap(partial(member.cross_entropy, burn_in=1))(tokens))
+
+    of_pairs = jax.vmap(jax.vmap(loss_of, in_axes=(None, None, 0)), in_axes=(0, 0, None))
+    added_up = jax.jit(of_pairs)(seeds_of(), tokens_of(), jnp.array([1.0, -1.0]))
+    np.testing.assert_allclose(evaluate(model, space=space, rank=rank), added_up, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("space", ["full", "low_rank"])
 def test_one_device_is_two_is_four_bit_for_bit(name: str, space: str) -> None:
     one = evaluate(MODELS[name], devices=1, chunk_pairs=3, space=space)
-    np.testing.assert_array_equal(one, evaluate(MODELS[name], devices=2, chunk_pairs=3, space=space))
-    np.testing.assert_array_equal(one, evaluate(MODELS[name], devices=4, chunk_pairs=3, space=space))
+    for devices in (2, 4, None):
+        np.testing.assert_array_equal(one, evaluate(MODELS[name], devices=devices, chunk_pairs=3, space=space))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -116,10 +130,10 @@ def test_the_chunk_size_changes_no_more_than_the_last_bits(name: str, chunk_pair
 
 @pytest.mark.parametrize("pairs", [1, 5, 11])
 def test_any_number_of_pairs_fits_any_number_of_devices(pairs: int) -> None:
-    whole = evaluate(MODELS["gru"], chunk_pairs=2)
-    part = jax.jit(make_evaluate(MODELS["gru"], space_of(MODELS["gru"]), LOSS, mesh_of(4), 2))(
-        params_of(MODELS["gru"]), seeds_of()[:pairs], tokens_of()[:pairs]
-    )
+    model = MODELS["gru"]
+    whole = evaluate(model, chunk_pairs=2)
+    run = core.evaluate(over_sequences(model, LOSS), noise_of(model), mesh=mesh_of(4), chunk_pairs=2)
+    part = jax.jit(run)(params_of(model), seeds_of()[:pairs], tokens_of()[:pairs])
     np.testing.assert_array_equal(whole[:pairs], part)
 
 
@@ -132,11 +146,11 @@ def test_both_signs_see_the_same_tokens_and_differ() -> None:
 def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy() -> None:
     """Closed form: the loss 3 * start[0] differs between the signs by 2 * 3 * sigma * unit * ε."""
     model = MODELS["gru"]
-    space = space_of(model, sigma=0.25)
-    run = make_evaluate(model, space, lambda member, tokens, key: 3 * member.params.start[0], mesh_of(1), 8)
-    losses = run(params_of(model), seeds_of(), tokens_of())
-    signs = space.sample(seeds_of()).start[0]
-    np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * signs, rtol=1e-6)
+    noise, params = noise_of(model, sigma=0.25), params_of(model)
+    own = over_sequences(model, lambda member, tokens, key: 3 * member.params.start[0])
+    losses = core.evaluate(own, noise, mesh=mesh_of(1), chunk_pairs=8)(params, seeds_of(), tokens_of())
+    start, *_ = epsilons_of(noise, params, seeds_of())
+    np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * start[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -147,6 +161,6 @@ def test_chunks_are_dealt_to_the_devices_in_turn_each_once(devices: int, count: 
     def mark(chunk: Array, marks: Array, value: Array) -> Array:
         return marks.at[chunk].add(jnp.stack([value, jax.lax.axis_index(PAIRS_AXIS)]))
 
-    marks = jax.jit(make_deal(mesh_of(devices), mark))(jnp.int32(count), jnp.zeros((9, 2), jnp.int32), jnp.int32(7))
+    marks = jax.jit(deal(mesh_of(devices), mark))(jnp.int32(count), jnp.zeros((9, 2), jnp.int32), jnp.int32(7))
     expected = [[7, chunk % devices] if chunk < count else [0, 0] for chunk in range(9)]
     np.testing.assert_array_equal(marks, expected)

@@ -1,0 +1,36 @@
+"""Evolution strategies for any JAX model, unmodified: the whole algorithm, as pure functions.
+
+    noise  = low_rank(sigma=0.1, rank=1)
+    losses = jax.jit(evaluate(loss, noise))             # (params, seeds, batch) -> losses [pairs, 2]
+    seeds  = pair_seeds(seed=0, step=t, pairs=2048)     # uint32 [pairs, 2]
+    shaped = shape(losses(params, seeds, batch))        # a small integer a pair, and one scale
+    grads  = estimate(noise)(params, seeds, shaped)     # a pytree like params
+
+To read it: `seeds`, `units`, `noise`, `population`, `shaping`, `gradient`, in this order; `signs`, `perturbed`,
+`rules` and `interpreter` keep low-rank members from being added up.
+"""
+
+from esjax.core.gradient import estimate, value_and_grad, weigh
+from esjax.core.interpreter import AddedUp
+from esjax.core.noise import Noise, full, low_rank
+from esjax.core.population import evaluate, explain
+from esjax.core.seeds import pair_seeds
+from esjax.core.shaping import Shaped, shape
+from esjax.core.units import in_units, initial_units
+
+__all__ = [
+    "AddedUp",
+    "Noise",
+    "Shaped",
+    "estimate",
+    "evaluate",
+    "explain",
+    "full",
+    "in_units",
+    "initial_units",
+    "low_rank",
+    "pair_seeds",
+    "shape",
+    "value_and_grad",
+    "weigh",
+]

@@ -1,0 +1,156 @@
+"""From weighted seeds to a gradient: every pair's noise is grown again and summed.
+
+The estimate of the gradient is the mean over pairs of (shaped value * ε / unit) (Salimans et al. 2017, "Evolution
+Strategies as a Scalable Alternative to Reinforcement Learning", algorithm 2, with antithetic pairs).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Int8, UInt32
+
+from esjax.core.noise import Noise, Params, Totals
+from esjax.core.population import Loss, check_seeds, deal, evaluate, examples_of
+from esjax.core.seeds import Seed, pair_seeds
+from esjax.core.shaping import Shaped, Shaping, is_finite, shape
+
+WEIGHED_PAIRS = 512
+"""Pairs whose noise a device sums at a time unless told otherwise."""
+
+
+def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = None) -> Callable[..., Totals]:
+    """Make the function that sums weight * ε over pairs.
+
+    Args:
+        noise: How members differ.
+        mesh: Devices that share the pairs. None: one device.
+        chunk_pairs: Pairs whose noise a device sums at a time, at most `Noise.exact_pairs`. None: 512.
+
+    Returns:
+        `(params, seeds, weights, count=None, totals=None) -> totals` adds Σ weight * ε over the first `count` pairs,
+        or all of them, to `totals`: an array for each perturbed leaf. With ±1 noise they are int32 and exact, whatever
+        the chunks, their order and the devices, for at most 2^31 / 127 / rank pairs, 16 million at rank 1.
+    """
+    most = min(chunk_pairs or WEIGHED_PAIRS, noise.exact_pairs)
+
+    def weigh_pairs(
+        params: Params,
+        seeds: UInt32[Array, "pairs 2"],
+        weights: Int8[Array, " pairs *halves"],
+        count: Int[Array, ""] | int | None = None,
+        totals: Totals | None = None,
+    ) -> Totals:
+        layout = noise.lay_out(params)
+        check_seeds(seeds)
+        halves = (2,) if noise.split else ()
+        if weights.shape != (len(seeds), *halves):
+            raise ValueError(
+                f"weights must be of shape {[len(seeds), *halves]} for {len(seeds)} "
+                f"{'split' if noise.split else 'antithetic'} pairs, got {list(weights.shape)}"
+            )
+
+        def add(totals: Totals, seeds: Array, weights: Array) -> Totals:
+            sums = layout.weigh(seeds, weights.astype(jnp.float32))
+            return [total + more.astype(total.dtype) for total, more in zip(totals, sums, strict=True)]
+
+        size = min(most, len(seeds))
+        chunks = -(-len(seeds) // size)
+        before = layout.zeros() if totals is None else totals
+        if chunks == 1 and mesh is None and count is None:
+            return add(before, seeds, weights)
+        missing = chunks * size - len(seeds)
+        in_chunks = jnp.pad(seeds, [(0, missing), (0, 0)]).reshape(chunks, size, 2)
+        of_chunks = jnp.pad(weights, [(0, missing), *[(0, 0)] * len(halves)]).reshape(chunks, size, *halves)
+
+        def add_chunk(chunk: Array, totals: Totals, seeds: Array, weights: Array) -> Totals:
+            return add(totals, seeds[chunk], weights[chunk])
+
+        todo = chunks if count is None else -(-jnp.asarray(count, jnp.int32) // size)
+        added = deal(mesh, add_chunk)(jnp.int32(todo), layout.zeros(), in_chunks, of_chunks)
+        return [one + two for one, two in zip(before, added, strict=True)]
+
+    return weigh_pairs
+
+
+def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = None) -> Callable[..., Params]:
+    """Make the function that estimates the gradient from seeds and shaped weights; jit it.
+
+    Args:
+        noise: How members differ.
+        mesh: Devices that share the pairs. None: one device.
+        chunk_pairs: See `weigh`.
+
+    Returns:
+        `(params, seeds, shaped, count=None, totals=None) -> gradient`, a pytree like `params`: the mean of (shaped
+        value * ε / unit) over the pairs that count. With ±1 noise it is the same to the last bit in any order, on any
+        number of devices. `count` and `totals` are as for `weigh`. Frozen leaves get 0.
+    """
+    weigh_pairs = weigh(noise, mesh=mesh, chunk_pairs=chunk_pairs)
+
+    def gradient(
+        params: Params,
+        seeds: UInt32[Array, "pairs 2"],
+        shaped: Shaped,
+        count: Int[Array, ""] | int | None = None,
+        totals: Totals | None = None,
+    ) -> Params:
+        totals = weigh_pairs(params, seeds, jnp.asarray(shaped.weights), count, totals)
+        return noise.lay_out(params).gradient(totals, jnp.float32(shaped.scale), params)
+
+    return gradient
+
+
+def value_and_grad(
+    loss: Loss,
+    noise: Noise,
+    pairs: int,
+    *,
+    shaping: Shaping = "zscore",
+    batch_axis: Any = 0,
+    mesh: Mesh | None = None,
+    chunk_pairs: int | None = None,
+) -> Callable[..., tuple[Float[Array, ""], Params]]:
+    """Make a function that takes the place of `jax.value_and_grad(loss)`, with no backpropagation; jit it.
+
+    Args:
+        loss: See `evaluate`.
+        noise: How members differ.
+        pairs: Pairs of members, at least 1.
+        shaping: See `shape`. By default the gradient has a size of its own, which Adam takes no notice of; `raw` makes
+            it an unbiased estimate of the gradient of the smoothed loss, for rules such as plain SGD.
+        batch_axis: See `evaluate`; None: `batch` is one example for all pairs.
+        mesh: Devices that share the pairs. None: one device.
+        chunk_pairs: Pairs that a device evaluates at a time, see `evaluate`.
+
+    Returns:
+        `(params, seed, batch) -> (value, gradient)`. `seed` names the noise and differs in every step: an integer or a
+        key of JAX, which may be traced. `value` is the mean loss of the members that count, float32, NaN if there is
+        none; `gradient` is a pytree like `params`, 0 where more than half the losses are not finite. The same as
+        `pair_seeds(seed, 0, pairs)`, `evaluate`, `shape` and `estimate` one after another.
+
+    Raises:
+        ValueError: `pairs` is below 1.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+    losses_of = evaluate(loss, noise, batch_axis=batch_axis, mesh=mesh, chunk_pairs=chunk_pairs)
+    gradient_of = estimate(noise, mesh=mesh)
+
+    def value_and_gradient(params: Params, seed: Seed, batch: Any = None) -> tuple[Float[Array, ""], Params]:
+        seeds = pair_seeds(seed, 0, pairs)
+        losses = losses_of(params, seeds, batch)
+        finite = is_finite(losses)
+        value = jnp.sum(jnp.where(finite[:, None], losses, 0)) / (2 * jnp.sum(finite.astype(jnp.float32)))
+        examples = jnp.arange(pairs) // _pairs_an_example(batch, batch_axis, pairs) if noise.split else None
+        shaped = shape(losses, shaping, sigma=noise.sigma, examples=examples)
+        return value, gradient_of(params, seeds, shaped)
+
+    return value_and_gradient
+
+
+def _pairs_an_example(batch: Any, batch_axis: Any, pairs: int) -> int:
+    """Return how many neighbouring pairs share an example."""
+    groups, axes = examples_of(batch, batch_axis, pairs)
+    return pairs // max((group for group, axis in zip(groups, axes, strict=True) if axis is not None), default=1)

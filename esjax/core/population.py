@@ -1,0 +1,248 @@
+"""(params, seeds, batch) -> losses: the only place that makes a population of a model."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt32
+
+from esjax.core.interpreter import AddedUp, interpret
+from esjax.core.noise import Noise, Params, Precision
+from esjax.core.seeds import loss_key, pair_seeds
+
+PAIRS_AXIS = "pairs"
+"""Name of the mesh axis over which a population is spread."""
+
+CPU_PAIRS = 128
+"""Pairs that a CPU evaluates at a time unless told otherwise: the states of so many small networks stay in its
+cache."""
+
+Gathered = TypeVar("Gathered")
+"""A pytree of arrays of one type that can be added up."""
+
+Loss = Callable[..., Float[Array, ""]]
+"""`(params, example) -> loss` or `(params, example, key) -> loss` of one member on one example; lower is better. Both
+members of a pair get the same example and the same key."""
+
+Evaluate = Callable[..., Float[Array, "pairs 2"]]
+"""`(params, seeds, batch) -> losses`."""
+
+
+def evaluate(
+    loss: Loss,
+    noise: Noise,
+    *,
+    batch_axis: Any = 0,
+    mesh: Mesh | None = None,
+    chunk_pairs: int | None = None,
+    precision: Precision = "float32",
+) -> Evaluate:
+    """Make the function that scores both members of every pair; jit it.
+
+    Matrices of low rank are never added up where `loss` uses them in matrix products, look-ups and the like, whatever
+    library it is written with (Sarkar et al. 2025, section 4); `explain` names what is added up.
+
+    Args:
+        loss: Any JAX function `(params, example) -> number`, or `(params, example, key)` with a key that both members
+            of a pair share. `params` is any pytree.
+        noise: How members differ, `low_rank(...)` or `full(...)`.
+        batch_axis: 0: the leaves of `batch` have a leading axis of pairs, or of groups: with a quarter as many entries
+            as pairs, four neighbouring pairs share each. None: one example for all. Or a tuple, dict and so on of
+            these, as `jax.vmap` takes them for one argument.
+        mesh: Devices that share the pairs. None: one device. Where the devices are CPUs, wait for the results of a call
+            before the next (`jax.block_until_ready`): XLA's CPU devices can block each other when they run ahead.
+        chunk_pairs: Pairs that a device evaluates at a time, at least 2. Another number may change the last bit of a
+            loss; another number of devices does not. None: 128 on CPUs, each device's share on accelerators.
+        precision: Type of what is multiplied in products with perturbed matrices.
+
+    Returns:
+        `(params, seeds, batch, count=None) -> losses`, float32 [pairs, 2]: of the members +ε and -ε. `seeds` is uint32
+        [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first `count` pairs are evaluated, in
+        whole chunks; the others get 0.
+
+    The function raises, while it is traced:
+        TypeError: `loss` does not return one number of floating type, or a leaf of the parameters is no array.
+        ValueError: `seeds`, or a leaf of the batch, has another shape.
+    """
+    call = _called(loss)
+    signs = jnp.array([1.0, -1.0])
+
+    def losses(
+        params: Params, seeds: UInt32[Array, "pairs 2"], batch: Any, count: Int[Array, ""] | int | None = None
+    ) -> Float[Array, "pairs 2"]:
+        layout = noise.lay_out(params)
+        check_seeds(seeds)
+        pairs = len(seeds)
+        groups, axes = examples_of(batch, batch_axis, pairs)
+
+        def pair_losses(params: Params, seed: UInt32[Array, "2"], example: Any) -> Float[Array, "2"]:
+            key = loss_key(seed)
+
+            def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
+                return interpret(call)(layout.member(params, seed, sign, precision), example, key)
+
+            return jax.vmap(member_loss)(signs)
+
+        def chunk_losses(
+            numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any
+        ) -> Array:
+            leaves, treedef = jax.tree.flatten(batch)
+            chosen = [
+                leaf if axis is None else leaf[numbers // (pairs // group)]
+                for leaf, axis, group in zip(leaves, axes, groups, strict=True)
+            ]
+            examples = jax.tree.unflatten(treedef, chosen)
+            return jax.vmap(pair_losses, in_axes=(None, 0, jax.tree.unflatten(treedef, axes)))(params, seeds, examples)
+
+        size = min(chunk_pairs or _chunk_pairs(mesh, pairs), pairs)
+        size = max(size, 2)  # XLA drops an axis of 1, and may then sum in another order
+        chunks = -(-pairs // size)
+        if chunks == 1 and mesh is None and count is None and pairs > 1:
+            return chunk_losses(jnp.arange(pairs), seeds, params, batch)
+        padded = jnp.pad(seeds, [(0, chunks * size - pairs), (0, 0)])
+
+        def score(chunk: Array, found: Array, seeds: Array, params: Params, batch: Any) -> Array:
+            numbers = chunk * size + jnp.arange(size)
+            part = chunk_losses(jnp.minimum(numbers, pairs - 1), seeds[numbers], params, batch)
+            return found.at[chunk].set(part)
+
+        todo = chunks if count is None else -(-jnp.asarray(count, jnp.int32) // size)
+        found = deal(mesh, score)(jnp.int32(todo), jnp.zeros((chunks, size, 2)), padded, params, batch)
+        return found.reshape(-1, 2)[:pairs]
+
+    return losses
+
+
+def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[AddedUp]:
+    """List the operations of a loss for which a low-rank member's matrix is added up, because they have no rule.
+
+    The result is right all the same; such an operation costs each member a copy of the matrix. An empty list is best.
+
+    Args:
+        loss: See `evaluate`.
+        noise: How members differ.
+        params: The parameters.
+        example: One example, as `loss` gets it.
+
+    Returns:
+        Operation, leaf and shape of each, once, in the order of the operations.
+    """
+    added_up: list[AddedUp] = []
+    seed, layout = pair_seeds(0, 0, 1)[0], noise.lay_out(params)
+    call = interpret(_called(loss), added_up)
+    jax.eval_shape(
+        lambda params, example: call(layout.member(params, seed, jnp.float32(1)), example, loss_key(seed)),
+        params,
+        example,
+    )
+    return list(dict.fromkeys(added_up))
+
+
+def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gathered]:
+    """Deal chunks of pairs to the devices in turn, and add up what each of them gathers.
+
+    Args:
+        mesh: The devices. None: one.
+        work: `(chunk, gathered, *arguments) -> gathered` adds one chunk, given by its number, to what a device has
+            gathered so far.
+
+    Returns:
+        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced: one
+        program serves for any number. Each device begins with `zeros`.
+    """
+    if mesh is None:
+
+        def alone(count: Int[Array, ""], zeros: Gathered, *arguments: Any) -> Gathered:
+            return jax.lax.fori_loop(0, count, lambda chunk, gathered: work(chunk, gathered, *arguments), zeros)
+
+        return alone
+
+    axes, size = mesh.axis_names, mesh.size
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    def spread(count: Int[Array, ""], zeros: Gathered, *arguments: Any) -> Gathered:
+        device = jax.lax.axis_index(axes)
+        turns = (count - device + size - 1) // size
+
+        def take_turn(turn: Array, gathered: Gathered) -> Gathered:
+            return work(turn * size + device, gathered, *arguments)
+
+        # As one vector: on CPUs each array that is added up by itself is a meeting of all devices.
+        flat, unravel = ravel_pytree(jax.lax.fori_loop(0, turns, take_turn, zeros))
+        return unravel(jax.lax.psum(flat, axes))
+
+    return spread
+
+
+def _chunk_pairs(mesh: Mesh | None, pairs: int) -> int:
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return CPU_PAIRS if platform == "cpu" else -(-pairs // (mesh.size if mesh else 1))
+
+
+def _called(loss: Loss) -> Callable[[Params, Any, Array], Float[Array, ""]]:
+    """Call a loss with or without a key, as it takes it, and see that it returns one number."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    with_key = _takes_key(loss)
+
+    def call(params: Params, example: Any, key: Array) -> Float[Array, ""]:
+        value = loss(params, example, key) if with_key else loss(params, example)
+        is_array = hasattr(value, "dtype")
+        kind = f"{value.dtype}{list(value.shape)}" if is_array else f"a {type(value).__name__}"
+        is_float = jnp.issubdtype(value.dtype, jnp.floating) if is_array else isinstance(value, float)
+        if not is_float or jnp.shape(value):
+            raise TypeError(f"the loss {name} returns {kind}; it must return one number of floating type, float32[]")
+        return jnp.asarray(value, jnp.float32)
+
+    return call
+
+
+def _takes_key(loss: Loss) -> bool:
+    try:
+        parameters = list(inspect.signature(loss).parameters.values())
+    except (TypeError, ValueError):  # nothing is known of some compiled functions
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 2 and (
+        positional[2].default is positional[2].empty or positional[2].name in ("key", "rng")
+    )
+
+
+def check_seeds(seeds: Any) -> None:
+    """Raise ValueError unless seeds are those of pairs."""
+    if jnp.ndim(seeds) != 2 or seeds.shape[1] != 2 or len(seeds) == 0 or seeds.dtype != jnp.uint32:
+        kind = f"{getattr(seeds, 'dtype', type(seeds).__name__)}{list(jnp.shape(seeds))}"
+        raise ValueError(f"seeds must be uint32 [pairs, 2], as esjax.pair_seeds makes them, got {kind}")
+
+
+def examples_of(batch: Any, batch_axis: Any, pairs: int) -> tuple[list[int], list[int | None]]:
+    """Return the number of entries of each leaf of a batch, and its axis of pairs or None."""
+    named, _ = jax.tree_util.tree_flatten_with_path(batch)
+    axes = [axis for axis, below in zip(*_broadcast_prefix(batch_axis, batch), strict=True) for _ in range(below)]
+    groups = []
+    for (path, leaf), axis in zip(named, axes, strict=True):
+        if axis is None:
+            groups.append(pairs)
+            continue
+        where = f"leaf {jax.tree_util.keystr(path) or 'of the batch'}".replace("leaf [", "leaf batch[")
+        if axis != 0:
+            raise ValueError(f"batch_axis must be 0 or None for each leaf, got {axis} for {where}")
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] == 0 or pairs % shape[0]:
+            raise ValueError(
+                f"{where} has shape {list(shape)}; its first axis must be the {pairs} pairs, or groups that divide "
+                "them; with batch_axis=None one example serves all pairs"
+            )
+        groups.append(shape[0])
+    return groups, axes
+
+
+def _broadcast_prefix(prefix: Any, tree: Any) -> tuple[list[Any], list[int]]:
+    """Flatten a prefix of a tree: its values, None among them, and the number of leaves below each."""
+    values, treedef = jax.tree.flatten(prefix, is_leaf=lambda value: value is None)
+    below: list[Any] = treedef.flatten_up_to(tree)  # type: ignore[attr-defined]
+    return values, [len(jax.tree.leaves(part)) for part in below]

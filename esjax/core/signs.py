@@ -1,0 +1,94 @@
+"""Random signs: each bit of a word of threefry is a +1 or a -1."""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from esjax.core.seeds import fold
+
+BITS = 32
+"""Bits of a word."""
+
+
+def signs(words: UInt32[Array, "*words"]) -> Float[Array, "*words 32"]:
+    """Make ±1 of the bits of each word, the highest first; a bit that is set is a -1."""
+    return of_highest_bit(words[..., None] << jnp.arange(BITS, dtype=jnp.uint32).reshape(*(1,) * words.ndim, BITS))
+
+
+def of_highest_bit(words: UInt32[Array, "*words"]) -> Float[Array, "*words"]:
+    """Make ±1 of the highest bit of each word, which becomes the sign bit of a 1.0: two operations, no conversion."""
+    highest = words & jnp.uint32(1 << (BITS - 1))
+    return jax.lax.bitcast_convert_type(highest | jnp.uint32(0x3F800000), jnp.float32)
+
+
+def draw_words(seeds: UInt32[Array, "*pairs 2"], bits: int) -> UInt32[Array, " words *pairs"]:
+    """Draw words that hold at least so many random bits from each seed."""
+    blocks = jnp.arange(-(-bits // (2 * BITS)), dtype=jnp.uint32)
+    drawn = fold(seeds[None], blocks.reshape(-1, *(1,) * (seeds.ndim - 1)))
+    return jnp.concatenate([drawn[..., 0], drawn[..., 1]])
+
+
+def draw(
+    kind: Literal["rademacher", "gaussian"], seeds: UInt32[Array, "*pairs 2"], count: int
+) -> Float[Array, " count *pairs"]:
+    """Draw `count` independent numbers of mean 0 and variance 1 from each seed.
+
+    The axis of pairs comes last: unpacking, and a sum over pairs, run along it.
+
+    Args:
+        kind: rademacher: ±1, the same bits on every platform. gaussian: standard normals, whose last bits differ
+            between kinds of processors.
+        seeds: Seeds of pairs.
+        count: Numbers for each seed.
+    """
+    if kind == "gaussian":
+        normal = jnp.vectorize(_normal, excluded={1}, signature="(n)->(m)")
+        return jnp.moveaxis(normal(seeds, count), -1, 0)
+    words = draw_words(seeds, count)
+    shifts = jnp.arange(BITS, dtype=jnp.uint32).reshape(1, -1, *(1,) * (seeds.ndim - 1))
+    return of_highest_bit(words[:, None] << shifts).reshape(-1, *seeds.shape[:-1])[:count]
+
+
+def _normal(seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
+    return jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (count,), jnp.float32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["start", "shape"])
+@dataclass(frozen=True)
+class PackedSigns:
+    """An array of ±1 that is kept as bits, and unpacked wherever it is used.
+
+    An accelerator waits for memory, and a bit takes a 32nd of it; to unpack one in the middle of other work is free
+    there. On CPUs it makes scalar code of that work.
+
+    Attributes:
+        words: Bits, those of other arrays among them.
+        start: Number of the first bit that belongs to this array.
+        shape: Shape of the array.
+    """
+
+    words: UInt32[Array, " words"]
+    start: int = field(default=0)
+    shape: tuple[int, ...] = field(default=())
+
+    def unpack(self) -> Float[Array, "..."]:
+        """Return the array."""
+        bits = signs(self.words).reshape(-1)
+        return bits[self.start : self.start + math.prod(self.shape)].reshape(self.shape)
+
+    def row(self, number: Int[Array, ""]) -> Float[Array, "..."]:
+        """Return the row `number` of the first axis, of shape [1, ...], and read no other bit."""
+        size = math.prod(self.shape[1:])
+        bits = self.start + size * number + jnp.arange(size, dtype=jnp.int32)
+        found = of_highest_bit(self.words[bits // BITS] << (bits % BITS).astype(jnp.uint32))
+        return found.reshape(1, *self.shape[1:])
+
+
+def unpacked(array: Float[Array, "..."] | PackedSigns) -> Float[Array, "..."]:
+    """Return an array that may be packed."""
+    return array.unpack() if isinstance(array, PackedSigns) else array

@@ -1,0 +1,131 @@
+"""Models of flax and equinox as models of a run, unmodified.
+
+Each adapter takes a function that builds a module, and returns what `esjax.train(model=...)` takes. The module maps the
+token ids of one sequence, int32 [length], to logits, float [length, vocabulary], of which row i predicts the token
+after token i; it is causal, and draws nothing at random (no dropout).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from esjax.errors import EsjaxError
+from esjax.models.model import Model, ModelFactory, Params
+from esjax.models.sequence import sequence_model
+
+
+def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
+    """Adapt a module of flax.linen.
+
+    Args:
+        build: `(vocab_size) -> module`.
+        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+
+    Returns:
+        What builds the model of a run. Building raises EsjaxError if the module has other variables than parameters.
+    """
+
+    def factory(vocab_size: int) -> Model:
+        module = build(vocab_size)
+
+        def init(key: Key[Array, ""]) -> Params:
+            variables = module.init(key, jnp.zeros(context, jnp.int32))
+            if set(variables) != {"params"}:
+                raise EsjaxError(
+                    f"the module has the variables {', '.join(sorted(variables))}; only params can be trained, so "
+                    "leave out what keeps other state, such as batch statistics"
+                )
+            return dict(variables)
+
+        return sequence_model(init, module.apply, context)
+
+    return _called_like(build, factory)
+
+
+def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
+    """Adapt a module of flax.nnx; its `nnx.Param`s are trained.
+
+    Args:
+        build: `(vocab_size, rngs) -> module`.
+        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+    """
+
+    def factory(vocab_size: int) -> Model:
+        from flax import nnx
+
+        graph, like, rest = nnx.split(build(vocab_size, nnx.Rngs(0)), nnx.Param, ...)
+        names = _Names(like)
+
+        def init(key: Key[Array, ""]) -> Params:
+            return names.to_dict(nnx.split(build(vocab_size, nnx.Rngs(key)), nnx.Param, ...)[1])
+
+        def logits(params: Params, tokens: Array) -> Array:
+            return nnx.merge(graph, names.from_dict(params), rest)(tokens)
+
+        return sequence_model(init, logits, context)
+
+    return _called_like(build, factory)
+
+
+def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
+    """Adapt a module of equinox; its arrays of floating type are trained.
+
+    Args:
+        build: `(vocab_size, key) -> module`.
+        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+    """
+
+    def factory(vocab_size: int) -> Model:
+        import equinox
+
+        like, rest = equinox.partition(build(vocab_size, jax.random.key(0)), equinox.is_inexact_array)
+        names = _Names(like)
+
+        def init(key: Key[Array, ""]) -> Params:
+            return names.to_dict(equinox.filter(build(vocab_size, key), equinox.is_inexact_array))
+
+        def logits(params: Params, tokens: Array) -> Array:
+            return equinox.combine(names.from_dict(params), rest)(tokens)
+
+        return sequence_model(init, logits, context)
+
+    return _called_like(build, factory)
+
+
+class _Names:
+    """Parameters as nested dicts of arrays, as files and checkpoints know them, and back as a library has them."""
+
+    def __init__(self, like: Any) -> None:
+        named, self._treedef = jax.tree_util.tree_flatten_with_path(like)
+        self._paths = [self._path(path) for path, _ in named]
+
+    def _path(self, path: Sequence[Any]) -> list[str]:
+        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+        return names[:-1] if len(names) > 1 and names[-1] == "value" else names  # a variable of nnx around its array
+
+    def to_dict(self, tree: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for path, leaf in zip(self._paths, jax.tree.leaves(tree), strict=True):
+            inner = result
+            for name in path[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[path[-1]] = leaf
+        return result
+
+    def from_dict(self, params: dict[str, Any]) -> Any:
+        leaves = []
+        for path in self._paths:
+            inner: Any = params
+            for name in path:
+                inner = inner[name]
+            leaves.append(inner)
+        return jax.tree.unflatten(self._treedef, leaves)
+
+
+def _called_like(build: Callable[..., Any], factory: ModelFactory) -> ModelFactory:
+    """Give a factory the name of what it wraps, by which a run folder knows its model."""
+    factory.__qualname__ = getattr(build, "__qualname__", type(build).__qualname__)
+    return factory

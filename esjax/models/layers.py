@@ -1,0 +1,27 @@
+"""Products that the models are made of, in plain jax.numpy."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+HIGHEST = jax.lax.Precision.HIGHEST
+"""Products ask for all digits of their factors: else the kind of hardware would decide how many count."""
+
+
+class Affine(NamedTuple):
+    """The weights of x ↦ x `matrix` + `bias`; in `Model.unit`, two numbers."""
+
+    matrix: Any
+    bias: Any
+
+
+def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"]) -> Float[Array, " columns"]:
+    """Multiply a row vector with a matrix."""
+    return jnp.matmul(x, matrix, precision=HIGHEST)
+
+
+def affine(x: Float[Array, " rows"], layer: Affine) -> Float[Array, " columns"]:
+    """Multiply a row vector with a layer's matrix, and add its bias."""
+    return matmul(x, layer.matrix) + layer.bias
