@@ -50,7 +50,7 @@ def start(name, *words):
 
 
 def address_of(coordinator):
-    """Wait for the line that tells workers where to join."""
+    """Wait for the line that names the address to join."""
     while "esjax join " not in (printed := (folder / "coordinator.log").read_text()):
         if coordinator.poll() is not None:
             raise RuntimeError(printed)
@@ -122,8 +122,8 @@ for written in esjax.load(run).generate("ROMEO\n", count=3, temperature=0.7, max
     print("ROMEO\n" + written.text, end="\n\n")
 
 # %% [markdown]
-# Which worker scored what does not show in the result: the updates are in the ledger, and whoever makes them again gets
-# the same weights.
+# Which worker scored what does not show in the result: the updates are in the ledger, and making them again gives the
+# same weights.
 
 # %%
 print(esjax.replay(run).summary())

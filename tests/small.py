@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esjax.core.noise import Layout, Noise, full, low_rank
+from esjax.core.noise import Layout, Noise, Precision, full, low_rank
 from esjax.core.perturbed import PerturbedArray, is_perturbed
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.core.signs import draw
@@ -116,3 +116,11 @@ def dense_member(noise: Noise, params: Params, seed: Array, sign: Array | float)
     return jax.tree.map(
         lambda leaf, unit, epsilon: leaf + sign * noise.sigma * unit * epsilon, params, noise.units, epsilon
     )
+
+
+def member_of(
+    noise: Noise, params: Params, seed: Array, sign: Array | float, precision: Precision = "float32"
+) -> Params:
+    """Make a member of a pair as a population has it, low-rank leaves in factors."""
+    layout = noise.lay_out(params)
+    return layout.member(params, layout.draw(seed), jnp.float32(sign), precision)

@@ -41,6 +41,7 @@ RUN = Path(__file__).parents[1] / "experiments" / "run.py"
 SGD = optax.sgd(1.0)
 
 FIGURES = {
+    "frameworks": {"model", "evaluation ÷ forward", "added up", "difference"},
     "throughput": {
         *("evaluation ÷ numpy", "evaluation ÷ forward", "step ÷ evosax", "step ÷ normal, kept"),
         *("step ÷ normal, grown again", "step ÷ best rival", "step, bfloat16 ÷ best rival, bfloat16", "rates"),

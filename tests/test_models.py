@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array
-from small import MODELS, VOCAB, kept_in_factors, params_of
+from small import MODELS, VOCAB, kept_in_factors, member_of, params_of
 
 from esjax.config import GruConfig, RnnConfig
 from esjax.core.interpreter import interpret
@@ -150,14 +150,15 @@ def test_a_perturbed_layer_is_a_perturbed_matrix_with_a_row_more(rank: int) -> N
     rng, unit = np.random.default_rng(2), 0.7
     layer = Affine(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3), (3,))))
     x, seed = rng.normal(size=5).astype(np.float32), jnp.array([3, 4], jnp.uint32)
-    layout = low_rank(0.3, rank, gaussian=True, units=Affine(unit, unit)).lay_out(layer)
+    noise = low_rank(0.3, rank, gaussian=True, units=Affine(unit, unit))
+    layout = noise.lay_out(layer)
     (left, right), _ = layout.sample(seed)
     numbers = jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (layout.numbers,), jnp.float32)
     shift = np.asarray(numbers, np.float64)[-rank:]  # the bias comes after the matrix
     rows = np.concatenate([np.asarray(left, np.float64)[:, 0], shift[None]])
     base = np.concatenate([np.asarray(layer.matrix, np.float64), np.asarray(layer.bias, np.float64)[None]])
     added_up = base - 0.3 * unit * rows @ np.asarray(right, np.float64)[0].T / math.sqrt(rank)
-    member = layout.member(layer, seed, jnp.float32(-1))
+    member = member_of(noise, layer, seed, -1.0)
     assert len(kept_in_factors(member)) == 1
     np.testing.assert_allclose(interpret(affine)(jnp.asarray(x), member), np.append(x, 1) @ added_up, atol=5e-6)
     # Neither part is ever there without its noise.
@@ -172,9 +173,9 @@ def test_in_bfloat16_products_are_those_of_rounded_numbers(is_factored: bool) ->
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((40,), (40, 6)))
     params, seed = {"matrix": jnp.asarray(weight), "vector": jnp.asarray(x)}, jnp.array([3, 4], jnp.uint32)
     if is_factored:
-        layout = low_rank(0.5, 2, gaussian=True, where=lambda path, leaf: path == "matrix").lay_out(params)
-        rounded = layout.member(params, seed, jnp.float32(1), "bfloat16")
-        more = 0.5 * 40**-0.5 * np.asarray(layout.epsilon(seed, params)["matrix"], np.float64)
+        noise = low_rank(0.5, 2, gaussian=True, where=lambda path, leaf: path == "matrix")
+        rounded = member_of(noise, params, seed, 1.0, "bfloat16")
+        more = 0.5 * 40**-0.5 * np.asarray(noise.lay_out(params).epsilon(seed, params)["matrix"], np.float64)
     else:
         rounded = jax.tree.map(partial(round_products, precision="bfloat16"), params)
         more = np.zeros((40, 6))

@@ -34,7 +34,14 @@ SHOWN = {
 }
 """What each notebook prints."""
 
-PICTURES = {"comparing_runs": 2, "core": 1, "es_from_scratch": 5, "first_run": 1, "own_model_and_reward": 2, "workers": 1}
+PICTURES = {
+    "comparing_runs": 2,
+    "core": 1,
+    "es_from_scratch": 5,
+    "first_run": 1,
+    "own_model_and_reward": 2,
+    "workers": 1,
+}
 """How many each notebook draws at least."""
 
 

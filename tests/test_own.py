@@ -16,7 +16,18 @@ import optax
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
-from small import MODELS, PAIRS, VOCAB, dense_member, kept_in_factors, noise_of, params_of, seeds_of, tokens_of
+from small import (
+    MODELS,
+    PAIRS,
+    VOCAB,
+    dense_member,
+    kept_in_factors,
+    member_of,
+    noise_of,
+    params_of,
+    seeds_of,
+    tokens_of,
+)
 from test_models import busy
 
 import esjax
@@ -110,7 +121,7 @@ def test_a_perturbed_member_writes_what_is_most_probable_step_by_step(is_dense: 
     model, params, seed = MODEL, busy(params_of(MODEL)), seeds_of()[0]
     noise, prompt = noise_of(model, sigma=0.5), jnp.array([2, 5, 3])
     dense = dense_member(noise, params, seed, -1.0)
-    member = dense if is_dense else noise.lay_out(params).member(params, seed, jnp.float32(-1))
+    member = dense if is_dense else member_of(noise, params, seed, -1.0)
     assert len(kept_in_factors(member)) == (0 if is_dense else 4)
 
     def write(params: Any) -> Array:

@@ -62,7 +62,7 @@ def interpret(function: Callable[..., Any], added_up: list[AddedUp] | None = Non
         plain = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_perturbed(leaf) else leaf for leaf in leaves]
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.unflatten(treedef, plain))
         results = _Run([] if added_up is None else added_up).closed(closed, leaves)
-        results = [result.added_up() if is_perturbed(result) else result for result in results]
+        results = [result.added_up() if is_perturbed(result) else jnp.asarray(result) for result in results]
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return interpreted

@@ -17,7 +17,7 @@ Two shapes of ε:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +37,9 @@ Params = Any
 
 Precision = Literal["float32", "bfloat16"]
 """Type of what matrix products multiply."""
+
+MOST_NAMED = 6
+"""Leaves that an error names."""
 
 OfLeaf = Callable[[str, Any], Any]
 """`(path, leaf) -> value`; a path is like "params/Dense_0/kernel"."""
@@ -203,7 +206,8 @@ class Layout:
     def __init__(self, noise: Noise, params: Params) -> None:
         """See `Noise.lay_out`."""
         named, self._treedef = jax.tree_util.tree_flatten_with_path(params)
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+        names = [leaf_names(path) for path, _ in named]
+        paths = ["/".join(parts) for parts in names]
         units = _units(noise, paths, [leaf for _, leaf in named], self._treedef)
         self.noise = noise
         self.units = jax.tree.unflatten(self._treedef, units)
@@ -213,8 +217,9 @@ class Layout:
             if _is_perturbed(noise, path, leaf)
         ]
         if not self._leaves:
-            raise TypeError(f"no leaf of the parameters can be perturbed; there are: {', '.join(paths) or 'none'}")
-        self._leaves = _with_rows(self._leaves, [path for path, _ in named])
+            some = ", ".join(paths[:MOST_NAMED]) + (" and more" if len(paths) > MOST_NAMED else "")
+            raise TypeError(f"no leaf of the parameters can be perturbed; there are: {some or 'none'}")
+        self._leaves = _with_rows(self._leaves, names)
         self.numbers = sum(math.prod(shape) for leaf in self._leaves for shape in self._shapes(leaf))
 
     def _shapes(self, leaf: _Leaf) -> list[tuple[int, ...]]:
@@ -250,26 +255,41 @@ class Layout:
         drawn, pairs = draw(kind, seeds, self.numbers), seeds.shape[:-1]
         return self._cut(lambda start, shape: drawn[start : start + math.prod(shape)].reshape(*shape, *pairs))
 
-    def _sample_packed(self, seed: UInt32[Array, "2"]) -> list[list[Any]]:
+    def draw(self, seed: UInt32[Array, "2"]) -> list[list[Any]]:
+        """Grow the noise of one pair as `member` takes it: as `sample`, or packed if the noise is."""
+        if not self._is_packed:
+            return self.sample(seed)
         words = draw_words(seed, self.numbers)
         return self._cut(lambda start, shape: PackedSigns(words, start, shape))
 
+    @property
+    def _is_packed(self) -> bool:
+        return self.noise.packed and self.noise.rank > 0 and not self.noise.gaussian
+
+    def draw_all(self, seeds: UInt32[Array, "pairs 2"]) -> list[list[Any]]:
+        """Grow the noise of many pairs as `draw` does, the axis of pairs first.
+
+        Numbers are written out by a loop: else XLA's CPU compiler unpacks each sign wherever it is used, in the middle
+        of the network's elementwise loops, which takes up to as long as the network itself.
+        """
+        if self._is_packed or len(seeds) == 1:
+            return jax.vmap(self.draw)(seeds)
+        return jax.lax.map(self.draw, seeds, batch_size=-(-len(seeds) // 2))
+
     def member(
-        self, params: Params, seed: UInt32[Array, "2"], sign: Float[Array, ""], precision: Precision = "float32"
+        self, params: Params, drawn: list[list[Any]], sign: Float[Array, ""], precision: Precision = "float32"
     ) -> Params:
         """Make the parameters of a member, `params + sign * sigma * unit * ε`, matrices of low rank not added up.
 
         Args:
             params: The parameters.
-            seed: Seed of the pair.
+            drawn: Noise of the pair, see `draw`.
             sign: +1 or -1; in split pairs that of every other column alone.
             precision: Type to which matrices are rounded for products.
         """
         noise, leaves = self.noise, jax.tree.leaves(params)
-        is_packed = noise.packed and noise.rank > 0 and not noise.gaussian
-        parts = self._sample_packed(seed) if is_packed else self.sample(seed)
         one = jnp.float32(1)
-        for leaf, of_leaf in zip(self._leaves, parts, strict=True):
+        for leaf, of_leaf in zip(self._leaves, drawn, strict=True):
             value, size = jnp.asarray(leaves[leaf.index]), noise.sigma * leaf.unit
             size = size / math.sqrt(noise.rank) if leaf.is_thin else size
             if not leaf.factors:
@@ -281,7 +301,7 @@ class Layout:
             step: Any = size * sign
             if noise.split:
                 step = size * jnp.where(_is_common((*leaf.factors[1], 1)), one, sign)
-            if noise.split and not is_packed:
+            if noise.split and not self._is_packed:
                 right, step = right * step, None
             base = value.astype(precision) if precision != "float32" else value
             leaves[leaf.index] = PerturbedArray(base, left, right, step, value.dtype, leaf.path)
@@ -399,11 +419,17 @@ def _one_layer(noise: Noise, path: str, leaf: Any) -> tuple[int, ...]:
     return shape[1:]
 
 
-def _with_rows(leaves: list[_Leaf], paths: list[Any]) -> list[_Leaf]:
+def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
+    """Name the way to a leaf of a pytree; the variables of nnx, which keep their array as `value`, count as leaves."""
+    names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def _with_rows(leaves: list[_Leaf], names: list[tuple[str, ...]]) -> list[_Leaf]:
     """Find biases: the one other leaf beside a matrix, of the shape of its columns, or of its rows."""
-    beside: dict[Any, list[int]] = {}
+    beside: dict[tuple[str, ...], list[int]] = {}
     for number, leaf in enumerate(leaves):
-        beside.setdefault(paths[leaf.index][:-1], []).append(number)
+        beside.setdefault(names[leaf.index][:-1], []).append(number)
     found = list(leaves)
     for numbers in beside.values():
         if len(numbers) != 2:

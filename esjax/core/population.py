@@ -80,11 +80,11 @@ def evaluate(
         pairs = len(seeds)
         groups, axes = examples_of(batch, batch_axis, pairs)
 
-        def pair_losses(params: Params, seed: UInt32[Array, "2"], example: Any) -> Float[Array, "2"]:
+        def pair_losses(params: Params, seed: UInt32[Array, "2"], drawn: Any, example: Any) -> Float[Array, "2"]:
             key = loss_key(seed)
 
             def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-                return interpret(call)(layout.member(params, seed, sign, precision), example, key)
+                return interpret(call)(layout.member(params, drawn, sign, precision), example, key)
 
             return jax.vmap(member_loss)(signs)
 
@@ -97,7 +97,8 @@ def evaluate(
                 for leaf, axis, group in zip(leaves, axes, groups, strict=True)
             ]
             examples = jax.tree.unflatten(treedef, chosen)
-            return jax.vmap(pair_losses, in_axes=(None, 0, jax.tree.unflatten(treedef, axes)))(params, seeds, examples)
+            along = (None, 0, 0, jax.tree.unflatten(treedef, axes))
+            return jax.vmap(pair_losses, in_axes=along)(params, seeds, layout.draw_all(seeds), examples)
 
         size = min(chunk_pairs or _chunk_pairs(mesh, pairs), pairs)
         size = max(size, 2)  # XLA drops an axis of 1, and may then sum in another order
@@ -136,7 +137,7 @@ def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[Adde
     seed, layout = pair_seeds(0, 0, 1)[0], noise.lay_out(params)
     call = interpret(_called(loss), added_up)
     jax.eval_shape(
-        lambda params, example: call(layout.member(params, seed, jnp.float32(1)), example, loss_key(seed)),
+        lambda params, example: call(layout.member(params, layout.draw(seed), jnp.float32(1)), example, loss_key(seed)),
         params,
         example,
     )

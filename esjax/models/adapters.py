@@ -5,13 +5,14 @@ token ids of one sequence, int32 [length], to logits, float [length, vocabulary]
 after token i; it is causal, and draws nothing at random (no dropout).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from esjax.core.noise import leaf_names
 from esjax.errors import EsjaxError
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.models.sequence import sequence_model
@@ -100,11 +101,7 @@ class _Names:
 
     def __init__(self, like: Any) -> None:
         named, self._treedef = jax.tree_util.tree_flatten_with_path(like)
-        self._paths = [self._path(path) for path, _ in named]
-
-    def _path(self, path: Sequence[Any]) -> list[str]:
-        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
-        return names[:-1] if len(names) > 1 and names[-1] == "value" else names  # a variable of nnx around its array
+        self._paths = [leaf_names(path) for path, _ in named]
 
     def to_dict(self, tree: Any) -> dict[str, Any]:
         result: dict[str, Any] = {}

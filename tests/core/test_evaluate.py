@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
-from small import MODELS, PAIRS, dense_member, epsilons_of, noise_of, params_of, seeds_of, tokens_of
+from small import MODELS, PAIRS, dense_member, epsilons_of, member_of, noise_of, params_of, seeds_of, tokens_of
 
 from esjax import core
 from esjax.config import GruConfig, Precision
@@ -57,14 +57,14 @@ def check_loop(name: str, precision: Precision, **settings: Any) -> None:
     model = MODELS[name]
     losses = evaluate(model, precision=precision, **settings)
     params, seeds, tokens = params_of(model), seeds_of(), tokens_of()
-    layout = noise_of(model, **settings).lay_out(params)
+    noise = noise_of(model, **settings)
 
     def score(params: Any, sequence: Array) -> Array:
         return Member(model, params).cross_entropy(sequence, burn_in=1)
 
     @jax.jit
     def loss_of(seed: Array, sign: Array, sequence: Array) -> Array:
-        return interpret(score)(layout.member(params, seed, sign, precision), sequence)
+        return interpret(score)(member_of(noise, params, seed, sign, precision), sequence)
 
     for pair in range(PAIRS):
         for side, sign in enumerate([1.0, -1.0]):

@@ -16,6 +16,7 @@ from small import (
     is_full,
     kept_in_factors,
     layout_of,
+    member_of,
     names_of,
     noise_of,
     params_of,
@@ -110,7 +111,7 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
         if is_dense:
             member = dense_member(chosen, params, seed, sign)
         else:
-            member = chosen.lay_out(params).member(params, seed, jnp.float32(sign))
+            member = member_of(chosen, params, seed, sign)
         assert len(kept_in_factors(member)) == (4 if space == "low_rank" and not is_dense else 0)
         rest = (params, model.unit, added_up(member))
         for leaf, unit, got, epsilon in zip(
@@ -132,7 +133,7 @@ def test_members_of_a_split_pair_have_every_other_column_in_common(
     chosen = noise_of(model, space=space, rank=rank, sigma=0.3, split=True, packed=packed)
     params, seed = params_of(model), seeds_of()[2]
     for sign in (1.0, -1.0):
-        member = chosen.lay_out(params).member(params, seed, jnp.float32(sign))
+        member = member_of(chosen, params, seed, sign)
         assert len(kept_in_factors(member)) == (0 if space == "full" else {"rnn": 6, "gru": 4}[name])
         rest = (params, model.unit, added_up(member))
         for path, leaf, unit, got, epsilon in zip(

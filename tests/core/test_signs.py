@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import MODELS, kept_in_factors, layout_of, params_of, seeds_of
+from small import MODELS, kept_in_factors, member_of, noise_of, params_of, seeds_of
 
 from esjax.core.perturbed import is_perturbed
 from esjax.core.signs import PackedSigns, draw
@@ -31,7 +31,7 @@ def test_packed_signs_are_the_same(name: str, rank: int) -> None:
     """Equality of two ways: factors kept as bits until they are used, or drawn as numbers."""
     params, seed = params_of(MODELS[name]), seeds_of()[2]
     packed, plain = (
-        layout_of(MODELS[name], rank=rank, packed=is_packed).member(params, seed, jnp.float32(-1))
+        member_of(noise_of(MODELS[name], rank=rank, packed=is_packed), params, seed, -1.0)
         for is_packed in (True, False)
     )
     factored = kept_in_factors(packed)
