@@ -108,10 +108,7 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
     chosen = noise_of(model, noise=noise, space=space, rank=rank, sigma=0.3)
     params, seed = params_of(model), seeds_of()[2]
     for sign in (1.0, -1.0):
-        if is_dense:
-            member = dense_member(chosen, params, seed, sign)
-        else:
-            member = member_of(chosen, params, seed, sign)
+        member = dense_member(chosen, params, seed, sign) if is_dense else member_of(chosen, params, seed, sign)
         assert len(kept_in_factors(member)) == (4 if space == "low_rank" and not is_dense else 0)
         rest = (params, model.unit, added_up(member))
         for leaf, unit, got, epsilon in zip(
