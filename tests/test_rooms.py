@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "esjax"
 # From the top of the house to the ground floor; files of one tuple do not see each other.
 FLOORS = [
     ("esjax.core.seeds", "esjax.core.shaping", "esjax.core.units"),
-    ("esjax.core.signs",),
+    ("esjax.core.leaves", "esjax.core.signs"),
     ("esjax.core.perturbed",),
     ("esjax.core.rules",),
     ("esjax.core.interpreter", "esjax.core.noise"),

@@ -6,8 +6,8 @@
     shaped = shape(losses(params, seeds, batch))        # a small integer a pair, and one scale
     grads  = estimate(noise)(params, seeds, shaped)     # a pytree like params
 
-To read it: `seeds`, `units`, `noise`, `population`, `shaping`, `gradient`, in this order; `signs`, `perturbed`,
-`rules` and `interpreter` keep low-rank members from being added up.
+To read it: `seeds`, `units`, `leaves`, `noise`, `population`, `shaping`, `gradient`, in this order; `signs`,
+`perturbed`, `rules` and `interpreter` keep low-rank members from being added up.
 """
 
 from esjax.core.gradient import estimate, value_and_grad, weigh

@@ -17,8 +17,8 @@ Two shapes of ε:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -26,23 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
+from esjax.core.leaves import Leaf, OfLeaf, plan_leaves
 from esjax.core.perturbed import PerturbedArray
 from esjax.core.rules import HIGHEST
 from esjax.core.shaping import LIMIT
 from esjax.core.signs import PackedSigns, draw, draw_words, unpacked
-from esjax.core.units import default_unit, row_axes
 
 Params = Any
 """A pytree of arrays."""
 
 Precision = Literal["float32", "bfloat16"]
 """Type of what matrix products multiply."""
-
-MOST_NAMED = 6
-"""Leaves that an error names."""
-
-OfLeaf = Callable[[str, Any], Any]
-"""`(path, leaf) -> value`; a path is like "params/Dense_0/kernel"."""
 
 Totals = list[Array]
 """Σ weight * ε of each perturbed leaf, before the division by √rank; see `Layout.zeros`."""
@@ -166,34 +160,6 @@ def full(
     return Noise(sigma, 0, gaussian, split, units, where)
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """Plan of one perturbed leaf.
-
-    Attributes:
-        index: Place among the leaves of the pytree.
-        path: Where it is.
-        shape: Its shape.
-        unit: Its step size.
-        factors: Shapes of the two factors, without the rank; () where each parameter has an entry of its own.
-        layers: Arrays along its first axis that have factors of their own; 1 where it is one array.
-        row_of: For a bias: which perturbed leaf is its matrix, and along which factor its noise runs. None: no bias.
-    """
-
-    index: int
-    path: str
-    shape: tuple[int, ...]
-    unit: float
-    factors: tuple[tuple[int, ...], ...] = ()
-    layers: int = 1
-    row_of: tuple[int, int] | None = None
-
-    @property
-    def is_thin(self) -> bool:
-        """Whether its noise is a sum over the rank."""
-        return bool(self.factors) or self.row_of is not None
-
-
 class Layout:
     """The noise of one pair over the leaves of a pytree.
 
@@ -205,24 +171,12 @@ class Layout:
 
     def __init__(self, noise: Noise, params: Params) -> None:
         """See `Noise.lay_out`."""
-        named, self._treedef = jax.tree_util.tree_flatten_with_path(params)
-        names = [leaf_names(path) for path, _ in named]
-        paths = ["/".join(parts) for parts in names]
-        units = _units(noise, paths, [leaf for _, leaf in named], self._treedef)
         self.noise = noise
-        self.units = jax.tree.unflatten(self._treedef, units)
-        self._leaves = [
-            _plan(noise, i, path, leaf, unit)
-            for i, (path, (_, leaf), unit) in enumerate(zip(paths, named, units, strict=True))
-            if _is_perturbed(noise, path, leaf)
-        ]
-        if not self._leaves:
-            some = ", ".join(paths[:MOST_NAMED]) + (" and more" if len(paths) > MOST_NAMED else "")
-            raise TypeError(f"no leaf of the parameters can be perturbed; there are: {some or 'none'}")
-        self._leaves = _with_rows(self._leaves, names)
+        self.units, self._leaves = plan_leaves(noise, params)
+        self._treedef = jax.tree.structure(params)
         self.numbers = sum(math.prod(shape) for leaf in self._leaves for shape in self._shapes(leaf))
 
-    def _shapes(self, leaf: _Leaf) -> list[tuple[int, ...]]:
+    def _shapes(self, leaf: Leaf) -> list[tuple[int, ...]]:
         if leaf.row_of is not None:
             return [(self.noise.rank,)]
         return [(*shape, self.noise.rank) for shape in leaf.factors] or [leaf.shape]
@@ -238,7 +192,7 @@ class Layout:
             parts.append(of_leaf)
         return [self._row(leaf, of_leaf, parts) for leaf, of_leaf in zip(self._leaves, parts, strict=True)]
 
-    def _row(self, leaf: _Leaf, of_leaf: list[Any], parts: list[list[Any]]) -> list[Any]:
+    def _row(self, leaf: Leaf, of_leaf: list[Any], parts: list[list[Any]]) -> list[Any]:
         """Make the noise of a bias, as if it were one more row of its matrix: Σ_r shift_r * factor_r."""
         if leaf.row_of is None:
             return of_leaf
@@ -372,91 +326,12 @@ def _no_gradient(leaf: Any) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _units(noise: Noise, paths: list[str], leaves: list[Any], treedef: Any) -> list[float]:
-    units = noise.units
-    if units is None:
-        return [default_unit(_one_layer(noise, path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
-    found, given = jax.tree.flatten(units)
-    if given != treedef:  # a module of equinox is a tree that can be called
-        if callable(units):
-            found = [units(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-        else:
-            raise ValueError(f"units must be a tree of numbers like the parameters, {treedef}, got {given}")
-    for path, unit in zip(paths, found, strict=True):
-        if not (math.isfinite(unit) and unit > 0):
-            raise ValueError(f"the unit of {path} must be above 0 and finite, got {unit}")
-    return [float(unit) for unit in found]
-
-
-def _is_perturbed(noise: Noise, path: str, leaf: Any) -> bool:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise TypeError(f"leaf {path} of the parameters is a {type(leaf).__name__}; make it an array")
-    is_chosen = noise.where is None or bool(noise.where(path, leaf))
-    return is_chosen and leaf.size > 0 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def _plan(noise: Noise, index: int, path: str, leaf: Any, unit: float) -> _Leaf:
-    shape = tuple(leaf.shape)
-    core = _one_layer(noise, path, leaf)
-    layers = shape[: len(shape) - len(core)]
-    is_full = noise.full_leaves is not None and bool(noise.full_leaves(path, leaf))
-    if noise.rank and 2 <= len(core) <= 3 and not is_full:
-        cut = row_axes(core)
-        rows, columns = core[:cut], core[cut:]
-        if math.prod(rows) > 1 and math.prod(columns) > 1:
-            factors = (*layers, *rows, *[1] * len(columns)), (*layers, *[1] * len(rows), *columns)
-            return _Leaf(index, path, shape, unit, factors, math.prod(layers))
-    return _Leaf(index, path, shape, unit)
-
-
-def _one_layer(noise: Noise, path: str, leaf: Any) -> tuple[int, ...]:
-    """Return the shape of a leaf without its axis of layers."""
-    shape = tuple(jnp.shape(leaf))
-    if noise.stacked is None or not noise.stacked(path, leaf):
-        return shape
-    if len(shape) < 2:
-        raise ValueError(f"leaf {path} of shape {list(shape)} has no axis of layers; let `stacked` pass over it")
-    return shape[1:]
-
-
-def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
-    """Name the way to a leaf of a pytree; the variables of nnx, which keep their array as `value`, count as leaves."""
-    names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
-
-
-def _with_rows(leaves: list[_Leaf], names: list[tuple[str, ...]]) -> list[_Leaf]:
-    """Find biases: the one other leaf beside a matrix, of the shape of its columns, or of its rows."""
-    beside: dict[tuple[str, ...], list[int]] = {}
-    for number, leaf in enumerate(leaves):
-        beside.setdefault(names[leaf.index][:-1], []).append(number)
-    found = list(leaves)
-    for numbers in beside.values():
-        if len(numbers) != 2:
-            continue
-        bias, matrix = sorted(numbers, key=lambda number: len(leaves[number].shape))
-        rows, columns = _sides(leaves[matrix])
-        if leaves[matrix].layers == 1 and leaves[bias].shape in (columns, rows):
-            side = 1 if leaves[bias].shape == columns else 0
-            found[bias] = replace(leaves[bias], factors=(), row_of=(matrix, side))
-    return found
-
-
-def _sides(leaf: _Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of a matrix's row axes and of its column axes; of another leaf, none."""
-    if not leaf.factors:
-        return (), ()
-    rows, _ = leaf.factors
-    cut = next(axis for axis in range(len(leaf.shape)) if rows[axis:] == (1,) * len(rows[axis:]))
-    return leaf.shape[:cut], leaf.shape[cut:]
-
-
 def _is_common(shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """Mark the entries, or columns, of a perturbation that the members of a split pair share: every other one."""
     return (jnp.arange(math.prod(shape)) % 2 == 0).reshape(shape)
 
 
-def _summed(leaf: _Leaf, left: Array, right: Array) -> Array:
+def _summed(leaf: Leaf, left: Array, right: Array) -> Array:
     """Sum left * right over rank and pairs, the last two axes of both, as one product of matrices a layer."""
     inner = left.shape[-2] * left.shape[-1]
     one, two = left.reshape(leaf.layers, -1, inner), right.reshape(leaf.layers, -1, inner)

@@ -37,11 +37,11 @@ class Shaped(NamedTuple):
 
     Attributes:
         weights: Integer weight of each pair, int8 [pairs]; of split pairs [pairs, 2], that of the shared half first.
-        scale: Factor that makes the sum Σ weight * ε the mean of (shaped value * ε) over the pairs that count.
+        scale: Factor that makes the sum `Σ weight * ε` the mean of `shaped value * ε` over the pairs that count.
         void_pairs: Number of pairs that weigh 0 because a loss of theirs is not finite.
     """
 
-    weights: Int8[Numbers, " pairs *halves"]
+    weights: Int8[Numbers, "pairs ..."]
     scale: Float[Numbers, ""] | float
     void_pairs: Integer[Numbers, ""] | int
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from esjax.core.noise import leaf_names
+from esjax.core.leaves import leaf_names
 from esjax.errors import EsjaxError
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.models.sequence import sequence_model
@@ -47,7 +47,7 @@ def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
 
 
 def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
-    """Adapt a module of flax.nnx; its `nnx.Param`s are trained.
+    """Adapt a module of flax.nnx; what it keeps as `nnx.Param` is trained.
 
     Args:
         build: `(vocab_size, rngs) -> module`.

@@ -1,0 +1,156 @@
+"""How noise is laid over the leaves of a pytree: which of them take part, in which shape, and with which unit."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esjax.core.units import default_unit, row_axes
+
+MOST_NAMED = 6
+"""Leaves that an error names."""
+
+ANoise = Any
+"""An `esjax.core.noise.Noise`; that module is built on this one."""
+
+OfLeaf = Callable[[str, Any], Any]
+"""`(path, leaf) -> value`; a path is like "params/Dense_0/kernel"."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Plan of one perturbed leaf.
+
+    Attributes:
+        index: Place among the leaves of the pytree.
+        path: Where it is.
+        shape: Its shape.
+        unit: Its step size.
+        factors: Shapes of the two factors, without the rank; () where each parameter has an entry of its own.
+        layers: Arrays along its first axis that have factors of their own; 1 where it is one array.
+        row_of: For a bias: which perturbed leaf is its matrix, and along which factor its noise runs. None: no bias.
+    """
+
+    index: int
+    path: str
+    shape: tuple[int, ...]
+    unit: float
+    factors: tuple[tuple[int, ...], ...] = ()
+    layers: int = 1
+    row_of: tuple[int, int] | None = None
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether its noise is a sum over the rank."""
+        return bool(self.factors) or self.row_of is not None
+
+
+def plan_leaves(noise: ANoise, params: Any) -> tuple[Any, list[Leaf]]:
+    """Plan the noise of each leaf that takes part.
+
+    Args:
+        noise: How members differ.
+        params: A pytree of arrays, or of anything with shapes and types.
+
+    Returns:
+        Step size of each leaf, a pytree of numbers like the parameters; and the plans.
+
+    Raises:
+        TypeError: A leaf is no array, or nothing in it can be perturbed.
+        ValueError: Units are no tree like the parameters, or not above 0.
+    """
+    named, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = [leaf_names(path) for path, _ in named]
+    paths = ["/".join(parts) for parts in names]
+    units = _units(noise, paths, [leaf for _, leaf in named], treedef)
+    plans = [
+        _plan(noise, i, path, leaf, unit)
+        for i, (path, (_, leaf), unit) in enumerate(zip(paths, named, units, strict=True))
+        if _is_perturbed(noise, path, leaf)
+    ]
+    if not plans:
+        some = ", ".join(paths[:MOST_NAMED]) + (" and more" if len(paths) > MOST_NAMED else "")
+        raise TypeError(f"no leaf of the parameters can be perturbed; there are: {some or 'none'}")
+    return jax.tree.unflatten(treedef, units), _with_rows(plans, names)
+
+
+def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
+    """Name the way to a leaf of a pytree; the variables of nnx, which keep their array as `value`, count as leaves."""
+    names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+    return names[:-1] if len(names) > 1 and names[-1] == "value" else names
+
+
+def _units(noise: ANoise, paths: list[str], leaves: list[Any], treedef: Any) -> list[float]:
+    units = noise.units
+    if units is None:
+        return [default_unit(_one_layer(noise, path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+    found, given = jax.tree.flatten(units)
+    if given != treedef:  # a module of equinox is a tree that can be called
+        if callable(units):
+            found = [units(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        else:
+            raise ValueError(f"units must be a tree of numbers like the parameters, {treedef}, got {given}")
+    for path, unit in zip(paths, found, strict=True):
+        if not (math.isfinite(unit) and unit > 0):
+            raise ValueError(f"the unit of {path} must be above 0 and finite, got {unit}")
+    return [float(unit) for unit in found]
+
+
+def _is_perturbed(noise: ANoise, path: str, leaf: Any) -> bool:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise TypeError(f"leaf {path} of the parameters is a {type(leaf).__name__}; make it an array")
+    is_chosen = noise.where is None or bool(noise.where(path, leaf))
+    return is_chosen and leaf.size > 0 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _plan(noise: ANoise, index: int, path: str, leaf: Any, unit: float) -> Leaf:
+    shape = tuple(leaf.shape)
+    core = _one_layer(noise, path, leaf)
+    layers = shape[: len(shape) - len(core)]
+    is_full = noise.full_leaves is not None and bool(noise.full_leaves(path, leaf))
+    if noise.rank and 2 <= len(core) <= 3 and not is_full:
+        cut = row_axes(core)
+        rows, columns = core[:cut], core[cut:]
+        if math.prod(rows) > 1 and math.prod(columns) > 1:
+            factors = (*layers, *rows, *[1] * len(columns)), (*layers, *[1] * len(rows), *columns)
+            return Leaf(index, path, shape, unit, factors, math.prod(layers))
+    return Leaf(index, path, shape, unit)
+
+
+def _one_layer(noise: ANoise, path: str, leaf: Any) -> tuple[int, ...]:
+    """Return the shape of a leaf without its axis of layers."""
+    shape = tuple(jnp.shape(leaf))
+    if noise.stacked is None or not noise.stacked(path, leaf):
+        return shape
+    if len(shape) < 2:
+        raise ValueError(f"leaf {path} of shape {list(shape)} has no axis of layers; let `stacked` pass over it")
+    return shape[1:]
+
+
+def _with_rows(leaves: list[Leaf], names: list[tuple[str, ...]]) -> list[Leaf]:
+    """Find biases: the one other leaf beside a matrix, of the shape of its columns, or of its rows."""
+    beside: dict[tuple[str, ...], list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        beside.setdefault(names[leaf.index][:-1], []).append(number)
+    found = list(leaves)
+    for numbers in beside.values():
+        if len(numbers) != 2:
+            continue
+        bias, matrix = sorted(numbers, key=lambda number: len(leaves[number].shape))
+        rows, columns = _sides(leaves[matrix])
+        if leaves[matrix].layers == 1 and leaves[bias].shape in (columns, rows):
+            side = 1 if leaves[bias].shape == columns else 0
+            found[bias] = replace(leaves[bias], factors=(), row_of=(matrix, side))
+    return found
+
+
+def _sides(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of a matrix's row axes and of its column axes; of another leaf, none."""
+    if not leaf.factors:
+        return (), ()
+    rows, _ = leaf.factors
+    cut = next(axis for axis in range(len(leaf.shape)) if rows[axis:] == (1,) * len(rows[axis:]))
+    return leaf.shape[:cut], leaf.shape[cut:]
