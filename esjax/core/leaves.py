@@ -140,17 +140,17 @@ def _with_rows(leaves: list[Leaf], names: list[tuple[str, ...]]) -> list[Leaf]:
         if len(numbers) != 2:
             continue
         bias, matrix = sorted(numbers, key=lambda number: len(leaves[number].shape))
+        if not leaves[matrix].factors or leaves[matrix].layers > 1:
+            continue
         rows, columns = _sides(leaves[matrix])
-        if leaves[matrix].layers == 1 and leaves[bias].shape in (columns, rows):
+        if leaves[bias].shape in (columns, rows):
             side = 1 if leaves[bias].shape == columns else 0
             found[bias] = replace(leaves[bias], factors=(), row_of=(matrix, side))
     return found
 
 
 def _sides(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of a matrix's row axes and of its column axes; of another leaf, none."""
-    if not leaf.factors:
-        return (), ()
+    """Return the sizes of a matrix's row axes and of its column axes."""
     rows, _ = leaf.factors
     cut = next(axis for axis in range(len(leaf.shape)) if rows[axis:] == (1,) * len(rows[axis:]))
     return leaf.shape[:cut], leaf.shape[cut:]
