@@ -119,7 +119,7 @@ def test_an_adapted_module_predicts_as_the_module_itself(name: str) -> None:
     assert model.logits is not None
     logits = model.logits(params, tokens)
     if name == "linen":
-        expected = LinenGru(11).apply(params, tokens)
+        expected: Any = LinenGru(11).apply(params, tokens)
     elif name == "equinox":
         expected = EquinoxGru(11, jax.random.key(3))(tokens)
     else:

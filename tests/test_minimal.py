@@ -14,10 +14,10 @@ PROGRAM = Path(__file__).parents[1] / "experiments" / "minimal.py"
 def test_it_learns_a_text_and_writes(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log\n" * 60)
-    done = subprocess.run([sys.executable, PROGRAM, text, "4"], capture_output=True, text=True, timeout=180, check=True)
+    done = subprocess.run([sys.executable, PROGRAM, text, "2"], capture_output=True, text=True, timeout=180, check=True)
     first = float(re.findall(r"held-out (\d\.\d+)", done.stdout)[0])
     last = float(re.findall(r"held-out (\d\.\d+) nats", done.stdout)[0])
-    assert last < first  # after one step, and after those of four seconds
+    assert last < first  # after one step, and after ten or more
     assert len(done.stdout.partition("it writes:\n")[2]) >= 200
 
 

@@ -55,6 +55,9 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
             sums = layout.weigh(seeds, weights.astype(jnp.float32))
             return [total + more.astype(total.dtype) for total, more in zip(totals, sums, strict=True)]
 
+        if count is not None:
+            is_counted = (jnp.arange(len(seeds)) < count).reshape(-1, *[1] * len(halves))
+            weights = jnp.where(is_counted, weights, jnp.zeros_like(weights))
         size = min(most, len(seeds))
         chunks = -(-len(seeds) // size)
         before = layout.zeros() if totals is None else totals

@@ -161,7 +161,8 @@ ADDED_UP: dict[str, tuple[str, Callable[[Array], Any]]] = {
 def test_what_has_no_rule_is_added_up_rightly_and_named(name: str) -> None:
     """Reference: the same function of the matrix written out."""
     operation, function = ADDED_UP[name]
-    value, added_up = perturbed((6, 4), 1), []
+    value = perturbed((6, 4), 1)
+    added_up: list[AddedUp] = []
     got = jax.jit(interpret(function, added_up))(value)
     np.testing.assert_allclose(got, function(jnp.asarray(written_out(value), jnp.float32)), rtol=2e-5, atol=2e-5)
     assert {found.operation for found in added_up} == {operation}
@@ -172,7 +173,8 @@ def test_a_loop_that_changes_what_it_carries_adds_it_up_and_keeps_its_numbers() 
     def shrink(w: Array) -> Array:
         return lax.fori_loop(0, 3, lambda i, w: w * 0.5, w) @ numbers(4)
 
-    value, added_up = perturbed((6, 4), 1), []
+    value = perturbed((6, 4), 1)
+    added_up: list[AddedUp] = []
     got = jax.jit(interpret(shrink, added_up))(value)
     np.testing.assert_allclose(got, written_out(value) / 8 @ np.asarray(numbers(4)), rtol=1e-5, atol=1e-6)
     assert added_up
@@ -194,6 +196,4 @@ def test_products_in_a_narrower_type_are_of_rounded_numbers() -> None:
 
 
 def test_a_function_with_no_perturbed_argument_is_called_as_it_is() -> None:
-    seen = []
-    assert interpret(lambda x: seen.append(type(x)) or x)(3) == 3
-    assert seen == [int]
+    assert interpret(type)(3) is int

@@ -93,7 +93,7 @@ def test_leaves_of_integers_are_left_alone() -> None:
     _, gradient = jax.jit(esjax.value_and_grad(loss, NOISE, PAIRS))(params, 0, BATCH)
     assert gradient["steps"] == 0
     assert gradient["key"].dtype == jax.dtypes.float0  # as jax.grad has it
-    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    assert set(gradient) == set(params)
 
 
 def test_a_key_of_jax_names_noise_as_a_seed_does() -> None:
