@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from conftest import mesh_of
-from core.mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
 from jaxtyping import Array
 
 import esjax
+from core.mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
 
 
 @pytest.mark.parametrize("split", [False, True])
