@@ -97,7 +97,7 @@ def shape(
         raise ValueError(f"method must be one of {', '.join(_SHAPINGS)}, got {method!r}")
     xp: Any = np if isinstance(losses, np.ndarray) else jnp
     finite = is_finite(losses)
-    # In the order of the pairs: one result, whoever computed the losses.
+    # In the order of the pairs: one result, whichever host computed the losses.
     known = xp.where(finite[:, None], losses, 0).astype(jnp.float32 if xp is jnp else np.float64)
     counted = xp.sum(finite.astype(known.dtype))
     difference = known[:, 0] - known[:, 1]
