@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from esjax.activation import Taps, find_taps, make_estimate_chunk
 from esjax.carrying import first_states
@@ -15,13 +15,10 @@ from esjax.core.noise import Noise, Totals
 from esjax.core.population import evaluate
 from esjax.core.shaping import STEPS_PER_DEVIATION
 from esjax.errors import EsjaxError
-from esjax.member import Loss, cross_entropy, over_sequences
+from esjax.member import Loss, PairLoss, cross_entropy, over_sequences
 from esjax.models.model import Model, Params
 from esjax.summing import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.sums import TAIL, steps_per_nat
-
-PairLoss = Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Float[Array, ""]]
-"""`(params, windows, key) -> loss` of one member on the windows of its pair."""
 
 
 class Estimator(NamedTuple):

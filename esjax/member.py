@@ -125,9 +125,11 @@ def cross_entropy(burn_in: int) -> Loss:
     return loss
 
 
-def over_sequences(
-    model: Model, loss: Loss
-) -> Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Array]:
+PairLoss = Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Float[Array, ""]]
+"""`(params, windows, key) -> loss` of one member on the windows of its pair."""
+
+
+def over_sequences(model: Model, loss: Loss) -> PairLoss:
     """Make `(params, windows, key) -> loss`, the mean over a pair's sequences, for `esjax.core.evaluate`."""
 
     def mean(params: Params, windows: Int[Array, "sequences length"], key: Key[Array, ""]) -> Float[Array, ""]:

@@ -22,8 +22,8 @@ from esjax.core.shaping import Shaped
 from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
 from esjax.es import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
-from esjax.estimator import Estimator, PairLoss, make_estimator
-from esjax.member import Loss
+from esjax.estimator import Estimator, make_estimator
+from esjax.member import Loss, PairLoss
 from esjax.models.check import check_float32
 from esjax.models.model import Model, Params
 from esjax.optimizer import make_optimizer

@@ -58,15 +58,11 @@ def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory
         from flax import nnx
 
         graph, like, rest = nnx.split(build(vocab_size, nnx.Rngs(0)), nnx.Param, ...)
-        names = _Names(like)
 
-        def init(key: Key[Array, ""]) -> Params:
-            return names.to_dict(nnx.split(build(vocab_size, nnx.Rngs(key)), nnx.Param, ...)[1])
+        def first(key: Key[Array, ""]) -> Any:
+            return nnx.split(build(vocab_size, nnx.Rngs(key)), nnx.Param, ...)[1]
 
-        def logits(params: Params, tokens: Array) -> Array:
-            return nnx.merge(graph, names.from_dict(params), rest)(tokens)
-
-        return sequence_model(init, logits, context)
+        return _module_model(like, first, lambda weights: nnx.merge(graph, weights, rest), context)
 
     return _called_like(build, factory)
 
@@ -83,17 +79,25 @@ def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFac
         import equinox
 
         like, rest = equinox.partition(build(vocab_size, jax.random.key(0)), equinox.is_inexact_array)
-        names = _Names(like)
 
-        def init(key: Key[Array, ""]) -> Params:
-            return names.to_dict(equinox.filter(build(vocab_size, key), equinox.is_inexact_array))
+        def first(key: Key[Array, ""]) -> Any:
+            return equinox.filter(build(vocab_size, key), equinox.is_inexact_array)
 
-        def logits(params: Params, tokens: Array) -> Array:
-            return equinox.combine(names.from_dict(params), rest)(tokens)
-
-        return sequence_model(init, logits, context)
+        return _module_model(like, first, lambda weights: equinox.combine(weights, rest), context)
 
     return _called_like(build, factory)
+
+
+def _module_model(
+    like: Any, first: Callable[[Key[Array, ""]], Any], rebuild: Callable[[Any], Any], context: int
+) -> Model:
+    """Make a model of a module that is a pytree: its weights `like` some, drawn by `first`, and the module of them."""
+    names = _Names(like)
+
+    def logits(params: Params, tokens: Array) -> Array:
+        return rebuild(names.from_dict(params))(tokens)
+
+    return sequence_model(lambda key: names.to_dict(first(key)), logits, context)
 
 
 class _Names:

@@ -2,12 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-HIGHEST = jax.lax.Precision.HIGHEST
-"""Products ask for all digits of their factors: else the kind of hardware would decide how many count."""
+from esjax.core.rules import HIGHEST
 
 
 class Affine(NamedTuple):

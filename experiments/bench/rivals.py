@@ -22,9 +22,10 @@ from esjax.core.interpreter import interpret
 from esjax.core.noise import round_products
 from esjax.core.perturbed import PerturbedArray
 from esjax.core.population import PAIRS_AXIS
+from esjax.core.rules import HIGHEST
 from esjax.errors import EsjaxError
 from esjax.member import cross_entropy, over_sequences
-from esjax.models.layers import HIGHEST, Affine
+from esjax.models.layers import Affine
 from esjax.models.model import Model, Params
 from esjax.tokens import STOP
 

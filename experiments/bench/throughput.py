@@ -24,9 +24,9 @@ from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_ra
 from bench.settings import Models, Throughput
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
 from esjax.core.noise import round_products
+from esjax.core.rules import HIGHEST
 from esjax.devices import local_mesh
 from esjax.models import build_model
-from esjax.models.layers import HIGHEST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
