@@ -54,7 +54,7 @@ class Shaped(NamedTuple):
         if np.any(self.weights):
             return ""
         alike = "pair" if np.ndim(self.weights) == 1 else "pair, and the sums of those with the same windows,"
-        return f"the two losses of every {alike} are equal, or differ by the same amount"
+        return f"the two losses of every {alike} differ by the same amount, or are equal"
 
 
 def is_finite(losses: Float[Numbers, "pairs 2"]) -> Any:
