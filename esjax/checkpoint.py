@@ -14,15 +14,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from esjax.errors import DiskError, EsjaxError
 from esjax.es import TrainState
 from esjax.files import write_durably
+from esjax.models.model import Params
 from esjax.snapshot import leaf_types
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
@@ -43,6 +45,20 @@ class Restored(NamedTuple):
     state: TrainState
     seconds: float
     member_tokens: int
+
+
+class Weights(NamedTuple):
+    """The part of a state that a model is used with, whatever it was trained by.
+
+    Attributes:
+        step: Steps done, int32.
+        params: The parameters around which members are perturbed.
+        average: The parameters to evaluate and generate with.
+    """
+
+    step: PyTree
+    params: PyTree
+    average: PyTree
 
 
 class Checkpoints:
@@ -107,12 +123,44 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
     Raises:
         EsjaxError: There is none, or it holds the state of another model.
     """
+    path = _newest_whole(folder, tell)
+    seal = _check_leaves(path, like, lambda name: True)
+    with _checkpointer() as checkpointer:
+        state = checkpointer.restore((path / STATE).absolute(), like)
+    return Restored(state, seal["seconds"], seal["member_tokens"])
+
+
+def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> Weights:
+    """Read the weights of the newest checkpoint that is whole; the state of the optimizer is left alone.
+
+    Args:
+        folder: The run's checkpoints.
+        like: Parameters of the same structure, shapes and dtypes, with the shardings to restore to.
+        tell: Called with a line for each checkpoint that is passed over.
+
+    Raises:
+        EsjaxError: There is none, or it holds the weights of another model.
+    """
+    path = _newest_whole(folder, tell)
+    sharding = jax.tree.leaves(like)[0].sharding
+    wanted = Weights(jax.ShapeDtypeStruct((), np.int32, sharding=sharding), like, like)
+    _check_leaves(path, wanted, lambda name: name.startswith(tuple(f".{part}" for part in Weights._fields)))
+    found = ocp.args.PyTreeRestore(
+        wanted._asdict(),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted._asdict()),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer:
+        return Weights(**checkpointer.restore((path / STATE).absolute(), args=found))
+
+
+def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
     steps = kept_steps(folder)
     for step in steps:
         path = folder / str(step)
         damage = _damage(path)
         if not damage:
-            return _restore(path, like)
+            return path
         tell(f"checkpoint {path} is damaged and passed over ({damage})")
     if steps:
         raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
@@ -131,26 +179,26 @@ def digest(state: TrainState) -> str:
 
 def _checkpointer() -> ocp.StandardCheckpointer:
     """Open orbax for this process alone: of several that compute as one, a single one writes."""
+    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
     this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix="one"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+    return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix="one")
 
 
-def _restore(path: Path, like: TrainState) -> Restored:
+def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> dict[str, Any]:
+    """See that a checkpoint holds arrays like some, of those that count by their names; return its seal."""
     seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-    expected = leaf_types(like)
-    strange = [name for name in {**expected, **seal["leaves"]} if expected.get(name) != seal["leaves"].get(name)]
+    expected, kept = leaf_types(like), seal["leaves"]
+    strange = [name for name in {**expected, **kept} if counts(name) and expected.get(name) != kept.get(name)]
     if strange:
         raise EsjaxError(
             f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
-            f"{seal['leaves'].get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own "
+            f"{kept.get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own "
             "again, or use the esjax that wrote it"
         )
-    with _checkpointer() as checkpointer:
-        state = checkpointer.restore((path / STATE).absolute(), like)
-    return Restored(state, seal["seconds"], seal["member_tokens"])
+    return seal
 
 
 def kept_steps(folder: Path) -> list[int]:

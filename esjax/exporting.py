@@ -4,16 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-import optax
-
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.import_npy import export_npy, import_npy
 from esjax.loading import load
 from esjax.models.model import ModelFactory
 from esjax.models.rnn import RnnParams
-from esjax.own import Own
-from esjax.run_folder import RunFolder
 from esjax.tensors import export_safetensors, import_safetensors
 
 Format = Literal["safetensors", "npy"]
@@ -25,8 +21,7 @@ def export(
     out: str | Path | None = None,
     format: Format | None = None,
     *,
-    model: ModelFactory | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> list[Path]:
     """Write the weights of a run's newest checkpoint to a file: the average, which `evaluate` and `generate` use.
@@ -35,9 +30,8 @@ def export(
         path: Run folder.
         out: File to write, whose suffix is the format. None: beside the run folder, and called like it.
         format: None: as the suffix of `out` says, or else safetensors.
-        model: The run's own model, if it was trained with one.
-        optimizer: The run's own optimizer, if it was trained with one.
-        tell: Called with a line for each damaged checkpoint.
+        model: The run's own model, if it was trained with one, see `esjax.load`.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Returns:
         The files written: one, or for npy the weights and the table of characters.
@@ -59,12 +53,10 @@ def export(
     for file in files:
         if file.exists():
             raise EsjaxError(f"{str(file)!r} exists already and is left alone; give another --out")
-    folder = RunFolder(path)
-    folder.check_own(Own(model=model, optimizer=optimizer).names(), "esjax.export", ("model", "optimizer"))
-    loaded = load(path, model=model, optimizer=optimizer, tell=tell)
+    loaded = load(path, model=model, tell=tell)
     contents: list[bytes | str]
     if out.suffix == ".safetensors":
-        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, folder.own)]
+        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, loaded.own)]
     else:
         if not isinstance(loaded.params, RnnParams):
             raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")
@@ -82,7 +74,7 @@ def import_weights(
     out: str | Path,
     *,
     characters: str | Path | None = None,
-    model: ModelFactory | None = None,
+    model: ModelFactory | str | None = None,
 ) -> None:
     """Make a run folder, at step 0, of a file of weights.
 
@@ -91,7 +83,7 @@ def import_weights(
         out: Run folder to make.
         characters: The table of characters of a .npy file, see `esjax.import_npy.import_npy`. None: the file of its
             name that ends in .chars.json.
-        model: The run's own model, if it was trained with one.
+        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
 
     Raises:
         EsjaxError: A file cannot be read or does not fit, or the folder exists.

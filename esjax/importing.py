@@ -9,12 +9,18 @@ from esjax.config import Config
 from esjax.data.vocabulary import Vocabulary
 from esjax.es import init_state
 from esjax.models.model import Params
+from esjax.names import Code
 from esjax.optimizer import make_optimizer
 from esjax.run_folder import RunFolder
 
 
 def begin_with(
-    params: Params, out: Path, config: Config, vocabulary: Vocabulary, own: Mapping[str, str] = MappingProxyType({})
+    params: Params,
+    out: Path,
+    config: Config,
+    vocabulary: Vocabulary,
+    own: Mapping[str, str] = MappingProxyType({}),
+    code: Mapping[str, Code] = MappingProxyType({}),
 ) -> None:
     """Make a run folder, at step 0 and without a text, of weights.
 
@@ -24,10 +30,11 @@ def begin_with(
         config: Settings.
         vocabulary: Symbols.
         own: Name of a model of its own, under "model".
+        code: Where it is, if it is code in a file.
 
     Raises:
         EsjaxError: The folder exists, or cannot be written.
     """
-    folder = RunFolder.create(out, config, vocabulary, text_digest="", own=own)
+    folder = RunFolder.create(out, config, vocabulary, text_digest="", own=own, code=code)
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)

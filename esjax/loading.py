@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esjax.carrying import first_states
-from esjax.checkpoint import restore_newest
+from esjax.checkpoint import Weights, restore_weights
 from esjax.config import Config, replace
+from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
-from esjax.es import TrainState, init_state
-from esjax.models.model import ModelFactory, Params
-from esjax.optimizer import make_optimizer
+from esjax.models.model import Model, ModelFactory, Params
 from esjax.own import Own
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
@@ -83,37 +80,58 @@ def load_run_corpus(folder: RunFolder) -> Corpus:
 def load(
     path: str | Path,
     *,
-    model: ModelFactory | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Loaded:
     """Read a run from its newest checkpoint.
 
     Args:
         path: Run folder.
-        model: Builds the run's own model from the vocabulary's size, if it was trained with one.
-        optimizer: The run's own optimizer, if it was trained with one; its state is part of a checkpoint.
+        model: Builds the run's own model from the vocabulary's size, if it was trained with one. One that was named as
+            PATH.py:FUNCTION is found again without it; a text of that form says where the file is now.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
+
+    Raises:
+        EsjaxError: It is no run folder, no checkpoint is whole, or a model of its own is missing.
+    """
+    folder = RunFolder(Path(path))
+    own = gather_model(folder, model, "esjax.load", tell)
+    config, vocabulary = folder.config, folder.vocabulary
+    built = own.build(config.model, vocabulary.size)
+    weights = read_weights(folder, built, tell)
+    trained = Trained(built, vocabulary, local_mesh())
+    return Loaded(folder.path, config, vocabulary, folder.own, int(weights.step), weights.average, trained)
+
+
+def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -> Weights:
+    """Read the weights of a run's newest checkpoint, onto this machine's devices.
+
+    Args:
+        folder: The run.
+        model: Its model.
         tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: It is no run folder, no checkpoint is whole, or a model or optimizer of its own is missing.
+        EsjaxError: No checkpoint is whole, or it holds the weights of another model.
     """
-    folder = RunFolder(Path(path))
-    own = Own(model=model, optimizer=optimizer)
-    folder.check_own(own.names(), "esjax.load", ("model", "optimizer"))
-    config, vocabulary = folder.config, folder.vocabulary
-    built = own.build(config.model, vocabulary.size)
-    optimizer = optimizer or make_optimizer(config.optim, config.steps)
-    mesh = local_mesh()
-    everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
+    everywhere = NamedSharding(local_mesh(), PartitionSpec())  # not the devices of the machine that saved it
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params)
+    return restore_weights(folder.checkpoints, like, tell)
 
-    def first() -> TrainState:
-        params = built.init(jax.random.key(0))
-        return init_state(params, optimizer, first_states(config, built, params))
 
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first)
-    )
-    state = restore_newest(folder.checkpoints, like, tell).state
-    trained = Trained(built, vocabulary, mesh)
-    return Loaded(folder.path, config, vocabulary, folder.own, int(state.step), state.average, trained)
+def gather_model(folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]) -> Own:
+    """Gather what weights are used with: a run's own model, if it was trained with one.
+
+    Args:
+        folder: The run.
+        model: As it was given; None: nothing was.
+        again: The function to give it to.
+        tell: Called with a line if its code has changed.
+
+    Raises:
+        EsjaxError: The run was trained with one that is missing, or is another one.
+    """
+    own = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
+    folder.check_own(own.names(), again, ("model",))
+    return own

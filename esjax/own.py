@@ -1,9 +1,9 @@
 """What a run may be given beside its settings."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from esjax.member import Loss, Member
 from esjax.models import Model, build_model
 from esjax.models.check import check_model
 from esjax.models.model import ModelFactory
+from esjax.names import OPTIONS, Code, identities, name_of, name_of_optimizer
 
 Reward = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
 """`(member, tokens, key) -> reward`, like a `Loss`, but higher is better."""
@@ -32,12 +33,14 @@ class Own:
         loss: Loss of one member on one sequence.
         reward: Reward of one member on one sequence; there is a loss or a reward, not both.
         optimizer: Any optax transformation.
+        code: By kind, the code of what was named as PATH.py:FUNCTION, see `esjax.custom_code`.
     """
 
     model: ModelFactory | None = None
     loss: Loss | None = None
     reward: Reward | None = None
     optimizer: optax.GradientTransformation | None = None
+    code: Mapping[str, Code] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if self.loss is not None and self.reward is not None:
@@ -45,28 +48,53 @@ class Own:
         if self.model is not None and not callable(self.model):
             raise EsjaxError(
                 f"model is {_shown(self.model)}; give a function from the number of token ids to an esjax.Model, or "
-                "for one with a name the setting model, esjax.GruConfig() for example"
+                "PATH.py:FUNCTION, or for one with a name the setting model, esjax.GruConfig() for example"
             )
         if self.optimizer is not None and not all(
             callable(getattr(self.optimizer, part, None)) for part in ("init", "update")
         ):
             raise EsjaxError(
                 f"optimizer is {_shown(self.optimizer)}; give an optax transformation, optax.adam(1e-2) for example, "
-                "or for one with a name the setting optim.optimizer"
+                "or PATH.py:FUNCTION, or for one with a name the setting optim.optimizer"
             )
         for kind, function in (("loss", self.loss), ("reward", self.reward)):
             if function is not None:
-                _check_arguments(f"the {kind} {_name_of(function)}", function)
+                if not callable(function):
+                    raise EsjaxError(f"{kind} is {_shown(function)}; give a function, or PATH.py:FUNCTION")
+                _check_arguments(f"the {kind} {name_of(function)}", function)
 
     def names(self) -> dict[str, str]:
         """Name what there is, by kind."""
-        return {kind: _name_of(value) for kind, value in vars(self).items() if value is not None}
+        given = {kind: getattr(self, kind) for kind in OPTIONS}
+        return {
+            kind: (name_of_optimizer if kind == "optimizer" else name_of)(value)
+            for kind, value in given.items()
+            if value is not None
+        }
+
+    def identities(self) -> dict[str, str]:
+        """Return what hosts have to have in common with their coordinator, see `esjax.names.identities`."""
+        return identities(self.names(), self.code)
+
+    def words(self) -> list[str]:
+        """Write the options that give the same on the command line.
+
+        Raises:
+            EsjaxError: Something is no code in a file.
+        """
+        for kind, name in self.names().items():
+            if kind not in self.code:
+                raise EsjaxError(
+                    f"other processes cannot be given the {kind} {name}; put it into a file and name that, "
+                    "PATH.py:FUNCTION"
+                )
+        return [word for kind, one in self.code.items() for word in (OPTIONS[kind], str(one))]
 
     def build(self, config: ModelConfig, vocab_size: int) -> Model:
         """Build the model: its own, once it was seen to keep the contract, or the one that the settings name."""
         if self.model is None:
             return build_model(config, vocab_size)
-        return check_model(f"the model {_name_of(self.model)}", self.model(vocab_size), vocab_size)
+        return check_model(f"the model {name_of(self.model)}", self.model(vocab_size), vocab_size)
 
     @property
     def objective(self) -> Loss | None:
@@ -91,17 +119,11 @@ class Own:
         return objective
 
 
-def _name_of(value: object) -> str:
-    if isinstance(value, partial):
-        return _name_of(value.func)
-    return getattr(value, "__qualname__", type(value).__name__)
-
-
 def _shown(value: object) -> str:
     """Show a text as it is, and tell of anything else what it is."""
     if isinstance(value, str):
         return repr(value)
-    return f"the function {_name_of(value)}" if inspect.isroutine(value) else f"a {type(value).__name__}"
+    return f"the function {name_of(value)}" if inspect.isroutine(value) else f"a {type(value).__name__}"
 
 
 def _check_arguments(name: str, function: Loss | Reward) -> None:

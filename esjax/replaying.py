@@ -7,6 +7,7 @@ from typing import NamedTuple
 import optax
 
 from esjax.checkpoint import digest, restore_newest
+from esjax.custom_code import gather
 from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
@@ -14,7 +15,7 @@ from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
-from esjax.own import Own, Reward
+from esjax.own import Reward
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 
@@ -51,33 +52,33 @@ class Replayed(NamedTuple):
 def replay(
     path: str | Path,
     *,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Replayed:
     """Make every update of a run again.
 
     Args:
         path: Run folder.
-        model: The run's own model, if it was given one.
-        loss: The run's own loss, if it was given one.
-        reward: The run's own reward, if it was given one.
-        optimizer: The run's own optimizer, if it was given one.
+        model: The run's own model, if it was given one, see `esjax.resume`.
+        loss: The same of its own loss.
+        reward: The same of its own reward.
+        optimizer: The same of its own optimizer.
         tell: Called with each line that a person should see.
 
     Raises:
-        EsjaxError: It is no run folder, or has no ledger from its first step on.
+        EsjaxError: It is no run folder, or has no ledger from its first step on, or its code has changed.
     """
     folder = RunFolder(Path(path))
     folder.check_goes_on()
-    own = Own(model, loss, reward, optimizer)
+    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.replay")
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
-    replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, optimizer)
+    replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, own.optimizer)
     checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
     kept = (int(checkpoint.step), digest(checkpoint))
     compared, differs_at = 0, None

@@ -1,8 +1,8 @@
 """What a run leaves on disk, except the checkpoints' own format.
 
 config.yaml       the settings; they start the same run again, but for what run.json names
-run.json          version of this layout, name of the run, hash of the text, names of a model, loss, reward or
-                  optimizer of its own
+run.json          version of this layout, name of the run, hash of the text; names of a model, loss, reward or
+                  optimizer of its own, and of code in a file its path, function and hash
 vocabulary.json   the symbols, ids 2 and up in order
 metrics.jsonl     one line a step
 baselines.json    nats per token of the n-gram models over the held-out documents
@@ -27,11 +27,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+import msgspec
+
 import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
+from esjax.names import MARK, OPTIONS, Code
 from esjax.runs import find_runs
 
 RUN = "run.json"
@@ -43,9 +46,6 @@ bit."""
 
 READABLE = (1, 2)
 """Versions whose weights can be used."""
-
-OWN = ("model", "loss", "reward", "optimizer")
-"""What a run may be given beside its settings."""
 
 LOCK_TRIES = 5
 """How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
@@ -83,6 +83,7 @@ class RunFolder:
         self.name: str = run.get("name", "")
         self.text_digest: str = run.get("text_digest", "")
         self.own: dict[str, str] = run.get("own", {})
+        self.code = self._read_code(run)
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
         self._lock: IO[str] | None = None
@@ -95,6 +96,7 @@ class RunFolder:
         vocabulary: Vocabulary,
         text_digest: str,
         own: Mapping[str, str] = MappingProxyType({}),
+        code: Mapping[str, Code] = MappingProxyType({}),
     ) -> "RunFolder":
         """Make a new run folder.
 
@@ -104,6 +106,7 @@ class RunFolder:
             vocabulary: Symbols.
             text_digest: Hash of the text; "": there is none.
             own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
+            code: Where those of them are that are code in a file.
 
         Raises:
             EsjaxError: Something is there already, or it cannot be written.
@@ -120,6 +123,7 @@ class RunFolder:
             "name": secrets.token_hex(8),
             "text_digest": text_digest,
             "own": dict(own),
+            "code": msgspec.to_builtins(dict(code)),
         }
         stored = vocabulary.stored()
         try:
@@ -144,7 +148,7 @@ class RunFolder:
                 "plot and export use its weights as they are"
             )
 
-    def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = OWN) -> None:
+    def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
         """See that what the run was given beside its settings is given again, see `check_own`."""
         check_own(str(self.path), {kind: name for kind, name in self.own.items() if kind in kinds}, given, again)
 
@@ -286,6 +290,12 @@ class RunFolder:
         except ValueError as error:
             raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy") from error
 
+    def _read_code(self, run: Mapping[str, Any]) -> dict[str, Code]:
+        try:
+            return msgspec.convert(run.get("code", {}), dict[str, Code])
+        except msgspec.ValidationError as error:
+            raise EsjaxError(f"{self.path / RUN} is damaged: code: {error}; restore it from a copy") from error
+
     def _read(self, name: str) -> str:
         try:
             return (self.path / name).read_text(encoding="utf-8")
@@ -314,8 +324,9 @@ class RunFolder:
 def check_own(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
     """See that what weights were trained with beside their settings is given again.
 
-    Functions are known by their names alone, without the place where they were made; a lambda has none, and an
-    optimizer only that of its type, so of those any will do.
+    Functions are known by their names alone, without the place where they were made; a lambda has none, so of those any
+    will do. An optimizer is known by what it consists of, see `esjax.names.name_of_optimizer`; earlier runs kept only
+    its type.
 
     Args:
         path: Where the weights are.
@@ -329,15 +340,22 @@ def check_own(path: str, kept: Mapping[str, str], given: Mapping[str, str], agai
     missing = [f"{a_or_an(kind)} of its own, {name}" for kind, name in kept.items() if kind not in given]
     if missing:
         words = ", ".join(f"{kind}=..." for kind in kept)
+        options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in kept)
         raise EsjaxError(
-            f"{path!r} was trained with {', and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} again, "
-            f"from Python: {again}({path!r}, {words})"
+            f"{path!r} was trained with {', and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} again: "
+            f"{options}, or from Python {again}({path!r}, {words})"
         )
     for kind, name in given.items():
         if kind not in kept:
             raise EsjaxError(f"{path!r} was trained with the {kind} of its settings; leave {kind}= out")
-        was, now = (one.rpartition(".")[2] for one in (kept[kind], name))
-        if kind != "optimizer" and was != now and "<lambda>" not in (was, now):
+        names = kept[kind], name
+        if kind == "optimizer":
+            is_other = all(MARK in one for one in names) and names[0] != names[1]
+            was, now = names
+        else:
+            was, now = (one.rpartition(".")[2] for one in names)
+            is_other = was != now and "<lambda>" not in (was, now)
+        if is_other:
             raise EsjaxError(f"{path!r} was trained with the {kind} {was}, not {now}; give that one, or train anew")
 
 

@@ -14,6 +14,7 @@ from itertools import zip_longest
 import jax
 import msgspec
 import numpy as np
+from jaxtyping import PyTree
 
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
@@ -24,7 +25,7 @@ _LENGTH = struct.Struct("<I")
 _LISTED = len(_HEAD) + _HASH_BYTES + _LENGTH.size
 
 
-def leaf_types(state: TrainState) -> dict[str, str]:
+def leaf_types(state: PyTree) -> dict[str, str]:
     """Describe each array of a state by its type and shape, in the order of the leaves."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

@@ -22,11 +22,11 @@ import numpy as np
 from numpy import ndarray
 
 from esjax.config import Config, from_yaml, to_yaml
+from esjax.custom_code import gather
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.importing import begin_with
 from esjax.models.model import ModelFactory, Params
-from esjax.own import Own
 from esjax.run_folder import check_own
 
 FORMAT = "1"
@@ -66,20 +66,20 @@ def export_safetensors(
     return _library().numpy.save(tensors, metadata)
 
 
-def import_safetensors(path: Path, out: Path, model: ModelFactory | None = None) -> None:
+def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None = None) -> None:
     """Make a run folder, at step 0, of what `export_safetensors` wrote.
 
     Args:
         path: The file.
         out: Run folder to make.
-        model: The run's own model, if it was trained with one.
+        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
 
     Raises:
         EsjaxError: The file cannot be read, is not of esjax, or does not fit the model; or the folder exists.
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
-    own = Own(model=model)
+    own = gather(model=model)
     check_own(str(path), read.own, own.names(), "esjax.import_weights")
     built = own.build(config.model, vocabulary.size)
     like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
@@ -92,7 +92,7 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | None = None)
         raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
     leaves = [jnp.asarray(read.tensors[tensor]) for tensor in expected]
     params = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    begin_with(params, out, config, vocabulary, read.own)
+    begin_with(params, out, config, vocabulary, read.own, own.code)
 
 
 class _Read(NamedTuple):

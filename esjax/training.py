@@ -14,6 +14,7 @@ import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace, to_plain
+from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
@@ -278,10 +279,10 @@ def train(
     config: Config | None = None,
     out: str | Path | None = None,
     *,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -295,6 +296,8 @@ def train(
             `esjax.member`.
         reward: The same with higher is better; `loss` and `held_out` of an info are its negative.
         optimizer: Any optax transformation, in place of the one that the settings name.
+            Each of the four may be a text, PATH.py:FUNCTION: then the run folder knows where it is, and resume, load
+            and the command line find it again. The function for an optimizer takes nothing, and returns it.
         trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
@@ -303,13 +306,13 @@ def train(
             loss and a reward, or one that does not return one float32.
     """
     config = config or Config()
-    own = Own(model, loss, reward, optimizer)
+    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, own=own, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
+        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names(), own.code)
     return trainer
 
 
@@ -318,10 +321,10 @@ def resume(
     *,
     steps: int | None = None,
     seconds: float | None = None,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -332,20 +335,21 @@ def resume(
         steps: Stop when the run has done so many steps in all.
         seconds: Stop so many seconds after the first step finished from now. With neither of the two, the limits of
             the run's settings hold.
-        model: The run's own model, if it was given one.
-        loss: The run's own loss, if it was given one.
-        reward: The run's own reward, if it was given one.
-        optimizer: The run's own optimizer, if it was given one.
+        model: The run's own model, if it was given one. What was named as PATH.py:FUNCTION is found again without it;
+            a text of that form says where the same file is now.
+        loss: The same of its own loss.
+        reward: The same of its own reward.
+        optimizer: The same of its own optimizer.
         trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, no checkpoint is whole, or a model, loss or optimizer of
-            its own is missing.
+        EsjaxError: It is no run folder, its text or its code has changed, no checkpoint is whole, or a model, loss or
+            optimizer of its own is missing.
     """
     folder = RunFolder(Path(path))
     folder.check_goes_on()
-    own = Own(model, loss, reward, optimizer)
+    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.resume")
     corpus = load_run_corpus(folder)
     trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)

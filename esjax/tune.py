@@ -7,16 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from esjax.checkpoint import restore_newest
 from esjax.config import Config, replace
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.gradient_cosine import gradient_cosines
-from esjax.loading import load_run_corpus
+from esjax.loading import gather_model, load_run_corpus, read_weights
 from esjax.models.model import ModelFactory
-from esjax.own import Own
-from esjax.replica import Replica
-from esjax.run_folder import RunFolder, a_or_an
+from esjax.run_folder import RunFolder
 
 SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 """Sizes of the noise that are tried, unless others are named."""
@@ -53,7 +50,7 @@ def tune(
     discounts: Sequence[float] = DISCOUNTS,
     space: str | None = None,
     repeats: int = REPEATS,
-    model: ModelFactory | None = None,
+    model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
     """Try sizes of noise, then, in space activation, discounts with the best of them.
@@ -64,29 +61,27 @@ def tune(
         discounts: Discounts.
         space: Another space than the run's.
         repeats: Steps over which a cosine is averaged.
-        model: The run's own model, if it was trained with one.
-        tell: Called with a line for each damaged checkpoint.
+        model: The run's own model, if it was trained with one, see `esjax.load`.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, it has a loss or an optimizer of its own, or no
+        EsjaxError: It is no run folder, its text has changed, it has a loss or a reward of its own, or no
             checkpoint is whole.
     """
     folder = RunFolder(Path(path))
-    own = Own(model=model)
-    for kind in ("loss", "reward", "optimizer"):
+    for kind in ("loss", "reward"):
         if kind in folder.own:
             raise EsjaxError(
-                f"{str(path)!r} was trained with {a_or_an(kind)} of its own, {folder.own[kind]}, and tune knows only "
-                "cross entropy and the optimizers of the settings; compare settings with esjax.sweep"
+                f"{str(path)!r} was trained with a {kind} of its own, {folder.own[kind]}, and tune knows only cross "
+                "entropy; compare settings with esjax.sweep"
             )
-    folder.check_own(own.names(), "esjax.tune.tune")
+    own = gather_model(folder, model, "esjax.tune.tune", tell)
     corpus, config = load_run_corpus(folder), folder.config
     if space is not None:
         config = _with(config, space=space)
     size = corpus.vocabulary.size
     built = own.build(config.model, size)
-    replica = Replica(folder.config, built, None, local_mesh())
-    params = jax.device_get(restore_newest(folder.checkpoints, replica.state, tell).state.params)
+    params = jax.device_get(read_weights(folder, built, tell).params)
     stream = corpus.stream()
 
     def attempt(best: Tried | None, **changes: Any) -> Tried:

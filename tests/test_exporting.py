@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from jaxtyping import Array
@@ -19,7 +20,8 @@ from esjax.exporting import export, import_weights
 from esjax.loading import load
 from esjax.models import Model, gru
 from esjax.tensors import name_tensors
-from esjax.training import train
+from esjax.training import resume, train
+from esjax.tune import tune
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -232,3 +234,19 @@ def test_from_python(runs: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "run.1"
     folder.symlink_to(runs("gru"))
     assert [file.name for file in export(folder)] == ["run.1.safetensors"]
+
+
+def test_weights_are_used_without_the_optimizer_they_were_trained_by(
+    runs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Reference: the run's own weights, still in memory."""
+    run = train(load(runs("gru")).config, tmp_path / "run", optimizer=optax.adamw(0.1), tell=lambda line: None)
+    list(run)
+    loaded = load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, run.params)
+    assert loaded.step == run.step
+    import_weights(*export(tmp_path / "run"), tmp_path / "back")
+    assert_same(tmp_path / "run", tmp_path / "back")
+    assert next(tune(tmp_path / "run", repeats=1)).sigma == 0.025
+    with pytest.raises(EsjaxError, match=r"with an optimizer of its own, scale_by_adam.*; give it again: --optim\.cus"):
+        resume(tmp_path / "run")

@@ -103,7 +103,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         next(tune(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["loss", "reward", "optimizer"])
+@pytest.mark.parametrize("kind", ["loss", "reward"])
 def test_a_run_for_something_else_than_cross_entropy_is_not_tuned(run: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(run, tmp_path / "run")
     about = json.loads((tmp_path / "run" / "run.json").read_text())

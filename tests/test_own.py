@@ -41,6 +41,7 @@ from esjax.estimator import make_estimator
 from esjax.hosts.effects import Terms
 from esjax.member import Member, over_sequences
 from esjax.models import Model, gru
+from esjax.names import name_of_optimizer
 from esjax.own import Own
 from esjax.run_folder import RunFolder, check_own
 from esjax.sums import TAIL, may_be
@@ -49,6 +50,9 @@ from esjax.training import train
 from esjax.tune import tune
 
 MODEL = MODELS["gru"]
+
+LONGEST_IN_A_MESSAGE = 128
+"""Characters of a name that a host sends."""
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -326,13 +330,14 @@ def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path:
             begin(path)
         assert str(caught.value) == (
             f"{str(path)!r} was trained with a model of its own, small_model, and a reward of its own, "
-            "start_not_near_two, and an optimizer of its own, GradientTransformationExtraArgs; give them again, from "
-            f"Python: esjax.{function}({str(path)!r}, model=..., reward=..., optimizer=...)"
+            f"start_not_near_two, and an optimizer of its own, {own.names()['optimizer']}; give them again: "
+            "--model PATH.py:FUNCTION --reward.function PATH.py:FUNCTION --optim.custom PATH.py:FUNCTION, or from "
+            f"Python esjax.{function}({str(path)!r}, model=..., reward=..., optimizer=...)"
         )
     with pytest.raises(
-        EsjaxError, match=r"own, Gradient\w*; give it again, from Python: esjax.load\(.*, model=..., opt"
+        EsjaxError, match=r"own, small_model; give it again: --model [^-]*, or .*load\(.*, model=...\)$"
     ):
-        esjax.load(path, model=small_model)
+        esjax.load(path)  # of all three, weights need but the model
 
 
 @pytest.mark.parametrize(
@@ -349,9 +354,34 @@ def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path:
 def test_another_function_is_refused_where_its_name_tells(was: str, now: str, refused: bool) -> None:
     with pytest.raises(EsjaxError, match="with the reward right, not wrong; give") if refused else nullcontext():
         check_own("run", {"reward": was}, {"reward": now}, "resume")
-    check_own(
-        "run", {"optimizer": "GradientTransformation"}, {"optimizer": "GradientTransformationExtraArgs"}, "resume"
-    )
+
+
+def test_another_optimizer_is_refused_where_its_name_tells() -> None:
+    names = [Own(optimizer=one).names() for one in (optax.adam(0.1), optax.adam(0.1), optax.adam(0.2))]
+    check_own("run", names[0], names[1], "resume")
+    with pytest.raises(EsjaxError, match=r"scale\(-0.1\) #\w{8}, not .*scale\(-0.2\) #\w{8}; give that one"):
+        check_own("run", names[0], names[2], "resume")
+    check_own("run", {"optimizer": "GradientTransformation"}, names[0], "resume")  # of an earlier esjax
+
+
+def test_optimizers_have_names_that_tell_them_apart() -> None:
+    """Reference: each is another transformation, so each has another name, made twice the same one."""
+
+    def make() -> list[Any]:
+        return [
+            *(optax.sgd(0.1), optax.sgd(0.2), optax.sgd(0.1, 0.9), optax.adam(0.1), optax.adamw(0.1)),
+            *(optax.adam(optax.cosine_decay_schedule(0.1, steps)) for steps in (100, 200)),
+            *(optax.adagrad(0.1, initial_accumulator_value=value) for value in (0.1, 0.2)),  # only init holds it
+            *(optax.MultiSteps(optax.sgd(0.1), steps) for steps in (2, 3)),
+            *(optax.inject_hyperparams(optax.sgd)(rate) for rate in (0.1, 0.2)),
+            *(optax.scale(np.float32([1, factor])) for factor in (2, 3)),
+        ]
+
+    first, second = ([name_of_optimizer(one) for one in make()] for _ in range(2))
+    assert first == second
+    assert len(set(first)) == len(first)
+    assert first[0].startswith("identity(), scale(-0.1) #")
+    assert max(map(len, first)) <= LONGEST_IN_A_MESSAGE
 
 
 def test_a_run_does_not_go_on_with_another_reward(config: Config, tmp_path: Path) -> None:

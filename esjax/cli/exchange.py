@@ -1,13 +1,13 @@
 """export and import."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, new_folder, prepare, teller
+from esjax.cli.shared import OwnModel, Run, new_folder, prepare, teller
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Export:
     out: Path | None = None
     """File to write. None: beside the run folder, and called like it."""
 
+    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+
     def run(self, console: Console) -> None:
         """Write it, and say where."""
         prepare()
         from esjax.exporting import export
 
-        for file in export(self.run_folder, self.out, self.format, tell=teller(console)):
+        for file in export(self.run_folder, self.out, self.format, tell=teller(console), **self.own.given()):
             print(file)
 
 
@@ -53,13 +55,15 @@ class Import:
     out: Path | None = None
     """Run folder to make. None: runs/ and the time of day."""
 
+    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+
     def run(self, console: Console) -> None:
         """Make the folder."""
         prepare()
         from esjax.exporting import import_weights
 
         out = new_folder(self.out)
-        import_weights(self.weights, out, characters=self.chars)
+        import_weights(self.weights, out, characters=self.chars, **self.own.given())
         print(f"esjax evaluate {out} --data.text TEXT")
 
 

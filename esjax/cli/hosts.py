@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import Custom, Run, Watching, new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -52,6 +52,8 @@ class Serve:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     def run(self, console: Console) -> None:
         """Coordinate until a limit or Ctrl-C."""
         # A coordinator touches no weight: it leaves accelerators to the hosts.
@@ -66,6 +68,7 @@ class Serve:
             "plain_text_anywhere": self.plain_text_anywhere,
             "trackers": self.watching.trackers(tell),
             "tell": tell,
+            **self.custom.given(),
         }
         if self.resume is None:
             server = serve(self.settings, new_folder(self.out), **where)
@@ -107,12 +110,16 @@ class Join:
     stay: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """When the run has ended, wait for the next one at the address, as those of a sweep."""
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     def run(self, console: Console) -> None:
         """Take part until training ends, SIGTERM or Ctrl-C."""
         if self.lifetime is not None and not self.lifetime > 0:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
         prepare(self.distributed)
         from esjax.hosts.join import TASKS, join
+
+        own: Any = self.custom.given()
 
         try:
             join(
@@ -123,6 +130,7 @@ class Join:
                 patience=self.patience,
                 stay=self.stay,
                 tell=teller(console),
+                **own,
             )
         except EsjaxError as error:
             teller(console)(f"error: {error}")
@@ -200,12 +208,15 @@ class Replay:
     run_folder: Run
     """Run folder."""
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     def run(self, console: Console) -> None:
         """Print what was found; exit with 1 if a digest differs."""
         prepare()
         from esjax.replaying import replay
 
-        found = replay(self.run_folder, tell=teller(console))
+        own: Any = self.custom.given()
+        found = replay(self.run_folder, tell=teller(console), **own)
         print(found.summary())
         sys.exit(0 if found.agrees else 1)
 

@@ -50,6 +50,36 @@ class Watching:
         return trackers
 
 
+@dataclass(frozen=True)
+class OwnModel:
+    """Option of the commands that use weights."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
+    """Where the run's own model is, if it was trained with one and the file is not where it was."""
+
+    def given(self) -> dict[str, str]:
+        """Return what is given, by the names that functions of Python take it under."""
+        return {kind: value for kind, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Custom(OwnModel):
+    """Options of the commands that train: code of yours in place of what the settings name. See docs/extending.md."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
+    """Train a model of yours: the function takes the number of token ids and returns an esjax.Model. The file is
+    trusted, and run as Python."""
+
+    loss: Annotated[str | None, tyro.conf.arg(name="loss.function", metavar="PATH.py:FUNCTION")] = None
+    """Minimise a loss of yours, (member, tokens, key) -> float32."""
+
+    reward: Annotated[str | None, tyro.conf.arg(name="reward.function", metavar="PATH.py:FUNCTION")] = None
+    """Maximise a reward of yours, (member, tokens, key) -> float32."""
+
+    optimizer: Annotated[str | None, tyro.conf.arg(name="optim.custom", metavar="PATH.py:FUNCTION")] = None
+    """Update with an optimizer of yours: the function takes nothing and returns an optax transformation."""
+
+
 def prepare(processes: str | None = None) -> None:
     """Set up the devices, before anything uses JAX.
 

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import Custom, Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
+from esjax.hosts.local import check_workers
 
 if TYPE_CHECKING:
     from esjax.training import Trainer
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a model from scratch.
 
-    Name a model, rnn or gru, anywhere among the options to choose it and to see its settings: esjax train gru --help.
+    Name a model, rnn, gru or PATH.py:FUNCTION, anywhere among the options to choose it and to see its settings: esjax
+    train gru --help.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -32,8 +34,13 @@ class Train:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
+
+    oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let there be more workers than cores; each takes about half a gigabyte of memory."""
 
     distributed: str | None = None
     """Be one of several processes that compute as one: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,N,I with the
@@ -41,25 +48,27 @@ class Train:
 
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
-        if self.workers < 0:
-            raise EsjaxError(f"workers must be at least 0, got {self.workers}")
+        check_workers(self.workers, self.oversubscribe)
         if self.workers and self.distributed:
             raise EsjaxError("workers and distributed are two ways to train with several processes; give one of them")
         prepare(self.distributed)
         out = new_folder(self.out)
+        own: Any = self.custom.given()
         tell = teller(console)
         trackers = self.watching.trackers(tell)
         if self.workers:
             from esjax.hosts.local import local_workers
             from esjax.hosts.serve import serve
 
-            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell)
-            server.while_open = lambda: local_workers(server.address, self.workers, out)
+            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **own)
+            server.while_open = lambda: local_workers(
+                server.address, self.workers, out, given=server.words(), oversubscribe=self.oversubscribe
+            )
             show(server, console)
             return
         from esjax.training import train
 
-        run = train(self.settings, out, trackers=trackers, tell=tell)
+        run = train(self.settings, out, trackers=trackers, tell=tell, **own)
         show(run, console)
         if run.folder is not None:
             _show_sample(run, console)
@@ -83,6 +92,8 @@ class Resume:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
         prepare()
@@ -90,7 +101,8 @@ class Resume:
 
         tell = teller(console)
         trackers = self.watching.trackers(tell)
-        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell)
+        own: Any = self.custom.given()
+        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell, **own)
         show(trainer, console)
         _show_sample(trainer, console)
 

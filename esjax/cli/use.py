@@ -1,12 +1,12 @@
 """evaluate, tune and generate."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, prepare, teller
+from esjax.cli.shared import OwnModel, Run, prepare, teller
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Evaluate:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 
+    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+
     def run(self, console: Console) -> None:
         """Print the scores."""
         prepare()
@@ -36,7 +38,7 @@ class Evaluate:
         from esjax.run_folder import json_line
 
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell)
+        loaded = load(self.run_folder, tell=tell, **self.own.given())
         for kind in loaded.own.keys() & {"loss", "reward"}:
             tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
@@ -69,6 +71,8 @@ class Tune:
     space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
     """Another space than the run's."""
 
+    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+
     def run(self, console: Console) -> None:
         """Print what each setting comes to, and the words to copy."""
         prepare()
@@ -76,7 +80,8 @@ class Tune:
 
         best = None
         sigmas, discounts = self.sigma or SIGMAS, self.discount or DISCOUNTS
-        for tried in tune(self.run_folder, sigmas=sigmas, discounts=discounts, space=self.space, tell=teller(console)):
+        asked: Any = {"sigmas": sigmas, "discounts": discounts, "space": self.space, **self.own.given()}
+        for tried in tune(self.run_folder, tell=teller(console), **asked):
             best = tried if tried.best else best
             discount = "" if tried.discount is None else f"  discount {tried.discount:<5g}"
             print(
@@ -118,6 +123,8 @@ class Generate:
     count: int = 1
     """Number of texts."""
 
+    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+
     def run(self, console: Console) -> None:
         """Print the texts."""
         if self.count < 1:
@@ -131,7 +138,7 @@ class Generate:
         if not all(map(is_symbol, self.prompt)):
             raise EsjaxError("the prompt is not UTF-8 text")
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell)
+        loaded = load(self.run_folder, tell=tell, **self.own.given())
         unknown = loaded.vocabulary.unknown(self.prompt)
         if unknown:
             tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")

@@ -4,6 +4,7 @@ import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from esjax.hosts.wire import Envelope, Join
+from esjax.names import CODE, OPTIONS, SHOWN
 
 
 @runtime_checkable
@@ -35,7 +36,8 @@ class Terms(NamedTuple):
         unit: Pairs that are never split between hosts.
         vocab_size: Number of token ids.
         answers: Hashes of known noise by kind of noise.
-        own: Names of the run's own model, loss or reward, and optimizer.
+        own: Names of the run's own model, loss or reward, and optimizer, and hashes of their code, see
+            `esjax.names.identities`.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
         numbers: Length of the sums that hosts hand in; 0: they hand in losses.
@@ -69,9 +71,22 @@ class Terms(NamedTuple):
                 f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
                 "of JAX; install the same one, or use es.noise rademacher"
             )
-        if dict(join.own) != self.own:
-            needed = ", ".join(f"{kind} {name}" for kind, name in sorted(self.own.items())) or "no part of its own"
-            return f"the run has {needed}; join with the same"
+        return self._objection_to(dict(join.own))
+
+    def _objection_to(self, own: dict[str, str]) -> str:
+        """Say why a host of such parts cannot take part; code of which one side has no hash is known by its name."""
+        wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.own, own))
+        if names != wanted:
+            needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no part of its own"
+            options = "".join(f" {OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
+            return f"the run has {needed}; join with the same{f', such as{options}' if options else ''}"
+        for kind, name in wanted.items():
+            theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (own, self.own))
+            if theirs and ours and theirs != ours:
+                return (
+                    f"the file of this host's {kind} {name} (SHA-256 {theirs[:SHOWN]}) is not the coordinator's "
+                    f"({ours[:SHOWN]}); copy that one here"
+                )
         return ""
 
 

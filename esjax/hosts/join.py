@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import optax
 
+from esjax.custom_code import gather
 from esjax.errors import EsjaxError
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
@@ -62,10 +63,10 @@ def join(
     lifetime: float | None = None,
     patience: float = 600.0,
     stay: bool = False,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
     """Take part in a run until it ends, SIGTERM or Ctrl-C comes, or the lifetime is over.
@@ -77,10 +78,11 @@ def join(
         lifetime: Seconds after which the host leaves. None: no such limit.
         patience: Seconds to wait for a coordinator that says nothing.
         stay: When the run has ended, wait for the next one at the address, and take part in that.
-        model: The run's own model, if it was given one.
-        loss: The run's own loss, if it was given one.
-        reward: The run's own reward, if it was given one.
-        optimizer: The run's own optimizer, if it was given one.
+        model: The run's own model, if it was given one: the function, or PATH.py:FUNCTION. Of the latter the file has
+            to be the same as the coordinator's; code is never sent.
+        loss: The same of its own loss.
+        reward: The same of its own reward.
+        optimizer: The same of its own optimizer.
         tell: Called with each line that a person should see.
 
     Raises:
@@ -89,7 +91,7 @@ def join(
     if stay and jax.process_count() > 1:
         raise EsjaxError("several processes that are one host take part in one run; leave stay out")
     token = None if token_file is None else load_token(Path(token_file))
-    own = Own(model, loss, reward, optimizer)
+    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0
@@ -125,7 +127,7 @@ def _take_part(
         describe_devices(devices)[:128],
         kind_of(devices),
         noise_answers(),
-        own.names(),
+        own.identities(),
         now=now,
         jitter=random.random,
     )

@@ -7,28 +7,63 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from esjax.errors import EsjaxError
+
 PATIENCE = 60.0
 """Seconds after which a process ends whose coordinator says nothing."""
+
+WORKER_BYTES = 500_000_000
+"""Memory that a process takes with a small model; most of it is JAX."""
 
 FAREWELL, LAST_WORD = 5.0, 15.0
 """Seconds that processes have to end by themselves, and once they are asked: what still compiles hears nothing."""
 
 
+def check_workers(count: int, oversubscribe: bool = False) -> None:
+    """See that so many processes have a core each, or that more of them are wanted.
+
+    Raises:
+        EsjaxError: There are fewer cores; it says what memory the processes would take.
+    """
+    if count < 0:
+        raise EsjaxError(f"workers must be at least 0, got {count}")
+    cores = len(available_cores())
+    if count > cores and not oversubscribe:
+        raise EsjaxError(
+            f"{count} workers on {cores} {'core' if cores == 1 else 'cores'} would take about "
+            f"{count * WORKER_BYTES / 1e9:.1f} GB of memory, of {_memory() / 1e9:.1f} GB, and be no faster than {cores}; "
+            f"give --workers {cores}, or --oversubscribe (from Python oversubscribe=True) for so many"
+        )
+
+
+def _memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @contextmanager
-def local_workers(address: str, count: int, logs: Path) -> Iterator[None]:
+def local_workers(
+    address: str, count: int, logs: Path, *, given: Sequence[str] = (), oversubscribe: bool = False
+) -> Iterator[None]:
     """Run processes that join a run, and end them.
 
     Args:
         address: tcp://HOST:PORT of the coordinator.
         count: Number of processes.
         logs: Folder for what they print.
+        given: Options of `join` that name code, see `esjax.own.Own.words`.
+        oversubscribe: Start more processes than there are cores.
+
+    Raises:
+        EsjaxError: There are fewer cores, and `oversubscribe` is not set.
     """
+    check_workers(count, oversubscribe)
     with ExitStack() as stack:
         processes = []
         for number, cores in enumerate(divide(available_cores(), count)):
             log = stack.enter_context((logs / f"worker-{number}.log").open("ab"))
             name = f"worker-{number}"
-            words = ["join", address, "--name", name, "--patience", str(PATIENCE)]
+            words = ["join", address, "--name", name, "--patience", str(PATIENCE), *given]
             processes.append(_start(words, cores, log.fileno()))
         try:
             yield

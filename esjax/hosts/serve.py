@@ -14,6 +14,7 @@ import optax
 
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace
+from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
@@ -34,6 +35,7 @@ from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
+from esjax.names import identities
 from esjax.own import Own, Reward
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
@@ -205,7 +207,7 @@ class Server:
                 unit=replica.chunk_pairs,
                 vocab_size=size,
                 answers=noise_answers(),
-                own=folder.own,
+                own=identities(folder.own, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
                 numbers=replica.numbers,
@@ -294,10 +296,10 @@ def serve(
     bind: str = ADDRESS,
     keys: str | Path | None = None,
     plain_text_anywhere: bool = False,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
@@ -312,7 +314,8 @@ def serve(
         model: Builds a model of one's own, which every host has to bring along, too.
         loss: A loss of one's own, which every host has to bring along, too.
         reward: A reward of one's own in place of a loss, which every host has to bring along, too.
-        optimizer: Any optax transformation, which every host has to bring along, too.
+        optimizer: Any optax transformation, which every host has to bring along, too. Each of the four may be a text,
+            PATH.py:FUNCTION, see `esjax.train`; hosts have to bring the same file.
         trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
@@ -322,10 +325,10 @@ def serve(
     """
     config = replace(config or Config(), ledger=True)
     found = find_trackers(trackers)
-    own = Own(model, loss, reward, optimizer)
+    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
-    folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
+    folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names(), own.code)
     server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
@@ -338,10 +341,10 @@ def resume_serving(
     bind: str = ADDRESS,
     keys: str | Path | None = None,
     plain_text_anywhere: bool = False,
-    model: ModelFactory | None = None,
-    loss: Loss | None = None,
-    reward: Reward | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     trackers: Sequence[Tracker | str] = (),
@@ -354,10 +357,10 @@ def resume_serving(
         bind: See `serve`.
         keys: See `serve`.
         plain_text_anywhere: See `serve`.
-        model: The run's own model, if it was given one.
-        loss: The run's own loss, if it was given one.
-        reward: The run's own reward, if it was given one.
-        optimizer: The run's own optimizer, if it was given one.
+        model: The run's own model, if it was given one, see `esjax.resume`.
+        loss: The same of its own loss.
+        reward: The same of its own reward.
+        optimizer: The same of its own optimizer.
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
             run's settings hold.
@@ -365,11 +368,11 @@ def resume_serving(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, or a part of its own is missing.
+        EsjaxError: It is no run folder, its text or its code has changed, or a part of its own is missing.
     """
     folder = RunFolder(Path(path))
     folder.check_goes_on()
-    own = Own(model, loss, reward, optimizer)
+    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.resume_serving")
     listen = _Listen(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder)

@@ -98,7 +98,7 @@ class Join(Message, frozen=True, tag="join"):
         device: What it computes on, for people.
         kind: Hardware and software whose floats should agree to the last bit.
         answers: Hashes of known noise by kind of noise, see `esjax.hosts.answers`.
-        own: Names of its own model, loss and optimizer.
+        own: Names of its own model, loss and optimizer, and hashes of their code, see `esjax.names.identities`.
         run: Run it took part in before, or "".
         instance: Random number that tells it from another host of its name.
         attempt: How often it has asked; a lower number is an old request.
