@@ -15,16 +15,10 @@ from types import MappingProxyType, ModuleType
 from typing import Any, NoReturn
 
 from esjax.errors import EsjaxError
-from esjax.names import OPTIONS, SHOWN, Code
+from esjax.names import OPTIONS, SHOWN, Code, is_code
 from esjax.own import Own
 
 NOTHING: Mapping[str, Code] = MappingProxyType({})
-
-
-def is_code(value: object) -> bool:
-    """Tell whether something is a text of the form PATH.py:FUNCTION."""
-    path, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return path.endswith(".py") and name.isidentifier()
 
 
 def refuse(line: str) -> NoReturn:

@@ -42,6 +42,12 @@ class Code(msgspec.Struct, frozen=True):
         return f"{self.path}:{self.name}"
 
 
+def is_code(value: object) -> bool:
+    """Tell whether something is a text of the form PATH.py:FUNCTION."""
+    path, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return path.endswith(".py") and name.isidentifier()
+
+
 def identities(names: Mapping[str, str], code: Mapping[str, Code]) -> dict[str, str]:
     """Return what a host and its coordinator compare: by kind, the name, and the hash of the code if it is known."""
     return {**names, **{f"{kind}{CODE}": one.digest for kind, one in code.items()}}

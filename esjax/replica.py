@@ -149,6 +149,11 @@ class Replica:
         if stream is not None:
             self.use_tokens(stream)
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """List those that share the population."""
+        return list(self._mesh.devices.flat)
+
     def use_tokens(self, stream: Integer[np.ndarray, " length"]) -> None:
         """Score on this text from now on.
 

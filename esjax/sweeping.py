@@ -18,16 +18,23 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+import optax
 
 from esjax.axes import Trial, make_grid
 from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
+from esjax.custom_code import gather
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.hosts.address import is_loopback
-from esjax.hosts.local import local_workers
+from esjax.hosts.local import check_workers, local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.member import Loss
+from esjax.models.model import ModelFactory
+from esjax.names import Code, unused_settings
+from esjax.own import NOTHING_OWN, Own, Reward
+from esjax.run_folder import check_own
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
@@ -75,6 +82,7 @@ class Hosts(NamedTuple):
         keys: See `esjax.serve`. None: `keys` in the folder of the sweep, and no keys on a loopback address.
         plain_text_anywhere: See `esjax.serve`.
         announce: Called when hosts may join.
+        oversubscribe: Let there be more workers than cores.
     """
 
     workers: int = 0
@@ -82,6 +90,7 @@ class Hosts(NamedTuple):
     keys: Path | None = None
     plain_text_anywhere: bool = False
     announce: Callable[[Server], None] = lambda server: None
+    oversubscribe: bool = False
 
 
 class Sweep:
@@ -103,8 +112,17 @@ class Sweep:
         hosts: Hosts | None = None,
         show: Callable[[Trainer | Server], None] | None = None,
         tell: Callable[[str], None] | None = None,
+        own: Own = NOTHING_OWN,
     ) -> None:
-        """Set up; use `sweep` or `resume_sweep` to get one."""
+        """Set up; use `sweep` or `resume_sweep` to get one.
+
+        Raises:
+            EsjaxError: There are more workers than cores, or they cannot be given what the runs are given.
+        """
+        if hosts is not None and hosts.workers:
+            check_workers(hosts.workers, hosts.oversubscribe)
+            own.words()
+        self._own = own
         self.path = path
         self.trials = trials
         self.stopped = False
@@ -153,11 +171,13 @@ class Sweep:
                     return
 
     def _open(self, trial: Trial) -> Trainer | Server:
-        path, limits = self.path / trial.name, trial.config
+        path, limits, own = self.path / trial.name, trial.config, self._own
+        given: Any = {kind: str(own.code[kind]) if kind in own.code else getattr(own, kind) for kind in own.names()}
+        gather(own.code, **given)  # its files must not change between two runs
         if not kept_steps(path / CHECKPOINTS):
             if path.exists():
                 shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
-            return self._begin(limits, path)
+            return self._begin(limits, path, given)
         run = read_run(path)
         before = 0.0
         if run.step:  # not if it was stopped while it waited for hosts
@@ -168,14 +188,14 @@ class Sweep:
         # A run stops at its own clock: what is left of it may be less than nothing.
         seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
         if self._hosts is None:
-            return resume(path, steps=limits.steps, seconds=seconds, tell=self._tell)
-        where = self._where(self._hosts)
+            return resume(path, steps=limits.steps, seconds=seconds, tell=self._tell, **given)
+        where = self._where(self._hosts) | given
         return self._with_hosts(resume_serving(path, steps=limits.steps, seconds=seconds, **where), self._hosts)
 
-    def _begin(self, config: Config, path: Path) -> Trainer | Server:
+    def _begin(self, config: Config, path: Path, given: Any) -> Trainer | Server:
         if self._hosts is None:
-            return train(config, path, tell=self._tell)
-        return self._with_hosts(serve(config, path, **self._where(self._hosts)), self._hosts)
+            return train(config, path, tell=self._tell, **given)
+        return self._with_hosts(serve(config, path, **self._where(self._hosts), **given), self._hosts)
 
     def _where(self, hosts: Hosts) -> dict[str, Any]:
         open_to_all = hosts.plain_text_anywhere or is_loopback(hosts.bind)
@@ -193,7 +213,13 @@ class Sweep:
             yield
 
         def workers() -> Any:
-            return local_workers(server.address, hosts.workers, server.folder.path)
+            return local_workers(
+                server.address,
+                hosts.workers,
+                server.folder.path,
+                given=server.own.words(),
+                oversubscribe=hosts.oversubscribe,
+            )
 
         server.while_open = workers if hosts.workers else announce
         return server
@@ -233,6 +259,10 @@ def sweep(
     *,
     out: str | Path,
     hosts: Hosts | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Sweep:
@@ -243,6 +273,10 @@ def sweep(
         config: Settings of what is no axis; None: the defaults.
         out: Folder of the sweep. One that is there already has to be of the same axes, in any order, and settings.
         hosts: Who trains. None: this process.
+        model: A model for all runs, see `esjax.train`; workers need it, and the three below, as PATH.py:FUNCTION.
+        loss: A loss for all runs.
+        reward: A reward for all runs.
+        optimizer: An optimizer for all runs.
         show: Trains a run, by iterating over it. None: that, and nothing else.
         tell: Called with each line that a person should see. None: they go to standard error.
 
@@ -251,6 +285,9 @@ def sweep(
             something else.
     """
     config, path = config or Config(), Path(out)
+    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    for name in unused_settings(own.names(), axes):
+        raise EsjaxError(f"{name} would change nothing with a model or an optimizer of its own; leave that axis out")
     trials = make_grid(config, axes)
     for trial in trials:
         if trial.config.steps is None and trial.config.seconds is None:
@@ -259,14 +296,19 @@ def sweep(
         load_corpus(data)
     typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
     # The folders are called by the axes in the order in which they were first given.
-    trials = make_grid(config, _record(path, typed, config))
-    return Sweep(path, trials, hosts, show, tell)
+    found = Sweep(path, trials, hosts, show, tell, own)
+    found.trials = make_grid(config, _record(path, _Record(typed, config, own.names(), own.code)))
+    return found
 
 
 def resume_sweep(
     path: str | Path,
     *,
     hosts: Hosts | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Sweep:
@@ -275,20 +317,36 @@ def resume_sweep(
     Args:
         path: Folder of the sweep.
         hosts: See `sweep`.
+        model: The model of its runs, if they were given one, see `esjax.resume`.
+        loss: The same of their loss.
+        reward: The same of their reward.
+        optimizer: The same of their optimizer.
         show: See `sweep`.
         tell: See `sweep`.
 
     Raises:
-        EsjaxError: It is no sweep's folder, or is damaged.
+        EsjaxError: It is no sweep's folder, or is damaged, or what its runs were given is missing or has changed.
     """
-    axes, config = _read_record(Path(path))
-    return Sweep(Path(path), make_grid(config, axes), hosts, show, tell)
+    record = _read_record(Path(path))
+    own = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    check_own(str(path), record.own, own.names(), "esjax.resume_sweep")
+    return Sweep(Path(path), make_grid(record.config, record.axes), hosts, show, tell, own)
 
 
-def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Mapping[str, Sequence[Any]]:
+class _Record(NamedTuple):
+    """What a sweep is of."""
+
+    axes: Mapping[str, Sequence[Any]]
+    config: Config
+    own: Mapping[str, str]
+    code: Mapping[str, Code]
+
+
+def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
+    axes, config = wanted.axes, wanted.config
     if (path / RECORD).exists():
-        before, settings = _read_record(path)
+        before, settings, own, code = _read_record(path)
         if before != axes:
             there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
             raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
@@ -298,19 +356,25 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Ma
                 f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
                 "go on with that one"
             )
+        check_own(str(path), own, wanted.own, "esjax.sweep")
+        digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
+        if digests[0] != digests[1]:
+            raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
         return before
     try:
         if path.exists() and any(path.iterdir()):
             raise EsjaxError(f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out")
         path.mkdir(parents=True, exist_ok=True)
         record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
+        if wanted.own:
+            record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
         write_durably(path / RECORD, msgspec.yaml.encode(record).decode())
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
     return axes
 
 
-def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
+def _read_record(path: Path) -> _Record:
     source = path / RECORD
     try:
         text = source.read_text(encoding="utf-8")
@@ -320,9 +384,11 @@ def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
         record = msgspec.yaml.decode(text)
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
         settings = msgspec.yaml.encode(record["settings"]).decode()
+        own = msgspec.convert(record.get("own", {}), dict[str, str])
+        code = msgspec.convert(record.get("code", {}), dict[str, Code])
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
         raise EsjaxError(f"{source} is damaged; restore it from a copy") from error
-    return axes, from_yaml(settings, str(source))
+    return _Record(axes, from_yaml(settings, str(source)), own, code)
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> str:

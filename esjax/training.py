@@ -35,6 +35,7 @@ from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
 from esjax.step_info import Limits, StepInfo
+from esjax.summary import describe_kinds, describe_run
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Trained
@@ -107,10 +108,15 @@ class Trainer(Usable):
         self._history = History()
 
     def __repr__(self) -> str:
-        """Say where the run stands."""
+        """Say what the run is, and where it stands."""
         where = f" in {str(self.folder.path)!r}" if self.folder else ""
         loss = f", loss {self.last.loss:.3f}" if self.last else ""
-        return f"<esjax run{where}: {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
+        return f"<esjax run{where}: {self.summary()}; {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
+
+    def summary(self) -> str:
+        """Say in one line what is trained on what, and how much a step is."""
+        devices = describe_kinds(self._replica.devices)
+        return describe_run(devices, self.config, self.corpus, self._replica.state.params, self._own.names())
 
     @property
     def step(self) -> int:

@@ -374,7 +374,7 @@ def test_optimizers_have_names_that_tell_them_apart() -> None:
             *(optax.adagrad(0.1, initial_accumulator_value=value) for value in (0.1, 0.2)),  # only init holds it
             *(optax.MultiSteps(optax.sgd(0.1), steps) for steps in (2, 3)),
             *(optax.inject_hyperparams(optax.sgd)(rate) for rate in (0.1, 0.2)),
-            *(optax.scale(np.float32([1, factor])) for factor in (2, 3)),
+            *(optax.scale(np.array([1, factor])) for factor in (2, 3)),
         ]
 
     first, second = ([name_of_optimizer(one) for one in make()] for _ in range(2))

@@ -62,6 +62,7 @@ FLOORS = [
         "esjax.trained",
         "esjax.checkpoint",
         "esjax.run_folder",
+        "esjax.summary",
     ),
     ("esjax.importing",),
     (

@@ -2,13 +2,16 @@
 
 import difflib
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import tyro
 from rich.console import Console
 
+import esjax
 from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
@@ -60,6 +63,9 @@ def _parse(words: list[str]) -> Any:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         sys.exit(0)
+    if words[0] == "--version":
+        print(f"esjax {esjax.__version__} (JAX {version('jax')}, Python {platform.python_version()})")
+        sys.exit(0)
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -87,6 +93,6 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "esjax COMMAND --help lists the options of a command.",
+            "esjax COMMAND --help lists the options of a command, esjax --version the versions.",
         ]
     )

@@ -1,5 +1,6 @@
 """export and import."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,7 +65,12 @@ class Import:
 
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars, **self.own.given())
-        print(f"esjax evaluate {out} --data.text TEXT")
+        folder = shlex.quote(str(out))
+        print(f"esjax evaluate {folder} --data.text TEXT")
+        teller(console)(
+            f"kept in {out}; the line above scores it on a text of yours, esjax generate {folder} writes, and esjax "
+            f"export {folder} makes a file of it again; without a text of its own it cannot be resumed"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Custom, Run, Watching, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import Custom, Run, Watching, announce_to_hosts, new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -27,7 +27,7 @@ Address = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADDRESS")]
 class Serve:
     """Begin, or go on with, a run that hosts join over the network.
 
-    Takes the settings of train. Hosts need nothing but the line that this prints.
+    Takes the settings of train. Hosts need the line that this prints, and the files that it names.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -77,8 +77,7 @@ class Serve:
 
         @contextmanager
         def announce() -> Iterator[None]:
-            token = f" --token-file {server.token}" if server.token else ""
-            print(f"esjax join {server.address}{token}", flush=True)
+            announce_to_hosts(server)
             yield
 
         server.while_open = announce

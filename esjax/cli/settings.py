@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from esjax.cli.shared import Watching
+from esjax.cli.shared import Custom, Watching
 from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.dotted import change, value_of
 from esjax.errors import EsjaxError
 from esjax.mistakes import setting_names, wrong_name
+from esjax.names import OPTIONS, is_code, unused_settings
 
 
 class _Option(NamedTuple):
@@ -54,7 +55,10 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     own = _own_options(command)
     options, loose = _cut(words, {**own, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}})
     config = [option.value(None) for option in options if option.name == "config"]
-    settings = _choose_model(_read_file(config[-1]) if config else Config(), loose)
+    settings = _read_file(config[-1]) if config else Config()
+    settings, code = _choose_model(
+        settings, loose + [option.value(None) for option in options if option.name == "model"]
+    )
     known = {**own, **_defaults(settings)}
     values: dict[str, Any] = {}
     rest: list[str] = []
@@ -64,8 +68,15 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
         value = option.value(known[option.name])
         if option.name not in own:
             values[option.name] = value
-        else:
+        elif option.name != "model":
             rest.append(option.typed if isinstance(value, bool) else f"{option.typed}={value}")
+    rest += [f"{OPTIONS['model']}={word}" for word in code]
+    custom = [kind for kind, typed in OPTIONS.items() if any(word.startswith(f"{typed}=") for word in rest)]
+    for name in unused_settings(custom, values):
+        kind = "model" if name.startswith("model.") else "optimizer"
+        raise EsjaxError(
+            f"{_typed(name)} is not for the {kind} of {OPTIONS[kind]}; set it in your code, or leave it out"
+        )
     if not any(option.name in ("h", "help") for option in options):
         settings = change(settings, values)
     return tyro.cli(
@@ -84,17 +95,22 @@ def _read_file(path: str) -> Config:
         raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
 
 
-def _choose_model(settings: Config, loose: Sequence[str]) -> Config:
-    """Take the model that is named among the words that belong to no option."""
-    for word in loose:
-        if word not in MODELS:
-            raise EsjaxError(f"{word!r} is neither the value of an option nor a model; models are {', '.join(MODELS)}")
-    if len(loose) > 1:
-        raise EsjaxError(f"one model at a time, not {' and '.join(loose)}")
-    kinds = [MODELS[word] for word in loose]
-    if not kinds or isinstance(settings.model, kinds[0]):  # that of the file keeps its settings
-        return settings
-    return replace(settings, model=kinds[0]())
+def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[str]]:
+    """Take the model that is named by the option, or among the words that belong to none; if it is code, return it."""
+    for word in words:
+        if word.endswith(".py"):
+            raise EsjaxError(f"{word!r} is a file; name the function in it that builds the model, {word}:FUNCTION")
+        if word not in MODELS and not is_code(word):
+            raise EsjaxError(
+                f"{word!r} is neither the value of an option nor a model; models are {', '.join(MODELS)}, and "
+                "PATH.py:FUNCTION of yours"
+            )
+    if len(words) > 1:
+        raise EsjaxError(f"one model at a time, not {' and '.join(words)}")
+    kinds = [MODELS[word] for word in words if word in MODELS]
+    if kinds and not isinstance(settings.model, kinds[0]):  # that of the file keeps its settings
+        settings = replace(settings, model=kinds[0]())
+    return settings, [word for word in words if word not in MODELS]
 
 
 def _cut(words: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[_Option], list[str]]:
@@ -147,6 +163,8 @@ def _own_options(command: Any) -> dict[str, Any]:
     for field in fields(command):
         if field.name == "watching":
             own |= {option.name: option.default for option in fields(Watching)}
+        elif field.name == "custom":
+            own |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(Custom)}
         elif field.name != "settings":
             own[field.name] = field.default
     return own

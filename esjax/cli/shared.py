@@ -1,6 +1,7 @@
 """What the commands have in common."""
 
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
+import esjax
 from esjax.errors import DiskError, EsjaxError
 
 if TYPE_CHECKING:
@@ -113,6 +115,27 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=MOST_COLUMNS)
 
 
+def announce_to_hosts(server: "Server", *more: str) -> None:
+    """Print the line that makes a host join, and say what to copy where, and that the run waits.
+
+    Args:
+        server: The run, once its address is known.
+        more: Further options of the line.
+    """
+    from esjax.hosts.address import is_loopback
+
+    token = [] if server.token is None else ["--token-file", str(server.token)]
+    print(shlex.join(["esjax", "join", server.address, *token, *server.own.words(), *more]), flush=True)
+    files = [*token[1:], *dict.fromkeys(code.path for code in server.own.code.values())]
+    if is_loopback(server.address):
+        how = "give the line above in other terminals of this machine"
+    elif files:
+        how = f"copy {' and '.join(files)} to each machine, and give the line above there, with the paths of the copies"
+    else:
+        how = "give the line above on each machine"
+    server.tell(f"waiting for hosts: {how}; each needs esjax {esjax.__version__}. The first one starts the training")
+
+
 def show(run: "Trainer | Server", console: Console) -> None:
     """Train, with a line of progress."""
     from esjax.processes import leads
@@ -123,6 +146,7 @@ def show(run: "Trainer | Server", console: Console) -> None:
             pass
         return
     assert run.folder is not None
+    teller(console)(run.summary())
     with Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
         try:

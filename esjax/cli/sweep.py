@@ -3,18 +3,19 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from esjax.axes import parse_axes
-from esjax.cli.shared import new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import Custom, announce_to_hosts, new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
+from esjax.hosts.local import check_workers
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -44,8 +45,13 @@ class Sweep:
     resume: Path | None = None
     """Folder of a sweep to go on with; it knows its axes and settings."""
 
+    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
+
+    oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let there be more workers than cores; each takes about half a gigabyte of memory."""
 
     bind: str | None = None
     """Train with hosts that join at this address, tcp://HOST:PORT, run after run; let them join with --stay."""
@@ -59,8 +65,7 @@ class Sweep:
     def run(self, console: Console) -> None:
         """Train what is not finished, then print the table and draw the plot."""
         tell = teller(console)
-        if self.workers < 0:
-            raise EsjaxError(f"workers must be at least 0, got {self.workers}")
+        check_workers(self.workers, self.oversubscribe)
         if self.workers and self.bind:
             raise EsjaxError("workers and bind are two ways to train with hosts; give one of them")
         if self.bind and self.bind.endswith(":0"):
@@ -77,11 +82,12 @@ class Sweep:
             show(run, console)
 
         hosts = self._hosts()
+        own: Any = self.custom.given()
         if self.resume is None:
             out = new_folder(self.out, "sweeps")
-            grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell)
+            grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell, **own)
         else:
-            grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell)
+            grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell, **own)
         how = f"go on with: esjax sweep --resume {grid.path}"
         try:
             for _ in grid:
@@ -114,12 +120,12 @@ class Sweep:
 
         if not (self.workers or self.bind):
             return None
-        return Hosts(self.workers, self.bind or ANY_PORT, self.keys, self.plain_text_anywhere, _announce)
+        address = self.bind or ANY_PORT
+        return Hosts(self.workers, address, self.keys, self.plain_text_anywhere, _announce, self.oversubscribe)
 
 
 def _announce(server: "Server") -> None:
-    token = f" --token-file {server.token}" if server.token else ""
-    print(f"esjax join {server.address}{token} --stay", flush=True)
+    announce_to_hosts(server, "--stay")
 
 
 def _table(outcomes: "Sequence[Outcome]") -> Table:

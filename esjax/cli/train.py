@@ -62,7 +62,7 @@ class Train:
 
             server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **own)
             server.while_open = lambda: local_workers(
-                server.address, self.workers, out, given=server.words(), oversubscribe=self.oversubscribe
+                server.address, self.workers, out, given=server.own.words(), oversubscribe=self.oversubscribe
             )
             show(server, console)
             return

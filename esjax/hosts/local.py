@@ -31,8 +31,8 @@ def check_workers(count: int, oversubscribe: bool = False) -> None:
     if count > cores and not oversubscribe:
         raise EsjaxError(
             f"{count} workers on {cores} {'core' if cores == 1 else 'cores'} would take about "
-            f"{count * WORKER_BYTES / 1e9:.1f} GB of memory, of {_memory() / 1e9:.1f} GB, and be no faster than {cores}; "
-            f"give --workers {cores}, or --oversubscribe (from Python oversubscribe=True) for so many"
+            f"{count * WORKER_BYTES / 1e9:.1f} GB of memory, of {_memory() / 1e9:.1f} GB, and be no faster than "
+            f"{cores}; give --workers {cores}, or --oversubscribe (from Python oversubscribe=True) for so many"
         )
 
 

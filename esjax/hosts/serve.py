@@ -42,6 +42,7 @@ from esjax.run_folder import RunFolder
 from esjax.runs import read_run
 from esjax.snapshot import to_bytes
 from esjax.step_info import Limits, StepInfo
+from esjax.summary import describe_run
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import Tracker, Watch
 
@@ -71,6 +72,7 @@ class Server:
 
     Attributes:
         config: Settings.
+        own: What hosts have to be given, too, beside the settings.
         folder: Where the run is kept.
         limits: Where iteration ends; may be changed.
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
@@ -95,6 +97,7 @@ class Server:
     ) -> None:
         """Set up; use `serve` or `resume_serving` to get one."""
         self.config = folder.config
+        self.own = own
         self.folder = folder
         self.limits = Limits(self.config.steps, self.config.seconds)
         has_baselines = corpus.held_out and own.objective is None
@@ -111,8 +114,12 @@ class Server:
         self._coordinator: Coordinator | None = None
 
     def __repr__(self) -> str:
-        """Say where it is."""
-        return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}>"
+        """Say where it is, and what."""
+        return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}: {self.summary()}>"
+
+    def summary(self) -> str:
+        """Say in one line what is trained on what, and how much a step is."""
+        return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.own.names())
 
     def status(self) -> wire.Status:
         """Say how the run and its hosts do.
