@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from esjax.errors import EsjaxError
 from esjax.names import OPTIONS, SHOWN, Code, is_code
-from esjax.own import Own
+from esjax.own import Own, check_given
 
 NOTHING: Mapping[str, Code] = MappingProxyType({})
 
@@ -46,6 +46,8 @@ def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] =
             if kind in known and code[kind].digest != known[kind].digest:
                 was, now = (one.digest[:SHOWN] for one in (known[kind], code[kind]))
                 changed(f"the {kind} {code[kind]} has changed since the run was begun (SHA-256 {was}, now {now})")
+        else:
+            check_given(kind, value)
     for kind, one in code.items():
         function = _function(one, _module(one, sources[kind]))
         values[kind] = _transformation(one, function) if kind == "optimizer" else function
@@ -104,7 +106,7 @@ def _function(code: Code, module: ModuleType) -> Callable[..., Any]:
         raise EsjaxError(f"{code.path!r} has no {code.name}" + (f"; did you mean {near[0]}?" if near else ""))
     function = getattr(module, code.name)
     if not callable(function):
-        raise EsjaxError(f"{code} is a {type(function).__name__}; name a function")
+        raise EsjaxError(f"{code} is of type {type(function).__name__}; name a function")
     return function
 
 

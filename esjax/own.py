@@ -24,6 +24,17 @@ Reward = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, 
 """`(member, tokens, key) -> reward`, like a `Loss`, but higher is better."""
 
 
+WANTED = {
+    "model": "a function from the number of token ids to an esjax.Model, or PATH.py:FUNCTION, or for one with a name "
+    "the setting model, esjax.GruConfig() for example",
+    "loss": "a function, or PATH.py:FUNCTION",
+    "reward": "a function, or PATH.py:FUNCTION",
+    "optimizer": "an optax transformation, optax.adam(1e-2) for example, or PATH.py:FUNCTION, or for one with a name "
+    "the setting optim.optimizer",
+}
+"""What may be given, by kind."""
+
+
 @dataclass(frozen=True)
 class Own:
     """A model, a loss or a reward, an optimizer of one's own, each in place of the one that the settings name.
@@ -45,22 +56,10 @@ class Own:
     def __post_init__(self) -> None:
         if self.loss is not None and self.reward is not None:
             raise EsjaxError("there is a loss and a reward; give one of them")
-        if self.model is not None and not callable(self.model):
-            raise EsjaxError(
-                f"model is {_shown(self.model)}; give a function from the number of token ids to an esjax.Model, or "
-                "PATH.py:FUNCTION, or for one with a name the setting model, esjax.GruConfig() for example"
-            )
-        if self.optimizer is not None and not all(
-            callable(getattr(self.optimizer, part, None)) for part in ("init", "update")
-        ):
-            raise EsjaxError(
-                f"optimizer is {_shown(self.optimizer)}; give an optax transformation, optax.adam(1e-2) for example, "
-                "or PATH.py:FUNCTION, or for one with a name the setting optim.optimizer"
-            )
+        for kind in OPTIONS:
+            check_given(kind, getattr(self, kind))
         for kind, function in (("loss", self.loss), ("reward", self.reward)):
             if function is not None:
-                if not callable(function):
-                    raise EsjaxError(f"{kind} is {_shown(function)}; give a function, or PATH.py:FUNCTION")
                 _check_arguments(f"the {kind} {name_of(function)}", function)
 
     def names(self) -> dict[str, str]:
@@ -117,6 +116,17 @@ class Own:
             return -value if kind == "reward" else value
 
         return objective
+
+
+def check_given(kind: str, value: object) -> None:
+    """See that something may be given.
+
+    Raises:
+        EsjaxError: It is neither None nor what its kind has to be.
+    """
+    parts = [getattr(value, part, None) for part in ("init", "update")] if kind == "optimizer" else [value]
+    if value is not None and not all(map(callable, parts)):
+        raise EsjaxError(f"{kind} is {_shown(value)}; give {WANTED[kind]}")
 
 
 def _shown(value: object) -> str:

@@ -74,9 +74,7 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     custom = [kind for kind, typed in OPTIONS.items() if any(word.startswith(f"{typed}=") for word in rest)]
     for name in unused_settings(custom, values):
         kind = "model" if name.startswith("model.") else "optimizer"
-        raise EsjaxError(
-            f"{_typed(name)} is not for the {kind} of {OPTIONS[kind]}; set it in your code, or leave it out"
-        )
+        raise EsjaxError(f"{_typed(name)} changes nothing in the {kind} of a file; set it there, or leave it out")
     if not any(option.name in ("h", "help") for option in options):
         settings = change(settings, values)
     return tyro.cli(

@@ -122,12 +122,10 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         server: The run, once its address is known.
         more: Further options of the line.
     """
-    from esjax.hosts.address import is_loopback
-
     token = [] if server.token is None else ["--token-file", str(server.token)]
     print(shlex.join(["esjax", "join", server.address, *token, *server.own.words(), *more]), flush=True)
     files = [*token[1:], *dict.fromkeys(code.path for code in server.own.code.values())]
-    if is_loopback(server.address):
+    if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:
         how = f"copy {' and '.join(files)} to each machine, and give the line above there, with the paths of the copies"

@@ -51,7 +51,7 @@ class Sweep:
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
 
     oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let there be more workers than cores; each takes about half a gigabyte of memory."""
+    """Let there be more workers than cores; each takes 0.6 GB of memory or more."""
 
     bind: str | None = None
     """Train with hosts that join at this address, tcp://HOST:PORT, run after run; let them join with --stay."""

@@ -40,7 +40,7 @@ class Train:
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
 
     oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let there be more workers than cores; each takes about half a gigabyte of memory."""
+    """Let there be more workers than cores; each takes 0.6 GB of memory or more."""
 
     distributed: str | None = None
     """Be one of several processes that compute as one: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,N,I with the

@@ -78,8 +78,8 @@ class Terms(NamedTuple):
         wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.own, own))
         if names != wanted:
             needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no part of its own"
-            options = "".join(f" {OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
-            return f"the run has {needed}; join with the same{f', such as{options}' if options else ''}"
+            options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
+            return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
         for kind, name in wanted.items():
             theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (own, self.own))
             if theirs and ours and theirs != ours:

@@ -12,7 +12,7 @@ from esjax.errors import EsjaxError
 PATIENCE = 60.0
 """Seconds after which a process ends whose coordinator says nothing."""
 
-WORKER_BYTES = 500_000_000
+WORKER_BYTES = 600_000_000
 """Memory that a process takes with a small model; most of it is JAX."""
 
 FAREWELL, LAST_WORD = 5.0, 15.0

@@ -121,6 +121,11 @@ class Server:
         """Say in one line what is trained on what, and how much a step is."""
         return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.own.names())
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        return is_loopback(self._listen.address)
+
     def status(self) -> wire.Status:
         """Say how the run and its hosts do.
 
