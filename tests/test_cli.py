@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,8 +25,11 @@ from jax.experimental.compilation_cache import compilation_cache
 import esjax.training
 from esjax import cli
 from esjax.checkpoint import digest
-from esjax.config import Config, GruConfig, RnnConfig, from_yaml
+from esjax.cli.shared import announce_to_hosts
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
+from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
+from esjax.hosts.local import available_cores, check_workers, local_workers
 
 RUN_PY = Path(__file__).parents[1] / "experiments" / "run.py"
 
@@ -134,6 +138,21 @@ def test_train_leaves_a_run(trained: tuple[Path, Called]) -> None:
     assert "--- step 3\n" in (run / "samples.txt").read_text()
     for name in ("unigram", "bigram", "trigram"):
         assert name in called.err
+
+
+def test_a_line_says_what_is_trained_before_the_first_step(trained: tuple[Path, Called]) -> None:
+    """Reference: the text's documents, split as `evaluate` says it; the sizes of the weights; 8 members on 4 tokens."""
+    folder, called = trained
+    documents = TEXT.rstrip("\n").split("\n\n")
+    settings = from_yaml((folder / "run/config.yaml").read_text(), "config.yaml").data
+    corpus = load_corpus(replace(settings, text=str(folder / "text.txt")))
+    train, held_out = (sum(len(one) + 1 for one in some) for some in (corpus.train, corpus.held_out))
+    assert train + held_out == sum(len(document) + 1 for document in documents)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(esjax.load(folder / "run").params))
+    assert called.err.splitlines()[0] == (
+        f"{len(jax.devices())} x cpu; text text.txt: {train:,} tokens, {held_out:,} held out, {corpus.vocabulary.size} "
+        f"token ids; model gru: {weights:,} parameters; population 8, 32 tokens a step"
+    )
 
 
 def test_the_folder_is_said_on_one_line_however_long_its_name(trained: tuple[Path, Called]) -> None:
@@ -251,7 +270,9 @@ def test_imported_weights_are_scored(work: Path) -> None:
     (work / "ab.txt").write_text("ab\n\nba\n\naab")
     called = succeed("import-npy", "weights.npy", "--chars", "characters.json", "--out", "imported")
     assert called.out.startswith("esjax evaluate imported --data.text ")  # what to do next
-    assert succeed("import", "weights.npy", "--chars", "characters.json", "--out", "again").out  # the newer name
+    again = succeed("import", "weights.npy", "--chars", "characters.json", "--out", "again")  # the newer name
+    assert again.out.startswith("esjax evaluate again --data.text ")
+    assert re.search(r"kept in again; .* esjax generate again writes, and esjax export again .*resumed\n\Z", again.err)
     words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
     scores = json.loads(succeed(*words).out)
     # Weights of zero predict the uniform distribution over the four ids.
@@ -668,6 +689,49 @@ def test_a_wrong_option_is_refused(words: list[str], named: str, work: Path) -> 
 
 def test_help_is_shown_beside_a_mistake(work: Path) -> None:
     assert "usage: esjax train" in succeed("train", "--es.sigma", "-1", "--help").out
+
+
+def test_the_versions_are_printed() -> None:
+    assert succeed("--version").out == (
+        f"esjax {esjax.__version__} (JAX {jax.__version__}, Python {platform.python_version()})\n"
+    )
+
+
+def test_more_workers_than_cores_need_a_second_word(work: Path) -> None:
+    """Reference: one more than this machine's cores, 0.6 GB each."""
+    cores = len(available_cores())
+    line = f"{cores + 1} workers on {cores} cores? would take about {0.6 * (cores + 1):.1f} GB of memory, of .* GB, .*"
+    before = contents(work)
+    for words in (["train"], ["sweep", "--axis", "seed=1,2", "--steps", "1"], ["sweep", "--resume", "run"]):
+        called = call(*words, *(TINY if words[-1] != "run" else ()), "--workers", str(cores + 1))
+        assert (called.code, called.out, called.err.count("\n")) == (2, "", 1)
+        assert re.search(f"{line} give --workers {cores}, or --oversubscribe", called.err)
+        assert contents(work) == before
+    with pytest.raises(EsjaxError, match=line):
+        esjax.sweep({"seed": [1]}, Config(steps=1), out="grid", hosts=esjax.Hosts(workers=cores + 1))
+    with pytest.raises(EsjaxError, match=line), local_workers("tcp://127.0.0.1:1", cores + 1, work):
+        pass
+    assert contents(work) == before
+    check_workers(cores)
+    check_workers(cores + 1, oversubscribe=True)
+
+
+def test_serve_says_what_to_copy_where(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    config = Config(data=DataConfig(text="text.txt", held_out=0.3, window=4), es=EsConfig(population_size=8))
+    server = esjax.serve(config, "local", tell=told.append)
+    announce_to_hosts(server)
+    assert capsys.readouterr().out == "esjax join tcp://127.0.0.1:5555\n"
+    assert told[-1].startswith("waiting for hosts: give the line above in other terminals of this machine; ")
+    (work / "own.py").write_text("import esjax\n\ndef build(size):\n    return esjax.models.gru(size, 4, 4)\n")
+    server = esjax.serve(config, "open", bind="tcp://0.0.0.0:5555", model="own.py:build", tell=told.append)
+    server.token = Path("a b/hosts.token")
+    announce_to_hosts(server, "--stay")
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"esjax join tcp://0.0.0.0:5555 --token-file 'a b/hosts.token' --model {work / 'own.py'}:build --stay\n"
+    )
+    assert told[-1].startswith(f"waiting for hosts: copy a b/hosts.token and {work / 'own.py'} to each machine, and ")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

@@ -99,10 +99,7 @@ def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[
         if word.endswith(".py"):
             raise EsjaxError(f"{word!r} is a file; name the function in it that builds the model, {word}:FUNCTION")
         if word not in MODELS and not is_code(word):
-            raise EsjaxError(
-                f"{word!r} is neither the value of an option nor a model; models are {', '.join(MODELS)}, and "
-                "PATH.py:FUNCTION of yours"
-            )
+            raise EsjaxError(f"{word!r} is neither the value of an option nor a model; models are {', '.join(MODELS)}")
     if len(words) > 1:
         raise EsjaxError(f"one model at a time, not {' and '.join(words)}")
     kinds = [MODELS[word] for word in words if word in MODELS]

@@ -48,7 +48,7 @@ def rate(workers: int, settings: Workers) -> float:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["--seconds", str(settings.seconds), "--evaluate-time", "1000", "--out", str(out), *settings.words]
-        command = [sys.executable, "-m", "esjax", "train", "--workers", str(workers), *words]
+        command = [sys.executable, "-m", "esjax", "train", "--workers", str(workers), "--oversubscribe", *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a step is missing"
