@@ -21,6 +21,7 @@ import numpy as np
 from numpy import ndarray
 
 from esjax.errors import EsjaxError
+from esjax.names import SHOWN
 from esjax.step_info import Limits
 
 State = Literal["running", "finished", "stopped"]
@@ -58,7 +59,8 @@ class RunView:
         path: The folder.
         name: Its name; with as many folders before it as tell it from the runs it was read with.
         state: Whether it goes on.
-        settings: By dotted name, `es.sigma`; parts of its own are `own.model`, `own.loss`, `own.optimizer`.
+        settings: By dotted name, `es.sigma`; parts of its own are `own.model`, `own.loss`, `own.optimizer`, and
+            `code.model` and so on the first digits of the hash of their file, if they are code in one.
         metrics: A column of float64 for each name of `StepInfo`, all of them of one length, NaN where a step has no
             such number, 1 and 0 for true and false. Empty before the first step.
         baselines: Nats per token over the held-out documents, by n-gram model, worst first; empty if not recorded.
@@ -235,9 +237,12 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
     if metrics.damaged:
         what = "line" if metrics.damaged == 1 else "lines"
         notes.append(f"{metrics.damaged:,} damaged {what} of metrics.jsonl left out")
-    own = _mapping(_read(path / "run.json", notes), "run.json", notes).get("own", {})
+    run = _mapping(_read(path / "run.json", notes), "run.json", notes)
+    hashes = {kind: one["digest"][:SHOWN] for kind, one in run.get("code", {}).items()}
     text = _read(path / "config.yaml", notes)
-    settings = flatten(_mapping(text, "config.yaml", notes)) | (flatten({"own": own}) if own else {})
+    settings = flatten(_mapping(text, "config.yaml", notes)) | flatten(
+        {section: values for section, values in (("own", run.get("own")), ("code", hashes)) if values}
+    )
     text = _read(path / "baselines.json", notes) if (path / "baselines.json").exists() else "{}"
     baselines = _mapping(text, "baselines.json", notes)
     return RunView(

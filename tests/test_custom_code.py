@@ -19,6 +19,7 @@ from esjax.errors import EsjaxError
 from esjax.hosts.effects import Terms
 from esjax.hosts.wire import Join
 from esjax.names import Code, is_code
+from esjax.runs import read_run
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -115,7 +116,7 @@ def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     ],
 )
 def test_what_is_no_such_function_is_refused_before_there_is_a_folder(
-    code: Path, given: dict[str, str], message: str
+    code: Path, given: dict[str, Any], message: str
 ) -> None:
     (code.parent / "broken.py").write_text("\ndef zeros(:\n")
     (code.parent / "missing.py").write_text("import no_such_module\n")
@@ -137,6 +138,8 @@ def test_a_run_of_the_command_line_is_that_of_python(code: Path) -> None:
     sys.path.remove(str(code.parent))
     given = {"model": scope["zeros"], "reward": scope["small"], "optimizer": scope["plain"]()}
     expected = [info.loss for info in esjax.train(config(steps=3), **given, tell=lambda line: None)]
+    digest = hashlib.sha256(code.read_bytes()).hexdigest()
+    assert read_run("run").settings["code.model"] == digest[:12]
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows] == expected
 
@@ -219,7 +222,7 @@ def test_all_runs_of_a_sweep_have_the_same_code(code: Path) -> None:
 
 
 def test_a_sweep_does_not_go_on_with_code_that_changes_under_it(code: Path) -> None:
-    given = {"model": "mine.py:zeros", "reward": "mine.py:small"}
+    given: Any = {"model": "mine.py:zeros", "reward": "mine.py:small"}
     outcomes = iter(esjax.sweep({"seed": [1, 2]}, config(steps=1), out="grid", tell=lambda line: None, **given))
     assert next(outcomes).state == "finished"
     code.write_text(SOURCE + "# more\n")
