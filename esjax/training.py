@@ -61,6 +61,7 @@ class Trainer(Usable):
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
             loss or reward of its own.
         folder: Where the run is kept, or None.
+        on_start: Called when an iteration has opened all that it needs, before its first step.
         trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
@@ -86,6 +87,7 @@ class Trainer(Usable):
         objective = own.objective
         self.trackers = find_trackers(trackers) if leads() else []
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
+        self.on_start: Callable[[], None] = lambda: None
         self.last: StepInfo | None = None
         self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
@@ -159,6 +161,7 @@ class Trainer(Usable):
             record = self._open_folder(stack)
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
             alone = self._set_up(record.ledger if record else None)
+            self.on_start()
             began_at: float | None = None  # when the first step of this session was finished
             # Where there is a held-out loss already, the next one can wait.
             evaluate_after = config.evaluate_time if self._is_measured() else 0.0

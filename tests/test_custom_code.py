@@ -98,7 +98,7 @@ def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     }
     assert own.model is not None
     assert own.reward is not None
-    assert own.model.__globals__ is own.reward.__globals__  # type: ignore[attr-defined]
+    assert own.model.__globals__ is own.reward.__globals__
     assert own.words() == [f"{code}:{word.split(':')[1]}" if ":" in word else word for word in OPTIONS]
 
 

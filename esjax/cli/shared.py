@@ -144,9 +144,9 @@ def show(run: "Trainer | Server", console: Console) -> None:
             pass
         return
     assert run.folder is not None
-    teller(console)(run.summary())
     with Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
+        run.on_start = lambda: run.tell(run.summary())
         try:
             for info in run:
                 progress.update(info)

@@ -79,6 +79,7 @@ class Server:
             loss or reward of its own.
         address: Where hosts join; its port is known once iteration has begun.
         token: Token file that hosts need, or None.
+        on_start: Called when an iteration has opened all that it needs, before hosts may join.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
         trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
         last: Info of the last step, or None.
@@ -104,6 +105,7 @@ class Server:
         self.baselines = corpus.baselines(corpus.held_out) if has_baselines else {}
         self.address = listen.address
         self.token: Path | None = None
+        self.on_start: Callable[[], None] = lambda: None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
         self.trackers = list(trackers)
         self.last: StepInfo | None = None
@@ -146,6 +148,7 @@ class Server:
             self.limits.check(coordinator.step)
             self._coordinator = coordinator
             watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder, self.tell))
+            self.on_start()
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation
