@@ -22,12 +22,14 @@ import numpy as np
 from esjax.axes import Trial, make_grid
 from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
-from esjax.data.corpus import load_corpus
+from esjax.data.corpus import load_corpus, locate_text
+from esjax.data.sources import locate
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.paths import given_path
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
@@ -108,7 +110,7 @@ class Sweep:
         self.path = path
         self.trials = trials
         self.stopped = False
-        self._hosts = hosts
+        self._hosts = hosts._replace(keys=given_path(hosts.keys)) if hosts and hosts.keys else hosts
         self._show = show or _iterate
         self._tell = tell or (lambda line: print(line, file=sys.stderr))
         self._failed: dict[str, str] = {}
@@ -250,7 +252,7 @@ def sweep(
         EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of
             something else.
     """
-    config, path = config or Config(), Path(out)
+    config, path = locate_text(config or Config()), given_path(out)
     trials = make_grid(config, axes)
     for trial in trials:
         if trial.config.steps is None and trial.config.seconds is None:
@@ -258,6 +260,8 @@ def sweep(
     for data in dict.fromkeys(trial.config.data for trial in trials):
         load_corpus(data)
     typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
+    if "data.text" in typed:
+        typed["data.text"] = [locate(text) for text in typed["data.text"]]
     # The folders are called by the axes in the order in which they were first given.
     trials = make_grid(config, _record(path, typed, config))
     return Sweep(path, trials, hosts, show, tell)
@@ -281,8 +285,9 @@ def resume_sweep(
     Raises:
         EsjaxError: It is no sweep's folder, or is damaged.
     """
-    axes, config = _read_record(Path(path))
-    return Sweep(Path(path), make_grid(config, axes), hosts, show, tell)
+    path = given_path(path)
+    axes, config = _read_record(path)
+    return Sweep(path, make_grid(config, axes), hosts, show, tell)
 
 
 def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Mapping[str, Sequence[Any]]:

@@ -15,6 +15,7 @@ from esjax.gradient_cosine import gradient_cosines
 from esjax.loading import load_run_corpus
 from esjax.models.model import ModelFactory
 from esjax.own import Own
+from esjax.paths import given_path
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder, a_or_an
 
@@ -53,6 +54,7 @@ def tune(
     discounts: Sequence[float] = DISCOUNTS,
     space: str | None = None,
     repeats: int = REPEATS,
+    text: str | None = None,
     model: ModelFactory | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
@@ -64,6 +66,7 @@ def tune(
         discounts: Discounts.
         space: Another space than the run's.
         repeats: Steps over which a cosine is averaged.
+        text: Where the run's text is now, as the setting data.text; None: where it was.
         model: The run's own model, if it was trained with one.
         tell: Called with a line for each damaged checkpoint.
 
@@ -71,7 +74,7 @@ def tune(
         EsjaxError: It is no run folder, its text has changed, it has a loss or an optimizer of its own, or no
             checkpoint is whole.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     own = Own(model=model)
     for kind in ("loss", "reward", "optimizer"):
         if kind in folder.own:
@@ -80,7 +83,7 @@ def tune(
                 "cross entropy and the optimizers of the settings; compare settings with esjax.sweep"
             )
     folder.check_own(own.names(), "esjax.tune.tune")
-    corpus, config = load_run_corpus(folder), folder.config
+    corpus, config = load_run_corpus(folder, text), folder.config
     if space is not None:
         config = _with(config, space=space)
     size = corpus.vocabulary.size

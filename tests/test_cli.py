@@ -137,7 +137,7 @@ def test_train_leaves_a_run(trained: tuple[Path, Called]) -> None:
 
 
 def test_the_folder_is_said_on_one_line_however_long_its_name(trained: tuple[Path, Called]) -> None:
-    assert f"kept in {LONG_NAME}" in trained[1].err.splitlines()
+    assert f"kept in {trained[0] / LONG_NAME}" in trained[1].err.splitlines()
 
 
 def test_resume_goes_on_to_more_steps(work: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, new_folder, prepare, teller
+from esjax.cli.shared import Run, command_line, new_folder, prepare, teller
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Import:
 
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars)
-        print(f"esjax evaluate {out} --data.text TEXT")
+        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
 
 
 @dataclass(frozen=True)

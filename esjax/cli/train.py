@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import Moved, Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -54,7 +54,7 @@ class Train:
             from esjax.hosts.serve import serve
 
             server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell)
-            server.while_open = lambda: local_workers(server.address, self.workers, out)
+            server.while_open = lambda: local_workers(server.address, self.workers, server.folder.path)
             show(server, console)
             return
         from esjax.training import train
@@ -81,6 +81,9 @@ class Resume:
     seconds: float | None = None
     """Train for so many seconds more, from the first finished step on."""
 
+    text: Moved = None
+    """Where the run's text is now; it must be the same text. None: where it was."""
+
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
     def run(self, console: Console) -> None:
@@ -90,7 +93,9 @@ class Resume:
 
         tell = teller(console)
         trackers = self.watching.trackers(tell)
-        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell)
+        trainer = resume(
+            self.run_folder, steps=self.steps, seconds=self.seconds, text=self.text, trackers=trackers, tell=tell
+        )
         show(trainer, console)
         _show_sample(trainer, console)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Run, prepare, teller
+from esjax.cli.shared import Moved, Run, prepare, teller
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class Tune:
     space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
     """Another space than the run's."""
 
+    text: Moved = None
+    """Where the run's text is now; it must be the same text. None: where it was."""
+
     def run(self, console: Console) -> None:
         """Print what each setting comes to, and the words to copy."""
         prepare()
@@ -76,7 +79,9 @@ class Tune:
 
         best = None
         sigmas, discounts = self.sigma or SIGMAS, self.discount or DISCOUNTS
-        for tried in tune(self.run_folder, sigmas=sigmas, discounts=discounts, space=self.space, tell=teller(console)):
+        for tried in tune(
+            self.run_folder, sigmas=sigmas, discounts=discounts, space=self.space, text=self.text, tell=teller(console)
+        ):
             best = tried if tried.best else best
             discount = "" if tried.discount is None else f"  discount {tried.discount:<5g}"
             print(
