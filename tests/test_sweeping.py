@@ -1,6 +1,7 @@
 """Sweeps: each run is what it would be alone, whatever comes between, and no run stops the others."""
 
 import csv
+import io
 import re
 import signal
 import socket
@@ -412,8 +413,8 @@ def test_values_are_drawn_letter_by_letter() -> None:
         ]
         + [Outcome("", {"sigma": 1, "text": text}, "waiting", None, 0.0, 0, 0, "") for text in texts]
     )
-    figure.canvas.draw()
+    figure.savefig(io.BytesIO())
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["text=$x_$", "text=_b"]
     figure = make_figure([Outcome("", {"text": text}, "finished", 2.0, 1.0, 1, 1, "") for text in texts])
-    figure.canvas.draw()
+    figure.savefig(io.BytesIO())
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == list(texts)
