@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy import ndarray
 
-from esjax.config import Config, from_yaml, replace, to_yaml
+from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.importing import begin_with
@@ -54,8 +54,6 @@ def export_safetensors(
     Raises:
         EsjaxError: safetensors is missing.
     """
-    text = config.data.text.rpartition("/")[2]  # where it lies here is nobody else's business
-    config = replace(config, data=replace(config.data, text=text))
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in name_tensors(params).items()}
     metadata = {
         "esjax": FORMAT,

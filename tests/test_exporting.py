@@ -13,13 +13,12 @@ from jaxtyping import Array
 from safetensors import safe_open
 
 import esjax
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
-from esjax.data.vocabulary import Vocabulary
+from esjax.config import Config, DataConfig, EsConfig, GruConfig, RnnConfig, replace
 from esjax.errors import EsjaxError
 from esjax.exporting import export, import_weights
 from esjax.loading import load
 from esjax.models import Model, gru
-from esjax.tensors import export_safetensors, name_tensors
+from esjax.tensors import name_tensors
 from esjax.training import train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -233,12 +232,3 @@ def test_from_python(runs: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "run.1"
     folder.symlink_to(runs("gru"))
     assert [file.name for file in export(folder)] == ["run.1.safetensors"]
-
-
-def test_where_the_text_lies_is_not_exported(tmp_path: Path) -> None:
-    vocabulary = Vocabulary("char", ("a",))
-    for text, exported in {"/home/me/secret/text.txt": "text.txt", "builtin:pydoc": "builtin:pydoc"}.items():
-        config = Config(data=DataConfig(text=text))
-        (tmp_path / "weights").write_bytes(export_safetensors(config, vocabulary, {"w": np.zeros(2)}, 0, {}))
-        with safe_open(tmp_path / "weights", "numpy") as file:
-            assert from_yaml(file.metadata()["settings"], "").data.text == exported
