@@ -73,7 +73,8 @@ def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
         if isinstance(values, str) or not len(values):
             raise EsjaxError(f"the axis {name} needs a list of values, got {values!r}")
     combinations = itertools.product(*axes.values())
-    trials = [_make_trial(base, dict(zip(axes, values, strict=True))) for values in combinations]
+    shared = _shared_folders(axes.get("data.text", ()))
+    trials = [_make_trial(base, dict(zip(axes, values, strict=True)), shared) for values in combinations]
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
@@ -85,7 +86,7 @@ def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
     return trials
 
 
-def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
+def _make_trial(base: Config, wanted: Mapping[str, Any], shared: str) -> Trial:
     chosen = value_of(base, "model")
     model = wanted.get("model", chosen)
     if model not in MODELS:
@@ -105,9 +106,17 @@ def _make_trial(base: Config, wanted: Mapping[str, Any]) -> Trial:
         said = ", ".join(f"{name}={value}" for name, value in wanted.items())
         raise EsjaxError(f"{said}: {error}") from error
     typed = {name: value_of(config, name) for name in wanted}
-    return Trial(",".join(f"{name}={_plain(value)}" for name, value in typed.items()), typed, config)
+    name = ",".join(f"{name}={_plain(str(value).removeprefix(shared))}" for name, value in typed.items())
+    return Trial(name, typed, config)
 
 
-def _plain(value: Any) -> str:
+def _shared_folders(texts: Sequence[Any]) -> str:
+    """Return the beginning of absolute paths that a trial's name can do without: the folders that all of them share."""
+    folders = [text.rpartition("/")[0].split("/") for text in texts if isinstance(text, str) and text.startswith("/")]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "".join(f"{part}/" for part, *_ in shared)
+
+
+def _plain(value: str) -> str:
     """Write a value so that it can be in the name of a folder."""
-    return re.sub(r"[^\w.+-]+", "_", str(value))
+    return re.sub(r"[^\w.+-]+", "_", value)

@@ -11,8 +11,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +34,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save th
 
 SEAL = "seal.json"
 STATE = "state"
+
+PLAIN = re.compile(r"[\w/ .,=+@-]*")
+"""A path in which every character stands for itself, for orbax too."""
 
 
 class Restored(NamedTuple):
@@ -69,6 +75,8 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
         folder.mkdir(exist_ok=True)
+        with _plain_path(folder):  # see now, not after the first minute of training, that there is one
+            pass
         for path in folder.glob("*.partial"):
             shutil.rmtree(path)
         for step in kept_steps(folder):
@@ -93,8 +101,8 @@ class Checkpoints:
             return
         partial = path.with_suffix(".partial")
         try:
-            with _checkpointer() as checkpointer:
-                checkpointer.save((partial / STATE).absolute(), jax.tree.map(np.asarray, state))
+            with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
+                checkpointer.save(plain / partial.name / STATE, jax.tree.map(np.asarray, state))
             seal = {
                 "seconds": seconds,
                 "member_tokens": member_tokens,
@@ -185,6 +193,30 @@ def _checkpointer() -> ocp.StandardCheckpointer:
 def _alone() -> ocp.options.MultiprocessingOptions:
     this = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix="one")
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    r"""Yield a path to a folder that orbax reads letter by letter.
+
+    It takes `[`, `*` and `?` for a pattern, `\` for `/`, and `gs:` for storage elsewhere; a link stands for such names.
+
+    Raises:
+        EsjaxError: The folder for temporary files has such a name, too.
+    """
+    whole = folder.absolute()
+    if PLAIN.fullmatch(str(whole)):
+        yield whole
+        return
+    with tempfile.TemporaryDirectory(prefix="esjax-") as place:
+        link = Path(place) / "folder"
+        if not PLAIN.fullmatch(str(link)):
+            raise EsjaxError(
+                f"no checkpoint can be written in {str(whole)!r}, whose name has special characters; give another "
+                "--out, or set TMPDIR to a folder with a plain name"
+            )
+        link.symlink_to(whole)
+        yield link
 
 
 def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esjax.errors import EsjaxError
+from esjax.paths import given_path
 
 if TYPE_CHECKING:
     import jax
@@ -29,7 +30,7 @@ def prepare_devices(cache: Path | None = None) -> None:
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", _cores())
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(given_path(cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

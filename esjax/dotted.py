@@ -59,4 +59,4 @@ def _read(value: Any, hint: Any) -> Any:
         if number in (hint, *get_args(hint)):
             with suppress(ValueError):
                 return number(value)
-    return None if value == "None" else value
+    return None if value == "None" and hint is not str else value

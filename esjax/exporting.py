@@ -10,6 +10,7 @@ from esjax.import_npy import export_npy, import_npy
 from esjax.loading import load
 from esjax.models.model import ModelFactory
 from esjax.models.rnn import RnnParams
+from esjax.paths import given_path
 from esjax.tensors import export_safetensors, import_safetensors
 
 Format = Literal["safetensors", "npy"]
@@ -39,11 +40,11 @@ def export(
     Raises:
         EsjaxError: It is no run folder or holds no checkpoint, the format does not suit its model, or a file is there.
     """
-    path = Path(path)
+    path = given_path(path)
     if out is None:
-        whole = path if path.name not in ("", "..") else path.resolve()
+        whole = path if path.name != ".." else path.resolve()
         out = whole.with_name(f"{whole.name}.{format or 'safetensors'}")
-    out = Path(out)
+    out = given_path(out)
     kinds = get_args(Format)
     if out.suffix[1:] not in kinds or (format and out.suffix[1:] != format):
         wanted = f".{format}" if format else " or ".join(f".{kind}" for kind in kinds)
@@ -88,18 +89,18 @@ def import_weights(
     Raises:
         EsjaxError: A file cannot be read or does not fit, or the folder exists.
     """
-    weights = Path(weights)
+    weights, out = given_path(weights), given_path(out)
     if weights.suffix == ".npy":
         table = table_of(weights)
         if characters is None and not table.exists():
             raise EsjaxError(
                 f"{str(weights)!r} needs its table of characters: give --chars, or put {str(table)!r} there"
             )
-        import_npy(weights, Path(characters or table), Path(out))
+        import_npy(weights, given_path(characters or table), out)
     elif weights.suffix == ".safetensors":
         if characters is not None:
             raise EsjaxError(f"{str(weights)!r} holds its vocabulary; leave --chars out")
-        import_safetensors(weights, Path(out), model)
+        import_safetensors(weights, out, model)
     else:
         raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy; give it the suffix of what it is")
 

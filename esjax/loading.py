@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from esjax.checkpoint import Weights, restore_weights
 from esjax.config import Config, replace
 from esjax.custom_code import gather
-from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
@@ -60,20 +60,29 @@ class Loaded(Usable):
         return read_run(self.path)
 
 
-def load_run_corpus(folder: RunFolder) -> Corpus:
+def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
     """Read the text that a run was trained on.
+
+    Args:
+        folder: The run.
+        text: Where its text is now, as the setting data.text; `folder.config` names it there from then on. None: where
+            the settings say.
 
     Raises:
         EsjaxError: It cannot be used, has changed, or there is none.
     """
     if not folder.text_digest:
         raise EsjaxError(f"{str(folder.path)!r} holds imported weights and no text; train anew")
-    corpus = load_corpus(folder.config.data, folder.vocabulary)
+    config = folder.config
+    if text is not None:
+        config = locate_text(replace(config, data=replace(config.data, text=text)))
+    corpus = load_corpus(config.data, folder.vocabulary)
     if corpus.digest != folder.text_digest:
         raise EsjaxError(
-            f"the text {folder.config.data.text!r} is not the one {str(folder.path)!r} was trained on; put the old one "
-            "back, or train anew"
+            f"the text {config.data.text!r} is not the one {str(folder.path)!r} was trained on; put the old one "
+            "back, let data.text name where it is, or train anew"
         )
+    folder.config = config
     return corpus
 
 
@@ -94,7 +103,7 @@ def load(
     Raises:
         EsjaxError: It is no run folder, no checkpoint is whole, or a model of its own is missing.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     own = gather_model(folder, model, "esjax.load", tell)
     config, vocabulary = folder.config, folder.vocabulary
     built = own.build(config.model, vocabulary.size)

@@ -3,20 +3,25 @@
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esjax.curves import Axis, make_curve, smooth
 from esjax.errors import EsjaxError
+from esjax.paths import given_path
 from esjax.runs import RunView, find_runs, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLORS = ("#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d")
 """Of the runs, in turn; readable on white and on black."""
+
+LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
+"""Of a text in a picture: it is shown letter by letter."""
 
 PICTURES = (".png", ".svg", ".pdf")
 """Endings of the files that `plot` writes."""
@@ -49,7 +54,8 @@ def plot(
         EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
             matplotlib is missing, or the file cannot be written.
     """
-    if out is not None and Path(out).suffix not in PICTURES:
+    out = None if out is None else given_path(out)
+    if out is not None and out.suffix not in PICTURES:
         raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)} or .html")
     views = open_runs(runs)
     if log_y:
@@ -60,9 +66,10 @@ def plot(
         raise EsjaxError("a picture needs matplotlib: pip install 'esjax[plot]'") from error
     figure = Figure(figsize=(11, 5), layout="constrained")
     held_out, loss = figure.subplots(1, 2)
+    lines = []
     for view, color in zip(views, cycle(COLORS), strict=False):
         _draw(held_out, view, "held_out", color, over, 0.0)
-        _draw(loss, view, "loss", color, over, smoothing)
+        lines.append(_draw(loss, view, "loss", color, over, smoothing))
     _draw_baselines(held_out, views)
     if not any(view.last("held_out") is not None for view in views):
         held_out.text(0.5, 0.5, "nothing was measured", transform=held_out.transAxes, ha="center", color="gray")
@@ -70,19 +77,27 @@ def plot(
     held_out.set_title("held-out text")
     loss.set_title("population, training text" + (f", averaged over {smoothing:g} steps" if smoothing else ""))
     for axes in (held_out, loss):
-        axes.set(xlabel=over, ylabel=", ".join(sorted({view.unit for view in views})))
+        axes.set_xlabel(over)
+        axes.set_ylabel(", ".join(sorted({view.unit for view in views})), **LITERAL)
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = loss.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(views)), frameon=False)
+    add_legend(figure, lines, [view.name for view in views], columns=4)
     if out is not None:
         try:
             figure.savefig(out, dpi=150)
         except OSError as error:
             raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
     return figure
+
+
+def add_legend(figure: "Figure", lines: "Sequence[Line2D]", names: Sequence[str], columns: int) -> None:
+    """Name lines below a figure, letter by letter: matplotlib leaves `_a` out, and reads `$a$` as a formula."""
+    places = [str(place) for place in range(len(names))]
+    legend = figure.legend(lines, places, loc="outside lower center", ncols=min(columns, len(names)), frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, **LITERAL)
 
 
 def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
@@ -123,15 +138,16 @@ def check_log_y(views: Sequence[RunView]) -> None:
             raise EsjaxError(f"no {what} ({unit}) is above 0, so it has no logarithm; leave log-y out")
 
 
-def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span: float) -> None:
+def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span: float) -> "Line2D":
     curve = make_curve(view.metrics, column)
     x = curve.over(over)
     few = len(x) <= 50
     if span > 0:
         axes.plot(x, curve.value, color=color, alpha=0.2, lw=0.8)
-    axes.plot(
+    (line,) = axes.plot(
         x, smooth(curve.step, curve.value, span), color=color, lw=1.6, marker="o" if few else "", ms=3, label=view.name
     )
+    return line
 
 
 def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:
@@ -151,4 +167,5 @@ def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:
                 va="center",
                 fontsize="small",
                 color=line,
+                **LITERAL,
             )

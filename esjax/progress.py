@@ -98,7 +98,7 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """Print a line above the progress."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def update(self, info: "StepInfo") -> None:
         """Show a step."""

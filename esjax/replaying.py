@@ -16,6 +16,7 @@ from esjax.ledger import DIGEST, UPDATE, read
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Reward
+from esjax.paths import given_path
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 
@@ -71,7 +72,7 @@ def replay(
     Raises:
         EsjaxError: It is no run folder, or has no ledger from its first step on, or its code has changed.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     folder.check_goes_on()
     own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.replay")

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import write_durably, writing
 from esjax.names import MARK, OPTIONS, Code
 from esjax.runs import find_runs
 
@@ -49,6 +50,9 @@ READABLE = (1, 2)
 
 LOCK_TRIES = 5
 """How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs`."""
+
+LONGEST_PATH = 768 if sys.platform == "darwin" else 3840
+"""Bytes of a run folder's path: a system takes 1024 or 4096, and checkpoints need 160 of them below it."""
 
 MOST_NAMED = 4
 """Runs that are named where a folder of runs was given for one of them."""
@@ -115,6 +119,8 @@ class RunFolder:
             taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
         except OSError as error:
             raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise EsjaxError(f"the path of the run folder is longer than {LONGEST_PATH} bytes; give a shorter --out")
         if taken:
             raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
         run = {
@@ -175,10 +181,10 @@ class RunFolder:
 
     def _where(self) -> tuple[str | None, str | None]:
         try:
-            address, token, *_ = [*(self.path / "address").read_text(encoding="utf-8").splitlines(), "", ""]
+            address, _, token = (self.path / "address").read_text(encoding="utf-8").partition("\n")
         except (OSError, UnicodeDecodeError):
             return None, None
-        return address or None, token or None
+        return address or None, token.removesuffix("\n") or None  # the name of a file may hold a new line, too
 
     @contextmanager
     def keep_address(self, address: str, token: Path | None = None) -> Iterator[None]:
@@ -278,6 +284,16 @@ class RunFolder:
             write_durably(path, json_line(baselines) + "\n")
         except OSError as error:
             raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
+
+    def keep_config(self) -> None:
+        """Record the settings as they are now.
+
+        Raises:
+            DiskError: They cannot be written.
+        """
+        path = self.path / "config.yaml"
+        with writing(path):
+            write_durably(path, to_yaml(self.config))
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""

@@ -22,6 +22,7 @@ from numpy import ndarray
 
 from esjax.errors import EsjaxError
 from esjax.names import SHOWN
+from esjax.paths import given_path, legible
 from esjax.step_info import Limits
 
 State = Literal["running", "finished", "stopped"]
@@ -191,7 +192,7 @@ def find_runs(path: str | Path) -> list[Path]:
     Raises:
         EsjaxError: There is no such folder, or it cannot be read.
     """
-    path = Path(path)
+    path = given_path(path)
     try:
         os.listdir(path)
     except FileNotFoundError as error:
@@ -219,7 +220,7 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
     Raises:
         EsjaxError: It is no run folder, or cannot be read. A damaged part is no error, but a note.
     """
-    path = Path(path)
+    path = given_path(path)
     try:
         (path / "run.json").stat()
     except FileNotFoundError as error:
@@ -247,7 +248,7 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
     baselines = _mapping(text, "baselines.json", notes)
     return RunView(
         path=path,
-        name=name or path.resolve().name,
+        name=name or legible(path.resolve().name),
         state=_state(path, settings, columns),
         settings=settings,
         metrics=columns,
@@ -266,7 +267,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[RunView]:
     Raises:
         EsjaxError: One is no run folder, or cannot be read.
     """
-    chosen = list({Path(path).resolve(): Path(path) for path in paths}.values())
+    chosen = list({path.resolve(): path for path in map(given_path, paths)}.values())
     names = distinct_names(chosen)
     return [read_run(path, name=name) for path, name in zip(chosen, names, strict=True)]
 
@@ -312,7 +313,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
         length = 1
         while length < len(mine) and sum(other[-length:] == mine[-length:] for other in set(parts)) > 1:
             length += 1
-        ends.append("/".join(mine[-length:]).lstrip("/"))
+        ends.append(legible("/".join(mine[-length:]).lstrip("/")))
     return ends
 
 

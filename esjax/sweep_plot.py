@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esjax.errors import EsjaxError
-from esjax.plotting import COLORS
+from esjax.plotting import COLORS, LITERAL, add_legend
 from esjax.sweeping import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 WIDE = 8
 """Largest over smallest number from which on they are drawn in logarithms."""
@@ -60,12 +61,13 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
         lines.setdefault(others, []).append((positions[str(one.values[axis])], one.held_out))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
+    drawn: list[Line2D] = []
     for label, color in zip(sorted(lines), cycle(COLORS), strict=False):
         x, y = zip(*sorted(lines[label]), strict=True)
-        plot.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label or None)
+        drawn += plot.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label or None)
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
-    plot.set_xticks(list(positions.values()), list(positions))
+    plot.set_xticks(list(positions.values()), list(positions), **LITERAL)
     if _is_wide([held_out for line in lines.values() for _, held_out in line]):
         plot.set_yscale("log")  # one of them went astray
     plot.tick_params(axis="x", which="minor", bottom=False)
@@ -74,7 +76,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):
-        figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+        add_legend(figure, drawn, sorted(lines), columns=3)
     return figure
 
 

@@ -24,7 +24,8 @@ from esjax.axes import Trial, make_grid
 from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.custom_code import gather
-from esjax.data.corpus import load_corpus
+from esjax.data.corpus import load_corpus, locate_text
+from esjax.data.sources import locate
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.hosts.address import is_loopback
@@ -34,6 +35,7 @@ from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.names import Code, unused_settings
 from esjax.own import NOTHING_OWN, Own, Reward
+from esjax.paths import given_path
 from esjax.run_folder import check_own
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
@@ -126,7 +128,7 @@ class Sweep:
         self.path = path
         self.trials = trials
         self.stopped = False
-        self._hosts = hosts
+        self._hosts = hosts._replace(keys=given_path(hosts.keys)) if hosts and hosts.keys else hosts
         self._show = show or _iterate
         self._tell = tell or (lambda line: print(line, file=sys.stderr))
         self._failed: dict[str, str] = {}
@@ -284,7 +286,7 @@ def sweep(
         EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of
             something else.
     """
-    config, path = config or Config(), Path(out)
+    config, path = locate_text(config or Config()), given_path(out)
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     for name in unused_settings(own.names(), axes):
         raise EsjaxError(f"{name} would change nothing with a model or an optimizer of its own; leave that axis out")
@@ -295,6 +297,8 @@ def sweep(
     for data in dict.fromkeys(trial.config.data for trial in trials):
         load_corpus(data)
     typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
+    if "data.text" in typed:
+        typed["data.text"] = [locate(text) for text in typed["data.text"]]
     # The folders are called by the axes in the order in which they were first given.
     found = Sweep(path, trials, hosts, show, tell, own)
     found.trials = make_grid(config, _record(path, _Record(typed, config, own.names(), own.code)))
@@ -327,10 +331,11 @@ def resume_sweep(
     Raises:
         EsjaxError: It is no sweep's folder, or is damaged, or what its runs were given is missing or has changed.
     """
-    record = _read_record(Path(path))
+    path = given_path(path)
+    record = _read_record(path)
     own = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     check_own(str(path), record.own, own.names(), "esjax.resume_sweep")
-    return Sweep(Path(path), make_grid(record.config, record.axes), hosts, show, tell, own)
+    return Sweep(path, make_grid(record.config, record.axes), hosts, show, tell, own)
 
 
 class _Record(NamedTuple):

@@ -15,7 +15,7 @@ import optax
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace, to_plain
 from esjax.custom_code import gather
-from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
@@ -30,6 +30,7 @@ from esjax.loading import load_run_corpus
 from esjax.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
+from esjax.paths import given_path
 from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
@@ -314,14 +315,14 @@ def train(
         EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, there are a
             loss and a reward, or one that does not return one float32.
     """
-    config = config or Config()
+    config, out = locate_text(config or Config()), None if out is None else given_path(out)
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, own=own, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        trainer.folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names(), own.code)
+        trainer.folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
     return trainer
 
 
@@ -330,6 +331,7 @@ def resume(
     *,
     steps: int | None = None,
     seconds: float | None = None,
+    text: str | None = None,
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
@@ -344,6 +346,7 @@ def resume(
         steps: Stop when the run has done so many steps in all.
         seconds: Stop so many seconds after the first step finished from now. With neither of the two, the limits of
             the run's settings hold.
+        text: Where the run's text is now, as the setting data.text; None: where it was.
         model: The run's own model, if it was given one. What was named as PATH.py:FUNCTION is found again without it;
             a text of that form says where the same file is now.
         loss: The same of its own loss.
@@ -356,11 +359,13 @@ def resume(
         EsjaxError: It is no run folder, its text or its code has changed, no checkpoint is whole, or a model, loss or
             optimizer of its own is missing.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     folder.check_goes_on()
     own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.resume")
-    corpus = load_run_corpus(folder)
+    corpus = load_run_corpus(folder, text)
+    if text is not None:
+        folder.keep_config()
     trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
     restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state

@@ -13,6 +13,7 @@ from esjax.errors import EsjaxError
 from esjax.gradient_cosine import gradient_cosines
 from esjax.loading import gather_model, load_run_corpus, read_weights
 from esjax.models.model import ModelFactory
+from esjax.paths import given_path
 from esjax.run_folder import RunFolder
 
 SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -50,6 +51,7 @@ def tune(
     discounts: Sequence[float] = DISCOUNTS,
     space: str | None = None,
     repeats: int = REPEATS,
+    text: str | None = None,
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
@@ -61,6 +63,7 @@ def tune(
         discounts: Discounts.
         space: Another space than the run's.
         repeats: Steps over which a cosine is averaged.
+        text: Where the run's text is now, as the setting data.text; None: where it was.
         model: The run's own model, if it was trained with one, see `esjax.load`.
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
@@ -68,7 +71,7 @@ def tune(
         EsjaxError: It is no run folder, its text has changed, it has a loss or a reward of its own, or no
             checkpoint is whole.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     for kind in ("loss", "reward"):
         if kind in folder.own:
             raise EsjaxError(
@@ -76,7 +79,7 @@ def tune(
                 "entropy; compare settings with esjax.sweep"
             )
     own = gather_model(folder, model, "esjax.tune.tune", tell)
-    corpus, config = load_run_corpus(folder), folder.config
+    corpus, config = load_run_corpus(folder, text), folder.config
     if space is not None:
         config = _with(config, space=space)
     size = corpus.vocabulary.size

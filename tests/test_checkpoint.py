@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,3 +242,25 @@ def test_a_state_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     wider = replace(other, params={**other.params, "vector": jnp.zeros(6)})
     with pytest.raises(EsjaxError, match="does not hold the state of the model"):
         restore_newest(tmp_path, wider, pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "back\\slash", "st*r", "gs:", "q?", "new\nline", "%s {x} é"])
+def test_every_name_of_a_folder_is_read_letter_by_letter(tmp_path: Path, name: str) -> None:
+    """The same checkpoint is whole under a plain name, too, and no other folder was made or read."""
+    (tmp_path / "a1" / "checkpoints").mkdir(parents=True)
+    (tmp_path / name / "checkpoints").mkdir(parents=True)
+    save(tmp_path / name / "checkpoints", 3)
+    assert restore(tmp_path / name / "checkpoints") == (3, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a1", name])
+    assert not any((tmp_path / "a1/checkpoints").iterdir())
+    (tmp_path / name).rename(tmp_path / "plain")
+    assert restore(tmp_path / "plain" / "checkpoints") == (3, [])
+
+
+def test_a_name_that_nothing_plain_can_stand_for_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a[1]").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a[1]"))
+    with pytest.raises(EsjaxError, match="set TMPDIR"):
+        Checkpoints(tmp_path / "a[1]" / "checkpoints", 3)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,11 +22,12 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from rich.table import Table
 
 import esjax.training
 from esjax import cli
 from esjax.checkpoint import digest
-from esjax.cli.shared import announce_to_hosts
+from esjax.cli.shared import announce_to_hosts, wide_console
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
@@ -156,7 +158,7 @@ def test_a_line_says_what_is_trained_before_the_first_step(trained: tuple[Path, 
 
 
 def test_the_folder_is_said_on_one_line_however_long_its_name(trained: tuple[Path, Called]) -> None:
-    assert f"kept in {LONG_NAME}" in trained[1].err.splitlines()
+    assert f"kept in {trained[0] / LONG_NAME}" in trained[1].err.splitlines()
 
 
 def test_resume_goes_on_to_more_steps(work: Path) -> None:
@@ -269,10 +271,13 @@ def test_imported_weights_are_scored(work: Path) -> None:
     (work / "characters.json").write_text('["a", "b"]')
     (work / "ab.txt").write_text("ab\n\nba\n\naab")
     called = succeed("import-npy", "weights.npy", "--chars", "characters.json", "--out", "imported")
-    assert called.out.startswith("esjax evaluate imported --data.text ")  # what to do next
+    assert called.out.startswith(f"esjax evaluate {work / 'imported'} --data.text ")  # what to do next
     again = succeed("import", "weights.npy", "--chars", "characters.json", "--out", "again")  # the newer name
-    assert again.out.startswith("esjax evaluate again --data.text ")
-    assert re.search(r"kept in again; .* esjax generate again writes, and esjax export again .*resumed\n\Z", again.err)
+    path = work / "again"
+    assert again.out.startswith(f"esjax evaluate {path} --data.text ")
+    assert f"kept in {path}; " in again.err
+    assert f" esjax generate {path} writes, and esjax export {path} " in again.err
+    assert again.err.endswith("resumed\n")
     words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
     scores = json.loads(succeed(*words).out)
     # Weights of zero predict the uniform distribution over the four ids.
@@ -283,7 +288,7 @@ def test_imported_weights_are_scored(work: Path) -> None:
 @pytest.mark.parametrize("words", [[], ["--format", "safetensors"], ["--out", "weights.safetensors"]])
 def test_exported_weights_come_back(work: Path, words: list[str]) -> None:
     file = words[-1] if words and words[0] == "--out" else "run.safetensors"
-    assert succeed("export", "run", *words).out == f"{file}\n"
+    assert succeed("export", "run", *words).out == f"{work / file}\n"
     succeed("import", file, "--out", "back")
     for asked in (["evaluate", "--json"], ["generate", "--prompt", "the ", "--max-tokens", "20"]):
         assert succeed(*asked, "back").out == succeed(*asked, "run").out
@@ -316,7 +321,7 @@ def test_a_sweep_that_does_not_get_through_says_so_to_a_shell(work: Path, monkey
         patch.setattr("esjax.cli.sweep.show", interrupted)
         stopped = call("sweep", "--axis", "seed=1,2", *TINY, "--steps", "9", "--out", "grid")
     assert stopped.code == 128 + signal.SIGINT
-    assert stopped.err.endswith("stopped; go on with: esjax sweep --resume grid\n")
+    assert stopped.err.endswith(f"stopped; go on with: esjax sweep --resume {work / 'grid'}\n")
 
     def failing(run: Any, console: object) -> None:
         raise EsjaxError("no luck")
@@ -324,7 +329,7 @@ def test_a_sweep_that_does_not_get_through_says_so_to_a_shell(work: Path, monkey
     monkeypatch.setattr("esjax.cli.sweep.show", failing)
     failed = call("sweep", "--resume", "grid")
     assert failed.code == 1
-    assert failed.err.endswith("what failed is tried again by: esjax sweep --resume grid\n")
+    assert failed.err.endswith(f"what failed is tried again by: esjax sweep --resume {work / 'grid'}\n")
 
 
 def test_a_run_trained_by_a_reward_is_evaluated_with_a_word_about_it(work: Path) -> None:
@@ -362,7 +367,7 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
         (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
         (["train", "--n-layer", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
         (["train", "rnn", "--n-layer", "2"], "did you mean --model.n-layers?"),
-        (["generate", "."], "'.' is not a run folder: it has no run.json; there is run"),
+        (["generate", "."], "/work' is not a run folder: it has no run.json; there is /"),
         (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),
     ],
 )
@@ -826,7 +831,7 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_to_go_on_from(work: Path, surroun
     ):
         rest = stop_after_a_step(words, number, surroundings)
         assert "Traceback" not in rest
-        assert "kept in stopped" in rest
+        assert f"kept in {run}" in rest
         steps = [row["step"] for row in metrics(run)]
         assert steps == list(range(1, len(steps) + 1))
         assert steps[-1] > last
@@ -852,7 +857,7 @@ def test_a_damaged_checkpoint_is_said_without_a_traceback(work: Path, surroundin
         path.write_bytes(content)
     done = run_alone(surroundings, len(jax.devices()), "generate", "run", "--max-tokens", "1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("checkpoint run/checkpoints/3 is damaged and passed over")
+    assert done.stderr.startswith(f"checkpoint {work}/run/checkpoints/3 is damaged and passed over")
     assert done.stderr.count("\n") == 1
 
 
@@ -873,8 +878,8 @@ def test_a_disk_that_fills_up_is_one_clear_line(work: Path, monkeypatch: pytest.
     called = call("resume", "run", "--steps", "5")
     assert called.code == 2
     assert called.err.splitlines()[-1] == (
-        "error: cannot write run/metrics.jsonl: No space left on device; the run is kept to step 4; make room, then: "
-        "esjax resume run"
+        f"error: cannot write {work}/run/metrics.jsonl: No space left on device; the run is kept to step 4; make room, "
+        f"then: esjax resume {work}/run"
     )
     assert checkpoints(Path("run"))[-1] == 4  # the step that was done is kept
 
@@ -889,8 +894,8 @@ def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, mon
     monkeypatch.setattr("esjax.checkpoint.write_durably", full)
     called = call("resume", "kept", "--steps", "5")
     assert called.err.splitlines()[-1] == (
-        "error: cannot write the checkpoint 'kept/checkpoints/5': [Errno 28] No space left on device; the run is kept "
-        "to step 5; make room, then: esjax resume kept"
+        f"error: cannot write the checkpoint '{work}/kept/checkpoints/5': [Errno 28] No space left on device; the run "
+        f"is kept to step 5; make room, then: esjax resume {work}/kept"
     )
 
 
@@ -901,3 +906,48 @@ def test_devices_that_are_not_there_are_one_line(work: Path, surroundings: dict[
     assert done.stderr.startswith(f"error: JAX cannot use the devices of JAX_PLATFORMS={platform}: ")
     assert done.stderr.endswith("or set JAX_PLATFORMS=cpu\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_paths_on_the_command_line_are_those_of_a_shell(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in the home folder, in a name that orbax reads otherwise, printed so that it can be copied."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    called = succeed("train", *TINY, "--steps", "2", "--out=~/it's a[1]")
+    assert f"kept in {tmp_path}/home/it's a[1]" in called.err.splitlines()
+    assert not (work / "~").exists()
+    assert succeed("export", "~/it's a[1]").out == f"{tmp_path}/home/it's a[1].safetensors\n"
+    line = succeed("import", "~/it's a[1].safetensors", "--out", "[red]:car: $x").out
+    assert shlex.split(line)[1:3] == ["evaluate", f"{work}/[red]:car: $x"]
+    error = call("resume", "[red]:car: $x").err
+    assert error.startswith(f"error: '{work}/[red]:car: $x' holds imported weights")
+
+
+def test_token_files_with_blanks_are_printed_so_that_they_can_be_copied(work: Path) -> None:
+    line = succeed("token", "new", "my keys", "first").out
+    assert shlex.split(line)[-2:] == ["--token-file", f"{work}/my keys/first.token"]
+    (work / "my keys/first.token").chmod(0o644)
+    error = call("status", "tcp://127.0.0.1:1", "--token-file", "my keys/first.token").err
+    assert error.endswith(f"chmod 600 '{work}/my keys/first.token'\n")
+
+
+def test_names_of_hosts_are_shown_letter_by_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name", box=None)
+    table.add_row("[red]a[/] :car:")
+    wide_console().print(table)
+    assert "[red]a[/] :car:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train", *TINY, "--steps", "1"], ["import", "x"], ["sweep", "--axis", "seed=1"]])
+@pytest.mark.parametrize("out", ["", "gs://bucket/run", os.fsdecode(b"caf\xe9")])
+def test_an_out_that_is_no_path_is_one_line_and_nothing_is_made(work: Path, words: list[str], out: str) -> None:
+    before = contents(work)
+    called = call(*words, f"--out={out}")
+    assert (called.code, called.out) == (2, "")
+    assert called.err.startswith("error: ")
+    assert called.err.count("\n") == 1
+    assert contents(work) == before
+
+
+def test_a_text_may_be_called_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings_of(monkeypatch, "--data.text", "None").data.text == "None"

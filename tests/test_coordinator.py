@@ -671,3 +671,12 @@ def test_only_valid_messages_move_the_run() -> None:
     assert not sim.ledger
     assert not sim.server.status(sim.now).hosts
     assert not any(isinstance(effect, Publish | Record) for effect in sim.server.drain())
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jmad", "two\nlines", "b\xe9ll\x07"])
+def test_a_host_whose_name_a_terminal_would_obey_is_turned_away(name: str) -> None:
+    sim = Simulation(FIXED)
+    reply = sim.server.receive(Envelope(wire.Join(name, "", "", list(ANSWERS.items()), [], "", 5, 1)), sim.now)
+    assert isinstance(reply.message, wire.Refused)
+    assert reply.message.reason.isprintable()
+    assert not sim.server.status(sim.now).hosts

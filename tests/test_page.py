@@ -1,6 +1,7 @@
 """What the served page is told: only what is new, only about runs that were found, only to this machine."""
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -181,3 +182,11 @@ def test_a_missing_extra_is_said(runs: Path, package: str, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(EsjaxError, match=r"esjax\[dashboard\]"):
         make_app(runs)
+
+
+def test_of_a_folder_whose_name_is_no_text_the_page_says_so(page: TestClient, runs: Path) -> None:
+    make(runs / "plain", done=1).path.rename(runs / os.fsdecode(b"caf\xe9"))
+    found = {run["run"]: run for run in page.get("/api/runs").json()}
+    assert set(found) == {"a", "deep/b", "caf\\udce9"}
+    assert "is not UTF-8 text" in found["caf\\udce9"]["error"]
+    assert "error" not in found["a"]

@@ -149,3 +149,19 @@ def test_the_python_of_the_page_about_it_runs(
     exec(compile(code, "docs/comparing.md", "exec"), {})
     assert capsys.readouterr().out == "a stopped 6 -2.0 [0.1]\nb stopped 4 0.0 [0.2]\n"
     assert len(told((runs.parent / "report.html").read_text())["runs"]) == 2
+
+
+def test_runs_are_named_letter_by_letter(tmp_path: Path) -> None:
+    """matplotlib reads `$x_$` as a broken formula, and takes `_base` for no name at all."""
+    names = ["$x_$", "_base", "a\\$b", "x_1^2"]
+    for place, name in enumerate(names):
+        make(tmp_path / name, done=3).keep_baselines({"unigram": 3.0 + place})
+    figure = esjax.plot(*(tmp_path / name for name in names), out=tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").exists()
+    texts = [*figure.legends[0].get_texts(), *figure.axes[0].texts]
+    assert [text.get_text() for text in texts] == [
+        *names,
+        *(f"unigram {3 + place}.00 ({name})" for place, name in enumerate(names)),
+    ]
+    assert not any(text.get_parse_math() for text in texts)
+    assert len(figure.legends[0].get_lines()) == len(names)

@@ -44,6 +44,7 @@ FLOORS = [
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
+    ("esjax.paths",),
     (
         "esjax.data.sources",
         "esjax.data.vocabulary",

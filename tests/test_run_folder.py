@@ -11,6 +11,7 @@ from esjax.config import Config, DataConfig, EsConfig, to_yaml
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.run_folder import FORMAT, RunFolder
+from esjax.runs import read_run
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -272,3 +273,21 @@ def test_a_run_of_the_format_before_is_used_and_not_gone_on_with(tmp_path: Path)
     assert loaded.generate("the", max_tokens=3)
     assert loaded.evaluate().nats_per_token > 0
     assert esjax.export(path, tmp_path / "weights.safetensors")
+
+
+def test_the_token_may_have_any_name(path: Path, tmp_path: Path) -> None:
+    folder = RunFolder(path)
+    for name in ("my keys", "new\nline", "trailing\n"):
+        with folder.keep_address("tcp://127.0.0.1:1", tmp_path / name):
+            assert (folder.address, folder.token) == ("tcp://127.0.0.1:1", tmp_path / name)
+    with folder.keep_address("tcp://127.0.0.1:1"):
+        assert (folder.address, folder.token) == ("tcp://127.0.0.1:1", None)
+
+
+@pytest.mark.parametrize(
+    "name", ["no", "1e3", "~", "null", "2026-01-01", "a: b # c", "[1]", "\x85\u2028😀", "back\\slash", "&a"]
+)
+def test_settings_hold_every_name_of_a_text(tmp_path: Path, name: str) -> None:
+    config = Config(data=DataConfig(text=name))
+    assert RunFolder.create(tmp_path / "run", config, VOCABULARY, "").config == config
+    assert read_run(tmp_path / "run").settings["data.text"] == name

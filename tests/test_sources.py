@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esjax.data.sources import load_documents, split_documents
+from esjax.data.sources import load_documents, locate, split_documents
 from esjax.errors import EsjaxError
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -201,3 +201,30 @@ def test_nothing_left_to_train_on_is_refused() -> None:
     with pytest.raises(EsjaxError, match=r"held_out") as caught:
         split_documents(["only"], 1 - 2**-53)
     assert "\n" not in str(caught.value)
+
+
+def test_what_has_that_very_name_comes_before_a_glob(tmp_path: Path) -> None:
+    write(tmp_path / "a[1].txt", "literal")
+    write(tmp_path / "a1.txt", "pattern")
+    write(tmp_path / "b[1]" / "c.txt", "inside")
+    write(tmp_path / "b1" / "c.txt", "not inside")
+    for source, text in {
+        "a[1].txt": "literal",
+        "a[12].txt": "pattern",
+        "b[1]": "inside",
+        "b[1]/*.txt": "inside",
+    }.items():
+        assert load_documents(str(tmp_path / source), "file").documents == [text]
+
+
+@pytest.mark.parametrize("source", ["text.txt", "t*.txt", ".", "~/text.txt"])
+def test_a_located_text_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    folder = tmp_path / "a[1]"
+    write(folder / "text.txt", "here")
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    located = locate(source)
+    monkeypatch.chdir("/")
+    assert load_documents(located, "file").documents == ["here"]
+    assert locate(located) == located
+    assert locate("builtin:pydoc") == "builtin:pydoc"

@@ -1,6 +1,7 @@
 """Sweeps: each run is what it would be alone, whatever comes between, and no run stops the others."""
 
 import csv
+import io
 import re
 import signal
 import socket
@@ -385,3 +386,35 @@ def test_from_python() -> None:
     assert esjax.sweep is sweep
     with pytest.raises(EsjaxError, match="would never end"):
         esjax.sweep({"seed": [1]}, OTHER_SETTINGS, out="nowhere")
+
+
+def test_texts_of_an_axis_are_found_from_everywhere(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are called by what tells the texts apart."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/other.txt").write_text((tmp_path / "text.txt").read_text())
+    sweep({"data.text": ["text.txt", "b/other.txt"]}, config, out="grid")
+    monkeypatch.chdir("/")
+    grid = resume_sweep(tmp_path / "grid")
+    assert [trial.name for trial in grid.trials] == ["data.text=text.txt", "data.text=b_other.txt"]
+    assert [outcome.state for outcome in grid] == ["finished"] * 2
+
+
+def test_values_are_drawn_letter_by_letter() -> None:
+    """matplotlib reads `$x_$` as a broken formula, and takes `_b` for no name at all."""
+    texts = ("$x_$", "_b")
+    figure = make_figure(
+        [
+            Outcome("", {"sigma": sigma, "text": text}, "finished", 2.0, 1.0, 1, 1, "")
+            for sigma in (1, 2, 3)
+            for text in texts
+        ]
+        + [Outcome("", {"sigma": 1, "text": text}, "waiting", None, 0.0, 0, 0, "") for text in texts]
+    )
+    figure.savefig(io.BytesIO())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["text=$x_$", "text=_b"]
+    figure = make_figure([Outcome("", {"text": text}, "finished", 2.0, 1.0, 1, 1, "") for text in texts])
+    figure.savefig(io.BytesIO())
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == list(texts)

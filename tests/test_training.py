@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -29,6 +30,7 @@ from esjax.errors import EsjaxError
 from esjax.member import Member
 from esjax.models import Model, gru
 from esjax.replaying import replay
+from esjax.run_folder import RunFolder
 from esjax.step_info import Limits
 from esjax.trained import Evaluation
 from esjax.training import Trainer, resume, train
@@ -489,3 +491,38 @@ def test_two_runs_side_by_side_give_the_signals_back(config: Config) -> None:
     second.close()  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_relative_paths_hold_wherever_one_goes(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the same run with absolute paths."""
+    expected = train(config, tmp_path / "expected")
+    list(expected)
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(config, data=replace(config.data, text="text.txt")), "runs/a[1]")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    list(run)
+    monkeypatch.chdir("/")
+    assert state_digest(resume(tmp_path / "runs/a[1]")) == state_digest(expected)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_text_that_was_moved_is_named_anew(config: Config, tmp_path: Path, text: Path) -> None:
+    list(train(config, tmp_path / "run"))
+    moved = text.rename(tmp_path / "moved.txt")
+    with pytest.raises(EsjaxError, match=r"text\.txt'; let data\.text name one that is there"):
+        resume(tmp_path / "run")
+    (tmp_path / "other.txt").write_text(TEXT + "\n\nanother line")
+    with pytest.raises(EsjaxError, match=r"other\.txt' is not the one"):
+        resume(tmp_path / "run", text=str(tmp_path / "other.txt"))
+    assert resume(tmp_path / "run", text=str(moved), steps=8).step == 6
+    assert resume(tmp_path / "run", steps=8).step == 6  # it was kept
+    assert RunFolder(tmp_path / "run").config == replace(config, data=replace(config.data, text=str(moved)))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"x" * 300, b"/".join([b"y" * 250] * 15 + [b"z" * 150])])
+def test_a_name_that_cannot_be_is_refused_before_anything_is_made(config: Config, tmp_path: Path, name: bytes) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        train(config, tmp_path / os.fsdecode(name))
+    assert str(caught.value).isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -6,7 +6,7 @@
 # ADDRESS   name or IP address of this machine, as the hosts reach it
 # RUN       run folder: made, or gone on with if it is there; the keys are in RUN.keys
 # HOST      where ssh logs in without asking
-# SETTING   settings of esjax serve; for a run that is there, only --steps and --seconds count
+# SETTING   settings of esjax serve; for a run that is there, only --steps, --seconds and --data.text count
 #
 # PORT (5555): hosts must reach it and the next one. ESJAX_THERE (esjax): the command on the hosts.
 #
@@ -82,7 +82,7 @@ coordinator=$!
 trap stop INT TERM
 
 for host in "${hosts[@]}"; do
-    token=$(plain "$(basename "$run")").token
+    token=$(plain "$(basename -- "$run")").token
     {
         # The token is readable by its owner alone from its first byte.
         copy="umask 077; mkdir -p .esjax && rm -f .esjax/$token && cat >.esjax/$token"

@@ -16,6 +16,7 @@ from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
 from esjax.cli.settings import parse_settings
+from esjax.cli.shared import LITERAL, PATHS
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, Tune
@@ -46,7 +47,7 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 on a mistake that a person can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(stderr=True)
+    console = Console(stderr=True, **LITERAL)
     try:
         _parse(words).run(console)
     except EsjaxError as error:
@@ -75,11 +76,11 @@ def _parse(words: list[str]) -> Any:
         )
     if name in ("train", "serve", "sweep"):
         return parse_settings(COMMANDS[name], name, rest)
-    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,))
+    return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,), registry=PATHS)
 
 
 def _fail(console: Console, message: str) -> NoReturn:
-    console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"error: {message}", style="red", soft_wrap=True)
     sys.exit(2)
 
 

@@ -1,6 +1,5 @@
 """export and import."""
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import OwnModel, Run, new_folder, prepare, teller
+from esjax.cli.shared import OwnModel, Run, command_line, new_folder, prepare, teller
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ class Import:
 
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars, **self.own.given())
-        folder = shlex.quote(str(out))
-        print(f"esjax evaluate {folder} --data.text TEXT")
+        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
         teller(console)(
-            f"kept in {out}; the line above scores it on a text of yours, esjax generate {folder} writes, and esjax "
-            f"export {folder} makes a file of it again; without a text of its own it cannot be resumed"
+            f"kept in {out}; the line above scores it on a text of yours, {command_line('esjax', 'generate', out)} "
+            f"writes, and {command_line('esjax', 'export', out)} makes a file of it again; without a text of its own "
+            "it cannot be resumed"
         )
 
 

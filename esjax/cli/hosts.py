@@ -13,7 +13,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Custom, Run, Watching, announce_to_hosts, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import (
+    Custom,
+    Run,
+    Watching,
+    announce_to_hosts,
+    command_line,
+    new_folder,
+    prepare,
+    show,
+    teller,
+    wide_console,
+)
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -39,7 +50,8 @@ class Serve:
     """Run folder to make. None: runs/ and the time of day."""
 
     resume: Path | None = None
-    """Run folder to go on with, in place of a new one; of the settings, only steps and seconds count then."""
+    """Run folder to go on with, in place of a new one; of the settings, only steps, seconds and data.text count then:
+    where its text is now."""
 
     bind: str = "tcp://127.0.0.1:5555"
     """Where to listen; broadcasts are at the next port. 0.0.0.0: on every interface."""
@@ -73,7 +85,14 @@ class Serve:
         if self.resume is None:
             server = serve(self.settings, new_folder(self.out), **where)
         else:
-            server = resume_serving(self.resume, steps=self.settings.steps, seconds=self.settings.seconds, **where)
+            text = self.settings.data.text
+            server = resume_serving(
+                self.resume,
+                steps=self.settings.steps,
+                seconds=self.settings.seconds,
+                text=None if text == Config().data.text else text,
+                **where,
+            )
 
         @contextmanager
         def announce() -> Iterator[None]:
@@ -195,7 +214,8 @@ class Token:
         keys = ServerKeys(self.keys, new_keypair, teller(console))
         if self.action == "new":
             parse_address(self.address)
-            print(f"esjax join {self.address} --token-file {keys.new_token(self.name, self.address)}")
+            token = keys.new_token(self.name, self.address)
+            print(command_line("esjax", "join", self.address, "--token-file", token))
         else:
             keys.revoke_token(self.name)
 

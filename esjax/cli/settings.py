@@ -3,17 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
-from esjax.cli.shared import Custom, Watching
+from esjax.cli.shared import PATHS, Custom, Watching
 from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.dotted import change, value_of
 from esjax.errors import EsjaxError
 from esjax.mistakes import setting_names, wrong_name
 from esjax.names import OPTIONS, is_code, unused_settings
+from esjax.paths import given_path
 
 
 class _Option(NamedTuple):
@@ -83,12 +83,14 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
         prog=f"esjax {name}",
         default=command(settings),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
+        registry=PATHS,
     )
 
 
 def _read_file(path: str) -> Config:
+    file = given_path(path)
     try:
-        return from_yaml(Path(path).read_text(encoding="utf-8"), path)
+        return from_yaml(file.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
 

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 import esjax
 from esjax.errors import DiskError, EsjaxError
+from esjax.paths import given_path
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -22,7 +23,34 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 10_000
 """Of a line in a file or a pipe."""
 
+LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+"""Of a console: what it is given is shown letter by letter, [red] and :car: too."""
+
+PATHS = tyro.constructors.ConstructorRegistry()
+"""Has every path on the command line read by `given_path`."""
+
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+
+
+Moved = Annotated[str | None, tyro.conf.arg(name="data.text")]
+
+
+@PATHS.primitive_rule
+def _read_path(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if kind.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: given_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def command_line(*words: str | Path) -> str:
+    """Write a command so that it can be copied into a shell."""
+    return shlex.join(map(str, words))
 
 
 @dataclass(frozen=True)
@@ -101,18 +129,18 @@ def prepare(processes: str | None = None) -> None:
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
     """Name the folder to make: `out`, or the time of day."""
-    return out or Path(parent) / time.strftime("%Y%m%d-%H%M%S")
+    return out or given_path(parent) / time.strftime("%Y%m%d-%H%M%S")
 
 
 def teller(console: Console) -> Callable[[str], None]:
     """Make the function that shows a person a line."""
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return lambda line: console.print(line, soft_wrap=True)
 
 
 def wide_console() -> Console:
     """Make a console on standard output that, where it is no terminal, leaves lines as long as they are."""
-    console = Console()
-    return console if console.is_terminal else Console(width=MOST_COLUMNS)
+    console = Console(**LITERAL)
+    return console if console.is_terminal else Console(width=MOST_COLUMNS, **LITERAL)
 
 
 def announce_to_hosts(server: "Server", *more: str) -> None:
@@ -168,9 +196,6 @@ def _way_on(run: "Trainer | Server") -> str:
     kept = kept_steps(run.folder.checkpoints)
     if kept and run.folder.ledger.exists():
         kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
-    command = "serve --resume" if isinstance(run, Server) else "resume"
-    return (
-        f"the run is kept to step {max(kept)}; make room, then: esjax {command} {run.folder.path}"
-        if kept
-        else "make room"
-    )
+    words = ("serve", "--resume") if isinstance(run, Server) else ("resume",)
+    again = command_line("esjax", *words, run.folder.path)
+    return f"the run is kept to step {max(kept)}; make room, then: {again}" if kept else "make room"

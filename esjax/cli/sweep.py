@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.axes import parse_axes
-from esjax.cli.shared import Custom, announce_to_hosts, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import Custom, announce_to_hosts, command_line, new_folder, prepare, show, teller, wide_console
 from esjax.config import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
@@ -88,22 +88,22 @@ class Sweep:
             grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell, **own)
         else:
             grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell, **own)
-        how = f"go on with: esjax sweep --resume {grid.path}"
+        again = command_line("esjax", "sweep", "--resume", grid.path)
         try:
             for _ in grid:
                 pass
         except KeyboardInterrupt:
-            tell(f"stopped; {how}")
+            tell(f"stopped; go on with: {again}")
             raise
         outcomes = grid.outcomes()
         wide_console().print(_table(outcomes))
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:
-            tell(f"stopped; {how}")
+            tell(f"stopped; go on with: {again}")
             sys.exit(130)
         if any(outcome.state == "failed" for outcome in outcomes):
-            tell(f"what failed is tried again by: esjax sweep --resume {grid.path}")
+            tell(f"what failed is tried again by: {again}")
             sys.exit(1)
 
     def _draw(self, outcomes: "Sequence[Outcome]", path: Path, tell: Callable[[str], None]) -> None:
@@ -113,7 +113,7 @@ class Sweep:
             if draw(outcomes, path):
                 tell(f"drawn in {path}")
         except EsjaxError as error:
-            tell(f"{error}; then esjax sweep --resume {path.parent} draws it")
+            tell(f"{error}; then {command_line('esjax', 'sweep', '--resume', path.parent)} draws it")
 
     def _hosts(self) -> "Hosts | None":
         from esjax.sweeping import ANY_PORT, Hosts

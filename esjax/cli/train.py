@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Custom, Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import Custom, Moved, Run, Watching, new_folder, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
@@ -62,7 +62,11 @@ class Train:
 
             server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **own)
             server.while_open = lambda: local_workers(
-                server.address, self.workers, out, given=server.own.words(), oversubscribe=self.oversubscribe
+                server.address,
+                self.workers,
+                server.folder.path,
+                given=server.own.words(),
+                oversubscribe=self.oversubscribe,
             )
             show(server, console)
             return
@@ -90,6 +94,9 @@ class Resume:
     seconds: float | None = None
     """Train for so many seconds more, from the first finished step on."""
 
+    text: Moved = None
+    """Where the run's text is now; it must be the same text. None: where it was."""
+
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
     custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
@@ -102,7 +109,15 @@ class Resume:
         tell = teller(console)
         trackers = self.watching.trackers(tell)
         own: Any = self.custom.given()
-        trainer = resume(self.run_folder, steps=self.steps, seconds=self.seconds, trackers=trackers, tell=tell, **own)
+        trainer = resume(
+            self.run_folder,
+            steps=self.steps,
+            seconds=self.seconds,
+            text=self.text,
+            trackers=trackers,
+            tell=tell,
+            **own,
+        )
         show(trainer, console)
         _show_sample(trainer, console)
 

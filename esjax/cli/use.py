@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import OwnModel, Run, prepare, teller
+from esjax.cli.shared import Moved, OwnModel, Run, prepare, teller
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ class Tune:
 
     own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
 
+    text: Moved = None
+    """Where the run's text is now; it must be the same text. None: where it was."""
+
     def run(self, console: Console) -> None:
         """Print what each setting comes to, and the words to copy."""
         prepare()
@@ -81,7 +84,7 @@ class Tune:
         best = None
         sigmas, discounts = self.sigma or SIGMAS, self.discount or DISCOUNTS
         asked: Any = {"sigmas": sigmas, "discounts": discounts, "space": self.space, **self.own.given()}
-        for tried in tune(self.run_folder, tell=teller(console), **asked):
+        for tried in tune(self.run_folder, text=self.text, tell=teller(console), **asked):
             best = tried if tried.best else best
             discount = "" if tried.discount is None else f"  discount {tried.discount:<5g}"
             print(

@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 from jaxtyping import Int32, Integer
 from numpy import ndarray
 
-from esjax.config import DataConfig
+from esjax.config import Config, DataConfig, replace
 from esjax.data.delivery import token_type
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.data.packing import pack_stream
-from esjax.data.sources import load_documents, split_documents
+from esjax.data.sources import load_documents, locate, split_documents
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 
@@ -63,6 +63,11 @@ class Corpus(NamedTuple):
     def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
         """Score documents with the n-gram models of the training split: nats per token by name."""
         return ngram_losses(fit_ngrams(self.train, self.vocabulary.size), documents)
+
+
+def locate_text(config: Config) -> Config:
+    """Name the text of settings so that it is found from any working folder, see `esjax.data.sources.locate`."""
+    return replace(config, data=replace(config.data, text=locate(config.data.text)))
 
 
 def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpus:

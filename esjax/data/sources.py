@@ -3,12 +3,14 @@
 import glob
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from esjax.errors import EsjaxError
+from esjax.paths import given_path
 
 Documents = Literal["paragraph", "line", "file"]
 
@@ -29,7 +31,8 @@ def load_documents(source: str, documents: Documents) -> Text:
     """Read a text and cut it into documents.
 
     Args:
-        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`.
+        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`. A file or folder of
+            that very name comes before a glob.
         documents: What a document is.
 
     Raises:
@@ -46,6 +49,18 @@ def load_documents(source: str, documents: Documents) -> Text:
     if not pieces:
         raise EsjaxError(f"the text {source!r} is empty; name one that holds at least one document")
     return Text(pieces, note)
+
+
+def locate(source: str) -> str:
+    """Name a text so that it is found from any working folder.
+
+    Args:
+        source: See `load_documents`.
+
+    Raises:
+        EsjaxError: It cannot be a path, see `esjax.paths.given_path`.
+    """
+    return source if source.startswith("builtin:") else str(given_path(source))
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
@@ -71,21 +86,27 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
 
 
 def _find(source: str) -> list[Path]:
+    path = given_path(source)
     try:
-        path = Path(source).expanduser()
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
             problem = f"the folder {source!r} holds no file"
         elif path.exists():
             return [path]
         else:
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            problem = f"no file, folder or glob matches {source!r}"
-    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a home of nobody
+            found = sorted(Path(p) for p in glob.glob(_pattern(path), recursive=True) if Path(p).is_file())
+            problem = f"no file, folder or glob matches {source!r}; let data.text name one that is there"
+    except OSError as error:  # a name too long, a folder closed to us
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
     if not found:
         raise EsjaxError(problem)
     return found
+
+
+def _pattern(path: Path) -> str:
+    """Write a glob in which the folders that are there stand for themselves: of `a[1]/*.txt` the folder `a[1]`."""
+    there = next(folder for folder in path.parents if folder.is_dir())
+    return os.path.join(glob.escape(str(there)), path.relative_to(there))
 
 
 def _is_hidden(path: Path) -> bool:

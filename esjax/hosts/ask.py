@@ -9,6 +9,7 @@ from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.keys import load_token
 from esjax.hosts.sockets import Limits
 from esjax.hosts.wire import Envelope
+from esjax.paths import given_path
 
 PATIENCE = 10.0
 """Seconds to wait for an answer."""
@@ -25,7 +26,7 @@ def ask_status(address: str, token_file: str | Path | None = None, patience: flo
     Raises:
         EsjaxError: It does not answer, or refuses to.
     """
-    token = None if token_file is None else load_token(Path(token_file))
+    token = None if token_file is None else load_token(given_path(token_file))
     until = time.monotonic() + patience
     with ClientTransport(address, token=token, limits=Limits(wire.MAX_HEADER, wire.FRAMES)) as transport:
         transport.request(wire.encode(Envelope(wire.AskStatus())))

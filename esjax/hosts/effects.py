@@ -63,6 +63,8 @@ class Terms(NamedTuple):
 
     def objection(self, join: Join, noise: str) -> str:
         """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""
+        if not (join.name + join.device).isprintable():  # a terminal would obey it
+            return "the name of this host holds characters that cannot be shown; join with another --name"
         if join.run not in ("", self.run):
             return f"this is run {self.run}, not {join.run}; start the host anew"
         theirs, ours = dict(join.answers).get(noise), self.answers.get(noise)

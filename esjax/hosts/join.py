@@ -28,6 +28,7 @@ from esjax.interrupts import stop_on_signals
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
+from esjax.paths import given_path
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
@@ -90,7 +91,7 @@ def join(
     """
     if stay and jax.process_count() > 1:
         raise EsjaxError("several processes that are one host take part in one run; leave stay out")
-    token = None if token_file is None else load_token(Path(token_file))
+    token = None if token_file is None else load_token(given_path(token_file))
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))

@@ -10,6 +10,7 @@ Keys are CURVE keys in Z85, 40 characters. Every file is readable by its owner a
 import fcntl
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,7 +220,9 @@ def _read(path: Path, kind: type[Stored]) -> Stored:
 
 def _check_private(path: Path, found: os.stat_result, mode: str) -> None:
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise EsjaxError(f"{str(path)!r} is open to others than its owner; close it: chmod {mode} {path}")
+        raise EsjaxError(
+            f"{str(path)!r} is open to others than its owner; close it: chmod {mode} {shlex.quote(str(path))}"
+        )
 
 
 def _write(path: Path, content: Token | _Pair | _Allowed) -> None:

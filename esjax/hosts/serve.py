@@ -15,7 +15,7 @@ import optax
 from esjax.checkpoint import Checkpoints, restore_newest
 from esjax.config import Config, replace
 from esjax.custom_code import gather
-from esjax.data.corpus import Corpus, load_corpus
+from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
@@ -37,6 +37,7 @@ from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.names import identities
 from esjax.own import Own, Reward
+from esjax.paths import given_path
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 from esjax.runs import read_run
@@ -60,8 +61,12 @@ class _Listen(NamedTuple):
     """Where the coordinator listens, and to whom, see `serve`."""
 
     address: str
-    keys: str | Path | None
+    keys: Path | None
     plain_text_anywhere: bool
+
+    @classmethod
+    def at(cls, address: str, keys: str | Path | None, plain_text_anywhere: bool) -> "_Listen":
+        return cls(address, None if keys is None else given_path(keys), plain_text_anywhere)
 
 
 class Server:
@@ -259,7 +264,7 @@ class Server:
         listen = self._listen
         if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
             return None
-        path = Path(listen.keys or self.folder.path / "keys")
+        path = listen.keys or self.folder.path / "keys"
         is_new = not path.exists()
         keys = ServerKeys(path, new_keypair, self.tell)
         if is_new:
@@ -338,13 +343,13 @@ def serve(
         EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, or a loss
             or reward does not return one float32.
     """
-    config = replace(config or Config(), ledger=True)
+    config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
     found = find_trackers(trackers)
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
-    folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names(), own.code)
-    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell)
+    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
+    server = Server(folder, corpus, _Listen.at(bind, keys, plain_text_anywhere), own, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -362,6 +367,7 @@ def resume_serving(
     optimizer: optax.GradientTransformation | str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
+    text: str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
@@ -379,18 +385,21 @@ def resume_serving(
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
             run's settings hold.
+        text: Where the run's text is now, as the setting data.text; None: where it was.
         trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
         EsjaxError: It is no run folder, its text or its code has changed, or a part of its own is missing.
     """
-    folder = RunFolder(Path(path))
+    folder = RunFolder(given_path(path))
     folder.check_goes_on()
     own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
     folder.check_own(own.names(), "esjax.resume_serving")
-    listen = _Listen(bind, keys, plain_text_anywhere)
-    corpus = load_run_corpus(folder)
+    listen = _Listen.at(bind, keys, plain_text_anywhere)
+    corpus = load_run_corpus(folder, text)
+    if text is not None:
+        folder.keep_config()
     replica = _make_replica(folder.config, corpus, own)
     server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell)
     if steps is not None or seconds is not None:

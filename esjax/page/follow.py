@@ -7,6 +7,7 @@ from typing import Any
 
 from esjax.errors import EsjaxError
 from esjax.page.content import curves, details, summary
+from esjax.paths import given_path, legible
 from esjax.runs import Metrics, RunView, distinct_names, find_runs, is_running, read_run
 
 
@@ -45,7 +46,7 @@ class Follower:
         Raises:
             EsjaxError: There is no such folder.
         """
-        self.folder = folder
+        self.folder = given_path(folder)
         self._lock = Lock()
         self._runs: dict[str, _Followed] = {}
         self._names: dict[str, str] = {}
@@ -96,7 +97,7 @@ class Follower:
 
     def _find(self) -> None:
         paths = find_runs(self.folder)
-        found = {path.relative_to(self.folder).as_posix(): path for path in paths}
+        found = {legible(path.relative_to(self.folder).as_posix()): path for path in paths}
         self._runs = {run: self._runs.get(run) or _Followed(path) for run, path in found.items()}
         self._names = dict(zip(found, distinct_names(paths), strict=True))
 

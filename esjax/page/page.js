@@ -202,7 +202,7 @@ function drawCharts() {
         margin: { l: 52, r: marks.length ? 78 : 16, t: 10, b: 40 },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif", size: 12 },
         showlegend: false, hovermode: "x unified",
-        hoverlabel: { bgcolor: style.getPropertyValue("--card").trim(), bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
+        hoverlabel: { namelength: -1, bgcolor: style.getPropertyValue("--card").trim(), bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
         shapes: marks.map(({ value, color }) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: color ?? ink, dash: "dash", width: 1 }, layer: "below" })),
         annotations: marks.map(({ value, text, color }) => ({ xref: "paper", x: 1, y: log ? Math.log10(value) : value, xanchor: "left", text: escapeText(text), showarrow: false, font: { size: 11, color: color ?? ink } })),
         uirevision: [view.over, view.logX, view.logY].join(), // a zoom outlives updates

@@ -9,6 +9,7 @@ from esjax.curves import Axis
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
 from esjax.page.content import curves, details, page_file, plotly_script, summary
+from esjax.paths import given_path
 from esjax.plotting import check_log_y, open_runs
 from esjax.runs import RunView
 
@@ -35,7 +36,8 @@ def report(
         EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
             plotly is missing, or the file cannot be written.
     """
-    if Path(out).suffix != ".html":
+    out = given_path(out)
+    if out.suffix != ".html":
         raise EsjaxError(f"{str(out)!r} must end in .html")
     views = open_runs(runs)
     if log_y:
@@ -45,7 +47,7 @@ def report(
         "runs": [{**summary(view, str(i)), **details(view), "curves": curves(view)} for i, view in enumerate(views)],
     }
     try:
-        write_durably(Path(out), _alone(", ".join(view.name for view in views), told))
+        write_durably(out, _alone(", ".join(view.name for view in views), told))
     except OSError as error:
         raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
 

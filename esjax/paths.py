@@ -1,0 +1,43 @@
+"""Paths as a person gives them, on the command line and in Python."""
+
+import os
+import re
+from pathlib import Path
+
+from esjax.errors import EsjaxError
+
+
+def given_path(path: str | Path) -> Path:
+    """Make a path absolute, so that a later change of the working folder moves nothing.
+
+    `~` and `~NAME` at its beginning stand for a home folder, as in a shell. Every other character stands for itself.
+
+    Raises:
+        EsjaxError: The path is empty, is a URL, holds a character that no name can have, or begins with `~` and no home
+            folder is known.
+    """
+    given = os.fspath(path)
+    if not given:
+        raise EsjaxError("a path is empty; give the name of a file or folder")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        raise EsjaxError(f"{given!r} is a URL, not a path; give a file or folder of this machine")
+    expanded = os.path.expanduser(given)  # from the text as it was given: Path("./~") forgets its "./"
+    if expanded.split("/", 1)[0] == "~":
+        raise EsjaxError(f"no home folder is known for {given!r}; set HOME, or give the whole path")
+    if "\0" in expanded:
+        raise EsjaxError(f"{given!r} holds a NUL character, which no name of a file can have; leave it out")
+    try:
+        whole = Path(expanded).absolute()
+    except FileNotFoundError as error:
+        raise EsjaxError(f"the working folder is gone, so {given!r} leads nowhere; change to another folder") from error
+    try:
+        os.fsencode(whole)
+        str(whole).encode()
+    except UnicodeEncodeError as error:
+        raise EsjaxError(f"{str(whole)!r} is not UTF-8 text; give it, and the folders above it, such a name") from error
+    return whole
+
+
+def legible(name: str) -> str:
+    r"""Write a name that was found on disk so that it can be printed: bytes that are no UTF-8 become `\udcff`."""
+    return name.encode(errors="backslashreplace").decode()
