@@ -16,6 +16,7 @@ from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.own import Own
+from esjax.paths import given_path
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
 from esjax.trained import Trained
