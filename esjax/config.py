@@ -399,6 +399,10 @@ MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
 VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
 """The defaults, with each model."""
 
+# msgspec looks into a class when it first reads one, and crashes if two threads do so at once: it is done here, where
+# the lock of the import lets one thread in.
+msgspec.convert({}, Config)
+
 
 def from_yaml(text: str, source: str) -> Config:
     """Read settings; those that are not named keep their defaults.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -67,6 +67,11 @@ class _Allowed(msgspec.Struct, frozen=True, tag="esjax allow-list", tag_field="k
 
 
 Stored = TypeVar("Stored", Token, _Pair, _Allowed)
+
+# Made here, not where they are used: see the end of `esjax.config`.
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Token, _Pair, _Allowed)
+}
 
 
 class ServerKeys:
@@ -212,7 +217,8 @@ def _read(path: Path, kind: type[Stored]) -> Stored:
         version = msgspec.json.decode(content, type=dict)["format"]
         if version != FORMAT:
             raise EsjaxError(f"{str(path)!r} is of format {version}, not {FORMAT}; use the esjax that made it")
-        return msgspec.json.decode(content, type=kind)
+        stored: Stored = _DECODERS[kind].decode(content)
+        return stored
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
         raise EsjaxError(f"{str(path)!r} is no {what}, or damaged") from error
 
