@@ -17,7 +17,7 @@ from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
 from esjax.models.model import ModelFactory, Params
-from esjax.optimizer import make_optimizer
+from esjax.optimizer import kept, make_optimizer
 from esjax.own import Own
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
@@ -103,7 +103,7 @@ def load(
     folder.check_own(own.names(), "esjax.load", ("model", "optimizer"))
     config, vocabulary = folder.config, folder.vocabulary
     built = own.build(config.model, vocabulary.size)
-    optimizer = optimizer or make_optimizer(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps) if optimizer is None else kept(optimizer)
     mesh = local_mesh()
     everywhere = NamedSharding(mesh, PartitionSpec())  # not the devices of the machine that saved it
 
