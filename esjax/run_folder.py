@@ -20,6 +20,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import write_durably, write_new_folder
 from esjax.runs import find_runs
 
 RUN = "run.json"
@@ -105,15 +106,11 @@ class RunFolder:
             text_digest: Hash of the text; "": there is none.
             own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
 
+        Of several processes that make the same folder at the same time, one succeeds.
+
         Raises:
-            EsjaxError: Something is there already, or it cannot be written.
+            EsjaxError: Something is there already, or it cannot be written; then nothing is left behind.
         """
-        try:
-            taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-        except OSError as error:
-            raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
-        if taken:
-            raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
         run = {
             "format": FORMAT,
             "esjax": esjax.__version__,
@@ -121,15 +118,24 @@ class RunFolder:
             "text_digest": text_digest,
             "own": dict(own),
         }
-        stored = vocabulary.stored()
+        files = {
+            "config.yaml": to_yaml(config),
+            "vocabulary.json": json.dumps(vocabulary.stored(), ensure_ascii=False) + "\n",
+            RUN: json.dumps(run) + "\n",  # the last: it makes the folder a run
+        }
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            (path / "vocabulary.json").write_text(json.dumps(stored, ensure_ascii=False) + "\n", encoding="utf-8")
-            (path / RUN).write_text(json.dumps(run) + "\n", encoding="utf-8")
+            write_new_folder(path, files)
+        except FileExistsError as error:
+            raise EsjaxError(
+                f"{str(path)!r} exists already and is left alone; give another --out, or resume it"
+            ) from error
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         return cls(path)
+
+    def remove(self) -> None:
+        """Remove the folder and all that is in it; it has to be locked."""
+        shutil.rmtree(self.path)
 
     def check_goes_on(self) -> None:
         """See that this esjax makes the same updates as the one that began the run.

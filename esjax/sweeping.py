@@ -24,7 +24,7 @@ from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import write_durably, write_new_folder
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
@@ -156,7 +156,8 @@ class Sweep:
         path, limits = self.path / trial.name, trial.config
         if not kept_steps(path / CHECKPOINTS):
             if path.exists():
-                shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
+                with _claim(path):  # or a process that goes on with this run alone would lose it
+                    shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
             return self._begin(limits, path)
         run = read_run(path)
         before = 0.0
@@ -287,27 +288,27 @@ def resume_sweep(
 
 def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Mapping[str, Sequence[Any]]:
     """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
-    if (path / RECORD).exists():
-        before, settings = _read_record(path)
-        if before != axes:
-            there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
-            raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
-        if settings != config:
-            old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
-            raise EsjaxError(
-                f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
-                "go on with that one"
-            )
-        return before
+    record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
     try:
-        if path.exists() and any(path.iterdir()):
-            raise EsjaxError(f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
-        write_durably(path / RECORD, msgspec.yaml.encode(record).decode())
+        write_new_folder(path, {RECORD: msgspec.yaml.encode(record).decode()})
+    except FileExistsError as error:
+        if not (path / RECORD).exists():
+            raise EsjaxError(
+                f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out"
+            ) from error
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
-    return axes
+    before, settings = _read_record(path)
+    if before != axes:
+        there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
+        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
+    if settings != config:
+        old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
+        raise EsjaxError(
+            f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
+            "go on with that one"
+        )
+    return before
 
 
 def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
@@ -340,7 +341,7 @@ def _claim(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise EsjaxError(f"another process is at the sweep in {str(path)!r}; stop that one first") from error
+            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first") from error
         yield
 
 

@@ -263,7 +263,7 @@ def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, 
 
 def test_one_process_at_a_time(config: Config, begun: Path) -> None:
     def show(run: Trainer | Server) -> None:
-        with pytest.raises(EsjaxError, match="another process is at the sweep"):
+        with pytest.raises(EsjaxError, match="another process is at work"):
             next(iter(resume_sweep(begun, tell=quiet)))
         raise EsjaxError("seen")
 
