@@ -107,14 +107,16 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
     Raises:
         EsjaxError: There is none, or it holds the state of another model.
     """
-    steps = kept_steps(folder)
-    for step in steps:
-        path = folder / str(step)
+    passed: set[int] = set()
+    while steps := [step for step in kept_steps(folder) if step not in passed]:
+        path = folder / str(steps[0])
         damage = _damage(path)
         if not damage:
             return _restore(path, like)
-        tell(f"checkpoint {path} is damaged and passed over ({damage})")
-    if steps:
+        passed.add(steps[0])
+        if path.exists():  # or a run that goes on has deleted it, and written a newer one
+            tell(f"checkpoint {path} is damaged and passed over ({damage})")
+    if passed:
         raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
     raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: train anew")
 

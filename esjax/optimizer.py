@@ -49,6 +49,19 @@ def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def last_step(config: OptimConfig, steps: int | None) -> int | None:
+    """Return the number of steps after which the learning rate is 0 for good; None: it never is.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: See `learning_rate`.
+    """
+    end = config.decay_steps or steps
+    if config.schedule != "cosine" or end is None:
+        return None
+    return max(end, config.warmup_steps + 1)
+
+
 def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:
     """Build the optimizer by name: adam (Kingma & Ba 2015) or sgd with momentum, with decoupled weight decay."""
     if config.optimizer == "adam":

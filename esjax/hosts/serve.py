@@ -90,6 +90,8 @@ class Server:
         replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
+        *,
+        is_new: bool,
     ) -> None:
         """Set up; use `serve` or `resume_serving` to get one."""
         self.config = folder.config
@@ -107,6 +109,7 @@ class Server:
         self._corpus, self._listen = corpus, listen
         self._replica = replica  # tells the shapes of what hosts send, and computes nothing
         self._coordinator: Coordinator | None = None
+        self._is_new = is_new
 
     def __repr__(self) -> str:
         """Say where it is."""
@@ -162,9 +165,19 @@ class Server:
 
     def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
         """Claim the folder and the port, and find out where the run stands."""
-        config, folder, corpus = self.config, self.folder, self._corpus
+        folder = self.folder
         folder.lock()
         stack.callback(folder.unlock)
+        with ExitStack() as undo:
+            if self._is_new and not folder.checkpoints.exists():
+                undo.callback(folder.remove)  # a port that is taken leaves no run that never was
+            opened = self._begin(stack)
+            undo.pop_all()
+        self._is_new = False
+        return opened
+
+    def _begin(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
+        config, folder, corpus = self.config, self.folder, self._corpus
         folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
@@ -243,10 +256,7 @@ class Server:
         if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
             return None
         path = Path(listen.keys or self.folder.path / "keys")
-        is_new = not path.exists()
-        keys = ServerKeys(path, new_keypair, self.tell)
-        if is_new:
-            keys.new_token(FIRST_TOKEN, _for_others(listen.address))
+        keys = ServerKeys(path, new_keypair, self.tell, (FIRST_TOKEN, _for_others(listen.address)))
         token = path / f"{FIRST_TOKEN}.token"
         self.token = token if token.exists() else None
         return keys
@@ -326,7 +336,7 @@ def serve(
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
-    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell)
+    server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell, is_new=True)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -374,7 +384,7 @@ def resume_serving(
     listen = _Listen(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder)
     replica = _make_replica(folder.config, corpus, own)
-    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell)
+    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell, is_new=False)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server
