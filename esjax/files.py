@@ -26,18 +26,21 @@ def write_durably(path: Path, content: str | bytes) -> None:
         os.close(folder)
 
 
-def write_new_folder(path: Path, files: Mapping[str, str]) -> None:
+def write_new_folder(path: Path, files: Mapping[str, str]) -> bool:
     """Make a folder with files in it, or fill an empty one; of several processes that try, one succeeds.
 
     Args:
         path: The folder.
         files: Contents by name.
 
+    Returns:
+        Whether there was no folder, not even an empty one.
+
     Raises:
         FileExistsError: Something is there, or another process was faster.
         OSError: It cannot be written; what was made so far is removed.
     """
-    claim = path / ".new"
+    claim, is_made = path / ".new", True
     with ExitStack() as undo:
         try:
             path.mkdir(parents=True)
@@ -45,6 +48,7 @@ def write_new_folder(path: Path, files: Mapping[str, str]) -> None:
         except FileExistsError:
             if not path.is_dir() or any(path.iterdir()):
                 raise
+            is_made = False
         with claim.open("x"), ExitStack() as claimed:
             claimed.callback(claim.unlink)
             if any(inside != claim for inside in path.iterdir()):
@@ -53,6 +57,7 @@ def write_new_folder(path: Path, files: Mapping[str, str]) -> None:
                 undo.callback((path / name).unlink, missing_ok=True)
                 write_durably(path / name, content)
         undo.pop_all()
+    return is_made
 
 
 def write_new_files(files: Mapping[Path, str | bytes]) -> None:

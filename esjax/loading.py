@@ -17,11 +17,12 @@ from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
 from esjax.models.model import ModelFactory, Params
-from esjax.optimizer import kept, make_optimizer
+from esjax.optimizer import make_optimizer
 from esjax.own import Own
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
 from esjax.trained import Trained
+from esjax.transformation import kept
 from esjax.usable import Usable
 
 

@@ -26,9 +26,10 @@ from esjax.estimator import Estimator, make_estimator
 from esjax.member import Loss, PairLoss
 from esjax.models.check import check_float32
 from esjax.models.model import Model, Params
-from esjax.optimizer import fit_optimizer, make_optimizer
+from esjax.optimizer import make_optimizer
 from esjax.streams import INIT, WINDOWS
 from esjax.summing import Chunk, SumChunk
+from esjax.transformation import fit_optimizer
 
 CPU_SEQUENCES = 256
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
@@ -100,7 +101,7 @@ class Replica:
         if optimizer is None:
             optimizer = make_optimizer(config.optim, config.steps)
         else:
-            optimizer = fit_optimizer(optimizer, params, units)
+            optimizer = fit_optimizer(optimizer, params)
         estimator = make_estimator(config, model, params, units, loss, packed=not _is_cpu(mesh))
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window

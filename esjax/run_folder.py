@@ -87,6 +87,7 @@ class RunFolder:
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
         self._lock: IO[str] | None = None
+        self._is_made = False
 
     @classmethod
     def create(
@@ -124,18 +125,23 @@ class RunFolder:
             RUN: json.dumps(run) + "\n",  # the last: it makes the folder a run
         }
         try:
-            write_new_folder(path, files)
+            is_made = write_new_folder(path, files)
         except FileExistsError as error:
             raise EsjaxError(
                 f"{str(path)!r} exists already and is left alone; give another --out, or resume it"
             ) from error
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
-        return cls(path)
+        folder = cls(path)
+        folder._is_made = is_made
+        return folder
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it; it has to be locked."""
-        shutil.rmtree(self.path)
+        """Take back what `create` made, and all that came into it since; nobody else may be at it."""
+        for inside in list(self.path.iterdir()):
+            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        if self._is_made:
+            self.path.rmdir()
 
     def check_goes_on(self) -> None:
         """See that this esjax makes the same updates as the one that began the run.

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from esjax import checkpoint
 from esjax.checkpoint import Checkpoints, digest, restore_newest
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
@@ -241,3 +242,19 @@ def test_a_state_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     wider = replace(other, params={**other.params, "vector": jnp.zeros(6)})
     with pytest.raises(EsjaxError, match="does not hold the state of the model"):
         restore_newest(tmp_path, wider, pytest.fail)
+
+
+def test_a_checkpoint_that_a_run_deletes_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Checkpoints(tmp_path, 1)
+    run.save(state_at(1), 1 / 4, 1000)
+    look = checkpoint._damage
+
+    def look_after_the_run_went_on(path: Path) -> str:
+        if path.name == "1":
+            run.save(state_at(2), 2 / 4, 2000)
+        return look(path)
+
+    monkeypatch.setattr(checkpoint, "_damage", look_after_the_run_went_on)
+    assert restore(tmp_path) == (2, [])

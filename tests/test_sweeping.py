@@ -4,7 +4,9 @@ import csv
 import re
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -385,3 +387,35 @@ def test_from_python() -> None:
     assert esjax.sweep is sweep
     with pytest.raises(EsjaxError, match="would never end"):
         esjax.sweep({"seed": [1]}, OTHER_SETTINGS, out="nowhere")
+
+
+def test_of_two_sweeps_into_one_folder_at_once_one_is_begun(config: Config, tmp_path: Path) -> None:
+    for attempt in range(4):
+        out = tmp_path / f"sweep {attempt}"
+        start = threading.Barrier(3)
+
+        def begin(seed: int, out: Path = out, start: threading.Barrier = start) -> Sweep | EsjaxError:
+            start.wait()
+            try:
+                return sweep({"seed": [seed, seed + 1]}, config, out=out, tell=quiet)
+            except EsjaxError as error:
+                return error
+
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(begin, range(3)))
+        (winner,) = [one for one in found if isinstance(one, Sweep)]
+        assert [trial.config for trial in resume_sweep(out).trials] == [trial.config for trial in winner.trials]
+        assert [path.name for path in out.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_run_that_another_process_trains_is_not_removed(config: Config, out: Path) -> None:
+    """It has no checkpoint yet, so that the sweep would begin it anew."""
+    grid = sweep({"seed": [5]}, config, out=out, tell=quiet)
+    folder = RunFolder.create(out / "seed=5", replace(config, seed=5), train(config).corpus.vocabulary, "")
+    folder.lock()
+    try:
+        (outcome,) = grid
+    finally:
+        folder.unlock()
+    assert "another process is at work" in outcome.note
+    assert RunFolder(out / "seed=5").name == folder.name
