@@ -101,12 +101,13 @@ def _update(
 
 
 def _is_key(leaf: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _difference(wanted: PyTree, found: PyTree) -> str:
     """Name the first leaf whose shape or type differs, or ""."""
-    if jax.tree.structure(wanted) != jax.tree.structure(found):
+    before: Any = jax.tree.structure(wanted)
+    if before != jax.tree.structure(found):
         return "they have another structure"
     leaves = jax.tree_util.tree_flatten_with_path(wanted)[0]
     for (path, one), other in zip(leaves, jax.tree.leaves(found), strict=True):

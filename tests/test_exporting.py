@@ -1,7 +1,9 @@
 """Weights out and back: what is imported is what was exported, and says the same."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +234,25 @@ def test_from_python(runs: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "run.1"
     folder.symlink_to(runs("gru"))
     assert [file.name for file in export(folder)] == ["run.1.safetensors"]
+
+
+def test_of_two_exports_to_one_file_at_once_one_succeeds(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    start = threading.Barrier(2)
+
+    def write(name: str) -> str:
+        path = runs(name)
+        start.wait()
+        try:
+            export(path, tmp_path / "one.safetensors")
+        except EsjaxError as error:
+            assert "exists already" in str(error)
+            return ""
+        return name
+
+    for name in ("gru", "rnn"):
+        runs(name)
+    with ThreadPoolExecutor(2) as pool:
+        (winner,) = {*pool.map(write, ["gru", "rnn"])} - {""}
+    import_weights(tmp_path / "one.safetensors", tmp_path / "back")
+    assert_same(runs(winner), tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"one.safetensors", "back"}

@@ -549,6 +549,6 @@ def test_an_optimizer_that_needs_the_loss_and_keeps_a_key_goes_on_and_is_replaye
 def test_an_optimizer_that_needs_more_than_there_is_leaves_no_folder(
     config: Config, tmp_path: Path, begin: Callable[..., Any]
 ) -> None:
-    with pytest.raises(EsjaxError, match="the optimizer cannot be used: .*'grad' and 'value_fn'"):
+    with pytest.raises(EsjaxError, match=r"the optimizer cannot be used: .*'grad' and 'value_fn'"):
         begin(config, tmp_path / "run", optimizer=optax.lbfgs())
     assert not (tmp_path / "run").exists()
