@@ -133,8 +133,8 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
     """
     path = _newest_whole(folder, tell)
     seal = _check_leaves(path, like, lambda name: True)
-    with _checkpointer() as checkpointer:
-        state = checkpointer.restore((path / STATE).absolute(), like)
+    with _plain_path(path) as plain, _checkpointer() as checkpointer:
+        state = checkpointer.restore(plain / STATE, like)
     return Restored(state, seal["seconds"], seal["member_tokens"])
 
 
@@ -158,19 +158,24 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted._asdict()),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer:
-        return Weights(**checkpointer.restore((path / STATE).absolute(), args=found))
+    with (
+        _plain_path(path) as plain,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer,
+    ):
+        return Weights(**checkpointer.restore(plain / STATE, args=found))
 
 
 def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
-    steps = kept_steps(folder)
-    for step in steps:
-        path = folder / str(step)
+    passed: set[int] = set()
+    while steps := [step for step in kept_steps(folder) if step not in passed]:
+        path = folder / str(steps[0])
         damage = _damage(path)
         if not damage:
             return path
-        tell(f"checkpoint {path} is damaged and passed over ({damage})")
-    if steps:
+        passed.add(steps[0])
+        if path.exists():  # or a run that goes on has deleted it, and written a newer one
+            tell(f"checkpoint {path} is damaged and passed over ({damage})")
+    if passed:
         raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
     raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: train anew")
 

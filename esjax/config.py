@@ -311,8 +311,8 @@ class OptimConfig(Section):
     """Steps over which the learning rate rises in a line."""
 
     decay_steps: int | None = None
-    """cosine: step at which 0 is reached (None: `steps`). inverse_sqrt: steps after the warm-up until 71% is left
-    (None: 100)."""
+    """cosine: step at which 0 is reached, for good (None: the `steps` of the settings, also if the run is resumed with
+    more). inverse_sqrt: steps after the warm-up until 71% is left (None: 100)."""
 
     beta1: float = 0.9
     """Adam: memory of the mean."""
@@ -398,6 +398,10 @@ MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
 
 VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
 """The defaults, with each model."""
+
+# msgspec looks into a class when it first reads one, and crashes if two threads do so at once: it is done here, where
+# the lock of the import lets one thread in.
+msgspec.convert({}, Config)
 
 
 def from_yaml(text: str, source: str) -> Config:

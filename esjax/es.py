@@ -56,7 +56,7 @@ class UpdateInfo(NamedTuple):
     update_norm: Float[Array, ""]
 
 
-Apply = Callable[[TrainState, Params], tuple[TrainState, UpdateInfo]]
+Apply = Callable[[TrainState, Params, Float[Array, ""]], tuple[TrainState, UpdateInfo]]
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, carried: Carried = ()) -> TrainState:
@@ -75,12 +75,12 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
             polynomial-decay averaging (Shamir & Zhang 2013, section 4); 0: no averaging.
 
     Returns:
-        `(state, gradient) -> (state, info)`. Jit it.
+        `(state, gradient, loss) -> (state, info)`; the loss of the step goes to optimizers that take a `value`. Jit it.
     """
     scaled = in_units(optimizer, units)
 
-    def apply(state: TrainState, gradient: Params) -> tuple[TrainState, UpdateInfo]:
-        updates, opt_state = scaled.update(gradient, state.opt_state, state.params)
+    def apply(state: TrainState, gradient: Params, loss: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
+        updates, opt_state = scaled.update(gradient, state.opt_state, state.params, value=loss)
         params = jax.tree.map(jnp.add, state.params, updates)
         step = state.step + 1
         if average_fraction == 0:
@@ -98,7 +98,7 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
 
 def make_apply_sum(
     apply: Apply, gradient: Callable[[Totals, Float[Array, ""], Params], Params], zeros: Totals
-) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
+) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
     """Make the function that turns a sum of vectors, see `esjax.sums`, into the next state.
 
     Args:
@@ -107,14 +107,14 @@ def make_apply_sum(
         zeros: Totals of nothing, for their shapes.
 
     Returns:
-        `(state, total, scale) -> (state, info)`. Jit it.
+        `(state, total, scale, loss) -> (state, info)`. Jit it.
     """
     flat, unravel = ravel_pytree(zeros)
 
     def apply_sum(
-        state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""]
+        state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""], loss: Float[Array, ""]
     ) -> tuple[TrainState, UpdateInfo]:
-        state, info = apply(state, gradient(unravel(total[: flat.size]), scale, state.params))
+        state, info = apply(state, gradient(unravel(total[: flat.size]), scale, state.params), loss)
         counted, _, differences = total[-TAIL:].astype(jnp.float32)
         spread = NORMAL_DEVIATION * differences / DIFFERENCE_STEPS / jnp.maximum(counted, 1)
         carried = take(total[flat.size : -TAIL], state.carried)

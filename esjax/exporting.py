@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import write_new_files
 from esjax.import_npy import export_npy, import_npy
 from esjax.loading import load
 from esjax.models.model import ModelFactory
@@ -63,8 +63,9 @@ def export(
             raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")
         contents = list(export_npy(loaded.params, loaded.vocabulary))
     try:
-        for file, content in zip(files, contents, strict=True):
-            write_durably(file, content)
+        write_new_files(dict(zip(files, contents, strict=True)))
+    except FileExistsError as error:  # another process was faster
+        raise EsjaxError(f"{error.filename!r} exists already and is left alone; give another --out") from error
     except OSError as error:
         raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
     return files

@@ -1,6 +1,7 @@
 """A run folder that begins with somebody else's weights."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,8 +34,11 @@ def begin_with(
         code: Where it is, if it is code in a file.
 
     Raises:
-        EsjaxError: The folder exists, or cannot be written.
+        EsjaxError: The folder exists, or cannot be written; then it is not left behind.
     """
+    state = init_state(params, make_optimizer(config.optim, config.steps))
     folder = RunFolder.create(out, config, vocabulary, text_digest="", own=own, code=code)
-    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-    checkpoints.save(init_state(params, make_optimizer(config.optim, config.steps)), 0.0, 0)
+    with ExitStack() as undo:
+        undo.callback(folder.remove)  # without a checkpoint it would be of no use
+        Checkpoints(folder.checkpoints, config.keep_checkpoints).save(state, 0.0, 0)
+        undo.pop_all()

@@ -1,4 +1,4 @@
-"""From settings to an optax transformation; `esjax.es` takes any other as well."""
+"""From settings to an optax transformation; `esjax.transformation` takes any other as well."""
 
 import jax
 import optax
@@ -40,6 +40,19 @@ def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
     # The first step is (1 / warmup_steps) of the peak, not 0: a step of size 0 would be wasted.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def last_step(config: OptimConfig, steps: int | None) -> int | None:
+    """Return the number of steps after which the learning rate is 0 for good; None: it never is.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: See `learning_rate`.
+    """
+    end = config.decay_steps or steps
+    if config.schedule != "cosine" or end is None:
+        return None
+    return max(end, config.warmup_steps + 1)
 
 
 def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:

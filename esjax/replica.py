@@ -29,6 +29,7 @@ from esjax.models.model import Model, Params
 from esjax.optimizer import make_optimizer
 from esjax.streams import INIT, WINDOWS
 from esjax.summing import Chunk, SumChunk
+from esjax.transformation import fit_optimizer
 
 CPU_SEQUENCES = 256
 """Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
@@ -91,12 +92,16 @@ class Replica:
             optimizer: Any optax transformation. None: the one that the settings name.
 
         Raises:
-            EsjaxError: The text is shorter than a window, or a parameter of the model is not float32.
+            EsjaxError: The text is shorter than a window, a parameter of the model is not float32, or the optimizer
+                needs more than there is.
         """
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         check_float32(params)
-        optimizer = optimizer or make_optimizer(config.optim, config.steps)
         units = model.units(params)
+        if optimizer is None:
+            optimizer = make_optimizer(config.optim, config.steps)
+        else:
+            optimizer = fit_optimizer(optimizer, params)
         estimator = make_estimator(config, model, params, units, loss, packed=not _is_cpu(mesh))
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
@@ -199,14 +204,20 @@ class Replica:
             done += part.size
         return total
 
-    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float) -> UpdateInfo:
+    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
         """Update with the sum of what the step's pairs say; see `apply`."""
-        return self._take(*self._apply_sum(self.state, total, np.float32(scale)))
+        return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
 
     def apply(
-        self, pairs: Integer[np.ndarray, " pairs"], weights: Int8[np.ndarray, " pairs *halves"], scale: float
+        self,
+        pairs: Integer[np.ndarray, " pairs"],
+        weights: Int8[np.ndarray, " pairs *halves"],
+        scale: float,
+        loss: float = math.nan,
     ) -> UpdateInfo:
         """Update with the shaped weights of the step's pairs; one that is left out counts as weight 0.
+
+        The loss is the mean of the step, which goes to optimizers that take a `value`.
 
         An update that is not finite is skipped: `update_norm` tells.
         """
@@ -215,7 +226,8 @@ class Replica:
         for part in calls:
             totals = self._weigh(self.state, self._streams, totals, *part)
         # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
-        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, np.float32(scale), *last))
+        scalars = np.float32(scale), np.float32(loss)
+        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, *scalars, *last))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
@@ -283,11 +295,18 @@ def _for_losses(
         return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals)
 
     def weigh_and_apply(
-        state: TrainState, streams: _Streams, totals: Totals, scale: Array, count: Array, pairs: Array, weights: Array
+        state: TrainState,
+        streams: _Streams,
+        totals: Totals,
+        scale: Array,
+        loss: Array,
+        count: Array,
+        pairs: Array,
+        weights: Array,
     ) -> tuple[TrainState, UpdateInfo]:
         seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
         shaped = Shaped(weights.reshape(pairs.size, *weights.shape[2:]), scale, 0)
-        return apply(state, gradient(state.params, seeds, shaped, count, totals))
+        return apply(state, gradient(state.params, seeds, shaped, count, totals), loss)
 
     return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
 

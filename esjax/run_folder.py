@@ -20,6 +20,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
-from esjax.files import write_durably, writing
+from esjax.files import write_durably, write_new_folder, writing
 from esjax.names import MARK, OPTIONS, Code
 from esjax.runs import find_runs
 
@@ -91,6 +92,7 @@ class RunFolder:
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
         self._lock: IO[str] | None = None
+        self._is_made = False
 
     @classmethod
     def create(
@@ -112,17 +114,13 @@ class RunFolder:
             own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
             code: Where those of them are that are code in a file.
 
+        Of several processes that make the same folder at the same time, one succeeds.
+
         Raises:
-            EsjaxError: Something is there already, or it cannot be written.
+            EsjaxError: Something is there already, or it cannot be written; then nothing is left behind.
         """
-        try:
-            taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-        except OSError as error:
-            raise EsjaxError(f"cannot make the run folder {str(path)!r}: {error.strerror}") from error
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise EsjaxError(f"the path of the run folder is longer than {LONGEST_PATH} bytes; give a shorter --out")
-        if taken:
-            raise EsjaxError(f"{str(path)!r} exists already and is left alone; give another --out, or resume it")
         run = {
             "format": FORMAT,
             "esjax": esjax.__version__,
@@ -131,15 +129,29 @@ class RunFolder:
             "own": dict(own),
             "code": msgspec.to_builtins(dict(code)),
         }
-        stored = vocabulary.stored()
+        files = {
+            "config.yaml": to_yaml(config),
+            "vocabulary.json": json.dumps(vocabulary.stored(), ensure_ascii=False) + "\n",
+            RUN: json.dumps(run) + "\n",  # the last: it makes the folder a run
+        }
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            (path / "vocabulary.json").write_text(json.dumps(stored, ensure_ascii=False) + "\n", encoding="utf-8")
-            (path / RUN).write_text(json.dumps(run) + "\n", encoding="utf-8")
+            is_made = write_new_folder(path, files)
+        except FileExistsError as error:
+            raise EsjaxError(
+                f"{str(path)!r} exists already and is left alone; give another --out, or resume it"
+            ) from error
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
-        return cls(path)
+        folder = cls(path)
+        folder._is_made = is_made
+        return folder
+
+    def remove(self) -> None:
+        """Take back what `create` made, and all that came into it since; nobody else may be at it."""
+        for inside in list(self.path.iterdir()):
+            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        if self._is_made:
+            self.path.rmdir()
 
     def check_goes_on(self) -> None:
         """See that this esjax makes the same updates as the one that began the run.

@@ -27,7 +27,7 @@ from esjax.custom_code import gather
 from esjax.data.corpus import load_corpus, locate_text
 from esjax.data.sources import locate
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import write_durably, write_new_folder
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import check_workers, local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
@@ -178,7 +178,8 @@ class Sweep:
         gather(own.code, **given)  # its files must not change between two runs
         if not kept_steps(path / CHECKPOINTS):
             if path.exists():
-                shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
+                with _claim(path):  # or a process that goes on with this run alone would lose it
+                    shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
             return self._begin(limits, path, given)
         run = read_run(path)
         before = 0.0
@@ -350,33 +351,33 @@ class _Record(NamedTuple):
 def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
     axes, config = wanted.axes, wanted.config
-    if (path / RECORD).exists():
-        before, settings, own, code = _read_record(path)
-        if before != axes:
-            there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
-            raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
-        if settings != config:
-            old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
-            raise EsjaxError(
-                f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
-                "go on with that one"
-            )
-        check_own(str(path), own, wanted.own, "esjax.sweep")
-        digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
-        if digests[0] != digests[1]:
-            raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
-        return before
+    record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
+    if wanted.own:
+        record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
     try:
-        if path.exists() and any(path.iterdir()):
-            raise EsjaxError(f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
-        if wanted.own:
-            record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
-        write_durably(path / RECORD, msgspec.yaml.encode(record).decode())
+        write_new_folder(path, {RECORD: msgspec.yaml.encode(record).decode()})
+    except FileExistsError as error:
+        if not (path / RECORD).exists():
+            raise EsjaxError(
+                f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out"
+            ) from error
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
-    return axes
+    before, settings, own, code = _read_record(path)
+    if before != axes:
+        there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
+        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
+    if settings != config:
+        old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
+        raise EsjaxError(
+            f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
+            "go on with that one"
+        )
+    check_own(str(path), own, wanted.own, "esjax.sweep")
+    digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
+    if digests[0] != digests[1]:
+        raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
+    return before
 
 
 def _read_record(path: Path) -> _Record:
@@ -411,7 +412,7 @@ def _claim(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise EsjaxError(f"another process is at the sweep in {str(path)!r}; stop that one first") from error
+            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first") from error
         yield
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from esjax import checkpoint
 from esjax.checkpoint import Checkpoints, digest, restore_newest
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
@@ -264,3 +265,19 @@ def test_a_name_that_nothing_plain_can_stand_for_is_refused_before_training(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a[1]"))
     with pytest.raises(EsjaxError, match="set TMPDIR"):
         Checkpoints(tmp_path / "a[1]" / "checkpoints", 3)
+
+
+def test_a_checkpoint_that_a_run_deletes_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Checkpoints(tmp_path, 1)
+    run.save(state_at(1), 1 / 4, 1000)
+    look = checkpoint._damage
+
+    def look_after_the_run_went_on(path: Path) -> str:
+        if path.name == "1":
+            run.save(state_at(2), 2 / 4, 2000)
+        return look(path)
+
+    monkeypatch.setattr(checkpoint, "_damage", look_after_the_run_went_on)
+    assert restore(tmp_path) == (2, [])

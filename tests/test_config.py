@@ -3,6 +3,9 @@
 import ast
 import inspect
 import itertools
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -292,3 +295,36 @@ def test_states_are_carried_where_windows_follow_each_other(data: dict, es: dict
     with pytest.raises(ValueError, match=named):
         Config(data=DataConfig(carry=True, **data), es=EsConfig(**es))
     assert DataConfig(carry=True, burn_in=9).tokens_before == 0
+
+
+def test_msgspec_knows_every_class_when_it_is_imported() -> None:
+    """msgspec crashes if two threads have it look into a class for the first time; it asks for the class's hints then.
+
+    In a process of its own, where nothing was read before.
+    """
+    script = """
+import sys
+import esjax.config, esjax.hosts.crew, esjax.hosts.keys, esjax.hosts.wire as wire, esjax.page.server as server
+from pathlib import Path
+
+looks = []
+
+def see(frame, event, argument):
+    caller = frame.f_back.f_code.co_filename if frame.f_back else ""
+    if event == "call" and frame.f_code.co_name == "get_class_annotations" and "msgspec" not in caller:
+        looks.append(frame.f_locals["obj"])
+
+token = Path(sys.argv[1])
+token.write_text('{"kind": "esjax token", "format": 1, "name": "a", "address": "b", "server_key": "%s", '
+                 '"public_key": "%s", "secret_key": "%s"}' % (3 * ("k" * 40,)))
+token.chmod(0o600)
+sys.setprofile(see)
+esjax.config.from_yaml("model: {name: rnn}", "settings")
+esjax.hosts.keys.load_token(token)
+wire.decode(wire.encode(wire.Envelope(wire.AskStatus())), "request")
+server._KNOWN.decode("{}")
+sys.setprofile(None)
+sys.exit(f"looked into {looks}" if looks else 0)
+"""
+    with tempfile.NamedTemporaryFile() as token:
+        subprocess.run([sys.executable, "-c", script, token.name], check=True)

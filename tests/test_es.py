@@ -33,7 +33,7 @@ def step_by_hand(optimizer: optax.GradientTransformation, average: float, steps:
     state = init_state(params_of(model), optimizer)
     states = [state]
     for step in range(steps):
-        state, _ = apply(state, gradient_of(step))
+        state, _ = apply(state, gradient_of(step), jnp.float32(0))
         states.append(state)
     return states
 
@@ -55,7 +55,7 @@ def test_the_norms_are_in_units_of_each_leaf() -> None:
     model = MODELS["gru"]
     optimizer = optax.sgd(0.5)
     state = init_state(params_of(model), optimizer)
-    after, info = make_apply(optimizer, model.unit, 0)(state, gradient_of(0))
+    after, info = make_apply(optimizer, model.unit, 0)(state, gradient_of(0), jnp.float32(0))
     moved = jax.tree.map(
         lambda new, old, unit: np.sum(((new - old) / unit) ** 2), after.params, state.params, model.unit
     )

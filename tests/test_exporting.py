@@ -1,7 +1,9 @@
 """Weights out and back: what is imported is what was exported, and says the same."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +252,25 @@ def test_weights_are_used_without_the_optimizer_they_were_trained_by(
     assert next(tune(tmp_path / "run", repeats=1)).sigma == 0.025
     with pytest.raises(EsjaxError, match=r"with an optimizer of its own, scale_by_adam.*; give it again: --optim\.cus"):
         resume(tmp_path / "run")
+
+
+def test_of_two_exports_to_one_file_at_once_one_succeeds(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    start = threading.Barrier(2)
+
+    def write(name: str) -> str:
+        path = runs(name)
+        start.wait()
+        try:
+            export(path, tmp_path / "one.safetensors")
+        except EsjaxError as error:
+            return str(error)
+        return name
+
+    for name in ("gru", "rnn"):
+        runs(name)
+    with ThreadPoolExecutor(2) as pool:
+        winner, said = sorted(pool.map(write, ["gru", "rnn"]), key=len)
+    assert "exists already" in said
+    import_weights(tmp_path / "one.safetensors", tmp_path / "back")
+    assert_same(runs(winner), tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"one.safetensors", "back"}

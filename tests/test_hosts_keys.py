@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -313,3 +315,24 @@ def test_a_token_made_by_hand_is_one() -> None:
     assert Token(FORMAT, "n", ADDRESS, "k" * 40, "k" * 40, "k" * 40) == Token(
         format=FORMAT, name="n", address=ADDRESS, server_key="k" * 40, public_key="k" * 40, secret_key="k" * 40
     )
+
+
+def test_of_several_that_open_new_keys_at_once_one_makes_the_first_token(tmp_path: Path) -> None:
+    for attempt in range(5):
+        folder = tmp_path / f"keys {attempt}"
+        start = threading.Barrier(4)
+
+        def open_them(number: int, folder: Path = folder, start: threading.Barrier = start) -> str:
+            start.wait()
+            return ServerKeys(folder, key_maker(), pytest.fail, ("hosts", f"{ADDRESS}{number}")).public_key
+
+        with ThreadPoolExecutor(4) as pool:
+            (public_key,) = set(pool.map(open_them, range(4)))
+        token = load_token(folder / "hosts.token")
+        assert token.server_key == public_key
+        assert keys_in(folder).allowed == {token.public_key: "hosts"}
+
+
+def test_keys_that_are_there_get_no_first_token(folder: Path, keys: ServerKeys) -> None:
+    again = ServerKeys(folder, pytest.fail, pytest.fail, ("hosts", ADDRESS))
+    assert again.allowed == keys.allowed == {}

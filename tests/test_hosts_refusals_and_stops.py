@@ -18,7 +18,7 @@ from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.ask import ask_status
-from esjax.hosts.serve import _make_replica
+from esjax.hosts.serve import _make_replica, serve
 from esjax.own import Own
 from esjax.page.server import ask_hosts
 from esjax.replaying import replay
@@ -156,3 +156,24 @@ def test_a_population_whose_update_is_too_large_for_a_message_is_refused(pairing
     make(most)
     with pytest.raises(EsjaxError, match=r"an update would hold .* weights, and 16,776,960 are the most"):
         make(most + 1)
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_port_that_is_taken_leaves_no_run(tmp_path: Path, is_there: bool) -> None:
+    """The port is known to be taken only when there are keys, which lie in the folder."""
+    out = tmp_path / "run"
+    if is_there:
+        out.mkdir()
+    config = Config(data=DataConfig(text=str(TEXT)), model=GruConfig(hidden_size=4, head_size=8), steps=1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(EsjaxError, match="is in use"):
+            next(iter(serve(config, out, bind=address, keys=out / "keys")))
+        assert [*tmp_path.rglob("*")] == ([out] if is_there else [])
+        # What another process has begun to train meanwhile is not touched.
+        server = serve(config, out, bind=address)
+        (out / "checkpoints").mkdir()
+        with pytest.raises(EsjaxError, match="is in use"):
+            next(iter(server))
+        assert (out / "run.json").exists()

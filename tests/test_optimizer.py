@@ -1,15 +1,20 @@
 """Learning rates against closed forms, updates against float64 loops and arithmetic by hand."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from esjax.config import OptimConfig, replace
+from esjax.core.units import in_units
 from esjax.errors import EsjaxError
-from esjax.optimizer import DECAY_STEPS, learning_rate, make_optimizer
+from esjax.optimizer import DECAY_STEPS, last_step, learning_rate, make_optimizer
+from esjax.transformation import fit_optimizer
 
 # A schedule takes some ten float32 operations on numbers up to the peak: 10 * 6e-8 of the peak.
 PEAK = 0.3
@@ -148,3 +153,111 @@ def test_cosine_without_an_end_is_refused() -> None:
         make_optimizer(cosine, None)
     make_optimizer(cosine, 10)
     make_optimizer(replace(cosine, decay_steps=10), None)
+
+
+@pytest.mark.parametrize(("decay_steps", "steps", "warmup"), [(10, None, 0), (None, 8, 3), (5, 20, 7)])
+def test_the_last_step_is_that_after_which_the_rate_is_zero(
+    decay_steps: int | None, steps: int | None, warmup: int
+) -> None:
+    config = OptimConfig(learning_rate=PEAK, schedule="cosine", decay_steps=decay_steps, warmup_steps=warmup)
+    last = last_step(config, steps)
+    assert last is not None
+    found = rates(config, steps, last + 3)
+    assert min(found[:last]) > SCHEDULE_TOLERANCE
+    assert found[last:] == close([0.0] * 3)
+
+
+def test_other_schedules_have_no_last_step() -> None:
+    assert last_step(OptimConfig(schedule="inverse_sqrt", decay_steps=3), 9) is None
+    assert last_step(OptimConfig(schedule="constant"), 9) is None
+
+
+# --- any optax transformation ---
+
+LEAVES = {"matrix": jnp.full((4, 3), 2.0), "vector": jnp.full(3, -1.0)}
+UNITS = {"matrix": 0.5, "vector": 0.3}
+
+
+def test_the_first_update_of_schedule_free_sgd_is_its_rate_times_the_gradient_in_units() -> None:
+    """Its iterates begin at the first parameters: seen in other units, they would be the larger part of the update."""
+    optimizer = in_units(fit_optimizer(optax.contrib.schedule_free_sgd(1e-3), LEAVES), UNITS)
+    gradient = {"matrix": jnp.full((4, 3), 3.0), "vector": jnp.full(3, 5.0)}
+    updates, _ = optimizer.update(gradient, optimizer.init(LEAVES), LEAVES)
+    for name, unit in UNITS.items():
+        np.testing.assert_allclose(updates[name], -1e-3 * gradient[name] * unit**2, rtol=0.01)
+
+
+@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.dadapt_adamw, optax.contrib.dog])
+def test_what_measures_the_way_from_the_first_parameters_sees_units_everywhere(make: Callable[[], Any]) -> None:
+    """Reference: the same optimizer on parameters and gradients that are in units to begin with."""
+    scaled, plain = in_units(fit_optimizer(make(), LEAVES), UNITS), make()
+    seen = jax.tree.map(lambda leaf, unit: leaf / unit, LEAVES, UNITS)
+    params, state, seen_state = LEAVES, scaled.init(LEAVES), plain.init(seen)
+    for step in range(4):
+        gradient = jax.tree.map(lambda leaf, step=step: leaf - step, LEAVES)
+        updates, state = scaled.update(gradient, state, params)
+        wanted, seen_state = plain.update(jax.tree.map(jnp.multiply, gradient, UNITS), seen_state, seen)
+        params, seen = optax.apply_updates(params, updates), optax.apply_updates(seen, wanted)
+    for name, unit in UNITS.items():
+        np.testing.assert_allclose(params[name] / unit, seen[name], rtol=1e-5)
+
+
+def test_the_loss_of_the_step_goes_to_those_that_take_a_value() -> None:
+    """Reference: optax on its own. Sam takes no `value`, and no keyword that it does not know."""
+    for make in (
+        lambda: optax.contrib.reduce_on_plateau(patience=1, factor=0.5),
+        lambda: optax.polyak_sgd(),
+        lambda: optax.contrib.sam(optax.sgd(0.5), optax.sgd(0.1)),
+    ):
+        tried, plain = fit_optimizer(make(), LEAVES), make()
+        state, wanted_state = tried.init(LEAVES), plain.init(LEAVES)
+        for loss in (3.0, 3.0, 3.0):
+            more = {} if "sam" in plain.update.__qualname__ else {"value": loss}
+            found, state = tried.update(LEAVES, state, LEAVES, value=jnp.float32(loss))
+            wanted, wanted_state = plain.update(LEAVES, wanted_state, LEAVES, **more)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (optax.lbfgs, "'grad' and 'value_fn'"),
+        (lambda: optax.scale_by_zoom_linesearch(3), "'grad' and 'value_fn'"),
+        (lambda: optax.scale_by_backtracking_linesearch(3), "'grad' and 'value_fn'"),
+        (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True), "grad_fn must be provided"),
+        (lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5), "no attribute 'fast'"),
+        (lambda: optax.contrib.sophia(0.1), "obj_fn must be provided"),
+        (
+            lambda: optax.GradientTransformation(lambda params: (), lambda g, s, p=None: (g["matrix"], s)),
+            "updates must have the shapes and types of the parameters, but they have another structure",
+        ),
+        (
+            lambda: optax.stateless(lambda g, p: jax.tree.map(lambda leaf: leaf.astype(jnp.float16), g)),
+            r"but \['matrix'\] is float16\[4, 3\], not float32\[4, 3\]",
+        ),
+        (
+            lambda: optax.GradientTransformation(lambda params: jnp.zeros(2), lambda g, s, p=None: (g, jnp.zeros(4))),
+            r"state after an update must .* the only leaf is float32\[4\], not float32\[2\]",
+        ),
+    ],
+)
+def test_an_optimizer_that_needs_more_is_refused(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(EsjaxError, match=f"the optimizer cannot be used: .*{said}") as caught:
+        fit_optimizer(make(), LEAVES)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_random_keys_of_a_state_are_kept_as_integers(kind: str) -> None:
+    """Reference: optax's own noise, update by update."""
+
+    def make() -> optax.GradientTransformationExtraArgs:
+        return optax.add_noise(0.1, 0.5, jax.random.key(3, impl=kind))
+
+    tried, plain = fit_optimizer(make(), LEAVES), make()
+    state, wanted_state = tried.init(LEAVES), plain.init(LEAVES)
+    for _ in range(2):
+        assert {np.asarray(leaf).dtype.name for leaf in jax.tree.leaves(state)} == {"int32", "uint32"}
+        found, state = tried.update(LEAVES, state, LEAVES)
+        wanted, wanted_state = plain.update(LEAVES, wanted_state, LEAVES)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)

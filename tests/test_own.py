@@ -546,3 +546,39 @@ def test_what_is_shown_in_a_cell_is_short(config: Config, tmp_path: Path) -> Non
     weights = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     assert repr(loaded) == f"<esjax model after 4 steps: {weights:,} weights, {run.corpus.vocabulary.size} token ids>"
     assert str(loaded.generate("the", seed=3)[0]) == loaded.generate("the", seed=3)[0].text
+
+
+def noisy_and_lower_on_a_plateau() -> optax.GradientTransformationExtraArgs:
+    """Need the loss of the step, and keep a random key."""
+    lower = optax.contrib.reduce_on_plateau(patience=1, rtol=0.5, factor=0.5)
+    return optax.chain(optax.noisy_sgd(0.1, key=jax.random.key(3)), lower)
+
+
+@pytest.mark.parametrize("space", ["low_rank", "activation"])
+def test_an_optimizer_that_needs_the_loss_and_keeps_a_key_goes_on_and_is_replayed_bit_for_bit(
+    config: Config, tmp_path: Path, space: Any
+) -> None:
+    es = EsConfig(space=space, population_size=64, copies=8)
+    config = replace(config, steps=3, es=es, ledger=True)
+    list(train(config, tmp_path / "run", optimizer=noisy_and_lower_on_a_plateau()))
+    resumed = esjax.resume(tmp_path / "run", steps=6, optimizer=noisy_and_lower_on_a_plateau())
+    whole = train(replace(config, steps=6), optimizer=noisy_and_lower_on_a_plateau())
+    list(resumed)
+    losses = [info.loss for info in whole]
+    assert digest(resumed._replica.state) == digest(whole._replica.state)
+    replayed = esjax.replay(tmp_path / "run", optimizer=noisy_and_lower_on_a_plateau())
+    assert replayed.digest == digest(whole._replica.state)
+    plateau = replayed.state.opt_state[-1]
+    assert float(plateau.best_value) == np.float32(losses[0])  # none is half of it
+    assert float(plateau.scale) == 0.5**5
+    file = tmp_path / "run.safetensors"
+    assert esjax.export(tmp_path / "run", file, optimizer=noisy_and_lower_on_a_plateau()) == [file]
+
+
+@pytest.mark.parametrize("begin", [train, esjax.serve])
+def test_an_optimizer_that_needs_more_than_there_is_leaves_no_folder(
+    config: Config, tmp_path: Path, begin: Callable[..., Any]
+) -> None:
+    with pytest.raises(EsjaxError, match=r"the optimizer cannot be used: .*'grad' and 'value_fn'"):
+        begin(config, tmp_path / "run", optimizer=optax.lbfgs())
+    assert not (tmp_path / "run").exists()

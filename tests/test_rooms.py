@@ -28,7 +28,7 @@ FLOORS = [
     ("esjax.activation", "esjax.es"),
     ("esjax.summing",),
     ("esjax.estimator",),
-    ("esjax.score", "esjax.generate", "esjax.optimizer", "esjax.own"),
+    ("esjax.score", "esjax.generate", "esjax.optimizer", "esjax.transformation", "esjax.own"),
     ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts", "esjax.curves", "esjax.page"),
     ("esjax.data.delivery", "esjax.hosts.wire"),
     (

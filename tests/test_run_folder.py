@@ -2,6 +2,9 @@
 
 import json
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import esjax
 from esjax.config import Config, DataConfig, EsConfig, to_yaml
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
+from esjax.files import write_new_files, write_new_folder
 from esjax.run_folder import FORMAT, RunFolder
 from esjax.runs import read_run
 
@@ -291,3 +295,53 @@ def test_settings_hold_every_name_of_a_text(tmp_path: Path, name: str) -> None:
     config = Config(data=DataConfig(text=name))
     assert RunFolder.create(tmp_path / "run", config, VOCABULARY, "").config == config
     assert read_run(tmp_path / "run").settings["data.text"] == name
+
+
+def together(count: int, act: Callable[[int], object]) -> list[object]:
+    """Do something in some threads at once; return what each returned or raised."""
+    start = threading.Barrier(count)
+
+    def one(number: int) -> object:
+        start.wait()
+        try:
+            return act(number)
+        except EsjaxError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_of_several_that_make_a_folder_at_once_one_succeeds(tmp_path: Path, is_there: bool) -> None:
+    for attempt in range(10):
+        path = tmp_path / f"run {attempt}"
+        if is_there:
+            path.mkdir()
+        found = together(4, lambda seed, path=path: RunFolder.create(path, Config(seed=seed), VOCABULARY, f"{seed}"))
+        (seed,) = [number for number, one in enumerate(found) if isinstance(one, RunFolder)]
+        folder = RunFolder(path)
+        assert (folder.config.seed, folder.text_digest) == (seed, f"{seed}")
+        assert all("exists already" in str(one) for number, one in enumerate(found) if number != seed)
+        assert contents(path).keys() == {"config.yaml", "vocabulary.json", "run.json"}
+
+
+def test_of_several_that_write_new_files_one_succeeds_and_the_others_leave_nothing(tmp_path: Path) -> None:
+    def write(number: int) -> int:
+        try:
+            write_new_files({tmp_path / f"only {number}": "x", tmp_path / "both": f"{number}"})
+        except FileExistsError:
+            return -1
+        return number
+
+    (winner,) = {*together(4, write)} - {-1}
+    assert contents(tmp_path) == {f"only {winner}": b"x", "both": f"{winner}".encode()}
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """A text that is no UTF-8 cannot be written, as a full disk takes no more."""
+    with pytest.raises(UnicodeEncodeError):
+        write_new_folder(tmp_path / "new", {"a": "x", "b": "\ud800"})
+    with pytest.raises(UnicodeEncodeError):
+        write_new_files({tmp_path / "a": "x", tmp_path / "b": "\ud800"})
+    assert not [*tmp_path.iterdir()]

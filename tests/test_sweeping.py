@@ -5,7 +5,9 @@ import io
 import re
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +266,7 @@ def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, 
 
 def test_one_process_at_a_time(config: Config, begun: Path) -> None:
     def show(run: Trainer | Server) -> None:
-        with pytest.raises(EsjaxError, match="another process is at the sweep"):
+        with pytest.raises(EsjaxError, match="another process is at work"):
             next(iter(resume_sweep(begun, tell=quiet)))
         raise EsjaxError("seen")
 
@@ -418,3 +420,35 @@ def test_values_are_drawn_letter_by_letter() -> None:
     figure = make_figure([Outcome("", {"text": text}, "finished", 2.0, 1.0, 1, 1, "") for text in texts])
     figure.savefig(io.BytesIO())
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == list(texts)
+
+
+def test_of_two_sweeps_into_one_folder_at_once_one_is_begun(config: Config, tmp_path: Path) -> None:
+    for attempt in range(4):
+        out = tmp_path / f"sweep {attempt}"
+        start = threading.Barrier(3)
+
+        def begin(seed: int, out: Path = out, start: threading.Barrier = start) -> Sweep | EsjaxError:
+            start.wait()
+            try:
+                return sweep({"seed": [seed, seed + 1]}, config, out=out, tell=quiet)
+            except EsjaxError as error:
+                return error
+
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(begin, range(3)))
+        (winner,) = [one for one in found if isinstance(one, Sweep)]
+        assert [trial.config for trial in resume_sweep(out).trials] == [trial.config for trial in winner.trials]
+        assert [path.name for path in out.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_run_that_another_process_trains_is_not_removed(config: Config, out: Path) -> None:
+    """It has no checkpoint yet, so that the sweep would begin it anew."""
+    grid = sweep({"seed": [5]}, config, out=out, tell=quiet)
+    folder = RunFolder.create(out / "seed=5", replace(config, seed=5), train(config).corpus.vocabulary, "")
+    folder.lock()
+    try:
+        (outcome,) = grid
+    finally:
+        folder.unlock()
+    assert "another process is at work" in outcome.note
+    assert RunFolder(out / "seed=5").name == folder.name

@@ -526,3 +526,21 @@ def test_a_name_that_cannot_be_is_refused_before_anything_is_made(config: Config
         train(config, tmp_path / os.fsdecode(name))
     assert str(caught.value).isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_the_end_of_a_cosine_is_said_once_where_a_run_goes_on(config: Config, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = replace(config, steps=2, optim=OptimConfig(schedule="cosine"))
+    list(train(config, tmp_path / "run", tell=said.append))
+    assert not said
+    resumed = resume(tmp_path / "run", steps=5, tell=said.append)
+    norms = [info.update_norm for info in resumed]
+    assert said == [
+        "step 3: optim.schedule cosine has ended at step 2; the learning rate stays 0, and the weights as they are; to "
+        "train longer, begin a run with a larger optim.decay_steps"
+    ]
+    assert norms == pytest.approx([0, 0, 0], abs=1e-5)
+    said.clear()
+    list(train(replace(config, steps=4), optimizer=optax.sgd(0.1), tell=said.append))
+    list(train(replace(config, steps=4, optim=OptimConfig(schedule="cosine", decay_steps=4)), tell=said.append))
+    assert not said

@@ -1,6 +1,7 @@
 """What the commands have in common."""
 
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable
@@ -128,8 +129,8 @@ def prepare(processes: str | None = None) -> None:
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
-    """Name the folder to make: `out`, or the time of day."""
-    return out or given_path(parent) / time.strftime("%Y%m%d-%H%M%S")
+    """Name the folder to make: `out`, or the time of day, with four letters that tell apart what starts together."""
+    return out or given_path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def teller(console: Console) -> Callable[[str], None]:

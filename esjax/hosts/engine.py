@@ -1,5 +1,6 @@
 """Does a host's tasks with its devices."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -159,10 +160,12 @@ def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float |
         raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
     if update.header.numbers != replica.numbers:
         raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
+    # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
+    loss = math.nan if update.header.loss is None else update.header.loss
     if replica.numbers:
-        info = replica.apply_sum(update.weights, update.header.scale)
+        info = replica.apply_sum(update.weights, update.header.scale, loss)
     else:
-        info = replica.apply(update.pairs(), update.weights, update.header.scale)
+        info = replica.apply(update.pairs(), update.weights, update.header.scale, loss)
     return float(info.gradient_norm), float(info.update_norm)
 
 

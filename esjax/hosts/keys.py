@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -69,17 +69,29 @@ class _Allowed(msgspec.Struct, frozen=True, tag="esjax allow-list", tag_field="k
 
 Stored = TypeVar("Stored", Token, _Pair, _Allowed)
 
+# Made here, not where they are used: see the end of `esjax.config`.
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Token, _Pair, _Allowed)
+}
+
 
 class ServerKeys:
     """The keys of a coordinator, in a folder of its own."""
 
-    def __init__(self, folder: Path, new_keypair: Callable[[], tuple[str, str]], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        new_keypair: Callable[[], tuple[str, str]],
+        tell: Callable[[str], None],
+        first_token: tuple[str, str] | None = None,
+    ) -> None:
         """Open the folder; make it, and the coordinator's key pair, if they are not there.
 
         Args:
             folder: Where; nobody but its owner may look into it.
             new_keypair: Makes a public and a secret key.
             tell: Called with a line, in any thread, when the allow-list turns unreadable; nobody is let in then.
+            first_token: Name and address of a token to make with a new key pair, see `new_token`. None: none is made.
 
         Raises:
             EsjaxError: The folder or a file in it cannot be read or written, is open to others, or damaged.
@@ -93,12 +105,15 @@ class ServerKeys:
         except OSError as error:
             raise EsjaxError(f"cannot use the folder of keys {str(folder)!r}: {error.strerror}") from error
         with self._locked():
-            if not self._path("coordinator.json").exists():
+            is_new = not self._path("coordinator.json").exists()
+            if is_new:
                 _write(self._path("coordinator.json"), _Pair(FORMAT, *new_keypair()))
             if not self._path("allowed.json").exists():
                 _write(self._path("allowed.json"), _Allowed(FORMAT, {}))
-        pair = _read(self._path("coordinator.json"), _Pair)
-        self.public_key, self.secret_key = pair.public_key, pair.secret_key
+            pair = _read(self._path("coordinator.json"), _Pair)
+            self.public_key, self.secret_key = pair.public_key, pair.secret_key
+            if is_new and first_token is not None:
+                self._add_token(*first_token)
         self._known = (self._signature(), self._read_allowed())
 
     @property
@@ -131,14 +146,16 @@ class ServerKeys:
         Raises:
             EsjaxError: The name is taken or no name, or the folder cannot be written.
         """
-        path = self._token_path(name)
         with self._locked():
-            allowed = self._read_allowed()
-            if name in allowed.values() or path.exists():
-                raise EsjaxError(f"there is a token {name!r} already; revoke it first, or give another name")
-            public, secret = self._new_keypair()
-            _write(path, Token(FORMAT, name, address, self.public_key, public, secret))
-            _write(self._path("allowed.json"), _Allowed(FORMAT, {**allowed, public: name}))
+            return self._add_token(name, address)
+
+    def _add_token(self, name: str, address: str) -> Path:
+        path, allowed = self._token_path(name), self._read_allowed()
+        if name in allowed.values() or path.exists():
+            raise EsjaxError(f"there is a token {name!r} already; revoke it first, or give another name")
+        public, secret = self._new_keypair()
+        _write(path, Token(FORMAT, name, address, self.public_key, public, secret))
+        _write(self._path("allowed.json"), _Allowed(FORMAT, {**allowed, public: name}))
         return path
 
     def revoke_token(self, name: str) -> None:
@@ -213,7 +230,8 @@ def _read(path: Path, kind: type[Stored]) -> Stored:
         version = msgspec.json.decode(content, type=dict)["format"]
         if version != FORMAT:
             raise EsjaxError(f"{str(path)!r} is of format {version}, not {FORMAT}; use the esjax that made it")
-        return msgspec.json.decode(content, type=kind)
+        stored: Stored = _DECODERS[kind].decode(content)
+        return stored
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
         raise EsjaxError(f"{str(path)!r} is no {what}, or damaged") from error
 

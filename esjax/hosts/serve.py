@@ -100,6 +100,8 @@ class Server:
         replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
+        *,
+        is_new: bool,
     ) -> None:
         """Set up; use `serve` or `resume_serving` to get one."""
         self.config = folder.config
@@ -119,6 +121,7 @@ class Server:
         self._corpus, self._listen = corpus, listen
         self._replica = replica  # tells the shapes of what hosts send, and computes nothing
         self._coordinator: Coordinator | None = None
+        self._is_new = is_new
 
     def __repr__(self) -> str:
         """Say where it is, and what."""
@@ -184,9 +187,19 @@ class Server:
 
     def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
         """Claim the folder and the port, and find out where the run stands."""
-        config, folder, corpus = self.config, self.folder, self._corpus
+        folder = self.folder
         folder.lock()
         stack.callback(folder.unlock)
+        with ExitStack() as undo:
+            if self._is_new and not folder.checkpoints.exists():
+                undo.callback(folder.remove)  # a port that is taken leaves no run that never was
+            opened = self._begin(stack)
+            undo.pop_all()
+        self._is_new = False
+        return opened
+
+    def _begin(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
+        config, folder, corpus = self.config, self.folder, self._corpus
         folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
@@ -265,10 +278,7 @@ class Server:
         if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
             return None
         path = listen.keys or self.folder.path / "keys"
-        is_new = not path.exists()
-        keys = ServerKeys(path, new_keypair, self.tell)
-        if is_new:
-            keys.new_token(FIRST_TOKEN, _for_others(listen.address))
+        keys = ServerKeys(path, new_keypair, self.tell, (FIRST_TOKEN, _for_others(listen.address)))
         token = path / f"{FIRST_TOKEN}.token"
         self.token = token if token.exists() else None
         return keys
@@ -349,7 +359,8 @@ def serve(
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
-    server = Server(folder, corpus, _Listen.at(bind, keys, plain_text_anywhere), own, replica, found, tell)
+    listen = _Listen.at(bind, keys, plain_text_anywhere)
+    server = Server(folder, corpus, listen, own, replica, found, tell, is_new=True)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -401,7 +412,7 @@ def resume_serving(
     if text is not None:
         folder.keep_config()
     replica = _make_replica(folder.config, corpus, own)
-    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell)
+    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell, is_new=False)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server

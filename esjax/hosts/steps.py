@@ -13,6 +13,7 @@ from esjax.hosts.roster import Host, Roster, speeds_of
 from esjax.hosts.rounds import NOTHING_ELSE, Plan, Rounds
 from esjax.hosts.wire import Envelope, Message, Span
 from esjax.hosts.work import FixedPopulation, Lease, Result, TimeBudget, Values, Work
+from esjax.optimizer import last_step
 from esjax.sums import LARGEST, conclude
 
 STUCK = 30.0
@@ -72,6 +73,7 @@ class Steps:
         self._work: Work = self._new_work()
         self._closed_at: float | None = None
         self._noticed: dict[tuple[bool, bool], int] = {}
+        self._last_step = None if "optimizer" in terms.own else last_step(config.optim, config.steps)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
@@ -212,7 +214,7 @@ class Steps:
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
         void_pairs = update.header.void_pairs
-        notice = self._notice(trouble, void_pairs, pairs)
+        notice = self._notice(trouble, void_pairs, pairs) or self._notice_end()
         self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
 
     def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
@@ -226,6 +228,17 @@ class Steps:
             return ""
         what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
         return f"step {self.step}: {what}{self._terms.blamed}; {'no update' if trouble else 'they do not count'}"
+
+    def _notice_end(self) -> str:
+        """Say once that the learning rate has come to 0, if the run goes on all the same."""
+        last = self._last_step
+        if last is None or self.step <= last:
+            return ""
+        self._last_step = None
+        return (
+            f"step {self.step}: optim.schedule cosine has ended at step {last}; the learning rate stays 0, and the "
+            "weights as they are; to train longer, begin a run with a larger optim.decay_steps"
+        )
 
     def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
         """Make the update of a step, and say why it must not be applied, or ""."""

@@ -47,6 +47,10 @@ class Known(msgspec.Struct, forbid_unknown_fields=True):
     points: dict[str, tuple[int, int]] = {}
 
 
+# Made here, not in the threads that answer requests: see the end of `esjax.config`.
+_KNOWN = msgspec.json.Decoder(Known)
+
+
 def make_app(folder: Path) -> "Starlette":
     """Make the application.
 
@@ -84,7 +88,7 @@ def make_app(folder: Path) -> "Starlette":
         return respond
 
     def run(request: "Request") -> dict[str, Any]:
-        known = msgspec.json.decode(request.query_params.get("known", "{}"), type=Known)
+        known = _KNOWN.decode(request.query_params.get("known", "{}"))
         return follower.run(request.query_params.get("run", ""), known.mark, known.points)
 
     def hosts(request: "Request") -> dict[str, Any]:
