@@ -20,15 +20,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from esjax.errors import DiskError, EsjaxError
+from esjax.errors import EsjaxError
 from esjax.es import TrainState
-from esjax.files import write_durably
+from esjax.files import disk_error, write_durably
 from esjax.snapshot import leaf_types
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
 
 SEAL = "seal.json"
 STATE = "state"
+ROOM = "room"
+
+LEAF_BYTES, MORE_BYTES = 512, 2**17
+"""What a checkpoint takes on disk beside its numbers at most: for each leaf, and in all."""
 
 
 class Restored(NamedTuple):
@@ -77,6 +81,7 @@ class Checkpoints:
             return
         partial = path.with_suffix(".partial")
         try:
+            _see_room(partial, state)
             with _checkpointer() as checkpointer:
                 checkpointer.save((partial / STATE).absolute(), jax.tree.map(np.asarray, state))
             seal = {
@@ -89,7 +94,7 @@ class Checkpoints:
             os.replace(partial, path)
         except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise DiskError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
+            raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
         for old in kept_steps(self._folder)[self._keep :]:
             doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
@@ -136,6 +141,22 @@ def _checkpointer() -> ocp.StandardCheckpointer:
         primary_host=this, active_processes={this}, barrier_sync_key_prefix="one"
     )
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def _see_room(partial: Path, state: TrainState) -> None:
+    """See that a state can be written, for a moment: where a write fails, orbax's threads print hundreds of lines.
+
+    Raises:
+        OSError: It cannot: the disk is full, or read-only, or files may not grow so large.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    leaves = jax.tree.leaves(state)
+    size = sum(leaf.nbytes for leaf in leaves) + LEAF_BYTES * len(leaves) + MORE_BYTES
+    partial.mkdir(exist_ok=True)
+    with (partial / ROOM).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    (partial / ROOM).unlink()
 
 
 def _restore(path: Path, like: TrainState) -> Restored:

@@ -1,11 +1,16 @@
 """Small files that are written as a whole."""
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from esjax.errors import DiskError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a system says of a disk, or of a person's share of it, that is full."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -33,4 +38,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+        raise disk_error(f"cannot write {path}", error) from error
+
+
+def disk_error(what: str, error: OSError | ValueError) -> DiskError:
+    """Make the error for something that cannot be written.
+
+    Args:
+        what: Such as "cannot write x".
+        error: From the system, or from TensorStore, in whose words the system's number stands.
+    """
+    found = re.search(r"OS error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    why = os.strerror(number) if number else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return DiskError(f"{what}: {why}", remedy(number))
+
+
+def remedy(number: int | None) -> str:
+    """Say what a person does about an error of the system, by its number, before going on."""
+    return "make room" if number in FULL else "mend that"

@@ -74,7 +74,7 @@ class Progress:
         self._console = console
         self._baselines = baselines
         self._limits = limits
-        self._live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
         self._last: tuple[StepInfo, float] | None = None  # and when it came
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss: float | None = None

@@ -28,6 +28,7 @@ from esjax.files import write_durably
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.interrupts import stop_on_signals
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
@@ -139,9 +140,11 @@ class Sweep:
             for number, trial in enumerate(ahead, done + 1):
                 self._tell(f"run {number} of {len(self.trials)}: {trial.name}")
                 try:
-                    run = self._open(trial)
-                    self._show(run)
-                    self.stopped = run.stopped
+                    with stop_on_signals() as asked:
+                        run = self._open(trial)
+                    if not asked.is_set():
+                        self._show(run)
+                    self.stopped = asked.is_set() or run.stopped
                 except Exception as error:  # of any kind: the other runs do not depend on this one
                     kind = "" if isinstance(error, EsjaxError) else f"{type(error).__name__}: "
                     note = f"{kind}{error}".strip().splitlines()[0][:200]

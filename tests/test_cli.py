@@ -825,8 +825,8 @@ def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, mon
     monkeypatch.setattr("esjax.checkpoint.write_durably", full)
     called = call("resume", "kept", "--steps", "5")
     assert called.err.splitlines()[-1] == (
-        "error: cannot write the checkpoint 'kept/checkpoints/5': [Errno 28] No space left on device; the run is kept "
-        "to step 5; make room, then: esjax resume kept"
+        "error: cannot write the checkpoint 'kept/checkpoints/5': No space left on device; the run is kept to "
+        "step 5; make room, then: esjax resume kept"
     )
 
 

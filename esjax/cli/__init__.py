@@ -2,8 +2,10 @@
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import tyro
@@ -13,6 +15,7 @@ from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
 from esjax.cli.settings import parse_settings
+from esjax.cli.shared import open_console
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, Tune
@@ -39,20 +42,26 @@ COMMANDS: dict[str, Any] = {
     "import-npy": ImportNpy,
 }
 
+OUTPUTS = (1, 2)
+"""File descriptors of the standard output and of the standard error."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 on a mistake that a person can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(stderr=True)
+    console = open_console(sys.stderr)
     try:
-        _parse(words).run(console)
+        with ExitStack() as stack:
+            stack.callback(_flush)  # here, where it can still be said that the output cannot be written
+            _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
     except KeyboardInterrupt:
+        console.print("stopped by Ctrl-C")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a disk that filled up, a folder that was taken away
+        if isinstance(error, BrokenPipeError) and _readers_are_gone():
+            return
         _fail(console, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
@@ -72,9 +81,27 @@ def _parse(words: list[str]) -> Any:
     return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,))
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where a program is started without one
+        sys.stdout.flush()
+
+
+def _readers_are_gone() -> bool:
+    """Tell whether nobody reads our output any more, as after `| head`; then what is still written goes nowhere."""
+    poller = select.poll()
+    for descriptor in OUTPUTS:
+        poller.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in poller.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(gone)
+
+
 def _fail(console: Console, message: str) -> NoReturn:
-    console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(2)
+    try:
+        console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    finally:  # also if it cannot be written
+        sys.exit(2)
 
 
 def _usage() -> str:

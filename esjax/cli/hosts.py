@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.cli.shared import Run, Watching, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import Run, Watching, new_folder, open_console, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -229,7 +229,7 @@ def _print(status: "StatusReply") -> None:
             host.device,
             host.note,
         )
-    wide_console().print(table)
+    open_console(sys.stdout).print(table)
     if any(host.slot == status.anchor for host in status.hosts):
         print("* its state is the one that is kept")
     for reason, count in sorted(status.counters.items()):

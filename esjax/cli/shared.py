@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from esjax.errors import DiskError, EsjaxError
+from esjax.terminal import has_cursor
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -58,13 +59,18 @@ def prepare(processes: str | None = None) -> None:
     """
     from esjax.devices import prepare_devices, start_devices
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    prepare_devices(Path(home) / "esjax")
+    prepare_devices(_cache())
     if processes is not None:
         from esjax.processes import connect
 
         connect(processes)
     start_devices()
+
+
+def _cache() -> Path | None:
+    """Name the folder for compiled programs; None: the user has no home, so they are not kept."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "esjax" if os.path.isabs(caches) else None
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
@@ -77,10 +83,15 @@ def teller(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def wide_console() -> Console:
-    """Make a console on standard output that, where it is no terminal, leaves lines as long as they are."""
-    console = Console()
-    return console if console.is_terminal else Console(width=MOST_COLUMNS)
+def open_console(stream: IO[str] | None) -> Console:
+    """Make a console that moves the cursor, and keeps to a width, only in a terminal that can.
+
+    Elsewhere it leaves lines as long as they are; colors are as the environment asks for them. None, which is what
+    Python has for an output that was closed, takes anything and shows nothing.
+    """
+    movable = has_cursor(stream)
+    width = None if movable else MOST_COLUMNS
+    return Console(file=stream, force_interactive=movable, quiet=stream is None, width=width)
 
 
 def show(run: "Trainer | Server", console: Console) -> None:
@@ -99,15 +110,15 @@ def show(run: "Trainer | Server", console: Console) -> None:
             for info in run:
                 progress.update(info)
         except DiskError as error:
-            raise EsjaxError(f"{error}; {_way_on(run)}") from error
+            raise EsjaxError(f"{error}; {_way_on(run, error.remedy)}") from error
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
     run.tell(f"kept in {run.folder.path}")
 
 
-def _way_on(run: "Trainer | Server") -> str:
-    """Say what is kept of a run whose disk is full, and how to go on."""
+def _way_on(run: "Trainer | Server", remedy: str) -> str:
+    """Say what is kept of a run whose disk is full, or fails, and how to go on."""
     from esjax.checkpoint import kept_steps
     from esjax.hosts.serve import Server
     from esjax.ledger import UPDATE, read
@@ -118,7 +129,7 @@ def _way_on(run: "Trainer | Server") -> str:
         kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
     command = "serve --resume" if isinstance(run, Server) else "resume"
     return (
-        f"the run is kept to step {max(kept)}; make room, then: esjax {command} {run.folder.path}"
+        f"the run is kept to step {max(kept)}; {remedy}, then: esjax {command} {run.folder.path}"
         if kept
-        else "make room"
+        else remedy
     )

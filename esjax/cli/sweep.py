@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.axes import parse_axes
-from esjax.cli.shared import new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import new_folder, open_console, prepare, show, teller
 from esjax.config import Config
 from esjax.errors import EsjaxError
 
@@ -90,7 +90,7 @@ class Sweep:
             tell(f"stopped; {how}")
             raise
         outcomes = grid.outcomes()
-        wide_console().print(_table(outcomes))
+        open_console(sys.stdout).print(_table(outcomes))
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:

@@ -29,7 +29,7 @@ from esjax.hosts.keys import ServerKeys
 from esjax.hosts.server_transport import ServerTransport
 from esjax.hosts.sockets import Limits as Sizes
 from esjax.hosts.sockets import new_keypair
-from esjax.interrupts import stop_on_signals
+from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
 from esjax.member import Loss
@@ -139,6 +139,7 @@ class Server:
             while not coordinator.finished:
                 if asked.is_set() and not stopping:
                     stopping = True
+                    self.tell(STOPPING)
                     coordinator.stop(time.monotonic(), done=False)
                 for info in desk.turn():
                     now = time.monotonic()
