@@ -7,6 +7,7 @@ A checkpoint gets its step's number as a name when it is complete. One whose fil
 damaged: reading passes over it for the one before, and writing sets it aside.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -30,6 +31,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save th
 SEAL = "seal.json"
 STATE = "state"
 ROOM = "room"
+
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""What a system says of a file that is missing, is none, or lies in a bad place of the disk."""
 
 LEAF_BYTES, MORE_BYTES = 512, 2**17
 """What a checkpoint takes on disk beside its numbers at most: for each leaf, and in all."""
@@ -182,12 +186,20 @@ def kept_steps(folder: Path) -> list[int]:
 
 
 def _damage(path: Path) -> str:
-    """Say what is wrong with a checkpoint, or ""."""
+    """Say what is wrong with a checkpoint, or "".
+
+    Raises:
+        EsjaxError: It may be whole, and cannot be looked at: a permission, too many open files, a network's mistake.
+    """
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
         files, _, _, _ = seal["files"], seal["leaves"], float(seal["seconds"]), int(seal["member_tokens"])
         found = _hashes(path / STATE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if error.errno not in LOST:
+            raise EsjaxError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
         return f"its seal cannot be read: {_first_line(error)}"
     changed = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
     return f"changed since it was written: {changed[0]}" if changed else ""

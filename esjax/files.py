@@ -1,13 +1,15 @@
 """Small files that are written as a whole."""
 
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from esjax.errors import DiskError
+from esjax.errors import DiskError, EsjaxError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a system says of a disk, or of a person's share of it, that is full."""
@@ -26,6 +28,31 @@ def write_durably(path: Path, content: str | bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Claim the lock of an open file, without waiting.
+
+    Args:
+        file: The file; closing it gives the lock free.
+        how: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`, which several may hold at once.
+
+    Returns:
+        Whether it was free; if not, another process holds it.
+
+    Raises:
+        EsjaxError: The file system has no locks, or fails.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN, and EACCES of some network file systems
+        return False
+    except OSError as error:
+        raise EsjaxError(
+            f"cannot lock {file.name}: {error.strerror}; use a folder on a file system with file locks (Lustre has "
+            "them if it is mounted with -o flock)"
+        ) from error
+    return True
 
 
 @contextmanager

@@ -7,7 +7,6 @@ keys/        who may join, if hosts take part, see `esjax.hosts.keys`
 """
 
 import csv
-import fcntl
 import io
 import shutil
 import sys
@@ -24,7 +23,7 @@ from esjax.checkpoint import kept_steps
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
+from esjax.files import try_lock, write_durably
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
@@ -318,7 +317,9 @@ def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
     try:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
-        raise EsjaxError(f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD}") from error
+        raise EsjaxError(
+            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
+        ) from error
     try:
         record = msgspec.yaml.decode(text)
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
@@ -340,10 +341,8 @@ def _first_difference(old: Any, new: Any, name: str = "") -> str:
 @contextmanager
 def _claim(path: Path) -> Iterator[None]:
     with (path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EsjaxError(f"another process is at the sweep in {str(path)!r}; stop that one first") from error
+        if not try_lock(lock):
+            raise EsjaxError(f"another process is at the sweep in {str(path)!r}; stop that one first")
         yield
 
 

@@ -44,7 +44,14 @@ FLOORS = [
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
-    ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files", "esjax.terminal", "esjax.tracking"),
+    (
+        "esjax.data.sources",
+        "esjax.data.vocabulary",
+        "esjax.data.ngram",
+        "esjax.files",
+        "esjax.terminal",
+        "esjax.tracking",
+    ),
     ("esjax.data.corpus", "esjax.ledger", "esjax.runs", "esjax.snapshot"),
     (
         "esjax.devices",

@@ -49,7 +49,7 @@ OUTPUTS = (1, 2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 on a mistake that a person can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console = open_console(sys.stderr)
+    console = open_console(stderr=True)
     try:
         with ExitStack() as stack:
             stack.callback(_flush)  # here, where it can still be said that the output cannot be written

@@ -1,11 +1,13 @@
 """What the commands have in common."""
 
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -60,6 +62,8 @@ def prepare(processes: str | None = None) -> None:
     from esjax.devices import prepare_devices, start_devices
 
     prepare_devices(_cache())
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a cache that cannot be used costs seconds, and no more
+        warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache", UserWarning)
     if processes is not None:
         from esjax.processes import connect
 
@@ -83,15 +87,16 @@ def teller(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def open_console(stream: IO[str] | None) -> Console:
-    """Make a console that moves the cursor, and keeps to a width, only in a terminal that can.
+def open_console(*, stderr: bool = False) -> Console:
+    """Make a console on the standard output, or on the standard error.
 
-    Elsewhere it leaves lines as long as they are; colors are as the environment asks for them. None, which is what
-    Python has for an output that was closed, takes anything and shows nothing.
+    It moves the cursor and keeps to a width only in a terminal that can; elsewhere lines stay as long as they are.
+    Colors are as the environment asks for them. An output that was closed takes anything and shows nothing.
     """
+    stream = sys.stderr if stderr else sys.stdout
     movable = has_cursor(stream)
     width = None if movable else MOST_COLUMNS
-    return Console(file=stream, force_interactive=movable, quiet=stream is None, width=width)
+    return Console(stderr=stderr, force_interactive=movable, quiet=stream is None, width=width)
 
 
 def show(run: "Trainer | Server", console: Console) -> None:
@@ -128,8 +133,4 @@ def _way_on(run: "Trainer | Server", remedy: str) -> str:
     if kept and run.folder.ledger.exists():
         kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
     command = "serve --resume" if isinstance(run, Server) else "resume"
-    return (
-        f"the run is kept to step {max(kept)}; {remedy}, then: esjax {command} {run.folder.path}"
-        if kept
-        else remedy
-    )
+    return f"the run is kept to step {max(kept)}; {remedy}, then: esjax {command} {run.folder.path}" if kept else remedy

@@ -90,7 +90,7 @@ class Sweep:
             tell(f"stopped; {how}")
             raise
         outcomes = grid.outcomes()
-        open_console(sys.stdout).print(_table(outcomes))
+        open_console().print(_table(outcomes))
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:

@@ -28,7 +28,7 @@ from esjax.hosts.effects import Snapshot, Terms, hash_bytes
 from esjax.hosts.keys import ServerKeys
 from esjax.hosts.server_transport import ServerTransport
 from esjax.hosts.sockets import Limits as Sizes
-from esjax.hosts.sockets import new_keypair
+from esjax.hosts.sockets import check_curve, new_keypair
 from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
@@ -241,7 +241,7 @@ class Server:
     def _keys(self) -> ServerKeys | None:
         """Open the keys, if there are to be any; with new ones comes a first token."""
         listen = self._listen
-        if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
+        if not _has_keys(listen):
             return None
         path = Path(listen.keys or self.folder.path / "keys")
         is_new = not path.exists()
@@ -274,6 +274,18 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
             "es.population_size"
         )
     return replica
+
+
+def _has_keys(listen: _Listen) -> bool:
+    """Tell whether hosts need keys.
+
+    Raises:
+        EsjaxError: They do, and connections cannot be encrypted; or the address is none.
+    """
+    if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
+        return False
+    check_curve()
+    return True
 
 
 def _for_others(address: str) -> str:
@@ -326,6 +338,7 @@ def serve(
     own = Own(model, loss, reward, optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
+    _has_keys(_Listen(bind, keys, plain_text_anywhere))
     folder = RunFolder.create(Path(out), config, corpus.vocabulary, corpus.digest, own.names())
     server = Server(folder, corpus, _Listen(bind, keys, plain_text_anywhere), own, replica, found, tell)
     if corpus.note:

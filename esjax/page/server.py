@@ -64,7 +64,9 @@ def make_app(folder: Path) -> "Starlette":
         from starlette.responses import Response
         from starlette.routing import Route
     except ImportError as error:
-        raise EsjaxError("the dashboard needs starlette and uvicorn: pip install 'esjax[dashboard]'") from error
+        raise EsjaxError(
+            f"the dashboard needs starlette and uvicorn ({error}): pip install 'esjax[dashboard]'"
+        ) from error
     follower = Follower(folder)
 
     def file(text: str, kind: str) -> Callable[["Request"], Response]:
