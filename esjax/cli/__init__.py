@@ -42,9 +42,6 @@ COMMANDS: dict[str, Any] = {
     "import-npy": ImportNpy,
 }
 
-OUTPUTS = (1, 2)
-"""File descriptors of the standard output and of the standard error."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 on a mistake that a person can mend."""
@@ -52,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = open_console(stderr=True)
     try:
         with ExitStack() as stack:
-            stack.callback(_flush)  # here, where it can still be said that the output cannot be written
+            stack.callback(_flush)
             _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
@@ -60,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print("stopped by Ctrl-C")
         sys.exit(130)
     except OSError as error:  # a disk that filled up, a folder that was taken away
-        if isinstance(error, BrokenPipeError) and _readers_are_gone():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _let_go()
             return
         _fail(console, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
@@ -82,25 +80,40 @@ def _parse(words: list[str]) -> Any:
 
 
 def _flush() -> None:
-    if sys.stdout is not None:  # it is None where a program is started without one
+    """Write what is left of the output, while it can still be said that this cannot be done."""
+    if sys.stdout is None:  # closed by the caller
+        return
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise EsjaxError(f"cannot write the output: {error.strerror}") from error
 
 
-def _readers_are_gone() -> bool:
-    """Tell whether nobody reads our output any more, as after `| head`; then what is still written goes nowhere."""
+def _reader_is_gone() -> bool:
+    """Tell whether the reader of our output has gone, as `| head` does."""
     poller = select.poll()
-    for descriptor in OUTPUTS:
+    for descriptor in (1, 2):
         poller.register(descriptor, 0)
-    gone = [descriptor for descriptor, event in poller.poll(0) if event & (select.POLLERR | select.POLLHUP)]
-    for descriptor in gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return bool(gone)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
+
+
+def _let_go() -> None:
+    """Have output that cannot be written go nowhere: otherwise Python tries again at its end, and complains."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(console: Console, message: str) -> NoReturn:
     try:
         console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     finally:  # also if it cannot be written
+        _let_go()
         sys.exit(2)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from esjax.training import Trainer
 
 MOST_COLUMNS = 10_000
-"""Of a line in a file or a pipe."""
+"""Of a line that is to be whole."""
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
@@ -90,12 +90,13 @@ def teller(console: Console) -> Callable[[str], None]:
 def open_console(*, stderr: bool = False) -> Console:
     """Make a console on the standard output, or on the standard error.
 
-    It moves the cursor and keeps to a width only in a terminal that can; elsewhere lines stay as long as they are.
-    Colors are as the environment asks for them. An output that was closed takes anything and shows nothing.
+    Only in a terminal that can does it move the cursor, for a line of progress that keeps to the width. Tables, which
+    go to the standard output, are whole: a terminal that is too narrow wraps them. Colors are as the environment asks
+    for them. An output that was closed takes anything and shows nothing.
     """
     stream = sys.stderr if stderr else sys.stdout
     movable = has_cursor(stream)
-    width = None if movable else MOST_COLUMNS
+    width = None if movable and stderr else MOST_COLUMNS
     return Console(stderr=stderr, force_interactive=movable, quiet=stream is None, width=width)
 
 
