@@ -73,7 +73,8 @@ def prepare(processes: str | None = None) -> None:
 
 def _cache() -> Path | None:
     """Name the folder for compiled programs; None: the user has no home, so they are not kept."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
     return Path(caches) / "esjax" if os.path.isabs(caches) else None
 
 
