@@ -1,6 +1,33 @@
-"""`python -m esjax`: the command line."""
+"""`python -m esjax` and the command `esjax`: the command line, and what a program sets up before it."""
 
-from esjax.cli import main
+import io
+import os
+import sys
+
+from esjax.interrupts import end_on_signals
+
+
+def set_up() -> None:
+    """Have signals end the program with one line, and its outputs take everything, by escapes what they cannot encode.
+
+    Before the slow imports, and by programs alone: it is for the whole process.
+    """
+    end_on_signals()
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # an output that was closed: no file of a run shall get its number, to which libraries write
+    os.close(spare)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run() -> None:
+    """Run the command that the program was called with."""
+    set_up()
+    from esjax.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    run()

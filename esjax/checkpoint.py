@@ -7,6 +7,7 @@ A checkpoint gets its step's number as a name when it is complete. One whose fil
 damaged: reading passes over it for the one before, and writing sets it aside.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,9 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from esjax.errors import DiskError, EsjaxError
+from esjax.errors import EsjaxError
 from esjax.es import TrainState
-from esjax.files import write_durably
+from esjax.files import disk_error, write_durably
 from esjax.models.model import Params
 from esjax.snapshot import leaf_types
 
@@ -34,6 +35,13 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save th
 
 SEAL = "seal.json"
 STATE = "state"
+ROOM = "room"
+
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""What a system says of a file that is missing, is none, or lies in a bad place of the disk."""
+
+LEAF_BYTES, MORE_BYTES = 512, 2**17
+"""What a checkpoint takes on disk beside its numbers at most: for each leaf, and in all."""
 
 PLAIN = re.compile(r"[\w/ .,=+@-]*")
 """A path in which every character stands for itself, for orbax too."""
@@ -101,6 +109,7 @@ class Checkpoints:
             return
         partial = path.with_suffix(".partial")
         try:
+            _see_room(partial, state)
             with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
                 checkpointer.save(plain / partial.name / STATE, jax.tree.map(np.asarray, state))
             seal = {
@@ -113,7 +122,7 @@ class Checkpoints:
             os.replace(partial, path)
         except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise DiskError(f"cannot write the checkpoint {str(path)!r}: {_first_line(error)}") from error
+            raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
         for old in kept_steps(self._folder)[self._keep :]:
             doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
@@ -200,6 +209,22 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix="one")
 
 
+def _see_room(partial: Path, state: TrainState) -> None:
+    """See that a state can be written, for a moment: where a write fails, orbax's threads print hundreds of lines.
+
+    Raises:
+        OSError: It cannot: the disk is full, or read-only, or files may not grow so large.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    leaves = jax.tree.leaves(state)
+    size = sum(leaf.nbytes for leaf in leaves) + LEAF_BYTES * len(leaves) + MORE_BYTES
+    partial.mkdir(exist_ok=True)
+    with (partial / ROOM).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    (partial / ROOM).unlink()
+
+
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
     r"""Yield a path to a folder that orbax reads letter by letter.
@@ -246,12 +271,20 @@ def kept_steps(folder: Path) -> list[int]:
 
 
 def _damage(path: Path) -> str:
-    """Say what is wrong with a checkpoint, or ""."""
+    """Say what is wrong with a checkpoint, or "".
+
+    Raises:
+        EsjaxError: It may be whole, and cannot be looked at: a permission, too many open files, a network's mistake.
+    """
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
         files, _, _, _ = seal["files"], seal["leaves"], float(seal["seconds"]), int(seal["member_tokens"])
         found = _hashes(path / STATE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if error.errno not in LOST:
+            raise EsjaxError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
         return f"its seal cannot be read: {_first_line(error)}"
     changed = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
     return f"changed since it was written: {changed[0]}" if changed else ""

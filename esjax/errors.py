@@ -6,4 +6,13 @@ class EsjaxError(Exception):
 
 
 class DiskError(EsjaxError):
-    """A file of a run cannot be written: the disk is full, or fails."""
+    """A file of a run cannot be written: the disk is full, or fails.
+
+    Attributes:
+        remedy: What a person does about it before going on.
+    """
+
+    def __init__(self, message: str, remedy: str) -> None:
+        """Say what cannot be written and why, and what helps."""
+        super().__init__(message)
+        self.remedy = remedy

@@ -1,11 +1,18 @@
 """Small files that are written as a whole."""
 
+import errno
+import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
-from esjax.errors import DiskError
+from esjax.errors import DiskError, EsjaxError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a system says of a disk, or of a person's share of it, that is full."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -76,6 +83,31 @@ def write_new_files(files: Mapping[Path, str | bytes]) -> None:
         undo.pop_all()
 
 
+def try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Claim the lock of an open file, without waiting.
+
+    Args:
+        file: The file; closing it gives the lock free.
+        how: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`, which several may hold at once.
+
+    Returns:
+        Whether it was free; if not, another process holds it.
+
+    Raises:
+        EsjaxError: The file system has no locks, or fails.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN, and EACCES of some network file systems
+        return False
+    except OSError as error:
+        raise EsjaxError(
+            f"cannot lock {file.name}: {error.strerror}; use a folder on a file system with file locks (Lustre has "
+            "them if it is mounted with -o flock)"
+        ) from error
+    return True
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file in what goes wrong while it is written.
@@ -86,4 +118,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+        raise disk_error(f"cannot write {path}", error) from error
+
+
+def disk_error(what: str, error: OSError | ValueError) -> DiskError:
+    """Make the error for something that cannot be written.
+
+    Args:
+        what: Such as "cannot write x".
+        error: From the system, or from TensorStore, in whose words the system's number stands.
+    """
+    found = re.search(r"OS error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    why = os.strerror(number) if number else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return DiskError(f"{what}: {why}", remedy(number))
+
+
+def remedy(number: int | None) -> str:
+    """Say what a person does about an error of the system, by its number, before going on."""
+    return "make room" if number in FULL else "mend that"

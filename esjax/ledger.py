@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from esjax.errors import EsjaxError
+from esjax.files import remedy
 
 UPDATE: Final = 1
 """Kind of the record of an update, which took the run from `step` to `step + 1`."""
@@ -129,7 +130,7 @@ class Ledger:
                 os.ftruncate(self._descriptor, self._end)
             raise EsjaxError(
                 f"cannot write the ledger {str(self._path)!r}: {error.strerror}; training stops, nothing is lost; "
-                "free space and resume"
+                f"{remedy(error.errno)} and resume"
             ) from error
         self._add(record)
 

@@ -63,7 +63,7 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError("a picture needs matplotlib: pip install 'esjax[plot]'") from error
+        raise EsjaxError(f"a picture needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     figure = Figure(figsize=(11, 5), layout="constrained")
     held_out, loss = figure.subplots(1, 2)
     lines = []

@@ -40,18 +40,19 @@ class Part(NamedTuple):
     shorter: "Part | None" = None
 
 
-def fit(parts: Sequence[Part], width: int) -> Text:
+def fit(parts: Sequence[Part], width: int, ascii_only: bool = False) -> Text:
     """Leave out, or shorten, what matters least until the rest fits.
 
     Args:
         parts: In the order in which they are shown, at least one.
         width: Columns, at least 1; the last part that is left is cut off if need be.
+        ascii_only: Whether the window cannot show the sign for that.
     """
     while len(text := join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
         least = min(range(len(parts)), key=lambda index: parts[index].rank)
         shorter = parts[least].shorter
         parts = [*parts[:least], *([shorter] if shorter else []), *parts[least + 1 :]]
-    text.truncate(width, overflow="ellipsis")
+    text.truncate(width, overflow="crop" if ascii_only else "ellipsis")
     return text
 
 
@@ -74,7 +75,7 @@ class Progress:
         self._console = console
         self._baselines = baselines
         self._limits = limits
-        self._live = Live(self, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
         self._last: tuple[StepInfo, float] | None = None  # and when it came
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss: float | None = None
@@ -117,7 +118,9 @@ class Progress:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
         """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
-        return [fit(self._parts(*self._last, time.monotonic()), options.max_width)] if self._last else []
+        if self._last is None:
+            return []
+        return [fit(self._parts(*self._last, time.monotonic()), options.max_width, options.ascii_only)]
 
     def _parts(self, info: "StepInfo", came: float, now: float) -> list[Part]:
         parts = [

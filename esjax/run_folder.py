@@ -15,7 +15,6 @@ address           where the coordinator listens, while it does, and the file tha
 keys/             who may join, see `esjax.hosts.keys`
 """
 
-import fcntl
 import json
 import math
 import os
@@ -35,7 +34,7 @@ import esjax
 from esjax.config import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
-from esjax.files import write_durably, write_new_folder, writing
+from esjax.files import try_lock, write_durably, write_new_folder, writing
 from esjax.names import MARK, OPTIONS, Code
 from esjax.runs import find_runs
 
@@ -194,8 +193,10 @@ class RunFolder:
     def _where(self) -> tuple[str | None, str | None]:
         try:
             address, _, token = (self.path / "address").read_text(encoding="utf-8").partition("\n")
-        except (OSError, UnicodeDecodeError):
+        except FileNotFoundError:
             return None, None
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsjaxError(f"cannot read {self.path / 'address'}: {error}") from error
         return address or None, token.removesuffix("\n") or None  # the name of a file may hold a new line, too
 
     @contextmanager
@@ -237,23 +238,19 @@ class RunFolder:
         """Claim the run for this process, until it ends or `unlock` is called.
 
         Raises:
-            EsjaxError: Another process trains it, or it cannot be written.
+            EsjaxError: Another process trains it, or it cannot be written or locked.
         """
         try:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(self.path)!r}: {error.strerror}") from error
         for left in reversed(range(LOCK_TRIES)):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if try_lock(lock):
                 break
-            except OSError as error:
-                if not left:
-                    lock.close()
-                    raise EsjaxError(
-                        f"{str(self.path)!r} is being trained by another process; stop that one first"
-                    ) from error
-                time.sleep(LOCK_PAUSE)
+            if not left:
+                lock.close()
+                raise EsjaxError(f"{str(self.path)!r} is being trained by another process; stop that one first")
+            time.sleep(LOCK_PAUSE)
         self._lock = lock
 
     def unlock(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy import ndarray
 
 from esjax.errors import EsjaxError
+from esjax.files import try_lock
 from esjax.names import SHOWN
 from esjax.paths import given_path, legible
 from esjax.step_info import Limits
@@ -280,12 +281,11 @@ def is_running(path: Path) -> bool:
     """
     try:
         with (path / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock was ever taken here, or it cannot be looked at
+            return not try_lock(lock, fcntl.LOCK_SH)
+    except (FileNotFoundError, PermissionError):  # no lock was ever taken here, or it is closed to us
         return False
-    return False
+    except EsjaxError:  # where there are no locks, no run was begun
+        return False
 
 
 def has_reached(limits: Limits, step: float, seconds: float) -> bool:

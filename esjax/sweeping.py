@@ -7,7 +7,6 @@ keys/        who may join, if hosts take part, see `esjax.hosts.keys`
 """
 
 import csv
-import fcntl
 import io
 import shutil
 import sys
@@ -27,10 +26,11 @@ from esjax.custom_code import gather
 from esjax.data.corpus import load_corpus, locate_text
 from esjax.data.sources import locate
 from esjax.errors import EsjaxError
-from esjax.files import write_durably, write_new_folder
+from esjax.files import try_lock, write_durably, write_new_folder
 from esjax.hosts.address import is_loopback
 from esjax.hosts.local import check_workers, local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.interrupts import stop_on_signals
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.names import Code, unused_settings
@@ -159,9 +159,11 @@ class Sweep:
             for number, trial in enumerate(ahead, done + 1):
                 self._tell(f"run {number} of {len(self.trials)}: {trial.name}")
                 try:
-                    run = self._open(trial)
-                    self._show(run)
-                    self.stopped = run.stopped
+                    with stop_on_signals() as asked:
+                        run = self._open(trial)
+                    if not asked.is_set():
+                        self._show(run)
+                    self.stopped = asked.is_set() or run.stopped
                 except Exception as error:  # of any kind: the other runs do not depend on this one
                     kind = "" if isinstance(error, EsjaxError) else f"{type(error).__name__}: "
                     note = f"{kind}{error}".strip().splitlines()[0][:200]
@@ -385,7 +387,9 @@ def _read_record(path: Path) -> _Record:
     try:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
-        raise EsjaxError(f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD}") from error
+        raise EsjaxError(
+            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
+        ) from error
     try:
         record = msgspec.yaml.decode(text)
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
@@ -409,10 +413,8 @@ def _first_difference(old: Any, new: Any, name: str = "") -> str:
 @contextmanager
 def _claim(path: Path) -> Iterator[None]:
     with (path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first") from error
+        if not try_lock(lock):
+            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first")
         yield
 
 

@@ -131,5 +131,5 @@ def _library() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise EsjaxError("this needs the library safetensors: pip install 'esjax[safetensors]'") from error
+        raise EsjaxError(f"this needs the library safetensors ({error}): pip install 'esjax[safetensors]'") from error
     return safetensors

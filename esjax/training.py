@@ -24,7 +24,7 @@ from esjax.history import History
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine, make_update
 from esjax.hosts.wire import unpack_update
-from esjax.interrupts import stop_on_signals
+from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
 from esjax.member import Loss
@@ -178,6 +178,8 @@ class Trainer(Usable):
                 self._seconds = before + session
                 # Clocks and signals differ between processes; what follows from them must not.
                 self.stopped = asked.is_set()
+                if self.stopped:
+                    self.tell(STOPPING)
                 done = any_of(self.stopped or (leads() and self.limits.reached(info.step, session)))
                 held_out = None
                 if leads() and self._measure is not None and (done or now >= evaluate_at):

@@ -1,7 +1,9 @@
 """What is saved comes back bit by bit, and what is damaged is passed over and said."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,8 +19,9 @@ import pytest
 
 from esjax import checkpoint
 from esjax.checkpoint import Checkpoints, digest, restore_newest
-from esjax.errors import EsjaxError
+from esjax.errors import DiskError, EsjaxError
 from esjax.es import TrainState, init_state
+from esjax.files import disk_error
 
 
 def random_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -204,6 +207,65 @@ def test_a_failed_save_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytes
         checkpoints.save(state_at(2), 0.0, 0)
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+    assert restore(tmp_path) == (1, [])
+
+
+def test_a_full_disk_is_one_error_and_no_word_of_a_library(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit of the files' size ends a write as a full disk does."""
+    save(tmp_path, 1)
+    large = replace(state_at(2), params={"matrix": jnp.asarray(random_bits(np.random.default_rng(0), (300, 300)))})
+    checkpoints = Checkpoints(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DiskError) as caught:
+            checkpoints.save(large, 0.0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"cannot write the checkpoint {str(tmp_path / '2')!r}: File too large"
+    assert (capfd.readouterr().err, caplog.records) == ("", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
+    checkpoints.save(large, 0.0, 0)  # with room again
+    assert steps_in(tmp_path) == [2]
+
+
+IN_TENSORSTORE = (
+    'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database: Failed writing: "x/d/6e" [OS error '
+    f"{errno.ENOSPC}: ENOSPC No space left on device]\nmore"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "full"), os.strerror(errno.ENOSPC), "make room"),
+        (OSError(errno.EDQUOT, "full"), os.strerror(errno.EDQUOT), "make room"),
+        (ValueError(IN_TENSORSTORE), os.strerror(errno.ENOSPC), "make room"),
+        (OSError(errno.EROFS, "read"), os.strerror(errno.EROFS), "mend that"),
+        (ValueError("a strange leaf\nmore"), "a strange leaf", "mend that"),
+    ],
+)
+def test_room_helps_a_full_disk_alone(error: OSError | ValueError, said: str, remedy: str) -> None:
+    made = disk_error("cannot write x", error)
+    assert (str(made), made.remedy) == (f"cannot write x: {said}", remedy)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_looked_at_is_not_called_damaged(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def refuse(folder: Path) -> dict[str, str]:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("esjax.checkpoint._hashes", refuse)
+        for look in (lambda: Checkpoints(tmp_path, 1), lambda: restore(tmp_path)):
+            with pytest.raises(EsjaxError, match=f"cannot read the checkpoint .*: {os.strerror(number)}"):
+                look()
     assert restore(tmp_path) == (1, [])
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 import esjax.training
 from esjax import cli
 from esjax.checkpoint import digest
-from esjax.cli.shared import announce_to_hosts, wide_console
+from esjax.cli.shared import announce_to_hosts, open_console
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
@@ -894,8 +894,8 @@ def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, mon
     monkeypatch.setattr("esjax.checkpoint.write_durably", full)
     called = call("resume", "kept", "--steps", "5")
     assert called.err.splitlines()[-1] == (
-        f"error: cannot write the checkpoint '{work}/kept/checkpoints/5': [Errno 28] No space left on device; the run "
-        f"is kept to step 5; make room, then: esjax resume {work}/kept"
+        f"error: cannot write the checkpoint '{work}/kept/checkpoints/5': No space left on device; the run is kept to "
+        f"step 5; make room, then: esjax resume {work}/kept"
     )
 
 
@@ -934,7 +934,7 @@ def test_token_files_with_blanks_are_printed_so_that_they_can_be_copied(work: Pa
 def test_names_of_hosts_are_shown_letter_by_letter(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("name", box=None)
     table.add_row("[red]a[/] :car:")
-    wide_console().print(table)
+    open_console().print(table)
     assert "[red]a[/] :car:" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 from transports import (
@@ -17,10 +18,13 @@ from transports import (
     token_of,
 )
 
+from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.keys import ServerKeys, Token
+from esjax.hosts.serve import serve
 from esjax.hosts.server_transport import ServerTransport
+from esjax.hosts.sockets import new_keypair
 
 __all__ = ["keys", "server"]
 
@@ -118,3 +122,23 @@ def test_keys_that_are_none_are_named(server: ServerTransport) -> None:
     token = Token(1, "odd", server.address, "#" * 40, "#" * 40, "#" * 40)
     with pytest.raises(EsjaxError, match="'odd' holds no keys"):
         client_of(server, token)
+
+
+def test_without_curve_there_are_no_keys(
+    server: ServerTransport, keys: ServerKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a libzmq that was built without libsodium; nothing is made on the way."""
+    token = token_of(keys)
+    monkeypatch.setattr("zmq.has", lambda feature: feature != "curve")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
+    small = Config(data=DataConfig(text=str(text)), model=GruConfig(hidden_size=4), es=EsConfig(population_size=8))
+    for act in (
+        new_keypair,
+        lambda: client_of(server, token),
+        lambda: ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=pytest.fail),
+        lambda: serve(small, tmp_path / "run", bind="tcp://0.0.0.0:0"),
+    ):
+        with pytest.raises(EsjaxError, match="keys need CURVE"):
+            act()
+    assert not (tmp_path / "run").exists()

@@ -328,7 +328,7 @@ def test_row_31_a_disk_that_fails_leaves_the_ledger_as_it_was(
                 ledger.append(UPDATE, 9, b"x" * 100)
         assert str(caught.value) == (
             f"cannot write the ledger {str(path)!r}: No space left on device; training stops, nothing is lost; "
-            "free space and resume"
+            "make room and resume"
         )
         assert path.read_bytes() == before
         assert ledger.updates(5, 1000) == UPDATES
@@ -364,8 +364,7 @@ def test_row_31_the_kernel_refuses_to_let_the_file_grow(tmp_path: Path) -> None:
     output, _ = run(FILL, path).communicate(timeout=60)
     fitting = (10_000 - len(HEAD)) // len(packed(Record(UPDATE, 0, bytes(300))))
     assert output.splitlines() == [
-        f"cannot write the ledger {str(path)!r}: File too large; training stops, nothing is lost; "
-        "free space and resume",
+        f"cannot write the ledger {str(path)!r}: File too large; training stops, nothing is lost; mend that and resume",
         f"{fitting} {fitting} {len(HEAD) + fitting * 317} {fitting}",
     ]
     assert [record.payload for record in read(path)] == [bytes([step]) * 300 for step in range(fitting)]

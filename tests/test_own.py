@@ -572,7 +572,7 @@ def test_an_optimizer_that_needs_the_loss_and_keeps_a_key_goes_on_and_is_replaye
     assert float(plateau.best_value) == np.float32(losses[0])  # none is half of it
     assert float(plateau.scale) == 0.5**5
     file = tmp_path / "run.safetensors"
-    assert esjax.export(tmp_path / "run", file, optimizer=noisy_and_lower_on_a_plateau()) == [file]
+    assert esjax.export(tmp_path / "run", file) == [file]
 
 
 @pytest.mark.parametrize("begin", [train, esjax.serve])

@@ -50,6 +50,7 @@ FLOORS = [
         "esjax.data.vocabulary",
         "esjax.data.ngram",
         "esjax.files",
+        "esjax.terminal",
         "esjax.tracking",
         "esjax.custom_code",
     ),

@@ -1,5 +1,7 @@
 """What lies in a run folder, what is refused, and what is left alone."""
 
+import errno
+import fcntl
 import json
 import os
 import threading
@@ -15,7 +17,7 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.files import write_new_files, write_new_folder
 from esjax.run_folder import FORMAT, RunFolder
-from esjax.runs import read_run
+from esjax.runs import is_running, read_run
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -186,6 +188,35 @@ def test_a_run_has_one_lock(path: Path) -> None:
     with pytest.raises(EsjaxError, match="another process"):
         first.lock()
     second.unlock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_is_named_as_such(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre and some of NFS are: nobody trains the run, and so it is not said to be running either."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    RunFolder(path).lock()  # so that there is a file to lock
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(EsjaxError, match=r"cannot lock .*; use a folder on a file system with file locks") as caught:
+        RunFolder(path).lock()
+    assert os.strerror(number) in str(caught.value)
+    assert not is_running(path)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_process_holds_is_said(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flock(2) the first, by fcntl(2), which network file systems make of it, either."""
+
+    def held(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    RunFolder(path).lock()
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.raises(EsjaxError, match="is being trained by another process"):
+        RunFolder(path).lock()
+    assert is_running(path)
 
 
 def test_unlocking_what_is_not_locked_does_nothing(path: Path) -> None:

@@ -178,6 +178,19 @@ def test_a_run_that_no_host_came_to_goes_on(config: Config, out: Path) -> None:
     assert served == ["seed=5", "seed=5"]
 
 
+def test_ctrl_c_while_a_run_is_made_stops_the_sweep(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any, **named: Any) -> Trainer:
+        signal.raise_signal(signal.SIGINT)
+        return train(*given, **named)
+
+    grid = sweep({"seed": [5, 6]}, config, out=out, tell=quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr("esjax.sweeping.train", interrupted)
+        assert [(one.name, one.step, one.note) for one in grid] == [("seed=5", 0, "")]
+    assert grid.stopped
+    assert [one.state for one in grid] == ["finished", "finished"]
+
+
 def test_axes_in_another_order_are_the_same_sweep(config: Config, begun: Path) -> None:
     again = sweep(dict([*AXES.items()][::-1]), config, out=begun)
     assert [trial.name for trial in again.trials] == NAMES

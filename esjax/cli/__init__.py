@@ -3,8 +3,10 @@
 import difflib
 import os
 import platform
+import select
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -16,7 +18,7 @@ from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.look import Dashboard, Plot
 from esjax.cli.settings import parse_settings
-from esjax.cli.shared import LITERAL, PATHS
+from esjax.cli.shared import PATHS, open_console
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.use import Evaluate, Generate, Tune
@@ -47,16 +49,20 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 on a mistake that a person can mend."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(stderr=True, **LITERAL)
+    console = open_console(stderr=True)
     try:
-        _parse(words).run(console)
+        with ExitStack() as stack:
+            stack.callback(_flush)
+            _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
     except KeyboardInterrupt:
+        console.print("stopped by Ctrl-C")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a disk that filled up, a folder that was taken away
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _let_go()
+            return
         _fail(console, f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
@@ -79,9 +85,42 @@ def _parse(words: list[str]) -> Any:
     return tyro.cli(COMMANDS[name], args=rest, prog=f"esjax {name}", config=(tyro.conf.DisallowNone,), registry=PATHS)
 
 
+def _flush() -> None:
+    """Write what is left of the output, while it can still be said that this cannot be done."""
+    if sys.stdout is None:  # closed by the caller
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise EsjaxError(f"cannot write the output: {error.strerror}") from error
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether the reader of our output has gone, as `| head` does."""
+    poller = select.poll()
+    for descriptor in (1, 2):
+        poller.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
+
+
+def _let_go() -> None:
+    """Have output that cannot be written go nowhere: otherwise Python tries again at its end, and complains."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(console: Console, message: str) -> NoReturn:
-    console.print(f"error: {message}", style="red", soft_wrap=True)
-    sys.exit(2)
+    try:
+        console.print(f"error: {message}", style="red", soft_wrap=True)
+    finally:  # also if it cannot be written
+        _let_go()
+        sys.exit(2)
 
 
 def _usage() -> str:

@@ -20,10 +20,10 @@ from esjax.cli.shared import (
     announce_to_hosts,
     command_line,
     new_folder,
+    open_console,
     prepare,
     show,
     teller,
-    wide_console,
 )
 from esjax.config import Config
 from esjax.errors import EsjaxError
@@ -209,8 +209,10 @@ class Token:
         """Change the folder; a running coordinator sees it."""
         from esjax.hosts.address import parse_address
         from esjax.hosts.keys import ServerKeys
-        from esjax.hosts.sockets import new_keypair
+        from esjax.hosts.sockets import check_curve, new_keypair
 
+        if self.action == "new":
+            check_curve()
         keys = ServerKeys(self.keys, new_keypair, teller(console))
         if self.action == "new":
             parse_address(self.address)
@@ -259,7 +261,7 @@ def _print(status: "StatusReply") -> None:
             host.device,
             host.note,
         )
-    wide_console().print(table)
+    open_console().print(table)
     if any(host.slot == status.anchor for host in status.hosts):
         print("* its state is the one that is kept")
     for reason, count in sorted(status.counters.items()):

@@ -3,7 +3,9 @@
 import os
 import secrets
 import shlex
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.console import Console
 import esjax
 from esjax.errors import DiskError, EsjaxError
 from esjax.paths import given_path
+from esjax.terminal import has_cursor
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from esjax.training import Trainer
 
 MOST_COLUMNS = 10_000
-"""Of a line in a file or a pipe."""
+"""Of a line that is to be whole."""
 
 LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 """Of a console: what it is given is shown letter by letter, [red] and :car: too."""
@@ -119,13 +122,21 @@ def prepare(processes: str | None = None) -> None:
     """
     from esjax.devices import prepare_devices, start_devices
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    prepare_devices(Path(home) / "esjax")
+    prepare_devices(_cache())
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a cache that cannot be used costs seconds, and no more
+        warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache", UserWarning)
     if processes is not None:
         from esjax.processes import connect
 
         connect(processes)
     start_devices()
+
+
+def _cache() -> Path | None:
+    """Name the folder for compiled programs; None: the user has no home, so they are not kept."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return Path(caches) / "esjax" if os.path.isabs(caches) else None
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
@@ -138,12 +149,6 @@ def teller(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, soft_wrap=True)
 
 
-def wide_console() -> Console:
-    """Make a console on standard output that, where it is no terminal, leaves lines as long as they are."""
-    console = Console(**LITERAL)
-    return console if console.is_terminal else Console(width=MOST_COLUMNS, **LITERAL)
-
-
 def announce_to_hosts(server: "Server", *more: str) -> None:
     """Print the line that makes a host join, and say what to copy where, and that the run waits.
 
@@ -152,7 +157,7 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         more: Further options of the line.
     """
     token = [] if server.token is None else ["--token-file", str(server.token)]
-    print(shlex.join(["esjax", "join", server.address, *token, *server.own.words(), *more]), flush=True)
+    print(command_line("esjax", "join", server.address, *token, *server.own.words(), *more), flush=True)
     files = [*token[1:], *dict.fromkeys(code.path for code in server.own.code.values())]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
@@ -161,6 +166,19 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
     else:
         how = "give the line above on each machine"
     server.tell(f"waiting for hosts: {how}; each needs esjax {esjax.__version__}. The first one starts the training")
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Make a console on the standard output, or on the standard error.
+
+    Only in a terminal that can does it move the cursor, for a line of progress that keeps to the width. Tables, which
+    go to the standard output, are whole: a terminal that is too narrow wraps them. Colors are as the environment asks
+    for them. An output that was closed takes anything and shows nothing.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    movable = has_cursor(stream)
+    width = None if movable and stderr else MOST_COLUMNS
+    return Console(stderr=stderr, force_interactive=movable, quiet=stream is None, width=width, **LITERAL)
 
 
 def show(run: "Trainer | Server", console: Console) -> None:
@@ -180,15 +198,15 @@ def show(run: "Trainer | Server", console: Console) -> None:
             for info in run:
                 progress.update(info)
         except DiskError as error:
-            raise EsjaxError(f"{error}; {_way_on(run)}") from error
+            raise EsjaxError(f"{error}; {_way_on(run, error.remedy)}") from error
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
     run.tell(f"kept in {run.folder.path}")
 
 
-def _way_on(run: "Trainer | Server") -> str:
-    """Say what is kept of a run whose disk is full, and how to go on."""
+def _way_on(run: "Trainer | Server", remedy: str) -> str:
+    """Say what is kept of a run whose disk is full, or fails, and how to go on."""
     from esjax.checkpoint import kept_steps
     from esjax.hosts.serve import Server
     from esjax.ledger import UPDATE, read
@@ -199,4 +217,4 @@ def _way_on(run: "Trainer | Server") -> str:
         kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
     words = ("serve", "--resume") if isinstance(run, Server) else ("resume",)
     again = command_line("esjax", *words, run.folder.path)
-    return f"the run is kept to step {max(kept)}; make room, then: {again}" if kept else "make room"
+    return f"the run is kept to step {max(kept)}; {remedy}, then: {again}" if kept else remedy

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.axes import parse_axes
-from esjax.cli.shared import Custom, announce_to_hosts, command_line, new_folder, prepare, show, teller, wide_console
+from esjax.cli.shared import (
+    Custom,
+    announce_to_hosts,
+    command_line,
+    new_folder,
+    open_console,
+    prepare,
+    show,
+    teller,
+)
 from esjax.config import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
@@ -96,7 +105,7 @@ class Sweep:
             tell(f"stopped; go on with: {again}")
             raise
         outcomes = grid.outcomes()
-        wide_console().print(_table(outcomes))
+        open_console().print(_table(outcomes))
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:

@@ -52,6 +52,9 @@ def resolve(host: str) -> IPAddress:
         pass
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise EsjaxError(f"cannot find the host {host!r}; correct its name, or give its IP address") from error
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EsjaxError(
+            f"cannot find the host {host!r} ({reason}); correct its name, or give its IP address"
+        ) from error
     return min((ipaddress.ip_address(address[0]) for *_, address in found), key=lambda ip: ip.version)

@@ -39,7 +39,7 @@ def _model(device: jax.Device) -> str:
         return device.device_kind
     try:  # another processor may add up in another order
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (FileNotFoundError, PermissionError):  # another system, or a container that hides it
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.machine())

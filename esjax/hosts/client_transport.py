@@ -23,6 +23,7 @@ from esjax.hosts.sockets import (
     LINGER,
     QUEUE,
     Limits,
+    check_curve,
     close_watched,
     open_socket,
     take_events,
@@ -184,6 +185,7 @@ class ClientTransport:
         if kind == zmq.SUB:
             connected.setsockopt(zmq.SUBSCRIBE, b"")
         if self._token is not None:
+            check_curve()
             try:
                 connected.setsockopt_string(zmq.CURVE_SERVERKEY, self._token.server_key)
                 connected.setsockopt_string(zmq.CURVE_PUBLICKEY, self._token.public_key)

@@ -24,7 +24,7 @@ from esjax.hosts.keys import Token, load_token
 from esjax.hosts.sockets import Limits
 from esjax.hosts.tasks import Failed, Result, Task
 from esjax.hosts.worker import Worker
-from esjax.interrupts import stop_on_signals
+from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
@@ -206,7 +206,7 @@ def _take_part(
 def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
     """Say how the host does, or "" while there is nothing to say."""
     if worker.leaving:
-        return ""
+        return STOPPING
     if is_alone:
         what = "the coordinator stopped" if worker.coordinator_stopped else "no word from the coordinator"
         return f"{what}; waiting up to {patience:.0f} s for it, Ctrl-C to leave"

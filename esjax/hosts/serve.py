@@ -29,8 +29,8 @@ from esjax.hosts.effects import Snapshot, Terms, hash_bytes
 from esjax.hosts.keys import ServerKeys
 from esjax.hosts.server_transport import ServerTransport
 from esjax.hosts.sockets import Limits as Sizes
-from esjax.hosts.sockets import new_keypair
-from esjax.interrupts import stop_on_signals
+from esjax.hosts.sockets import check_curve, new_keypair
+from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import Ledger
 from esjax.loading import load_run_corpus
 from esjax.member import Loss
@@ -164,6 +164,7 @@ class Server:
             while not coordinator.finished:
                 if asked.is_set() and not stopping:
                     stopping = True
+                    self.tell(STOPPING)
                     coordinator.stop(time.monotonic(), done=False)
                 for info in desk.turn():
                     now = time.monotonic()
@@ -275,7 +276,7 @@ class Server:
     def _keys(self) -> ServerKeys | None:
         """Open the keys, if there are to be any; with new ones comes a first token."""
         listen = self._listen
-        if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
+        if not _has_keys(listen):
             return None
         path = listen.keys or self.folder.path / "keys"
         keys = ServerKeys(path, new_keypair, self.tell, (FIRST_TOKEN, _for_others(listen.address)))
@@ -305,6 +306,18 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
             "es.population_size"
         )
     return replica
+
+
+def _has_keys(listen: _Listen) -> bool:
+    """Tell whether hosts need keys.
+
+    Raises:
+        EsjaxError: They do, and connections cannot be encrypted; or the address is none.
+    """
+    if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
+        return False
+    check_curve()
+    return True
 
 
 def _for_others(address: str) -> str:
@@ -358,8 +371,9 @@ def serve(
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
-    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
     listen = _Listen.at(bind, keys, plain_text_anywhere)
+    _has_keys(listen)
+    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
     server = Server(folder, corpus, listen, own, replica, found, tell, is_new=True)
     if corpus.note:
         server.tell(corpus.note)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from esjax.errors import EsjaxError
+
 QUEUE = 1000
 """Broadcasts that wait for one host at most, on either side."""
 
@@ -53,8 +55,26 @@ class Limits(NamedTuple):
     frames: int
 
 
+def check_curve() -> None:
+    """See that connections can be encrypted.
+
+    Raises:
+        EsjaxError: ZeroMQ was built without CURVE.
+    """
+    if not zmq.has("curve"):
+        raise EsjaxError(
+            "keys need CURVE, without which this machine's ZeroMQ was built; install a pyzmq that has it, such as pip "
+            "install --force-reinstall --only-binary :all: pyzmq"
+        )
+
+
 def new_keypair() -> tuple[str, str]:
-    """Make a public and a secret CURVE key, in Z85."""
+    """Make a public and a secret CURVE key, in Z85.
+
+    Raises:
+        EsjaxError: ZeroMQ was built without CURVE.
+    """
+    check_curve()
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 

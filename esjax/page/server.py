@@ -3,13 +3,13 @@
 import math
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from esjax.errors import EsjaxError
+from esjax.interrupts import stop_on_signals
 from esjax.page.content import page_file, plotly_script
 from esjax.page.follow import Follower
 
@@ -68,7 +68,9 @@ def make_app(folder: Path) -> "Starlette":
         from starlette.responses import Response
         from starlette.routing import Route
     except ImportError as error:
-        raise EsjaxError("the dashboard needs starlette and uvicorn: pip install 'esjax[dashboard]'") from error
+        raise EsjaxError(
+            f"the dashboard needs starlette and uvicorn ({error}): pip install 'esjax[dashboard]'"
+        ) from error
     follower = Follower(folder)
 
     def file(text: str, kind: str) -> Callable[["Request"], Response]:
@@ -175,5 +177,5 @@ def serve_page(folder: Path, port: int, tell: Callable[[str], None]) -> None:
         tell(f"http://{HOST}:{listening.getsockname()[1]}/")
         patience = math.ceil(PATIENCE) + 1
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=patience))
-        with suppress(KeyboardInterrupt):
+        with stop_on_signals():  # the server stops at one by itself, and then raises it once more
             server.run(sockets=[listening])
