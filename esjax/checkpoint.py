@@ -97,7 +97,23 @@ class Checkpoints:
 
 
 def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
-    """Read the newest checkpoint that is whole.
+    """Read the newest checkpoint that is whole, see `find_newest`.
+
+    Raises:
+        EsjaxError: There is none, or it holds the state of another model.
+    """
+    restored = find_newest(folder, like, tell)
+    if restored is not None:
+        return restored
+    if kept_steps(folder):
+        raise EsjaxError(
+            f"all checkpoints in {folder} are damaged; restore one from a copy, or resume the run if it keeps a ledger"
+        )
+    raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: resume it")
+
+
+def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:
+    """Read the newest checkpoint that is whole; None: there is none.
 
     Args:
         folder: The run's checkpoints.
@@ -105,18 +121,15 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
         tell: Called with a line for each checkpoint that is passed over.
 
     Raises:
-        EsjaxError: There is none, or it holds the state of another model.
+        EsjaxError: It holds the state of another model.
     """
-    steps = kept_steps(folder)
-    for step in steps:
+    for step in kept_steps(folder):
         path = folder / str(step)
         damage = _damage(path)
         if not damage:
             return _restore(path, like)
         tell(f"checkpoint {path} is damaged and passed over ({damage})")
-    if steps:
-        raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
-    raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: train anew")
+    return None
 
 
 def digest(state: TrainState) -> str:
