@@ -332,10 +332,10 @@ def resume(
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
-    """Go on with a run from its newest checkpoint, and the ledger since if it keeps one; iterate over the result.
+    """Go on with a run from its newest checkpoint; iterate over the result to train.
 
-
-    Where no checkpoint is whole, the state is rebuilt from the seed and the ledger.
+    If the run keeps a ledger, the updates since that checkpoint are made again. Where no checkpoint is whole, the state
+    is rebuilt from the seed and the ledger.
 
     Args:
         path: Run folder.
