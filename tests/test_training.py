@@ -264,7 +264,7 @@ def test_seconds_and_member_tokens_never_fall(
     run = tmp_path / "killed"
     config = replace(config, ledger=True, checkpoint_time=1e-6, keep_checkpoints=4)
     killed_at(train(config, tmp_path / "whole"), 3, run)
-    recorded = {record.step + 1: record.seconds for record in read(run / "ledger")}
+    recorded = {record.step + 1: record.seconds or 0.0 for record in read(run / "ledger")}
     assert recorded == {row["step"]: row["seconds"] for row in rows(run)}
     assert 0 == recorded[1] < recorded[2] < recorded[3]
     change(run)
