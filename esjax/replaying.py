@@ -48,8 +48,10 @@ class Replayed(NamedTuple):
             verdict = f"the state differs at step {self.differs_at:,}"
         elif not self.compared:
             verdict = "no digest was kept to compare it with"
+        elif self.compared == 1:
+            verdict = f"the only digest, of step {self.compared_step:,}, agrees"
         else:
-            verdict = f"all {self.compared} digests agree, the last of step {self.compared_step:,}"
+            verdict = f"all {self.compared:,} digests agree, the last of step {self.compared_step:,}"
         return f"step {step:,}, digest {self.digest}: {verdict}"
 
 
