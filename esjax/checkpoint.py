@@ -130,7 +130,19 @@ class Checkpoints:
 
 
 def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
-    """Read the newest checkpoint that is whole.
+    """Read the newest checkpoint that is whole, see `find_newest`.
+
+    Raises:
+        EsjaxError: There is none, or it holds the state of another model.
+    """
+    restored = find_newest(folder, like, tell)
+    if restored is None:
+        raise _nothing_whole(folder)
+    return restored
+
+
+def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:
+    """Read the newest checkpoint that is whole; None: there is none.
 
     Args:
         folder: The run's checkpoints.
@@ -138,9 +150,11 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
         tell: Called with a line for each checkpoint that is passed over.
 
     Raises:
-        EsjaxError: There is none, or it holds the state of another model.
+        EsjaxError: It holds the state of another model.
     """
     path = _newest_whole(folder, tell)
+    if path is None:
+        return None
     seal = _check_leaves(path, like, lambda name: True)
     with _plain_path(path) as plain, _checkpointer() as checkpointer:
         state = checkpointer.restore(plain / STATE, like)
@@ -159,6 +173,8 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         EsjaxError: There is none, or it holds the weights of another model.
     """
     path = _newest_whole(folder, tell)
+    if path is None:
+        raise _nothing_whole(folder)
     sharding = jax.tree.leaves(like)[0].sharding
     wanted = Weights(jax.ShapeDtypeStruct((), np.int32, sharding=sharding), like, like)
     _check_leaves(path, wanted, lambda name: name.startswith(tuple(f".{part}" for part in Weights._fields)))
@@ -174,7 +190,7 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         return Weights(**checkpointer.restore(plain / STATE, args=found))
 
 
-def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
+def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
     passed: set[int] = set()
     while steps := [step for step in kept_steps(folder) if step not in passed]:
         path = folder / str(steps[0])
@@ -184,9 +200,15 @@ def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path:
         passed.add(steps[0])
         if path.exists():  # or a run that goes on has deleted it, and written a newer one
             tell(f"checkpoint {path} is damaged and passed over ({damage})")
-    if passed:
-        raise EsjaxError(f"all checkpoints in {folder} are damaged; restore one from a copy, or train anew")
-    raise EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: train anew")
+    return None
+
+
+def _nothing_whole(folder: Path) -> EsjaxError:
+    if kept_steps(folder):
+        return EsjaxError(
+            f"all checkpoints in {folder} are damaged; restore one from a copy, or resume the run if it keeps a ledger"
+        )
+    return EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: resume it")
 
 
 def digest(state: TrainState) -> str:

@@ -59,6 +59,7 @@ def make_curve(metrics: Mapping[str, ndarray], column: str, points: int = POINTS
     ends = there[stride - 1 :: stride]
     unknown = np.full(len(values), np.nan)
     step, seconds, member_tokens = (metrics.get(name, unknown)[ends] for name in COLUMN_OF.values())
+    seconds = np.fmax.accumulate(seconds)  # in older runs the clock went back after a crash
     return Curve(step, seconds, member_tokens, values[there].reshape(-1, stride).mean(axis=1), stride)
 
 

@@ -3,6 +3,9 @@ r"""The append-only record of every update: with the first state, enough to repl
     "esjax ledger 1\n", then records, each of them, little-endian:
     magic, CRC-32 of all that follows, kind (uint8), step (uint32), bytes of the payload (uint32), the payload
 
+Kinds are 1 for an update, 2 for a digest, and 3 for an update with the run's clock: its payload begins with the
+training time in seconds (float64). Runs write kind 3; older ledgers, whose updates are of kind 1, are read as well.
+
 A record is on the disk before `append` returns, so a crash can tear the last one only. Opening checks every CRC, not
 the headers alone: that takes seconds for a million records, and damage is found before a host asks for what it hit.
 """
@@ -31,6 +34,8 @@ MAX_PAYLOAD = 2**26
 _HEAD = b"esjax ledger 1\n"
 _MAGIC = b"\xe5JX\n"
 _HEADER = struct.Struct("<4sIBII")
+_TIMED = 3  # kind of the record of an update with its seconds, which come first in its payload
+_SECONDS = struct.Struct("<d")
 _SUMMED = 8  # the CRC is of everything from this byte of the header on
 _STRIDE = 2**20
 
@@ -44,11 +49,18 @@ class Record(NamedTuple):
         kind: `UPDATE` or `DIGEST`.
         step: Steps that the run had made before the update, or when the digest was taken.
         payload: Any bytes, at most `MAX_PAYLOAD`.
+        seconds: Training time of the run when the update was recorded; None: it was not written down.
     """
 
     kind: int
     step: int
     payload: bytes
+    seconds: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return _HEADER.size + (0 if self.seconds is None else _SECONDS.size) + len(self.payload)
 
 
 class Ledger:
@@ -60,6 +72,7 @@ class Ledger:
         self._descriptor = descriptor
         self._end = len(_HEAD)
         self._first = 0
+        self._seconds = 0.0
         self._offsets = array("Q")  # where the update of each step begins
 
     @classmethod
@@ -99,13 +112,19 @@ class Ledger:
         """Step that the next update must have; 0 while there is none, and then it may have any."""
         return self._first + len(self._offsets)
 
-    def append(self, kind: Literal[1, 2], step: int, payload: bytes) -> None:
+    @property
+    def seconds(self) -> float:
+        """Training time at the last update that has one; 0.0 if none has."""
+        return self._seconds
+
+    def append(self, kind: Literal[1, 2], step: int, payload: bytes, seconds: float | None = None) -> None:
         """Write a record; it is on the disk when this returns.
 
         Args:
             kind: `UPDATE` or `DIGEST`.
             step: See `Record`; below 2^32.
             payload: Any bytes, at most `MAX_PAYLOAD`.
+            seconds: Training time at an update; None: it is not written down.
 
         Raises:
             EsjaxError: The disk is full or fails, the payload is too long, or an update does not follow the one
@@ -121,7 +140,7 @@ class Ledger:
                 f"step {step} has a record of {len(payload):,} bytes, and the ledger {str(self._path)!r} takes "
                 f"{MAX_PAYLOAD:,} at most; lower the population"
             )
-        record = Record(kind, step, payload)
+        record = Record(kind, step, payload, seconds)
         try:
             _write(self._descriptor, _to_bytes(record), self._end)
             _sync(self._descriptor)
@@ -186,7 +205,9 @@ class Ledger:
             if not self._offsets:
                 self._first = record.step
             self._offsets.append(self._end)
-        self._end += _HEADER.size + len(record.payload)
+        if record.seconds is not None:
+            self._seconds = record.seconds
+        self._end += record.size
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -221,7 +242,7 @@ def _records(path: Path, descriptor: int, size: int) -> Iterator[Record]:
                 )
             due = record.step + 1
         yield record
-        offset += _HEADER.size + len(record.payload)
+        offset += record.size
     if _any_record_after(descriptor, offset, size):
         raise _damaged(path, offset)
 
@@ -232,10 +253,14 @@ def _record_at(descriptor: int, offset: int, size: int) -> Record | None:
     if len(header) < _HEADER.size:
         return None
     magic, crc, kind, step, length = _HEADER.unpack(header)
-    if magic != _MAGIC or length > min(MAX_PAYLOAD, size - offset - _HEADER.size):
+    if magic != _MAGIC or length > min(MAX_PAYLOAD + _SECONDS.size, size - offset - _HEADER.size):
         return None
     payload = os.pread(descriptor, length, offset + _HEADER.size)
-    return Record(kind, step, payload) if zlib.crc32(payload, zlib.crc32(header[_SUMMED:])) == crc else None
+    if zlib.crc32(payload, zlib.crc32(header[_SUMMED:])) != crc:
+        return None
+    if kind == _TIMED and length >= _SECONDS.size:
+        return Record(UPDATE, step, payload[_SECONDS.size :], *_SECONDS.unpack_from(payload))
+    return Record(kind, step, payload)
 
 
 def _any_record_after(descriptor: int, offset: int, size: int) -> bool:
@@ -251,7 +276,10 @@ def _any_record_after(descriptor: int, offset: int, size: int) -> bool:
 
 
 def _to_bytes(record: Record) -> bytes:
-    summed = _HEADER.pack(_MAGIC, 0, record.kind, record.step, len(record.payload))[_SUMMED:] + record.payload
+    kind, payload = record.kind, record.payload
+    if record.seconds is not None:
+        kind, payload = _TIMED, _SECONDS.pack(record.seconds) + payload
+    summed = _HEADER.pack(_MAGIC, 0, kind, record.step, len(payload))[_SUMMED:] + payload
     return _MAGIC + zlib.crc32(summed).to_bytes(4, "little") + summed
 
 

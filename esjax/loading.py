@@ -1,5 +1,6 @@
 """A finished or running run, read from its folder to write text and to be scored."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +8,15 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from esjax.checkpoint import Weights, restore_weights
+from esjax.checkpoint import Restored, Weights, find_newest, restore_weights
 from esjax.config import Config, replace
 from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
+from esjax.es import TrainState
+from esjax.ledger import UPDATE, read
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.own import Own
 from esjax.paths import given_path
@@ -85,6 +88,37 @@ def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
         )
     folder.config = config
     return corpus
+
+
+def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None]) -> Restored:
+    """Read the newest checkpoint of a run that is whole; where there is none, take the first state.
+
+    The updates since are in the ledger, if the run keeps one; they are still to be made.
+
+    Args:
+        folder: The run.
+        first: State after 0 steps, which follows from the seed; a checkpoint is restored to its shardings.
+        tell: Called with each line that a person should see.
+
+    Raises:
+        EsjaxError: Steps were done, and neither a whole checkpoint nor a ledger from the first step on is there; or a
+            checkpoint holds the state of another model.
+    """
+    restored = find_newest(folder.checkpoints, first, tell)
+    if restored is not None:
+        return restored
+    path = folder.path
+    records = read(folder.ledger) if folder.ledger.exists() else iter(())
+    begins = next((record.step for record in records if record.kind == UPDATE), None)
+    if begins == 0:
+        tell(f"{path} has no whole checkpoint: its state is rebuilt from the seed and the ledger")
+    elif begins or read_run(path).step:
+        has = f"and its ledger begins at step {begins:,}" if begins else "and no ledger"
+        raise EsjaxError(
+            f"{str(path)!r} has no whole checkpoint, {has}: there is nothing to go on from; restore what is missing "
+            f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
+        )
+    return Restored(first, 0.0, 0)
 
 
 def load(

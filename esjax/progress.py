@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0
 """Time between plain lines."""
 
+SHORTEST_WAIT, WAIT = 10.0, 3.0
+"""Steps no longer finish when the last is so many seconds ago, and so many times as long as the one before took."""
+
 SMOOTHING = 0.9
 """Memory of the shown rate and loss, a step."""
 
@@ -77,6 +80,7 @@ class Progress:
         self._limits = limits
         self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
         self._last: tuple[StepInfo, float] | None = None  # and when it came
+        self._step_seconds = 0.0  # between the last two
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss: float | None = None
         self._rate: float | None = None
@@ -111,6 +115,7 @@ class Progress:
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out, now
+        self._step_seconds = now - self._last[1] if self._last else 0.0
         self._last = info, now
         if not self._live and (info.held_out is not None or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
@@ -132,7 +137,11 @@ class Progress:
         age = now - self._held_out[1] if self._held_out else 0.0
         if age >= 1:
             parts.append(Part(0, Text(f"{_clock(age)} ago", "dim")))
-        parts.append(Part(4, Text(f"{_count(self._rate or 0.0)}/s")))
+        waited = now - came
+        if waited > max(SHORTEST_WAIT, WAIT * self._step_seconds):  # the rate would be that of a step long ago
+            parts.append(Part(4, Text(f"no step for {_clock(waited)}", "yellow")))
+        else:
+            parts.append(Part(4, Text(f"{_count(self._rate or 0.0)}/s")))
         if not (info.applied and math.isnan(info.update_norm)):  # of hosts' first update nothing is known yet
             parts.append(Part(0, Text(f"|update| {info.update_norm:.3g}")))
         if self._void_pairs:  # those of the session; red while there are more

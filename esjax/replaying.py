@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import optax
 
-from esjax.checkpoint import digest, restore_newest
+from esjax.checkpoint import digest, find_newest
 from esjax.custom_code import gather
 from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
@@ -29,24 +29,31 @@ class Replayed(NamedTuple):
         digest: Of that state.
         compared: Digests in the ledger, and of the newest checkpoint, that were compared.
         differs_at: First step at which one differs, or None.
+        compared_step: Step of the last one that was compared; 0 if there was none.
     """
 
     state: TrainState
     digest: str
     compared: int
     differs_at: int | None
+    compared_step: int
 
     @property
     def agrees(self) -> bool:
-        """Whether every digest is the one that was rebuilt."""
-        return self.differs_at is None
+        """Whether there is a digest to compare, and every one is the one that was rebuilt."""
+        return self.compared > 0 and self.differs_at is None
 
     def summary(self) -> str:
         """Say it in one line."""
         step = int(self.state.step)
-        verdict = (
-            f"all {self.compared} digests agree" if self.agrees else f"the state differs at step {self.differs_at}"
-        )
+        if self.differs_at is not None:
+            verdict = f"the state differs at step {self.differs_at:,}"
+        elif not self.compared:
+            verdict = "no digest was kept to compare it with"
+        elif self.compared == 1:
+            verdict = f"the only digest, of step {self.compared_step:,}, agrees"
+        else:
+            verdict = f"all {self.compared:,} digests agree, the last of step {self.compared_step:,}"
         return f"step {step:,}, digest {self.digest}: {verdict}"
 
 
@@ -80,22 +87,28 @@ def replay(
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
     replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, own.optimizer)
-    checkpoint = restore_newest(folder.checkpoints, replica.state, tell).state
-    kept = (int(checkpoint.step), digest(checkpoint))
-    compared, differs_at = 0, None
+    restored = find_newest(folder.checkpoints, replica.state, tell)
+    kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
+    compared, compared_step, differs_at = 0, 0, None
+
+    def compare(expected: str) -> None:
+        nonlocal compared, compared_step, differs_at
+        compared, compared_step = compared + 1, int(replica.state.step)
+        if differs_at is None and digest(replica.state) != expected:
+            differs_at = compared_step
+
+    if 0 in kept:
+        compare(kept[0])
     for record in read(folder.ledger):
         step = int(replica.state.step)
-        expected = [record.payload.decode()] if record.kind == DIGEST and record.step == step else []
+        if record.kind == DIGEST and record.step == step:
+            compare(record.payload.decode())
         if record.kind == UPDATE:
             if record.step != step:
                 raise EsjaxError(
                     f"the ledger of {str(path)!r} begins at step {record.step}, not 0; nothing to replay from"
                 )
             make_update(replica, record.payload)
-            if step + 1 == kept[0]:
-                expected = [kept[1]]
-        for value in expected:
-            compared += 1
-            if differs_at is None and digest(replica.state) != value:
-                differs_at = int(replica.state.step)
-    return Replayed(replica.state, digest(replica.state), compared, differs_at)
+            if step + 1 in kept:
+                compare(kept[step + 1])
+    return Replayed(replica.state, digest(replica.state), compared, differs_at, compared_step)

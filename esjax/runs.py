@@ -99,6 +99,12 @@ class RunView:
         there = values[~np.isnan(values)]
         return float(there[-1]) if len(there) else None
 
+    def seconds_at(self, step: int) -> float:
+        """Return the training time after so many steps; 0.0 if none was recorded."""
+        steps = self.metrics.get("step", np.zeros(0))
+        seconds = self.metrics.get("seconds", np.zeros(len(steps)))
+        return float(np.fmax.reduce(seconds[steps <= step], initial=0.0))
+
 
 class Metrics:
     """The metrics of a run, read bit by bit as they are written.
@@ -127,8 +133,10 @@ class Metrics:
     def read(self) -> bool:
         """Read the whole lines that were added since.
 
+        A line supersedes those before it of the same step and of later ones: the run lost them, and does them again.
+
         Returns:
-            Whether the file is another than before, so that everything was read again.
+            Whether steps that were read before are not there any more, or are others.
 
         Raises:
             EsjaxError: It cannot be read.
@@ -153,9 +161,8 @@ class Metrics:
         lines = data[:whole].splitlines(keepends=True)
         self._offset += whole
         self._line = lines[-1] if lines else b"" if anew else self._line
-        for line in lines:
-            self._add(line)
-        return anew
+        superseding = [self._add(line) for line in lines]
+        return anew or any(superseding)
 
     def columns(self, since: int = 0) -> dict[str, ndarray]:
         """Return the numbers read so far, by name.
@@ -168,20 +175,29 @@ class Metrics:
         """
         return {name: np.array(values[since:], np.float64) for name, values in self._columns.items()}
 
-    def _add(self, line: bytes) -> None:
+    def _add(self, line: bytes) -> bool:
+        """Add a step; tell whether it supersedes others."""
         try:
             row = msgspec.json.decode(line, type=dict[str, float | bool | None])
         except (msgspec.MsgspecError, UnicodeDecodeError):
             row = {}
-        if row.get("step") is None:
+        step = row.get("step")
+        if step is None:
             self.damaged += 1
-            return
+            return False
+        rows = self._rows
+        while self._rows and self._columns["step"][-1] >= step:
+            for values in self._columns.values():
+                values.pop()
+            self._rows -= 1
+        superseding = self._rows < rows
         for name in row.keys() - self._columns.keys():
             self._columns[name] = array("d", [np.nan]) * self._rows
         for name, values in self._columns.items():
             value = row.get(name)
             values.append(np.nan if value is None else value)
         self._rows += 1
+        return superseding
 
 
 def find_runs(path: str | Path) -> list[Path]:
@@ -370,7 +386,12 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
         notes.append(f"cannot read {path.name}: {error.strerror}")
         return []
     _, *found = _SAMPLE.split(text)
-    return [Sample(int(step), text.strip("\n")) for step, text in zip(found[::2], found[1::2], strict=True)]
+    samples: list[Sample] = []
+    for step, text in zip(found[::2], found[1::2], strict=True):
+        # What was written after steps that the run had lost, and did again, counts no more.
+        samples = [sample for sample in samples if sample.step < int(step)]
+        samples.append(Sample(int(step), text.strip("\n")))
+    return samples
 
 
 def _key(settings: Mapping[str, Any], name: str) -> str | None:

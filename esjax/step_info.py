@@ -33,12 +33,45 @@ class Limits(NamedTuple):
             )
 
 
+class Clock:
+    """Training time of a run. It begins with the first step that a session finishes, and never goes back.
+
+    Attributes:
+        session: Seconds of this session.
+    """
+
+    def __init__(self, before: float) -> None:
+        """Begin to count where the run stood.
+
+        Args:
+            before: Training time of the sessions before, in seconds.
+        """
+        self.session = 0.0
+        self._before = before
+        self._began_at: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all sessions."""
+        return self._before + self.session
+
+    def set_finished(self, now: float) -> None:
+        """Hear that a step is finished.
+
+        Args:
+            now: Seconds of a clock that never jumps.
+        """
+        if self._began_at is None:
+            self._began_at = now
+        self.session = now - self._began_at
+
+
 class StepInfo(NamedTuple):
     """What one step did.
 
     Attributes:
         step: Steps done so far, this one included.
-        seconds: Training time so far, from the first finished step.
+        seconds: Training time when the losses of this step were in, from the first finished step of each session on.
         loss: Mean of the finite losses of the population, in nats per token; of a reward of one's own, the negative.
         population: Members evaluated, both signs counted.
         void_pairs: Pairs left out because a loss of theirs is not finite.

@@ -178,18 +178,14 @@ class Sweep:
         path, limits, own = self.path / trial.name, trial.config, self._own
         given: Any = {kind: str(own.code[kind]) if kind in own.code else getattr(own, kind) for kind in own.names()}
         gather(own.code, **given)  # its files must not change between two runs
-        if not kept_steps(path / CHECKPOINTS):
+        kept, has_ledger = kept_steps(path / CHECKPOINTS), (path / "ledger").exists()
+        if not kept and not has_ledger:
             if path.exists():
                 with _claim(path):  # or a process that goes on with this run alone would lose it
                     shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
             return self._begin(limits, path, given)
         run = read_run(path)
-        before = 0.0
-        if run.step:  # not if it was stopped while it waited for hosts
-            kept = run.metrics["step"] <= max(kept_steps(path / CHECKPOINTS))
-            if (path / "ledger").exists():
-                kept[:] = True
-            before = float(np.max(run.metrics["seconds"][kept], initial=0.0))
+        before = run.seconds_at(run.step if has_ledger else max(kept))
         # A run stops at its own clock: what is left of it may be less than nothing.
         seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
         if self._hosts is None:

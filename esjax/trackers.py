@@ -75,7 +75,7 @@ class TensorBoard(Tracker):
             raise EsjaxError("it writes into the run folder, and there is none; give out=")
         self._writer = SummaryWriter(
             str(run.folder / "tensorboard"),
-            purge_step=run.step + 1 if run.step else None,
+            purge_step=run.step + 1,
             flush_secs=10,
             filename_suffix=f".{run.step}",  # files of one second have one name otherwise, and replace each other
         )

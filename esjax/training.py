@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
-from esjax.checkpoint import Checkpoints, restore_newest
+from esjax.checkpoint import Checkpoints
 from esjax.config import Config, replace, to_plain
 from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus, locate_text
@@ -26,7 +26,7 @@ from esjax.hosts.engine import Engine, make_update
 from esjax.hosts.wire import unpack_update
 from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
-from esjax.loading import load_run_corpus
+from esjax.loading import load_run_corpus, restore_run
 from esjax.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
@@ -35,7 +35,7 @@ from esjax.processes import any_of, here, leads
 from esjax.replica import Replica
 from esjax.run_folder import RunFolder
 from esjax.runs import RunView, read_run
-from esjax.step_info import Limits, StepInfo
+from esjax.step_info import Clock, Limits, StepInfo
 from esjax.summary import describe_kinds, describe_run
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
@@ -161,26 +161,25 @@ class Trainer(Usable):
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
-            alone = self._set_up(record.ledger if record else None)
+            clock = Clock(self._seconds)
+            alone = self._set_up(record.ledger if record else None, clock)
             self.on_start()
-            began_at: float | None = None  # when the first step of this session was finished
+            has_begun = False
             # Where there is a held-out loss already, the next one can wait.
             evaluate_after = config.evaluate_time if self._is_measured() else 0.0
             evaluate_at = checkpoint_at = 0.0
-            before = self._seconds
             while True:
                 started, tokens_before = time.perf_counter(), self._member_tokens
                 info = self._take_step(alone)
                 now = time.perf_counter()
-                if began_at is None:
-                    began_at, evaluate_at, checkpoint_at = now, now + evaluate_after, now + config.checkpoint_time
-                session = now - began_at
-                self._seconds = before + session
+                if not has_begun:
+                    has_begun, evaluate_at, checkpoint_at = True, now + evaluate_after, now + config.checkpoint_time
+                self._seconds = clock.seconds
                 # Clocks and signals differ between processes; what follows from them must not.
                 self.stopped = asked.is_set()
                 if self.stopped:
                     self.tell(STOPPING)
-                done = any_of(self.stopped or (leads() and self.limits.reached(info.step, session)))
+                done = any_of(self.stopped or (leads() and self.limits.reached(info.step, clock.session)))
                 held_out = None
                 if leads() and self._measure is not None and (done or now >= evaluate_at):
                     held_out = self._measure(self.params)
@@ -211,9 +210,15 @@ class Trainer(Usable):
                 f"{str(self.folder.path)!r} was trained on to step {checkpoints.newest} since; resume it from there"
             )
         self.folder.keep_baselines(self.baselines)
-        # However the iteration ends, what is trained is kept.
-        stack.callback(lambda: checkpoints.save(self._replica.state, self._seconds, self._member_tokens))
-        return _Record(self.folder, checkpoints, self._open_ledger(stack, self.folder))
+
+        def save() -> None:
+            checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
+
+        stack.callback(save)  # however the iteration ends, what is trained is kept
+        ledger = self._open_ledger(stack, self.folder)
+        if ledger is not None and not checkpoints.newest:
+            save()  # the state that the ledger begins with: initial weights may be any
+        return _Record(self.folder, checkpoints, ledger)
 
     def _is_measured(self) -> bool:
         """Tell whether a held-out loss is kept, or remembered."""
@@ -244,12 +249,14 @@ class Trainer(Usable):
             if record.kind == UPDATE and record.step == self.step:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
                 make_update(self._replica, record.payload)
+                self._seconds = max(self._seconds, record.seconds or 0.0)
                 self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
 
-    def _set_up(self, ledger: Ledger | None) -> Alone:
+    def _set_up(self, ledger: Ledger | None, clock: Clock) -> Alone:
         def record(step: int, payload: bytes) -> None:
+            clock.set_finished(time.perf_counter())
             if ledger:
-                ledger.append(UPDATE, step, payload)
+                ledger.append(UPDATE, step, payload, clock.seconds)
 
         config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
@@ -343,6 +350,9 @@ def resume(
 ) -> Trainer:
     """Go on with a run from its newest checkpoint; iterate over the result to train.
 
+    If the run keeps a ledger, the updates since that checkpoint are made again. Where no checkpoint is whole, the state
+    is rebuilt from the seed and the ledger.
+
     Args:
         path: Run folder.
         steps: Stop when the run has done so many steps in all.
@@ -358,8 +368,8 @@ def resume(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text or its code has changed, no checkpoint is whole, or a model, loss or
-            optimizer of its own is missing.
+        EsjaxError: It is no run folder, its text or its code has changed, neither a checkpoint nor a ledger from its
+            first step on is whole, or a model, loss or optimizer of its own is missing.
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
@@ -369,10 +379,12 @@ def resume(
     if text is not None:
         folder.keep_config()
     trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
-    restored = restore_newest(folder.checkpoints, trainer._replica.state, trainer.tell)
+    restored = restore_run(folder, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()
+    # Older ledgers have no clock; the metrics have.
+    trainer._seconds = max(trainer._seconds, read_run(folder.path).seconds_at(trainer.step))
     if steps is not None or seconds is not None:
         trainer.limits = Limits(steps, seconds)
     return trainer

@@ -29,6 +29,12 @@ def test_many_are_averaged_and_stand_at_their_last_step() -> None:
     assert curve.step.tolist() == [2.0, 4.0]
 
 
+def test_a_clock_that_went_back_draws_no_hook() -> None:
+    """As in runs that a crash interrupted before the clock was in the ledger."""
+    columns = metrics(5) | {"seconds": np.array([1.0, 5.0, 3.0, 4.0, 6.0])}
+    assert make_curve(columns, "loss").over("seconds").tolist() == [1.0, 5.0, 5.0, 5.0, 6.0]
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     columns = metrics(5) | {"held_out": np.array([math.nan, 2.0, math.inf, 4.0, math.nan])}
     curve = make_curve(columns, "held_out")

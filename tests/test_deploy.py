@@ -217,7 +217,7 @@ def test_the_runbook_has_every_line(speaker: str) -> None:
 
 
 def test_the_runbook_has_every_state() -> None:
-    for state in (*get_args(wire.Phase), "straggling", "put aside"):
+    for state in (*get_args(wire.Phase), "straggling", "silent", "lost", "put aside"):
         assert re.search(rf"^\| {state} \|", RUNBOOK, re.MULTILINE), state
 
 

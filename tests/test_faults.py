@@ -38,7 +38,7 @@ from esjax.config import Config, from_yaml, to_yaml
 from esjax.hosts import handouts, wire
 from esjax.hosts.effects import Publish
 from esjax.hosts.line import DEAF
-from esjax.hosts.roster import SILENT, STRIKES
+from esjax.hosts.roster import FORGET, SILENT, STRIKES
 from esjax.hosts.steps import STUCK
 from esjax.hosts.tasks import Score, Scored
 from esjax.hosts.wire import Envelope
@@ -128,6 +128,46 @@ def test_row_01_a_killed_worker_costs_nothing(config: Config) -> None:
         assert sim.now - before < 2 * STEP
     sim.run_steps(6)
     check_run(sim)
+
+
+@both_modes
+def test_row_01_the_status_says_how_long_a_killed_worker_has_said_nothing(config: Config) -> None:
+    sim = run_with(config, "a", "b", steps=3)
+    sim.kill_host("b")
+    killed_at = sim.now
+    while sim.now - killed_at < FORGET - 5:
+        sim.run(1)
+        host, silent = status_of(sim, "b"), sim.now - killed_at
+        assert silent <= host.last_seen < silent + BEAT + 1
+        if host.last_seen < 6:
+            assert host.state in ("ready", "straggling")
+        else:
+            assert host.state == ("silent" if host.last_seen < SILENT else "lost")
+        assert (host.members_per_second > 0) is (host.state != "lost")
+    sim.run(10)
+    assert [host.name for host in sim.server.status(sim.now).hosts] == ["a"]
+
+
+@both_modes
+def test_row_04_a_worker_that_was_lost_is_ready_again(config: Config) -> None:
+    sim = run_with(config, "a", "b", steps=3)
+    sim.hosts["b"].cut = {"request"}
+    sim.run(SILENT + 5)
+    assert status_of(sim, "b").state == "lost"
+    sim.hosts["b"].cut = set()
+    sim.run(60, lambda: status_of(sim, "b").state == "ready")
+    assert status_of(sim, "b").state == "ready"
+    sim.run_steps(3)
+    check_run(sim)
+
+
+def test_row_07_a_paused_run_has_no_rate() -> None:
+    sim = run_with(FIXED, "a", steps=5)
+    assert sim.server.status(sim.now).member_tokens_per_second > 0
+    sim.hosts["a"].worker.leave("it was stopped")
+    sim.run(1)
+    status = sim.server.status(sim.now)
+    assert (status.paused, status.member_tokens_per_second, status.hosts) == (True, 0.0, [])
 
 
 @both_exchanges
@@ -1085,6 +1125,7 @@ def test_row_36_a_worker_that_is_stopped_hands_in_what_it_has(config: Config) ->
     sim.run(5, lambda: leaver.worker.left)
     assert leaver.worker.left
     assert sim.told("b leaves: it was stopped")
+    assert [host.name for host in sim.server.status(sim.now).hosts] == ["a"]
     finished = {pair for at, pair in leaver.device.scored if at == step}
     assert finished
     before = set(sim.hosts["a"].device.scored)

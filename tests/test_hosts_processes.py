@@ -11,8 +11,10 @@ import pytest
 from processes import SMALL, TEXT, Fleet, Process, alone, fleet, steps_done, updates, wait_until
 
 from esjax import resume
+from esjax.checkpoint import kept_steps
 from esjax.hosts.ask import ask_status
 from esjax.replaying import replay
+from esjax.runs import read_run
 
 __all__ = ["fleet"]
 
@@ -100,7 +102,7 @@ def all_ready(fleet: Fleet, count: int) -> bool:
 def test_row_02_a_killed_coordinator_loses_nothing(fleet: Fleet, lenient_promotion: None) -> None:
     server = fleet.serve()
     hosts = [fleet.join("one"), fleet.join("two")]
-    wait_until(lambda: steps_done(fleet.run) >= 20)
+    wait_until(lambda: steps_done(fleet.run) >= 20 and max(kept_steps(fleet.run / "checkpoints"), default=0) > 0)
     server.send(signal.SIGKILL)
     server.ends()
     before = updates(fleet.run)
@@ -113,6 +115,9 @@ def test_row_02_a_killed_coordinator_loses_nothing(fleet: Fleet, lenient_promoti
     assert after[: len(before)] == before
     assert after == alone(fleet, len(after))[0]
     assert replay(fleet.run).agrees
+    view = read_run(fleet.run)  # the last update may have been written, and its line not
+    np.testing.assert_array_equal(view.metrics["member_tokens"], view.metrics["step"] * 64 * 8)  # members, window
+    assert (np.diff(view.metrics["seconds"]) >= 0).all()
 
 
 def test_row_14_a_browser_a_scan_and_a_silent_socket_cost_nothing(fleet: Fleet, lenient_promotion: None) -> None:

@@ -27,15 +27,20 @@ RECORDS = [
     Record(UPDATE, 5, b"first"),
     Record(UPDATE, 6, b""),
     Record(DIGEST, 7, b"0123456789abcdef"),
-    Record(UPDATE, 7, bytes(range(256))),
-    Record(UPDATE, 8, b"last"),
+    Record(UPDATE, 7, bytes(range(256)), 1.5),
+    Record(UPDATE, 8, b"last", 2.25),
 ]
+"""As they are today and were before the clock came: some updates have their seconds, and some have none."""
+
 UPDATES = [record.payload for record in RECORDS if record.kind == UPDATE]
 
 
 def packed(record: Record) -> bytes:
     """Pack a record by hand."""
-    body = struct.pack("<BII", record.kind, record.step, len(record.payload)) + record.payload
+    kind, payload = record.kind, record.payload
+    if record.seconds is not None:
+        kind, payload = 3, struct.pack("<d", record.seconds) + payload
+    body = struct.pack("<BII", kind, record.step, len(payload)) + payload
     return b"\xe5JX\n" + struct.pack("<I", zlib.crc32(body)) + body
 
 
@@ -48,8 +53,8 @@ def opened(path: Path, tell: Callable[[str], None] = pytest.fail) -> closing[Led
 
 
 def append(ledger: Ledger, records: list[Record]) -> None:
-    for kind, step, payload in records:
-        ledger.append(DIGEST if kind == DIGEST else UPDATE, step, payload)
+    for kind, step, payload, seconds in records:
+        ledger.append(DIGEST if kind == DIGEST else UPDATE, step, payload, seconds)
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def test_a_ledger_packed_by_hand_is_read(tmp_path: Path) -> None:
 
 def test_a_new_ledger_is_empty(tmp_path: Path) -> None:
     with opened(tmp_path / "ledger") as ledger:
-        assert (ledger.first, ledger.next, ledger.updates(0, 1000)) == (0, 0, [])
+        assert (ledger.first, ledger.next, ledger.seconds, ledger.updates(0, 1000)) == (0, 0, 0.0, [])
     assert list(read(tmp_path / "ledger")) == []
 
 
@@ -100,6 +105,7 @@ def test_the_index_after_reopening_is_the_index_before(path: Path, tmp_path: Pat
         append(before, RECORDS)
         with opened(path) as after:
             assert (after.first, after.next) == (before.first, before.next) == (5, 9)
+            assert after.seconds == before.seconds == 2.25
             for step in range(-2, 12):
                 assert after.updates(step, 1000) == before.updates(step, 1000)
 
@@ -239,7 +245,14 @@ def test_a_whole_record_is_found_however_far_behind_the_damage(tmp_path: Path, g
     assert f"damaged at byte {len(HEAD) + len(packed(RECORDS[0]))};" in refused(tmp_path / "ledger")
 
 
-@pytest.mark.parametrize("kind", [0, 3, 255])
+def test_the_clock_goes_on_where_a_torn_record_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    write(path, RECORDS[:-1], packed(RECORDS[-1])[:-1])
+    with opened(path, lambda line: None) as ledger:
+        assert (ledger.next, ledger.seconds) == (8, 1.5)
+
+
+@pytest.mark.parametrize("kind", [0, 4, 255])
 def test_a_record_of_an_unknown_kind_is_an_error(tmp_path: Path, kind: int) -> None:
     write(tmp_path / "ledger", [*RECORDS, Record(kind, 9, b"from the future")])
     assert f"unknown kind {kind}" in refused(tmp_path / "ledger")

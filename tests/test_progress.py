@@ -1,6 +1,7 @@
 """The line of progress: what it says, and that it fits into any window."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -61,6 +62,25 @@ def test_it_is_one_line_in_a_window_of_any_width(width: int) -> None:
     (line,) = shown([INFO], width=width)
     assert len(line) <= width
     assert (line == WHOLE) == (width >= len(WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "since", "word"), [(1, 10, "3.08 M/s"), (1, 11, "no step for 0:11"), (4, 12, "M/s")]
+)
+def test_a_rate_of_long_ago_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, since: float, word: str
+) -> None:
+    """Steps of so many seconds each; then, for so long, none."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    progress = Progress(console, BASELINES, TWO_MINUTES)
+    for _ in range(2):
+        now += seconds
+        progress.update(INFO)
+    now += since
+    (line,) = progress.__rich_console__(console, console.options)
+    assert word in line.plain
 
 
 def test_what_matters_less_goes_first() -> None:

@@ -112,6 +112,36 @@ def test_the_metrics_of_a_resumed_run_are_read_again(tmp_path: Path) -> None:
     assert len(metrics) == 8
 
 
+def test_steps_that_are_done_again_supersede_those_that_were_lost(tmp_path: Path) -> None:
+    make(tmp_path, done=5)
+    metrics = Metrics(tmp_path)
+    assert not metrics.read()
+    again = line_of(4).replace("1.0", "7.0")
+    append(tmp_path, again)
+    assert metrics.read()
+    append(tmp_path, line_of(5))
+    assert not metrics.read()
+    for columns in (metrics.columns(), read_run(tmp_path).metrics):
+        assert columns["step"].tolist() == [1, 2, 3, 4, 5]
+        assert columns["loss"].tolist() == [4.0, 3.0, 2.0, 7.0, 0.0]
+    folder = RunFolder(tmp_path)
+    for step, text in ((2, "first"), (4, "lost"), (3, "done again"), (5, "new")):
+        folder.add_sample(step, text)
+    assert [sample.text for sample in read_run(tmp_path).samples] == ["first", "done again", "new"]
+
+
+def test_the_training_time_after_a_step(tmp_path: Path) -> None:
+    """Half a second a step; the lines of step 2 and 3 are missing."""
+    make(tmp_path, done=1)
+    append(tmp_path, line_of(4))
+    run = read_run(tmp_path)
+    assert [run.seconds_at(step) for step in range(6)] == [0.0, 0.5, 0.5, 0.5, 2.0, 2.0]
+    append(tmp_path, '{"step": 5}\n')
+    assert read_run(tmp_path).seconds_at(5) == 2.0
+    make(tmp_path / "none")
+    assert read_run(tmp_path / "none").seconds_at(3) == 0.0
+
+
 def test_a_run_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
     folder = make(tmp_path, done=1)
     assert not is_running(tmp_path)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
 from esjax.errors import EsjaxError
+from esjax.ledger import UPDATE, Ledger, read
 from esjax.member import Member
 from esjax.models import Model, gru
 from esjax.replaying import replay
@@ -135,6 +137,150 @@ def test_leaving_the_loop_early_keeps_what_was_trained(config: Config, tmp_path:
             break
     assert resume(tmp_path / "run").step == 3
     assert [info.step for info in trainer] == [4, 5, 6]
+
+
+def killed_at(trainer: Trainer, step: int, path: Path) -> list[str]:
+    """Train on, leave in `path` what a kill after a step would have left, and return the digest after each step."""
+    assert trainer.folder is not None
+    digests = [state_digest(trainer)]
+    for info in trainer:
+        digests.append(state_digest(trainer))
+        if info.step == step:
+            shutil.copytree(trainer.folder.path, path)
+    return digests
+
+
+def damage_checkpoints(run: Path) -> None:
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def tear_the_ledger(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "ledger").write_bytes((run / "ledger").read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("lose", "step", "told"),
+    [
+        (lambda run: None, 3, 0),
+        (lambda run: shutil.rmtree(run / "checkpoints"), 3, 1),
+        (damage_checkpoints, 3, 2),
+        (tear_the_ledger, 2, 2),  # also that the torn record is cut off, once training goes on
+        (lambda run: (run / "ledger").write_bytes(b"esjax"), 0, 0),
+    ],
+    ids=["nothing", "checkpoints", "seals", "last record", "all records"],
+)
+def test_row_62_a_run_killed_before_its_first_checkpoint_is_rebuilt_from_its_ledger(
+    config: Config, tmp_path: Path, lose: Callable[[Path], object], step: int, told: int
+) -> None:
+    """Reference: the run that was not killed, after as many steps."""
+    run = tmp_path / "killed"
+    digests = killed_at(train(replace(config, ledger=True), tmp_path / "whole"), 3, run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0"]
+    lose(run)
+    replayed = replay(run, tell=lambda line: None)
+    assert (int(replayed.state.step), replayed.digest) == (step, digests[step])
+    lines: list[str] = []
+    again = resume(run, tell=lines.append)
+    assert (again.step, state_digest(again)) == (step, digests[step])
+    assert [info.step for info in again] == [*range(step + 1, 7)]
+    assert state_digest(again) == digests[6]
+    assert len([line for line in lines if "metrics.jsonl" not in line]) == told
+    assert ("rebuilt from the seed and the ledger" in " ".join(lines)) is (told > 0)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("lose", [lambda run: shutil.rmtree(run / "checkpoints"), damage_checkpoints])
+def test_row_62_a_coordinator_begins_again_from_a_ledger_alone(
+    config: Config, tmp_path: Path, lose: Callable[[Path], object]
+) -> None:
+    """Reference: the run that was not killed."""
+    run = tmp_path / "killed"
+    killed_at(train(replace(config, ledger=True), tmp_path / "whole"), 3, run)
+    lose(run)
+    lines: list[str] = []
+    with ExitStack() as stack:
+        coordinator, desk = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", tell=lines.append)._open(stack)
+        last = rows(run)[-1]
+        assert (coordinator.step, desk.seconds, desk.member_tokens) == (3, last["seconds"], last["member_tokens"])
+    assert "rebuilt from the seed and the ledger" in lines[-1]
+    assert (run / "checkpoints" / "0").is_dir()  # the first state, for hosts that join
+
+
+def test_initial_weights_that_no_seed_gives_are_kept_with_the_ledger(config: Config, tmp_path: Path) -> None:
+    """Reference: the run that was not killed."""
+    drawn = iter(range(100))
+
+    def model(vocab_size: int) -> Model:
+        one, number = own_model(vocab_size), next(drawn)
+        return one._replace(init=lambda key: one.init(jax.random.fold_in(key, number)))
+
+    digests = killed_at(train(replace(config, ledger=True), tmp_path / "whole", model=model), 3, tmp_path / "killed")
+    again = resume(tmp_path / "killed", model=model)
+    assert state_digest(again) == digests[3]
+
+
+def test_a_run_that_keeps_nothing_to_go_on_from_says_what_to_do(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "it's killed"
+    killed_at(train(config, tmp_path / "whole"), 3, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(EsjaxError) as caught:
+        resume(run)
+    with pytest.raises(EsjaxError, match="ended before its first one: resume it"):
+        esjax.load(run)
+    assert str(caught.value) == (
+        f"{str(run)!r} has no whole checkpoint, and no ledger: there is nothing to go on from; restore what is missing "
+        f"from a copy, or train anew: esjax train --config '{tmp_path}/it'\"'\"'s killed/config.yaml' --out NEW"
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def make_older(run: Path) -> None:
+    """Take the clock out of a ledger, as it was before there was one."""
+    records = list(read(run / "ledger"))
+    (run / "ledger").unlink()
+    with closing(Ledger.open(run / "ledger", pytest.fail)) as ledger:
+        for record in records:
+            ledger.append(UPDATE, record.step, record.payload)
+
+
+def lose_a_step(run: Path) -> None:
+    """Leave the checkpoint of step 2, and no ledger."""
+    (run / "ledger").unlink()
+    shutil.rmtree(run / "checkpoints" / "3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda run: None, make_older, lose_a_step, lambda run: (run / "metrics.jsonl").unlink()],
+    ids=["ledger", "older ledger", "no ledger", "no metrics"],
+)
+def test_seconds_and_member_tokens_never_fall(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    """Reference: a clock that moves one second each time it is asked, and the ledger before the run was killed."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    run = tmp_path / "killed"
+    config = replace(config, ledger=True, checkpoint_time=1e-6, keep_checkpoints=4)
+    killed_at(train(config, tmp_path / "whole"), 3, run)
+    recorded = {record.step + 1: record.seconds or 0.0 for record in read(run / "ledger")}
+    assert recorded == {row["step"]: row["seconds"] for row in rows(run)}
+    assert 0 == recorded[1] < recorded[2] < recorded[3]
+    change(run)
+    again = resume(run, tell=lambda line: None)
+    stood_at = again.step
+    list(again)
+    curve = rows(run)
+    first = stood_at + 1 if curve[0]["step"] > 1 else 1
+    assert [row["step"] for row in curve] == [*range(first, 7)]
+    assert [row["member_tokens"] for row in curve] == [step * 32 * 6 for step in range(first, 7)]
+    seconds = {row["step"]: row["seconds"] for row in curve}
+    assert list(seconds.values()) == sorted(seconds.values())
+    assert seconds[stood_at + 1] == recorded[stood_at]  # it begins with the first step that is finished
+    assert seconds[6] > seconds[stood_at + 1]
 
 
 def test_an_error_in_the_loop_keeps_what_was_trained(config: Config, tmp_path: Path) -> None:

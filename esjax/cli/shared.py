@@ -213,7 +213,7 @@ def _way_on(run: "Trainer | Server", remedy: str) -> str:
 
     assert run.folder is not None
     kept = kept_steps(run.folder.checkpoints)
-    if kept and run.folder.ledger.exists():
+    if run.folder.ledger.exists():
         kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
     words = ("serve", "--resume") if isinstance(run, Server) else ("resume",)
     again = command_line("esjax", *words, run.folder.path)

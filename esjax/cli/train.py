@@ -80,7 +80,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run from its newest checkpoint.
+    """Go on with a run from its newest checkpoint, and every update since if it was trained with --ledger.
 
     With neither --steps nor --seconds the limits of the run's settings hold; seconds are counted anew.
     """

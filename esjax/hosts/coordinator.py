@@ -199,7 +199,7 @@ class Coordinator:
             step=self.step,
             loss=self._steps.loss,
             held_out=self.rounds.held_out,
-            member_tokens_per_second=self._steps.rate,
+            member_tokens_per_second=0.0 if self._paused else self._steps.rate,
             paused=self._paused,
             anchor=None if anchor is None else anchor.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
@@ -258,12 +258,13 @@ class Coordinator:
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
         if message.epoch != self.terms.epoch:
             return self._rejected("an old epoch", rejoin=True)
-        is_new = message.phase != host.phase
+        is_new = host.is_gone or message.phase != host.phase
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
             self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
+        host.is_gone = False
         if message.note and message.note != host.note:
             self._tell(f"{host.name}: {message.note}")
         host.note = message.note
@@ -325,9 +326,8 @@ class Coordinator:
         return self._rejected(fault) if fault else self._ok(host)
 
     def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
-        if not host.is_gone:
-            self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
-        self._let_go(host)
+        self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
+        self._drop(host)
         self._steps.go_on(now)
         return self._ok(host)
 
@@ -364,8 +364,8 @@ class Coordinator:
         self._let_go(former)
 
     def _let_go(self, host: Host) -> None:
-        """Take a host's work from it; its name stays listed for a while."""
-        host.phase = "leaving"
+        """Take a host's work from it; if it was lost, its name stays listed for a while."""
+        host.is_gone = True
         self._steps.release(host)
         self.rounds.let_go(host)
 

@@ -16,7 +16,7 @@ from esjax.hosts.server_transport import Request, ServerTransport
 from esjax.hosts.wire import Envelope
 from esjax.ledger import DIGEST, UPDATE, Ledger
 from esjax.snapshot import from_bytes
-from esjax.step_info import StepInfo
+from esjax.step_info import Clock, StepInfo
 
 POLL = 0.05
 """Seconds between looks at the clock."""
@@ -35,7 +35,7 @@ class Desk:
     """Answers hosts, and writes down what has to be written.
 
     Attributes:
-        seconds: Training time so far, from the first finished step.
+        seconds: Training time so far, see `StepInfo`.
         member_tokens: Tokens scored so far, times members.
         working_seconds: Time spent on anything but waiting.
     """
@@ -73,8 +73,7 @@ class Desk:
         self._config, self._coordinator, self._transport = config, coordinator, transport
         self._ledger, self._checkpoints, self._like = ledger, checkpoints, like
         self._keys, self._tell = keys, tell
-        self._seconds_before = seconds
-        self._began_at: float | None = None
+        self._clock = Clock(seconds)
         self._closed_at: float | None = None
         self._held_out: float | None = None
         self._tick_at = self._check_at = 0.0
@@ -134,7 +133,9 @@ class Desk:
         closed = []
         for effect in self._coordinator.drain():
             if isinstance(effect, Record):
-                self._ledger.append(UPDATE, effect.step, effect.payload)
+                self._clock.set_finished(now)
+                self.seconds = self._clock.seconds
+                self._ledger.append(UPDATE, effect.step, effect.payload, self.seconds)
             elif isinstance(effect, Publish):
                 message = effect.envelope.message
                 if isinstance(message, wire.Step) and message.upload is not None:
@@ -156,8 +157,6 @@ class Desk:
         data = self._config.data
         tokens = closed.population * data.batch_size * data.window
         self.member_tokens += tokens
-        self._began_at = now if self._began_at is None else self._began_at
-        self.seconds = self._seconds_before + now - self._began_at
         rate = 0.0 if self._closed_at is None else tokens / max(now - self._closed_at, 1e-9)
         self._closed_at = now
         coordinator = self._coordinator

@@ -38,6 +38,7 @@ class Host:
         slowness: How many times as long those of this step took, or None while it has none or is at them.
         late: Whether it took much longer than the others; `probe_at` says when it gets work again.
         hung: Whether it lives and gets nothing done; until it does.
+        is_gone: Whether it counts as lost, until its next sign of life, or its session has ended.
         resyncs: How often in a row its state differed from the anchor's.
         resync: Whether it has yet to be told to fetch the anchor's state.
         aside: Why it gets no more work, or "".
@@ -58,18 +59,15 @@ class Host:
         self.expected = 0.0
         self.slowness: float | None = None
         self.probe_after = PROBE
-        self.late = self.hung = self.resync = self.superseded = self.dropped = False
+        self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
-    @property
-    def is_gone(self) -> bool:
-        """Whether it has left, or counts as lost."""
-        return self.phase == "leaving"
-
     def can_work(self, now: float) -> bool:
         """Tell whether it may be given pairs, if need be."""
-        usable = self.phase == "ready" and not (self.aside or self.superseded or self.resync or self.hung)
+        usable = self.phase == "ready" and not (
+            self.is_gone or self.aside or self.superseded or self.resync or self.hung
+        )
         return usable and now - self.seen < SILENT
 
     def in_time(self, now: float) -> bool:
@@ -105,13 +103,17 @@ class Host:
 
         Args:
             now: The time.
-            quiet: Seconds without a word after which it counts as straggling.
+            quiet: Seconds without a word after which it is called silent.
             members: Of a pair.
         """
         state: str = self.phase
         if self.aside:
             state = "put aside"
-        elif self.phase == "ready" and (self.late or self.hung or now - self.seen > quiet):
+        elif self.is_gone:
+            state = "lost"
+        elif now - self.seen > quiet:
+            state = "silent"
+        elif self.phase == "ready" and (self.late or self.hung):
             state = "straggling"
         return wire.HostStatus(
             name=self.name,
@@ -119,7 +121,7 @@ class Host:
             state=state,
             device=self.device,
             step=self.step,
-            members_per_second=members * (self.speed or 0.0),
+            members_per_second=0.0 if self.is_gone else members * (self.speed or 0.0),
             last_seen=now - self.seen,
             digest=self.digest,
             share=self.share,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
-from esjax.checkpoint import Checkpoints, restore_newest
+from esjax.checkpoint import Checkpoints
 from esjax.config import Config, replace
 from esjax.custom_code import gather
 from esjax.data.corpus import Corpus, load_corpus, locate_text
@@ -32,7 +32,7 @@ from esjax.hosts.sockets import Limits as Sizes
 from esjax.hosts.sockets import check_curve, new_keypair
 from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import Ledger
-from esjax.loading import load_run_corpus
+from esjax.loading import load_run_corpus, restore_run
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.names import identities
@@ -205,10 +205,10 @@ class Server:
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
         replica = self._replica
-        if not checkpoints.newest and not any(folder.checkpoints.iterdir()):
-            checkpoints.save(replica.state, 0.0, 0)
-        restored = restore_newest(folder.checkpoints, replica.state, self.tell)
+        restored = restore_run(folder, replica.state, self.tell)
         first = int(restored.state.step)
+        if not first:
+            checkpoints.save(restored.state, 0.0, 0)
         if ledger.next and not ledger.first <= first <= ledger.next:
             raise EsjaxError(
                 f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
@@ -227,7 +227,7 @@ class Server:
         )
         self.address = _for_others(transport.address)
         stack.enter_context(folder.keep_address(self.address, self.token))
-        now = time.monotonic()
+        now, run = time.monotonic(), read_run(folder.path)
         data = to_bytes(restored.state)
         stream = pack_stream(corpus.train)
         check_stream(len(stream), config.data.burn_in + config.data.window)
@@ -255,7 +255,7 @@ class Server:
             history=ledger,
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
             block=blocks,
-            measured=read_run(folder.path).last("held_out") is not None,
+            measured=run.last("held_out") is not None,
         )
         members = config.es.members_per_pair * sum(pairs for update in since for _, pairs in update.header.spans)
         a_member = config.data.batch_size * config.data.window
@@ -267,7 +267,8 @@ class Server:
             checkpoints,
             replica.state,
             keys=keys,
-            seconds=restored.seconds,
+            # Older ledgers have no clock; the metrics have.
+            seconds=max(restored.seconds, ledger.seconds, run.seconds_at(coordinator.step)),
             member_tokens=restored.member_tokens + members * a_member,
             tell=self.tell,
         )
@@ -396,7 +397,7 @@ def resume_serving(
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
-    """Go on with a run, with hosts: from its newest checkpoint and every update since.
+    """Go on with a run, with hosts: from its newest checkpoint, or its first state, and every update since.
 
     Args:
         path: Run folder.

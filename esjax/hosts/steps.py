@@ -209,13 +209,14 @@ class Steps:
         payload = wire.pack_update(update)
         self._emit(Record(self.step, payload))
         self.step += 1
-        self._work = self._new_work()
-        plan = self._rounds.plan(self.step, now)
-        self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
         void_pairs = update.header.void_pairs
         notice = self._notice(trouble, void_pairs, pairs) or self._notice_end()
+        # Before the next step is opened: a state that it asks for is that after this one.
         self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
+        self._work = self._new_work()
+        plan = self._rounds.plan(self.step, now)
+        self.announce(plan, self._lease(now), payload)
 
     def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
         """Say what keeps a step from its update, or pairs from counting, unless that was so a short time before."""

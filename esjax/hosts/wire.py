@@ -65,7 +65,7 @@ Integers = Literal["|i1", "<i2", "<i4"]
 """Types of a gradient's integers; the smallest that holds them is sent."""
 
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
-Phase = Literal["joining", "compiling", "ready", "leaving"]
+Phase = Literal["joining", "compiling", "ready"]
 Chore = Literal["digest", "upload", "measure"]
 """What a host may be asked for beside losses: the digest of its state, its state, its held-out loss."""
 
@@ -335,8 +335,8 @@ class HostStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one host does.
 
     Attributes:
-        state: joining, compiling, ready, straggling, put aside or leaving.
-        members_per_second: Rate at which it scores.
+        state: joining, compiling, ready, straggling, silent, lost or put aside. A host that said goodbye is not listed.
+        members_per_second: Rate at which it scores; 0 for one that is lost.
         last_seen: Seconds since its last message.
         digest: Of its state, as last handed in.
         share: Part of the last finished step's pairs that it scored.
@@ -361,7 +361,7 @@ class Status(Message, frozen=True, tag="status"):
     Attributes:
         loss: Mean loss of the last finished step, or None.
         held_out: Loss over the held-out documents as last measured, or None.
-        member_tokens_per_second: Rate over the last steps.
+        member_tokens_per_second: Rate over the last steps; 0 while the run is paused.
         paused: Whether nobody is there to go on.
         anchor: Slot of the host whose state is kept, or None.
         counters: How often something was turned down, by reason.
