@@ -21,7 +21,7 @@ import numpy as np
 
 from esjax.axes import Trial, make_grid
 from esjax.checkpoint import kept_steps
-from esjax.config import Config, from_yaml, to_yaml
+from esjax.config import Config, from_yaml, to_plain
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.files import write_durably
@@ -31,6 +31,7 @@ from esjax.hosts.serve import Server, resume_serving, serve
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
+from esjax.yaml_text import read_yaml
 
 RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
 
@@ -303,7 +304,7 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Ma
         if path.exists() and any(path.iterdir()):
             raise EsjaxError(f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out")
         path.mkdir(parents=True, exist_ok=True)
-        record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
+        record = {"axes": axes, "settings": to_plain(config)}
         write_durably(path / RECORD, msgspec.yaml.encode(record).decode())
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
@@ -313,15 +314,13 @@ def _record(path: Path, axes: Mapping[str, Sequence[Any]], config: Config) -> Ma
 def _read_record(path: Path) -> tuple[dict[str, list[Any]], Config]:
     source = path / RECORD
     try:
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EsjaxError(f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD}") from error
-    try:
-        record = msgspec.yaml.decode(text)
+        record = read_yaml(source.read_text(encoding="utf-8"))
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
         settings = msgspec.yaml.encode(record["settings"]).decode()
+    except OSError as error:
+        raise EsjaxError(f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD}") from error
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
-        raise EsjaxError(f"{source} is damaged; restore it from a copy") from error
+        raise EsjaxError(f"{source} is damaged ({error}); restore it from a copy") from error
     return axes, from_yaml(settings, str(source))
 
 

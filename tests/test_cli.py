@@ -161,7 +161,10 @@ def test_a_run_is_shown_to_trackers_and_shows_its_metrics(work: Path) -> None:
 def test_evaluate_prints_the_score_beside_the_baselines(work: Path) -> None:
     lines = succeed("evaluate", "run").out.splitlines()
     assert re.fullmatch(r"\d+\.\d{4} nats/token, \d+\.\d{4} bits/byte, \d+ tokens", lines[0])
-    assert [line.split()[1] for line in lines[1:]] == ["unigram", "bigram", "trigram"]
+    names = ("unigram", "bigram", "trigram")
+    assert [line.split(maxsplit=1)[1] for line in lines[1:]] == [
+        f"{name}, fitted to the run's training text" for name in names
+    ]
     # The run's last figure, by the same weights on the same documents.
     assert float(lines[0].split()[0]) == pytest.approx(metrics(work / "run")[-1]["held_out"], abs=1e-4)
 
@@ -206,6 +209,24 @@ def test_evaluate_takes_another_text_and_says_what_is_unknown(work: Path) -> Non
     called = succeed("evaluate", "run", "--data.text", "other.txt", "--split", "all")
     assert ", 21 tokens" in called.out  # 7 + 3 + 8 characters and 3 STOPs
     assert "4 tokens are outside the vocabulary" in called.out
+
+
+def test_evaluate_says_why_n_gram_models_are_left_out(work: Path) -> None:
+    """The text of a run is known by its digest; another one in its place is evaluated, and they are not fitted to it."""
+    shutil.copytree(work / "run", work / "changed")
+    (work / "another.txt").write_text("the CAT")
+    (work / "changed.txt").write_text(f"{TEXT}\n\none more")
+    settings = work / "changed" / "config.yaml"
+    settings.write_text(settings.read_text().replace("text.txt", "changed.txt"))
+    for asked in ([], ["--data.text", "another.txt", "--split", "all"]):
+        called = succeed("evaluate", "changed", *asked)
+        assert re.fullmatch(
+            "n-gram models are left out: the text '.*changed.txt' is not the one 'changed' was .*\n", called.err
+        )
+        assert "gram" not in called.out
+        assert "unigram" not in succeed("evaluate", "changed", *asked, "--json").out
+    # It lies elsewhere now: the same text by its digest.
+    assert succeed("evaluate", "changed", "--data.text", "text.txt").out == succeed("evaluate", "run").out
 
 
 def test_generate_writes_the_same_text_for_the_same_seed(work: Path) -> None:
@@ -373,7 +394,7 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
         assert "{None}" not in text
         for option in {name for names in options for name in names if name} - {"--help"}:
             # Right as a text or a path, or understood and refused as something else.
-            expected = r"parsed|cannot read the settings 'none'|\S+ must be .* not 'none'|'none' is neither the value"
+            expected = r"parsed|cannot read 'none'|\S+ must be .* not 'none'|'none' is neither the value"
             assert re.match(f"error: ({expected})", call(*words, option, "none").err), option
 
 
@@ -389,6 +410,16 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
     called = call("train", *words)
     assert called.err == "error: seen\n"
     return seen[0]
+
+
+def test_a_file_of_settings_may_begin_with_a_byte_order_mark(
+    work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes("es: {sigma: 0.5}".encode("utf-8-sig"))
+    assert settings_of(monkeypatch, "--config", str(file)).es.sigma == 0.5
+    file.write_bytes("es: {sigma: 0.5}".encode("utf-16"))
+    assert "iconv -f UTF-16 -t UTF-8" in call("train", "--config", str(file)).err
 
 
 def test_a_line_without_options_takes_the_defaults(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +556,7 @@ MISTAKES = {
     "resume with other text": (["resume", "moved"], "text"),
     "evaluate nothing": (["evaluate", "none"], "none"),
     "evaluate on a missing text": (["evaluate", "run", "--data.text", "none.txt"], "none.txt"),
-    "evaluate on an empty split": (["evaluate", "run", "--data.text", "one.txt"], "held_out"),
+    "evaluate on an empty split": (["evaluate", "run", "--data.text", "one.txt", "--split", "train"], "train split"),
     "generate from nothing": (["generate", "none"], "none"),
     "generate without checkpoint": (["generate", "begun"], "checkpoint"),
     "negative temperature": (["generate", "run", "--temperature", "-1"], "temperature"),
@@ -626,6 +657,7 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--data.text"], "--data.text needs a value"),
         (["train", "--steps", "--seed", "1"], "--steps needs a value"),
         (["train", "--es.layer-sigma"], "--es.layer-sigma needs a name and a number"),
+        (["train", "--es.layer-sigma", "a", "1", "a", "2"], "--es.layer-sigma names a twice; leave one of them out"),
         (["train", "--es.layer-sigma", "logits", "x"], "es.layer_sigma: a value must be a number, not a text"),
         (["train", "--config"], "--config needs a value"),
         (["train", "--ledger=true"], "'true' is neither the value of an option nor a model; models are rnn, gru"),

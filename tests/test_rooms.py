@@ -18,7 +18,7 @@ FLOORS = [
     ("esjax.core.gradient",),
     ("esjax.core",),
     # What is above this line imports nothing of the package but what is there itself.
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.streams", "esjax.tokens"),
+    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.streams", "esjax.tokens", "esjax.yaml_text"),
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.layers", "esjax.models.model"),
@@ -44,7 +44,8 @@ FLOORS = [
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
     ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
-    ("esjax.data.sources", "esjax.data.vocabulary", "esjax.data.ngram", "esjax.files", "esjax.tracking"),
+    ("esjax.data.vocabulary", "esjax.data.ngram", "esjax.files", "esjax.text_files", "esjax.tracking"),
+    ("esjax.data.sources",),
     ("esjax.data.corpus", "esjax.ledger", "esjax.runs", "esjax.snapshot"),
     (
         "esjax.devices",

@@ -249,6 +249,19 @@ def test_a_damaged_record_is_one_line(begun: Path, text: str) -> None:
         resume_sweep(begun)
 
 
+def test_a_record_that_names_something_twice_is_told_the_lines(begun: Path) -> None:
+    text = (begun / "sweep.yaml").read_text() + "axes: {seed: [7]}\n"
+    (begun / "sweep.yaml").write_text(text)
+    with pytest.raises(EsjaxError, match=rf"\(axes is set twice, on lines 1 and {text.count(chr(10))};"):
+        resume_sweep(begun)
+
+
+def test_a_record_that_is_no_utf8_is_damaged(begun: Path) -> None:
+    (begun / "sweep.yaml").write_bytes((begun / "sweep.yaml").read_text().encode("utf-16"))
+    with pytest.raises(EsjaxError, match=r"sweep.yaml is damaged"):
+        resume_sweep(begun)
+
+
 def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, out: Path) -> None:
     for axes, settings, said in (
         ({"es.sigma": [0.1, -1]}, config, "above 0"),

@@ -13,6 +13,7 @@ from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.dotted import change, value_of
 from esjax.errors import EsjaxError
 from esjax.mistakes import setting_names, wrong_name
+from esjax.text_files import read_text
 
 
 class _Option(NamedTuple):
@@ -34,7 +35,12 @@ class _Option(NamedTuple):
             return _name(self.typed) == self.name
         if len(self.words) < _fewest(default):
             raise EsjaxError(f"{self.typed} needs {'a name and a number' if isinstance(default, dict) else 'a value'}")
-        return dict(zip(self.words[::2], self.words[1::2], strict=True)) if isinstance(default, dict) else self.words[0]
+        if not isinstance(default, dict):
+            return self.words[0]
+        names = self.words[::2]
+        if len(set(names)) < len(names):
+            raise EsjaxError(f"{self.typed} names {max(names, key=names.count)} twice; leave one of them out")
+        return dict(zip(names, self.words[1::2], strict=True))
 
 
 def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
@@ -54,7 +60,7 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     own = _own_options(command)
     options, loose = _cut(words, {**own, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}})
     config = [option.value(None) for option in options if option.name == "config"]
-    settings = _choose_model(_read_file(config[-1]) if config else Config(), loose)
+    settings = _choose_model(from_yaml(read_text(Path(config[-1])), config[-1]) if config else Config(), loose)
     known = {**own, **_defaults(settings)}
     values: dict[str, Any] = {}
     rest: list[str] = []
@@ -75,13 +81,6 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
         default=command(settings),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
     )
-
-
-def _read_file(path: str) -> Config:
-    try:
-        return from_yaml(Path(path).read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
 
 
 def _choose_model(settings: Config, loose: Sequence[str]) -> Config:

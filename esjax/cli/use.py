@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on whole documents, beside n-gram models."""
+    """Score a model on whole documents, beside n-gram models fitted to the documents that it was trained on."""
 
     run_folder: Run
     """Run folder."""
@@ -40,17 +40,18 @@ class Evaluate:
         for kind in loaded.own.keys() & {"loss", "reward"}:
             tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
+        if evaluation.note:
+            tell(evaluation.note)
         if self.json:
-            numbers = evaluation._asdict()
-            baselines = numbers.pop("baselines")
-            print(json_line(numbers | baselines))
+            numbers = {name: value for name, value in evaluation._asdict().items() if name not in ("baselines", "note")}
+            print(json_line(numbers | evaluation.baselines))
             return
         nats, bits = evaluation.nats_per_token, evaluation.bits_per_byte
         print(f"{nats:.4f} nats/token, {bits:.4f} bits/byte, {evaluation.tokens:,} tokens")
         if evaluation.unknown_tokens:
             print(f"{evaluation.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
         for name, value in evaluation.baselines.items():
-            print(f"{value:.4f} {name}")
+            print(f"{value:.4f} {name}, fitted to the run's training text")
 
 
 @dataclass(frozen=True)
