@@ -102,7 +102,8 @@ class DataConfig(Section):
     """The text, and how it is cut."""
 
     text: str = "builtin:shakespeare"
-    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc."""
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8; one that links lead to twice is
+    read once."""
 
     documents: Literal["paragraph", "line", "file"] = "paragraph"
     """What a document is: a run of lines up to a blank one, a line, or a whole file."""

@@ -1,7 +1,7 @@
 """A grid of runs, one after another, each in a folder of its own.
 
 sweep.yaml   the axes and the settings of what is no axis
-sweep.csv    a line for each run, best first
+sweep.csv    a line for each run, by held-out loss
 NAME/        a run folder for each combination, such as es.sigma=0.1,seed=3
 keys/        who may join, if hosts take part, see `esjax.hosts.keys`
 """
@@ -121,7 +121,10 @@ class Sweep:
         return f"<esjax sweep in {str(self.path)!r}: {counted}>"
 
     def outcomes(self) -> list[Outcome]:
-        """Say how far each run has come, best first: by held-out loss, finished ones before others."""
+        """Say how far each run has come, sorted by held-out loss, finished ones before others.
+
+        See `esjax.seed_means` for which settings are better, as far as that can be told.
+        """
         found = map(self._outcome, self.trials)
         return sorted(
             found,

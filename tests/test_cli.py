@@ -195,9 +195,13 @@ def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
 def test_tune_prints_words_to_copy(work: Path) -> None:
     words = ("--es.space", "activation", "--sigma", "0.1", "--discount", "0.7")
     assert "population_size must be a multiple of copies" in call("tune", "run", *words).err
-    lines = succeed("tune", "run", "--sigma", "0.1").out.splitlines()
-    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} \*", lines[0])
-    assert lines[1:] == ["best: --es.sigma 0.1"]
+    lines = succeed("tune", "run", "--sigma", "0.1", "0.1", "--repeats", "2").out.splitlines()
+    assert all(re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} ± \d+\.\d{4}", line) for line in lines[:2])
+    assert lines[2].startswith("no difference seen between --es.sigma 0.1, --es.sigma 0.1;")
+    lines = succeed("tune", "run", "--sigma", "0.1", "--repeats", "1").out.splitlines()
+    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4}", lines[0])
+    assert lines[1:] == ["nothing to compare --es.sigma 0.1 with; name another --sigma"]
+    assert call("tune", "run", "--repeats", "0").err == "error: repeats must be at least 1, got 0\n"
     wrong = call("tune", "run", "--sigma", "-1")
     assert wrong.code == 2
     assert wrong.err.count("\n") == 1
@@ -212,7 +216,7 @@ def test_evaluate_takes_another_text_and_says_what_is_unknown(work: Path) -> Non
 
 
 def test_evaluate_says_why_n_gram_models_are_left_out(work: Path) -> None:
-    """The text of a run is known by its digest; another one in its place is evaluated, and they are not fitted to it."""
+    """The text of a run is known by its digest; they are not fitted to another one in its place."""
     shutil.copytree(work / "run", work / "changed")
     (work / "another.txt").write_text("the CAT")
     (work / "changed.txt").write_text(f"{TEXT}\n\none more")
@@ -285,8 +289,11 @@ def test_exported_weights_come_back(work: Path, words: list[str]) -> None:
     file = words[-1] if words and words[0] == "--out" else "run.safetensors"
     assert succeed("export", "run", *words).out == f"{file}\n"
     succeed("import", file, "--out", "back")
-    for asked in (["evaluate", "--json"], ["generate", "--prompt", "the ", "--max-tokens", "20"]):
-        assert succeed(*asked, "back").out == succeed(*asked, "run").out
+    generate = ("generate", "--prompt", "the ", "--max-tokens", "20")
+    assert succeed(*generate, "back").out == succeed(*generate, "run").out
+    scores, back = (json.loads(succeed("evaluate", "--json", name).out) for name in ("run", "back"))
+    # Which text the n-gram models would have to be fitted to is not known there.
+    assert back == {name: value for name, value in scores.items() if "gram" not in name}
 
 
 def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
@@ -302,6 +309,7 @@ def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
         assert [row["step"] for row in metrics(work / "grid" / name)] == [1, 2]
         assert name in called.err
     assert (work / "grid/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "one seed: how far runs of other seeds lie apart is not known" in called.err
     again = succeed("sweep", "--resume", "grid")
     assert again.out == called.out
     assert again.err.startswith("2 of 2 runs are finished already\n")

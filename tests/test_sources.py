@@ -205,7 +205,7 @@ def test_a_place_in_a_file_is_counted_with_its_byte_order_mark(tmp_path: Path) -
     assert "at byte 10;" in refused(write(tmp_path / "text.txt", b"\xef\xbb\xbfabc def\xe9"))
 
 
-@pytest.mark.parametrize("text", ["plain text\nof two lines\n", "Где вы были\nвчера\n"])
+@pytest.mark.parametrize("text", ["plain text\nof two lines\n", "Где вы были\nвчера\n"])  # noqa: RUF001
 @pytest.mark.parametrize("mark", [True, False])
 @pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
 def test_wide_texts_are_named_and_the_command_that_is_given_converts_them(
