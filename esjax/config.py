@@ -6,12 +6,14 @@ The docstring under each field is its help on the command line.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from esjax.errors import EsjaxError
 from esjax.mistakes import explain
+from esjax.yaml_text import read_yaml
 
 Precision = Literal["float32", "bfloat16"]
 """Type of what matrix products multiply."""
@@ -24,19 +26,28 @@ MOST_WEIGHED = 2**24
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings; raises ValueError where one is of the wrong type or out of range."""
+    """A group of settings; raises ValueError where one is of the wrong type or out of range.
+
+    A mapping stands for the group of its names: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
+    """
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(type(self)):
-            value = getattr(self, field.name)
-            if hasattr(value, "item"):  # a number of numpy's
-                value = value.item()
-                msgspec.structs.force_setattr(self, field.name, value)
-            if not isinstance(value, Section):
-                try:
-                    msgspec.convert(value, field.type)
-                except msgspec.ValidationError as error:
-                    raise ValueError(f"{field.name}: {error}, got {value!r}") from error
+            value = _plain(getattr(self, field.name))
+            try:
+                msgspec.structs.force_setattr(self, field.name, msgspec.convert(value, field.type))
+            except msgspec.ValidationError as error:
+                said, here = str(error), f"`$.{field.name}"  # where it is, seen from this section
+                said = said.replace("`$", here, 1) if "`$" in said else f"{said} - at {here}`"
+                variants = VARIANTS if isinstance(self, Config) else [type(self)()]
+                raise ValueError(explain(ValueError(said), variants, {field.name: value})) from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn numbers of numpy and of JAX into Python's, in mappings, too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _check(condition: bool, message: str) -> None:
@@ -91,7 +102,8 @@ class DataConfig(Section):
     """The text, and how it is cut."""
 
     text: str = "builtin:shakespeare"
-    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc."""
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8; one that links lead to twice is
+    read once."""
 
     documents: Literal["paragraph", "line", "file"] = "paragraph"
     """What a document is: a run of lines up to a blank one, a line, or a whole file."""
@@ -416,7 +428,7 @@ def from_yaml(text: str, source: str) -> Config:
     """
     try:
         # Not strict: YAML 1.1 reads 1e-3 as a string.
-        values = msgspec.yaml.decode(text)
+        values = read_yaml(text)
         return msgspec.convert({} if values is None else values, Config, strict=False)
     except (msgspec.MsgspecError, ValueError) as error:
         raise EsjaxError(f"{source}: {explain(error, VARIANTS)}") from error

@@ -19,6 +19,7 @@ from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError
 from esjax.importing import begin_with
 from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
+from esjax.text_files import read_text
 
 
 def import_npy(weights: Path, characters: Path, out: Path) -> None:
@@ -109,8 +110,8 @@ def unflatten(flat: Float32[ndarray, " weights"], hidden: int, vocab: int, layer
 
 def _read_characters(path: Path) -> list[str]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table = json.loads(read_text(path))
+    except ValueError as error:
         raise EsjaxError(f"cannot read {str(path)!r} as JSON: {error}") from error
     if not isinstance(table, list):
         raise EsjaxError(f"{str(path)!r} is not a JSON list of characters or of [character, count] pairs")

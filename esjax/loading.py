@@ -60,6 +60,10 @@ class Loaded(Usable):
         data = self.config.data if text is None else replace(self.config.data, text=text)
         return load_corpus(data, self.vocabulary)
 
+    def _training_text(self, text: Corpus) -> Corpus:
+        folder = RunFolder(self.path)
+        return text if text.digest == folder.text_digest else load_run_corpus(folder)
+
     def _view(self) -> RunView:
         return read_run(self.path)
 

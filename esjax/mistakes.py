@@ -110,13 +110,17 @@ def explain(
         return f"a name in {here} must be a text"
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", text):
         name = f"{path}.{found[1]}".strip(".")
+        group, _, last = name.rpartition(".")
+        if "." in found[1] and name in known:
+            return f"{name} is no name by itself; write {last} in the group {group}"
         return wrong_name(name, [other for other in known if other != name], variants)
     if found := re.fullmatch(r"Object missing required field `(.*)`", text):
         choices = _choices(variants, f"{path}.{found[1]}")
         return f"{here} needs a {found[1]}: {' or '.join(choices)}"
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", text):
         written = given.get(path)
-        shown = repr(written) if isinstance(written, str) and found[2] == "str" else _in_words(found[2])
+        is_shown = isinstance(written, int | float) or (isinstance(written, str) and found[2] == "str")
+        shown = repr(written) if is_shown else _in_words(found[2])
         return f"{here} must be {' or '.join(choices) or _in_words(found[1])}, not {shown}"
     if found := re.fullmatch(r"Invalid (?:enum )?value (.*)", text):
         return f"{path} must be {' or '.join(choices)}, not {found[1]}" if choices else f"{path}: {text}"

@@ -25,6 +25,7 @@ from esjax.files import try_lock
 from esjax.names import SHOWN
 from esjax.paths import given_path, legible
 from esjax.step_info import Limits
+from esjax.yaml_text import read_yaml
 
 State = Literal["running", "finished", "stopped"]
 """running: a process holds the folder's lock. finished: it reached the limits of its settings. stopped: neither."""
@@ -366,8 +367,8 @@ def _read(path: Path, notes: list[str]) -> str:
 def _mapping(text: str, name: str, notes: list[str]) -> dict[str, Any]:
     """Read a file of JSON, or of YAML, which holds JSON, too."""
     try:
-        value = msgspec.yaml.decode(text) if text else {}
-    except (msgspec.MsgspecError, ValueError):
+        value = read_yaml(text) if text else {}
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         notes.append(f"{name} is damaged")

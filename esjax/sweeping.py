@@ -1,7 +1,7 @@
 """A grid of runs, one after another, each in a folder of its own.
 
 sweep.yaml   the axes and the settings of what is no axis
-sweep.csv    a line for each run, best first
+sweep.csv    a line for each run, by held-out loss
 NAME/        a run folder for each combination, such as es.sigma=0.1,seed=3
 keys/        who may join, if hosts take part, see `esjax.hosts.keys`
 """
@@ -21,7 +21,7 @@ import optax
 
 from esjax.axes import Trial, make_grid
 from esjax.checkpoint import kept_steps
-from esjax.config import Config, from_yaml, to_yaml
+from esjax.config import Config, from_yaml, to_plain
 from esjax.custom_code import gather
 from esjax.data.corpus import load_corpus, locate_text
 from esjax.data.sources import locate
@@ -40,6 +40,7 @@ from esjax.run_folder import check_own
 from esjax.runs import RunView, has_reached, read_run
 from esjax.step_info import Limits
 from esjax.training import Trainer, resume, train
+from esjax.yaml_text import read_yaml
 
 RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
 
@@ -140,7 +141,10 @@ class Sweep:
         return f"<esjax sweep in {str(self.path)!r}: {counted}>"
 
     def outcomes(self) -> list[Outcome]:
-        """Say how far each run has come, best first: by held-out loss, finished ones before others."""
+        """Say how far each run has come, sorted by held-out loss, finished ones before others.
+
+        See `esjax.seed_means` for which settings are better, as far as that can be told.
+        """
         found = map(self._outcome, self.trials)
         return sorted(
             found,
@@ -349,7 +353,7 @@ class _Record(NamedTuple):
 def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
     axes, config = wanted.axes, wanted.config
-    record = {"axes": axes, "settings": msgspec.yaml.decode(to_yaml(config))}
+    record = {"axes": axes, "settings": to_plain(config)}
     if wanted.own:
         record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
     try:
@@ -381,19 +385,17 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
 def _read_record(path: Path) -> _Record:
     source = path / RECORD
     try:
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EsjaxError(
-            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
-        ) from error
-    try:
-        record = msgspec.yaml.decode(text)
+        record = read_yaml(source.read_text(encoding="utf-8"))
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
         settings = msgspec.yaml.encode(record["settings"]).decode()
         own = msgspec.convert(record.get("own", {}), dict[str, str])
         code = msgspec.convert(record.get("code", {}), dict[str, Code])
+    except OSError as error:
+        raise EsjaxError(
+            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
+        ) from error
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
-        raise EsjaxError(f"{source} is damaged; restore it from a copy") from error
+        raise EsjaxError(f"{source} is damaged ({error}); restore it from a copy") from error
     return _Record(axes, from_yaml(settings, str(source)), own, code)
 
 

@@ -30,7 +30,9 @@ class Evaluation(NamedTuple):
         bits_per_byte: The same per UTF-8 byte of the documents, one more for the end of each.
         tokens: Tokens scored.
         unknown_tokens: Tokens among them that are outside the vocabulary and were scored as UNK.
-        baselines: Nats per token of n-gram models, over the same documents, by name: unigram, bigram, trigram.
+        baselines: Nats per token of n-gram models, over the same documents, by name: unigram, bigram, trigram. They
+            are fitted to the text that the run was trained on; empty where that is not to be found.
+        note: Why there are no baselines, or "".
     """
 
     nats_per_token: float
@@ -38,10 +40,13 @@ class Evaluation(NamedTuple):
     tokens: int
     unknown_tokens: int
     baselines: Mapping[str, float]
+    note: str = ""
 
     def __repr__(self) -> str:
         """Show as many digits as mean something."""
         values = {**self._asdict(), "baselines": {name: round(value, 4) for name, value in self.baselines.items()}}
+        if not self.note:
+            del values["note"]
         shown = (f"{key}={round(value, 4) if isinstance(value, float) else value}" for key, value in values.items())
         return f"Evaluation({', '.join(shown)})"
 
@@ -90,7 +95,7 @@ class Trained:
         return float(self._score(params, *lanes))
 
     def score(
-        self, params: Params, documents: Sequence[ndarray], size: int, baselines: Mapping[str, float]
+        self, params: Params, documents: Sequence[ndarray], size: int, baselines: Mapping[str, float], note: str = ""
     ) -> Evaluation:
         """Score whole documents.
 
@@ -99,11 +104,12 @@ class Trained:
             documents: Encoded documents.
             size: UTF-8 bytes of the documents, one more for the end of each.
             baselines: What n-gram models have for the same documents.
+            note: Why there are none, or "".
         """
         nats = self.loss(params, self.lanes(documents))
         tokens = sum(len(document) + 1 for document in documents)
         unknown = sum(int(np.count_nonzero(document == UNK)) for document in documents)
-        return Evaluation(nats, nats * tokens / size / math.log(2), tokens, unknown, baselines)
+        return Evaluation(nats, nats * tokens / size / math.log(2), tokens, unknown, baselines, note)
 
     def write(
         self,

@@ -144,6 +144,9 @@ class Trainer(Usable):
             return self.corpus
         return load_corpus(replace(self.config.data, text=text), self.corpus.vocabulary)
 
+    def _training_text(self, text: Corpus) -> Corpus:
+        return self.corpus
+
     def _view(self) -> RunView:
         """Return what its folder holds, or without one what was measured since `train` was called."""
         if self.folder:

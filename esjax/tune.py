@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from esjax.comparing import front_runners, half_width
 from esjax.config import Config, replace
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
@@ -22,7 +23,7 @@ SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 DISCOUNTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 """Discounts that are tried, unless others are named."""
 
-REPEATS = 4
+REPEATS = 8
 """Steps over which a cosine is averaged."""
 
 
@@ -32,16 +33,40 @@ class Tried(NamedTuple):
     Attributes:
         sigma: Size of the noise.
         discount: Discount, or None where there is none.
-        cosine: Mean cosine of the estimate with the exact gradient.
-        leaves: The same of each leaf.
-        best: Whether it is the best so far.
+        cosines: Cosine of the estimate with the exact gradient in each repeat. The windows and the signs of the noise
+            of a repeat are the same for all settings.
+        leaves: Mean cosine of each leaf.
+        own: Whether these are the settings of the run.
     """
 
     sigma: float
     discount: float | None
-    cosine: float
+    cosines: tuple[float, ...]
     leaves: dict[str, float]
-    best: bool
+    own: bool
+
+    @property
+    def cosine(self) -> float:
+        """Mean over the repeats."""
+        return float(np.mean(self.cosines))
+
+    @property
+    def interval(self) -> float:
+        """Half of the 95% interval of the mean; infinity for a single repeat."""
+        return half_width(self.cosines)
+
+
+def not_told_apart(tried: Sequence[Tried]) -> list[Tried]:
+    """List the setting of the highest mean cosine, and those that are not seen to differ from it.
+
+    Args:
+        tried: What `tune` gave, at the same repeats.
+
+    Returns:
+        The highest first. The others are those for which the 95% interval of the difference of cosines, over the
+        repeats, includes 0.
+    """
+    return [tried[i] for i in front_runners([one.cosines for one in tried])]
 
 
 def tune(
@@ -55,14 +80,16 @@ def tune(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
-    """Try sizes of noise, then, in space activation, discounts with the best of them.
+    """Try sizes of noise, then, in space activation, discounts with one of them.
+
+    That one is the run's own size, if it is not seen to differ from the best, see `not_told_apart`; else the best.
 
     Args:
         path: Run folder; its newest weights are used, and nothing is trained.
         sigmas: Sizes of the noise.
         discounts: Discounts.
         space: Another space than the run's.
-        repeats: Steps over which a cosine is averaged.
+        repeats: Steps over which a cosine is averaged, at least 1; differences are told from 2 on.
         text: Where the run's text is now, as the setting data.text; None: where it was.
         model: The run's own model, if it was trained with one, see `esjax.load`.
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
@@ -71,6 +98,8 @@ def tune(
         EsjaxError: It is no run folder, its text has changed, it has a loss or a reward of its own, or no
             checkpoint is whole.
     """
+    if repeats < 1:
+        raise EsjaxError(f"repeats must be at least 1, got {repeats}")
     folder = RunFolder(given_path(path))
     for kind in ("loss", "reward"):
         if kind in folder.own:
@@ -87,27 +116,25 @@ def tune(
     params = jax.device_get(read_weights(folder, built, tell).params)
     stream = corpus.stream()
 
-    def attempt(best: Tried | None, **changes: Any) -> Tried:
+    def attempt(**changes: Any) -> Tried:
         chosen = _with(config, **changes)
         found = [*gradient_cosines(chosen, built, params, stream, local_mesh(), repeats)]
-        cosine = float(np.mean([compared.cosine for compared in found]))
+        cosines = tuple(compared.cosine for compared in found)
         leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
         discount = chosen.es.discount if chosen.es.space == "activation" else None
-        return Tried(chosen.es.sigma, discount, cosine, leaves, best is None or cosine > best.cosine)
+        return Tried(chosen.es.sigma, discount, cosines, leaves, chosen.es == folder.config.es)
 
-    best: Tried | None = None
+    tried = []
     for sigma in sigmas:
-        tried = attempt(best, sigma=sigma)
-        best = tried if tried.best else best
-        yield tried
-    if best is None or best.discount is None:
+        tried.append(attempt(sigma=sigma))
+        yield tried[-1]
+    ahead = not_told_apart(tried)
+    if not ahead or ahead[0].discount is None:
         return
-    tried_already = best.discount
+    base = next((one for one in ahead if one.own), ahead[0])
     for discount in discounts:
-        if discount != tried_already:
-            tried = attempt(best, sigma=best.sigma, discount=discount)
-            best = tried if tried.best else best
-            yield tried
+        if discount != base.discount:
+            yield attempt(sigma=base.sigma, discount=discount)
 
 
 def _with(config: Config, **changes: Any) -> Config:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from esjax.data.corpus import Corpus, Split
+from esjax.errors import EsjaxError
 from esjax.models.model import Params
 from esjax.runs import RunView
 from esjax.trained import Evaluation, Trained, Written
@@ -31,6 +32,14 @@ class Usable(ABC):
     @abstractmethod
     def _text(self, text: str | None) -> Corpus:
         """Read a text, as the setting data.text names it, with the run's vocabulary; None: its own."""
+
+    @abstractmethod
+    def _training_text(self, text: Corpus) -> Corpus:
+        """Return the text that the run was trained on: the one given, if it is that.
+
+        Raises:
+            EsjaxError: It cannot be found, or has changed.
+        """
 
     @abstractmethod
     def _view(self) -> RunView:
@@ -63,7 +72,10 @@ class Usable(ABC):
         return trained.search(params, prompt, **settings)
 
     def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
-        """Score whole documents, beside n-gram models fitted to the training split of the same text.
+        """Score whole documents, beside n-gram models fitted to the training split of the run's own text.
+
+        So an n-gram model knows as much of another text as the model itself does. Where the run's own text cannot be
+        found, or has changed, they are left out, and the `note` of what is returned says so.
 
         Args:
             text: As the setting data.text; None: the run's own.
@@ -75,8 +87,14 @@ class Usable(ABC):
         trained, params = self._now()
         corpus = self._text(text)
         documents, size = corpus.split(split)
-        known = self.baselines if text is None and split == "held_out" else {}  # they take seconds
-        return trained.score(params, documents, size, known or corpus.baselines(documents))
+        baselines = self.baselines if text is None and split == "held_out" else {}  # they take seconds
+        note = ""
+        if not baselines:
+            try:
+                baselines = self._training_text(corpus).baselines(documents)
+            except EsjaxError as error:
+                note = f"n-gram models are left out: {str(error).partition(';')[0]}"
+        return trained.score(params, documents, size, baselines, note)
 
     def plot(self, **settings: Any) -> "Figure":
         """Draw the run's curves, as far as they go.

@@ -182,7 +182,10 @@ def test_a_run_is_shown_to_trackers_and_shows_its_metrics(work: Path) -> None:
 def test_evaluate_prints_the_score_beside_the_baselines(work: Path) -> None:
     lines = succeed("evaluate", "run").out.splitlines()
     assert re.fullmatch(r"\d+\.\d{4} nats/token, \d+\.\d{4} bits/byte, \d+ tokens", lines[0])
-    assert [line.split()[1] for line in lines[1:]] == ["unigram", "bigram", "trigram"]
+    names = ("unigram", "bigram", "trigram")
+    assert [line.split(maxsplit=1)[1] for line in lines[1:]] == [
+        f"{name}, fitted to the run's training text" for name in names
+    ]
     # The run's last figure, by the same weights on the same documents.
     assert float(lines[0].split()[0]) == pytest.approx(metrics(work / "run")[-1]["held_out"], abs=1e-4)
 
@@ -213,9 +216,13 @@ def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
 def test_tune_prints_words_to_copy(work: Path) -> None:
     words = ("--es.space", "activation", "--sigma", "0.1", "--discount", "0.7")
     assert "population_size must be a multiple of copies" in call("tune", "run", *words).err
-    lines = succeed("tune", "run", "--sigma", "0.1").out.splitlines()
-    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} \*", lines[0])
-    assert lines[1:] == ["best: --es.sigma 0.1"]
+    lines = succeed("tune", "run", "--sigma", "0.1", "0.1", "--repeats", "2").out.splitlines()
+    assert all(re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} ± \d+\.\d{4}", line) for line in lines[:2])
+    assert lines[2].startswith("no difference seen between --es.sigma 0.1, --es.sigma 0.1;")
+    lines = succeed("tune", "run", "--sigma", "0.1", "--repeats", "1").out.splitlines()
+    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4}", lines[0])
+    assert lines[1:] == ["nothing to compare --es.sigma 0.1 with; name another --sigma"]
+    assert call("tune", "run", "--repeats", "0").err == "error: repeats must be at least 1, got 0\n"
     wrong = call("tune", "run", "--sigma", "-1")
     assert wrong.code == 2
     assert wrong.err.count("\n") == 1
@@ -227,6 +234,24 @@ def test_evaluate_takes_another_text_and_says_what_is_unknown(work: Path) -> Non
     called = succeed("evaluate", "run", "--data.text", "other.txt", "--split", "all")
     assert ", 21 tokens" in called.out  # 7 + 3 + 8 characters and 3 STOPs
     assert "4 tokens are outside the vocabulary" in called.out
+
+
+def test_evaluate_says_why_n_gram_models_are_left_out(work: Path) -> None:
+    """The text of a run is known by its digest; they are not fitted to another one in its place."""
+    shutil.copytree(work / "run", work / "changed")
+    (work / "another.txt").write_text("the CAT")
+    (work / "changed.txt").write_text(f"{TEXT}\n\none more")
+    settings = work / "changed" / "config.yaml"
+    settings.write_text(settings.read_text().replace("text.txt", "changed.txt"))
+    for asked in ([], ["--data.text", "another.txt", "--split", "all"]):
+        called = succeed("evaluate", "changed", *asked)
+        assert re.fullmatch(
+            "n-gram models are left out: the text '.*changed.txt' is not the one 'changed' was .*\n", called.err
+        )
+        assert "gram" not in called.out
+        assert "unigram" not in succeed("evaluate", "changed", *asked, "--json").out
+    # It lies elsewhere now: the same text by its digest.
+    assert succeed("evaluate", "changed", "--data.text", "text.txt").out == succeed("evaluate", "run").out
 
 
 def test_generate_writes_the_same_text_for_the_same_seed(work: Path) -> None:
@@ -290,8 +315,11 @@ def test_exported_weights_come_back(work: Path, words: list[str]) -> None:
     file = words[-1] if words and words[0] == "--out" else "run.safetensors"
     assert succeed("export", "run", *words).out == f"{work / file}\n"
     succeed("import", file, "--out", "back")
-    for asked in (["evaluate", "--json"], ["generate", "--prompt", "the ", "--max-tokens", "20"]):
-        assert succeed(*asked, "back").out == succeed(*asked, "run").out
+    generate = ("generate", "--prompt", "the ", "--max-tokens", "20")
+    assert succeed(*generate, "back").out == succeed(*generate, "run").out
+    scores, back = (json.loads(succeed("evaluate", "--json", name).out) for name in ("run", "back"))
+    # Which text the n-gram models would have to be fitted to is not known there.
+    assert back == {name: value for name, value in scores.items() if "gram" not in name}
 
 
 def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
@@ -307,6 +335,7 @@ def test_a_sweep_ends_with_a_table_and_says_how_to_go_on(work: Path) -> None:
         assert [row["step"] for row in metrics(work / "grid" / name)] == [1, 2]
         assert name in called.err
     assert (work / "grid/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "one seed: how far runs of other seeds lie apart is not known" in called.err
     again = succeed("sweep", "--resume", "grid")
     assert again.out == called.out
     assert again.err.startswith("2 of 2 runs are finished already\n")
@@ -399,7 +428,7 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
         assert "{None}" not in text
         for option in {name for names in options for name in names if name} - {"--help"}:
             # Right as a text or a path, or understood and refused as something else.
-            expected = r"parsed|cannot read the settings 'none'|\S+ must be .* not 'none'|'none' is neither the value"
+            expected = r"parsed|cannot read 'none'|\S+ must be .* not 'none'|'none' is neither the value"
             assert re.match(f"error: ({expected})", call(*words, option, "none").err), option
 
 
@@ -415,6 +444,16 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
     called = call("train", *words)
     assert called.err == "error: seen\n"
     return seen[0]
+
+
+def test_a_file_of_settings_may_begin_with_a_byte_order_mark(
+    work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes("es: {sigma: 0.5}".encode("utf-8-sig"))
+    assert settings_of(monkeypatch, "--config", str(file)).es.sigma == 0.5
+    file.write_bytes("es: {sigma: 0.5}".encode("utf-16"))
+    assert "iconv -f UTF-16 -t UTF-8" in call("train", "--config", str(file)).err
 
 
 def test_a_line_without_options_takes_the_defaults(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +590,7 @@ MISTAKES = {
     "resume with other text": (["resume", "moved"], "text"),
     "evaluate nothing": (["evaluate", "none"], "none"),
     "evaluate on a missing text": (["evaluate", "run", "--data.text", "none.txt"], "none.txt"),
-    "evaluate on an empty split": (["evaluate", "run", "--data.text", "one.txt"], "held_out"),
+    "evaluate on an empty split": (["evaluate", "run", "--data.text", "one.txt", "--split", "train"], "train split"),
     "generate from nothing": (["generate", "none"], "none"),
     "generate without checkpoint": (["generate", "begun"], "checkpoint"),
     "negative temperature": (["generate", "run", "--temperature", "-1"], "temperature"),
@@ -652,6 +691,7 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--data.text"], "--data.text needs a value"),
         (["train", "--steps", "--seed", "1"], "--steps needs a value"),
         (["train", "--es.layer-sigma"], "--es.layer-sigma needs a name and a number"),
+        (["train", "--es.layer-sigma", "a", "1", "a", "2"], "--es.layer-sigma names a twice; leave one of them out"),
         (["train", "--es.layer-sigma", "logits", "x"], "es.layer_sigma: a value must be a number, not a text"),
         (["train", "--config"], "--config needs a value"),
         (["train", "--ledger=true"], "'true' is neither the value of an option nor a model; models are rnn, gru"),

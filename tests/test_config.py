@@ -3,10 +3,12 @@
 import ast
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -174,6 +176,7 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ),
         ("es: {pairing: split, pairs_per_window: 1}", "es.pairs_per_window must be at least 2, got 1"),
         ("seed: -1", "seed must be at least 0 and below 2^32, got -1"),
+        ("es.sigma: 1", "es.sigma is no name by itself; write sigma in the group es"),
     ],
 )
 def test_a_mistake_is_said_in_our_words(text: str, said: str) -> None:
@@ -187,6 +190,47 @@ def test_text_that_holds_no_settings_is_one_line(text: str) -> None:
     with pytest.raises(EsjaxError, match=r"^my/config.yaml: ") as caught:
         from_yaml(text, "my/config.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("es: {sigma: 1}\nseed: 1\nes: {sigma: 2}", "es is set twice, on lines 1 and 3; leave one of them out"),
+        ("es:\n  sigma: 1\n  rank: 1\n  sigma: 1", "es.sigma is set twice, on lines 2 and 4; leave one of them out"),
+        ("es: {sigma: 1, 'sigma': 2}", "es.sigma is set twice, on line 1; leave one of them out"),
+        (
+            '{"es": {"layer_sigma": {"a": 1, "a": 2}}}',
+            "es.layer_sigma.a is set twice, on line 1; leave one of them out",
+        ),
+        (
+            "data: &d {window: 8,\n  window: 9}\nes: *d",
+            "data.window is set twice, on lines 1 and 2; leave one of them out",
+        ),
+        ("es:\n  <<: {rank: 2}\n  <<: {sigma: 1}", "es.<< is set twice, on lines 2 and 3; leave one of them out"),
+    ],
+)
+def test_a_name_that_is_set_twice_is_named_with_both_lines(text: str, said: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        from_yaml(text, "file")
+    assert str(caught.value) == f"file: {said}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "es:\n  <<: &base {sigma: 1, rank: 2}\n  sigma: 0.5",
+        "es:\n  sigma: 0.5\n  <<: [{sigma: 1}, {sigma: 2, rank: 2}]",
+        '{"es": {"sigma": 0.5,\n"rank": 2}}',
+    ],
+)
+def test_what_a_merge_brings_along_may_be_set_anew(text: str) -> None:
+    assert from_yaml(text, "file") == Config(es=EsConfig(sigma=0.5, rank=2))
+
+
+@pytest.mark.parametrize("text", ["&a [*a]", "es: &a {layer_sigma: *a}", "es: &a [*a]"])
+def test_yaml_that_holds_itself_is_no_settings(text: str) -> None:
+    with pytest.raises(EsjaxError, match=r"^file: "):
+        from_yaml(text, "file")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing set\n"])
@@ -224,6 +268,60 @@ def test_replace_changes_a_copy_and_checks_it() -> None:
 def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named: str) -> None:
     with pytest.raises(ValueError, match=f"^{named}"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Config(es=3), "es must be a group of settings, not 3"),  # type: ignore[arg-type]
+        (lambda: Config(es=None), "es must be a group of settings, not None"),  # type: ignore[arg-type]
+        (lambda: Config(es=OptimConfig()), "es must be a group of settings, not OptimConfig"),  # type: ignore[arg-type]
+        (lambda: Config(model="rnn"), "model must be a group of settings, not 'rnn'"),  # type: ignore[arg-type]
+        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru"),  # type: ignore[arg-type]
+        (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number, not a text"),  # type: ignore[arg-type]
+        (lambda: Config(es={"sigma": -1}), "es.sigma must be above 0 and finite, got -1.0"),  # type: ignore[arg-type]
+        (
+            lambda: Config(es={"sigm": 1}),  # type: ignore[arg-type]
+            "there is no setting es.sigm; did you mean es.sigma?",
+        ),
+        (
+            lambda: Config(es={"layer_sigma": {1: 2.0}}),  # type: ignore[arg-type]
+            "a name in es.layer_sigma must be a text",
+        ),
+        (lambda: EsConfig(sigma="0.1"), "sigma must be a number, not '0.1'"),  # type: ignore[arg-type]
+        (lambda: EsConfig(sigma=np.ones(2)), "sigma must be a number, not numpy.ndarray"),  # type: ignore[arg-type]
+        (lambda: EsConfig(rank=1.5), "rank must be a whole number, not 1.5"),  # type: ignore[arg-type]
+        (lambda: EsConfig(exact_logits="no"), "exact_logits must be true or false, not 'no'"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_type_is_named_where_it_is_given(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"es": {"sigma": 0.1}}, {"es": EsConfig(sigma=0.1)}),
+        ({"es": MappingProxyType({"sigma": np.float32(0.25)})}, {"es": EsConfig(sigma=0.25)}),
+        ({"es": {"layer_sigma": {"a": np.float32(0.25)}}}, {"es": EsConfig(layer_sigma={"a": 0.25})}),
+        ({"data": {"window": 8}, "optim": {}}, {"data": DataConfig(window=8)}),
+        ({"model": {"name": "rnn", "n_layers": 2}}, {"model": RnnConfig(n_layers=2)}),
+        ({"hosts": {"digest_interval": 3}}, {"hosts": HostsConfig(digest_interval=3)}),
+        ({"seconds": 60, "es": {"sigma": 1}}, {"seconds": 60.0, "es": EsConfig(sigma=1.0)}),
+    ],
+)
+def test_a_mapping_stands_for_the_settings_that_it_names(given: Any, meant: Any) -> None:
+    for config in (Config(**given), replace(Config(), **given)):
+        assert config == Config(**meant)
+        assert to_yaml(config) == to_yaml(Config(**meant))
+
+
+def test_settings_do_not_change_with_the_mapping_that_they_were_made_of() -> None:
+    layers = {"a": 0.5}
+    config = EsConfig(layer_sigma=layers)
+    layers["a"] = -1.0
+    assert config.layer_sigma == {"a": 0.5}
 
 
 def sections_in_source() -> dict[str, ast.ClassDef]:

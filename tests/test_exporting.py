@@ -68,7 +68,11 @@ def test_safetensors_come_back_as_they_were(runs: Callable[[str], Path], name: s
     assert_same(runs(name), tmp_path / "back")
     loaded = load(tmp_path / "back")
     assert loaded.config == load(runs(name)).config
-    assert loaded.evaluate() == load(runs(name)).evaluate()
+    evaluation = load(runs(name)).evaluate()
+    assert loaded.evaluate()[:4] == evaluation[:4]
+    # Which text the n-gram models would have to be fitted to is not known here.
+    assert (len(evaluation.baselines), loaded.evaluate().baselines) == (3, {})
+    assert "imported weights and no text" in loaded.evaluate().note
     (again,) = export(tmp_path / "back", tmp_path / "again.safetensors")
     tensors = [safetensors.numpy.load_file(path) for path in (file, again)]
     assert tensors[0].keys() == tensors[1].keys()

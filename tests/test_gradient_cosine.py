@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
+from esjax.cli.use import conclusion
 from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.data.packing import pack_stream
 from esjax.errors import EsjaxError
 from esjax.gradient_cosine import GradientCosine, _compare, gradient_cosines
 from esjax.models import gru
 from esjax.training import train
-from esjax.tune import tune
+from esjax.tune import Tried, tune
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -87,15 +88,45 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tuning_tries_sigmas_and_then_discounts(run: Path) -> None:
-    """Far too much noise is worse than little of it, the best so far is marked, and the run stays as it is."""
+    """Far too much noise is worse than little of it, and the run stays as it is."""
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    tried = [*tune(run, sigmas=(0.05, 5.0), discounts=(0.3, 0.7), repeats=1)]
+    tried = [*tune(run, sigmas=(0.05, 5.0), discounts=(0.3, 0.7), repeats=2)]
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
     assert [(one.sigma, one.discount) for one in tried] == [(0.05, 0.7), (5.0, 0.7), (0.05, 0.3)]
-    assert tried[0].best
-    assert not tried[1].best
     assert tried[1].cosine < tried[0].cosine
-    assert tried[2].best == (tried[2].cosine > tried[0].cosine)
+    assert not any(one.own for one in tried)  # the run has sigma 0.2
+
+
+def test_discounts_are_tried_with_the_runs_own_sigma_unless_another_is_seen_to_be_better(run: Path) -> None:
+    tried = [*tune(run, sigmas=(0.19, 0.2), discounts=(0.3,), repeats=2)]
+    assert [one.own for one in tried] == [False, True, False]
+    assert tried[2].sigma == 0.2  # nobody sees a difference of 5% of sigma in two steps
+
+
+def tried(sigma: float, *cosines: float, own: bool = False) -> Tried:
+    return Tried(sigma, None, cosines, {}, own)
+
+
+@pytest.mark.parametrize(
+    ("all_tried", "said"),
+    [
+        # Differences of 0.0100 and 0.0101: what both repeats have in common is larger, and cancels.
+        ([tried(0.1, 0.1, 0.2), tried(0.2, 0.09, 0.1899)], "best: --es.sigma 0.1"),
+        (
+            [tried(0.1, 0.0154, 0.0150), tried(0.2, 0.0140, 0.0163, own=True), tried(0.4, 0.001, 0.0006)],
+            "no difference seen between --es.sigma 0.1, --es.sigma 0.2; the run's own, --es.sigma 0.2, is among them; "
+            "more --repeats tell smaller differences",
+        ),
+        ([tried(0.1, 0.3, 0.3)], "nothing to compare --es.sigma 0.1 with; name another --sigma"),
+        ([tried(0.1, float("nan"))], "no setting has a cosine with the exact gradient: an estimate is 0 or not finite"),
+        (
+            [Tried(0.1, 0.7, (0.2, 0.2), {}, True), Tried(0.1, 0.5, (0.3, 0.3), {}, False)],
+            "best: --es.sigma 0.1 --es.discount 0.5",
+        ),
+    ],
+)
+def test_a_best_setting_is_named_where_differences_exclude_zero(all_tried: list[Tried], said: str) -> None:
+    assert conclusion(all_tried) == said
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

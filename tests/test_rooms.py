@@ -18,7 +18,7 @@ FLOORS = [
     ("esjax.core.gradient",),
     ("esjax.core",),
     # What is above this line imports nothing of the package but what is there itself.
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.names", "esjax.streams", "esjax.tokens"),
+    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.names", "esjax.streams", "esjax.tokens", "esjax.yaml_text"),
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.layers", "esjax.models.model"),
@@ -29,7 +29,15 @@ FLOORS = [
     ("esjax.summing",),
     ("esjax.estimator",),
     ("esjax.score", "esjax.generate", "esjax.optimizer", "esjax.transformation", "esjax.own"),
-    ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts", "esjax.curves", "esjax.page"),
+    (
+        "esjax.step_info",
+        "esjax.data",
+        "esjax.data.packing",
+        "esjax.hosts",
+        "esjax.comparing",
+        "esjax.curves",
+        "esjax.page",
+    ),
     ("esjax.data.delivery", "esjax.hosts.wire"),
     (
         "esjax.hosts.effects",
@@ -46,14 +54,15 @@ FLOORS = [
     # Above this line everything is pure: no clock, file, socket, environment or logging.
     ("esjax.paths",),
     (
-        "esjax.data.sources",
         "esjax.data.vocabulary",
         "esjax.data.ngram",
         "esjax.files",
         "esjax.terminal",
+        "esjax.text_files",
         "esjax.tracking",
         "esjax.custom_code",
     ),
+    ("esjax.data.sources",),
     ("esjax.data.corpus", "esjax.ledger", "esjax.runs", "esjax.snapshot"),
     (
         "esjax.devices",
@@ -95,7 +104,7 @@ FLOORS = [
     ("esjax.hosts.serve", "esjax.training", "esjax.replaying"),
     ("esjax.progress", "esjax.sweeping", "esjax.page.report", "esjax.page.follow"),
     ("esjax.page.server",),
-    ("esjax.cli.shared", "esjax.sweep_plot"),
+    ("esjax.cli.shared", "esjax.sweep_plot", "esjax.seed_means"),
     ("esjax.cli.exchange", "esjax.cli.hosts", "esjax.cli.look", "esjax.cli.sweep", "esjax.cli.train", "esjax.cli.use"),
     ("esjax.cli.settings",),
     ("esjax.cli",),

@@ -1,8 +1,13 @@
 """From the name of a text to documents on two sides, against texts written out by hand."""
 
+import bz2
+import gzip
 import importlib.util
+import lzma
 import math
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esjax.config import DataConfig
+from esjax.data.corpus import load_corpus
 from esjax.data.sources import load_documents, locate, split_documents
+from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 
 needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -86,6 +94,50 @@ def test_a_file_named_like_a_glob_is_a_file(tmp_path: Path) -> None:
     assert load_documents(write(tmp_path / "[a].txt", "this"), "file").documents == ["this"]
 
 
+BY_EITHER_WAY = pytest.mark.parametrize("way", ["", "/**", "/**/*.txt", "/**/**/*.txt"])
+"""A folder, and globs that match all of its texts."""
+
+
+@BY_EITHER_WAY
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path: Path, way: str) -> None:
+    """Two links that lead back have 2^40 paths to each text before the system gives up."""
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "deep" / "b.txt", "b")
+    (tmp_path / "again").symlink_to(".")
+    (tmp_path / "deep" / "back").symlink_to("..")
+    assert load_documents(f"{tmp_path}{way}", "file").documents == ["a", "b"]
+
+
+@BY_EITHER_WAY
+def test_links_are_followed_and_a_file_of_several_names_is_read_once(tmp_path: Path, way: str) -> None:
+    """One file by its name, a link, a hard link, a linked folder; a copy is another file, though of the same text."""
+    write(tmp_path / "elsewhere" / "far.txt", "far")
+    folder = tmp_path / "texts"
+    first = Path(write(folder / "b.txt", "b"))
+    (folder / "a.txt").symlink_to("b.txt")
+    (folder / "c.txt").hardlink_to(first)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "linked_again").symlink_to(tmp_path / "elsewhere")
+    write(folder / "z.txt", "b")
+    assert load_documents(f"{folder}{way}", "file").documents == ["b", "far", "b"]
+
+
+def test_names_in_a_glob_are_taken_through_links(tmp_path: Path) -> None:
+    """`again` is the folder that `**` is in already: by name it is entered all the same."""
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "again").symlink_to(".")
+    for pattern in ("again/*.txt", "**/again/*.txt", "*/*.txt"):
+        assert load_documents(str(tmp_path / pattern), "file").documents == ["a"]
+
+
+def test_a_glob_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "deep" / "a.txt", "a")
+    write(tmp_path / ".hidden" / "b.txt", "b")
+    monkeypatch.chdir(tmp_path)
+    assert load_documents("**/*.txt", "file").documents == ["a"]
+    assert load_documents("**", "file").documents == ["a"]
+
+
 def test_pydoc_holds_the_topics_of_the_standard_library() -> None:
     from pydoc_data.topics import topics
 
@@ -148,6 +200,52 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(tmp_path: Path) -> None
     assert "byte 3" in message
 
 
+def test_a_place_in_a_file_is_counted_with_its_byte_order_mark(tmp_path: Path) -> None:
+    """Three bytes of the mark, then seven before the wrong one."""
+    assert "at byte 10;" in refused(write(tmp_path / "text.txt", b"\xef\xbb\xbfabc def\xe9"))
+
+
+@pytest.mark.parametrize("text", ["plain text\nof two lines\n", "Где вы были\nвчера\n"])  # noqa: RUF001
+@pytest.mark.parametrize("mark", [True, False])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_wide_texts_are_named_and_the_command_that_is_given_converts_them(
+    tmp_path: Path, encoding: str, mark: bool, text: str
+) -> None:
+    source = write(tmp_path / "my text.txt", (("\ufeff" if mark else "") + text).encode(encoding))
+    message = refused(source)
+    assert encoding.removesuffix("LE").removesuffix("BE") in message
+    subprocess.run(message[message.index("iconv ") :], shell=True, check=True)
+    assert load_documents(f"{source}.utf8", "file").documents == [text.strip("\n")]
+
+
+def test_a_text_of_another_encoding_is_told_how_to_convert_it(tmp_path: Path) -> None:
+    source = write(tmp_path / "latin.txt", "déjà vu\n".encode("latin-1"))
+    command = refused(source).partition("iconv ")[2].partition(";")[0]
+    subprocess.run(f"iconv {command}", shell=True, check=True)
+    assert load_documents(f"{source}.utf8", "file").documents == ["déjà vu"]
+
+
+def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
+    source = write(tmp_path / "text.txt", "é, five bytes before it:".encode()[:5] + b"\0 and after")
+    message = refused(source)
+    assert "the first at byte 5" in message
+    subprocess.run(message[message.index("tr ") :], shell=True, check=True)
+    assert load_documents(f"{source}.utf8", "file").documents == ["é, f and after"]
+
+
+@pytest.mark.parametrize(
+    ("packer", "compress"), [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_a_packed_file_is_named(tmp_path: Path, packer: str, compress: Callable[[bytes], bytes]) -> None:
+    assert f"packed by {packer}; unpack it" in refused(write(tmp_path / "text", compress(b"a text of some length")))
+
+
+def test_a_text_that_begins_like_a_packed_file_is_a_text(tmp_path: Path) -> None:
+    assert load_documents(write(tmp_path / "text.txt", "BZh9 stands for bzip2"), "file").documents == [
+        "BZh9 stands for bzip2"
+    ]
+
+
 @needs_permissions
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "secret.txt", "a")
@@ -197,10 +295,13 @@ def test_nothing_is_held_out_at_a_share_of_zero() -> None:
     assert split_documents(documents, 0.0) == (documents, [])
 
 
-def test_nothing_left_to_train_on_is_refused() -> None:
+def test_nothing_left_to_train_on_is_refused(tmp_path: Path) -> None:
+    """A text to be evaluated alone, by a vocabulary that there is, may be held out as a whole."""
+    data = DataConfig(text=write(tmp_path / "text.txt", "only"), held_out=1 - 2**-53)
     with pytest.raises(EsjaxError, match=r"held_out") as caught:
-        split_documents(["only"], 1 - 2**-53)
+        load_corpus(data)
     assert "\n" not in str(caught.value)
+    assert load_corpus(data, Vocabulary("byte")).split("all")[1] == len("only") + 1
 
 
 def test_what_has_that_very_name_comes_before_a_glob(tmp_path: Path) -> None:

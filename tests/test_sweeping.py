@@ -19,13 +19,14 @@ from test_axes import BASE as OTHER_SETTINGS
 
 import esjax
 from esjax.checkpoint import digest
-from esjax.cli.sweep import _table
+from esjax.cli.sweep import _table, conclusion
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.serve import Server
 from esjax.loading import load
 from esjax.run_folder import RunFolder
+from esjax.seed_means import seed_means
 from esjax.sweep_plot import choose_axis, draw, make_figure
 from esjax.sweeping import Hosts, Outcome, Sweep, resume_sweep, sweep
 from esjax.training import Trainer, resume, train
@@ -265,6 +266,19 @@ def test_a_damaged_record_is_one_line(begun: Path, text: str) -> None:
         resume_sweep(begun)
 
 
+def test_a_record_that_names_something_twice_is_told_the_lines(begun: Path) -> None:
+    text = (begun / "sweep.yaml").read_text() + "axes: {seed: [7]}\n"
+    (begun / "sweep.yaml").write_text(text)
+    with pytest.raises(EsjaxError, match=rf"\(axes is set twice, on lines 1 and {text.count(chr(10))};"):
+        resume_sweep(begun)
+
+
+def test_a_record_that_is_no_utf8_is_damaged(begun: Path) -> None:
+    (begun / "sweep.yaml").write_bytes((begun / "sweep.yaml").read_text().encode("utf-16"))
+    with pytest.raises(EsjaxError, match=r"sweep.yaml is damaged"):
+        resume_sweep(begun)
+
+
 def test_nothing_is_made_before_everything_is_known_to_be_right(config: Config, out: Path) -> None:
     for axes, settings, said in (
         ({"es.sigma": [0.1, -1]}, config, "above 0"),
@@ -299,6 +313,39 @@ def test_the_table_shows_every_axis() -> None:
     assert columns["sigma"] == ["0.1", "0.2"]
     assert columns["held-out"] == ["2.5000", "-"]
     assert columns[""] == ["", "waiting: lost"]
+
+
+def test_settings_are_compared_seed_by_seed() -> None:
+    """Seeds lie 0.2 apart; 0.1 is 0.05 ahead of 0.2 each time, 0.3 now ahead of 0.1 and now behind; 0.9 has no loss."""
+    losses = {0.1: (2.0, 2.2, 2.4), 0.2: (2.05, 2.25, 2.45), 0.3: (2.1, 2.1, 2.43)}
+    outcomes = [
+        outcome(losses[sigma][seed], sigma=sigma, space="full", seed=seed)
+        for sigma in (0.2, 0.1, 0.3)
+        for seed in (2, 0, 1)
+    ]
+    means = seed_means([*outcomes, outcome(None, sigma=0.9, space="full", seed=0)])
+    assert [(mean.values["sigma"], mean.seeds, mean.ahead) for mean in means] == [
+        (0.1, 3, True),
+        (0.3, 3, True),
+        (0.2, 3, False),
+    ]
+    assert [mean.held_out for mean in means] == pytest.approx([2.2, 2.21, 2.25])
+    assert means[0].values.keys() == {"sigma", "space"}
+    assert means[0].interval > 0.3  # t = 4.3 times 0.2 / √3 or more
+    told = conclusion(means)
+    assert told.startswith("no difference seen between sigma=0.1 space=full, sigma=0.3 space=full;")
+    assert conclusion(seed_means([one for one in outcomes if one.values["sigma"] != 0.3])) == (
+        "best over 3 seeds: sigma=0.1 space=full"
+    )
+    assert conclusion(seed_means(outcomes[3:6])).startswith("2.2000 ± 0.4968 nats per token over 3 seeds")
+
+
+def test_seeds_that_not_all_settings_have_tell_nothing() -> None:
+    outcomes = [outcome(2.0, sigma=0.1, seed=0), outcome(2.1, sigma=0.1, seed=1), outcome(2.2, sigma=0.2, seed=1)]
+    assert [(mean.held_out, mean.seeds) for mean in seed_means(outcomes)] == [(2.1, 1), (2.2, 1)]
+    assert "no difference can be told" in conclusion(seed_means(outcomes))
+    assert seed_means(outcomes[::2]) == []
+    assert seed_means([outcome(2.0, sigma=0.1)]) == []
 
 
 def test_the_plot_is_over_the_numbers_with_most_values() -> None:

@@ -27,6 +27,7 @@ from jaxtyping import Array
 import esjax
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
+from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.errors import EsjaxError
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.member import Member
@@ -94,6 +95,12 @@ def test_what_is_loaded_is_used_as_what_trains(config: Config, tmp_path: Path) -
         assert run.evaluate(*words) == loaded.evaluate(*words)
     assert run.evaluate().baselines == run.baselines
     assert run.evaluate(other, "all").tokens == 16  # 7 characters and a STOP, twice
+    # Fitted to what the run was trained on, whatever they are scored on; to the other text they would fit better.
+    documents = run._text(other).split("all")[0]
+    baselines = ngram_losses(fit_ngrams(run.corpus.train, run.corpus.vocabulary.size), documents)
+    assert loaded.evaluate(other, "all").baselines == baselines
+    fitted_to_other = ngram_losses(fit_ngrams(documents, run.corpus.vocabulary.size), documents)
+    assert baselines["trigram"] > fitted_to_other["trigram"]
     drawn = [np.asarray(one.plot(over="steps").axes[1].get_lines()[0].get_xydata()) for one in (run, loaded)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert len(drawn[0]) == config.steps

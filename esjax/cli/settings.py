@@ -14,6 +14,7 @@ from esjax.errors import EsjaxError
 from esjax.mistakes import setting_names, wrong_name
 from esjax.names import OPTIONS, is_code, unused_settings
 from esjax.paths import given_path
+from esjax.text_files import read_text
 
 
 class _Option(NamedTuple):
@@ -35,7 +36,12 @@ class _Option(NamedTuple):
             return _name(self.typed) == self.name
         if len(self.words) < _fewest(default):
             raise EsjaxError(f"{self.typed} needs {'a name and a number' if isinstance(default, dict) else 'a value'}")
-        return dict(zip(self.words[::2], self.words[1::2], strict=True)) if isinstance(default, dict) else self.words[0]
+        if not isinstance(default, dict):
+            return self.words[0]
+        names = self.words[::2]
+        if len(set(names)) < len(names):
+            raise EsjaxError(f"{self.typed} names {max(names, key=names.count)} twice; leave one of them out")
+        return dict(zip(names, self.words[1::2], strict=True))
 
 
 def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
@@ -55,7 +61,7 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     own = _own_options(command)
     options, loose = _cut(words, {**own, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}})
     config = [option.value(None) for option in options if option.name == "config"]
-    settings = _read_file(config[-1]) if config else Config()
+    settings = from_yaml(read_text(given_path(config[-1])), config[-1]) if config else Config()
     settings, code = _choose_model(
         settings, loose + [option.value(None) for option in options if option.name == "model"]
     )
@@ -85,14 +91,6 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone),
         registry=PATHS,
     )
-
-
-def _read_file(path: str) -> Config:
-    file = given_path(path)
-    try:
-        return from_yaml(file.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise EsjaxError(f"cannot read the settings {path!r}: {error}") from error
 
 
 def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[str]]:

@@ -1,5 +1,6 @@
 """sweep."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from esjax.hosts.local import check_workers
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
+    from esjax.seed_means import SeedMean
     from esjax.sweeping import Hosts, Outcome
     from esjax.training import Trainer
 
@@ -106,6 +108,7 @@ class Sweep:
             raise
         outcomes = grid.outcomes()
         open_console().print(_table(outcomes))
+        self._compare(outcomes, tell)
         tell(f"kept in {grid.path / TABLE}")
         self._draw(outcomes, grid.path / "sweep.png", tell)
         if grid.stopped:
@@ -114,6 +117,23 @@ class Sweep:
         if any(outcome.state == "failed" for outcome in outcomes):
             tell(f"what failed is tried again by: {again}")
             sys.exit(1)
+
+    def _compare(self, outcomes: "Sequence[Outcome]", tell: Callable[[str], None]) -> None:
+        """Print means over the seeds, and which settings they do not tell apart."""
+        from esjax.seed_means import SEED, seed_means
+
+        if len(outcomes) < 2 or all(one.state != "finished" for one in outcomes):
+            return
+        if len({one.values.get(SEED) for one in outcomes}) < 2:
+            tell(
+                "one seed: how far runs of other seeds lie apart is not known; to compare settings, add an axis, "
+                "--axis seed=0,1,2"
+            )
+            return
+        means = seed_means(outcomes)
+        if len(means) > 1:
+            open_console().print(_mean_table(means))
+        print(conclusion(means))
 
     def _draw(self, outcomes: "Sequence[Outcome]", path: Path, tell: Callable[[str], None]) -> None:
         from esjax.sweep_plot import draw
@@ -133,19 +153,45 @@ class Sweep:
         return Hosts(self.workers, address, self.keys, self.plain_text_anywhere, _announce, self.oversubscribe)
 
 
+def conclusion(means: "Sequence[SeedMean]") -> str:
+    """Say which settings are best over the seeds, or which are not told apart."""
+    if not means or means[0].seeds < 2:
+        return "fewer than two seeds have finished for all settings, so no difference can be told"
+    if len(means) == 1:
+        interval = f"{means[0].held_out:.4f} ± {means[0].interval:.4f} nats per token over {means[0].seeds} seeds"
+        return f"{interval}; nothing to compare it with"
+    ahead = [" ".join(f"{name}={value}" for name, value in mean.values.items()) for mean in means if mean.ahead]
+    if len(ahead) == 1:
+        return f"best over {means[0].seeds} seeds: {ahead[0]}"
+    return f"no difference seen between {', '.join(ahead)}; more seeds tell smaller differences"
+
+
+def _mean_table(means: "Sequence[SeedMean]") -> Table:
+    """Show means over the seeds, best first, and half of their 95% intervals."""
+    table = Table(box=None)
+    for name in means[0].values:
+        table.add_column(name)
+    for name in ("mean held-out", "± 95%", "seeds"):
+        table.add_column(name, justify="right")
+    for mean in means:
+        interval = f"{mean.interval:.4f}" if math.isfinite(mean.interval) else "-"
+        table.add_row(*map(str, mean.values.values()), f"{mean.held_out:.4f}", interval, str(mean.seeds))
+    return table
+
+
 def _announce(server: "Server") -> None:
     announce_to_hosts(server, "--stay")
 
 
 def _table(outcomes: "Sequence[Outcome]") -> Table:
-    """Show the settings that were varied and what they came to, best first."""
+    """Show the settings that were varied and what they came to, by held-out loss."""
     table = Table(box=None)
     for name in outcomes[0].values:
         table.add_column(name)
     for name in ("held-out", "seconds", "member-tokens", "steps"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for rank, one in enumerate(outcomes):
+    for one in outcomes:
         note = f"{one.state}: {one.note}" if one.note else "" if one.state == "finished" else one.state
         table.add_row(
             *map(str, one.values.values()),
@@ -154,6 +200,6 @@ def _table(outcomes: "Sequence[Outcome]") -> Table:
             f"{one.member_tokens:,}",
             f"{one.step:,}",
             note,
-            style="red" if one.note else "bold green" if rank == 0 and one.state == "finished" else None,
+            style="red" if one.note else None,
         )
     return table

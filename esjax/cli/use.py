@@ -1,5 +1,7 @@
 """evaluate, tune and generate."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,11 +13,12 @@ from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
     from esjax.trained import Written
+    from esjax.tune import Tried
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on whole documents, beside n-gram models."""
+    """Score a model on whole documents, beside n-gram models fitted to the documents that it was trained on."""
 
     run_folder: Run
     """Run folder."""
@@ -42,22 +45,28 @@ class Evaluate:
         for kind in loaded.own.keys() & {"loss", "reward"}:
             tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
+        if evaluation.note:
+            tell(evaluation.note)
         if self.json:
-            numbers = evaluation._asdict()
-            baselines = numbers.pop("baselines")
-            print(json_line(numbers | baselines))
+            numbers = {name: value for name, value in evaluation._asdict().items() if name not in ("baselines", "note")}
+            print(json_line({**numbers, **evaluation.baselines}))
             return
         nats, bits = evaluation.nats_per_token, evaluation.bits_per_byte
         print(f"{nats:.4f} nats/token, {bits:.4f} bits/byte, {evaluation.tokens:,} tokens")
         if evaluation.unknown_tokens:
             print(f"{evaluation.unknown_tokens:,} tokens are outside the vocabulary and were scored as unknown")
         for name, value in evaluation.baselines.items():
-            print(f"{value:.4f} {name}")
+            print(f"{value:.4f} {name}, fitted to the run's training text")
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Find sigma, and the discount, for a run's weights as they are: by the cosine with the exact gradient."""
+    """Compare sizes of the noise, and discounts, for a run's weights as they are.
+
+    What is compared is the cosine of the estimate with the exact gradient, on windows of the run's text. Behind ±
+    stands half of the 95% interval of a mean. All settings see the same windows, so their differences are known better
+    than that, and a best one is only named where they exclude 0.
+    """
 
     run_folder: Run
     """Run folder; nothing in it is changed."""
@@ -71,28 +80,56 @@ class Tune:
     space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
     """Another space than the run's."""
 
+    repeats: int | None = None
+    """Steps that each setting is measured over; more of them tell smaller differences. None: 8."""
+
     own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
 
     text: Moved = None
     """Where the run's text is now; it must be the same text. None: where it was."""
 
     def run(self, console: Console) -> None:
-        """Print what each setting comes to, and the words to copy."""
+        """Print what each setting comes to, and the words to copy if one is best."""
         prepare()
-        from esjax.tune import DISCOUNTS, SIGMAS, tune
+        from esjax.tune import DISCOUNTS, REPEATS, SIGMAS, tune
 
-        best = None
-        sigmas, discounts = self.sigma or SIGMAS, self.discount or DISCOUNTS
-        asked: Any = {"sigmas": sigmas, "discounts": discounts, "space": self.space, **self.own.given()}
-        for tried in tune(self.run_folder, text=self.text, tell=teller(console), **asked):
-            best = tried if tried.best else best
-            discount = "" if tried.discount is None else f"  discount {tried.discount:<5g}"
-            print(
-                f"sigma {tried.sigma:<6g}{discount}  cosine {tried.cosine:.4f}{' *' if tried.best else ''}", flush=True
-            )
-        if best is not None:
-            discount = "" if best.discount is None else f" --es.discount {best.discount:g}"
-            print(f"best: --es.sigma {best.sigma:g}{discount}")
+        tried = []
+        own: Any = self.own.given()
+        for one in tune(
+            self.run_folder,
+            sigmas=self.sigma or SIGMAS,
+            discounts=self.discount or DISCOUNTS,
+            space=self.space,
+            repeats=REPEATS if self.repeats is None else self.repeats,
+            text=self.text,
+            tell=teller(console),
+            **own,
+        ):
+            tried.append(one)
+            discount = "" if one.discount is None else f"  discount {one.discount:<5g}"
+            interval = f" ± {one.interval:.4f}" if math.isfinite(one.interval) else ""
+            print(f"sigma {one.sigma:<6g}{discount}  cosine {one.cosine:.4f}{interval}", flush=True)
+        print(conclusion(tried))
+
+
+def conclusion(tried: "Sequence[Tried]") -> str:
+    """Say which setting is best, or which are not told apart, and what to do then."""
+    from esjax.tune import not_told_apart
+
+    ahead = not_told_apart(tried)
+    if not ahead:
+        return "no setting has a cosine with the exact gradient: an estimate is 0 or not finite"
+    words = [
+        f"--es.sigma {one.sigma:g}{'' if one.discount is None else f' --es.discount {one.discount:g}'}" for one in ahead
+    ]
+    if len(ahead) > 1:
+        own = next(
+            (f"; the run's own, {said}, is among them" for one, said in zip(ahead, words, strict=True) if one.own), ""
+        )
+        return f"no difference seen between {', '.join(words)}{own}; more --repeats tell smaller differences"
+    if len(tried) > 1:
+        return f"best: {words[0]}"
+    return f"nothing to compare {words[0]} with; name another --sigma"
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,13 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         vocabulary: Of an existing run. None: fitted to the training split.
 
     Raises:
-        EsjaxError: The text cannot be used, see `esjax.data.sources`.
+        EsjaxError: The text cannot be used, see `esjax.data.sources`; or no document is left to train on.
     """
     text = load_documents(config.text, config.documents)
     train, held_out = split_documents(text.documents, config.held_out)
     if vocabulary is None:
+        if not train:
+            raise EsjaxError(f"all {len(held_out)} documents are held out; lower data.held_out or add text")
         vocabulary = fit_vocabulary(config.vocabulary, train, config.vocab_size)
     return Corpus(
         vocabulary,

