@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from esjax.errors import EsjaxError
 from esjax.names import OPTIONS, SHOWN, Code, is_code
 from esjax.own import Own, check_given
+from esjax.paths import given_path
 
 NOTHING: Mapping[str, Code] = MappingProxyType({})
 
@@ -57,7 +58,7 @@ def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] =
 def _read(kind: str, word: str, is_known: bool) -> tuple[Code, bytes]:
     """Read the file that a text of the form PATH.py:FUNCTION names."""
     named, _, name = word.rpartition(":")
-    path = Path(named).expanduser().absolute()
+    path = given_path(named)
     if not path.is_file():
         if is_known:
             raise EsjaxError(
