@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esjax.errors import EsjaxError
-from esjax.plotting import COLORS
+from esjax.plot_layout import STYLES, add_legend, turn_overlapping_ticks
 from esjax.sweeping import Outcome
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
         lines.setdefault(others, []).append((positions[str(one.values[axis])], one.held_out))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
-    for label, color in zip(sorted(lines), cycle(COLORS), strict=False):
+    for label, style in zip(sorted(lines), cycle(STYLES), strict=False):
         x, y = zip(*sorted(lines[label]), strict=True)
-        plot.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label or None)
+        plot.plot(x, y, lw=1.6, marker="o", ms=4, label=label or None, **style)
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions))
@@ -74,7 +74,8 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):
-        figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
+        add_legend(figure, plot.get_lines(), columns=3)
+    turn_overlapping_ticks(figure, plot)
     return figure
 
 
