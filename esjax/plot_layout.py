@@ -67,7 +67,7 @@ def spread_labels(figure: "Figure", labels: Sequence["Annotation"]) -> None:
         return
     axes = labels[0].axes
     assert axes is not None
-    gap = LINE_HEIGHT * max(label.get_fontsize() for label in labels)
+    gap = LINE_HEIGHT * max(float(label.get_fontsize()) for label in labels)
     figure.draw_without_rendering()  # lays it out, so that places are known
     missing = gap * len(labels) / 72 - axes.get_window_extent().height / figure.dpi
     if missing > 0:
