@@ -27,8 +27,8 @@ STYLES: tuple[dict[str, Any], ...] = tuple(
 LABEL_ROOM = 1.3
 """Inches beside the axes that a figure has for labels; it is made wider for longer ones."""
 
-LINE_HEIGHT = 1.2
-"""Distance of two lines of text, in font sizes."""
+LINE_HEIGHT = 1.1
+"""Distance of two labels beside the axes, in heights of a label."""
 
 
 def add_legend(figure: "Figure", lines: Sequence["Line2D"], columns: int) -> None:
@@ -67,7 +67,7 @@ def spread_labels(figure: "Figure", labels: Sequence["Annotation"]) -> None:
         return
     axes = labels[0].axes
     assert axes is not None
-    gap = LINE_HEIGHT * max(float(label.get_fontsize()) for label in labels)
+    gap = LINE_HEIGHT * 72 / figure.dpi * max(label.get_window_extent().height for label in labels)
     figure.draw_without_rendering()  # lays it out, so that places are known
     missing = gap * len(labels) / 72 - axes.get_window_extent().height / figure.dpi
     if missing > 0:

@@ -29,7 +29,15 @@ FLOORS = [
     ("esjax.summing",),
     ("esjax.estimator",),
     ("esjax.score", "esjax.generate", "esjax.optimizer", "esjax.own"),
-    ("esjax.step_info", "esjax.data", "esjax.data.packing", "esjax.hosts", "esjax.curves", "esjax.page", "esjax.plot_layout"),
+    (
+        "esjax.step_info",
+        "esjax.data",
+        "esjax.data.packing",
+        "esjax.hosts",
+        "esjax.curves",
+        "esjax.page",
+        "esjax.plot_layout",
+    ),
     ("esjax.data.delivery", "esjax.hosts.wire"),
     (
         "esjax.hosts.effects",
