@@ -134,7 +134,7 @@ function drawCharts() {
     const marks = chart.column === "held_out" && lines.length ? baselines() : [];
     chart.box.style.setProperty("--legend", `${marks.length * 15}px`);
     const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // a reward's are not
-    const unit = (chart.loss ? units() : chart.unit).match(UNIT_LINES).map(escapeText).join("<br>");
+    const unit = ((chart.loss ? units() : chart.unit).match(UNIT_LINES) ?? []).map(escapeText).join("<br>");
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { color: ink } };
     Plotly.react(
       chart.box,
