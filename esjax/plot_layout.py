@@ -24,9 +24,6 @@ STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 """Color and line style of the first 40 lines of a picture; after these they begin again."""
 
-LABEL_ROOM = 1.3
-"""Inches beside the axes that a figure has for labels; it is made wider for longer ones."""
-
 LINE_HEIGHT = 1.1
 """Distance of two labels beside the axes, in heights of a label."""
 
@@ -48,12 +45,6 @@ def add_legend(figure: "Figure", lines: Sequence["Line2D"], columns: int) -> Non
         if count > 1:
             legend.remove()
     figure.set_size_inches(max(wide, figure.get_figwidth()), figure.get_figheight() + high)
-
-
-def make_room(figure: "Figure", labels: Sequence["Annotation"]) -> None:
-    """Make a figure wider by what the longest of the labels beside its axes needs."""
-    longest = max((label.get_window_extent().width / figure.dpi for label in labels), default=0.0)
-    figure.set_figwidth(figure.get_figwidth() + max(longest - LABEL_ROOM, 0.0))
 
 
 def spread_labels(figure: "Figure", labels: Sequence["Annotation"]) -> None:

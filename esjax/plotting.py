@@ -10,7 +10,7 @@ import numpy as np
 
 from esjax.curves import Axis, make_curve, mean_and_range, smooth
 from esjax.errors import EsjaxError
-from esjax.plot_layout import STYLES, add_legend, make_room, spread_labels
+from esjax.plot_layout import STYLES, add_legend, spread_labels
 from esjax.runs import RunView, find_runs, group_by_seed, read_runs
 
 if TYPE_CHECKING:
@@ -97,7 +97,6 @@ def plot(
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    make_room(figure, labels)
     add_legend(figure, lines, columns=4)
     spread_labels(figure, labels)
     if out is not None:

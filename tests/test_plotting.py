@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from recorded import append, line_of, make
 
 import esjax
+from esjax import cli
 from esjax.config import EsConfig
 from esjax.errors import EsjaxError
 from esjax.plot_layout import spread
@@ -124,7 +125,7 @@ def test_forty_runs_are_told_apart_and_listed(tmp_path: Path) -> None:
 def test_no_text_is_cut(tmp_path: Path, columns: tuple[str, ...], smoothing: float) -> None:
     """Long names of runs and of a reward, n-gram models of many texts, and averages over many steps."""
     long = "a_rather_long_name_of_a_run_" * 5
-    for i, name in enumerate([long, "b", "c", "d" * 60, *"efgh"]):
+    for i, name in enumerate([long, "b", "c", "d" * 60, *"efghijkl"]):
         own = {"reward": "make_a_reward_of_a_long_name.<locals>.right_answers_to_questions"} if i == 1 else {}
         folder = make(tmp_path / name, done=4, own=own)
         folder.keep_baselines({"unigram": 3.0 + i / 100, "bigram": 2.5 + i / 100, "trigram": 2.49 + i / 100})
@@ -133,10 +134,10 @@ def test_no_text_is_cut(tmp_path: Path, columns: tuple[str, ...], smoothing: flo
     figure = esjax.plot(tmp_path, smoothing=smoothing)
     assert len(figure.axes) == len(columns)
     assert is_whole(figure)
-    assert len(styles(figure)) == 8
+    assert len(styles(figure)) == 12
     assert long in styles(figure)
     labels = list(figure.axes[0].texts)
-    assert len(labels) == (24 if "held_out" in columns else 0)
+    assert len(labels) == (36 if "held_out" in columns else 0)
     assert overlapping(labels) == []
     assert min(axes.get_window_extent().width for axes in figure.axes) > 300
 
@@ -201,6 +202,11 @@ def test_runs_that_differ_in_the_seed_are_one_line_in_a_band(tmp_path: Path) -> 
         heights = {y for x, y in corners if x == step}
         assert heights == {5 - step, 2 * (5 - step)}
     assert len(esjax.plot(tmp_path).axes[1].get_lines()) == 3
+
+
+def test_the_command_draws_the_mean_over_seeds(runs: Path) -> None:
+    cli.main(["plot", str(runs), "--out", str(runs / "r.html"), "--mean-over-seeds"])
+    assert told((runs / "r.html").read_text())["view"]["seeds"] is True
 
 
 def test_seeds_without_a_common_part_are_drawn_one_by_one(tmp_path: Path) -> None:
