@@ -3,28 +3,34 @@
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esjax.curves import Axis, make_curve, smooth
+from esjax.curves import Axis, make_curve, mean_and_range, smooth
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
-from esjax.runs import RunView, find_runs, read_runs
+from esjax.plot_layout import LITERAL, STYLES, add_legend, spread_labels
+from esjax.runs import RunView, find_runs, group_by_seed, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-COLORS = ("#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d")
-"""Of the runs, in turn; readable on white and on black."""
-
-LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}
-"""Of a text in a picture: it is shown letter by letter."""
+    from matplotlib.text import Annotation
 
 PICTURES = (".png", ".svg", ".pdf")
 """Endings of the files that `plot` writes."""
+
+FEW = 50
+"""Points of a curve up to which each is marked."""
+
+UNIT_WIDTH = 54
+"""Characters of a unit in a line beside its axis."""
+
+NAME_WIDTH = 24
+"""Characters of a run's name beside an n-gram line; the legend has all of them."""
 
 
 def plot(
@@ -34,10 +40,12 @@ def plot(
     log_x: bool = False,
     log_y: bool = False,
     smoothing: float = 0.0,
+    mean_over_seeds: bool = False,
 ) -> "Figure":
     """Draw the curves of runs: held-out loss beside the n-gram models, and loss of the population.
 
-    In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows them.
+    Where no run has a held-out loss, the loss of the population is drawn alone. Colors and line styles tell 40 runs
+    apart. In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows them.
 
     Args:
         runs: Run folders, folders of run folders, or runs as `esjax.runs.read_run` returns them.
@@ -46,13 +54,15 @@ def plot(
         log_x: Whether that axis is logarithmic.
         log_y: Whether the loss is.
         smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
+        mean_over_seeds: Whether runs whose settings differ in nothing but the seed are drawn as one line, their mean,
+            in a band from the lowest to the highest of them, as far as all of them go.
 
     Returns:
         The figure, which pyplot does not know.
 
     Raises:
-        EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
-            matplotlib is missing, or the file cannot be written.
+        EsjaxError: There is no such run, none of them has done a step or has a loss that is finite, no loss is above 0
+            for its logarithm, matplotlib is missing, or the file cannot be written.
     """
     out = None if out is None else given_path(out)
     if out is not None and out.suffix not in PICTURES:
@@ -64,40 +74,40 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EsjaxError(f"a picture needs matplotlib ({error}): pip install 'esjax[plot]'") from error
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    held_out, loss = figure.subplots(1, 2)
-    lines = []
-    for view, color in zip(views, cycle(COLORS), strict=False):
-        _draw(held_out, view, "held_out", color, over, 0.0)
-        lines.append(_draw(loss, view, "loss", color, over, smoothing))
-    _draw_baselines(held_out, views)
-    if not any(view.last("held_out") is not None for view in views):
-        held_out.text(0.5, 0.5, "nothing was measured", transform=held_out.transAxes, ha="center", color="gray")
-        held_out.set(xticks=[], yticks=[])
-    held_out.set_title("held-out text")
-    loss.set_title("population, training text" + (f", averaged over {smoothing:g} steps" if smoothing else ""))
-    for axes in (held_out, loss):
+    titles = {
+        "held_out": "held-out text",
+        "loss": "population, training text" + (f"\naveraged over {smoothing:g} steps" if smoothing else ""),
+    }
+    panels = [column for column in titles if any(len(make_curve(view.metrics, column).value) for view in views)]
+    if not panels:
+        raise EsjaxError(f"there is nothing to draw: no loss is finite in {', '.join(view.name for view in views)}")
+    groups = group_by_seed(views) if mean_over_seeds else [[view] for view in views]
+    styles = [style for _, style in zip(groups, cycle(STYLES), strict=False)]
+    figure = Figure(figsize=(1 + 5 * len(panels), 4.7), layout="constrained")
+    lines: list[Line2D] = []
+    drawn = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    for group, style in zip(groups, styles, strict=True):
+        by_label: dict[str, Line2D] = {}  # both panels have the same lines
+        for column, axes in drawn.items():
+            by_label |= _draw(axes, group, column, style, over, smoothing if column == "loss" else 0.0)
+        lines += by_label.values()
+    labels = _draw_baselines(drawn["held_out"], groups, styles) if "held_out" in drawn else []
+    for column, axes in drawn.items():
+        axes.set_title(titles[column])
         axes.set_xlabel(over)
-        axes.set_ylabel(", ".join(sorted({view.unit for view in views})), **LITERAL)
+        axes.set_ylabel(fill(", ".join(sorted({view.unit for view in views})), UNIT_WIDTH), **LITERAL)
         axes.set_xscale("log" if log_x else "linear")
         axes.set_yscale("log" if log_y else "linear")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    add_legend(figure, lines, [view.name for view in views], columns=4)
+    add_legend(figure, lines, columns=4)
+    spread_labels(figure, labels)
     if out is not None:
         try:
             figure.savefig(out, dpi=150)
         except OSError as error:
             raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
     return figure
-
-
-def add_legend(figure: "Figure", lines: "Sequence[Line2D]", names: Sequence[str], columns: int) -> None:
-    """Name lines below a figure, letter by letter: matplotlib leaves `_a` out, and reads `$a$` as a formula."""
-    places = [str(place) for place in range(len(names))]
-    legend = figure.legend(lines, places, loc="outside lower center", ncols=min(columns, len(names)), frameon=False)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, **LITERAL)
 
 
 def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
@@ -138,34 +148,59 @@ def check_log_y(views: Sequence[RunView]) -> None:
             raise EsjaxError(f"no {what} ({unit}) is above 0, so it has no logarithm; leave log-y out")
 
 
-def _draw(axes: "Axes", view: RunView, column: str, color: str, over: Axis, span: float) -> "Line2D":
-    curve = make_curve(view.metrics, column)
-    x = curve.over(over)
-    few = len(x) <= 50
+def _draw(
+    axes: "Axes", group: Sequence[RunView], column: str, style: dict[str, Any], over: Axis, span: float
+) -> "dict[str, Line2D]":
+    """Draw a run, or the mean and the range of several; return the lines by their labels."""
+    found = [(view.name, make_curve(view.metrics, column)) for view in group]
+    found = [(name, curve) for name, curve in found if len(curve.value)]
+    curves = [(name, curve.over(over), smooth(curve.step, curve.value, span)) for name, curve in found]
+    if len(curves) > 1:
+        _, x, y = zip(*curves, strict=True)
+        band = mean_and_range(x, y)
+        if len(band.x):
+            axes.fill_between(band.x, band.low, band.high, color=style["color"], alpha=0.2, lw=0)
+            curves, span = [(f"{group[0].name} and {len(group) - 1} more", band.x, band.mean)], 0.0
     if span > 0:
-        axes.plot(x, curve.value, color=color, alpha=0.2, lw=0.8)
-    (line,) = axes.plot(
-        x, smooth(curve.step, curve.value, span), color=color, lw=1.6, marker="o" if few else "", ms=3, label=view.name
-    )
-    return line
+        for _, curve in found:
+            axes.plot(curve.over(over), curve.value, color=style["color"], alpha=0.2, lw=0.8)
+    lines = {}
+    for name, x, y in curves:
+        marker = "o" if len(x) <= FEW else ""
+        (lines[name],) = axes.plot(x, y, lw=1.6, marker=marker, ms=3, label=name, **style)
+    return lines
 
 
-def _draw_baselines(axes: "Axes", views: Sequence[RunView]) -> None:
+def _draw_baselines(
+    axes: "Axes", groups: Sequence[Sequence[RunView]], styles: Sequence[dict[str, Any]]
+) -> "list[Annotation]":
     """Draw the n-gram lines, once for each text; of several texts, each in the color of its first run."""
     texts: dict[tuple[float, ...], tuple[RunView, str]] = {}
-    for view, color in zip(views, cycle(COLORS), strict=False):
-        if view.baselines:
-            texts.setdefault(tuple(np.round(list(view.baselines.values()), 6).tolist()), (view, color))
+    for group, style in zip(groups, styles, strict=True):
+        for view in group:
+            if view.baselines:
+                text = tuple(np.round(list(view.baselines.values()), 6).tolist())
+                texts.setdefault(text, (view, style["color"]))
+    labels = []
     for view, color in texts.values():
         for name, value in view.baselines.items():
             line = "gray" if len(texts) == 1 else color
-            axes.axhline(value, color=line, ls="--", lw=1)
-            axes.annotate(
-                f"{name} {value:.2f}" + (f" ({view.name})" if len(texts) > 1 else ""),
-                (1.01, value),
+            axes.axhline(value, color=line, ls=(0, (6, 4)), lw=0.8)
+            label = axes.annotate(
+                f"{name} {value:.2f}" + (f" ({_shorten(view.name)})" if len(texts) > 1 else ""),
+                (1.0, value),
+                (5.0, 0.0),
                 xycoords=("axes fraction", "data"),
+                textcoords="offset points",
                 va="center",
                 fontsize="small",
                 color=line,
                 **LITERAL,
             )
+            labels.append(label)
+    return labels
+
+
+def _shorten(name: str) -> str:
+    """Leave out the middle of a long name."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH // 2]}…{name[1 - NAME_WIDTH // 2 :]}"

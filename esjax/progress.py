@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from esjax.curves import Average
+
 if TYPE_CHECKING:
     from esjax.step_info import Limits, StepInfo
 
@@ -82,8 +84,8 @@ class Progress:
         self._last: tuple[StepInfo, float] | None = None  # and when it came
         self._step_seconds = 0.0  # between the last two
         self._held_out: tuple[float, float] | None = None  # and when it was measured
-        self._loss: float | None = None
-        self._rate: float | None = None
+        self._loss, self._rate = Average(), Average()
+        self._mean_loss = self._mean_rate = 0.0
         self._void_pairs = 0
         self._began: tuple[float, int] | None = None
         self._plain_at = 0.0
@@ -110,8 +112,8 @@ class Progress:
         now = time.monotonic()
         if self._began is None:
             self._began = (now, info.step)
-        self._loss = _smooth(self._loss, info.loss)
-        self._rate = _smooth(self._rate, info.member_tokens_per_second)
+        self._mean_loss = self._loss.add(info.loss, SMOOTHING)
+        self._mean_rate = self._rate.add(info.member_tokens_per_second, SMOOTHING)
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out, now
@@ -131,7 +133,7 @@ class Progress:
         parts = [
             Part(8, Text(f"step {info.step:,}", "bold")),
             Part(1, Text(_clock(info.seconds))),
-            Part(7, Text(f"loss {self._loss:.3f}")),
+            Part(7, Text(f"loss {self._mean_loss:.3f}")),
             self._against_baselines(),
         ]
         age = now - self._held_out[1] if self._held_out else 0.0
@@ -141,7 +143,7 @@ class Progress:
         if waited > max(SHORTEST_WAIT, WAIT * self._step_seconds):  # the rate would be that of a step long ago
             parts.append(Part(4, Text(f"no step for {_clock(waited)}", "yellow")))
         else:
-            parts.append(Part(4, Text(f"{_count(self._rate or 0.0)}/s")))
+            parts.append(Part(4, Text(f"{_count(self._mean_rate)}/s")))
         if not (info.applied and math.isnan(info.update_norm)):  # of hosts' first update nothing is known yet
             parts.append(Part(0, Text(f"|update| {info.update_norm:.3g}")))
         if self._void_pairs:  # those of the session; red while there are more
@@ -184,10 +186,6 @@ class Progress:
         if self._limits.steps is not None and info.step > first:
             candidates.append((came - began) / (info.step - first) * (self._limits.steps - info.step))
         return max(min(candidates), 0.0) if candidates else None
-
-
-def _smooth(before: float | None, value: float) -> float:
-    return value if before is None or before != before else SMOOTHING * before + (1 - SMOOTHING) * value
 
 
 def _digits(value: float, other: float) -> int | None:

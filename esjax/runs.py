@@ -106,6 +106,13 @@ class RunView:
         seconds = self.metrics.get("seconds", np.zeros(len(steps)))
         return float(np.fmax.reduce(seconds[steps <= step], initial=0.0))
 
+    def lowest(self, column: str) -> float | None:
+        """Return the smallest number of a column; None if there is none."""
+        values = self.metrics.get(column)
+        if values is None or np.isnan(values).all():
+            return None
+        return float(np.nanmin(values))
+
 
 class Metrics:
     """The metrics of a run, read bit by bit as they are written.
@@ -320,6 +327,15 @@ def differing(runs: Sequence[RunView]) -> list[str]:
     """Name the settings in which runs differ, sorted; one that a run does not have counts as different."""
     names = sorted({name for run in runs for name in run.settings})
     return [name for name in names if len({_key(run.settings, name) for run in runs}) > 1]
+
+
+def group_by_seed(runs: Sequence[RunView]) -> list[list[RunView]]:
+    """Group the runs whose settings differ in nothing but `seed`; groups and runs stay in order."""
+    groups: dict[str, list[RunView]] = {}
+    for run in runs:
+        others = {name: value for name, value in run.settings.items() if name != "seed"}
+        groups.setdefault(json.dumps(others, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esjax.errors import EsjaxError
-from esjax.plotting import COLORS, LITERAL, add_legend
+from esjax.plot_layout import LITERAL, STYLES, add_legend, turn_overlapping_ticks
 from esjax.sweeping import Outcome
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     drawn: list[Line2D] = []
-    for label, color in zip(sorted(lines), cycle(COLORS), strict=False):
+    for label, style in zip(sorted(lines), cycle(STYLES), strict=False):
         x, y = zip(*sorted(lines[label]), strict=True)
-        drawn += plot.plot(x, y, color=color, lw=1.6, marker="o", ms=4, label=label or None)
+        drawn += plot.plot(x, y, lw=1.6, marker="o", ms=4, label=label or None, **style)
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions), **LITERAL)
@@ -76,7 +76,8 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):
-        add_legend(figure, drawn, sorted(lines), columns=3)
+        add_legend(figure, drawn, columns=3)
+    turn_overlapping_ticks(figure, plot)
     return figure
 
 

@@ -18,7 +18,8 @@ from recorded import append, line_of, make
 
 import esjax
 from esjax.config import EsConfig
-from esjax.curves import smooth
+from esjax.curves import make_curve, mean_and_range, smooth
+from esjax.plot_layout import STYLES
 from esjax.runs import read_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,7 +46,7 @@ class Page:
         self.tab.on("console", lambda said: self.troubles.append(said.text) if said.type == "error" else None)
         self.tab.on("request", lambda asked: self._see(asked.url))
         self.tab.goto(address)
-        self.tab.wait_for_selector(".main-svg")
+        self.tab.wait_for_selector(".main-svg >> visible=true")
 
     def _see(self, address: str) -> None:
         if not re.match(r"(http://127\.0\.0\.1:|file:|data:|blob:)", address):
@@ -59,6 +60,10 @@ class Page:
     def drawn(self, run: str) -> list[float]:
         """Return the steps at which the loss of a run is drawn."""
         return next((line["x"] for line in self.lines("loss") if line["name"] == run), [])
+
+    def width(self, column: str) -> float:
+        """Return how wide a chart is drawn."""
+        return self.tab.evaluate(f"document.querySelector('#chart-{column} .main-svg').getBoundingClientRect().width")
 
     def axes(self, column: str) -> list[str]:
         """Return the kinds of a chart's two axes."""
@@ -100,7 +105,7 @@ def test_two_runs_lie_over_each_other_with_their_differences_marked(browser: Bro
     assert a["x"] == [1, 2, 3, 4, 5, 6]
     assert a["y"] == b["y"] == [4, 3, 2, 1, 0, -1]
     assert page.lines("held_out")[0]["y"] == [2, 0, -2]
-    assert tab.locator("#chart-held_out .annotation-text").all_text_contents() == ["unigram 3.00", "bigram 2.50"]
+    assert tab.locator("#chart-held_out .legendtext").all_text_contents() == ["unigram 3.00", "bigram 2.50"]
     assert page.differing() == [["es.sigma", "0.1", "0.2"]]
     assert tab.locator("pre").all_text_contents() == ["<b>written by a</b>", "<b>written by b</b>"]
     page.close()
@@ -125,9 +130,128 @@ def test_axes_smoothing_and_choice_are_changed_and_kept_in_the_address(browser: 
     assert {line["name"] for line in page.lines("held_out")} == {"b"}
     assert page.differing() == []
     tab.reload()
-    tab.wait_for_selector(".main-svg")
+    tab.wait_for_selector(".main-svg >> visible=true")
     assert {line["name"] for line in page.lines("held_out")} == {"b"}
     assert page.axes("loss") == ["log", "log"]
+    page.close()
+
+
+def test_a_filter_and_two_buttons_choose_runs_by_name(browser: Browser, dashboard: str, runs: Path) -> None:
+    for name in ("b long", "c long"):
+        make(runs / name, done=2)
+    page = Page(browser, dashboard + "#run=a&run=b")
+    tab = page.tab
+    listed = tab.locator("#runs .name")
+    tab.fill("#filter", "LO b")
+    assert listed.all_text_contents() == ["b long"]
+    assert tab.locator("#hint").text_content() == "Choose runs to see them side by side."
+    tab.get_by_role("button", name="show all").click()
+    wait_until(lambda: [line["name"] for line in page.lines("loss")] == ["b long"])
+    tab.reload()
+    tab.wait_for_selector(".main-svg >> visible=true")
+    wait_until(lambda: [line["name"] for line in page.lines("loss")] == ["b long"])
+    tab.get_by_role("button", name="hide all").click()
+    tab.fill("#filter", "none of them")
+    assert tab.locator("#hint").text_content() == 'No run has "none of them" in its name.'
+    tab.fill("#filter", "")
+    wait_until(lambda: {line["name"] for line in page.lines("loss")} == {"a", "b"})
+    tab.get_by_role("button", name="hide all").click()
+    tab.locator("#charts").wait_for(state="hidden")
+    page.close()
+
+
+def test_the_table_of_runs_sorts_by_each_column(browser: Browser, tmp_path: Path) -> None:
+    """Reference: the metrics, by hand. The run z got worse again, and y has no held-out loss."""
+    make(tmp_path / "x", done=4, es=EsConfig(sigma=0.2), seed=10)
+    z = make(tmp_path / "z", done=4, es=EsConfig(sigma=0.1), seed=9)
+    append(z.path, json.dumps({"step": 5, "seconds": 2.5, "member_tokens": 2000, "loss": 0.5, "held_out": 1.5}) + "\n")
+    append(make(tmp_path / "y", es=EsConfig(sigma=0.3), seed=8).path, line_of(1))
+    esjax.report(tmp_path, out=tmp_path / "report.html")
+    page = Page(browser, (tmp_path / "report.html").as_uri())
+    table = page.tab.locator("#table")
+
+    def rows() -> list[list[str]]:
+        return [row.locator("td").all_text_contents() for row in table.locator("tbody tr").all()]
+
+    heads = table.locator("th").all_text_contents()
+    results = ["held-out loss", "best held-out loss", "training loss", "steps done", "seconds trained", "member-tokens"]
+    assert heads == ["run", "state", *results, "es.sigma", "seed"]
+    assert rows() == [
+        ["x", "stopped", "0.000", "0.000", "1.000", "4", "2.0", "400", "0.2", "10"],
+        ["y", "stopped", "-", "-", "4.000", "1", "0.5", "100", "0.3", "8"],
+        ["z", "stopped", "1.500", "0.000", "0.500", "5", "2.5", "2,000", "0.1", "9"],
+    ]
+    for head, rising in {
+        "run": "xyz",
+        "held-out loss": "xzy",
+        "training loss": "zxy",
+        "member-tokens": "yxz",
+        "seed": "yzx",
+    }.items():
+        button = table.get_by_role("button", name=head, exact=True)
+        button.click()
+        assert "".join(row[0] for row in rows()) == rising
+        assert table.locator("[aria-sort=ascending]").text_content() == head
+        button.click()
+        falling = "zxy" if head == "held-out loss" else rising[::-1]  # what is missing stays last
+        assert "".join(row[0] for row in rows()) == falling
+    page.close()
+
+
+def test_runs_that_differ_in_the_seed_are_one_line_in_a_band(browser: Browser, tmp_path: Path) -> None:
+    """Reference: the band that Python draws. Each run is measured at other steps."""
+    make(tmp_path / "a", done=7, seed=1)
+    for name, seed, steps in (("b", 2, (1, 4, 6)), ("c", 3, (2, 3, 9))):
+        rows = [{"step": step, "seconds": step, "member_tokens": step, "loss": 10 + step**2 / seed} for step in steps]
+        append(make(tmp_path / name, seed=seed).path, "".join(json.dumps(row) + "\n" for row in rows))
+    make(tmp_path / "other", done=5, es=EsConfig(sigma=0.1))
+    esjax.report(tmp_path, out=tmp_path / "report.html", mean_over_seeds=True)
+    page = Page(browser, (tmp_path / "report.html").as_uri())
+    low, high, mean, other = page.lines("loss")
+    assert (mean["name"], other["name"]) == ("a and 2 more", "other")
+    curves = [make_curve(read_run(tmp_path / name).metrics, "loss") for name in "abc"]
+    band = mean_and_range([curve.step for curve in curves], [curve.value for curve in curves])
+    assert mean["x"] == low["x"] == high["x"] == band.x.tolist()
+    for drawn, reference in ((mean, band.mean), (low, band.low), (high, band.high)):
+        np.testing.assert_allclose(drawn["y"], reference, rtol=1e-6)  # it is sent seven digits
+    assert high["fill"] == "tonexty"
+    swatches = [mark.get_attribute("stroke") for mark in page.tab.locator("#runs .swatch path").all()]
+    assert swatches[:3] == [mean["line"]["color"]] * 3
+    page.tab.uncheck("[name=seeds]")
+    assert [line["name"] for line in page.lines("loss")] == ["a", "b", "c", "other"]
+    page.close()
+
+
+def test_forty_runs_have_forty_styles_as_in_pictures(browser: Browser, tmp_path: Path) -> None:
+    for i in range(40):
+        make(tmp_path / f"run{i:02d}", done=1)
+    esjax.report(tmp_path, out=tmp_path / "report.html")
+    page = Page(browser, (tmp_path / "report.html").as_uri())
+    names = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+    assert [(line["line"]["color"], line["line"]["dash"]) for line in page.lines("loss")] == [
+        (style["color"], names[style["linestyle"]]) for style in STYLES
+    ]
+    page.close()
+
+
+def test_a_chart_without_a_line_is_not_shown(browser: Browser, tmp_path: Path) -> None:
+    """As the held-out loss of a reward that holds no text back; another run brings it back, in its size."""
+    append(make(tmp_path / "a", own={"reward": "right"}).path, line_of(1) + line_of(3))
+    make(tmp_path / "b", done=4)
+    esjax.report(tmp_path, out=tmp_path / "report.html")
+    page = Page(browser, (tmp_path / "report.html").as_uri() + "#filter=a")
+    held_out, loss = (page.tab.locator(f"#chart-{column}") for column in ("held_out", "loss"))
+    assert (held_out.is_visible(), loss.is_visible()) == (False, True)
+    page.tab.fill("#filter", "")
+    assert held_out.is_visible()
+    wait_until(lambda: abs(page.width("held_out") - page.width("loss")) < 2)
+    page.close()
+
+
+def test_samples_stand_above_settings(browser: Browser, dashboard: str) -> None:
+    page = Page(browser, dashboard + "#run=a&run=b")
+    shown = page.tab.locator("article > section:visible").evaluate_all("sections => sections.map(({id}) => id)")
+    assert shown == ["charts", "table", "samples", "settings"]
     page.close()
 
 

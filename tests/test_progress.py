@@ -57,6 +57,14 @@ def test_a_line_says_what_one_steers_by() -> None:
     assert shown([INFO], width=200) == [WHOLE]
 
 
+def test_the_first_step_weighs_no_more_than_its_age() -> None:
+    """By hand: (0.9 * 4 + 2) / 1.9 = 2.947 nats and (0.9 * 1 + 3) / 1.9 = 2.05 M/s; uncorrected, 3.8 and 1.2 M/s."""
+    first = INFO._replace(loss=4.0, member_tokens_per_second=1e6)
+    line = shown([first, INFO._replace(loss=2.0, member_tokens_per_second=3e6)], width=200)[0]
+    assert "  loss 2.947  " in line
+    assert "  2.05 M/s  " in line
+
+
 @pytest.mark.parametrize("width", range(1, len(WHOLE) + 2))
 def test_it_is_one_line_in_a_window_of_any_width(width: int) -> None:
     (line,) = shown([INFO], width=width)

@@ -37,6 +37,7 @@ FLOORS = [
         "esjax.comparing",
         "esjax.curves",
         "esjax.page",
+        "esjax.plot_layout",
     ),
     ("esjax.data.delivery", "esjax.hosts.wire"),
     (

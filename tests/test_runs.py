@@ -17,7 +17,17 @@ from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.run_folder import RunFolder
-from esjax.runs import Metrics, Sample, differing, distinct_names, find_runs, is_running, read_run, read_runs
+from esjax.runs import (
+    Metrics,
+    Sample,
+    differing,
+    distinct_names,
+    find_runs,
+    group_by_seed,
+    is_running,
+    read_run,
+    read_runs,
+)
 
 
 def test_a_run_is_read(tmp_path: Path) -> None:
@@ -238,6 +248,24 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     assert differing([a, b]) == ["es.sigma"]
     assert differing([a, c]) == []
     assert differing([a, d]) == ["own.loss"]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
+    make(tmp_path / "a", seed=1)
+    make(tmp_path / "b", seed=1, es=EsConfig(sigma=0.1))
+    make(tmp_path / "c", seed=2)
+    make(tmp_path / "d", seed=3, own={"loss": "mine"})
+    groups = group_by_seed(read_runs(find_runs(tmp_path)))
+    assert [[run.name for run in group] for group in groups] == [["a", "c"], ["b"], ["d"]]
+
+
+def test_the_lowest_number_of_a_column_is_found(tmp_path: Path) -> None:
+    make(tmp_path / "a", done=4)
+    append(tmp_path / "a", line_of(2).replace('"step": 2', '"step": 5'))
+    view = read_run(tmp_path / "a")
+    assert (view.last("loss"), view.lowest("loss")) == (3.0, 1.0)
+    assert view.lowest("held_out") == 0.0
+    assert view.lowest("nothing") is None
 
 
 def test_baselines_are_recorded_once(tmp_path: Path) -> None:

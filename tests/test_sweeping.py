@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 import signal
 import socket
@@ -384,6 +385,29 @@ def test_what_is_no_number_stands_side_by_side_and_what_went_astray_in_logarithm
     assert lines_of(axes) == {"": [(0.0, 2.0), (1.0, 16.0), (2.0, 3.0)]}
     assert (axes.get_xlabel(), axes.get_xscale(), axes.get_yscale()) == ("space", "linear", "log")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["full", "low_rank", "None"]
+
+
+def test_many_lines_of_a_sweep_are_told_apart_and_no_text_is_cut() -> None:
+    texts = [f"/a/folder/of/texts/with_a_long_name_{i}.txt" for i in range(13)]
+    figure = make_figure(
+        [
+            outcome(2.0 + size, **{"data.text": text, "optim.schedule": "inverse_sqrt", "model.hidden_size": f"{size}"})
+            for text in texts
+            for size in range(12)
+        ]
+    )
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == len(axes.get_lines())
+    ticks = axes.get_xticklabels()
+    assert not any(
+        one.get_window_extent().overlaps(other.get_window_extent()) for one, other in itertools.pairwise(ticks)
+    )
+    for box in (text.get_window_extent() for text in [*legend.get_texts(), *ticks]):
+        assert min(box.x0, box.y0) >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+    assert axes.get_window_extent().height > 200
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2], ["full", "low_rank"], [None, 3], [True, False], [0, 5]])

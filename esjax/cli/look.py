@@ -35,6 +35,10 @@ class Plot:
     smoothing: float = 0.0
     """Steps over which the loss of the population is averaged."""
 
+    mean_over_seeds: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw runs whose settings differ in nothing but the seed as one line, their mean, in a band from the lowest to the
+    highest of them."""
+
     def run(self, console: Console) -> None:
         """Write the file."""
         from esjax.page.report import report
@@ -45,7 +49,15 @@ class Plot:
             for note in view.notes:
                 teller(console)(f"{view.name}: {note}")
         draw = report if self.out.suffix == ".html" else plot
-        draw(*views, out=self.out, over=self.over, log_x=self.log_x, log_y=self.log_y, smoothing=self.smoothing)
+        draw(
+            *views,
+            out=self.out,
+            over=self.over,
+            log_x=self.log_x,
+            log_y=self.log_y,
+            smoothing=self.smoothing,
+            mean_over_seeds=self.mean_over_seeds,
+        )
         print(self.out)
 
 

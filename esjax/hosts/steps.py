@@ -7,6 +7,7 @@ import numpy as np
 
 from esjax.config import Config
 from esjax.core.shaping import LARGEST_LOSS, shape
+from esjax.curves import Average
 from esjax.hosts import wire
 from esjax.hosts.effects import Closed, Effect, Publish, Record, Tell, Terms
 from esjax.hosts.roster import Host, Roster, speeds_of
@@ -24,6 +25,9 @@ DEADLINE_FLOOR = 1.0
 
 DEADLINE_FACTOR = 3.0
 """How many times as long as the others a host may take."""
+
+RATE_MEMORY = 0.9
+"""Weight of a step in the mean rate, against that of the step after it."""
 
 QUIET = 100
 """Steps without a trouble after which it is told of anew."""
@@ -65,7 +69,7 @@ class Steps:
         """
         self.step = step
         self.loss: float | None = None
-        self.rate = 0.0
+        self.rate, self._mean_rate = 0.0, Average()
         self._config, self._terms, self._rng = config, terms, rng
         self._roster, self._rounds = roster, rounds
         self._emit, self._put_aside = emit, put_aside
@@ -262,7 +266,7 @@ class Steps:
         data = self._config.data
         if self._closed_at is not None:
             rate = members * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
-            self.rate = 0.9 * self.rate + 0.1 * rate if self.rate else rate
+            self.rate = self._mean_rate.add(rate, RATE_MEMORY)
         self._closed_at = now
 
     def _publish(self, message: Message, body: bytes = b"") -> None:

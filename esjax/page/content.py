@@ -54,6 +54,7 @@ def summary(view: RunView, run: str) -> dict[str, Any]:
         "state": view.state,
         "unit": view.unit,
         "last": {name: view.last(name) for name in LAST},
+        "best": view.lowest("held_out"),
     }
 
 

@@ -3,21 +3,16 @@
 
 const told = JSON.parse(document.getElementById("told").textContent || "null");
 const INTERVAL = 1500; // milliseconds between two looks
-const COLORS = ["#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d"];
 const AXES = { steps: "step", seconds: "seconds", "member-tokens": "member_tokens" };
-const CHARTS = [
-  { column: "held_out", title: "Held-out loss", loss: true },
-  { column: "loss", title: "Training loss, mean of the population", loss: true },
-  { column: "member_tokens_per_second", title: "Rate", unit: "member-tokens per second", small: true },
-  { column: "update_norm", title: "Size of the update", unit: "norm", small: true },
-];
+const TICKS = ["logX", "logY", "seeds"]; // what is on or off
 const FIRST = 4; // runs that are chosen when the page opens, if nothing is said
 
-const view = { over: "steps", logX: false, logY: false, span: 0, ...told?.view };
+const view = { over: "steps", logX: false, logY: false, seeds: false, span: 0, filter: "", ...told?.view };
 const runs = new Map(); // by the name that the server knows: what was told of it, `curves` among it
 const colors = new Map(); // chosen runs, in the order of choice, with the index of their color
 let list = [];
 let all = false;
+let sorted = { column: "", falling: false }; // the table of runs; "": in the order of choice
 
 const byId = (id) => document.getElementById(id);
 
@@ -28,14 +23,34 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+// Make a short piece of a run's line.
 function swatch(run) {
-  const mark = make("span", { className: "swatch" });
-  if (colors.has(run)) mark.style.background = colorOf(run);
+  const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  mark.setAttribute("class", "swatch");
+  if (!colors.has(run)) return mark;
+  const { color, dash } = styleOf(run);
+  const line = document.createElementNS(mark.namespaceURI, "path");
+  for (const [name, value] of Object.entries({ d: "M0 5H24", stroke: color, "stroke-width": 3, "stroke-dasharray": STROKES[dash] })) line.setAttribute(name, value);
+  mark.append(line);
   return mark;
 }
 
-const colorOf = (run) => COLORS[colors.get(run) % COLORS.length];
-const chosen = () => [...colors.keys()].filter((run) => runs.get(run)?.curves).map((run) => runs.get(run));
+// A run of a group has the style of the first one.
+function styleOf(run) {
+  const group = view.seeds ? groups().find((found) => found.some((one) => one.run === run)) : null;
+  return styleAt(colors.get(group ? group[0].run : run));
+}
+
+const matches = ({ name }) => view.filter.toLowerCase().split(/\s+/).every((word) => name.toLowerCase().includes(word));
+const chosen = () => [...colors.keys()].map((run) => runs.get(run)).filter((run) => run?.curves && matches(run));
+
+// Fill a box again if what it shows has changed.
+function renew(box, shows, children) {
+  const print = JSON.stringify(shows);
+  if (box.dataset.print === print) return;
+  box.dataset.print = print;
+  box.replaceChildren(...children());
+}
 
 function choose(run, on) {
   if (!on) colors.delete(run);
@@ -47,12 +62,20 @@ function choose(run, on) {
   }
 }
 
+// Choose all runs that are listed, or none of them.
+function chooseListed(on) {
+  for (const run of list.filter(matches)) choose(run.run, on);
+  writeAddress();
+  draw();
+  if (!told) look();
+}
+
 // What is chosen stands in the address, so that it can be kept and loaded again.
 
 function readAddress() {
   const words = new URLSearchParams(location.hash.slice(1));
-  for (const name of ["over", "span"]) if (words.has(name)) view[name] = name === "span" ? Number(words.get(name)) : words.get(name);
-  for (const name of ["logX", "logY"]) if (words.has(name)) view[name] = words.get(name) === "1";
+  for (const name of ["over", "span", "filter"]) if (words.has(name)) view[name] = name === "span" ? Number(words.get(name)) : words.get(name);
+  for (const name of TICKS) if (words.has(name)) view[name] = words.get(name) === "1";
   if (!(view.over in AXES)) view.over = "steps";
   if (!(view.span >= 0)) view.span = 0;
   return words.getAll("run");
@@ -63,7 +86,8 @@ function writeAddress() {
   for (const run of colors.keys()) words.append("run", run);
   words.set("over", view.over);
   words.set("span", view.span);
-  for (const name of ["logX", "logY"]) if (view[name]) words.set(name, "1");
+  for (const name of TICKS) if (view[name]) words.set(name, "1");
+  if (view.filter) words.set("filter", view.filter);
   history.replaceState(null, "", "#" + words);
 }
 
@@ -90,7 +114,7 @@ function shown(value) {
 function drawRuns() {
   const box = byId("runs");
   const rows = new Map([...box.children].map((row) => [row.dataset.run, row]));
-  list.forEach((run, place) => {
+  list.filter(matches).forEach((run, place) => {
     let row = rows.get(run.run);
     rows.delete(run.run);
     if (!row) {
@@ -107,7 +131,7 @@ function drawRuns() {
     if (box.children[place] !== row) box.insertBefore(row, box.children[place] ?? null);
     const { last } = run;
     const facts = `step ${whole(last.step)} · ${clock(last.seconds ?? 0)} · held-out ${fixed(last.held_out)}`;
-    const print = JSON.stringify([run, colors.get(run.run)]);
+    const print = JSON.stringify([run, colors.has(run.run) && styleOf(run.run)]);
     if (row.dataset.print === print) return;
     row.dataset.print = print;
     const label = row.firstChild, tick = label.firstChild;
@@ -125,124 +149,73 @@ function drawRuns() {
   for (const row of rows.values()) row.remove();
 }
 
-// Curves.
-
-// Average exponentially over `span` steps back, see esjax.curves.smooth.
-function smooth(steps, values, span) {
-  if (!span) return values;
-  let total = 0, weight = 0;
-  return values.map((value, i) => {
-    const kept = i ? Math.exp((steps[i - 1] - steps[i]) / span) : 0;
-    total = kept * total + value;
-    weight = kept * weight + 1;
-    return total / weight;
-  });
-}
-
-function traces(chart, dark) {
-  const lines = [];
-  for (const run of chosen()) {
-    const curve = run.curves[chart.column];
-    if (!curve?.value.length) continue;
-    const x = curve[AXES[view.over]], color = colorOf(run.run);
-    const span = chart.column === "held_out" ? 0 : Number(view.span);
-    if (span) lines.push({ x, y: curve.value, mode: "lines", line: { color, width: 1 }, opacity: dark ? 0.35 : 0.25, hoverinfo: "skip" });
-    const few = curve.value.length < 60;
-    lines.push({
-      x, y: smooth(curve.step, curve.value, span), name: run.name, mode: few ? "lines+markers" : "lines",
-      line: { color, width: 2 }, marker: { size: 5 }, hovertemplate: chart.loss ? "%{y:.3f}" : "%{y:.3s}",
-    });
-  }
-  return lines;
-}
-
-// The n-gram models: once for each text, named after the run if there are several.
-function baselines() {
-  const texts = new Map();
-  for (const run of chosen()) {
-    const key = JSON.stringify(Object.values(run.baselines).map((value) => value.toFixed(6)));
-    if (Object.keys(run.baselines).length && !texts.has(key)) texts.set(key, run);
-  }
-  return [...texts.values()].flatMap((run) =>
-    Object.entries(run.baselines).map(([name, value]) => ({
-      value,
-      text: `${name} ${value.toFixed(2)}` + (texts.size > 1 ? ` (${run.name})` : ""),
-      color: texts.size > 1 ? colorOf(run.run) : null,
-    })),
-  );
-}
-
-// What losses are in: nats per token, or what a run has in their place.
-const units = () => [...new Set(chosen().map((run) => run.unit))].sort().join(", ");
-
-const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly reads some HTML
-
-function drawCharts() {
-  const style = getComputedStyle(document.documentElement);
-  const ink = style.getPropertyValue("--quiet").trim(), line = style.getPropertyValue("--line").trim();
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  if (!CHARTS[0].box) { // all of them first: a chart takes the width that its box has
-    for (const chart of CHARTS) {
-      chart.box = make("div", { id: "chart-" + chart.column });
-      byId("charts").append(make("div", { className: chart.small ? "chart small" : "chart" }, make("h2", {}, chart.title), chart.box));
-    }
-  }
-  for (const chart of CHARTS) {
-    const lines = traces(chart, dark);
-    const marks = chart.column === "held_out" && lines.length ? baselines() : [];
-    const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // a reward's are not
-    const unit = chart.loss ? escapeText(units()) : chart.unit;
-    const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { color: ink } };
-    Plotly.react(
-      chart.box,
-      lines.map((trace) => ({ ...trace, name: escapeText(trace.name ?? "") })),
-      {
-        xaxis: { ...axis, type: view.logX ? "log" : "linear", title: { text: view.over, font: { color: ink, size: 12 } }, exponentformat: "SI" },
-        yaxis: { ...axis, type: log ? "log" : "linear", title: { text: unit, font: { color: ink, size: 12 } }, rangemode: chart.small && !log ? "tozero" : "normal", ...(log ? { dtick: "D1" } : {}) },
-        margin: { l: 52, r: marks.length ? 78 : 16, t: 10, b: 40 },
-        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, family: "system-ui, sans-serif", size: 12 },
-        showlegend: false, hovermode: "x unified",
-        hoverlabel: { namelength: -1, bgcolor: style.getPropertyValue("--card").trim(), bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
-        shapes: marks.map(({ value, color }) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: color ?? ink, dash: "dash", width: 1 }, layer: "below" })),
-        annotations: marks.map(({ value, text, color }) => ({ xref: "paper", x: 1, y: log ? Math.log10(value) : value, xanchor: "left", text: escapeText(text), showarrow: false, font: { size: 11, color: color ?? ink } })),
-        uirevision: [view.over, view.logX, view.logY].join(), // a zoom outlives updates
-      },
-      { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] },
-    );
-  }
-}
-
 // Settings side by side.
+
+const differs = (among, name) => new Set(among.map((run) => JSON.stringify(run.settings[name]))).size > 1;
+const settingsOf = (among) => [...new Set(among.flatMap((run) => Object.keys(run.settings)))].sort();
+const labels = (among) => among.map((run) => [run.run, run.name, styleOf(run.run)]);
 
 function drawSettings() {
   const among = chosen();
   byId("settings").hidden = !among.length;
-  const names = [...new Set(among.flatMap((run) => Object.keys(run.settings)))].sort();
-  const differs = (name) => new Set(among.map((run) => JSON.stringify(run.settings[name]))).size > 1;
-  const marked = names.filter(differs);
-  const rows = all || among.length < 2 ? [...marked, ...names.filter((name) => !differs(name))] : marked;
-  const table = byId("settings").querySelector("table");
-  const print = JSON.stringify([rows, among.map((run) => [run.name, colors.get(run.run), run.settings])]);
+  const names = settingsOf(among), marked = names.filter((name) => differs(among, name));
+  const rows = all || among.length < 2 ? [...marked, ...names.filter((name) => !marked.includes(name))] : marked;
   byId("settings").querySelector("label").hidden = among.length < 2;
-  if (table.dataset.print === print) return;
-  table.dataset.print = print;
-  table.replaceChildren(
+  renew(byId("settings").querySelector("table"), [rows, labels(among), among.map((run) => run.settings)], () => [
     make("tr", {}, make("th", {}, rows.length ? "" : "no setting differs"), ...among.map((run) => make("th", {}, swatch(run.run), run.name))),
     ...rows.map((name) =>
       make("tr", { className: marked.includes(name) ? "differs" : "" }, make("th", {}, name), ...among.map((run) => make("td", {}, shown(run.settings[name])))),
     ),
-  );
+  ]);
+}
+
+// The table of runs: what differs, and how far each has come; a click on a head sorts.
+
+function columnsOf(among) {
+  return [
+    { head: "run", of: (run) => run.name },
+    { head: "state", of: (run) => run.state },
+    { head: "held-out loss", of: (run) => run.last.held_out, write: fixed },
+    { head: "best held-out loss", of: (run) => run.best, write: fixed },
+    { head: "training loss", of: (run) => run.last.loss, write: fixed },
+    { head: "steps done", of: (run) => run.last.step, write: whole },
+    { head: "seconds trained", of: (run) => run.last.seconds, write: (value) => fixed(value, 1) },
+    { head: "member-tokens", of: (run) => run.last.member_tokens, write: whole },
+    ...settingsOf(among).filter((name) => differs(among, name)).map((name) => ({ head: name, of: (run) => run.settings[name], write: shown })),
+  ];
+}
+
+// What is missing comes last, whichever way it is sorted.
+function compare(a, b) {
+  if (a == null || b == null) return (a == null) - (b == null);
+  const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+  return sorted.falling ? -order : order;
+}
+
+function drawTable() {
+  const among = chosen(), columns = columnsOf(among);
+  byId("table").hidden = !among.length;
+  const [head, body] = byId("table").querySelectorAll("thead tr, tbody");
+  renew(head, columns.map((column) => column.head), () => columns.map((column) => make("th", { scope: "col" }, make("button", { type: "button" }, column.head))));
+  columns.forEach(({ head: name }, i) => head.children[i].setAttribute("aria-sort", name !== sorted.column ? "none" : sorted.falling ? "descending" : "ascending"));
+  const by = columns.find((column) => column.head === sorted.column);
+  const rows = by ? [...among].sort((a, b) => compare(by.of(a), by.of(b))) : among;
+  const cells = rows.map((run) => columns.map(({ of, write = String }) => write(of(run))));
+  renew(body, [labels(rows), cells], () => rows.map((run, i) => make("tr", {}, ...cells[i].map((cell, k) => make("td", {}, ...(k ? [] : [swatch(run.run)]), cell)))));
+}
+
+function sortBy(event) {
+  const column = event.target.closest("button")?.textContent;
+  if (!column) return;
+  sorted = { column, falling: column === sorted.column && !sorted.falling };
+  drawTable();
 }
 
 function drawSamples() {
   const among = chosen().filter((run) => run.samples.length || run.notes.length);
   byId("samples").hidden = !among.length;
-  const box = byId("samples").querySelector("div");
-  const print = JSON.stringify(among.map((run) => [run.name, colors.get(run.run), run.samples, run.notes]));
-  if (box.dataset.print === print) return;
-  box.dataset.print = print;
-  box.replaceChildren(
-    ...among.map((run) => {
+  renew(byId("samples").querySelector("div"), [labels(among), among.map((run) => [run.samples, run.notes])], () =>
+    among.map((run) => {
       const sample = run.samples.at(-1);
       const step = sample ? ` step ${whole(sample.step)}` : "";
       return make(
@@ -280,16 +253,24 @@ function drawHosts() {
   );
 }
 
+function hint() {
+  if (!list.length) return "There is no run yet; one appears here when it begins.";
+  if (!list.some(matches)) return `No run has "${view.filter.trim()}" in its name.`;
+  return "Choose runs to see them side by side.";
+}
+
 function draw() {
   drawRuns();
   const among = chosen();
-  byId("hint").hidden = colors.size > 0;
-  byId("hint").textContent = list.length ? "Choose runs to see them side by side." : "There is no run yet; one appears here when it begins.";
-  byId("charts").hidden = !colors.size;
-  if (colors.size) drawCharts();
+  const any = list.some((run) => colors.has(run.run) && matches(run));
+  byId("hint").hidden = any;
+  byId("hint").textContent = hint();
+  byId("charts").hidden = !any;
+  if (any) drawCharts();
   drawHosts();
-  drawSettings();
+  drawTable();
   drawSamples();
+  drawSettings();
   document.title = among.length === 1 ? `${among[0].name} - esjax` : "esjax";
 }
 
@@ -361,10 +342,9 @@ function begin() {
   }
   form.over.value = view.over;
   form.span.value = view.span;
-  form.logX.checked = view.logX;
-  form.logY.checked = view.logY;
+  for (const name of TICKS) form[name].checked = view[name];
   form.addEventListener("change", () => {
-    Object.assign(view, { over: form.over.value, span: Number(form.span.value), logX: form.logX.checked, logY: form.logY.checked });
+    Object.assign(view, { over: form.over.value, span: Number(form.span.value) }, Object.fromEntries(TICKS.map((name) => [name, form[name].checked])));
     writeAddress();
     draw();
   });
@@ -372,11 +352,15 @@ function begin() {
     all = event.target.checked;
     drawSettings();
   });
-  byId("none").addEventListener("click", () => {
-    colors.clear();
+  byId("filter").value = view.filter;
+  byId("filter").addEventListener("input", (event) => {
+    view.filter = event.target.value;
     writeAddress();
     draw();
   });
+  byId("table").addEventListener("click", sortBy);
+  byId("show").addEventListener("click", () => chooseListed(true));
+  byId("hide").addEventListener("click", () => chooseListed(false));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   if (told) {
     list = told.runs;

@@ -21,6 +21,7 @@ def report(
     log_x: bool = False,
     log_y: bool = False,
     smoothing: float = 0.0,
+    mean_over_seeds: bool = False,
 ) -> None:
     """Write a page that shows runs side by side, and needs nothing but a browser.
 
@@ -31,6 +32,8 @@ def report(
         log_x: Whether that axis is logarithmic.
         log_y: Whether the loss is.
         smoothing: Steps over which curves are averaged, exponentially; 0: none.
+        mean_over_seeds: Whether runs whose settings differ in nothing but the seed are drawn as one line, see
+            `esjax.plot`.
 
     Raises:
         EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
@@ -43,7 +46,7 @@ def report(
     if log_y:
         check_log_y(views)
     told: dict[str, Any] = {
-        "view": {"over": over, "logX": log_x, "logY": log_y, "span": smoothing},
+        "view": {"over": over, "logX": log_x, "logY": log_y, "seeds": mean_over_seeds, "span": smoothing},
         "runs": [{**summary(view, str(i)), **details(view), "curves": curves(view)} for i, view in enumerate(views)],
     }
     try:
@@ -62,6 +65,7 @@ def _alone(title: str, told: dict[str, Any]) -> str:
         '<link rel="stylesheet" href="page.css">': f"<style>{page_file('page.css')}</style>",
         '<script src="plotly.js"></script>': f"<script>{plotly_script('plot')}</script>",
         begin + end: begin + data + end,
+        '<script src="charts.js"></script>': f"<script>{page_file('charts.js')}</script>",
         '<script src="page.js"></script>': f"<script>{page_file('page.js')}</script>",
     }.items():
         assert page.count(asked) == 1, asked

@@ -100,6 +100,7 @@ def make_app(folder: Path) -> "Starlette":
         routes=[
             Route("/", file(page_file("page.html"), "text/html")),
             Route("/page.css", file(page_file("page.css"), "text/css")),
+            Route("/charts.js", file(page_file("charts.js"), "text/javascript")),
             Route("/page.js", file(page_file("page.js"), "text/javascript")),
             Route("/plotly.js", file(plotly_script("dashboard"), "text/javascript")),
             Route("/api/runs", answer(lambda request: follower.runs())),
