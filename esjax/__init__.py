@@ -144,6 +144,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     # JAX takes a second to import; `esjax --help` and settings do without it.
     if name not in __all__:

@@ -6,12 +6,12 @@ The docstring under each field is its help on the command line.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from esjax.errors import EsjaxError
-from esjax.mistakes import explain
+from esjax.mistakes import explain, setting_names, wrong_name
 
 Precision = Literal["float32", "bfloat16"]
 """Type of what matrix products multiply."""
@@ -23,8 +23,24 @@ MOST_WEIGHED = 2**24
 """Pairs of a step, times the rank of their noise, whose weighted noise is sure to fit: weights are 127 at most."""
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings; raises ValueError where one is of the wrong type or out of range."""
+class _Kind(msgspec.StructMeta):
+    """Makes groups of settings that refuse what is wrong with an `EsjaxError`.
+
+    While msgspec reads a file it does not come by here: it adds the place in the file to a section's ValueError.
+    """
+
+    def __call__(self, *values: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name not in self.__struct_fields__:
+                raise EsjaxError(f"{self.__name__}: {wrong_name(name, setting_names(self()), ())}")
+        try:
+            return super().__call__(*values, **settings)
+        except ValueError as error:
+            raise EsjaxError(str(error)) from error
+
+
+class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings; raises EsjaxError where a name is unknown, or a value of the wrong type or out of range."""
 
     def __post_init__(self) -> None:
         for field in msgspec.structs.fields(type(self)):
@@ -36,7 +52,14 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 try:
                     msgspec.convert(value, field.type)
                 except msgspec.ValidationError as error:
-                    raise ValueError(f"{field.name}: {error}, got {value!r}") from error
+                    place = str(error) if " - at `" in str(error) else f"{error} - at `$`"
+                    named = ValueError(place.replace("`$", f"`$.{field.name}", 1))
+                    raise ValueError(explain(named, [self], {field.name: value})) from error
+            elif type(value) not in (field.type, *get_args(field.type)):
+                raise ValueError(
+                    f"{field.name} cannot be {type(value).__name__}(...); give each group of settings by its name, "
+                    "es=EsConfig(...) for example"
+                )
 
 
 def _check(condition: bool, message: str) -> None:
@@ -429,5 +452,9 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def replace(config: Any, **changes: Any) -> Any:
-    """Copy settings with some of them changed, and check them again."""
-    return msgspec.structs.replace(config, **changes)
+    """Copy settings with some of them changed, and check them again.
+
+    Raises:
+        EsjaxError: There is no such setting, or it cannot have that value.
+    """
+    return type(config)(**{**{name: getattr(config, name) for name in config.__struct_fields__}, **changes})

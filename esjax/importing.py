@@ -8,11 +8,13 @@ from esjax.checkpoint import Checkpoints
 from esjax.config import Config
 from esjax.data.vocabulary import Vocabulary
 from esjax.es import init_state
+from esjax.flags import default_flags
 from esjax.models.model import Params
 from esjax.optimizer import make_optimizer
 from esjax.run_folder import RunFolder
 
 
+@default_flags()
 def begin_with(
     params: Params, out: Path, config: Config, vocabulary: Vocabulary, own: Mapping[str, str] = MappingProxyType({})
 ) -> None:

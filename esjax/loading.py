@@ -16,6 +16,7 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState, init_state
+from esjax.flags import default_flags
 from esjax.models.model import ModelFactory, Params
 from esjax.optimizer import make_optimizer
 from esjax.own import Own
@@ -111,9 +112,9 @@ def load(
         params = built.init(jax.random.key(0))
         return init_state(params, optimizer, first_states(config, built, params))
 
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first)
-    )
+    with default_flags():
+        shapes = jax.eval_shape(first)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     state = restore_newest(folder.checkpoints, like, tell).state
     trained = Trained(built, vocabulary, mesh)
     return Loaded(folder.path, config, vocabulary, folder.own, int(state.step), state.average, trained)

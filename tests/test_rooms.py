@@ -18,7 +18,7 @@ FLOORS = [
     ("esjax.core.gradient",),
     ("esjax.core",),
     # What is above this line imports nothing of the package but what is there itself.
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.streams", "esjax.tokens"),
+    ("esjax", "esjax.errors", "esjax.flags", "esjax.mistakes", "esjax.streams", "esjax.tokens"),
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.layers", "esjax.models.model"),

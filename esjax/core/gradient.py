@@ -56,7 +56,7 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
             return [total + more.astype(total.dtype) for total, more in zip(totals, sums, strict=True)]
 
         if count is not None:
-            is_counted = (jnp.arange(len(seeds)) < count).reshape(-1, *[1] * len(halves))
+            is_counted = (jnp.arange(len(seeds), dtype=jnp.int32) < count).reshape(-1, *[1] * len(halves))
             weights = jnp.where(is_counted, weights, jnp.zeros_like(weights))
         size = min(most, len(seeds))
         chunks = -(-len(seeds) // size)
@@ -146,7 +146,8 @@ def value_and_grad(
         losses = losses_of(params, seeds, batch)
         finite = is_finite(losses)
         value = jnp.sum(jnp.where(finite[:, None], losses, 0)) / (2 * jnp.sum(finite.astype(jnp.float32)))
-        examples = jnp.arange(pairs) // _pairs_an_example(batch, batch_axis, pairs) if noise.split else None
+        numbers = jnp.arange(pairs, dtype=jnp.int32)
+        examples = numbers // _pairs_an_example(batch, batch_axis, pairs) if noise.split else None
         shaped = shape(losses, shaping, sigma=noise.sigma, examples=examples)
         return value, gradient_of(params, seeds, shaped)
 
