@@ -118,7 +118,9 @@ class Trained:
         max_tokens: int,
         count: int,
         seed: int,
-        sampling: Sampling,
+        temperature: float,
+        top_k: int,
+        top_p: float,
     ) -> list[Written]:
         """Sample continuations of a prompt, see `Usable.generate`.
 
@@ -127,14 +129,13 @@ class Trained:
         """
         _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
         _require(count >= 1, f"count must be at least 1, got {count}")
-        temperature, top_k, top_p = sampling
         _require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
         _require(top_k >= 0, f"top_k must be at least 0, got {top_k}")
         _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
         state = self._read(params, self.vocabulary.encode(prompt))
         keys = jax.random.split(key_of(seed), count)
-        tokens = self._sample(params, state, keys, max_tokens, sampling)
+        tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
         return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
 
     @default_flags()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from esjax.curves import Axis
 from esjax.data.corpus import Corpus, Split
-from esjax.generate import Sampling
 from esjax.models.model import Params
 from esjax.runs import RunView
 from esjax.trained import Evaluation, Trained, Written
@@ -65,8 +64,16 @@ class Usable(ABC):
             EsjaxError: A number is out of range.
         """
         trained, params = self._now()
-        sampling = Sampling(temperature, top_k, top_p)
-        return trained.write(params, prompt, max_tokens=max_tokens, count=count, seed=seed, sampling=sampling)
+        return trained.write(
+            params,
+            prompt,
+            max_tokens=max_tokens,
+            count=count,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
     def search(self, prompt: str = "", *, beams: int = 4, max_tokens: int = 400) -> list[Written]:
         """Find the most probable continuations of a prompt by beam search, best first.

@@ -86,9 +86,9 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         chunk_pairs: See `weigh`.
 
     Returns:
-        `(params, seeds, shaped, count=None, totals=None) -> gradient`, a pytree like `params`: the mean of (shaped
-        value * ε / unit) over the pairs that count. With ±1 noise it is the same to the last bit in any order, on any
-        number of devices. `count` and `totals` are as for `weigh`. Frozen leaves get 0.
+        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`, the mean
+        of (shaped value * ε / unit) over the pairs that count; frozen leaves get 0. With ±1 noise it is the same to the
+        last bit in any order, on any number of devices. `count` and `totals` are as for `weigh`.
     """
     weigh_pairs = weigh(noise, mesh=mesh, chunk_pairs=chunk_pairs)
 
@@ -128,8 +128,8 @@ def value_and_grad(
         chunk_pairs: Pairs that a device evaluates at a time, see `evaluate`.
 
     Returns:
-        `(params, seed, batch) -> (value, gradient)`. `seed` names the noise and differs in every step: an integer or a
-        key of JAX, which may be traced. `value` is the mean loss of the members that count, float32, NaN if there is
+        `(params, seed, batch) -> (value, gradient)`. `seed`, an integer or a key of JAX, which may be traced, names the
+        noise and differs in every step. `value` is the mean loss of the members that count, float32, NaN if there is
         none; `gradient` is a pytree like `params`, 0 where more than half the losses are not finite. The same as
         `pair_seeds(seed, 0, pairs)`, `evaluate`, `shape` and `estimate` one after another.
 

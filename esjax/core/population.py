@@ -61,9 +61,9 @@ def evaluate(
         precision: Type of what is multiplied in products with perturbed matrices.
 
     Returns:
-        `(params, seeds, batch, count=None) -> losses`, float32 [pairs, 2]: of the members +ε and -ε. `seeds` is uint32
-        [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first `count` pairs are evaluated, in
-        whole chunks; the others get 0.
+        `(params, seeds, batch, count=None) -> losses`. The losses are float32 [pairs, 2], of the members +ε and -ε of
+        each pair. `seeds` is uint32 [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first
+        `count` pairs are evaluated, in whole chunks; the others get 0.
 
     The function raises, while it is traced:
         TypeError: `loss` does not return one number of floating type, or a leaf of the parameters is no array.
@@ -154,8 +154,8 @@ def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gath
             gathered so far.
 
     Returns:
-        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced: one
-        program serves for any number. Each device begins with `zeros`.
+        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced, so
+        that one program serves for any number. Each device begins with `zeros`.
     """
     if mesh is None:
 

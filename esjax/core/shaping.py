@@ -83,8 +83,9 @@ def shape(
             antithetic pairs.
 
     Returns:
-        Weights, scale and the number of void pairs. A pair with a loss that is not finite weighs 0. All weigh 0 where
-        more than half the pairs do so, or where all losses that are compared are equal; see `Shaped.trouble`.
+        An int8 weight for each pair, their scale, and the number of void pairs. A pair with a loss that is not finite
+        is void, and its weight is 0. If more than half the pairs are void, or all losses that are compared are equal,
+        all weights are 0, and `Shaped.trouble` names the reason.
 
     Raises:
         ValueError: `losses` is not of shape [pairs, 2], or the method is unknown.
