@@ -36,16 +36,18 @@ if TYPE_CHECKING:
     from esjax.exporting import export, import_weights
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
-    from esjax.loading import load
+    from esjax.loading import Loaded, load
+    from esjax.member import Member
     from esjax.metrics_server import MetricsServer
     from esjax.models import Model, sequence_model
     from esjax.models.adapters import equinox_model, linen_model, nnx_model
     from esjax.page.report import report
     from esjax.plotting import plot
-    from esjax.replaying import replay
+    from esjax.replaying import Replayed, replay
     from esjax.step_info import StepInfo
-    from esjax.sweeping import Hosts, Sweep, resume_sweep, sweep
+    from esjax.sweeping import Hosts, Outcome, Sweep, resume_sweep, sweep
     from esjax.tracking import TrackedRun, Tracker
+    from esjax.trained import Evaluation, Written
     from esjax.training import Trainer, resume, train
 
 __version__ = "0.1.0"
@@ -55,13 +57,18 @@ __all__ = [
     "DataConfig",
     "EsConfig",
     "EsjaxError",
+    "Evaluation",
     "GruConfig",
     "Hosts",
     "HostsConfig",
+    "Loaded",
+    "Member",
     "MetricsServer",
     "Model",
     "Noise",
     "OptimConfig",
+    "Outcome",
+    "Replayed",
     "RnnConfig",
     "Server",
     "Shaped",
@@ -70,6 +77,7 @@ __all__ = [
     "TrackedRun",
     "Tracker",
     "Trainer",
+    "Written",
     "equinox_model",
     "estimate",
     "evaluate",
@@ -101,6 +109,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "Evaluation": "trained",
+    "Loaded": "loading",
+    "Member": "member",
+    "Outcome": "sweeping",
+    "Replayed": "replaying",
+    "Written": "trained",
     "EsjaxError": "errors",
     "MetricsServer": "metrics_server",
     "Model": "models",
@@ -142,6 +156,10 @@ _HOME = {
     "shape": "core",
     "value_and_grad": "core",
 }
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from esjax.errors import EsjaxError
-from esjax.mistakes import explain
+from esjax.mistakes import explain, setting_names, wrong_name
 from esjax.yaml_text import read_yaml
 
 Precision = Literal["float32", "bfloat16"]
@@ -25,8 +25,24 @@ MOST_WEIGHED = 2**24
 """Pairs of a step, times the rank of their noise, whose weighted noise is sure to fit: weights are 127 at most."""
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings; raises ValueError where one is of the wrong type or out of range.
+class _Kind(msgspec.StructMeta):
+    """Makes groups of settings that refuse what is wrong with an `EsjaxError`.
+
+    While msgspec reads a file it does not come by here: it adds the place in the file to a section's ValueError.
+    """
+
+    def __call__(self, *values: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name not in self.__struct_fields__:
+                raise EsjaxError(f"{self.__name__}: {wrong_name(name, setting_names(self()), ())}")
+        try:
+            return super().__call__(*values, **settings)
+        except ValueError as error:
+            raise EsjaxError(str(error)) from error
+
+
+class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings; raises EsjaxError where a name is unknown, or a value of the wrong type or out of range.
 
     A mapping stands for the group of its names: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
     """
@@ -445,5 +461,9 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def replace(config: Any, **changes: Any) -> Any:
-    """Copy settings with some of them changed, and check them again."""
-    return msgspec.structs.replace(config, **changes)
+    """Copy settings with some of them changed, and check them again.
+
+    Raises:
+        EsjaxError: There is no such setting, or it cannot have that value.
+    """
+    return type(config)(**{**{name: getattr(config, name) for name in config.__struct_fields__}, **changes})

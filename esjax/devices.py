@@ -20,6 +20,9 @@ def prepare_devices(cache: Path | None = None) -> None:
 
     Args:
         cache: Folder for compiled programs. None: they are not kept.
+
+    Raises:
+        EsjaxError: JAX has been used already, with another number of devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
@@ -27,8 +30,15 @@ def prepare_devices(cache: Path | None = None) -> None:
 
     import jax
 
-    if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", _cores())
+    is_free = "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ
+    if is_free and jax.config.jax_num_cpu_devices != _cores():  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", _cores())
+        except RuntimeError as error:
+            raise EsjaxError(
+                "JAX has been used already, and has its devices; call prepare_devices() before anything else uses JAX "
+                "(in a notebook, restart the kernel first), or leave it out: training is slower then, and the same"
+            ) from error
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(given_path(cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

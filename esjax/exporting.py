@@ -35,7 +35,7 @@ def export(
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Returns:
-        The files written: one, or for npy the weights and the table of characters.
+        The files written, one of them, or for npy the weights and the table of characters.
 
     Raises:
         EsjaxError: It is no run folder or holds no checkpoint, the format does not suit its model, or a file is there.

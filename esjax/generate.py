@@ -67,7 +67,7 @@ def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Arra
     # The token that crosses top_p still belongs to the nucleus, so it is never empty.
     p = jnp.sum(reached < sampling.top_p) + 1
     floor = descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
-    drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf))
+    drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), mode="low")
     return jnp.where(sampling.temperature > 0, drawn, greedy).astype(jnp.int32)
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int, Integer, PyTree
 from esjax.config import Config, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
+from esjax.flags import default_flags
 from esjax.hosts.alone import Alone
 from esjax.hosts.engine import Engine
 from esjax.member import Member
@@ -67,7 +68,9 @@ def gradient_cosines(
     units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
     length = data.burn_in + data.window
-    for step in range(steps):
+
+    @default_flags()
+    def compare(step: int) -> GradientCosine:
         replica.use_params(params)
         alone.step()
         estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
@@ -80,7 +83,9 @@ def gradient_cosines(
             for first in range(0, len(windows), AT_ONCE)
         ]
         exact, squares = jax.tree.map(partial(_mean, len(windows)), *parts)
-        yield _compare(estimate, exact, float(squares))
+        return _compare(estimate, exact, float(squares))
+
+    yield from map(compare, range(steps))
 
 
 def _mean(count: int, *parts: Array) -> Array:

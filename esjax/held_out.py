@@ -11,6 +11,7 @@ from numpy import ndarray
 from esjax.config import Config
 from esjax.core.seeds import loss_key, stream_seed
 from esjax.data.packing import draw_windows, pack_stream
+from esjax.flags import default_flags
 from esjax.member import Loss, Member, sequence_keys
 from esjax.models.model import Params
 from esjax.streams import HELD_OUT
@@ -23,6 +24,7 @@ Measure = Callable[[Params], float]
 """`(params) -> number`, lower is better; always of the same documents."""
 
 
+@default_flags()
 def make_measure(
     trained: Trained, config: Config, documents: Sequence[ndarray], objective: Loss | None
 ) -> Measure | None:
@@ -61,5 +63,6 @@ def _nats(trained: Trained, lanes: tuple[Array, Array], params: Params) -> float
     return trained.loss(params, lanes)
 
 
+@default_flags()
 def _number(mean: Callable[..., Array], windows: Array, keys: Array, params: Params) -> float:
     return float(mean(params, windows, keys))

@@ -9,12 +9,14 @@ from esjax.checkpoint import Checkpoints
 from esjax.config import Config
 from esjax.data.vocabulary import Vocabulary
 from esjax.es import init_state
+from esjax.flags import default_flags
 from esjax.models.model import Params
 from esjax.names import Code
 from esjax.optimizer import make_optimizer
 from esjax.run_folder import RunFolder
 
 
+@default_flags()
 def begin_with(
     params: Params,
     out: Path,

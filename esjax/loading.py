@@ -16,6 +16,7 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
+from esjax.flags import default_flags
 from esjax.ledger import UPDATE, read
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.own import Own
@@ -163,7 +164,8 @@ def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -
         EsjaxError: No checkpoint is whole, or it holds the weights of another model.
     """
     everywhere = NamedSharding(local_mesh(), PartitionSpec())  # not the devices of the machine that saved it
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    with default_flags():
+        params = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params)
     return restore_weights(folder.checkpoints, like, tell)
 

@@ -99,7 +99,7 @@ class Member(NamedTuple):
             state, ended = carry
             logits = self.predict(state).at[UNK].set(-jnp.inf)
             if key is not None:
-                drawn = jax.random.gumbel(jax.random.fold_in(key, position), logits.shape, logits.dtype)
+                drawn = jax.random.gumbel(jax.random.fold_in(key, position), logits.shape, logits.dtype, "low")
                 logits = logits / temperature + drawn
             token = jnp.where(ended, STOP, jnp.argmax(logits)).astype(jnp.int32)
             return (self.consume(state, token), token == STOP), token

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from esjax.config import ModelConfig
 from esjax.errors import EsjaxError
+from esjax.flags import default_flags
 from esjax.member import Loss, Member
 from esjax.models import Model, build_model
 from esjax.models.check import check_model
@@ -89,6 +90,7 @@ class Own:
                 )
         return [word for kind, one in self.code.items() for word in (OPTIONS[kind], str(one))]
 
+    @default_flags()
     def build(self, config: ModelConfig, vocab_size: int) -> Model:
         """Build the model: its own, once it was seen to keep the contract, or the one that the settings name."""
         if self.model is None:

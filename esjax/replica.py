@@ -23,6 +23,7 @@ from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
 from esjax.es import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
 from esjax.estimator import Estimator, make_estimator
+from esjax.flags import default_flags
 from esjax.member import Loss, PairLoss
 from esjax.models.check import check_float32
 from esjax.models.model import Model, Params
@@ -72,6 +73,7 @@ class Replica:
         halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
     """
 
+    @default_flags()
     def __init__(
         self,
         config: Config,
@@ -159,6 +161,7 @@ class Replica:
         """List those that share the population."""
         return list(self._mesh.devices.flat)
 
+    @default_flags()
     def use_tokens(self, stream: Integer[np.ndarray, " length"]) -> None:
         """Score on this text from now on.
 
@@ -172,10 +175,12 @@ class Replica:
         check_stream(len(stream), self._window_length)
         self._tokens = self._on_every_device(stream)
 
+    @default_flags()
     def use_params(self, params: Params) -> None:
         """Go on from these parameters, with everything else as it is."""
         self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
 
+    @default_flags()
     def losses(self, pairs: Integer[np.ndarray, " pairs"]) -> Float[np.ndarray, "pairs 2"]:
         """Score both members of some pairs of the present step, with the present parameters.
 
@@ -189,6 +194,7 @@ class Replica:
         ]
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
 
+    @default_flags()
     def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
         """Add up what some pairs of the present step say, see `esjax.sums`.
 
@@ -204,10 +210,12 @@ class Replica:
             done += part.size
         return total
 
+    @default_flags()
     def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
         """Update with the sum of what the step's pairs say; see `apply`."""
         return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
 
+    @default_flags()
     def apply(
         self,
         pairs: Integer[np.ndarray, " pairs"],
@@ -236,6 +244,7 @@ class Replica:
             self.skip()
         return info
 
+    @default_flags()
     def skip(self) -> None:
         """Count a step that was found void; the parameters stay as they are.
 

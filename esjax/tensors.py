@@ -25,6 +25,7 @@ from esjax.config import Config, from_yaml, to_yaml
 from esjax.custom_code import gather
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
+from esjax.flags import default_flags
 from esjax.importing import begin_with
 from esjax.models.model import ModelFactory, Params
 from esjax.run_folder import check_own
@@ -82,7 +83,8 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None =
     own = gather(model=model)
     check_own(str(path), read.own, own.names(), "esjax.import_weights")
     built = own.build(config.model, vocabulary.size)
-    like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
+    with default_flags():
+        like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
     expected = name_tensors(like)
     for tensor in {**expected, **read.tensors}:
         wanted, found = (_describe(tensors.get(tensor)) for tensors in (expected, read.tensors))

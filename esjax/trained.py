@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy import ndarray
 
 from esjax.core.population import PAIRS_AXIS
+from esjax.core.seeds import key_of
 from esjax.data.packing import pack_lanes
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
+from esjax.flags import default_flags
 from esjax.generate import Sampling, beam_search, sample
 from esjax.member import Member
 from esjax.models.model import Model, Params
@@ -82,6 +84,7 @@ class Trained:
         )
         self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
 
+    @default_flags()
     def lanes(self, documents: Sequence[ndarray]) -> tuple[jax.Array, jax.Array]:
         """Pack encoded documents for `score`, spread over all devices."""
         lanes = pack_lanes(documents)
@@ -90,6 +93,7 @@ class Trained:
         tokens, scored = (np.pad(array, ((0, missing), (0, 0))) for array in lanes)
         return jax.device_put(jnp.asarray(tokens), spread), jax.device_put(jnp.asarray(scored), spread)
 
+    @default_flags()
     def loss(self, params: Params, lanes: tuple[jax.Array, jax.Array]) -> float:
         """Mean nats per token over packed documents."""
         return float(self._score(params, *lanes))
@@ -111,29 +115,20 @@ class Trained:
         unknown = sum(int(np.count_nonzero(document == UNK)) for document in documents)
         return Evaluation(nats, nats * tokens / size / math.log(2), tokens, unknown, baselines, note)
 
+    @default_flags()
     def write(
         self,
         params: Params,
-        prompt: str = "",
+        prompt: str,
         *,
-        max_tokens: int = 400,
-        count: int = 1,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_tokens: int,
+        count: int,
+        seed: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
     ) -> list[Written]:
-        """Sample continuations of a prompt, each until the model ends the document or `max_tokens` are reached.
-
-        Args:
-            params: The weights.
-            prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            max_tokens: Most tokens to write, at least 1.
-            count: Number of texts, at least 1.
-            seed: Names the texts: equal seeds, equal texts.
-            temperature: At least 0; 0 takes the most probable token each time.
-            top_k: Choose among so many most probable tokens; 0: among all.
-            top_p: Choose among the most probable tokens that reach this probability together, in (0, 1].
+        """Sample continuations of a prompt, see `Usable.generate`.
 
         Raises:
             EsjaxError: A number is out of range.
@@ -145,18 +140,13 @@ class Trained:
         _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
         state = self._read(params, self.vocabulary.encode(prompt))
-        keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), count)
+        keys = jax.random.split(key_of(seed), count)
         tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
         return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
 
-    def search(self, params: Params, prompt: str = "", *, beams: int = 4, max_tokens: int = 400) -> list[Written]:
-        """Find the most probable continuations of a prompt by beam search, best first.
-
-        Args:
-            params: The weights.
-            prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            beams: Continuations kept at every length, at least 1.
-            max_tokens: Most tokens to write, at least 1.
+    @default_flags()
+    def search(self, params: Params, prompt: str, *, beams: int, max_tokens: int) -> list[Written]:
+        """Find the most probable continuations of a prompt, best first, see `Usable.search`.
 
         Raises:
             EsjaxError: A number is out of range.

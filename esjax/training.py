@@ -19,6 +19,7 @@ from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.delivery import Blocks
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
+from esjax.flags import changed_flags
 from esjax.held_out import make_measure
 from esjax.history import History
 from esjax.hosts.alone import Alone
@@ -92,6 +93,8 @@ class Trainer(Usable):
         self.last: StepInfo | None = None
         self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
+        if flags := changed_flags():
+            self.tell(flags)
         # A text that is used block by block comes with its first block.
         stream = None if config.data.block_tokens else corpus.stream()
         self._replica = Replica(config, built, stream, whole_mesh(), objective, own.optimizer)

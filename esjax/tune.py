@@ -140,6 +140,6 @@ def tune(
 def _with(config: Config, **changes: Any) -> Config:
     try:
         return replace(config, es=replace(config.es, **changes))
-    except ValueError as error:
+    except EsjaxError as error:
         asked = ", ".join(f"es.{name} {value}" for name, value in changes.items())
         raise EsjaxError(f"{asked} does not go with the run's settings: {error}") from error

@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from esjax.curves import Axis
 from esjax.data.corpus import Corpus, Split
 from esjax.errors import EsjaxError
 from esjax.models.model import Params
@@ -45,31 +47,56 @@ class Usable(ABC):
     def _view(self) -> RunView:
         """Return the run's settings and metrics."""
 
-    def generate(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Sample texts.
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 400,
+        count: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[Written]:
+        """Sample continuations of a prompt, each until the model ends the document or `max_tokens` are reached.
 
         Args:
             prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            settings: `max_tokens`, `count`, `seed`, `temperature`, `top_k`, `top_p`, see `Trained.write`.
+            max_tokens: Most tokens to write, at least 1.
+            count: Number of texts, at least 1.
+            seed: Names the texts: equal seeds, equal texts.
+            temperature: At least 0; 0 takes the most probable token each time.
+            top_k: Choose among so many most probable tokens; 0: among all.
+            top_p: Choose among the most probable tokens that reach this probability together, in (0, 1].
 
         Raises:
             EsjaxError: A number is out of range.
         """
         trained, params = self._now()
-        return trained.write(params, prompt, **settings)
+        return trained.write(
+            params,
+            prompt,
+            max_tokens=max_tokens,
+            count=count,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
 
-    def search(self, prompt: str = "", **settings: Any) -> list[Written]:
-        """Find the most probable texts by beam search, best first.
+    def search(self, prompt: str = "", *, beams: int = 4, max_tokens: int = 400) -> list[Written]:
+        """Find the most probable continuations of a prompt by beam search, best first.
 
         Args:
             prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            settings: `beams`, `max_tokens`, see `Trained.search`.
+            beams: Continuations kept at every length, at least 1.
+            max_tokens: Most tokens to write, at least 1.
 
         Raises:
             EsjaxError: A number is out of range.
         """
         trained, params = self._now()
-        return trained.search(params, prompt, **settings)
+        return trained.search(params, prompt, beams=beams, max_tokens=max_tokens)
 
     def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
         """Score whole documents, beside n-gram models fitted to the training split of the run's own text.
@@ -96,15 +123,27 @@ class Usable(ABC):
                 note = f"n-gram models are left out: {str(error).partition(';')[0]}"
         return trained.score(params, documents, size, baselines, note)
 
-    def plot(self, **settings: Any) -> "Figure":
+    def plot(
+        self,
+        *,
+        out: str | Path | None = None,
+        over: Axis = "steps",
+        log_x: bool = False,
+        log_y: bool = False,
+        smoothing: float = 0.0,
+    ) -> "Figure":
         """Draw the run's curves, as far as they go.
 
         Args:
-            settings: As for `esjax.plot`, such as `over="seconds"`.
+            out: File to write, .png, .svg or .pdf. None: none is written.
+            over: What the curves are drawn over.
+            log_x: Whether that axis is logarithmic.
+            log_y: Whether the loss is.
+            smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
 
         Raises:
-            EsjaxError: No step is finished, or matplotlib is missing.
+            EsjaxError: No step is finished, matplotlib is missing, or the file cannot be written.
         """
         from esjax.plotting import plot
 
-        return plot(self._view(), **settings)
+        return plot(self._view(), out=out, over=over, log_x=log_x, log_y=log_y, smoothing=smoothing)

@@ -39,6 +39,11 @@ from collections.abc import Iterator  # noqa: E402
 
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
+from esjax import flags  # noqa: E402
+
+# A run computes under JAX's defaults; here it is as strict as the rest.
+flags.DEFAULTS = {name: value for name, value in flags.DEFAULTS.items() if not name.startswith("numpy_")}
+
 PAIRS_AXIS = "pairs"
 
 

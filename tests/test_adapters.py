@@ -47,6 +47,7 @@ def test_a_run_of_a_framework_model_is_resumed_replayed_loaded_and_exported(
 ) -> None:
     model = MODELS[name]()
     run = train(config, tmp_path / "run", model=model)
+    assert run._replica.units == esjax.initial_units(run.params)  # of its first weights
     infos = list(run)
     assert infos[-1].held_out is not None
     assert all(np.isfinite(info.loss) for info in infos)

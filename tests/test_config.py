@@ -1,8 +1,10 @@
 """Settings check themselves, and YAML carries them there and back."""
 
 import ast
+import copy
 import inspect
 import itertools
+import pickle
 import re
 import subprocess
 import sys
@@ -250,9 +252,9 @@ def test_replace_changes_a_copy_and_checks_it() -> None:
     settings = EsConfig()
     assert replace(settings, sigma=0.5) == EsConfig(sigma=0.5)
     assert settings == EsConfig()
-    with pytest.raises(ValueError, match="sigma must be above 0"):
+    with pytest.raises(EsjaxError, match="sigma must be above 0"):
         replace(settings, sigma=-0.5)
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(EsjaxError, match="even"):
         replace(settings, population_size=7)
 
 
@@ -263,10 +265,14 @@ def test_replace_changes_a_copy_and_checks_it() -> None:
         (lambda: EsConfig(rank=1.5), "rank"),  # type: ignore[arg-type]
         (lambda: Config(steps="ten"), "steps"),  # type: ignore[arg-type]
         (lambda: EsConfig(sigma=float("inf")), "sigma"),
+        (lambda: EsConfig(layer_sigma={"hidden": "x"}), "layer_sigma"),  # type: ignore[dict-item]
+        (lambda: Config(es=DataConfig()), "es must be a group of settings, not DataConfig"),  # type: ignore[arg-type]
+        (lambda: Config(model="gru"), "model must be a group of settings, not 'gru'"),  # type: ignore[arg-type]
+        (lambda: Config(seconds=-1), "seconds must be above 0 and finite, got -1"),
     ],
 )
 def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named: str) -> None:
-    with pytest.raises(ValueError, match=f"^{named}"):
+    with pytest.raises(EsjaxError, match=f"^{named}"):
         make()
 
 
@@ -295,7 +301,7 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
     ],
 )
 def test_a_wrong_type_is_named_where_it_is_given(make: Callable[[], object], said: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(EsjaxError, match=f"^{re.escape(said)}$"):
         make()
 
 
@@ -324,6 +330,28 @@ def test_settings_do_not_change_with_the_mapping_that_they_were_made_of() -> Non
     assert config.layer_sigma == {"a": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: EsConfig(sigm=1), "EsConfig: there is no setting sigm; did you mean sigma?"),  # type: ignore[call-arg]
+        (lambda: Config(sigma=1), "Config: there is no setting sigma; did you mean es.sigma?"),  # type: ignore[call-arg]
+        (lambda: replace(DataConfig(), windw=1), "DataConfig: there is no setting windw; did you mean window?"),
+    ],
+)
+def test_a_wrong_name_is_refused_in_python_too(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        make()
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_section_refuses_a_wrong_name_and_is_copied_and_sent(section: type[Section]) -> None:
+    with pytest.raises(EsjaxError, match=f"^{section.__name__}: there is no setting qqqq; "):
+        section(qqqq=1)
+    assert pickle.loads(pickle.dumps(section())) == copy.deepcopy(section()) == section()
+    assert [*inspect.signature(section).parameters] == [*section.__struct_fields__]
+
+
 def sections_in_source() -> dict[str, ast.ClassDef]:
     tree = ast.parse(inspect.getsource(config_module))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -343,7 +371,7 @@ def test_every_setting_has_a_help(section: type[Section]) -> None:
 
 
 def test_every_section_is_tried_here() -> None:
-    assert set(sections_in_source()) - {"Section"} == {section.__name__ for section in SECTIONS}
+    assert set(sections_in_source()) - {"Section", "_Kind"} == {section.__name__ for section in SECTIONS}
 
 
 @pytest.mark.parametrize(
@@ -376,7 +404,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
-    with pytest.raises(ValueError, match="256 bytes"):
+    with pytest.raises(EsjaxError, match="256 bytes"):
         DataConfig(vocabulary="byte", vocab_size=100)
 
 
@@ -390,7 +418,7 @@ def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
     ],
 )
 def test_states_are_carried_where_windows_follow_each_other(data: dict, es: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(EsjaxError, match=named):
         Config(data=DataConfig(carry=True, **data), es=EsConfig(**es))
     assert DataConfig(carry=True, burn_in=9).tokens_before == 0
 

@@ -1,5 +1,6 @@
 """The Python in README and docs runs, made small."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -47,7 +48,34 @@ def test_every_public_name_is_described(name: str) -> None:
     if home == "esjax.config":
         assert f"config.{name}," in (ROOT / "docs/_ext/settings_tables.py").read_text()
     else:
-        assert re.search(rf"^\.\. auto\w+:: {home}\.{name}$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+        assert re.search(rf"^\.\. auto\w+:: esjax\.{name}$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+
+
+def test_what_completion_offers_are_the_public_names_and_keywords() -> None:
+    """Reference: `__all__`, and the keywords that the pages use; by the library behind IPython's completion."""
+    jedi = pytest.importorskip("jedi")
+    assert {*dir(esjax)} == {*esjax.__all__, "__version__"}
+    for name in esjax.__all__:
+        assert getattr(esjax, name).__name__ == name
+
+    def complete(code: str) -> set[str]:
+        return {found.name for found in jedi.Interpreter(code, [{"esjax": esjax}]).complete()}
+
+    assert complete("esjax.") == {*dir(esjax)}
+    for kind in ("Trainer", "Loaded"):
+        assert "temperature=" in complete(f"esjax.{kind}.generate(self, tem")
+        assert "beams=" in complete(f"esjax.{kind}.search(self, be")
+        assert "smoothing=" in complete(f"esjax.{kind}.plot(self, smo")
+    assert "sigma=" in complete("esjax.EsConfig(sig")
+
+
+def test_sphinx_takes_no_part_of_a_sentence_for_the_type_of_a_result() -> None:
+    """Napoleon reads what stands before a colon in the first line of Returns as a type."""
+    for path in sorted((ROOT / "esjax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                for line in re.findall(r"^(?:Returns|Yields):\n(.*)$", ast.get_docstring(node) or "", re.MULTILINE):
+                    assert ":" not in re.sub(r"`[^`]*`", "", line), f"{path}: {line.strip()}"
 
 
 def test_the_two_weights_of_how_it_works_are_found() -> None:

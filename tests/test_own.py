@@ -448,6 +448,16 @@ def test_a_parameter_that_is_a_number_of_python_is_refused(config: Config) -> No
         train(config, model=own)
 
 
+def test_a_model_that_names_no_units_gets_those_of_its_first_weights(config: Config) -> None:
+    """By hand: the root mean square of each leaf; zeros by their shape, 1/√4 and 0.3."""
+
+    def own(vocab_size: int) -> Model:
+        first = {"kernel": jnp.full((8, vocab_size), 0.0625), "zeros": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
+        return plain(init=lambda key: first, predict=lambda params, state: jnp.ones(vocab_size))
+
+    assert train(config, model=own)._replica.units == {"kernel": 0.0625, "zeros": 0.5, "bias": 0.3}
+
+
 def test_a_model_that_keeps_the_contract_is_left_as_it_is() -> None:
     for model in (plain(), gru(SIZE, 4, 8), gru(SIZE, 4, 8)._replace(tapped=False), *MODELS.values()):
         size = VOCAB if model in MODELS.values() else SIZE

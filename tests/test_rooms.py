@@ -18,7 +18,16 @@ FLOORS = [
     ("esjax.core.gradient",),
     ("esjax.core",),
     # What is above this line imports nothing of the package but what is there itself.
-    ("esjax", "esjax.errors", "esjax.mistakes", "esjax.names", "esjax.streams", "esjax.tokens", "esjax.yaml_text"),
+    (
+        "esjax",
+        "esjax.errors",
+        "esjax.flags",
+        "esjax.mistakes",
+        "esjax.names",
+        "esjax.streams",
+        "esjax.tokens",
+        "esjax.yaml_text",
+    ),
     ("esjax.config",),
     ("esjax.dotted",),
     ("esjax.axes", "esjax.models.layers", "esjax.models.model"),

@@ -1,10 +1,11 @@
 """Ids and back, against counts by hand and Python's own UTF-8."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esjax.data.vocabulary import UNKNOWN_MARK, Vocabulary, fit_vocabulary
+from esjax.data.vocabulary import UNKNOWN_MARK, Vocabulary, fit_vocabulary, parse_vocabulary
 from esjax.tokens import STOP, UNK
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters=UNKNOWN_MARK))
@@ -83,3 +84,10 @@ def test_unknown_characters_are_listed_once_in_order() -> None:
     vocabulary = Vocabulary("char", ("a", "b"))
     assert vocabulary.unknown("zaybz y") == ["z", "y", " "]
     np.testing.assert_array_equal(vocabulary.encode("zab"), [UNK, 2, 3])
+
+
+@pytest.mark.parametrize("vocabulary", [Vocabulary("char", ("a", "b", "c")), Vocabulary("byte")])
+def test_its_length_is_the_number_of_ids(vocabulary: Vocabulary) -> None:
+    """By hand: UNK, STOP and three characters, or 256 bytes."""
+    assert len(vocabulary) == vocabulary.size == (5 if vocabulary.kind == "char" else 258)
+    assert parse_vocabulary(vocabulary.stored()) == vocabulary

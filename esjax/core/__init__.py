@@ -12,7 +12,7 @@ To read it: `seeds`, `units`, `leaves`, `noise`, `population`, `shaping`, `gradi
 
 from esjax.core.gradient import estimate, value_and_grad, weigh
 from esjax.core.interpreter import AddedUp
-from esjax.core.noise import Noise, full, low_rank
+from esjax.core.noise import Layout, Noise, full, low_rank
 from esjax.core.population import evaluate, explain
 from esjax.core.seeds import pair_seeds
 from esjax.core.shaping import Shaped, shape
@@ -20,6 +20,7 @@ from esjax.core.units import in_units, initial_units
 
 __all__ = [
     "AddedUp",
+    "Layout",
     "Noise",
     "Shaped",
     "estimate",

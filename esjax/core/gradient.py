@@ -56,7 +56,7 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
             return [total + more.astype(total.dtype) for total, more in zip(totals, sums, strict=True)]
 
         if count is not None:
-            is_counted = (jnp.arange(len(seeds)) < count).reshape(-1, *[1] * len(halves))
+            is_counted = (jnp.arange(len(seeds), dtype=jnp.int32) < count).reshape(-1, *[1] * len(halves))
             weights = jnp.where(is_counted, weights, jnp.zeros_like(weights))
         size = min(most, len(seeds))
         chunks = -(-len(seeds) // size)
@@ -86,9 +86,9 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         chunk_pairs: See `weigh`.
 
     Returns:
-        `(params, seeds, shaped, count=None, totals=None) -> gradient`, a pytree like `params`: the mean of (shaped
-        value * ε / unit) over the pairs that count. With ±1 noise it is the same to the last bit in any order, on any
-        number of devices. `count` and `totals` are as for `weigh`. Frozen leaves get 0.
+        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`, the mean
+        of (shaped value * ε / unit) over the pairs that count; frozen leaves get 0. With ±1 noise it is the same to the
+        last bit in any order, on any number of devices. `count` and `totals` are as for `weigh`.
     """
     weigh_pairs = weigh(noise, mesh=mesh, chunk_pairs=chunk_pairs)
 
@@ -128,8 +128,8 @@ def value_and_grad(
         chunk_pairs: Pairs that a device evaluates at a time, see `evaluate`.
 
     Returns:
-        `(params, seed, batch) -> (value, gradient)`. `seed` names the noise and differs in every step: an integer or a
-        key of JAX, which may be traced. `value` is the mean loss of the members that count, float32, NaN if there is
+        `(params, seed, batch) -> (value, gradient)`. `seed`, an integer or a key of JAX, which may be traced, names the
+        noise and differs in every step. `value` is the mean loss of the members that count, float32, NaN if there is
         none; `gradient` is a pytree like `params`, 0 where more than half the losses are not finite. The same as
         `pair_seeds(seed, 0, pairs)`, `evaluate`, `shape` and `estimate` one after another.
 
@@ -146,7 +146,8 @@ def value_and_grad(
         losses = losses_of(params, seeds, batch)
         finite = is_finite(losses)
         value = jnp.sum(jnp.where(finite[:, None], losses, 0)) / (2 * jnp.sum(finite.astype(jnp.float32)))
-        examples = jnp.arange(pairs) // _pairs_an_example(batch, batch_axis, pairs) if noise.split else None
+        numbers = jnp.arange(pairs, dtype=jnp.int32)
+        examples = numbers // _pairs_an_example(batch, batch_axis, pairs) if noise.split else None
         shaped = shape(losses, shaping, sigma=noise.sigma, examples=examples)
         return value, gradient_of(params, seeds, shaped)
 

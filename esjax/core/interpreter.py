@@ -99,7 +99,8 @@ class _Run:
             if name in _LOOPS:
                 return _LOOPS[name](self, inputs, **params)
             rule = RULES.get(name)
-            found = NotImplemented if rule is None else rule(*inputs, **params)
+            with jax.numpy_dtype_promotion("standard"):  # factors are float32, whatever the type of the parameters
+                found = NotImplemented if rule is None else rule(*inputs, **params)
             if found is not NotImplemented:
                 return found if primitive.multiple_results else [found]
             inputs = self.plain(name, inputs)

@@ -248,7 +248,8 @@ class Layout:
             size = size / math.sqrt(noise.rank) if leaf.is_thin else size
             if not leaf.factors:
                 direction = jnp.where(_is_common(leaf.shape), one, sign) if noise.split else sign
-                moved = (value + direction * size * unpacked(of_leaf[0])).astype(value.dtype)
+                with jax.numpy_dtype_promotion("standard"):  # the noise is float32, whatever the type of the leaf
+                    moved = (value + direction * size * unpacked(of_leaf[0])).astype(value.dtype)
                 leaves[leaf.index] = round_products(moved, precision, leaf.path)
                 continue
             left, right = of_leaf

@@ -64,8 +64,9 @@ class PerturbedArray:
         base = self.base.astype(self.dtype)
         if self.left is None:
             return base
-        left, right = self.factors()
-        return (base + jnp.sum(left * right, axis=-1)).astype(self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # of factors and base, which may be of another type
+            left, right = self.factors()
+            return (base + jnp.sum(left * right, axis=-1)).astype(self.dtype)
 
 
 def is_perturbed(value: Any) -> bool:

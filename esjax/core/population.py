@@ -61,16 +61,16 @@ def evaluate(
         precision: Type of what is multiplied in products with perturbed matrices.
 
     Returns:
-        `(params, seeds, batch, count=None) -> losses`, float32 [pairs, 2]: of the members +ε and -ε. `seeds` is uint32
-        [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first `count` pairs are evaluated, in
-        whole chunks; the others get 0.
+        `(params, seeds, batch, count=None) -> losses`. The losses are float32 [pairs, 2], of the members +ε and -ε of
+        each pair. `seeds` is uint32 [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first
+        `count` pairs are evaluated, in whole chunks; the others get 0.
 
     The function raises, while it is traced:
         TypeError: `loss` does not return one number of floating type, or a leaf of the parameters is no array.
         ValueError: `seeds`, or a leaf of the batch, has another shape.
     """
     call = _called(loss)
-    signs = jnp.array([1.0, -1.0])
+    signs = jnp.array([1.0, -1.0], jnp.float32)
 
     def losses(
         params: Params, seeds: UInt32[Array, "pairs 2"], batch: Any, count: Int[Array, ""] | int | None = None
@@ -104,16 +104,17 @@ def evaluate(
         size = max(size, 2)  # XLA drops an axis of 1, and may then sum in another order
         chunks = -(-pairs // size)
         if chunks == 1 and mesh is None and count is None and pairs > 1:
-            return chunk_losses(jnp.arange(pairs), seeds, params, batch)
+            return chunk_losses(jnp.arange(pairs, dtype=jnp.int32), seeds, params, batch)
         padded = jnp.pad(seeds, [(0, chunks * size - pairs), (0, 0)])
 
         def score(chunk: Array, found: Array, seeds: Array, params: Params, batch: Any) -> Array:
-            numbers = chunk * size + jnp.arange(size)
+            numbers = chunk * size + jnp.arange(size, dtype=jnp.int32)
             part = chunk_losses(jnp.minimum(numbers, pairs - 1), seeds[numbers], params, batch)
             return found.at[chunk].set(part)
 
         todo = chunks if count is None else -(-jnp.asarray(count, jnp.int32) // size)
-        found = deal(mesh, score)(jnp.int32(todo), jnp.zeros((chunks, size, 2)), padded, params, batch)
+        nothing = jnp.zeros((chunks, size, 2), jnp.float32)
+        found = deal(mesh, score)(jnp.int32(todo), nothing, padded, params, batch)
         return found.reshape(-1, 2)[:pairs]
 
     return losses
@@ -153,8 +154,8 @@ def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gath
             gathered so far.
 
     Returns:
-        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced: one
-        program serves for any number. Each device begins with `zeros`.
+        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced, so
+        that one program serves for any number. Each device begins with `zeros`.
     """
     if mesh is None:
 

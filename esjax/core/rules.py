@@ -294,15 +294,17 @@ def dynamic_slice(value: Any, *starts: Any, slice_sizes: Sequence[int], **_: Any
         base = lax.dynamic_slice(value.base, starts, slice_sizes).astype(value.dtype)
         return base + jnp.sum(value.left.row(row) * right, axis=-1).astype(value.dtype)
 
+    zero = jnp.zeros_like(starts[0])  # all places are of one type
+
     def change(part: Array, is_factor: bool) -> Array:
         if not is_factor:
             return lax.dynamic_slice(part, starts, slice_sizes)
         varies = [size != 1 for size in part.shape[:-1]]
-        where = [start if here else 0 for start, here in zip(starts, varies, strict=True)]
+        where = [start if here else zero for start, here in zip(starts, varies, strict=True)]
         sizes = [size if here else 1 for size, here in zip(slice_sizes, varies, strict=True)]
         if (*sizes, part.shape[-1]) == part.shape:
             return part
-        return lax.dynamic_slice(part, (*where, 0), (*sizes, part.shape[-1]))
+        return lax.dynamic_slice(part, (*where, zero), (*sizes, part.shape[-1]))
 
     return _if_worth_it(_each_part(value, change))
 

@@ -1,7 +1,7 @@
 """Seeds: threefry counters that name noise, windows of text and random keys.
 
-A seed is two uint32 words. Every seed is derived with threefry2x32 by name, so that the same run gives the same numbers
-whatever JAX's default generator is.
+A seed is two uint32 words. Every seed is derived with threefry2x32 by name, one block at a time, so that the same run
+gives the same numbers whatever JAX's default generator is and whatever its flags say.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ PERTURBATIONS = 0
 """Stream of a run's seeds from which perturbations grow."""
 
 Seed = int | Integer[Array, ""] | UInt32[Array, "2"] | Key[Array, ""]
-"""A run's seed, at least 0 and below 2^32; the seed of a stream, see `stream_seed`; or a threefry key, which is one."""
+"""A run's seed, at least 0 and below 2^32; the seed of a stream, see `stream_seed`; or a key of JAX."""
 
 LOSS_KEY = 2**32 - 1
 """What is folded into a pair's seed for the key of its loss; the pair's noise counts its blocks up from 0."""
@@ -35,11 +35,24 @@ def stream_seed(seed: int | Integer[Array, ""], stream: int) -> UInt32[Array, "2
         stream: Number of the stream, for example `PERTURBATIONS`.
 
     Raises:
+        TypeError: The seed is no whole number.
         ValueError: The seed is out of range.
     """
+    return fold(_words(seed), stream)
+
+
+def key_of(seed: int | Integer[Array, ""]) -> Key[Array, ""]:
+    """Make the threefry key of a number, at least 0 and below 2^32: `jax.random.key(seed)` as it is by default."""
+    return jax.random.wrap_key_data(_words(seed), impl="threefry2x32")
+
+
+def _words(seed: int | Integer[Array, ""]) -> UInt32[Array, "2"]:
+    # Not by `jax.random.key`, to which JAX_RANDOM_SEED_OFFSET adds a number.
+    if not jnp.issubdtype(jax.dtypes.result_type(seed), jnp.integer) or jnp.ndim(seed):
+        raise TypeError(f"seed must be one whole number, got {seed!r}")
     if isinstance(seed, int) and not 0 <= seed < 2**32:
         raise ValueError(f"seed must be at least 0 and below 2^32, got {seed}")
-    return fold(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")), stream)
+    return jnp.stack([jnp.uint32(0), jnp.uint32(seed)])
 
 
 def pair_seeds(
@@ -69,7 +82,7 @@ def pair_seeds(
 
 def _stream_of(seed: Any) -> UInt32[Array, "2"]:
     if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(seed)
+        return jax.random.key_data(seed)[:2]  # a key of rbg is made of two of threefry
     return seed if jnp.ndim(seed) == 1 else stream_seed(seed, PERTURBATIONS)
 
 

@@ -83,8 +83,9 @@ def shape(
             antithetic pairs.
 
     Returns:
-        Weights, scale and the number of void pairs. A pair with a loss that is not finite weighs 0. All weigh 0 where
-        more than half the pairs do so, or where all losses that are compared are equal; see `Shaped.trouble`.
+        An int8 weight for each pair, their scale, and the number of void pairs. A pair with a loss that is not finite
+        is void, and its weight is 0. If more than half the pairs are void, or all losses that are compared are equal,
+        all weights are 0, and `Shaped.trouble` names the reason.
 
     Raises:
         ValueError: `losses` is not of shape [pairs, 2], or the method is unknown.
@@ -111,7 +112,7 @@ def shape(
     weights = xp.where(usable & counts, weights, 0).astype(np.int8)
     scale = xp.where(usable, step / xp.maximum(counted, 1), 0.0)
     weights = weights if examples is not None else weights[:, 0]
-    void_pairs = xp.sum(~finite)
+    void_pairs = xp.sum(~finite, dtype=np.int32)
     return Shaped(weights, scale, void_pairs) if xp is jnp else Shaped(weights, float(scale), int(void_pairs))
 
 
@@ -125,8 +126,9 @@ def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -
 
     def sum_up(values: Numbers) -> Numbers:
         """Sum over the pairs of each pair's example."""
-        whole = jnp.zeros(pairs).at[group].add(values) if xp is jnp else np.bincount(group, values, minlength=pairs)
-        return whole[group]
+        if xp is np:
+            return np.bincount(group, values, minlength=pairs)[group]
+        return jnp.zeros(pairs, values.dtype).at[group].add(values)[group]
 
     total = xp.where(finite, losses[:, 0] + losses[:, 1], 0.0)
     count = sum_up(finite.astype(total.dtype))

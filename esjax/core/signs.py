@@ -55,7 +55,8 @@ def draw(
 
 
 def _normal(seed: UInt32[Array, "2"], count: int) -> Float[Array, " count"]:
-    return jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (count,), jnp.float32)
+    with jax.threefry_partitionable(True):  # which bits are drawn depends on this flag
+        return jax.random.normal(jax.random.wrap_key_data(seed, impl="threefry2x32"), (count,), jnp.float32)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["start", "shape"])

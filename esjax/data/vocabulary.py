@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -18,8 +19,9 @@ UNKNOWN_MARK = "\N{REPLACEMENT CHARACTER}"
 """How UNK is written."""
 
 
-class Vocabulary(NamedTuple):
-    """The symbols of a text; the id of `symbols[i]` is `i + FIRST`.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The symbols of a text; the id of `symbols[i]` is `i + FIRST`, and `len` is the number of ids.
 
     Attributes:
         kind: char: symbols are characters. byte: symbols are the 256 bytes, and nothing is ever unknown.
@@ -29,10 +31,13 @@ class Vocabulary(NamedTuple):
     kind: Literal["char", "byte"]
     symbols: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return FIRST + (256 if self.kind == "byte" else len(self.symbols))
+
     @property
     def size(self) -> int:
         """Number of ids, UNK and STOP included."""
-        return FIRST + (256 if self.kind == "byte" else len(self.symbols))
+        return len(self)
 
     def encode(self, text: str) -> Int32[ndarray, " length"]:
         """Turn text into ids; characters outside the vocabulary become UNK."""

@@ -13,6 +13,7 @@ from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
+from esjax.flags import changed_flags
 from esjax.held_out import make_measure
 from esjax.hosts import wire
 from esjax.hosts.tasks import (
@@ -109,6 +110,8 @@ class Engine:
         return Done(int(replica.state.step), *norms)
 
     def _build(self, task: Build) -> Result:
+        if flags := changed_flags():
+            self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         model = self._own.build(config.model, task.vocab_size)
