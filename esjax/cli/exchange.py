@@ -51,7 +51,7 @@ class Import:
     beside it that is called like it and ends in .chars.json."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/ and the time of day."""
+    """Run folder to make. None: runs/, the time of day, and four random characters."""
 
     def run(self, console: Console) -> None:
         """Make the folder."""
