@@ -320,7 +320,8 @@ def train(
         loss: A loss of one's own, in place of cross entropy: `(member, tokens, key) -> float32`, lower is better, see
             `esjax.member`.
         reward: The same with higher is better; `loss` and `held_out` of an info are its negative.
-        optimizer: Any optax transformation, in place of the one that the settings name.
+        optimizer: Any optax transformation that needs no more than gradients, parameters and `value`, the mean loss of
+            the step; in place of the one that the settings name.
             Each of the four may be a text, PATH.py:FUNCTION: then the run folder knows where it is, and resume, load
             and the command line find it again. The function for an optimizer takes nothing, and returns it.
         trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
@@ -328,7 +329,7 @@ def train(
 
     Raises:
         EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, there are a
-            loss and a reward, or one that does not return one float32.
+            loss and a reward, or one that does not return one float32, or the optimizer needs more than there is.
     """
     config, out = locate_text(config or Config()), None if out is None else given_path(out)
     own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)

@@ -53,7 +53,7 @@ class Import:
     beside it that is called like it and ends in .chars.json."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/ and the time of day."""
+    """Run folder to make. None: runs/, the time of day, and four random characters."""
 
     own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
 

@@ -47,7 +47,7 @@ class Serve:
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/ and the time of day."""
+    """Run folder to make. None: runs/, the time of day, and four random characters."""
 
     resume: Path | None = None
     """Run folder to go on with, in place of a new one; of the settings, only steps, seconds and data.text count then:

@@ -140,7 +140,7 @@ def _cache() -> Path | None:
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
-    """Name the folder to make: `out`, or the time of day, with four letters that tell apart what starts together."""
+    """Name the folder to make: `out`, or the time of day and four characters that tell apart what starts together."""
     return out or given_path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 

@@ -51,7 +51,7 @@ class Sweep:
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Folder of the runs. None: sweeps/ and the time of day."""
+    """Folder of the runs. None: sweeps/, the time of day, and four random characters."""
 
     resume: Path | None = None
     """Folder of a sweep to go on with; it knows its axes and settings."""

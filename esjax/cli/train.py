@@ -30,7 +30,7 @@ class Train:
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/ and the time of day."""
+    """Run folder to make. None: runs/, the time of day, and four random characters."""
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 

@@ -364,8 +364,9 @@ def serve(
         tell: Called with each line that a person should see. None: they go to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, or a loss
-            or reward does not return one float32.
+        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, a loss or
+            reward does not return one float32, or the optimizer needs more than there is. Iteration raises it, and
+            removes the folder, if the address cannot be listened at.
     """
     config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
     found = find_trackers(trackers)
