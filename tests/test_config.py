@@ -246,7 +246,7 @@ def test_a_wrong_name_is_refused_in_python_too(make: Callable[[], object], said:
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_section_refuses_a_wrong_name_and_is_copied_and_sent(section: type[Section]) -> None:
     with pytest.raises(EsjaxError, match=f"^{section.__name__}: there is no setting qqqq; "):
-        section(qqqq=1)  # type: ignore[call-arg]
+        section(qqqq=1)
     assert pickle.loads(pickle.dumps(section())) == copy.deepcopy(section()) == section()
     assert [*inspect.signature(section).parameters] == [*section.__struct_fields__]
 
