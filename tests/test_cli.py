@@ -939,18 +939,6 @@ def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, mon
     )
 
 
-def test_devices_are_prepared_before_jax_is_used_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here JAX has been used, with four devices; to ask for as many once more is no mistake."""
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-    assert jax.device_count() == 4
-    monkeypatch.setattr("esjax.devices._cores", lambda: 4)
-    esjax.prepare_devices()
-    monkeypatch.setattr("esjax.devices._cores", lambda: 3)
-    with pytest.raises(EsjaxError, match=r"call prepare_devices\(\) before anything else uses JAX"):
-        esjax.prepare_devices()
-
-
 @pytest.mark.parametrize("platform", ["cuda", "none"])
 def test_devices_that_are_not_there_are_one_line(work: Path, surroundings: dict[str, str], platform: str) -> None:
     done = run_alone({**surroundings, "JAX_PLATFORMS": platform}, 1, "generate", "run")

@@ -1,4 +1,4 @@
-"""Flags of JAX that a process sets change nothing: neither what a run computes, nor the numbers of the core."""
+"""Flags of JAX that a process sets change no number of a run or of the core; and devices, which are set once."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +17,7 @@ from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig
 from esjax.core.seeds import key_of
 from esjax.core.signs import draw
+from esjax.errors import EsjaxError
 from esjax.member import Member
 
 PARAMS = {
@@ -124,3 +125,15 @@ def test_a_guard_against_transfers_is_lifted_for_the_time_of_a_call() -> None:
             assert jax.jit(jnp.sin)(np.zeros(1, np.float32)) == 0
         with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
             jax.jit(jnp.cos)(np.zeros(1, np.float32))
+
+
+def test_devices_are_prepared_before_jax_is_used_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here JAX has been used, with four devices; to ask for as many once more is no mistake."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    assert jax.device_count() == 4
+    monkeypatch.setattr("esjax.devices._cores", lambda: 4)
+    esjax.prepare_devices()
+    monkeypatch.setattr("esjax.devices._cores", lambda: 3)
+    with pytest.raises(EsjaxError, match=r"call prepare_devices\(\) before anything else uses JAX"):
+        esjax.prepare_devices()
