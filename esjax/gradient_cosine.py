@@ -19,7 +19,7 @@ from esjax.config import Config, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
 from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine
+from esjax.hosts.executor import Executor
 from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.replica import Replica
@@ -62,7 +62,7 @@ def gradient_cosines(
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
-    alone = Alone(config, Engine(replica, tell=_nothing), own={}, record=_nothing)
+    alone = Alone(config, Executor(replica, tell=_nothing), own={}, record=_nothing)
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)

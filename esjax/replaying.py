@@ -10,7 +10,6 @@ from esjax.checkpoint import digest, restore_newest
 from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
-from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
@@ -89,7 +88,7 @@ def replay(
                 raise EsjaxError(
                     f"the ledger of {str(path)!r} begins at step {record.step}, not 0; nothing to replay from"
                 )
-            make_update(replica, record.payload)
+            replica.update(record.payload)
             if step + 1 == kept[0]:
                 expected = [kept[1]]
         for value in expected:

@@ -21,8 +21,7 @@ from esjax.errors import EsjaxError
 from esjax.held_out import make_measure
 from esjax.history import History
 from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine, make_update
-from esjax.hosts.wire import unpack_update
+from esjax.hosts.executor import Executor
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
@@ -37,6 +36,7 @@ from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Trained
+from esjax.update_record import unpack_update
 from esjax.usable import Usable
 
 SAMPLE_DOCUMENTS = 4
@@ -230,7 +230,7 @@ class Trainer(Usable):
         for record in read(self.folder.ledger):
             if record.kind == UPDATE and record.step == self.step:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
-                make_update(self._replica, record.payload)
+                self._replica.update(record.payload)
                 self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
 
     def _set_up(self, ledger: Ledger | None) -> Alone:
@@ -240,9 +240,9 @@ class Trainer(Usable):
 
         config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
-        engine = Engine(self._replica, size, tell=self.tell)
+        executor = Executor(self._replica, size, tell=self.tell)
         blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
-        return Alone(config, engine, own=self._own.names(), record=record, block=blocks)
+        return Alone(config, executor, own=self._own.names(), record=record, block=blocks)
 
     def _take_step(self, alone: Alone) -> StepInfo:
         closed, gradient_norm, update_norm = alone.step()

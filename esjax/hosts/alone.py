@@ -10,7 +10,8 @@ from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Record, Terms
-from esjax.hosts.engine import Engine
+from esjax.hosts.exchange import make_exchange
+from esjax.hosts.executor import Executor
 from esjax.hosts.memory import exchange
 from esjax.hosts.tasks import Apply, Done, Failed
 from esjax.hosts.worker import Worker
@@ -42,7 +43,7 @@ class Alone:
     def __init__(
         self,
         config: Config,
-        engine: Engine,
+        executor: Executor,
         *,
         own: dict[str, str],
         record: Callable[[int, bytes], None],
@@ -52,12 +53,12 @@ class Alone:
 
         Args:
             config: Settings.
-            engine: Does the tasks; it has a replica.
+            executor: Does the tasks; it has a replica.
             own: Names of the run's own model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
-        replica = engine.replica
+        replica = executor.replica
         step = int(replica.state.step)
         terms = Terms(
             run="",
@@ -66,8 +67,7 @@ class Alone:
             vocab_size=0,
             answers={},
             own=own,
-            numbers=replica.numbers,
-            scale=replica.scale,
+            exchange=make_exchange(replica.numbers, replica.scale),
         )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(
@@ -76,7 +76,7 @@ class Alone:
         self._worker = Worker(
             "alone", "", "", {}, own, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
         )
-        self._engine = engine
+        self._executor = executor
         self._record = record
 
     def step(self) -> Taken:
@@ -95,7 +95,7 @@ class Alone:
                     closed = effect
             task = worker.task()
             assert task is not None, "a host alone always has something to do"
-            result = self._engine.do(task)
+            result = self._executor.do(task)
             if isinstance(result, Failed):
                 raise EsjaxError(result.reason)
             worker.finished(result, NOW)

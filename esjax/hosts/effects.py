@@ -3,6 +3,7 @@
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from esjax.hosts.exchange import Exchange, LossExchange
 from esjax.hosts.wire import Envelope, Join
 
 
@@ -38,8 +39,7 @@ class Terms(NamedTuple):
         own: Names of the run's own model, loss or reward, and optimizer.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
-        numbers: Length of the sums that hosts hand in; 0: they hand in losses.
-        scale: Factor that makes the sum of them the estimate, times the number of pairs that count.
+        exchange: What hosts hand in.
     """
 
     run: str
@@ -50,8 +50,7 @@ class Terms(NamedTuple):
     own: dict[str, str]
     publish_port: int = 0
     state_bytes: int = 0
-    numbers: int = 0
-    scale: float = 0.0
+    exchange: Exchange = LossExchange()
 
     @property
     def blamed(self) -> str:

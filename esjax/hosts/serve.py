@@ -25,6 +25,7 @@ from esjax.hosts.answers import noise_answers
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.desk import Desk
 from esjax.hosts.effects import Snapshot, Terms, hash_bytes
+from esjax.hosts.exchange import make_exchange
 from esjax.hosts.keys import ServerKeys
 from esjax.hosts.server_transport import ServerTransport
 from esjax.hosts.sockets import Limits as Sizes
@@ -42,6 +43,7 @@ from esjax.snapshot import to_bytes
 from esjax.step_info import Limits, StepInfo
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import Tracker, Watch
+from esjax.update_record import unpack_update
 
 REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""
@@ -178,7 +180,7 @@ class Server:
                 f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
                 f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
             )
-        since = list(map(wire.unpack_update, _all_updates(ledger, first)))
+        since = list(map(unpack_update, _all_updates(ledger, first)))
         keys = self._keys()
         transport = stack.enter_context(
             ServerTransport(
@@ -208,8 +210,7 @@ class Server:
                 own=folder.own,
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                numbers=replica.numbers,
-                scale=replica.scale,
+                exchange=make_exchange(replica.numbers, replica.scale),
             ),
             step=first + len(since),
             now=now,

@@ -8,7 +8,7 @@ from bench.measure import Candidate
 from esjax.config import Config
 from esjax.core.population import PAIRS_AXIS
 from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine
+from esjax.hosts.executor import Executor
 from esjax.models import build_model
 from esjax.replica import Replica
 
@@ -33,7 +33,7 @@ def replica_of(config: Config, mesh: Mesh) -> Replica:
 
 def alone_of(config: Config, replica: Replica) -> Alone:
     """Set up whole steps: everything that training on one machine does, but for files."""
-    return Alone(config, Engine(replica, tell=lambda *_: None), own={}, record=lambda *_: None)
+    return Alone(config, Executor(replica, tell=lambda *_: None), own={}, record=lambda *_: None)
 
 
 def member_tokens(config: Config) -> int:
