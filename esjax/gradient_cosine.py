@@ -18,8 +18,7 @@ from jaxtyping import Array, Int, Integer, PyTree
 from esjax.config import Config, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
-from esjax.hosts.alone import Alone
-from esjax.hosts.executor import Executor
+from esjax.local_steps import LocalSteps
 from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.replica import Replica
@@ -62,14 +61,14 @@ def gradient_cosines(
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
-    alone = Alone(config, Executor(replica, tell=_nothing), own={}, record=_nothing)
+    local = LocalSteps(config, replica, custom={})
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
     length = data.burn_in + data.window
     for step in range(steps):
         replica.use_params(params)
-        alone.step()
+        local.take()
         estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
         seeds = pair_seeds(
             of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32) // es.pairs_a_window
@@ -85,10 +84,6 @@ def gradient_cosines(
 
 def _mean(count: int, *parts: Array) -> Array:
     return sum(parts[1:], parts[0]) / count
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def _gradient(

@@ -20,11 +20,10 @@ from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.held_out import make_measure
 from esjax.history import History
-from esjax.hosts.alone import Alone
-from esjax.hosts.executor import Executor
 from esjax.interrupts import stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus
+from esjax.local_steps import LocalSteps
 from esjax.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
@@ -151,7 +150,7 @@ class Trainer(Usable):
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
-            alone = self._set_up(record.ledger if record else None)
+            steps = self._set_up(record.ledger if record else None)
             began_at: float | None = None  # when the first step of this session was finished
             # Where there is a held-out loss already, the next one can wait.
             evaluate_after = config.evaluate_time if self._is_measured() else 0.0
@@ -159,7 +158,7 @@ class Trainer(Usable):
             before = self._seconds
             while True:
                 started, tokens_before = time.perf_counter(), self._member_tokens
-                info = self._take_step(alone)
+                info = self._take_step(steps)
                 now = time.perf_counter()
                 if began_at is None:
                     began_at, evaluate_at, checkpoint_at = now, now + evaluate_after, now + config.checkpoint_time
@@ -233,34 +232,35 @@ class Trainer(Usable):
                 self._replica.update(record.payload)
                 self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
 
-    def _set_up(self, ledger: Ledger | None) -> Alone:
+    def _set_up(self, ledger: Ledger | None) -> LocalSteps:
         def record(step: int, payload: bytes) -> None:
             if ledger:
                 ledger.append(UPDATE, step, payload)
 
         config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
-        executor = Executor(self._replica, size, tell=self.tell)
         blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
-        return Alone(config, executor, own=self._own.names(), record=record, block=blocks)
+        return LocalSteps(config, self._replica, custom=self._own.names(), record=record, blocks=blocks)
 
-    def _take_step(self, alone: Alone) -> StepInfo:
-        closed, gradient_norm, update_norm = alone.step()
-        was_finite, self._is_finite = self._is_finite, math.isfinite(update_norm)
-        if closed.notice:
-            self.tell(closed.notice)
+    def _take_step(self, steps: LocalSteps) -> StepInfo:
+        done = steps.take()
+        concluded = done.concluded
+        was_finite, self._is_finite = self._is_finite, math.isfinite(done.update_norm)
+        if done.notice:
+            self.tell(done.notice)
         if was_finite and not self._is_finite:
             self.tell(f"step {self.step}: the update is not finite; lower optim.learning_rate; no update")
-        self._member_tokens += closed.population * self.config.data.batch_size * self.config.data.window
+        population = self.config.es.members_per_pair * done.pairs
+        self._member_tokens += population * self.config.data.batch_size * self.config.data.window
         return StepInfo(
             step=self.step,
             seconds=0.0,
-            loss=closed.loss,
-            population=closed.population,
-            void_pairs=closed.void_pairs,
-            applied=not closed.trouble and self._is_finite,
-            gradient_norm=gradient_norm,
-            update_norm=update_norm,
+            loss=math.nan if concluded.loss is None else concluded.loss,
+            population=population,
+            void_pairs=concluded.void_pairs,
+            applied=not concluded.trouble and self._is_finite,
+            gradient_norm=done.gradient_norm,
+            update_norm=done.update_norm,
             member_tokens=self._member_tokens,
             member_tokens_per_second=0.0,
         )

@@ -18,10 +18,10 @@ from esjax import update_record
 from esjax.config import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText
+from esjax.exchange import make_exchange
 from esjax.hosts import wire
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
-from esjax.hosts.exchange import make_exchange
 from esjax.hosts.tasks import (
     Apply,
     Build,

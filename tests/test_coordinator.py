@@ -25,16 +25,16 @@ from hosts_simulation import (
 from hosts_simulation import body_of as bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import pass_messages
 from storms import Sent, body_of, requests, volume
 
 from esjax import update_record
 from esjax.config import Config
 from esjax.data.delivery import PackedText
+from esjax.exchange import make_exchange
 from esjax.hosts import wire
 from esjax.hosts.coordinator import LAST_ROUND, Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, Terms
-from esjax.hosts.exchange import make_exchange
-from esjax.hosts.memory import exchange
 from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT
 from esjax.hosts.rounds import GRACE
 from esjax.hosts.tasks import Apply
@@ -80,7 +80,7 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, g
     closed: list[Closed] = []
     tasks = 0
     while device.step < 7:
-        for effect in exchange(coordinator, worker, 0.0):
+        for effect in pass_messages(coordinator, worker, 0.0):
             if isinstance(effect, Record):
                 updates.append(effect.payload)
             elif isinstance(effect, Closed):

@@ -36,6 +36,7 @@ from hosts_simulation import (
 
 from esjax import update_record
 from esjax.config import Config, from_yaml, to_yaml
+from esjax.exchange import SLOT_PAIRS
 from esjax.hosts import handouts, wire
 from esjax.hosts.effects import Publish
 from esjax.hosts.line import DEAF
@@ -43,7 +44,6 @@ from esjax.hosts.roster import SILENT, STRIKES
 from esjax.hosts.steps import STUCK
 from esjax.hosts.tasks import Score, Scored
 from esjax.hosts.wire import Envelope
-from esjax.hosts.work import SLOT_PAIRS
 from esjax.hosts.worker import BEAT
 from esjax.sums import TAIL
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from esjax import core, replica, update_record
+from esjax import chunking, core, update_record
 from esjax.carrying import STEPS
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
@@ -46,8 +46,8 @@ def make(devices: int = 1, stream: np.ndarray | None = STREAM, config: Config = 
 @pytest.fixture
 def short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make calls so small that a few pairs take several of them."""
-    monkeypatch.setattr(replica, "CALL_PAIRS", 8)
-    monkeypatch.setattr(replica, "CALL_WEIGHED_PAIRS", 8)
+    monkeypatch.setattr(chunking, "CALL_PAIRS", 8)
+    monkeypatch.setattr(chunking, "CALL_WEIGHED_PAIRS", 8)
 
 
 def test_losses_are_those_of_the_pure_function() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from wire_strategies import kinds_of, messages
 
 from esjax import update_record
+from esjax.exchange import LossExchange
 from esjax.hosts import wire
-from esjax.hosts.exchange import LossExchange
 from esjax.hosts.wire import Envelope
 from esjax.sums import TAIL
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from storms import volume
 
-from esjax.hosts.exchange import AGREE, AGREE_STEPS, AGREE_SUMS, LossExchange, SumExchange
-from esjax.hosts.work import SLOT_PAIRS, FixedPopulation, Lease, TimeBudget, Work
+from esjax.exchange import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
+from esjax.hosts.work import FixedPopulation, Lease, TimeBudget, Work
 from esjax.sums import TAIL
 from esjax.update_record import Span, pairs_of
 

@@ -21,16 +21,15 @@ from wire_strategies import Strategy
 
 from esjax import update_record
 from esjax.config import Config
+from esjax.exchange import SLOT_PAIRS, LossExchange, SumExchange
 from esjax.hosts import scoring as scoring_module
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
-from esjax.hosts.exchange import LossExchange, SumExchange
 from esjax.hosts.line import DEAF, TIMEOUT
 from esjax.hosts.scoring import HAND_IN, SLICE, Scored, Scoring, without
 from esjax.hosts.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.wire import Envelope
-from esjax.hosts.work import SLOT_PAIRS
 from esjax.hosts.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
 from esjax.update_record import Span
 
@@ -406,7 +405,7 @@ def test_losses_are_handed_in_now_and_then() -> None:
 
 @pytest.mark.parametrize(
     ("module", "name", "limit"),
-    [(wire, "MAX_REQUEST", 8 * 8), (scoring_module, "SPAN_LIMIT", 2)],
+    [(scoring_module, "MAX_REQUEST", 8 * 8), (scoring_module, "SPAN_LIMIT", 2)],
     ids=["bytes", "spans"],
 )
 def test_no_more_is_handed_in_than_a_request_holds(

@@ -3,7 +3,7 @@
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from esjax.hosts.exchange import Exchange, LossExchange
+from esjax.exchange import Exchange, LossExchange
 from esjax.hosts.wire import Envelope, Join
 
 
@@ -51,12 +51,6 @@ class Terms(NamedTuple):
     publish_port: int = 0
     state_bytes: int = 0
     exchange: Exchange = LossExchange()
-
-    @property
-    def blamed(self) -> str:
-        """What to name beside a loss that is not finite, or says nothing; "" for cross entropy."""
-        named = [f" (the run's own {kind}, {name})" for kind, name in self.own.items() if kind in ("loss", "reward")]
-        return "".join(named)
 
     def objection(self, join: Join, noise: str) -> str:
         """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""

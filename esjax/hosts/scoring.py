@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esjax.hosts import wire
-from esjax.hosts.exchange import Exchange, Values
+from esjax.exchange import MAX_REQUEST, Exchange, Values
 from esjax.update_record import SPAN_LIMIT, Span
 
 SLICE = 0.25
@@ -141,7 +140,7 @@ class Scoring:
         size = spans = self._offered = 0
         for part in self._parts:
             size, spans = size + part.values.nbytes, spans + len(part.spans)
-            if self._offered and (size > wire.MAX_REQUEST or spans > SPAN_LIMIT):
+            if self._offered and (size > MAX_REQUEST or spans > SPAN_LIMIT):
                 break
             self._offered += 1
         parts = self._parts[: self._offered]

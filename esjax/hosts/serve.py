@@ -19,13 +19,13 @@ from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
+from esjax.exchange import MAX_REQUEST, make_exchange
 from esjax.hosts import wire
 from esjax.hosts.address import is_loopback
 from esjax.hosts.answers import noise_answers
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.desk import Desk
 from esjax.hosts.effects import Snapshot, Terms, hash_bytes
-from esjax.hosts.exchange import make_exchange
 from esjax.hosts.keys import ServerKeys
 from esjax.hosts.server_transport import ServerTransport
 from esjax.hosts.sockets import Limits as Sizes
@@ -45,7 +45,7 @@ from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import Tracker, Watch
 from esjax.update_record import unpack_update
 
-REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
+REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""
 
 ADDRESS = "tcp://127.0.0.1:5555"
@@ -262,9 +262,9 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
     """
     model = own.build(config.model, corpus.vocabulary.size)
     replica = Replica(config, model, None, cpu_mesh(), own.objective, own.optimizer)
-    if 4 * replica.numbers > wire.MAX_REQUEST:
+    if 4 * replica.numbers > MAX_REQUEST:
         raise EsjaxError(
-            f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
+            f"hosts would hand in sums of {replica.numbers:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
             "choose a smaller model, or es.exchange losses with noise on weights"
         )
     weights = config.es.pairs * config.es.weights_per_pair

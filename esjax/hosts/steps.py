@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from esjax.config import Config
+from esjax.exchange import Values, pack_conclusion
 from esjax.hosts import wire
 from esjax.hosts.effects import Closed, Effect, Publish, Record, Tell, Terms
-from esjax.hosts.exchange import Conclusion, Values
 from esjax.hosts.roster import Host, Roster, speeds_of
 from esjax.hosts.rounds import NOTHING_ELSE, Plan, Rounds
 from esjax.hosts.wire import Envelope, Message
 from esjax.hosts.work import FixedPopulation, Lease, TimeBudget, Work
-from esjax.update_record import SPAN_LIMIT, Span, Update, UpdateHeader, pack_update
+from esjax.notices import Notices
+from esjax.update_record import SPAN_LIMIT, Span
 
 STUCK = 30.0
 """Seconds with work and without progress after which a host counts as hung, unless the others are as slow."""
@@ -23,9 +24,6 @@ DEADLINE_FLOOR = 1.0
 
 DEADLINE_FACTOR = 3.0
 """How many times as long as the others a host may take."""
-
-QUIET = 100
-"""Steps without a trouble after which it is told of anew."""
 
 
 class Steps:
@@ -71,7 +69,7 @@ class Steps:
         self._last_update = last_update
         self._work: Work = self._new_work()
         self._closed_at: float | None = None
-        self._noticed: dict[tuple[bool, bool], int] = {}
+        self._notices = Notices(terms.own)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
@@ -204,41 +202,17 @@ class Steps:
         self._measure_rate(members, now)
         concluded = self._terms.exchange.conclude(result, spans, self._config.es)
         self.loss = concluded.loss
-        payload = pack_update(self._make_update(spans, concluded))
+        payload = pack_conclusion(
+            self.step, spans, concluded, self._terms.exchange.numbers, self._config.es.weights_per_pair
+        )
         self._emit(Record(self.step, payload))
         self.step += 1
         self._work = self._new_work()
         plan = self._rounds.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
         loss = math.nan if self.loss is None else self.loss
-        void_pairs, trouble = concluded.void_pairs, concluded.trouble
-        notice = self._notice(trouble, void_pairs, pairs)
-        self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
-
-    def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
-        """Say what keeps a step from its update, or pairs from counting, unless that was so a short time before."""
-        if not trouble and not void_pairs:
-            return ""
-        kind = (bool(trouble), bool(void_pairs))
-        before = self._noticed.get(kind)
-        self._noticed[kind] = self.step
-        if before is not None and self.step - before <= QUIET:
-            return ""
-        what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
-        return f"step {self.step}: {what}{self._terms.blamed}; {'no update' if trouble else 'they do not count'}"
-
-    def _make_update(self, spans: list[Span], concluded: Conclusion) -> Update:
-        header = UpdateHeader(
-            self.step,
-            spans,
-            concluded.scale,
-            not concluded.trouble,
-            concluded.loss,
-            concluded.void_pairs,
-            self._terms.exchange.numbers,
-            halves=self._config.es.weights_per_pair,
-        )
-        return Update(header, concluded.weights)
+        notice = self._notices.line(self.step, pairs, concluded)
+        self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from esjax.hosts.exchange import Values
+from esjax.exchange import Values
 from esjax.update_record import Span
 
 
@@ -84,7 +84,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """Of `Score`: the values of the spans, see `esjax.hosts.exchange`, and the seconds that they took."""
+    """Of `Score`: the values of the spans, see `esjax.exchange`, and the seconds that they took."""
 
     values: Values
     seconds: float

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from esjax.exchange import MAX_REQUEST
 from esjax.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 
 VERSION = 3
@@ -29,9 +30,6 @@ MAX_BODY = 2**24
 
 MOST_WEIGHTS = MAX_BODY - 2**8
 """Weights of a fixed population's update, a byte each, at most: its header takes the rest of the body."""
-
-MAX_REQUEST = 2**22
-"""Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
 
 PART = 2**18
 """Bytes of a part at most: small, so that one who loads does not hold up the others."""

@@ -12,11 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from esjax.hosts.exchange import Exchange, Values, cut
+from esjax.exchange import SLOT_PAIRS, Exchange, Values, cut
 from esjax.update_record import Span
-
-SLOT_PAIRS = 2**20
-"""Pairs of a host's own range in a step with a time budget."""
 
 IN_TOTAL: Values = np.zeros((0, 0), np.int32)
 """Stands for the answer of a unit that is in its host's total."""

@@ -10,9 +10,9 @@ from itertools import accumulate
 
 import msgspec
 
+from esjax.exchange import LossExchange, make_exchange
 from esjax.hosts import scoring, wire
 from esjax.hosts.chores import Chores
-from esjax.hosts.exchange import LossExchange, make_exchange
 from esjax.hosts.line import Line
 from esjax.hosts.scoring import Scoring
 from esjax.hosts.tasks import (

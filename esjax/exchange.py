@@ -1,7 +1,7 @@
 """What hosts hand in for the pairs that they scored: losses, or gradient sums; the rest of `hosts` serves both."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64
@@ -9,9 +9,23 @@ from numpy import ndarray
 
 from esjax.config import MOST_SUMMED_PAIRS, EsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
-from esjax.hosts import wire
 from esjax.sums import LARGEST, TAIL, conclude, may_be
-from esjax.update_record import SPAN_LIMIT, Span, pack_sums, pairs_of, sums_of
+from esjax.update_record import (
+    SPAN_LIMIT,
+    Span,
+    Update,
+    UpdateHeader,
+    pack_sums,
+    pack_update,
+    pairs_of,
+    sums_of,
+)
+
+MAX_REQUEST = 2**22
+"""Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
+
+SLOT_PAIRS = 2**20
+"""Pairs of a host's own range in a step with a time budget."""
 
 AGREE = 1e-4
 """Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
@@ -67,7 +81,7 @@ class Exchange(Protocol):
         """Turn values into bytes.
 
         Returns:
-            Their type, as `wire.Losses.dtype` has it, and the bytes.
+            Their type, as `Losses.dtype` in `esjax.hosts.wire` has it, and the bytes.
         """
 
     def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Values | None:
@@ -107,7 +121,7 @@ class LossExchange:
     """Hosts hand in two losses a pair; the coordinator shapes them."""
 
     numbers = 0
-    most_pairs = wire.MAX_REQUEST // 8
+    most_pairs = MAX_REQUEST // 8
     most_spans = SPAN_LIMIT
     adds_up = False
 
@@ -172,7 +186,7 @@ class SumExchange:
             scale: Factor that makes the sum over a step the estimate, times the number of pairs that count.
         """
         self.numbers = numbers
-        self.most_spans = max(1, wire.MAX_REQUEST // (4 * numbers))
+        self.most_spans = max(1, MAX_REQUEST // (4 * numbers))
         self._scale = scale
 
     def pack(self, values: Sums) -> tuple[str, bytes]:
@@ -223,6 +237,29 @@ class SumExchange:
         total = np.clip(values[0], -LARGEST, LARGEST)
         scale, loss, void_pairs, trouble = conclude(total, sum(count for _, count in spans), self._scale)
         return Conclusion(total[:0] if trouble else total, scale, loss, void_pairs, trouble)
+
+
+def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers: int, halves: Literal[1, 2]) -> bytes:
+    """Turn what a step's values say into the bytes of its update.
+
+    Args:
+        step: Number of the step.
+        spans: Pairs that were scored, in the order of their weights.
+        concluded: What their values say.
+        numbers: Length of a gradient sum; 0: there are weights.
+        halves: Weights of each pair.
+    """
+    header = UpdateHeader(
+        step,
+        spans,
+        concluded.scale,
+        not concluded.trouble,
+        concluded.loss,
+        concluded.void_pairs,
+        numbers,
+        halves=halves,
+    )
+    return pack_update(Update(header, concluded.weights))
 
 
 def make_exchange(numbers: int, scale: float = 0.0) -> Exchange:

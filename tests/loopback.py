@@ -8,11 +8,10 @@ import numpy as np
 from esjax.config import Config
 from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
+from esjax.exchange import make_exchange
 from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.effects import Closed, Record, Terms
-from esjax.hosts.exchange import make_exchange
+from esjax.hosts.effects import Closed, Effect, Publish, Record, Terms
 from esjax.hosts.executor import Executor
-from esjax.hosts.memory import exchange
 from esjax.hosts.tasks import Apply, Done, Failed
 from esjax.hosts.worker import Worker
 
@@ -21,6 +20,29 @@ NOW = 0.0
 
 NO_TEXT = PackedText(b"", 0, "")
 """The replica has the text already."""
+
+
+def pass_messages(coordinator: Coordinator, worker: Worker, now: float) -> list[Effect]:
+    """Pass messages until neither has anything to say.
+
+    Returns:
+        What else the coordinator wants done, in order.
+    """
+    coordinator.tick(now)
+    worker.tick(now)
+    others: list[Effect] = []
+    while True:
+        request = worker.request(now)
+        if request is not None:
+            worker.receive(coordinator.receive(request, now), now)
+        effects = coordinator.drain()
+        for effect in effects:
+            if isinstance(effect, Publish):
+                worker.receive(effect.envelope, now)
+            else:
+                others.append(effect)
+        if request is None and not effects:
+            return others
 
 
 class Taken(NamedTuple):
@@ -37,7 +59,7 @@ class Taken(NamedTuple):
     update_norm: float
 
 
-class Alone:
+class Loopback:
     """Takes steps."""
 
     def __init__(
@@ -88,7 +110,7 @@ class Alone:
         worker = self._worker
         closed: Closed | None = None
         while True:
-            for effect in exchange(self._coordinator, worker, NOW):
+            for effect in pass_messages(self._coordinator, worker, NOW):
                 if isinstance(effect, Record):
                     self._record(effect.step, effect.payload)
                 elif isinstance(effect, Closed):
