@@ -21,32 +21,63 @@ from esjax.summing import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.sums import TAIL, steps_per_nat
 
 
-class Estimator(NamedTuple):
-    """How a run estimates the gradient.
+class LossEstimator(NamedTuple):
+    """Noise on weights, of which hosts exchange losses.
 
     Attributes:
-        noise: How members differ, where their weights do.
-        loss: `(params, windows, key) -> loss` of a pair, where losses are exchanged.
-        sum_chunk: See `esjax.summing`, where sums are exchanged.
-        gradient: `(totals, scale, params) -> gradient`.
+        noise: How members differ.
+        loss: `(params, windows, key) -> loss` of a pair.
         zeros: Totals of no pairs.
-        numbers: Length of the vectors of `sum_chunk`; 0 where losses are exchanged.
-        scale: Factor that makes their sum the estimate, times the number of pairs that count.
-        most_pairs: Pairs that `sum_chunk` takes at a time at most.
         pair_bytes: Memory that the noise of a pair takes where it is written out.
         noise_bytes: Memory that the noise of a pair takes where it is summed.
     """
 
-    noise: Noise | None
-    loss: PairLoss | None
-    sum_chunk: SumChunk | None
+    noise: Noise
+    loss: PairLoss
+    zeros: Totals
+    pair_bytes: int
+    noise_bytes: int
+
+    @property
+    def numbers(self) -> int:
+        """Length of a gradient sum: there is none."""
+        return 0
+
+    @property
+    def scale(self) -> float:
+        """See `SumEstimator`: there is none."""
+        return 0.0
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs whose noise is summed exactly at a time at most."""
+        return self.noise.exact_pairs
+
+
+class SumEstimator(NamedTuple):
+    """Noise on weights or on activations, of which hosts exchange gradient sums.
+
+    Attributes:
+        sum_chunk: See `esjax.summing`.
+        gradient: `(totals, scale, params) -> gradient`.
+        zeros: Totals of no pairs.
+        numbers: Length of the vectors of `sum_chunk`.
+        scale: Factor that makes their sum the estimate, times the number of pairs that count.
+        most_pairs: Pairs that `sum_chunk` takes at a time at most.
+        pair_bytes: Memory that the noise of a pair takes where it is written out.
+    """
+
+    sum_chunk: SumChunk
     gradient: Callable[[Totals, Float[Array, ""], Params], Params]
     zeros: Totals
     numbers: int
     scale: float
     most_pairs: int
     pair_bytes: int
-    noise_bytes: int = 0
+
+
+Estimator = LossEstimator | SumEstimator
+"""How a run estimates the gradient."""
 
 
 def make_estimator(
@@ -67,7 +98,7 @@ def make_estimator(
             than the settings ask for.
     """
     estimator = _make(config, model, params, units, loss, packed)
-    if estimator.sum_chunk and (config.es.chunk_pairs or 0) > estimator.most_pairs:
+    if isinstance(estimator, SumEstimator) and (config.es.chunk_pairs or 0) > estimator.most_pairs:
         raise EsjaxError(
             f"es.chunk_pairs must be at most {estimator.most_pairs}, so that sums are exact, got "
             f"{config.es.chunk_pairs}; lower it, or leave it out"
@@ -104,23 +135,12 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
     if not numbers:
-        return Estimator(
-            noise,
-            pair_loss,
-            None,
-            layout.gradient,
-            layout.zeros(),
-            0,
-            0.0,
-            noise.exact_pairs,
-            pair_bytes,
-            noise_bytes,
-        )
+        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes)
     is_sign = es.shaping == "sign"
     sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
-    return Estimator(None, None, sum_chunk, layout.gradient, layout.zeros(), numbers, scale, most_pairs, pair_bytes)
+    return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), numbers, scale, most_pairs, pair_bytes)
 
 
 def _on_activations(
@@ -166,7 +186,7 @@ def _on_activations(
     noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
     pair_bytes = 4 * data.batch_size * noise
     scale = 1 / (steps * tokens)
-    return Estimator(None, None, sum_chunk, gradient, zeros, numbers, scale, MOST_SUMMED_PAIRS, pair_bytes)
+    return SumEstimator(sum_chunk, gradient, zeros, numbers, scale, MOST_SUMMED_PAIRS, pair_bytes)
 
 
 def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:

@@ -19,8 +19,7 @@ from esjax.config import Config, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
 from esjax.flags import default_flags
-from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine
+from esjax.local_steps import LocalSteps
 from esjax.member import Member
 from esjax.models.model import Model, Params
 from esjax.replica import Replica
@@ -63,7 +62,7 @@ def gradient_cosines(
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
     # With this rule the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
-    alone = Alone(config, Engine(replica, tell=_nothing), own={}, record=_nothing)
+    local = LocalSteps(config, replica, custom={})
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
@@ -72,7 +71,7 @@ def gradient_cosines(
     @default_flags()
     def compare(step: int) -> GradientCosine:
         replica.use_params(params)
-        alone.step()
+        local.take()
         estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
         seeds = pair_seeds(
             of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32) // es.pairs_a_window
@@ -90,10 +89,6 @@ def gradient_cosines(
 
 def _mean(count: int, *parts: Array) -> Array:
     return sum(parts[1:], parts[0]) / count
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def _gradient(

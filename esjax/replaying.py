@@ -11,7 +11,6 @@ from esjax.custom_code import gather
 from esjax.devices import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.es import TrainState
-from esjax.hosts.engine import make_update
 from esjax.ledger import DIGEST, UPDATE, read
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
@@ -108,7 +107,7 @@ def replay(
                 raise EsjaxError(
                     f"the ledger of {str(path)!r} begins at step {record.step}, not 0; nothing to replay from"
                 )
-            make_update(replica, record.payload)
+            replica.update(record.payload)
             if step + 1 in kept:
                 compare(kept[step + 1])
     return Replayed(replica.state, digest(replica.state), compared, differs_at, compared_step)

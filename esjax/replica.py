@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
+from esjax import chunking
 from esjax.carrying import first_states
 from esjax.config import Config
 from esjax.core.gradient import estimate, weigh
@@ -21,8 +22,9 @@ from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
 from esjax.core.shaping import Shaped
 from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
+from esjax.errors import EsjaxError
 from esjax.es import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
-from esjax.estimator import Estimator, make_estimator
+from esjax.estimator import LossEstimator, make_estimator
 from esjax.flags import default_flags
 from esjax.member import Loss, PairLoss
 from esjax.models.check import check_float32
@@ -31,31 +33,7 @@ from esjax.optimizer import make_optimizer
 from esjax.streams import INIT, WINDOWS
 from esjax.summing import Chunk, SumChunk
 from esjax.transformation import fit_optimizer
-
-CPU_SEQUENCES = 256
-"""Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
-
-CPU_CHUNKS = 16
-"""Chunks that a fixed population is cut into at least, so that as many cores share it. Fixed, whatever the cores, so
-that losses are the same to the last bit on any number of them."""
-
-ACCELERATOR_SEQUENCES = 2**16
-"""Sequences, times two members, that an accelerator evaluates at a time at most; it wants many."""
-
-CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
-"""Bytes that the noise, or the added up weights, of a chunk may take."""
-
-CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
-"""Pairs whose noise a device sums at a time at most."""
-
-CPU_WEIGHED_BYTES = 2**23
-"""Bytes of that noise: more would fall out of a core's cache."""
-
-ACTIVATION_ROOM = 4
-"""How many times as much room a noisy copy takes in a cache as a member: its noise is drawn token by token."""
-
-CALL_PAIRS, CALL_WEIGHED_PAIRS = 2**12, 2**14
-"""Pairs of one call to the devices, unless they want more at a time. They cost 13 bytes each, or 14, used or not."""
+from esjax.update_record import Span, pairs_of, unpack_update
 
 
 class Replica:
@@ -104,7 +82,7 @@ class Replica:
             optimizer = make_optimizer(config.optim, config.steps)
         else:
             optimizer = fit_optimizer(optimizer, params)
-        estimator = make_estimator(config, model, params, units, loss, packed=not _is_cpu(mesh))
+        estimator = make_estimator(config, model, params, units, loss, packed=not chunking.is_cpu(mesh))
         data, es = config.data, config.es
         window_length = data.tokens_before + data.window
 
@@ -117,7 +95,7 @@ class Replica:
             window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
             return draw_windows(tokens, window_seeds, data.batch_size, window_length)
 
-        chunk_pairs = es.chunk_pairs or _chunk_pairs(config, estimator, mesh)
+        chunk_pairs = es.chunk_pairs or chunking.chunk_pairs(config, estimator, mesh)
         self.model = model
         self.units = units
         self.chunk_pairs = chunk_pairs
@@ -127,18 +105,20 @@ class Replica:
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
         self._window_length = window_length
-        self._scored_at_once = _shape_of_call(_call_pairs(config, CALL_PAIRS), chunk_pairs, mesh)
+        self._scored_at_once = chunking.shape_of_call(
+            chunking.call_pairs(config, chunking.CALL_PAIRS), chunk_pairs, mesh
+        )
         apply = make_apply(optimizer, units, config.optim.average)
-        if estimator.noise is not None:
-            assert estimator.loss is not None
-            weighed_pairs = _weighed_pairs(config, estimator, mesh)
-            self._weighed_at_once = _shape_of_call(_call_pairs(config, CALL_WEIGHED_PAIRS), weighed_pairs, mesh)
+        if isinstance(estimator, LossEstimator):
+            weighed_pairs = chunking.weighed_pairs(config, estimator, mesh)
+            self._weighed_at_once = chunking.shape_of_call(
+                chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
+            )
             self._score, self._weigh, self._weigh_and_apply = _for_losses(
                 estimator.noise, estimator.loss, draw, apply, config, mesh, chunk_pairs, weighed_pairs
             )
             self._no_totals = self._on_every_device(estimator.zeros)
         else:
-            assert estimator.sum_chunk is not None
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.numbers, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
 
@@ -180,6 +160,54 @@ class Replica:
         """Go on from these parameters, with everything else as it is."""
         self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
 
+    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]:
+        """Return what hosts exchange of some spans of pairs: the losses, or a sum for each span."""
+        if self.numbers:
+            return np.stack([self.sums(pairs_of([span])) for span in spans])
+        return self.losses(pairs_of(spans))
+
+    def update(self, payload: bytes) -> tuple[float | None, float | None]:
+        """Go one step on.
+
+        Args:
+            payload: The update, as it is published and kept in the ledger.
+
+        Returns:
+            Norms of the estimate and of the update; None for a void step.
+
+        Raises:
+            EsjaxError: The update is of another step, pairing or model.
+        """
+        update = unpack_update(payload)
+        step = int(self.state.step)
+        if update.header.step != step:
+            raise EsjaxError(f"update {update.header.step} came to a state at step {step}")
+        if not update.header.applied:
+            self.skip()
+            return None, None
+        if update.weights.shape[1:] != self.halves:
+            raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
+        if update.header.numbers != self.numbers:
+            raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {self.numbers}")
+        # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
+        loss = math.nan if update.header.loss is None else update.header.loss
+        if self.numbers:
+            info = self.apply_sum(update.weights, update.header.scale, loss)
+        else:
+            info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
+        return float(info.gradient_norm), float(info.update_norm)
+
+    def warm_up(self) -> None:
+        """Run everything once, so that the first step is as fast as the others."""
+        first = self.state
+        pairs = np.arange(self.granule, dtype=np.uint32)
+        if self.numbers:
+            self.apply_sum(self.sums(pairs), 0.0)
+        else:
+            self.losses(pairs)
+            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0)
+        self.state = first
+
     @default_flags()
     def losses(self, pairs: Integer[np.ndarray, " pairs"]) -> Float[np.ndarray, "pairs 2"]:
         """Score both members of some pairs of the present step, with the present parameters.
@@ -190,7 +218,7 @@ class Replica:
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
         calls = [
             self._score(self.state.params, self._tokens, self._streams, self.state.step, part, count)
-            for count, part in _calls(self._scored_at_once, pairs.astype(np.uint32))
+            for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32))
         ]
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
 
@@ -204,7 +232,7 @@ class Replica:
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
         total = np.zeros(self.numbers, np.int32)
         done = 0
-        for count, part in _calls(self._scored_at_once, pairs.astype(np.uint32)):
+        for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32)):
             left = np.int32(len(pairs) - done)
             total += np.asarray(self._sum(count, part, self.state, self._tokens, self._streams, left))
             done += part.size
@@ -230,7 +258,7 @@ class Replica:
         An update that is not finite is skipped: `update_norm` tells.
         """
         totals = self._no_totals
-        *calls, last = _calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
+        *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
         for part in calls:
             totals = self._weigh(self.state, self._streams, totals, *part)
         # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
@@ -356,57 +384,3 @@ class _Example(NamedTuple):
     streams: Any
     step: Any
     pair: Any
-
-
-def _call_pairs(config: Config, most: int) -> int:
-    """Return how many pairs a call to the devices is made for."""
-    return most if config.es.time_per_step is not None else min(most, config.es.pairs)
-
-
-def _shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
-    """Return chunks and pairs of a chunk of one call: at least so many pairs, and as many chunks for every device."""
-    return -(-pairs // (chunk_pairs * mesh.size)) * mesh.size, chunk_pairs
-
-
-def _calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.ndarray | np.int32, ...]]:
-    """Cut arrays of one row a pair into calls of one shape, the last filled up with zeros; at least one call.
-
-    Yields:
-        Number of pairs, and a part of each array.
-    """
-    size = math.prod(shape)
-    for start in range(0, max(len(arrays[0]), 1), size):
-        pairs = min(len(arrays[0]) - start, size)
-        parts = [np.zeros((*shape, *array.shape[1:]), array.dtype) for array in arrays]
-        for part, array in zip(parts, arrays, strict=True):
-            part.reshape(size, *array.shape[1:])[:pairs] = array[start : start + pairs]
-        yield np.int32(pairs), *parts
-
-
-def _is_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
-def _chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
-    is_cpu = _is_cpu(mesh)
-    sequences = CPU_SEQUENCES if is_cpu else ACCELERATOR_SEQUENCES
-    pairs = min(
-        sequences // config.data.batch_size, (CPU_BYTES if is_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
-    )
-    pairs = 2 * pairs // config.es.members_per_pair
-    if config.es.space == "activation":
-        pairs //= ACTIVATION_ROOM
-    if config.es.time_per_step is None:
-        pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if is_cpu else mesh.size)))
-    return max(min(pairs, estimator.most_pairs), 2)
-
-
-def _weighed_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
-    pair_bytes = estimator.noise_bytes
-    if _is_cpu(mesh):
-        pairs = min(CPU_WEIGHED_PAIRS, CPU_WEIGHED_BYTES // pair_bytes)
-    else:
-        pairs = min(ACCELERATOR_WEIGHED_PAIRS, ACCELERATOR_BYTES // pair_bytes)
-    if config.es.time_per_step is None:
-        pairs = min(pairs, -(-config.es.pairs // mesh.size))
-    return max(1, min(pairs, estimator.most_pairs))

@@ -22,12 +22,10 @@ from esjax.errors import EsjaxError
 from esjax.flags import changed_flags
 from esjax.held_out import make_measure
 from esjax.history import History
-from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine, make_update
-from esjax.hosts.wire import unpack_update
 from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.ledger import UPDATE, Ledger, read
 from esjax.loading import load_run_corpus, restore_run
+from esjax.local_steps import LocalSteps
 from esjax.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.own import Own, Reward
@@ -41,6 +39,7 @@ from esjax.summary import describe_kinds, describe_run
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import TrackedRun, Tracker, Watch
 from esjax.trained import Trained
+from esjax.update_record import unpack_update
 from esjax.usable import Usable
 
 SAMPLE_DOCUMENTS = 4
@@ -168,7 +167,7 @@ class Trainer(Usable):
             record = self._open_folder(stack)
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
             clock = Clock(self._seconds)
-            alone = self._set_up(record.ledger if record else None, clock)
+            steps = self._set_up(record.ledger if record else None, clock)
             self.on_start()
             has_begun = False
             # Where there is a held-out loss already, the next one can wait.
@@ -176,7 +175,7 @@ class Trainer(Usable):
             evaluate_at = checkpoint_at = 0.0
             while True:
                 started, tokens_before = time.perf_counter(), self._member_tokens
-                info = self._take_step(alone)
+                info = self._take_step(steps)
                 now = time.perf_counter()
                 if not has_begun:
                     has_begun, evaluate_at, checkpoint_at = True, now + evaluate_after, now + config.checkpoint_time
@@ -254,11 +253,11 @@ class Trainer(Usable):
         for record in read(self.folder.ledger):
             if record.kind == UPDATE and record.step == self.step:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
-                make_update(self._replica, record.payload)
+                self._replica.update(record.payload)
                 self._seconds = max(self._seconds, record.seconds or 0.0)
                 self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
 
-    def _set_up(self, ledger: Ledger | None, clock: Clock) -> Alone:
+    def _set_up(self, ledger: Ledger | None, clock: Clock) -> LocalSteps:
         def record(step: int, payload: bytes) -> None:
             clock.set_finished(time.perf_counter())
             if ledger:
@@ -266,27 +265,28 @@ class Trainer(Usable):
 
         config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
-        engine = Engine(self._replica, size, tell=self.tell)
         blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
-        return Alone(config, engine, own=self._own.names(), record=record, block=blocks)
+        return LocalSteps(config, self._replica, custom=self._own.names(), record=record, blocks=blocks)
 
-    def _take_step(self, alone: Alone) -> StepInfo:
-        closed, gradient_norm, update_norm = alone.step()
-        was_finite, self._is_finite = self._is_finite, math.isfinite(update_norm)
-        if closed.notice:
-            self.tell(closed.notice)
+    def _take_step(self, steps: LocalSteps) -> StepInfo:
+        done = steps.take()
+        concluded = done.concluded
+        was_finite, self._is_finite = self._is_finite, math.isfinite(done.update_norm)
+        if done.notice:
+            self.tell(done.notice)
         if was_finite and not self._is_finite:
             self.tell(f"step {self.step}: the update is not finite; lower optim.learning_rate; no update")
-        self._member_tokens += closed.population * self.config.data.batch_size * self.config.data.window
+        population = self.config.es.members_per_pair * done.pairs
+        self._member_tokens += population * self.config.data.batch_size * self.config.data.window
         return StepInfo(
             step=self.step,
             seconds=0.0,
-            loss=closed.loss,
-            population=closed.population,
-            void_pairs=closed.void_pairs,
-            applied=not closed.trouble and self._is_finite,
-            gradient_norm=gradient_norm,
-            update_norm=update_norm,
+            loss=math.nan if concluded.loss is None else concluded.loss,
+            population=population,
+            void_pairs=concluded.void_pairs,
+            applied=not concluded.trouble and self._is_finite,
+            gradient_norm=done.gradient_norm,
+            update_norm=done.update_norm,
             member_tokens=self._member_tokens,
             member_tokens_per_second=0.0,
         )

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from esjax import update_record
 from esjax.config import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText
+from esjax.exchange import make_exchange
 from esjax.hosts import wire
 from esjax.hosts.coordinator import Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
@@ -131,7 +133,9 @@ def sum_of(losses: np.ndarray) -> np.ndarray:
     return np.rint(columns).sum(axis=1).astype(np.int32)
 
 
-def values_of(config: Config, state: bytes, spans: Sequence[wire.Span], twist: Twist | None = None) -> np.ndarray:
+def values_of(
+    config: Config, state: bytes, spans: Sequence[update_record.Span], twist: Twist | None = None
+) -> np.ndarray:
     """Do what a run asks for with some pairs: score them, or add up each span."""
 
     def score(pairs: np.ndarray) -> np.ndarray:
@@ -139,8 +143,8 @@ def values_of(config: Config, state: bytes, spans: Sequence[wire.Span], twist: T
         return twist(losses, pairs) if twist else losses
 
     if config.es.exchange == "losses":
-        return score(wire.pairs_of(spans))
-    return np.stack([sum_of(score(wire.pairs_of([span]))) for span in spans])
+        return score(update_record.pairs_of(spans))
+    return np.stack([sum_of(score(update_record.pairs_of([span]))) for span in spans])
 
 
 def body_of(values: np.ndarray) -> bytes:
@@ -155,7 +159,7 @@ def check_updates(
 ) -> None:
     """See that each update is what honest losses of the pairs that it names come to, beginning with a state."""
     for step, payload in enumerate(updates, step_of(state)):
-        header = wire.unpack_update(payload).header
+        header = update_record.unpack_update(payload).header
         assert header.step == step
         values = values_of(config, state, header.spans, twist)
         numbers: np.ndarray
@@ -164,11 +168,13 @@ def check_updates(
             scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
             assert (header.loss, header.numbers) == (loss, NUMBERS)
         else:
-            pairs = wire.pairs_of(header.spans)
+            pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
             shaped = shape(values, config.es.shaping, config.es.sigma, windows)
             numbers, scale, void_pairs, trouble = *shaped, shaped.trouble
-        assert payload == wire.pack_update(wire.Update(header, numbers if header.applied else numbers[:0]))
+        assert payload == update_record.pack_update(
+            update_record.Update(header, numbers if header.applied else numbers[:0])
+        )
         assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
         state = next_state(state, payload)
 
@@ -216,12 +222,12 @@ class Device:
             self.block = task.tokens
         elif isinstance(task, Apply):
             for update in task.updates:
-                assert wire.unpack_update(update).header.step == self.step, "an update out of order"
+                assert update_record.unpack_update(update).header.step == self.step, "an update out of order"
                 self.made.append(self.step)
                 self.state = next_state(self.state, update)
             return Done(self.step, 1.0, 2.0), 0.001
         elif isinstance(task, Score):
-            pairs = wire.pairs_of(task.spans)
+            pairs = update_record.pairs_of(task.spans)
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
             seconds = len(pairs) / self.speed
@@ -363,8 +369,7 @@ class Simulation:
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,
-                numbers=NUMBERS if self.config.es.exchange == "sums" else 0,
-                scale=SCALE,
+                exchange=make_exchange(NUMBERS if self.config.es.exchange == "sums" else 0, SCALE),
             ),
             step=len(self.ledger),
             now=self.now,

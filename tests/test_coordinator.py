@@ -25,14 +25,16 @@ from hosts_simulation import (
 from hosts_simulation import body_of as bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import pass_messages
 from storms import Sent, body_of, requests, volume
 
+from esjax import update_record
 from esjax.config import Config
 from esjax.data.delivery import PackedText
+from esjax.exchange import make_exchange
 from esjax.hosts import wire
 from esjax.hosts.coordinator import LAST_ROUND, Coordinator
 from esjax.hosts.effects import Closed, Publish, Record, Terms
-from esjax.hosts.memory import exchange
 from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT
 from esjax.hosts.rounds import GRACE
 from esjax.hosts.tasks import Apply
@@ -63,7 +65,7 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, g
     config = msgspec.structs.replace(config, data=data)
     coordinator = Coordinator(
         config,
-        Terms("", 1, UNIT, 0, {}, {}, numbers=NUMBERS if config.es.exchange == "sums" else 0, scale=SCALE),
+        Terms("", 1, UNIT, 0, {}, {}, exchange=make_exchange(NUMBERS if config.es.exchange == "sums" else 0, SCALE)),
         step=0,
         now=0.0,
         rng=np.random.default_rng(0),
@@ -78,7 +80,7 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, g
     closed: list[Closed] = []
     tasks = 0
     while device.step < 7:
-        for effect in exchange(coordinator, worker, 0.0):
+        for effect in pass_messages(coordinator, worker, 0.0):
             if isinstance(effect, Record):
                 updates.append(effect.payload)
             elif isinstance(effect, Closed):
@@ -478,7 +480,7 @@ def test_split_pairs_are_compared_with_those_of_their_windows_whoever_scored_the
     sim.add("b", speed=7.0)
     sim.run_steps(6)
     check_updates(sim.updates, config)
-    last = wire.unpack_update(sim.updates[-1])
+    last = update_record.unpack_update(sim.updates[-1])
     assert last.weights.shape == (len(last.pairs()), 2)
     assert len(last.header.spans) == (1 if budget is None else 2)
     assert budget is None or last.header.spans[0][1] % 3 > 0

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import esjax.cli
-from esjax.hosts import join, wire
+from esjax.hosts import executor, join, wire
 from esjax.hosts.coordinator import LAST_ROUND
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_everything_has_time_to_stop() -> None:
         if "template" in manifest["spec"]
     }
     assert grace["StatefulSet"] > LAST_ROUND
-    assert grace["Deployment"] > join.FAREWELL + join.CLOSE
+    assert grace["Deployment"] > join.FAREWELL + executor.CLOSE
     signal = re.search(r"--signal=B:TERM@(\d+)", (DEPLOY / "slurm" / "train.sbatch").read_text())
     assert signal
     assert int(signal[1]) > LAST_ROUND

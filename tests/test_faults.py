@@ -34,7 +34,9 @@ from hosts_simulation import (
     values_of,
 )
 
+from esjax import update_record
 from esjax.config import Config, from_yaml, to_yaml
+from esjax.exchange import SLOT_PAIRS
 from esjax.hosts import handouts, wire
 from esjax.hosts.effects import Publish
 from esjax.hosts.line import DEAF
@@ -42,7 +44,6 @@ from esjax.hosts.roster import FORGET, SILENT, STRIKES
 from esjax.hosts.steps import STUCK
 from esjax.hosts.tasks import Score, Scored
 from esjax.hosts.wire import Envelope
-from esjax.hosts.work import SLOT_PAIRS
 from esjax.hosts.worker import BEAT
 from esjax.sums import TAIL
 
@@ -482,7 +483,7 @@ def test_row_11_losses_that_are_no_numbers_weigh_nothing(config: Config) -> None
     sim.add("a", twist=spoil(bad))
     sim.run_steps(3)
     check_updates(sim.updates, config, spoil(bad))
-    for update, closed in zip(map(wire.unpack_update, sim.updates), sim.closed, strict=True):
+    for update, closed in zip(map(update_record.unpack_update, sim.updates), sim.closed, strict=True):
         is_bad = np.isin(update.pairs() % PAIRS, list(bad))
         if not config.es.sums(0):
             assert not update.weights[is_bad].any()
@@ -498,7 +499,7 @@ def test_row_11_a_step_of_mostly_bad_losses_is_void(sums: bool) -> None:
     sim = Simulation(config_of(sums=sums))
     sim.add("a", twist=spoil(bad))
     sim.run_steps(3)
-    for update, closed in zip(map(wire.unpack_update, sim.updates), sim.closed, strict=True):
+    for update, closed in zip(map(update_record.unpack_update, sim.updates), sim.closed, strict=True):
         assert not update.header.applied
         assert not update.weights.size
         assert update.header.void_pairs == len(bad)
@@ -512,7 +513,7 @@ def test_row_12_equal_losses_change_nothing_and_are_told() -> None:
     sim = Simulation(FIXED)
     sim.add("a", twist=lambda losses, pairs: np.full_like(losses, 2.5))
     sim.run_steps(3)
-    for update in map(wire.unpack_update, sim.updates):
+    for update in map(update_record.unpack_update, sim.updates):
         assert not update.header.applied
         assert update.header.loss == 2.5
     assert sum("equal; no update" in line for line in sim.lines) == 1
@@ -590,7 +591,7 @@ def test_row_13_whatever_a_host_adds_the_updates_can_be_read(config: Config) -> 
     sim.add("a")
     sim.add("b", Mad())
     sim.run_steps(40)
-    headers = [wire.unpack_update(update).header for update in sim.updates]
+    headers = [update_record.unpack_update(update).header for update in sim.updates]
     assert any(header.applied for header in headers)
     assert any(header.void_pairs for header in headers)
     assert "<i4" in {header.dtype for header in headers}
@@ -615,7 +616,7 @@ PACK = msgspec.msgpack.encode
         pytest.param(b"\x99" + PACK("join") + b"\xc6\xff\xff\xff\xff", id="huge bytes"),
         pytest.param(b"\xc9\xff\xff\xff\xff\x01", id="huge extension"),
         pytest.param(b"\x82" + PACK("type") + PACK("join") + PACK("type") + PACK("beat"), id="duplicate keys"),
-        pytest.param(PACK(["losses", 1, 1, 1, [[0, 1]] * (wire.SPAN_LIMIT + 1), 1.0, False]), id="many spans"),
+        pytest.param(PACK(["losses", 1, 1, 1, [[0, 1]] * (update_record.SPAN_LIMIT + 1), 1.0, False]), id="many spans"),
         pytest.param(PACK(["ask_status", 1]), id="extra field"),
         pytest.param(PACK(["ask_status"]) + b"x", id="trailing bytes"),
         pytest.param(PACK(["beat", 2**63, 1, 1, "ready", 1]), id="large number"),
@@ -1135,7 +1136,7 @@ def test_row_36_a_worker_that_is_stopped_hands_in_what_it_has(config: Config) ->
         assert again
         assert not again & finished
     else:
-        named = wire.unpack_update(sim.updates[step]).pairs().tolist()
+        named = update_record.unpack_update(sim.updates[step]).pairs().tolist()
         assert finished <= set(named)
     sim.run_steps(2)
     check_run(sim)

@@ -38,10 +38,11 @@ from esjax.core.interpreter import interpret
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.estimator import make_estimator
-from esjax.hosts.effects import Terms
+from esjax.exchange import Conclusion
 from esjax.member import Member, over_sequences
 from esjax.models import Model, gru
 from esjax.names import name_of_optimizer
+from esjax.notices import Notices
 from esjax.own import Own
 from esjax.run_folder import RunFolder, check_own
 from esjax.sums import TAIL, may_be
@@ -259,9 +260,11 @@ def test_nan_is_told_once_with_the_name_of_the_loss(config: Config, share: float
 
 
 def test_blame_is_for_losses_and_rewards_alone() -> None:
-    terms = Terms("", 1, 1, 0, {}, {"model": "m", "optimizer": "o"})
-    assert terms.blamed == ""
-    assert terms._replace(own={"model": "m", "reward": "right"}).blamed == " (the run's own reward, right)"
+    trouble = Conclusion(np.zeros(0, np.int8), 0.0, None, 0, "all are equal")
+    line = Notices(Config(), {"model": "m", "optimizer": "o"}).line(3, 8, trouble)
+    assert line == "step 3: all are equal; no update"
+    line = Notices(Config(), {"model": "m", "reward": "right"}).line(3, 8, trouble)
+    assert line == "step 3: all are equal (the run's own reward, right); no update"
 
 
 def constant(member: Member, tokens: Array, key: Array) -> Array:

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from esjax import core, replica
+from esjax import chunking, core, update_record
 from esjax.carrying import STEPS
 from esjax.checkpoint import digest
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError
-from esjax.hosts import wire
-from esjax.hosts.engine import make_update
 from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import build_model
 from esjax.replica import Replica
@@ -48,8 +46,8 @@ def make(devices: int = 1, stream: np.ndarray | None = STREAM, config: Config = 
 @pytest.fixture
 def short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make calls so small that a few pairs take several of them."""
-    monkeypatch.setattr(replica, "CALL_PAIRS", 8)
-    monkeypatch.setattr(replica, "CALL_WEIGHED_PAIRS", 8)
+    monkeypatch.setattr(chunking, "CALL_PAIRS", 8)
+    monkeypatch.setattr(chunking, "CALL_WEIGHED_PAIRS", 8)
 
 
 def test_losses_are_those_of_the_pure_function() -> None:
@@ -260,11 +258,11 @@ def test_after_a_void_step_carried_states_start_anew_and_windows_go_on() -> None
     for step in range(4):
         is_void = step == 2
         total = host.sums(np.arange(6))
-        header = wire.UpdateHeader(step, [(0, 6)], host.scale / 6, not is_void, 1.0, 0, host.numbers)
-        payload = wire.pack_update(wire.Update(header, total[:0] if is_void else total))
+        header = update_record.UpdateHeader(step, [(0, 6)], host.scale / 6, not is_void, 1.0, 0, host.numbers)
+        payload = update_record.pack_update(update_record.Update(header, total[:0] if is_void else total))
         before = jax.tree.map(np.asarray, host.state)
         for one in (host, replaying) if step < 3 else (host, replaying, late):
-            make_update(one, payload)
+            one.update(payload)
         assert (np.asarray(host.state.carried) != before.carried).any()
         if is_void:
             jax.tree.map(np.testing.assert_array_equal, host.state.params, before.params)
@@ -280,9 +278,9 @@ def test_after_a_void_step_carried_states_start_anew_and_windows_go_on() -> None
 @pytest.mark.parametrize("pairing", ["antithetic", "split"])
 def test_an_update_of_another_pairing_is_refused(pairing: str) -> None:
     host, shape = make(pairing=pairing), (6,) if pairing == "split" else (6, 2)
-    header = wire.UpdateHeader(0, [(0, 6)], 0.1, True, 1.0, 0, halves=1 if pairing == "split" else 2)
+    header = update_record.UpdateHeader(0, [(0, 6)], 0.1, True, 1.0, 0, halves=1 if pairing == "split" else 2)
     with pytest.raises(EsjaxError, match=r"update 0 was made with another es\.pairing"):
-        make_update(host, wire.pack_update(wire.Update(header, np.ones(shape, np.int8))))
+        host.update(update_record.pack_update(update_record.Update(header, np.ones(shape, np.int8))))
     assert int(host.state.step) == 0
 
 

@@ -36,7 +36,8 @@ FLOORS = [
     ("esjax.sums", "esjax.carrying"),
     ("esjax.activation", "esjax.es"),
     ("esjax.summing",),
-    ("esjax.estimator",),
+    ("esjax.estimator", "esjax.update_record"),
+    ("esjax.chunking",),
     ("esjax.score", "esjax.generate", "esjax.optimizer", "esjax.transformation", "esjax.own"),
     (
         "esjax.step_info",
@@ -48,7 +49,8 @@ FLOORS = [
         "esjax.page",
         "esjax.plot_layout",
     ),
-    ("esjax.data.delivery", "esjax.hosts.wire"),
+    ("esjax.data.delivery", "esjax.exchange"),
+    ("esjax.hosts.wire", "esjax.notices"),
     (
         "esjax.hosts.effects",
         "esjax.hosts.line",
@@ -60,7 +62,6 @@ FLOORS = [
     ("esjax.hosts.handouts", "esjax.hosts.rounds", "esjax.hosts.transfers"),
     ("esjax.hosts.chores", "esjax.hosts.steps"),
     ("esjax.hosts.coordinator", "esjax.hosts.worker"),
-    ("esjax.hosts.memory",),
     # Above this line everything is pure: no clock, file, socket, environment or logging.
     ("esjax.paths",),
     (
@@ -105,9 +106,10 @@ FLOORS = [
         "esjax.hosts.sockets",
         "esjax.hosts.local",
         "esjax.hosts.answers",
-        "esjax.hosts.engine",
+        "esjax.hosts.executor",
     ),
-    ("esjax.hosts.client_transport", "esjax.hosts.server_transport", "esjax.hosts.alone", "esjax.hosts.crew"),
+    ("esjax.hosts.client_transport", "esjax.hosts.server_transport"),
+    ("esjax.local_steps",),
     ("esjax.gradient_cosine",),
     ("esjax.tune",),
     ("esjax.hosts.ask", "esjax.hosts.desk", "esjax.hosts.join"),

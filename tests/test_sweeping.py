@@ -29,7 +29,7 @@ from esjax.loading import load
 from esjax.run_folder import RunFolder
 from esjax.seed_means import seed_means
 from esjax.sweep_plot import choose_axis, draw, make_figure
-from esjax.sweeping import Hosts, Outcome, Sweep, _record, resume_sweep, sweep
+from esjax.sweeping import Hosts, Outcome, Sweep, _Record, _record, resume_sweep, sweep
 from esjax.training import Trainer, resume, train
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -514,7 +514,7 @@ def test_of_several_sweeps_into_one_folder_at_once_one_is_begun(config: Config, 
         def begin(seed: int, out: Path = out, start: threading.Barrier = start) -> int | str:
             start.wait()
             try:
-                _record(out, {"seed": [seed]}, config)
+                _record(out, _Record({"seed": [seed]}, config, {}, {}))
             except EsjaxError as error:
                 return str(error)
             return seed

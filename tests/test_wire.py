@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_strategies import kinds_of, messages
 
+from esjax import update_record
+from esjax.exchange import LossExchange
 from esjax.hosts import wire
 from esjax.hosts.wire import Envelope
 from esjax.sums import TAIL
@@ -126,7 +128,7 @@ def test_the_longest_messages_fit() -> None:
     far, long, high = "ä" * 128, 2**63 - 1, 2**32 - 1
     host = wire.HostStatus(far, high, far, far, high, 1e300, 1e300, far, 1e300, "ä" * wire.NOTE)
     status = wire.Status(far, high, high, 1e300, 1e300, 1e300, True, high, [host] * 1024, dict.fromkeys([far], long))
-    spans = [(2**31 - 1, 2**31 - 1)] * wire.SPAN_LIMIT
+    spans = [(2**31 - 1, 2**31 - 1)] * update_record.SPAN_LIMIT
     leases = [(high, *span) for span in spans]
     for kind, message in [
         ("reply", status),
@@ -158,50 +160,50 @@ def test_another_version_is_named() -> None:
 # Updates.
 
 SPANS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 20)), max_size=5)
-HEADERS = messages(wire.UpdateHeader, spans=SPANS, numbers=st.just(0), dtype=st.just("|i1"))
+HEADERS = messages(update_record.UpdateHeader, spans=SPANS, numbers=st.just(0), dtype=st.just("|i1"))
 
 
 @settings(deadline=None)
 @given(HEADERS, st.data())
-def test_an_update_is_read_as_it_was_written(header: wire.UpdateHeader, data: st.DataObject) -> None:
+def test_an_update_is_read_as_it_was_written(header: update_record.UpdateHeader, data: st.DataObject) -> None:
     count = header.halves * sum(count for _, count in header.spans) if header.applied else 0
     weights = np.frombuffer(data.draw(st.binary(min_size=count, max_size=count)), np.int8)
     if header.halves == 2:
         weights = weights.reshape(-1, 2)
-    packed = wire.pack_update(wire.Update(header, weights))
-    read = wire.unpack_update(packed)
+    packed = update_record.pack_update(update_record.Update(header, weights))
+    read = update_record.unpack_update(packed)
     assert same(read.header, header)
     np.testing.assert_array_equal(read.weights, weights)
-    assert wire.is_update(packed, header.step)
-    assert not wire.is_update(packed, header.step + 1)
+    assert update_record.is_update(packed, header.step)
+    assert not update_record.is_update(packed, header.step + 1)
     for damaged in (packed[:-1], packed + b"\0", packed[1:], b"\xff" * 4 + packed[4:]):
-        assert not wire.is_update(damaged, header.step)
+        assert not update_record.is_update(damaged, header.step)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_update_or_an_error(data: bytes) -> None:
     try:
-        wire.unpack_update(data)
-    except wire.WireError:
-        assert not wire.is_update(data, 0)
+        update_record.unpack_update(data)
+    except update_record.UpdateError:
+        assert not update_record.is_update(data, 0)
 
 
 def test_an_update_of_a_pair_costs_a_byte() -> None:
-    header = wire.UpdateHeader(2**32 - 1, [(0, 8192)], 1 / 3, True, 2.5, 8192)
-    assert len(wire.pack_update(wire.Update(header, np.zeros(8192, np.int8)))) <= 8192 + 50
+    header = update_record.UpdateHeader(2**32 - 1, [(0, 8192)], 1 / 3, True, 2.5, 8192)
+    assert len(update_record.pack_update(update_record.Update(header, np.zeros(8192, np.int8)))) <= 8192 + 50
 
 
 def test_an_update_of_before_pairs_had_halves_is_still_read() -> None:
     packed = msgspec.msgpack.encode([7, [(0, 3)], 0.5, True, 2.0, 0, 0, "|i1"])
-    read = wire.unpack_update(len(packed).to_bytes(4, "little") + packed + b"\x01\xff\x02")
+    read = update_record.unpack_update(len(packed).to_bytes(4, "little") + packed + b"\x01\xff\x02")
     assert (read.header.step, read.header.halves, read.weights.tolist()) == (7, 1, [1, -1, 2])
 
 
 def test_pairs_of_spans_are_listed_in_their_order() -> None:
-    assert wire.pairs_of([(5, 2), (0, 3)]).tolist() == [5, 6, 0, 1, 2]
-    assert wire.pairs_of([(2**32 - 2, 2)]).tolist() == [2**32 - 2, 2**32 - 1]
-    assert wire.pairs_of([]).tolist() == []
+    assert update_record.pairs_of([(5, 2), (0, 3)]).tolist() == [5, 6, 0, 1, 2]
+    assert update_record.pairs_of([(2**32 - 2, 2)]).tolist() == [2**32 - 2, 2**32 - 1]
+    assert update_record.pairs_of([]).tolist() == []
 
 
 INT32 = st.integers(-(2**31) + 1, 2**31 - 1)
@@ -213,22 +215,22 @@ INT32 = st.integers(-(2**31) + 1, 2**31 - 1)
     st.lists(INT32, min_size=TAIL, max_size=TAIL),
 )
 def test_a_sum_takes_as_few_bytes_as_hold_its_gradient(gradient: list[int], tail: list[int]) -> None:
-    header = wire.UpdateHeader(3, [(0, 8)], 0.5, True, None, 0, len(gradient) + TAIL)
-    packed = wire.pack_update(wire.Update(header, np.array(gradient + tail, np.int64)))
-    read = wire.unpack_update(packed)
+    header = update_record.UpdateHeader(3, [(0, 8)], 0.5, True, None, 0, len(gradient) + TAIL)
+    packed = update_record.pack_update(update_record.Update(header, np.array(gradient + tail, np.int64)))
+    read = update_record.unpack_update(packed)
     assert read.weights.tolist() == gradient + tail
     most = max(map(abs, gradient))
     assert np.dtype(read.header.dtype).itemsize == (1 if most < 2**7 else 2 if most < 2**15 else 4)
-    with pytest.raises(wire.WireError):
-        wire.unpack_update(packed[:-1])
+    with pytest.raises(update_record.UpdateError):
+        update_record.unpack_update(packed[:-1])
 
 
 def test_sums_are_read_by_their_number() -> None:
     sums = np.arange(12, dtype=np.int64).reshape(2, 6) - 3
-    dtype, body = wire.pack_sums(sums)
+    dtype, body = update_record.pack_sums(sums)
     assert dtype == "|i1"
     assert len(body) == 2 * (3 + 4 * TAIL)
-    np.testing.assert_array_equal(wire.sums_of(body, 2, 6, dtype), sums)
+    np.testing.assert_array_equal(update_record.sums_of(body, 2, 6, dtype), sums)
     for spans, numbers, other in (
         (0, 6, "|i1"),
         (2, 5, "|i1"),
@@ -239,19 +241,19 @@ def test_sums_are_read_by_their_number() -> None:
         (2, 6, "<f4"),
         (2, 6, "O"),
     ):
-        assert wire.sums_of(body, spans, numbers, other) is None
+        assert update_record.sums_of(body, spans, numbers, other) is None
 
 
 def test_sums_of_nothing_are_none_at_all() -> None:
-    found = wire.sums_of(b"", 0, 6, "<i4")
+    found = update_record.sums_of(b"", 0, 6, "<i4")
     assert found is not None
     assert found.shape == (0, 6)
 
 
 def test_losses_are_read_by_their_number() -> None:
     losses = np.arange(6, dtype="<f4").reshape(3, 2)
-    read = wire.losses_of(losses.tobytes(), 3)
+    read = LossExchange().unpack([(0, 3)], "<f4", losses.tobytes())
     assert read is not None
     np.testing.assert_array_equal(read, losses)
     for pairs in (0, 2, 4, 2**70):
-        assert wire.losses_of(losses.tobytes(), pairs) is None
+        assert LossExchange().unpack([(0, pairs)], "<f4", losses.tobytes()) is None

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from storms import Sent, body_of, near, one_of_each, spans, volume
 from wire_strategies import Strategy
 
+from esjax import update_record
 from esjax.config import Config
+from esjax.exchange import SLOT_PAIRS, LossExchange, SumExchange
 from esjax.hosts import scoring as scoring_module
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
@@ -27,9 +29,9 @@ from esjax.hosts.line import DEAF, TIMEOUT
 from esjax.hosts.scoring import HAND_IN, SLICE, Scored, Scoring, without
 from esjax.hosts.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.transfers import PENDING, Backlog, Download, Sending
-from esjax.hosts.wire import Envelope, Span
-from esjax.hosts.work import SLOT_PAIRS
+from esjax.hosts.wire import Envelope
 from esjax.hosts.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
+from esjax.update_record import Span
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -313,7 +315,7 @@ def test_before_it_has_joined_nothing_moves_it() -> None:
 
 
 def scored(spans: list[Span], seconds: float) -> Scored:
-    pairs = wire.pairs_of(spans).astype(np.float32)
+    pairs = update_record.pairs_of(spans).astype(np.float32)
     return Scored(spans, np.stack([pairs, -pairs], axis=1), seconds)
 
 
@@ -328,7 +330,7 @@ def score_all(scoring: Scoring, speed: float) -> list[list[Span]]:
 
 
 def test_slices_are_whole_granules_that_fill_a_slice_of_time() -> None:
-    scoring = Scoring(3, 4, 8, None)
+    scoring = Scoring(3, 4, 8, None, LossExchange())
     scoring.add([(0, 100)])
     assert scoring.next_slice(0.0) == [(0, 8)]
     assert scoring.next_slice(1.0) == [(0, 8)]
@@ -350,7 +352,7 @@ def test_every_unit_is_handed_in_whole_and_once(
     """The last unit of the population may be smaller, and may come first."""
     end = 37 * unit - short % unit
     given_spans = without([(0, end)], without([(0, end)], [(first * unit, count * unit) for first, count in units]))
-    scoring = Scoring(0, unit, granule, None)
+    scoring = Scoring(0, unit, granule, None, LossExchange())
     scoring.add(given_spans[::-1])
     handed_in: list[Span] = []
     for taken in score_all(scoring, speed):
@@ -359,17 +361,17 @@ def test_every_unit_is_handed_in_whole_and_once(
             assert count % unit == 0 or first + count == end
     while (parts := scoring.hand_in(0.0, everything=False)) is not None:
         handed_in += parts.spans
-        losses = wire.losses_of(parts.body, sum(count for _, count in parts.spans))
+        losses = LossExchange().unpack(parts.spans, "<f4", parts.body)
         assert losses is not None
-        np.testing.assert_array_equal(losses[:, 0], wire.pairs_of(parts.spans))
+        np.testing.assert_array_equal(losses[:, 0], update_record.pairs_of(parts.spans))
         scoring.handed_in()
     assert parts is None
-    assert sorted(wire.pairs_of(handed_in)) == sorted(wire.pairs_of(given_spans))
+    assert sorted(update_record.pairs_of(handed_in)) == sorted(update_record.pairs_of(given_spans))
 
 
 def test_a_budget_is_kept() -> None:
     for speed in (3.0, 10.0, 1000.0):
-        scoring = Scoring(0, 4, 4, 1.0)
+        scoring = Scoring(0, 4, 4, 1.0, LossExchange())
         scoring.add([(0, SLOT_PAIRS)])
         pairs = sum(count for spans in score_all(scoring, speed) for _, count in spans)
         assert pairs / speed <= max(1.0, 4 / speed) + 1e-9  # at least one granule
@@ -383,7 +385,7 @@ def test_a_budget_is_kept() -> None:
 
 
 def test_losses_are_handed_in_now_and_then() -> None:
-    scoring = Scoring(0, 4, 4, None)
+    scoring = Scoring(0, 4, 4, None, LossExchange())
     scoring.add([(0, 12)])
     assert scoring.hand_in(100.0, everything=True) is None
     scoring.take(scored([(0, 4)], 0.1), 40.0, now=5.0)
@@ -401,10 +403,16 @@ def test_losses_are_handed_in_now_and_then() -> None:
     assert scoring.hand_in(9.0, everything=True) is None
 
 
-@pytest.mark.parametrize(("limit", "name"), [(8 * 8, "MAX_REQUEST"), (2, "SPAN_LIMIT")])
-def test_no_more_is_handed_in_than_a_request_holds(limit: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, name, limit)
-    scoring = Scoring(0, 4, 4, None)
+@pytest.mark.parametrize(
+    ("module", "name", "limit"),
+    [(scoring_module, "MAX_REQUEST", 8 * 8), (scoring_module, "SPAN_LIMIT", 2)],
+    ids=["bytes", "spans"],
+)
+def test_no_more_is_handed_in_than_a_request_holds(
+    module: object, name: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, limit)
+    scoring = Scoring(0, 4, 4, None, LossExchange())
     for first in range(0, 100, 20):
         scoring.add([(first, 4)])
         scoring.take(scored([(first, 4)], 0.1), 40.0, 0.0)
@@ -419,7 +427,7 @@ def test_no_more_is_handed_in_than_a_request_holds(limit: int, name: str, monkey
 
 def sums(spans: list[Span], seconds: float) -> Scored:
     """Add up the numbers of the pairs of each span, and count them."""
-    values = [[wire.pairs_of([span]).sum(dtype=np.int64), span[1], 0, 0] for span in spans]
+    values = [[update_record.pairs_of([span]).sum(dtype=np.int64), span[1], 0, 0] for span in spans]
     return Scored(spans, np.array(values, np.int32), seconds)
 
 
@@ -436,7 +444,7 @@ def test_every_pair_is_in_one_sum_of_what_is_handed_in(
     """No sum goes beyond a span that was given out, and one that is under way stays as it is."""
     leases = [(100 * i + first, count) for i, (first, count) in enumerate(units)]
     leases += [(sum(leases[-1]), 4)]  # one that begins where another ends
-    scoring = Scoring(0, 1, 4, budget, numbers=4)
+    scoring = Scoring(0, 1, 4, budget, SumExchange(4))
     scoring.add(leases)
     arrived: list[Span] = []
     scored: list[Span] = []
@@ -452,21 +460,21 @@ def test_every_pair_is_in_one_sum_of_what_is_handed_in(
             if before and offered:
                 assert offered.spans[: len(before.spans)] == before.spans
         elif action == "arrive" and offered:
-            values = wire.sums_of(offered.body, len(offered.spans), 4, offered.dtype)
+            values = update_record.sums_of(offered.body, len(offered.spans), 4, offered.dtype)
             assert values is not None
             np.testing.assert_array_equal(values, sums(offered.spans, 0.0).values)
             arrived += offered.spans
             offered = None
             scoring.handed_in()
-    assert sorted(wire.pairs_of(arrived)) == sorted(wire.pairs_of(scored))
+    assert sorted(update_record.pairs_of(arrived)) == sorted(update_record.pairs_of(scored))
     for first, count in arrived:
         assert any(first >= start and first + count <= start + size for start, size in leases)
 
 
 @pytest.mark.parametrize("speed", [20.0, 1000.0])
 def test_a_sum_is_of_no_more_pairs_than_it_has_room_for(monkeypatch: pytest.MonkeyPatch, speed: float) -> None:
-    monkeypatch.setattr(scoring_module, "MOST_SUMMED_PAIRS", 10)
-    scoring = Scoring(0, 3, 3, None, numbers=4)
+    monkeypatch.setattr(SumExchange, "most_pairs", 10)
+    scoring = Scoring(0, 3, 3, None, SumExchange(4))
     scoring.add([(0, 39)])
     while scoring.has_work:
         scoring.take(sums(scoring.next_slice(speed), 0.1), speed, 0.0)
@@ -488,7 +496,7 @@ def test_a_host_hands_in_a_sum_a_second(config: Config) -> None:
 
 
 def test_pairs_are_taken_once() -> None:
-    scoring = Scoring(0, 4, 4, None)
+    scoring = Scoring(0, 4, 4, None, LossExchange())
     scoring.add([(0, 8)])
     scoring.take(scored([(0, 4)], 0.1), 40.0, 0.0)
     scoring.add([(0, 12), (4, 4)])
@@ -501,8 +509,10 @@ def test_spans_without_others(some: list[Span], others: list[Span]) -> None:
     some = [(first % 100, count % 50 + 1) for first, count in some]
     others = [(first % 100, count % 50 + 1) for first, count in others]
     left = without(some, others)
-    taken = set(wire.pairs_of(others).tolist())
-    assert wire.pairs_of(left).tolist() == [pair for pair in wire.pairs_of(some).tolist() if pair not in taken]
+    taken = set(update_record.pairs_of(others).tolist())
+    assert update_record.pairs_of(left).tolist() == [
+        pair for pair in update_record.pairs_of(some).tolist() if pair not in taken
+    ]
 
 
 def test_a_broadcast_that_comes_twice_makes_no_work() -> None:
@@ -620,8 +630,8 @@ def test_a_snapshot_is_sent_in_parts() -> None:
 
 
 def update_of(step: int) -> bytes:
-    header = wire.UpdateHeader(step, [(0, 4)], 1.0, True, 2.0, 0)
-    return wire.pack_update(wire.Update(header, np.zeros(4, np.int8)))
+    header = update_record.UpdateHeader(step, [(0, 4)], 1.0, True, 2.0, 0)
+    return update_record.pack_update(update_record.Update(header, np.zeros(4, np.int8)))
 
 
 def test_updates_wait_for_their_turn() -> None:

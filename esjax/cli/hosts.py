@@ -135,7 +135,8 @@ class Join:
         if self.lifetime is not None and not self.lifetime > 0:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
         prepare(self.distributed)
-        from esjax.hosts.join import TASKS, join
+        from esjax.hosts.executor import TASKS
+        from esjax.hosts.join import join
 
         own: Any = self.custom.given()
 

@@ -159,6 +159,10 @@ class Blocks:
             self._made = {**near, block: tokens.tobytes()}
         return self._made[block]
 
+    def tokens(self, block: int) -> Integer[ndarray, " block_tokens"]:
+        """Return the tokens of a block."""
+        return np.frombuffer(self(block), self._stream.dtype)
+
 
 def token_type(vocab_size: int) -> np.dtype:
     """Return the smallest type that holds every token: the same for any text of a vocabulary."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from esjax import update_record
 from esjax.config import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.hosts import wire
@@ -20,8 +21,6 @@ from esjax.hosts.roster import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
 from esjax.hosts.rounds import GRACE, NOTHING_ELSE, Rounds
 from esjax.hosts.steps import Steps
 from esjax.hosts.wire import Envelope, Message
-from esjax.hosts.work import Values
-from esjax.sums import may_be
 
 PULSE = 2.0
 """Seconds between signs of life."""
@@ -240,7 +239,7 @@ class Coordinator:
             unit=terms.unit,
             block_interval=self.config.data.new_tokens_interval,
             budget=self.config.es.time_per_step,
-            numbers=terms.numbers,
+            numbers=terms.exchange.numbers,
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
@@ -277,7 +276,7 @@ class Coordinator:
         if message.step > self.step:
             return self._strike(host, f"losses for step {message.step}, which has not begun")
         pairs = sum(count for _, count in message.spans)
-        values = self._values(message, body, pairs)
+        values = self.terms.exchange.unpack(message.spans, message.dtype, body)
         if values is None:
             return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
         if not 0 <= message.seconds < math.inf:
@@ -297,15 +296,6 @@ class Coordinator:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
         self._steps.go_on(now)
         return self._ok(host)
-
-    def _values(self, message: wire.Losses, body: bytes, pairs: int) -> Values | None:
-        numbers = self.terms.numbers
-        if not numbers:
-            return wire.losses_of(body, pairs) if message.dtype == "<f4" else None
-        sums = wire.sums_of(body, len(message.spans), numbers, message.dtype)
-        if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, message.spans, strict=True)):
-            return None
-        return sums
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)
@@ -332,7 +322,7 @@ class Coordinator:
         return self._ok(host)
 
     def _ok(self, host: Host) -> wire.Ok:
-        spans = self._steps.open_spans(host)[: wire.SPAN_LIMIT]
+        spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
         return wire.Ok(self.terms.epoch, self.step, spans, self.rounds.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:

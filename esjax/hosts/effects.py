@@ -3,6 +3,7 @@
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from esjax.exchange import Exchange, LossExchange
 from esjax.hosts.wire import Envelope, Join
 from esjax.names import CODE, OPTIONS, SHOWN
 
@@ -40,8 +41,7 @@ class Terms(NamedTuple):
             `esjax.names.identities`.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
-        numbers: Length of the sums that hosts hand in; 0: they hand in losses.
-        scale: Factor that makes the sum of them the estimate, times the number of pairs that count.
+        exchange: What hosts hand in.
     """
 
     run: str
@@ -52,14 +52,7 @@ class Terms(NamedTuple):
     own: dict[str, str]
     publish_port: int = 0
     state_bytes: int = 0
-    numbers: int = 0
-    scale: float = 0.0
-
-    @property
-    def blamed(self) -> str:
-        """What to name beside a loss that is not finite, or says nothing; "" for cross entropy."""
-        named = [f" (the run's own {kind}, {name})" for kind, name in self.own.items() if kind in ("loss", "reward")]
-        return "".join(named)
+    exchange: Exchange = LossExchange()
 
     def objection(self, join: Join, noise: str) -> str:
         """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""

@@ -1,10 +1,8 @@
 """A host that takes part in a run somewhere else."""
 
 import platform
-import queue
 import random
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,29 +16,21 @@ from esjax.errors import EsjaxError
 from esjax.hosts import wire
 from esjax.hosts.answers import describe_devices, kind_of, noise_answers
 from esjax.hosts.client_transport import ClientTransport
-from esjax.hosts.crew import IDLE, Crew
-from esjax.hosts.engine import Engine
+from esjax.hosts.executor import Executor
 from esjax.hosts.keys import Token, load_token
 from esjax.hosts.sockets import Limits
-from esjax.hosts.tasks import Failed, Result, Task
 from esjax.hosts.worker import Worker
 from esjax.interrupts import STOPPING, stop_on_signals
 from esjax.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.own import Own, Reward
 from esjax.paths import given_path
+from esjax.processes import leads
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
 POLL = 0.1
 """Seconds between looks at the clock."""
-
-TASKS = "esjax-tasks"
-"""Name of the thread that keeps the devices busy."""
-
-CLOSE, CLOSE_TOGETHER = 1.0, 60.0
-"""Seconds that the devices have to finish what they are at, when all is over; those of several processes must, since
-none of them can end well before the others."""
 
 FAREWELL = 10.0
 """Seconds to hand in what is scored and to say goodbye."""
@@ -132,18 +122,16 @@ def _take_part(
         now=now,
         jitter=random.random,
     )
-    engine = Engine(own=own, tell=tell)
-    crew = Crew(engine)
-    if not crew.leads:
+    executor = Executor(own=own, tell=tell)
+    if not leads():
         with stop_on_signals():  # the process that leads hears of it, too
-            crew.follow()
+            executor.follow()
         return False
     tell(f"{name}: joining {address}")
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
-        hands = _Hands(crew, transport.wake)
-        stack.callback(hands.close)
+        background = stack.enter_context(executor.in_background(transport.wake))
         left_at = float("inf")
         listening = 0
         was_in = False
@@ -156,11 +144,11 @@ def _take_part(
             elif now >= ends_at:
                 worker.leave("its lifetime is over")
             worker.tick(now)
-            for result in hands.results():
+            for result in background.results():
                 worker.finished(result, now)
             task = worker.task()
             if task is not None:
-                hands.give(task)
+                background.give(task)
             if worker.reconnect:
                 if not is_alone:
                     tell(f"{name}: only one of the coordinator's two ports is heard; connecting anew")
@@ -224,45 +212,3 @@ def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float)
     except wire.WireError:
         return
     worker.receive(envelope, now)
-
-
-class _Hands:
-    """A thread that does tasks one at a time, so that the host can go on talking meanwhile."""
-
-    def __init__(self, crew: Crew, wake: Callable[[], None]) -> None:
-        self._crew, self._wake = crew, wake
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True, name=TASKS)
-        self._thread.start()
-
-    def give(self, task: Task) -> None:
-        self._tasks.put(task)
-
-    def close(self) -> None:
-        """Let the thread end after the task that it is at, if it is at one."""
-        self._tasks.put(None)
-        self._thread.join(CLOSE if self._crew.size == 1 else CLOSE_TOGETHER)
-
-    def results(self) -> list[Result]:
-        found = []
-        while not self._results.empty():
-            found.append(self._results.get())
-        return found
-
-    def _work(self) -> None:
-        while True:
-            try:
-                task = self._tasks.get(timeout=IDLE)
-            except queue.Empty:
-                self._crew.idle()
-                continue
-            if task is None:
-                self._crew.dismiss()
-                return
-            try:
-                result = self._crew.do(task)
-            except Exception as error:  # a model of one's own may raise anything
-                result = Failed(f"{type(error).__name__}: {str(error)[:300]}")
-            self._results.put(result)
-            self._wake()

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
-from numpy import ndarray
 
-from esjax.config import MOST_SUMMED_PAIRS
-from esjax.hosts import wire
-from esjax.hosts.wire import Span
+from esjax.exchange import MAX_REQUEST, Exchange, Values
+from esjax.update_record import SPAN_LIMIT, Span
 
 SLICE = 0.25
 """Seconds of work that the devices are given at a time, so that progress shows and work can be given up."""
@@ -17,15 +14,12 @@ SLICE = 0.25
 HAND_IN = 1.0
 """Seconds after which losses are handed in though there are more to come."""
 
-MOST_PAIRS = wire.MAX_REQUEST // 8
-"""Pairs whose losses are handed in at a time at most."""
-
 
 class Scored(NamedTuple):
     """Losses of pairs, or a sum for each span of them, and the seconds that they took."""
 
     spans: list[Span]
-    values: Float32[ndarray, "pairs 2"] | Int32[ndarray, "spans numbers"]
+    values: Values
     seconds: float
 
 
@@ -54,7 +48,7 @@ class Scoring:
         step: The step.
     """
 
-    def __init__(self, step: int, unit: int, granule: int, budget: float | None, numbers: int = 0) -> None:
+    def __init__(self, step: int, unit: int, granule: int, budget: float | None, exchange: Exchange) -> None:
         """Begin with nothing to do.
 
         Args:
@@ -62,12 +56,11 @@ class Scoring:
             unit: Pairs that are never split.
             granule: Pairs that the devices like to score at a time.
             budget: Seconds to score for, or None: all pairs that come.
-            numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
+            exchange: What is handed in.
         """
         self.step = step
-        most_pairs = MOST_SUMMED_PAIRS if numbers else MOST_PAIRS
-        self._most_pairs = max(unit, most_pairs // unit * unit)
-        self._most_spans = wire.MAX_REQUEST // (4 * numbers) if numbers else wire.SPAN_LIMIT
+        self._exchange = exchange
+        self._most_pairs = max(unit, exchange.most_pairs // unit * unit)
         self._unit, self._granule, self._budget = unit, granule, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
@@ -76,7 +69,6 @@ class Scoring:
         self._spent = 0.0
         self._is_over = False  # the budget is spent
         self._cut_at: int | None = None  # where the last slice ends, if it ends within a span
-        self._sums = numbers > 0
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +79,7 @@ class Scoring:
         """Take pairs; those that are there already are not taken twice."""
         if not self._is_over:
             have = [*self._spans, *(span for part in self._parts for span in part.spans)]
-            self._spans = (self._spans + without(spans, have))[: wire.SPAN_LIMIT]
+            self._spans = (self._spans + without(spans, have))[:SPAN_LIMIT]
 
     def next_slice(self, speed: float) -> list[Span]:
         """Choose pairs to be scored next: as many as fill a slice of time.
@@ -100,7 +92,7 @@ class Scoring:
         left = min(granules * self._granule, self._most_pairs)
         taken: list[Span] = []
         for first, count in self._spans:
-            if left <= 0 or len(taken) == self._most_spans:
+            if left <= 0 or len(taken) == self._exchange.most_spans:
                 break
             pairs = min(count, -(-left // self._unit) * self._unit)
             taken.append((first, pairs))
@@ -114,19 +106,26 @@ class Scoring:
         end = sum(scored.spans[-1])
         is_cut = any(first < end < first + count for first, count in self._spans)
         goes_on = self._cut_at == scored.spans[0][0] and len(scored.spans) == 1
-        part = scored
-        if goes_on and self._parts[self._offered :] and self._have_room(scored):
-            part = _added_up(self._parts.pop(), scored)
-        self._parts.append(part)
-        self._cut_at = end if self._sums and is_cut else None
+        joined = self._joined(self._parts[-1], scored) if goes_on and self._parts[self._offered :] else None
+        if joined:
+            self._parts.pop()
+        self._parts.append(joined or scored)
+        self._cut_at = end if is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
         if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
             self._spans, self._is_over = [], True
 
-    def _have_room(self, scored: Scored) -> bool:
-        """Tell whether a sum of the last part and of another one is sure to fit into 32 bits."""
-        return self._parts[-1].spans[-1][1] + scored.spans[0][1] <= MOST_SUMMED_PAIRS
+    def _joined(self, one: Scored, next_one: Scored) -> Scored | None:
+        """Make one part of the last span of a slice and of the rest of that span, if the exchange can."""
+        (*spans, last), (rest,) = one.spans, next_one.spans
+        row = len(one.values) - self._exchange.rows([last])[0]
+        both = self._exchange.joined(last, one.values[row:], rest, next_one.values)
+        if both is None:
+            return None
+        span = (last[0], last[1] + rest[1])
+        values = np.concatenate([one.values[:row], both])
+        return Scored([*spans, span], values, one.seconds + next_one.seconds)
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
         """Return what is to be handed in now, or None.
@@ -141,12 +140,12 @@ class Scoring:
         size = spans = self._offered = 0
         for part in self._parts:
             size, spans = size + part.values.nbytes, spans + len(part.spans)
-            if self._offered and (size > wire.MAX_REQUEST or spans > wire.SPAN_LIMIT):
+            if self._offered and (size > MAX_REQUEST or spans > SPAN_LIMIT):
                 break
             self._offered += 1
         parts = self._parts[: self._offered]
         values = np.concatenate([part.values for part in parts])
-        dtype, body = wire.pack_sums(values) if self._sums else ("<f4", values.astype("<f4").tobytes())
+        dtype, body = self._exchange.pack(values)
         return HandIn(
             [span for part in parts for span in part.spans],
             body,
@@ -159,15 +158,6 @@ class Scoring:
         """Hear that what was handed in has arrived."""
         self._parts = self._parts[self._offered :]
         self._offered = 0
-
-
-def _added_up(one: Scored, next_one: Scored) -> Scored:
-    """Make one sum of the last one of a slice and of that of the rest of its span."""
-    *spans, (first, count) = one.spans
-    ((_, more),) = next_one.spans
-    values = one.values.copy()
-    values[-1:] += next_one.values
-    return Scored([*spans, (first, count + more)], values, one.seconds + next_one.seconds)
 
 
 def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:

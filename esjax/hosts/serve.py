@@ -20,6 +20,7 @@ from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
 from esjax.devices import cpu_mesh
 from esjax.errors import EsjaxError
+from esjax.exchange import MAX_REQUEST, make_exchange
 from esjax.hosts import wire
 from esjax.hosts.address import is_loopback
 from esjax.hosts.answers import noise_answers
@@ -46,8 +47,9 @@ from esjax.step_info import Limits, StepInfo
 from esjax.summary import describe_run
 from esjax.trackers import JsonLines, find_trackers, tracked_run
 from esjax.tracking import Tracker, Watch
+from esjax.update_record import unpack_update
 
-REQUEST_LIMITS = Sizes(wire.MAX_REQUEST, wire.FRAMES)
+REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""
 
 ADDRESS = "tcp://127.0.0.1:5555"
@@ -214,7 +216,7 @@ class Server:
                 f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
                 f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
             )
-        since = list(map(wire.unpack_update, _all_updates(ledger, first)))
+        since = list(map(unpack_update, _all_updates(ledger, first)))
         keys = self._keys()
         transport = stack.enter_context(
             ServerTransport(
@@ -244,8 +246,7 @@ class Server:
                 own=identities(folder.own, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                numbers=replica.numbers,
-                scale=replica.scale,
+                exchange=make_exchange(replica.numbers, replica.scale),
             ),
             step=first + len(since),
             now=now,
@@ -295,9 +296,9 @@ def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
     """
     model = own.build(config.model, corpus.vocabulary.size)
     replica = Replica(config, model, None, cpu_mesh(), own.objective, own.optimizer)
-    if 4 * replica.numbers > wire.MAX_REQUEST:
+    if 4 * replica.numbers > MAX_REQUEST:
         raise EsjaxError(
-            f"hosts would hand in sums of {replica.numbers:,} numbers, and {wire.MAX_REQUEST // 4:,} are the most; "
+            f"hosts would hand in sums of {replica.numbers:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
             "choose a smaller model, or es.exchange losses with noise on weights"
         )
     weights = config.es.pairs * config.es.weights_per_pair

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from esjax.config import Config
-from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.curves import Average
+from esjax.exchange import Values, pack_conclusion
 from esjax.hosts import wire
 from esjax.hosts.effects import Closed, Effect, Publish, Record, Tell, Terms
 from esjax.hosts.roster import Host, Roster, speeds_of
 from esjax.hosts.rounds import NOTHING_ELSE, Plan, Rounds
-from esjax.hosts.wire import Envelope, Message, Span
-from esjax.hosts.work import FixedPopulation, Lease, Result, TimeBudget, Values, Work
-from esjax.optimizer import last_step
-from esjax.sums import LARGEST, conclude
+from esjax.hosts.wire import Envelope, Message
+from esjax.hosts.work import FixedPopulation, Lease, TimeBudget, Work
+from esjax.notices import Notices
+from esjax.update_record import SPAN_LIMIT, Span
 
 STUCK = 30.0
 """Seconds with work and without progress after which a host counts as hung, unless the others are as slow."""
@@ -28,9 +28,6 @@ DEADLINE_FACTOR = 3.0
 
 RATE_MEMORY = 0.9
 """Weight of a step in the mean rate, against that of the step after it."""
-
-QUIET = 100
-"""Steps without a trouble after which it is told of anew."""
 
 
 class Steps:
@@ -76,12 +73,11 @@ class Steps:
         self._last_update = last_update
         self._work: Work = self._new_work()
         self._closed_at: float | None = None
-        self._noticed: dict[tuple[bool, bool], int] = {}
-        self._last_step = None if "optimizer" in terms.own else last_step(config.optim, config.steps)
+        self._notices = Notices(config, terms.own)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
-        """Take in a host's losses, or sums; return why not, or ""."""
+        """Take in what a host hands in; return why not, or ""."""
         was_busy = self._work.busy(host.slot)
         fault = self._work.accept(host.slot, message.spans, values, message.final)
         if was_busy and not self._work.busy(host.slot):
@@ -133,23 +129,23 @@ class Steps:
 
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
         """Open the step to everybody, with the update that leads to it."""
-        some = list(leases[: wire.SPAN_LIMIT])
+        some = list(leases[:SPAN_LIMIT])
         self._publish(wire.Step(self._terms.run, self._terms.epoch, self.step, [*some], *plan), update)
-        self._announce_more(leases[wire.SPAN_LIMIT :])
+        self._announce_more(leases[SPAN_LIMIT:])
 
     def _announce_more(self, leases: Sequence[Lease]) -> None:
-        for at in range(0, len(leases), wire.SPAN_LIMIT):
-            some = leases[at : at + wire.SPAN_LIMIT]
+        for at in range(0, len(leases), SPAN_LIMIT):
+            some = leases[at : at + SPAN_LIMIT]
             self._publish(wire.Extra(self._terms.run, self._terms.epoch, self.step, [*some]))
 
     def _new_work(self) -> Work:
-        es, sums = self._config.es, self._terms.numbers > 0
+        es, exchange = self._config.es, self._terms.exchange
         if es.time_per_step is not None:
-            return TimeBudget(es.time_per_step, sums=sums)
+            return TimeBudget(es.time_per_step, exchange)
         units = -(-es.pairs // self._terms.unit)
         share = self._config.hosts.spot_check
         checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
-        return FixedPopulation(es.pairs, self._terms.unit, checked, sums=sums)
+        return FixedPopulation(es.pairs, self._terms.unit, exchange, checked)
 
     def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
         idle = now - max(host.progress_at, host.leased_at)
@@ -208,59 +204,20 @@ class Steps:
         hosts = sum(host.share > 0 for host in self._roster)
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
-        update, trouble = self._make_update(spans, pairs, result)
-        self.loss = update.header.loss
-        payload = wire.pack_update(update)
+        concluded = self._terms.exchange.conclude(result, spans, self._config.es)
+        self.loss = concluded.loss
+        payload = pack_conclusion(
+            self.step, spans, concluded, self._terms.exchange.numbers, self._config.es.weights_per_pair
+        )
         self._emit(Record(self.step, payload))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
-        void_pairs = update.header.void_pairs
-        notice = self._notice(trouble, void_pairs, pairs) or self._notice_end()
+        notice = self._notices.line(self.step, pairs, concluded)
         # Before the next step is opened: a state that it asks for is that after this one.
-        self._emit(Closed(self.step, loss, members, void_pairs, trouble, hosts, notice))
+        self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
         self._work = self._new_work()
         plan = self._rounds.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
-
-    def _notice(self, trouble: str, void_pairs: int, pairs: int) -> str:
-        """Say what keeps a step from its update, or pairs from counting, unless that was so a short time before."""
-        if not trouble and not void_pairs:
-            return ""
-        kind = (bool(trouble), bool(void_pairs))
-        before = self._noticed.get(kind)
-        self._noticed[kind] = self.step
-        if before is not None and self.step - before <= QUIET:
-            return ""
-        what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
-        return f"step {self.step}: {what}{self._terms.blamed}; {'no update' if trouble else 'they do not count'}"
-
-    def _notice_end(self) -> str:
-        """Say once that the learning rate has come to 0, if the run goes on all the same."""
-        last = self._last_step
-        if last is None or self.step <= last:
-            return ""
-        self._last_step = None
-        return (
-            f"step {self.step}: optim.schedule cosine has ended at step {last}; the learning rate stays 0, and the "
-            "weights as they are; to train longer, begin a run with a larger optim.decay_steps"
-        )
-
-    def _make_update(self, spans: list[Span], pairs: int, result: Result) -> tuple[wire.Update, str]:
-        """Make the update of a step, and say why it must not be applied, or ""."""
-        es, numbers = self._config.es, self._terms.numbers
-        if numbers:
-            total = np.clip(result, -LARGEST, LARGEST)
-            scale, loss, void_pairs, trouble = conclude(total, pairs, self._terms.scale)
-        else:
-            windows = wire.pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
-            shaped = shape(result, es.shaping, sigma=es.sigma, examples=windows)
-            total, scale, void_pairs, trouble = *shaped, shaped.trouble
-            finite = result[np.abs(result) < LARGEST_LOSS] if void_pairs else result
-            loss = float(finite.mean()) if finite.size else None
-        header = wire.UpdateHeader(
-            self.step, spans, scale, not trouble, loss, void_pairs, numbers, halves=es.weights_per_pair
-        )
-        return wire.Update(header, total[:0] if trouble else total), trouble
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data

@@ -1,15 +1,14 @@
 """What a host's devices are asked to do, and what comes of it.
 
-Tasks are messages too, since a host may be several processes that all do the same, see `esjax.hosts.crew`.
+Tasks are messages too, since a host may be several processes that all do the same, see `esjax.hosts.executor`.
 """
 
 from typing import Any
 
 import msgspec
-import numpy as np
-from jaxtyping import Float32, Int32
 
-from esjax.hosts.wire import Span
+from esjax.exchange import Values
+from esjax.update_record import Span
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
@@ -85,9 +84,9 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """Of `Score`: losses of the pairs, or a sum for each span of them."""
+    """Of `Score`: the values of the spans, see `esjax.exchange`, and the seconds that they took."""
 
-    values: Float32[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]
+    values: Values
     seconds: float
 
 

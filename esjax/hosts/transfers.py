@@ -6,6 +6,7 @@ from typing import Literal
 from esjax.hosts import wire
 from esjax.hosts.effects import hash_bytes
 from esjax.hosts.wire import Envelope, Message
+from esjax.update_record import is_update
 
 PENDING = 64
 """Updates heard ahead of their turn that are kept at most; what is beyond comes from the ledger."""
@@ -124,13 +125,13 @@ class Backlog:
 
     def hear(self, step: int, update: bytes) -> None:
         """Keep an update that was published, if it is that of the step, and if there is room."""
-        if len(self._updates) < PENDING and wire.is_update(update, step):
+        if len(self._updates) < PENDING and is_update(update, step):
             self._updates[step] = update
 
     def fill(self, first: int, updates: Sequence[bytes]) -> int:
         """Keep consecutive updates that were asked for, up to one that is none; return the step that they lead to."""
         for step, update in enumerate(updates, first):
-            if not wire.is_update(update, step):
+            if not is_update(update, step):
                 return step
             self._updates[step] = update
         return first + len(updates)

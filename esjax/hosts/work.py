@@ -7,40 +7,18 @@ of pairs of its own, and the population is what came back.
 
 import heapq
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
-from numpy import ndarray
 
-from esjax.hosts.wire import Span
-from esjax.sums import TAIL
+from esjax.exchange import SLOT_PAIRS, Exchange, Values, cut
+from esjax.update_record import Span
 
-SLOT_PAIRS = 2**20
-"""Pairs of a host's own range in a step with a time budget."""
-
-AGREE = 1e-4
-"""Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
-
-AGREE_SUMS = 0.05
-"""The same for the gradients of two sums over a unit, as a part of the largest number: the weight of a pair that is at
-the edge of two of them may be either. And for what follows the gradient, as a part of itself."""
-
-AGREE_STEPS = 2
-"""The same in steps, which is what rounding may make of small numbers."""
-
-NOTHING = np.zeros(0, np.int32)
+IN_TOTAL: Values = np.zeros((0, 0), np.int32)
+"""Stands for the answer of a unit that is in its host's total."""
 
 NO_DELAYS: Mapping[int, float] = {}
-
-Losses = Float32[ndarray, "pairs 2"]
-Sums = Int32[ndarray, "spans numbers"]
-Values = Losses | Sums
-"""What is handed in: the losses of pairs, or a sum for each span of them."""
-
-Result = Losses | Int64[ndarray, " numbers"]
-"""What a step comes to: the losses of all its pairs, or the sum over them."""
 
 
 class Lease(NamedTuple):
@@ -64,7 +42,7 @@ class Work(Protocol):
         """
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """Take in losses, or sums; return why not, or ""."""
+        """Take in values of spans, see `Exchange`; return why not, or ""."""
 
     def release(self, slot: int) -> None:
         """Take a host's open pairs from it; what it still hands in may count."""
@@ -92,7 +70,7 @@ class Work(Protocol):
     def complete(self) -> bool:
         """Whether nothing more is to be waited for."""
 
-    def result(self) -> tuple[list[Span], Result]:
+    def result(self) -> tuple[list[Span], Values]:
         """Return the pairs and what they come to, which does not depend on who scored what."""
 
     def liars(self, trusted: int | None) -> set[int]:
@@ -109,7 +87,7 @@ class _Unit:
         self.is_checked = False
         self.given: set[int] = set()
         self.holders: set[int] = set()
-        self.answers: dict[int, ndarray] = {}  # losses of its pairs; its sum if it is checked, else `NOTHING`
+        self.answers: dict[int, Values] = {}  # `IN_TOTAL` where it was added to others
 
     @property
     def size(self) -> int:
@@ -126,32 +104,32 @@ class _Unit:
         """Whether no more answers are wanted."""
         return len(self.answers) >= self.opinions
 
-    def verdict(self) -> ndarray | None:
+    def verdict(self, exchange: Exchange) -> Values | None:
         """Return the answer that two hosts agree on, or None."""
         answers = list(self.answers.values())
         pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
-        return next((one for one, two in pairs if _agree(one, two)), None)
+        return next((one for one, two in pairs if exchange.agree(one, two)), None)
 
 
 class FixedPopulation:
     """Pairs 0 to `pairs - 1`, in units."""
 
-    def __init__(self, pairs: int, unit: int, checked: Sequence[int] = (), *, sums: bool = False) -> None:
+    def __init__(self, pairs: int, unit: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
         """Begin with nobody at work.
 
         Args:
             pairs: Pairs of the population.
             unit: Pairs of a unit; the last one may be smaller.
+            exchange: What is handed in.
             checked: Units that two hosts are to score, and a third one where they disagree.
-            sums: Whether sums are handed in, and not losses.
         """
-        self._pairs, self._unit, self._sums = pairs, unit, sums
+        self._pairs, self._unit, self._exchange = pairs, unit, exchange
         self._units = [_Unit(slice(first, min(first + unit, pairs))) for first in range(0, pairs, unit)]
         self._missing = len(self._units)
         self._lacking = set(range(len(self._units)))
         self._held: dict[int, set[int]] = {}
         self._counts: Counter[int] = Counter()
-        self._totals: dict[int, ndarray] = {}  # what a host's sums over units that are not checked come to
+        self._totals: dict[int, Values] = {}  # what a host's sums over units that are not checked come to
         self._checked = [self._units[i] for i in checked]
         for checked_unit in self._checked:
             checked_unit.opinions, checked_unit.is_checked = 2, True
@@ -206,31 +184,27 @@ class FixedPopulation:
             return "a pair is named twice"
         if any(slot not in self._units[i].given for i in numbers):
             return "these pairs were never assigned to this host"
-        if self._sums:
-            if any(self._units[i].is_checked for group in groups if len(group) > 1 for i in group):
-                return "pairs that are scored twice are summed with others"
-            for group, total in zip(groups, values, strict=True):
-                self._answer_together(group, slot, total)
-            return ""
-        at = 0
-        for i in numbers:
-            size = self._units[i].size
-            self._answer(i, slot, values[at : at + size])
-            at += size
+        sizes = [[self._units[i].size for i in group] for group in groups]
+        portions = [([numbers[i] for i in at], part) for at, part in self._exchange.portions(sizes, values)]
+        if any(self._units[i].is_checked for together, _ in portions if len(together) > 1 for i in together):
+            return "pairs that are scored twice are summed with others"
+        for together, part in portions:
+            self._answer_together(together, slot, part)
         return ""
 
-    def _answer_together(self, group: range, slot: int, total: ndarray) -> None:
-        """Take in a host's sum over some units: as a whole, or not at all if one of them is in already."""
-        units = [self._units[i] for i in group]
+    def _answer_together(self, numbers: Sequence[int], slot: int, values: Values) -> None:
+        """Take in what a host found of some units: as a whole, or not at all if one of them is in already."""
+        units = [self._units[i] for i in numbers]
         if any(unit.is_settled or slot in unit.answers for unit in units):
-            for i in group:
+            for i in numbers:
                 self._drop(i, slot)
-        elif units[0].is_checked:
-            self._answer(group[0], slot, total)
+        elif units[0].is_checked or not self._exchange.adds_up:
+            self._answer(numbers[0], slot, values)
         else:
-            for i in group:
-                self._answer(i, slot, NOTHING)
-            self._totals[slot] = self._totals.get(slot, 0) + total.astype(np.int64)
+            for i in numbers:
+                self._answer(i, slot, IN_TOTAL)
+            before = [self._totals[slot]] if slot in self._totals else []
+            self._totals[slot] = self._exchange.merge([*before, values])
 
     def release(self, slot: int) -> None:
         """See `Work.release`."""
@@ -275,30 +249,28 @@ class FixedPopulation:
         """See `Work.complete`: every unit is in, and no second opinion is under way."""
         return not self._missing and not any(unit.holders for unit in self._checked)
 
-    def result(self) -> tuple[list[Span], Result]:
+    def result(self) -> tuple[list[Span], Values]:
         """See `Work.result`."""
-        answers = [unit.verdict() if len(unit.answers) > 1 else None for unit in self._units]
-        chosen = [
+        agreed = [unit.verdict(self._exchange) if len(unit.answers) > 1 else None for unit in self._units]
+        chosen = (
             next(iter(unit.answers.values())) if answer is None else answer
-            for unit, answer in zip(self._units, answers, strict=True)
-        ]
-        if self._sums:
-            checked = (answer for unit, answer in zip(self._units, chosen, strict=True) if unit.is_checked)
-            return [(0, self._pairs)], _add_up([*self._totals.values(), *checked])
-        return [(0, self._pairs)], np.concatenate(chosen)
+            for unit, answer in zip(self._units, agreed, strict=True)
+        )
+        alone = (answer for answer in chosen if answer is not IN_TOTAL)
+        return [(0, self._pairs)], self._exchange.merge([*self._totals.values(), *alone])
 
     def liars(self, trusted: int | None) -> set[int]:
         """See `Work.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
         found: set[int] = set()
         for unit in self._checked:
-            right = unit.verdict()
+            right = unit.verdict(self._exchange)
             if right is None and trusted is not None:
                 right = unit.answers.get(trusted)
             if right is not None:
-                found |= {slot for slot, answer in unit.answers.items() if not _agree(answer, right)}
+                found |= {slot for slot, answer in unit.answers.items() if not self._exchange.agree(answer, right)}
         return found
 
-    def _answer(self, i: int, slot: int, answer: ndarray) -> None:
+    def _answer(self, i: int, slot: int, answer: Values) -> None:
         """Take in what a host found of a unit."""
         unit = self._units[i]
         self._drop(i, slot)
@@ -308,7 +280,7 @@ class FixedPopulation:
             self._missing -= 1
         self._counts[slot] += unit.size
         unit.answers[slot] = answer
-        if unit.opinions == len(unit.answers) == 2 and unit.verdict() is None:
+        if unit.opinions == len(unit.answers) == 2 and unit.verdict(self._exchange) is None:
             unit.opinions = 3
         if len(unit.answers) == unit.opinions:
             for other in list(unit.holders):
@@ -343,7 +315,7 @@ class FixedPopulation:
         alone = True
         for i in numbers:
             rows, was_alone = self._units[i].rows, alone
-            alone = self._sums and self._units[i].is_checked
+            alone = self._exchange.adds_up and self._units[i].is_checked
             if spans and sum(spans[-1]) == rows.start and not (alone or was_alone):
                 spans[-1] = (spans[-1][0], rows.stop - spans[-1][0])
             else:
@@ -383,10 +355,10 @@ class _Queue:
 class TimeBudget:
     """Every host's own range, from `slot * SLOT_PAIRS` on, as far as it comes."""
 
-    def __init__(self, budget: float, *, sums: bool = False) -> None:
-        """Begin with nobody at work; `budget` are the seconds of evaluation, `sums` as for `FixedPopulation`."""
-        self._budget, self._sums = budget, sums
-        self._parts: dict[int, list[ndarray]] = {}
+    def __init__(self, budget: float, exchange: Exchange) -> None:
+        """Begin with nobody at work; `budget` are the seconds of evaluation, `exchange` is what is handed in."""
+        self._budget, self._exchange = budget, exchange
+        self._parts: dict[int, list[Values]] = {}
         self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
@@ -406,21 +378,21 @@ class TimeBudget:
             return "these pairs were never assigned to this host"
         start = slot * SLOT_PAIRS
         at = start + self._counts[slot]
-        new: list[ndarray] = []
-        rows = np.cumsum([0, *([1] * len(spans) if self._sums else [count for _, count in spans])])
-        for (first, count), row, end in zip(spans, rows, rows[1:], strict=False):
+        new: list[Values] = []
+        for (first, count), found in zip(spans, cut(values, self._exchange.rows(spans)), strict=True):
             if first < start or first + count > start + SLOT_PAIRS:
                 return "these pairs were never assigned to this host"
             if first > at:
                 return f"pair {at} is missing before pair {first}"
             if first + count > at:
-                if self._sums and first < at:
+                rest = self._exchange.without_first(found, at - first)
+                if rest is None:
                     return f"pair {first} is summed twice"
-                new.append(values[row + (0 if self._sums else at - first) : end])
+                new.append(rest)
                 at = first + count
         self._parts[slot] += new
-        if self._sums and new:  # so that they take no more room, however many they are
-            self._parts[slot] = [_add_up(np.concatenate(self._parts[slot]))[None]]
+        if self._exchange.adds_up and new:  # so that they take no more room, however many they are
+            self._parts[slot] = [self._exchange.merge(self._parts[slot])]
         self._counts[slot] = at - start
         if final:
             self._open.discard(slot)
@@ -464,28 +436,12 @@ class TimeBudget:
         """See `Work.complete`."""
         return not self._open and any(self._counts.values())
 
-    def result(self) -> tuple[list[Span], Result]:
+    def result(self) -> tuple[list[Span], Values]:
         """See `Work.result`: range by range."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
-        values = np.concatenate([part for slot in slots for part in self._parts[slot]])
-        return spans, _add_up(values) if self._sums else values
+        return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
 
     def liars(self, trusted: int | None) -> set[int]:
         """See `Work.liars`: nothing is scored twice."""
         return set()
-
-
-def _add_up(sums: Iterable[ndarray]) -> Int64[ndarray, " numbers"]:
-    return np.stack([*sums]).sum(axis=0, dtype=np.int64)
-
-
-def _agree(one: ndarray, two: ndarray) -> bool:
-    # Mostly they are the same bytes, which is found out much faster.
-    if one.tobytes() == two.tobytes():
-        return True
-    if one.dtype == np.float32:
-        return bool(np.allclose(one, two, rtol=0, atol=AGREE, equal_nan=True))
-    size = np.abs(one.astype(np.int64))
-    size[:-TAIL] = size[:-TAIL].max(initial=0)
-    return bool((np.abs(one - two.astype(np.int64)) <= AGREE_SUMS * size + AGREE_STEPS).all())

@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import msgspec
 
+from esjax.exchange import LossExchange, make_exchange
 from esjax.hosts import scoring, wire
 from esjax.hosts.chores import Chores
 from esjax.hosts.line import Line
@@ -115,7 +116,7 @@ class Worker:
         self._newest = step
         self._newest_at = now
         self._backlog = Backlog()
-        self._scoring = self._scored_for = Scoring(step, 1, granule, None)
+        self._scoring = self._scored_for = Scoring(step, 1, granule, None, LossExchange())
         self._is_told = False  # which pairs of this step are ours
         self._speed = 0.0
         self._norms: tuple[float | None, float | None] = (None, None)
@@ -398,9 +399,10 @@ class Worker:
         self._is_told = False
         if self.joined:
             joined = self.joined
-            self._scoring = Scoring(self._newest, joined.unit, self._granule, joined.budget, joined.numbers)
+            exchange = make_exchange(joined.numbers)
+            self._scoring = Scoring(self._newest, joined.unit, self._granule, joined.budget, exchange)
         else:
-            self._scoring = Scoring(self._newest, 1, self._granule, None)
+            self._scoring = Scoring(self._newest, 1, self._granule, None, LossExchange())
 
     def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
         if isinstance(request, wire.Losses):

@@ -21,6 +21,7 @@ import numpy as np
 
 from bench.report import Report, Row
 from bench.settings import Coordinator as Settings
+from esjax import update_record
 from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig
 from esjax.data.delivery import PackedText
 from esjax.hosts import wire
@@ -80,7 +81,7 @@ class FakeDevices:
         if isinstance(task, Load):
             self._step = 0
         elif isinstance(task, Apply):
-            self._step = wire.unpack_update(task.updates[-1]).header.step + 1
+            self._step = update_record.unpack_update(task.updates[-1]).header.step + 1
         return Done(self._step, 1.0, 1.0)
 
 

@@ -17,7 +17,7 @@ from bench.report import Report, Row
 from bench.settings import Exchange
 from esjax.config import Config, EsConfig, GruConfig
 from esjax.devices import local_mesh
-from esjax.hosts.wire import pack_sums
+from esjax.update_record import pack_sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,7 @@ from jax.sharding import AxisType, Mesh
 from bench.measure import Candidate
 from esjax.config import Config
 from esjax.core.population import PAIRS_AXIS
-from esjax.hosts.alone import Alone
-from esjax.hosts.engine import Engine
+from esjax.local_steps import LocalSteps
 from esjax.models import build_model
 from esjax.replica import Replica
 
@@ -31,11 +30,6 @@ def replica_of(config: Config, mesh: Mesh) -> Replica:
     return Replica(config, build_model(config.model, VOCAB), random_tokens(2**16), mesh)
 
 
-def alone_of(config: Config, replica: Replica) -> Alone:
-    """Set up whole steps: everything that training on one machine does, but for files."""
-    return Alone(config, Engine(replica, tell=lambda *_: None), own={}, record=lambda *_: None)
-
-
 def member_tokens(config: Config) -> int:
     """Count the member-tokens of a step."""
     return config.es.population_size * config.data.batch_size * config.data.window
@@ -49,10 +43,10 @@ def evaluation(config: Config, replica: Replica) -> Candidate:
 
 def step(config: Config, replica: Replica) -> Candidate:
     """Take a whole step: evaluation, shaping, the noise once more, Adam."""
-    alone = alone_of(config, replica)
+    steps = LocalSteps(config, replica, custom={})
 
     def call() -> object:
-        alone.step()
+        steps.take()
         return replica.state
 
     return Candidate(call, member_tokens(config))

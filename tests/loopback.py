@@ -8,10 +8,10 @@ import numpy as np
 from esjax.config import Config
 from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
+from esjax.exchange import make_exchange
 from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.effects import Closed, Record, Terms
-from esjax.hosts.engine import Engine
-from esjax.hosts.memory import exchange
+from esjax.hosts.effects import Closed, Effect, Publish, Record, Terms
+from esjax.hosts.executor import Executor
 from esjax.hosts.tasks import Apply, Done, Failed
 from esjax.hosts.worker import Worker
 
@@ -20,6 +20,29 @@ NOW = 0.0
 
 NO_TEXT = PackedText(b"", 0, "")
 """The replica has the text already."""
+
+
+def pass_messages(coordinator: Coordinator, worker: Worker, now: float) -> list[Effect]:
+    """Pass messages until neither has anything to say.
+
+    Returns:
+        What else the coordinator wants done, in order.
+    """
+    coordinator.tick(now)
+    worker.tick(now)
+    others: list[Effect] = []
+    while True:
+        request = worker.request(now)
+        if request is not None:
+            worker.receive(coordinator.receive(request, now), now)
+        effects = coordinator.drain()
+        for effect in effects:
+            if isinstance(effect, Publish):
+                worker.receive(effect.envelope, now)
+            else:
+                others.append(effect)
+        if request is None and not effects:
+            return others
 
 
 class Taken(NamedTuple):
@@ -36,13 +59,13 @@ class Taken(NamedTuple):
     update_norm: float
 
 
-class Alone:
+class Loopback:
     """Takes steps."""
 
     def __init__(
         self,
         config: Config,
-        engine: Engine,
+        executor: Executor,
         *,
         own: dict[str, str],
         record: Callable[[int, bytes], None],
@@ -52,12 +75,12 @@ class Alone:
 
         Args:
             config: Settings.
-            engine: Does the tasks; it has a replica.
+            executor: Does the tasks; it has a replica.
             own: Names of the run's own model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
-        replica = engine.replica
+        replica = executor.replica
         step = int(replica.state.step)
         terms = Terms(
             run="",
@@ -66,8 +89,7 @@ class Alone:
             vocab_size=0,
             answers={},
             own=own,
-            numbers=replica.numbers,
-            scale=replica.scale,
+            exchange=make_exchange(replica.numbers, replica.scale),
         )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(
@@ -76,7 +98,7 @@ class Alone:
         self._worker = Worker(
             "alone", "", "", {}, own, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
         )
-        self._engine = engine
+        self._executor = executor
         self._record = record
 
     def step(self) -> Taken:
@@ -88,14 +110,14 @@ class Alone:
         worker = self._worker
         closed: Closed | None = None
         while True:
-            for effect in exchange(self._coordinator, worker, NOW):
+            for effect in pass_messages(self._coordinator, worker, NOW):
                 if isinstance(effect, Record):
                     self._record(effect.step, effect.payload)
                 elif isinstance(effect, Closed):
                     closed = effect
             task = worker.task()
             assert task is not None, "a host alone always has something to do"
-            result = self._engine.do(task)
+            result = self._executor.do(task)
             if isinstance(result, Failed):
                 raise EsjaxError(result.reason)
             worker.finished(result, NOW)

@@ -1,10 +1,13 @@
-"""Does a host's tasks with its devices."""
+"""Does a host's tasks with its devices: at once or in a thread, and in all processes of the host alike."""
 
-import math
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
+import msgspec
 import numpy as np
 
 from esjax.checkpoint import digest
@@ -15,7 +18,6 @@ from esjax.devices import local_mesh, whole_mesh
 from esjax.errors import EsjaxError
 from esjax.flags import changed_flags
 from esjax.held_out import make_measure
-from esjax.hosts import wire
 from esjax.hosts.tasks import (
     Apply,
     Build,
@@ -34,13 +36,27 @@ from esjax.hosts.tasks import (
     Value,
 )
 from esjax.own import NOTHING_OWN, Own
-from esjax.processes import here, share_number
+from esjax.processes import here, share, share_number
 from esjax.replica import Replica
 from esjax.snapshot import from_bytes, to_bytes
 from esjax.trained import Trained
 
+IDLE = 5.0
+"""Seconds after which the other processes hear that there is nothing to do: collectives give up on a silent one."""
 
-class Engine:
+TASKS = "esjax-tasks"
+"""Name of the thread that keeps the devices busy."""
+
+CLOSE, CLOSE_TOGETHER = 1.0, 60.0
+"""Seconds that the devices have to finish what they are at, when all is over; those of several processes must, since
+none of them can end well before the others."""
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Task)
+_NOTHING, _END = b"nothing", b"end"
+
+
+class Executor:
     """A replica, once it is built, and what it is asked to do."""
 
     def __init__(
@@ -80,14 +96,30 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             return Failed(f"the devices failed: {str(error).splitlines()[0][:300]}")
 
+    def follow(self) -> None:
+        """Do what the process that leads does, until it ends; every other process of a host calls it."""
+        while (word := share(b"")) != _END:
+            if word != _NOTHING:
+                self.do(_DECODER.decode(word))
+
+    @contextmanager
+    def in_background(self, wake: Callable[[], None]) -> Iterator["Background"]:
+        """Do tasks in a thread until the block ends, and with all processes of the host.
+
+        Args:
+            wake: Called from the thread after each task.
+        """
+        background = Background(self, wake)
+        try:
+            yield background
+        finally:
+            background.close()
+
     def _do(self, task: Task) -> Result:
         replica = self.replica
         if isinstance(task, Score):
             started = time.perf_counter()
-            if replica.numbers:
-                values = np.stack([replica.sums(wire.pairs_of([span])) for span in task.spans])
-            else:
-                values = replica.losses(wire.pairs_of(task.spans))
+            values = replica.score(task.spans)
             return Scored(values, share_number(time.perf_counter() - started))
         if isinstance(task, Apply):
             return self._apply(replica, task)
@@ -106,7 +138,7 @@ class Engine:
     def _apply(self, replica: Replica, task: Apply) -> Done:
         norms: tuple[float | None, float | None] = (None, None)
         for payload in task.updates:
-            norms = make_update(replica, payload)
+            norms = replica.update(payload)
         return Done(int(replica.state.step), *norms)
 
     def _build(self, task: Build) -> Result:
@@ -123,7 +155,7 @@ class Engine:
         while True:
             replica = Replica(config, model, stream, mesh, self._own.objective, self._own.optimizer)
             try:
-                _compile(replica)
+                replica.warm_up()
                 break
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or replica.chunk_pairs <= 2:
@@ -139,46 +171,47 @@ class Engine:
         return Built(replica.granule)
 
 
-def make_update(replica: Replica, payload: bytes) -> tuple[float | None, float | None]:
-    """Take a replica one step on.
+class Background:
+    """A thread that does tasks one at a time, so that the host can go on talking meanwhile."""
 
-    Args:
-        replica: At the step of the update.
-        payload: The update, as it is published and kept in the ledger.
+    def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
+        """Begin; see `Executor.in_background`."""
+        self._executor, self._wake = executor, wake
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name=TASKS)
+        self._thread.start()
 
-    Returns:
-        Norms of the estimate and of the update; None for a void step.
+    def give(self, task: Task) -> None:
+        """Have a task done."""
+        self._tasks.put(task)
 
-    Raises:
-        EsjaxError: The update is of another step, pairing or model.
-    """
-    update = wire.unpack_update(payload)
-    step = int(replica.state.step)
-    if update.header.step != step:
-        raise EsjaxError(f"update {update.header.step} came to a state at step {step}")
-    if not update.header.applied:
-        replica.skip()
-        return None, None
-    if update.weights.shape[1:] != replica.halves:
-        raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
-    if update.header.numbers != replica.numbers:
-        raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {replica.numbers}")
-    # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
-    loss = math.nan if update.header.loss is None else update.header.loss
-    if replica.numbers:
-        info = replica.apply_sum(update.weights, update.header.scale, loss)
-    else:
-        info = replica.apply(update.pairs(), update.weights, update.header.scale, loss)
-    return float(info.gradient_norm), float(info.update_norm)
+    def results(self) -> list[Result]:
+        """Return what came of tasks since the last call."""
+        found = []
+        while not self._results.empty():
+            found.append(self._results.get())
+        return found
 
+    def close(self) -> None:
+        """Let the thread end after the task that it is at, if it is at one."""
+        self._tasks.put(None)
+        self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)
 
-def _compile(replica: Replica) -> None:
-    """Run everything once, so that the first step is as fast as the others."""
-    first = replica.state
-    pairs = np.arange(replica.granule, dtype=np.uint32)
-    if replica.numbers:
-        replica.apply_sum(replica.sums(pairs), 0.0)
-    else:
-        replica.losses(pairs)
-        replica.apply(pairs, np.ones((len(pairs), *replica.halves), np.int8), 0.0)
-    replica.state = first
+    def _work(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=IDLE)
+            except queue.Empty:
+                share(_NOTHING)
+                continue
+            if task is None:
+                share(_END)
+                return
+            share(_ENCODER.encode(task))
+            try:
+                result = self._executor.do(task)
+            except Exception as error:  # a custom model may raise anything
+                result = Failed(f"{type(error).__name__}: {str(error)[:300]}")
+            self._results.put(result)
+            self._wake()
