@@ -69,7 +69,7 @@ def prepare(processes: str | None = None) -> None:
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
-    """Name the folder to make: `out`, or the time of day and four random characters, so that runs that start together differ."""
+    """Name the folder to make: `out`, or the time of day, and four random characters for runs that start together."""
     return out or Path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
