@@ -55,7 +55,7 @@ def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(es: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EsjaxError, match=message):
         EsConfig(**es)
 
 
