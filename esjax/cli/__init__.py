@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
-    except KeyboardInterrupt:
-        console.print("stopped by Ctrl-C")
+    except KeyboardInterrupt:  # not in a program, see `esjax.__main__`
         sys.exit(130)
     except OSError as error:  # a disk that filled up, a folder that was taken away
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
