@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
+    from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
     from esjax.core import (
         Noise,
         Shaped,
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
         shape,
         value_and_grad,
     )
-    from esjax.devices import prepare_devices
+    from esjax.devices.mesh import prepare_devices
     from esjax.errors import EsjaxError
-    from esjax.exporting import export, import_weights
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
-    from esjax.loading import Loaded, load
-    from esjax.member import Member
-    from esjax.metrics_server import MetricsServer
+    from esjax.inference.language_model import Evaluation, Written
+    from esjax.inference.loaded_run import Loaded, load
     from esjax.models import Model, sequence_model
     from esjax.models.adapters import equinox_model, linen_model, nnx_model
+    from esjax.models.member import Member
     from esjax.page.report import report
-    from esjax.plotting import plot
-    from esjax.replaying import Replayed, replay
-    from esjax.step_info import StepInfo
-    from esjax.sweeping import Hosts, Outcome, Sweep, resume_sweep, sweep
-    from esjax.tracking import TrackedRun, Tracker
-    from esjax.trained import Evaluation, Written
-    from esjax.training import Trainer, resume, train
+    from esjax.runs.step_info import StepInfo
+    from esjax.training.replay import Replayed, replay
+    from esjax.training.run import Trainer, resume, train
+    from esjax.tuning.sweep import Hosts, Outcome, Sweep, resume_sweep, sweep
+    from esjax.watch.metrics_server import MetricsServer
+    from esjax.watch.plotting import plot
+    from esjax.watch.tracking import TrackedRun, Tracker
+    from esjax.weights.files import export, import_weights
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from esjax.interrupts import end_on_signals
+from esjax.signals import end_on_signals
 
 
 def set_up() -> None:

@@ -29,7 +29,7 @@ def make_text() -> str:
     return "".join(f"{a}+{b}={a + b}\n" for a in range(10) for b in range(10))
 
 
-def make_reward(hint: float) -> "esjax.own.Reward":
+def make_reward(hint: float) -> "esjax.models.custom.Reward":
     """Make the reward: 1 for a right answer, and a part of the right answer's log probability.
 
     Args:
@@ -38,7 +38,7 @@ def make_reward(hint: float) -> "esjax.own.Reward":
     import jax
     import jax.numpy as jnp
 
-    from esjax.tokens import STOP
+    from esjax.data.tokens import STOP
 
     def right_answers(member, tokens, key):  # type: ignore[no-untyped-def]
         """Score the first whole sum of a window."""

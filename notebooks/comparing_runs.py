@@ -29,7 +29,7 @@ import tempfile
 
 import matplotlib.pyplot as plt
 
-from esjax.runs import differing, find_runs, read_runs
+from esjax.runs.reader import differing, find_runs, read_runs
 
 # %% tags=["parameters"]
 SECONDS = 10.0

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from esjax.tokens import STOP
+from esjax.data.tokens import STOP
 
 # %% tags=["parameters"]
 SECONDS = 60
@@ -145,7 +145,9 @@ def follow(run):
     return np.array(curve)
 
 
-plain = esjax.train(esjax.config.replace(config, seconds=SECONDS / 3), model=last_tokens, reward=right, tell=print)
+plain = esjax.train(
+    esjax.config.settings.replace(config, seconds=SECONDS / 3), model=last_tokens, reward=right, tell=print
+)
 alone = follow(plain)
 print(f"right after {plain.step:,} steps: {accuracy(plain)[1]} of 100")
 

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import esjax
-from esjax.hosts.ask import ask_status
+from esjax.hosts.status import ask_status
 
 # %% tags=["parameters"]
 SECONDS = 20.0

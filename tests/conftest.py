@@ -25,12 +25,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # In hosts jaxtyping would take most of the time of what a simulation says and hears: it sees to the files with arrays,
 # and beartype alone to the others.
 ESJAX = Path(__file__).parents[1] / "esjax"
-WITH_ARRAYS = [path.stem for path in (ESJAX / "hosts").glob("*.py") if "jaxtyping" in path.read_text()]
+WITH_ARRAYS = [
+    ".".join(path.relative_to(ESJAX).with_suffix("").parts)
+    for path in (ESJAX / "hosts").rglob("*.py")
+    if "jaxtyping" in path.read_text()
+]
 beartype_package("esjax.hosts", conf=typechecker.CONF)
 install_import_hook(
     [
         *(f"esjax.{path.stem}" for path in ESJAX.iterdir() if path.stem != "hosts"),
-        *(f"esjax.hosts.{name}" for name in WITH_ARRAYS),
+        *(f"esjax.{name}" for name in WITH_ARRAYS),
     ],
     "typechecker.check",
 )

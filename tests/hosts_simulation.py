@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from esjax import update_record
-from esjax.config import Config, DataConfig, EsConfig, HostsConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText
-from esjax.exchange import make_exchange
-from esjax.hosts import wire
-from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.effects import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
-from esjax.hosts.tasks import (
+from esjax.exchange import update_record
+from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL, conclude
+from esjax.exchange.values import make_exchange
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
+from esjax.hosts.protocol.coordinator import Coordinator
+from esjax.hosts.protocol.tasks import (
     Apply,
     Build,
     Built,
@@ -39,9 +40,8 @@ from esjax.hosts.tasks import (
     UseBlock,
     Value,
 )
-from esjax.hosts.wire import Envelope
-from esjax.hosts.worker import Worker
-from esjax.sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL, conclude
+from esjax.hosts.protocol.wire import Envelope
+from esjax.hosts.protocol.worker import Worker
 
 TICK = 0.2
 """Seconds between looks at the clock; messages and results are looked at as they come."""
@@ -125,7 +125,7 @@ def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
 
 
 def sum_of(losses: np.ndarray) -> np.ndarray:
-    """Add up some pairs, as `esjax.summing` does; three numbers are the gradient."""
+    """Add up some pairs, as `esjax.replica.partial_sums` does; three numbers are the gradient."""
     losses = losses[(np.abs(losses) < LARGEST_LOSS).all(axis=1)].astype(np.float64)
     difference = losses[:, 0] - losses[:, 1]
     columns = [np.sign(difference), 1e5 * difference, 1e5 * (losses[:, 0] - 2.5), np.ones(len(losses))]
@@ -350,7 +350,7 @@ class Simulation:
 
     @property
     def first(self) -> int:
-        """Number of the first update; see `esjax.hosts.effects.History`."""
+        """Number of the first update; see `esjax.hosts.protocol.actions.History`."""
         return self.ledger[0][0] if self.ledger else 0
 
     def start(self) -> None:
@@ -503,7 +503,7 @@ class Simulation:
 
 
 class _History:
-    """See `esjax.hosts.effects.History`."""
+    """See `esjax.hosts.protocol.actions.History`."""
 
     def __init__(self, ledger: list[tuple[int, bytes]]) -> None:
         self._ledger = ledger

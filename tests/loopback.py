@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
-from esjax.exchange import make_exchange
-from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.effects import Closed, Effect, Publish, Record, Terms
+from esjax.exchange.values import make_exchange
 from esjax.hosts.executor import Executor
-from esjax.hosts.tasks import Apply, Done, Failed
-from esjax.hosts.worker import Worker
+from esjax.hosts.protocol.actions import Closed, Effect, Publish, Record, Terms
+from esjax.hosts.protocol.coordinator import Coordinator
+from esjax.hosts.protocol.tasks import Apply, Done, Failed
+from esjax.hosts.protocol.worker import Worker
 
 NOW = 0.0
 """The time: it stands still, since nobody can be late or lost."""

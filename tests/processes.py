@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import PROGRAMS
 
-from esjax.checkpoint import digest
-from esjax.config import from_yaml, replace, to_yaml
-from esjax.ledger import UPDATE, read
-from esjax.step_info import Limits
-from esjax.training import Trainer, train
+from esjax.config.settings import from_yaml, replace, to_yaml
+from esjax.runs.checkpoint import digest
+from esjax.runs.ledger import UPDATE, read
+from esjax.runs.step_info import Limits
+from esjax.training.run import Trainer, train
 
 SMALL = [
     "gru",

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.data.vocabulary import Vocabulary
-from esjax.run_folder import RunFolder, json_line
+from esjax.runs.folder import RunFolder, json_line
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 

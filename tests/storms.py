@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from wire_strategies import Strategy, kinds_of, messages
 
-from esjax.hosts import wire
+from esjax.hosts.protocol import wire
 
 BODIES = st.sampled_from(["right", "none", "short", "long"])
 

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 import esjax.cli
-from esjax.hosts import executor, join, wire
-from esjax.hosts.coordinator import LAST_ROUND
+from esjax.hosts import executor, join
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.coordinator import LAST_ROUND
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -13,12 +13,12 @@ from jaxtyping import Array
 
 import esjax
 from esjax import flags
-from esjax.checkpoint import digest
-from esjax.config import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
 from esjax.core.seeds import key_of
 from esjax.core.signs import draw
 from esjax.errors import EsjaxError
-from esjax.member import Member
+from esjax.models.member import Member
+from esjax.runs.checkpoint import digest
 
 PARAMS = {
     "embedding": np.linspace(-1, 1, 15).reshape(5, 3),
@@ -132,8 +132,8 @@ def test_devices_are_prepared_before_jax_is_used_or_not_at_all(monkeypatch: pyte
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     assert jax.device_count() == 4
-    monkeypatch.setattr("esjax.devices._cores", lambda: 4)
+    monkeypatch.setattr("esjax.devices.mesh._cores", lambda: 4)
     esjax.prepare_devices()
-    monkeypatch.setattr("esjax.devices._cores", lambda: 3)
+    monkeypatch.setattr("esjax.devices.mesh._cores", lambda: 3)
     with pytest.raises(EsjaxError, match=r"call prepare_devices\(\) before anything else uses JAX"):
         esjax.prepare_devices()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from esjax.hosts.address import parse_address
-from esjax.hosts.client_transport import ClientTransport
-from esjax.hosts.keys import ServerKeys, Token, load_token
-from esjax.hosts.server_transport import Request, ServerTransport
-from esjax.hosts.sockets import Limits, new_keypair
+from esjax.hosts.transport.address import parse_address
+from esjax.hosts.transport.client import ClientTransport
+from esjax.hosts.transport.keys import ServerKeys, Token, load_token
+from esjax.hosts.transport.server import Request, ServerTransport
+from esjax.hosts.transport.sockets import Limits, new_keypair
 
 LIMITS = Limits(frame=65_536, frames=4)
 PATIENCE = 60.0

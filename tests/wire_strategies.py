@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from esjax.hosts import wire
+from esjax.hosts.protocol import wire
 
 Strategy = st.SearchStrategy[Any]
 

@@ -1,4 +1,4 @@
-"""A directive that lists every setting with its type, its default and its docstring, as `esjax.config` has them."""
+"""A directive that lists every setting of `esjax.config.settings` with its type, its default and its docstring."""
 
 import ast
 import inspect
@@ -9,7 +9,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from esjax import config
+from esjax.config import settings as config
 
 SECTIONS = {
     "": config.Config,

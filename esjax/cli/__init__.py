@@ -14,14 +14,14 @@ import tyro
 from rich.console import Console
 
 import esjax
-from esjax.cli.exchange import Export, Import, ImportNpy
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
-from esjax.cli.look import Dashboard, Plot
+from esjax.cli.infer import Evaluate, Generate, Tune
+from esjax.cli.plot import Dashboard, Plot
 from esjax.cli.settings import parse_settings
 from esjax.cli.shared import PATHS, open_console
 from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
-from esjax.cli.use import Evaluate, Generate, Tune
+from esjax.cli.weights import Export, Import, ImportNpy
 from esjax.errors import EsjaxError
 
 __all__ = ["COMMANDS", "main"]

@@ -25,11 +25,11 @@ from esjax.cli.shared import (
     show,
     teller,
 )
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
-    from esjax.hosts.wire import Status as StatusReply
+    from esjax.hosts.protocol.wire import Status as StatusReply
 
 Address = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADDRESS")]
 
@@ -179,7 +179,7 @@ class Status:
 
     def run(self, console: Console) -> None:
         """Print it."""
-        from esjax.hosts.ask import ask_status
+        from esjax.hosts.status import ask_status
 
         status = ask_status(self.address, self.token_file)
         if self.json:
@@ -208,9 +208,9 @@ class Token:
 
     def run(self, console: Console) -> None:
         """Change the folder; a running coordinator sees it."""
-        from esjax.hosts.address import parse_address
-        from esjax.hosts.keys import ServerKeys
-        from esjax.hosts.sockets import check_curve, new_keypair
+        from esjax.hosts.transport.address import parse_address
+        from esjax.hosts.transport.keys import ServerKeys
+        from esjax.hosts.transport.sockets import check_curve, new_keypair
 
         if self.action == "new":
             check_curve()
@@ -235,7 +235,7 @@ class Replay:
     def run(self, console: Console) -> None:
         """Print what was found; exit with 1 if a digest differs."""
         prepare()
-        from esjax.replaying import replay
+        from esjax.training.replay import replay
 
         own: Any = self.custom.given()
         found = replay(self.run_folder, tell=teller(console), **own)

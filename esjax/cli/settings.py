@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import tyro
 
 from esjax.cli.shared import PATHS, Custom, Watching
-from esjax.config import MODELS, VARIANTS, Config, from_yaml, replace
-from esjax.dotted import change, value_of
+from esjax.config.custom_names import OPTIONS, is_code, unused_settings
+from esjax.config.mistakes import setting_names, wrong_name
+from esjax.config.names import change, value_of
+from esjax.config.settings import MODELS, VARIANTS, Config, from_yaml, replace
+from esjax.data.text_files import read_text
 from esjax.errors import EsjaxError
-from esjax.mistakes import setting_names, wrong_name
-from esjax.names import OPTIONS, is_code, unused_settings
 from esjax.paths import given_path
-from esjax.text_files import read_text
 
 
 class _Option(NamedTuple):

@@ -21,8 +21,8 @@ from esjax.terminal import has_cursor
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
-    from esjax.tracking import Tracker
-    from esjax.training import Trainer
+    from esjax.training.run import Trainer
+    from esjax.watch.tracking import Tracker
 
 MOST_COLUMNS = 10_000
 """Of a line that is to be whole."""
@@ -69,14 +69,14 @@ class Watching:
 
     def trackers(self, tell: Callable[[str], None]) -> "list[Tracker]":
         """Make them, after `prepare` and before anything is written."""
-        from esjax.processes import leads
-        from esjax.trackers import find_trackers
+        from esjax.devices.process_group import leads
+        from esjax.watch.trackers import find_trackers
 
         if not leads():
             return []
         trackers = find_trackers(self.track)
         if self.metrics_port is not None:
-            from esjax.metrics_server import MetricsServer
+            from esjax.watch.metrics_server import MetricsServer
 
             server = MetricsServer(self.metrics_port)
             tell(f"metrics at http://127.0.0.1:{server.port}/metrics, health at /healthz")
@@ -118,15 +118,15 @@ def prepare(processes: str | None = None) -> None:
     """Set up the devices, before anything uses JAX.
 
     Args:
-        processes: Those that compute as one, see `esjax.processes.connect`; None: this one alone.
+        processes: Those that compute as one, see `esjax.devices.process_group.connect`; None: this one alone.
     """
-    from esjax.devices import prepare_devices, start_devices
+    from esjax.devices.mesh import prepare_devices, start_devices
 
     prepare_devices(_cache())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a cache that cannot be used costs seconds, and no more
         warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache", UserWarning)
     if processes is not None:
-        from esjax.processes import connect
+        from esjax.devices.process_group import connect
 
         connect(processes)
     start_devices()
@@ -183,8 +183,8 @@ def open_console(*, stderr: bool = False) -> Console:
 
 def show(run: "Trainer | Server", console: Console) -> None:
     """Train, with a line of progress."""
-    from esjax.processes import leads
-    from esjax.progress import Progress
+    from esjax.devices.process_group import leads
+    from esjax.watch.progress import Progress
 
     if not leads():
         for _ in run:
@@ -207,9 +207,9 @@ def show(run: "Trainer | Server", console: Console) -> None:
 
 def _way_on(run: "Trainer | Server", remedy: str) -> str:
     """Say what is kept of a run whose disk is full, or fails, and how to go on."""
-    from esjax.checkpoint import kept_steps
     from esjax.hosts.serve import Server
-    from esjax.ledger import UPDATE, read
+    from esjax.runs.checkpoint import kept_steps
+    from esjax.runs.ledger import UPDATE, read
 
     assert run.folder is not None
     kept = kept_steps(run.folder.checkpoints)

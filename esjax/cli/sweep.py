@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from esjax.axes import parse_axes
 from esjax.cli.shared import (
     Custom,
     announce_to_hosts,
@@ -23,15 +22,16 @@ from esjax.cli.shared import (
     show,
     teller,
 )
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
+from esjax.tuning.axes import parse_axes
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
-    from esjax.seed_means import SeedMean
-    from esjax.sweeping import Hosts, Outcome
-    from esjax.training import Trainer
+    from esjax.training.run import Trainer
+    from esjax.tuning.seed_means import SeedMean
+    from esjax.tuning.sweep import Hosts, Outcome
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Sweep:
         if self.workers or self.bind:  # a coordinator leaves accelerators to the hosts
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
-        from esjax.sweeping import TABLE, resume_sweep, sweep
+        from esjax.tuning.sweep import TABLE, resume_sweep, sweep
 
         def show_run(run: "Trainer | Server") -> None:
             show(run, console)
@@ -120,7 +120,7 @@ class Sweep:
 
     def _compare(self, outcomes: "Sequence[Outcome]", tell: Callable[[str], None]) -> None:
         """Print means over the seeds, and which settings they do not tell apart."""
-        from esjax.seed_means import SEED, seed_means
+        from esjax.tuning.seed_means import SEED, seed_means
 
         if len(outcomes) < 2 or all(one.state != "finished" for one in outcomes):
             return
@@ -136,7 +136,7 @@ class Sweep:
         print(conclusion(means))
 
     def _draw(self, outcomes: "Sequence[Outcome]", path: Path, tell: Callable[[str], None]) -> None:
-        from esjax.sweep_plot import draw
+        from esjax.tuning.sweep_plot import draw
 
         try:
             if draw(outcomes, path):
@@ -145,7 +145,7 @@ class Sweep:
             tell(f"{error}; then {command_line('esjax', 'sweep', '--resume', path.parent)} draws it")
 
     def _hosts(self) -> "Hosts | None":
-        from esjax.sweeping import ANY_PORT, Hosts
+        from esjax.tuning.sweep import ANY_PORT, Hosts
 
         if not (self.workers or self.bind):
             return None

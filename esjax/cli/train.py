@@ -8,12 +8,12 @@ import tyro
 from rich.console import Console
 
 from esjax.cli.shared import Custom, Moved, Run, Watching, new_folder, prepare, show, teller
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
 
 if TYPE_CHECKING:
-    from esjax.training import Trainer
+    from esjax.training.run import Trainer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Train:
             )
             show(server, console)
             return
-        from esjax.training import train
+        from esjax.training.run import train
 
         run = train(self.settings, out, trackers=trackers, tell=tell, **own)
         show(run, console)
@@ -104,7 +104,7 @@ class Resume:
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
         prepare()
-        from esjax.training import resume
+        from esjax.training.run import resume
 
         tell = teller(console)
         trackers = self.watching.trackers(tell)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from jaxtyping import Int32, Integer
 from numpy import ndarray
 
-from esjax.config import Config, DataConfig, replace
+from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.delivery import token_type
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.data.packing import pack_stream

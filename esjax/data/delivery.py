@@ -17,8 +17,8 @@ from jaxtyping import Int32, Integer
 from numpy import ndarray
 
 from esjax.data.packing import pack_stream
+from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
-from esjax.tokens import STOP
 
 MAX_BYTES = 2**32
 """Bytes of a text, before it is compressed, that are sent or taken at most."""

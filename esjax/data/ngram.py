@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from esjax.tokens import STOP
+from esjax.data.tokens import STOP
 
 NAMES = ("unigram", "bigram", "trigram")
 

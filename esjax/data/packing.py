@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Integer, UInt32
 from numpy import ndarray
 
+from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
-from esjax.tokens import STOP
 
 
 def pack_stream(documents: Sequence[Int32[ndarray, "..."]]) -> Int32[ndarray, " length"]:
@@ -40,7 +40,7 @@ def draw_windows(
 
     Args:
         stream: Packed documents, at least `window_length` tokens.
-        seeds: One seed a pair, of the stream of keys `esjax.streams.WINDOWS`.
+        seeds: One seed a pair, of the stream of keys `esjax.replica.streams.WINDOWS`.
         sequences: Windows of a pair.
         window_length: Tokens of a window, the burn-in included.
     """

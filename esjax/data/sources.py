@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from esjax.data.text_files import read_text
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
-from esjax.text_files import read_text
 
 Documents = Literal["paragraph", "line", "file"]
 

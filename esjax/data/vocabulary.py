@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
 
-from esjax.tokens import STOP, UNK
+from esjax.data.tokens import STOP, UNK
 
 FIRST = max(UNK, STOP) + 1
 """Id of the first symbol."""

@@ -10,15 +10,14 @@ import jax
 import msgspec
 import numpy as np
 
-from esjax.checkpoint import digest
-from esjax.config import from_yaml, replace
+from esjax.config.settings import from_yaml, replace
 from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
-from esjax.devices import local_mesh, whole_mesh
+from esjax.devices.mesh import local_mesh, whole_mesh
+from esjax.devices.process_group import here, share, share_number
 from esjax.errors import EsjaxError
 from esjax.flags import changed_flags
-from esjax.held_out import make_measure
-from esjax.hosts.tasks import (
+from esjax.hosts.protocol.tasks import (
     Apply,
     Build,
     Built,
@@ -35,11 +34,12 @@ from esjax.hosts.tasks import (
     UseBlock,
     Value,
 )
-from esjax.own import NOTHING_OWN, Own
-from esjax.processes import here, share, share_number
-from esjax.replica import Replica
-from esjax.snapshot import from_bytes, to_bytes
-from esjax.trained import Trained
+from esjax.inference.held_out import make_measure
+from esjax.inference.language_model import Trained
+from esjax.models.custom import NOTHING_OWN, Own
+from esjax.replica.replica import Replica
+from esjax.replica.snapshot import from_bytes, to_bytes
+from esjax.runs.checkpoint import digest
 
 IDLE = 5.0
 """Seconds after which the other processes hear that there is nothing to do: collectives give up on a silent one."""

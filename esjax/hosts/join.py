@@ -11,21 +11,21 @@ from pathlib import Path
 import jax
 import optax
 
-from esjax.custom_code import gather
+from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
-from esjax.hosts import wire
-from esjax.hosts.answers import describe_devices, kind_of, noise_answers
-from esjax.hosts.client_transport import ClientTransport
 from esjax.hosts.executor import Executor
-from esjax.hosts.keys import Token, load_token
-from esjax.hosts.sockets import Limits
-from esjax.hosts.worker import Worker
-from esjax.interrupts import STOPPING, stop_on_signals
-from esjax.member import Loss
+from esjax.hosts.noise_fingerprint import describe_devices, kind_of, noise_answers
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.worker import Worker
+from esjax.hosts.transport.client import ClientTransport
+from esjax.hosts.transport.keys import Token, load_token
+from esjax.hosts.transport.sockets import Limits
+from esjax.models.custom import Own, Reward
+from esjax.models.custom_code import gather
+from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
-from esjax.own import Own, Reward
 from esjax.paths import given_path
-from esjax.processes import leads
+from esjax.signals import STOPPING, stop_on_signals
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 

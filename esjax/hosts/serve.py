@@ -12,42 +12,42 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
-from esjax.checkpoint import Checkpoints
-from esjax.config import Config, replace
-from esjax.custom_code import gather
+from esjax.config.custom_names import identities
+from esjax.config.settings import Config, replace
 from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.data.delivery import Blocks, pack_text
 from esjax.data.packing import check_stream, pack_stream
-from esjax.devices import cpu_mesh
+from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
-from esjax.exchange import MAX_REQUEST, make_exchange
-from esjax.hosts import wire
-from esjax.hosts.address import is_loopback
-from esjax.hosts.answers import noise_answers
-from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.desk import Desk
-from esjax.hosts.effects import Snapshot, Terms, hash_bytes
-from esjax.hosts.keys import ServerKeys
-from esjax.hosts.server_transport import ServerTransport
-from esjax.hosts.sockets import Limits as Sizes
-from esjax.hosts.sockets import check_curve, new_keypair
-from esjax.interrupts import STOPPING, stop_on_signals
-from esjax.ledger import Ledger
-from esjax.loading import load_run_corpus, restore_run
-from esjax.member import Loss
+from esjax.exchange.update_record import unpack_update
+from esjax.exchange.values import MAX_REQUEST, make_exchange
+from esjax.hosts.noise_fingerprint import noise_answers
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Snapshot, Terms, hash_bytes
+from esjax.hosts.protocol.coordinator import Coordinator
+from esjax.hosts.server_loop import Desk
+from esjax.hosts.transport.address import is_loopback
+from esjax.hosts.transport.keys import ServerKeys
+from esjax.hosts.transport.server import ServerTransport
+from esjax.hosts.transport.sockets import Limits as Sizes
+from esjax.hosts.transport.sockets import check_curve, new_keypair
+from esjax.inference.loaded_run import load_run_corpus, restore_run
+from esjax.models.custom import Own, Reward
+from esjax.models.custom_code import gather
+from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
-from esjax.names import identities
-from esjax.own import Own, Reward
 from esjax.paths import given_path
-from esjax.replica import Replica
-from esjax.run_folder import RunFolder
-from esjax.runs import read_run
-from esjax.snapshot import to_bytes
-from esjax.step_info import Limits, StepInfo
-from esjax.summary import describe_run
-from esjax.trackers import JsonLines, find_trackers, tracked_run
-from esjax.tracking import Tracker, Watch
-from esjax.update_record import unpack_update
+from esjax.replica.replica import Replica
+from esjax.replica.snapshot import to_bytes
+from esjax.runs.checkpoint import Checkpoints
+from esjax.runs.folder import RunFolder
+from esjax.runs.ledger import Ledger
+from esjax.runs.reader import read_run
+from esjax.runs.step_info import Limits, StepInfo
+from esjax.signals import STOPPING, stop_on_signals
+from esjax.watch.summary import describe_run
+from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
+from esjax.watch.tracking import Tracker, Watch
 
 REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
 """What a host may send at a time."""

@@ -1,6 +1,6 @@
 """Architectures: one a file, all behind the contract in `model.py`."""
 
-from esjax.config import ModelConfig, RnnConfig
+from esjax.config.settings import ModelConfig, RnnConfig
 from esjax.models.gru import gru
 from esjax.models.model import Model
 from esjax.models.rnn import rnn

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from esjax.data.tokens import STOP
 from esjax.models.model import Logits, Model, Params, Token
-from esjax.tokens import STOP
 
 
 class LastTokens(NamedTuple):

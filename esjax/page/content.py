@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from esjax.curves import COLUMN_OF, make_curve
 from esjax.errors import EsjaxError
-from esjax.runs import RunView
+from esjax.runs.reader import RunView
+from esjax.watch.downsampling import COLUMN_OF, make_curve
 
 COLUMNS = ("held_out", "loss", "member_tokens_per_second", "update_norm")
 """Metrics that the page draws."""

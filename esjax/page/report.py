@@ -5,13 +5,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from esjax.curves import Axis
 from esjax.errors import EsjaxError
-from esjax.files import write_durably
 from esjax.page.content import curves, details, page_file, plotly_script, summary
 from esjax.paths import given_path
-from esjax.plotting import check_log_y, open_runs
-from esjax.runs import RunView
+from esjax.runs.durable import write_durably
+from esjax.runs.reader import RunView
+from esjax.watch.downsampling import Axis
+from esjax.watch.plotting import check_log_y, open_runs
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     """Write a page that shows runs side by side, and needs nothing but a browser.
 
     Args:
-        runs: Run folders, folders of run folders, or runs as `esjax.runs.read_run` returns them.
+        runs: Run folders, folders of run folders, or runs as `esjax.runs.reader.read_run` returns them.
         out: File to write, .html; about 5 MB, most of them the chart library.
         over: What the curves are drawn over at first; the reader may change that, and the rest.
         log_x: Whether that axis is logarithmic.

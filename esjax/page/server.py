@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from esjax.errors import EsjaxError
-from esjax.interrupts import stop_on_signals
 from esjax.page.content import page_file, plotly_script
 from esjax.page.follow import Follower
+from esjax.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -47,7 +47,7 @@ class Known(msgspec.Struct, forbid_unknown_fields=True):
     points: dict[str, tuple[int, int]] = {}
 
 
-# Made here, not in the threads that answer requests: see the end of `esjax.config`.
+# Made here, not in the threads that answer requests: see the end of `esjax.config.settings`.
 _KNOWN = msgspec.json.Decoder(Known)
 
 
@@ -120,8 +120,8 @@ def ask_hosts(run: Path) -> dict[str, Any]:
     Returns:
         `hosts`, and in `note` why there are none.
     """
-    from esjax.hosts.ask import ask_status
-    from esjax.run_folder import RunFolder
+    from esjax.hosts.status import ask_status
+    from esjax.runs.folder import RunFolder
 
     folder = RunFolder(run)
     address = folder.address

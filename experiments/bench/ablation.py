@@ -10,7 +10,7 @@ from bench.learners import Learner, arranged, ours, scorer, train_for_tokens
 from bench.measure import spread
 from bench.report import Report, Row
 from bench.settings import Ablation
-from esjax.config import Config, DataConfig, EsConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
 
 if TYPE_CHECKING:

@@ -21,18 +21,18 @@ import numpy as np
 
 from bench.report import Report, Row
 from bench.settings import Coordinator as Settings
-from esjax import update_record
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, HostsConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig
 from esjax.data.delivery import PackedText
-from esjax.hosts import wire
-from esjax.hosts.answers import noise_answers
-from esjax.hosts.client_transport import ClientTransport
-from esjax.hosts.coordinator import Coordinator
-from esjax.hosts.effects import Publish, Snapshot, Terms, hash_bytes
+from esjax.exchange import update_record
+from esjax.hosts.noise_fingerprint import noise_answers
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Publish, Snapshot, Terms, hash_bytes
+from esjax.hosts.protocol.coordinator import Coordinator
+from esjax.hosts.protocol.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
+from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.serve import serve
-from esjax.hosts.sockets import Limits
-from esjax.hosts.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
-from esjax.hosts.worker import Worker
+from esjax.hosts.transport.client import ClientTransport
+from esjax.hosts.transport.sockets import Limits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

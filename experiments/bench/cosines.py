@@ -14,13 +14,13 @@ import numpy as np
 
 from bench.report import Report, Row
 from bench.settings import Cosines
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.data.corpus import load_corpus
-from esjax.devices import local_mesh
-from esjax.gradient_cosine import gradient_cosines
+from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
-from esjax.own import Own
-from esjax.training import Trainer
+from esjax.models.custom import Own
+from esjax.training.run import Trainer
+from esjax.tuning.gradient_cosine import gradient_cosines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

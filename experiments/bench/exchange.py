@@ -15,9 +15,9 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Exchange
-from esjax.config import Config, EsConfig, GruConfig
-from esjax.devices import local_mesh
-from esjax.update_record import pack_sums
+from esjax.config.settings import Config, EsConfig, GruConfig
+from esjax.devices.mesh import local_mesh
+from esjax.exchange.update_record import pack_sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from bench.ours import evaluation, replica_of
 from bench.report import Report, Row, told
 from bench.settings import Execution
 from bench.throughput import Size, sizes
-from esjax.config import Config, replace
-from esjax.devices import local_mesh
+from esjax.config.settings import Config, replace
+from esjax.devices.mesh import local_mesh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from bench.rivals import spread_out
 from bench.settings import Frameworks
 from esjax.core import Noise, evaluate, explain, initial_units, low_rank, pair_seeds
 from esjax.core.noise import Params
-from esjax.devices import local_mesh
+from esjax.devices.mesh import local_mesh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,22 +14,22 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from bench.rivals import evosax_open_es
-from esjax.config import Config, replace
+from esjax.config.settings import Config, replace
 from esjax.core import Noise, evaluate, pair_seeds, shape
 from esjax.core.population import PAIRS_AXIS
 from esjax.core.seeds import PERTURBATIONS, stream_seed
 from esjax.data.corpus import Corpus
 from esjax.data.packing import draw_windows
-from esjax.devices import local_mesh
-from esjax.member import Member, cross_entropy, over_sequences
+from esjax.devices.mesh import local_mesh
+from esjax.inference.language_model import Trained
 from esjax.models import Model, build_model
+from esjax.models.custom import Own
+from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.models.model import Params
-from esjax.optimizer import make_optimizer
-from esjax.own import Own
-from esjax.replica import Replica
-from esjax.streams import INIT, WINDOWS
-from esjax.trained import Trained
-from esjax.training import Trainer
+from esjax.replica.optimizer import make_optimizer
+from esjax.replica.replica import Replica
+from esjax.replica.streams import INIT, WINDOWS
+from esjax.training.run import Trainer
 
 NEVER = 1e9
 """Seconds between evaluations of a run that is evaluated from outside."""

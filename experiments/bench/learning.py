@@ -16,7 +16,7 @@ from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer
 from bench.report import Report, Row, told
 from bench.search import Choice, best_of, search
 from bench.settings import Learning
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.models.model import Params
 

@@ -5,11 +5,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from bench.measure import Candidate
-from esjax.config import Config
+from esjax.config.settings import Config
 from esjax.core.population import PAIRS_AXIS
-from esjax.local_steps import LocalSteps
 from esjax.models import build_model
-from esjax.replica import Replica
+from esjax.replica.replica import Replica
+from esjax.training.local_steps import LocalSteps
 
 VOCAB = 83
 """Token ids, as many as Shakespeare's."""

@@ -17,17 +17,17 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from esjax.config import Precision
+from esjax.config.settings import Precision
 from esjax.core.interpreter import interpret
 from esjax.core.noise import round_products
 from esjax.core.perturbed import PerturbedArray
 from esjax.core.population import PAIRS_AXIS
 from esjax.core.rules import HIGHEST
+from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
-from esjax.member import cross_entropy, over_sequences
 from esjax.models.layers import Affine
+from esjax.models.member import cross_entropy, over_sequences
 from esjax.models.model import Model, Params
-from esjax.tokens import STOP
 
 WEIGHED = 512
 """Pairs whose noise a device draws again and sums at a time, at most, as in this library."""

@@ -13,7 +13,7 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
 from bench.report import Report, Row, told
 from bench.settings import Scaling
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

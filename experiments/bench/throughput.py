@@ -22,10 +22,10 @@ from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_
 from bench.report import Report, Row, told
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
 from esjax.core.noise import round_products
 from esjax.core.rules import HIGHEST
-from esjax.devices import local_mesh
+from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row, told
 from bench.settings import Update
-from esjax.config import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
-from esjax.devices import local_mesh
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
+from esjax.devices.mesh import local_mesh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

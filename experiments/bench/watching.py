@@ -27,14 +27,14 @@ from rich.console import Console
 from bench.measure import Spread
 from bench.report import Report
 from bench.settings import Watching
-from esjax.config import Config, DataConfig, EsConfig, GruConfig
-from esjax.metrics_server import MetricsServer
-from esjax.progress import Progress
-from esjax.run_folder import RunFolder
-from esjax.step_info import StepInfo
-from esjax.trackers import JsonLines, find_trackers, tracked_run
-from esjax.tracking import Watch
-from esjax.training import train
+from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.runs.folder import RunFolder
+from esjax.runs.step_info import StepInfo
+from esjax.training.run import train
+from esjax.watch.metrics_server import MetricsServer
+from esjax.watch.progress import Progress
+from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
+from esjax.watch.tracking import Watch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mesh_of
+from framework_models import CASES, LENGTH, VOCAB, Case
 from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
 import esjax
-from core.framework_models import CASES, LENGTH, VOCAB, Case
 from esjax.core.shaping import LIMIT
 
 PAIRS, SIGMA = 6, 0.05

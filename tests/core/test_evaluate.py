@@ -12,11 +12,11 @@ from jaxtyping import Array
 from small import MODELS, PAIRS, dense_member, epsilons_of, member_of, noise_of, params_of, seeds_of, tokens_of
 
 from esjax import core
-from esjax.config import GruConfig, Precision
+from esjax.config.settings import GruConfig, Precision
 from esjax.core.interpreter import interpret
 from esjax.core.population import PAIRS_AXIS, deal
-from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import Model, build_model
+from esjax.models.member import Member, cross_entropy, over_sequences
 
 LOSS = cross_entropy(burn_in=1)
 

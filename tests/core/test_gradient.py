@@ -16,8 +16,8 @@ from esjax import core
 from esjax.core.noise import Noise, Totals
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.core.shaping import Shaped, shape
-from esjax.member import Member, cross_entropy, over_sequences
 from esjax.models import Model
+from esjax.models.member import Member, cross_entropy, over_sequences
 
 WEIGHTS = np.random.default_rng(3).integers(-127, 128, 40).astype(np.int8)
 

@@ -14,9 +14,9 @@ import optax
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
+from mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
 
 import esjax
-from core.mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -184,7 +184,7 @@ def test_an_optimizer_sees_everything_in_units() -> None:
 @pytest.fixture(scope="module")
 def said() -> dict[str, tuple[str, str]]:
     """What is said of each mistake by a program whose types nobody checks."""
-    program = Path(__file__).with_name("mistakes.py")
+    program = Path(__file__).parents[1] / "mistakes.py"
     return json.loads(subprocess.run([sys.executable, program], check=True, capture_output=True).stdout)
 
 

@@ -1,0 +1,62 @@
+"""Settings by their dotted names, `es.sigma`: read, and changed as a line of words would."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from esjax.config.mistakes import explain
+from esjax.config.settings import MODELS, VARIANTS, Config
+from esjax.errors import EsjaxError
+
+
+def value_of(config: Config, name: str) -> Any:
+    """Read a setting; `model` is the name of the model."""
+    if name == "model":
+        return next(model for model, kind in MODELS.items() if isinstance(config.model, kind))
+    return _walk(config, name)
+
+
+def change(config: Config, values: Mapping[str, Any]) -> Config:
+    """Copy settings with some of them changed, and check them all together.
+
+    Args:
+        config: Settings.
+        values: By the name of a setting that there is. A text stands for what it means there: None, a number, a word.
+
+    Raises:
+        EsjaxError: One has a value that it cannot have, or some do not go together.
+    """
+    changed: dict[str, Any] = msgspec.to_builtins(config)
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        inside = changed
+        for part in section.split(".") if section else ():
+            inside = inside[part]
+        inside[last] = _read(value, get_type_hints(type(_walk(config, section)))[last])
+    try:
+        # Not strict: true and 1e3 are texts here.
+        return msgspec.convert(changed, Config, strict=False)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise EsjaxError(explain(error, VARIANTS, values)) from error
+
+
+def _walk(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split(".") if name else ():
+        value = getattr(value, part)
+    return value
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """Read a text as Python would where a number may stand: msgspec takes no .5 and no 1_000."""
+    if isinstance(value, dict):
+        return {name: _read(inner, get_args(hint)[1]) for name, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    for number in (int, float):
+        if number in (hint, *get_args(hint)):
+            with suppress(ValueError):
+                return number(value)
+    return None if value == "None" and hint is not str else value

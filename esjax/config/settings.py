@@ -1,0 +1,469 @@
+"""Every setting: typed, frozen, checked when it is made; YAML in and out.
+
+The docstring under each field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from esjax.config.mistakes import explain, setting_names, wrong_name
+from esjax.config.yaml_text import read_yaml
+from esjax.errors import EsjaxError
+
+Precision = Literal["float32", "bfloat16"]
+"""Type of what matrix products multiply."""
+
+MOST_SUMMED_PAIRS = 2**17
+"""Pairs of a step whose sums are sure to fit into 32 bits."""
+
+MOST_WEIGHED = 2**24
+"""Pairs of a step, times the rank of their noise, whose weighted noise is sure to fit: weights are 127 at most."""
+
+
+class _Kind(msgspec.StructMeta):
+    """Makes groups of settings that refuse what is wrong with an `EsjaxError`.
+
+    While msgspec reads a file it does not come by here: it adds the place in the file to a section's ValueError.
+    """
+
+    def __call__(self, *values: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name not in self.__struct_fields__:
+                raise EsjaxError(f"{self.__name__}: {wrong_name(name, setting_names(self()), ())}")
+        try:
+            return super().__call__(*values, **settings)
+        except ValueError as error:
+            raise EsjaxError(str(error)) from error
+
+
+class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings; raises EsjaxError where a name is unknown, or a value of the wrong type or out of range.
+
+    A mapping stands for the group of its names: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
+    """
+
+    def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(type(self)):
+            value = _plain(getattr(self, field.name))
+            try:
+                msgspec.structs.force_setattr(self, field.name, msgspec.convert(value, field.type))
+            except msgspec.ValidationError as error:
+                said, here = str(error), f"`$.{field.name}"  # where it is, seen from this section
+                said = said.replace("`$", here, 1) if "`$" in said else f"{said} - at {here}`"
+                variants = VARIANTS if isinstance(self, Config) else [type(self)()]
+                raise ValueError(explain(ValueError(said), variants, {field.name: value})) from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn numbers of numpy and of JAX into Python's, in mappings, too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_positive(section: Section, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(value is None or (math.isfinite(value) and value > 0), f"{name} must be above 0 and finite, got {value}")
+
+
+def _check_range(section: Section, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(low <= value < high, f"{name} must be at least {low} and below {high}, got {value}")
+
+
+class RnnConfig(Section, tag="rnn", tag_field="name"):
+    """The original's multiplicative network: one state, updated by several layers."""
+
+    hidden_size: int = 32
+    """Width of the state."""
+
+    n_layers: int = 1
+    """Updates of the state a token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "hidden_size", "n_layers")
+
+
+class GruConfig(Section, tag="gru", tag_field="name"):
+    """A gated recurrent unit."""
+
+    hidden_size: int = 32
+    """Width of the state."""
+
+    head_size: int = 64
+    """Width of the hidden layer between state and prediction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "hidden_size", "head_size")
+
+
+ModelConfig = RnnConfig | GruConfig
+
+
+class DataConfig(Section):
+    """The text, and how it is cut."""
+
+    text: str = "builtin:shakespeare"
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8; one that links lead to twice is
+    read once."""
+
+    documents: Literal["paragraph", "line", "file"] = "paragraph"
+    """What a document is: a run of lines up to a blank one, a line, or a whole file."""
+
+    vocabulary: Literal["char", "byte"] = "char"
+    """Tokens are characters, or bytes of UTF-8."""
+
+    vocab_size: int | None = None
+    """At most so many token ids, UNK and STOP included; rarer characters become UNK. None: as many as there are."""
+
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation, chosen by a hash of their text."""
+
+    window: int = 32
+    """Tokens a pair is scored on, per sequence."""
+
+    burn_in: int = 1
+    """Tokens read before the window, without being scored, to prepare the state."""
+
+    carry: bool = False
+    """space activation: each window begins where that of the step before ended, with the state it left; in place of a
+    burn-in."""
+
+    batch_size: int = 1
+    """Sequences a pair is scored on."""
+
+    new_tokens_interval: int = 1
+    """Steps for which the same windows are kept."""
+
+    block_tokens: int | None = None
+    """Train on a block of so many tokens, a fresh one every new_tokens_interval steps; for a text too large to send to
+    every host. None: the whole text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "window", "batch_size", "new_tokens_interval", "block_tokens")
+        _check_range(self, 0, 1, "held_out")
+        _check_range(self, 0, math.inf, "burn_in")
+        _check(
+            self.block_tokens is None or self.block_tokens >= self.window + self.burn_in,
+            f"block_tokens must be at least window + burn_in = {self.window + self.burn_in}, got {self.block_tokens}",
+        )
+        _check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
+        if self.vocabulary == "byte":
+            _check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
+        _check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
+        if self.carry:
+            _check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
+            _check(self.block_tokens is None, "carry reads the whole text in order; leave block_tokens out")
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens of a window that only prepare the state."""
+        return 0 if self.carry else self.burn_in
+
+
+class EsConfig(Section):
+    """Evolution strategies."""
+
+    space: Literal["full", "low_rank", "activation"] = "low_rank"
+    """Perturb every weight by itself, each matrix by a product of few vectors, or what the layers compute: that gives a
+    reward for every token, and takes hosts a number per weight to exchange."""
+
+    rank: int = 1
+    """Rank of a low_rank perturbation."""
+
+    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    """Distribution of the perturbation: ±1, the same on all hardware, or normal."""
+
+    sigma: float = 0.2
+    """Standard deviation of the perturbation, in units of each weight's typical size; of activations, as it is."""
+
+    population_size: int = 4096
+    """Members a step, both signs of each pair counted; even. space activation: noisy copies, a multiple of copies."""
+
+    pairing: Literal["antithetic", "split"] = "antithetic"
+    """How the members of a pair differ. antithetic: in the sign of all noise. split: in that of one half of it; what
+    the half they have in common is worth, their sum tells, beside those of other pairs with the same windows. So a
+    pair tells more: fewer tokens to the same loss. Hosts exchange losses then."""
+
+    pairs_per_window: int = 16
+    """pairing split: pairs that read the same windows; at least 2."""
+
+    time_per_step: float | None = None
+    """Seconds of evaluation a step, in place of a fixed population: as many pairs as fit."""
+
+    shaping: Literal["zscore", "centered_rank", "sign", "raw"] = "zscore"
+    """How the two losses of a pair become the weight of its perturbation."""
+
+    chunk_pairs: int | None = None
+    """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
+
+    precision: Precision = "float32"
+    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is 1.3 times as fast
+    on a GPU for small models and much more for wide ones, up to 1.7 times on some processors, and slower on others:
+    `experiments/run.py bench execution` tells. The order of the members hardly feels it."""
+
+    exchange: Literal["auto", "losses", "sums"] = "auto"
+    """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
+    activation, or more pairs than weights and no loss of one's own."""
+
+    copies: int = 32
+    """space activation: noisy copies that read a window beside a clean one; each window counts as a pair."""
+
+    discount: float = 0.7
+    """space activation: what noise on the state is rewarded for the next token but one, as a part of the next one."""
+
+    layer_sigma: dict[str, float] = {}
+    """space activation: another sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
+
+    layer_discount: dict[str, float] = {}
+    """space activation: another discount for some pre-activations, by name."""
+
+    exact_logits: bool = False
+    """space activation: no noise on the logits; their error, probabilities less the token that came, is taken as it is.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "rank", "sigma", "population_size", "time_per_step", "copies")
+        _check(
+            self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
+        )
+        _check(0 <= self.discount <= 1, f"discount must be from 0 to 1, got {self.discount}")
+        for name, value in self.layer_discount.items():
+            _check(0 <= value <= 1, f"layer_discount must be from 0 to 1, got {value} for {name}")
+        for name, value in self.layer_sigma.items():
+            _check(
+                math.isfinite(value) and value > 0, f"layer_sigma must be above 0 and finite, got {value} for {name}"
+            )
+        members = self.members_per_pair
+        _check(
+            self.population_size % members == 0,
+            f"population_size must be even, got {self.population_size}"
+            if members == 2
+            else f"population_size must be a multiple of copies = {members}, got {self.population_size}",
+        )
+        if self.pairing == "split":
+            _check(self.space != "activation", "pairing split is for noise on weights; set pairing to antithetic")
+            _check(
+                self.exchange != "sums", "pairing split needs the losses of all pairs; set exchange to losses or auto"
+            )
+            _check(self.pairs_per_window >= 2, f"pairs_per_window must be at least 2, got {self.pairs_per_window}")
+            _check(
+                self.pairs >= 2,
+                f"pairing split compares pairs: population_size must be at least 4, got {self.pairs * 2}",
+            )
+        if self.space == "activation":
+            _check(self.noise == "rademacher", "noise on activations is rademacher")
+            _check(
+                self.exchange != "losses", "space activation has a loss for every token; set exchange to sums or auto"
+            )
+        elif self.exchange == "sums":
+            _check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
+            _check(
+                self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}"
+            )
+        if self.space == "activation" or self.exchange == "sums":
+            _check(
+                self.pairs <= MOST_SUMMED_PAIRS,
+                f"exchange sums takes at most {MOST_SUMMED_PAIRS} pairs a step, got {self.pairs}",
+            )
+        is_bounded = self.time_per_step is None or self.exchange == "sums"
+        if self.space == "low_rank" and self.noise == "rademacher" and is_bounded:
+            _check(
+                self.rank * self.pairs_with_room <= MOST_WEIGHED,
+                f"rank times the pairs of a step must be at most {MOST_WEIGHED}, so that sums fit into 32 bits, got "
+                f"{self.rank} * {self.pairs_with_room}; lower rank or population_size, or set space to full",
+            )
+
+    @property
+    def members_per_pair(self) -> int:
+        """Members that are scored together: the two of a pair, or the noisy copies of a window."""
+        return self.copies if self.space == "activation" else 2
+
+    @property
+    def pairs(self) -> int:
+        """Pairs, or windows, of a fixed population."""
+        return self.population_size // self.members_per_pair
+
+    @property
+    def pairs_a_window(self) -> int:
+        """Pairs, one after another, that read the same windows."""
+        return self.pairs_per_window if self.pairing == "split" else 1
+
+    @property
+    def weights_per_pair(self) -> Literal[1, 2]:
+        """Weights that a pair has in an update: of all its noise, or of each half."""
+        return 2 if self.pairing == "split" else 1
+
+    @property
+    def pairs_with_room(self) -> int:
+        """Pairs of a step that sums have room for."""
+        return self.pairs if self.time_per_step is None else MOST_SUMMED_PAIRS
+
+    def sums(self, parameters: int) -> bool:
+        """Tell whether hosts hand in sums, for a model of so many parameters."""
+        if self.space == "activation" or self.exchange != "auto":
+            return self.exchange != "losses"
+        can = self.noise == "rademacher" and self.shaping in ("zscore", "sign") and self.time_per_step is None
+        return can and self.pairing == "antithetic" and parameters < self.pairs <= MOST_SUMMED_PAIRS
+
+
+class OptimConfig(Section):
+    """From the estimate of the gradient to an update."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Rule of the update."""
+
+    learning_rate: float = 0.1
+    """Step size, in units of each weight's typical size."""
+
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "inverse_sqrt"
+    """Course of the learning rate after the warm-up."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises in a line."""
+
+    decay_steps: int | None = None
+    """cosine: step at which 0 is reached, for good (None: the `steps` of the settings, also if the run is resumed with
+    more). inverse_sqrt: steps after the warm-up until 71% is left (None: 100)."""
+
+    beta1: float = 0.9
+    """Adam: memory of the mean."""
+
+    beta2: float = 0.999
+    """Adam: memory of the mean square."""
+
+    eps: float = 1e-8
+    """Adam: added to the root of the mean square."""
+
+    momentum: float = 0.9
+    """sgd: share of the last update that is kept."""
+
+    weight_decay: float = 0.0
+    """Share of each weight that is taken off, times the learning rate, a step."""
+
+    average: float = 0.1
+    """Part of the run so far that the evaluated weights are averaged over; 0: the newest weights are evaluated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "learning_rate", "decay_steps", "eps")
+        _check_range(self, 0, 1, "beta1", "beta2", "momentum")
+        _check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        _check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
+
+
+class HostsConfig(Section):
+    """Training on many hosts."""
+
+    spot_check: float = 0.0
+    """Share of a fixed population that two hosts score, to find one that lies or computes wrongly."""
+
+    digest_interval: int = 100
+    """Steps between comparisons of the hosts' states, beside those at checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "digest_interval")
+        _check(0 <= self.spot_check <= 1, f"spot_check must be from 0 to 1, got {self.spot_check}")
+
+
+class Config(Section):
+    """Settings of a run."""
+
+    seed: int = 0
+    """Names the run: initial weights, perturbations and windows follow from it."""
+
+    steps: int | None = None
+    """Stop when so many steps are done. None: no such limit."""
+
+    seconds: float | None = None
+    """Stop so many seconds after the first finished step. None: no such limit."""
+
+    checkpoint_time: float = 60.0
+    """Seconds between checkpoints."""
+
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+
+    evaluate_time: float = 10.0
+    """Seconds between evaluations on the held-out documents."""
+
+    ledger: bool = False
+    """Keep every update, to replay the run, and so that nothing is lost when it is killed; always on with hosts."""
+
+    data: DataConfig = DataConfig()
+    es: EsConfig = EsConfig()
+    optim: OptimConfig = OptimConfig()
+    hosts: HostsConfig = HostsConfig()
+    model: ModelConfig = GruConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
+        _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if self.data.carry:
+            _check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")
+            _check(self.es.time_per_step is None, "data.carry needs a fixed population; leave es.time_per_step out")
+
+
+MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
+
+VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
+"""The defaults, with each model."""
+
+# msgspec looks into a class when it first reads one, and crashes if two threads do so at once: it is done here, where
+# the lock of the import lets one thread in.
+msgspec.convert({}, Config)
+
+
+def from_yaml(text: str, source: str) -> Config:
+    """Read settings; those that are not named keep their defaults.
+
+    Args:
+        text: YAML.
+        source: What to call the text in an error.
+
+    Raises:
+        EsjaxError: A setting is unknown, of the wrong type or out of range.
+    """
+    try:
+        # Not strict: YAML 1.1 reads 1e-3 as a string.
+        values = read_yaml(text)
+        return msgspec.convert({} if values is None else values, Config, strict=False)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise EsjaxError(f"{source}: {explain(error, VARIANTS)}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """Write all settings, defaults included, so that later defaults do not change an old run."""
+    return msgspec.yaml.encode(config, order="deterministic").decode()
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """Return all settings as dicts, lists, numbers, strings and None."""
+    return msgspec.to_builtins(config)
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """Copy settings with some of them changed, and check them again.
+
+    Raises:
+        EsjaxError: There is no such setting, or it cannot have that value.
+    """
+    return type(config)(**{**{name: getattr(config, name) for name in config.__struct_fields__}, **changes})

@@ -1,0 +1,1 @@
+"""The devices of this host, and processes that compute as one."""

@@ -1,0 +1,99 @@
+"""The devices of this host, and the settings of XLA that have to be made before JAX starts."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esjax.errors import EsjaxError
+from esjax.paths import given_path
+
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+
+def prepare_devices(cache: Path | None = None) -> None:
+    """Give JAX one CPU device per core, each with one thread, and a folder to keep compiled programs in.
+
+    That is about twice as fast for populations of small networks as one device with all threads. Only a program's
+    entry may call this, before the first use of JAX; what the environment already sets is left alone.
+
+    Args:
+        cache: Folder for compiled programs. None: they are not kept.
+
+    Raises:
+        EsjaxError: JAX has been used already, with another number of devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+    import jax
+
+    is_free = "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ
+    if is_free and jax.config.jax_num_cpu_devices != _cores():  # type: ignore[attr-defined]
+        try:
+            jax.config.update("jax_num_cpu_devices", _cores())
+        except RuntimeError as error:
+            raise EsjaxError(
+                "JAX has been used already, and has its devices; call prepare_devices() before anything else uses JAX "
+                "(in a notebook, restart the kernel first), or leave it out: training is slower then, and the same"
+            ) from error
+    if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(given_path(cache)))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def start_devices() -> None:
+    """Have JAX find its devices, which it does once.
+
+    Raises:
+        EsjaxError: There are none of the kind that the environment asks for, or they do not work.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # without the plugin of a platform JAX asserts, and says nothing
+        asked = os.environ.get("JAX_PLATFORMS")
+        which = f" of JAX_PLATFORMS={asked}" if asked else ""
+        said = str(error).strip().splitlines() or ["it knows of none"]
+        raise EsjaxError(
+            f"JAX cannot use the devices{which}: {said[0]}; install what they need, such as esjax[cuda13], or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores this process may use, not all there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_mesh() -> "Mesh":
+    """Take one CPU, for a process that computes next to nothing."""
+    import jax
+
+    return _line_up(jax.devices("cpu")[:1])
+
+
+def local_mesh() -> "Mesh":
+    """Line up the devices of this process along the population's axis."""
+    import jax
+
+    return _line_up(jax.local_devices())
+
+
+def whole_mesh() -> "Mesh":
+    """Line up the devices of all processes that compute as one, see `esjax.devices.process_group`."""
+    import jax
+
+    return _line_up(jax.devices())
+
+
+def _line_up(devices: "list[jax.Device]") -> "Mesh":
+    import jax
+
+    from esjax.core.population import PAIRS_AXIS
+
+    return jax.make_mesh((len(devices),), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)

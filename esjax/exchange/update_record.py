@@ -1,0 +1,145 @@
+"""An update as bytes: what is published, kept in the ledger and handed out again is the same everywhere."""
+
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import msgspec
+import numpy as np
+from jaxtyping import Int, Int32, UInt32
+
+from esjax.exchange.gradient_sums import TAIL
+
+SPAN_LIMIT = 2**12
+"""Spans of pairs in one update, or message, at most."""
+
+Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Pair = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+Span = tuple[Pair, Positive]
+"""First pair and number of pairs; the end is below 2^32."""
+
+Spans = Annotated[list[Span], msgspec.Meta(max_length=SPAN_LIMIT)]
+
+Integers = Literal["|i1", "<i2", "<i4"]
+"""Types of a gradient's integers; the smallest that holds them is kept."""
+
+
+class UpdateError(ValueError):
+    """Bytes that are no update."""
+
+
+class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What leads from one step to the next.
+
+    Attributes:
+        step: Whose losses it follows from.
+        spans: Pairs that were scored, in the order of their weights.
+        scale: Factor of the sum, see `esjax.core.Shaped`.
+        applied: False for a step that was found void: it is counted, and changes nothing.
+        loss: Mean of the finite losses; None: there is none.
+        void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
+        numbers: Length of the sum over all pairs, see `gradient_sums` beside this; 0: there is a weight for each pair.
+        dtype: Of the weights, or of the gradient in the sum.
+        halves: Weights of each pair: 2 if its members have one half of their noise in common.
+    """
+
+    step: Whole
+    spans: Spans
+    scale: float
+    applied: bool
+    loss: float | None
+    void_pairs: Whole
+    numbers: Whole = 0
+    dtype: Integers = "|i1"
+    halves: Literal[1, 2] = 1
+
+
+class Update(NamedTuple):
+    """An update: a header, and weights for each pair or the sum over all of them; no numbers if it is not applied."""
+
+    header: UpdateHeader
+    weights: Int[np.ndarray, " numbers *halves"]
+
+    def pairs(self) -> UInt32[np.ndarray, " pairs"]:
+        """List the pairs' numbers, in the order of the weights."""
+        return pairs_of(self.header.spans)
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(UpdateHeader)
+_LENGTH = struct.Struct("<I")
+
+
+def pack_update(update: Update) -> bytes:
+    """Turn an update into bytes: length of the header, header, weights or packed sum."""
+    header, body = update.header, update.weights.tobytes()
+    if header.numbers and header.applied:
+        dtype, body = pack_sums(update.weights[None])
+        header = msgspec.structs.replace(header, dtype=dtype)
+    packed = _ENCODER.encode(header)
+    return _LENGTH.pack(len(packed)) + packed + body
+
+
+def unpack_update(data: bytes) -> Update:
+    """Turn bytes into an update.
+
+    Raises:
+        UpdateError: They are none.
+    """
+    if len(data) < _LENGTH.size:
+        raise UpdateError("an update is cut off")
+    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    if end > len(data):
+        raise UpdateError("an update is cut off")
+    try:
+        header = _DECODER.decode(memoryview(data)[_LENGTH.size : end])
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise UpdateError(str(error)[:200]) from error
+    if header.numbers and header.applied:
+        sums = sums_of(data[end:], 1, header.numbers, header.dtype)
+        if sums is None:
+            raise UpdateError(
+                f"an update has {len(data) - end} bytes for {header.numbers} numbers of type {header.dtype}"
+            )
+        return Update(header, sums[0])
+    pairs = sum(count for _, count in header.spans) if header.applied else 0
+    if len(data) - end != pairs * header.halves:
+        raise UpdateError(f"an update has {len(data) - end} weights for {pairs} pairs, {header.halves} each")
+    weights = np.frombuffer(data, np.int8, offset=end)
+    return Update(header, weights if header.halves == 1 else weights.reshape(-1, 2))
+
+
+def is_update(data: bytes, step: int) -> bool:
+    """Tell whether bytes are the update of a step."""
+    try:
+        return unpack_update(data).header.step == step
+    except UpdateError:
+        return False
+
+
+def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
+    """List the pairs of spans, one after another."""
+    return np.concatenate(
+        [np.zeros(0, np.uint32), *(np.arange(first, first + count, dtype=np.uint32) for first, count in spans)]
+    )
+
+
+def pack_sums(sums: Int[np.ndarray, "spans numbers"]) -> tuple[Integers, bytes]:
+    """Turn sums into bytes: the gradients in the smallest type that holds them, which is returned, then the tails."""
+    gradients, tails = sums[:, :-TAIL], sums[:, -TAIL:]
+    size = int(np.abs(gradients).max(initial=0))
+    dtype: Integers = "|i1" if size < 2**7 else "<i2" if size < 2**15 else "<i4"
+    return dtype, gradients.astype(dtype).tobytes() + tails.astype("<i4").tobytes()
+
+
+def sums_of(body: bytes, spans: int, numbers: int, dtype: str) -> Int32[np.ndarray, "spans numbers"] | None:
+    """Read sums that were packed; None if the bytes are not those of so many of the stated type."""
+    if dtype not in get_args(Integers) or numbers < TAIL:
+        return None
+    end = np.dtype(dtype).itemsize * spans * (numbers - TAIL)
+    if len(body) != end + 4 * spans * TAIL:
+        return None
+    gradients = np.frombuffer(body[:end], dtype).reshape(spans, numbers - TAIL)
+    tails = np.frombuffer(body[end:], "<i4").reshape(spans, TAIL)
+    return np.concatenate([gradients, tails], axis=1, dtype=np.int32)

@@ -1,0 +1,272 @@
+"""What hosts hand in for the pairs that they scored: losses, or gradient sums; the rest of `hosts` serves both."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64
+from numpy import ndarray
+
+from esjax.config.settings import MOST_SUMMED_PAIRS, EsConfig
+from esjax.core.shaping import LARGEST_LOSS, shape
+from esjax.exchange.gradient_sums import LARGEST, TAIL, conclude, may_be
+from esjax.exchange.update_record import (
+    SPAN_LIMIT,
+    Span,
+    Update,
+    UpdateHeader,
+    pack_sums,
+    pack_update,
+    pairs_of,
+    sums_of,
+)
+
+MAX_REQUEST = 2**22
+"""Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
+
+SLOT_PAIRS = 2**20
+"""Pairs of a host's own range in a step with a time budget."""
+
+AGREE = 1e-4
+"""Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
+
+AGREE_SUMS = 0.05
+"""The same for the gradients of two sums over a unit, as a part of the largest number: the weight of a pair that is at
+the edge of two of them may be either. And for what follows the gradient, as a part of itself."""
+
+AGREE_STEPS = 2
+"""The same in steps, which is what rounding may make of small numbers."""
+
+Losses = Float32[ndarray, "_ 2"]
+Sums = Int[ndarray, "_ _"]
+Values = Losses | Sums
+"""The losses of pairs, [pairs, 2], or a gradient sum for each span of them, [spans, numbers]."""
+
+
+class Conclusion(NamedTuple):
+    """What a step's result says.
+
+    Attributes:
+        weights: Integer weights of the pairs, or the gradient sum; none where no update is made.
+        scale: Factor of their sum, see `esjax.core.Shaped`.
+        loss: Mean of the finite losses; None: there is none.
+        void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
+        trouble: Why no update is made, or "".
+    """
+
+    weights: Int[ndarray, " numbers *halves"]
+    scale: float
+    loss: float | None
+    void_pairs: int
+    trouble: str
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """One of the two kinds of values.
+
+    Attributes:
+        numbers: Length of a gradient sum; 0: losses are handed in.
+        most_pairs: Pairs that are scored, and handed in, at a time at most.
+        most_spans: The same in spans.
+        adds_up: Whether the values of a span are one row, which is added to those of other spans.
+    """
+
+    numbers: int
+    most_pairs: int
+    most_spans: int
+    adds_up: bool
+
+    def pack(self, values: Values) -> tuple[str, bytes]:
+        """Turn values into bytes.
+
+        Returns:
+            Their type, as `Losses.dtype` in `esjax.hosts.protocol.wire` has it, and the bytes.
+        """
+
+    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Values | None:
+        """Read the values of some spans; None if the bytes are not theirs, or no honest host may come to them."""
+
+    def rows(self, spans: Sequence[Span]) -> list[int]:
+        """Return how many rows of the values belong to each span."""
+
+    def portions(self, units: Sequence[Sequence[int]], values: Values) -> list[tuple[list[int], Values]]:
+        """Cut the values of some spans into the smallest parts that can be told apart.
+
+        Args:
+            units: Number of pairs of each unit of each span.
+            values: Values of these spans.
+
+        Returns:
+            For each part: the places of its units in the list of all units, and its values.
+        """
+
+    def without_first(self, values: Values, pairs: int) -> Values | None:
+        """Leave out the first pairs of a span's values; None if that cannot be done."""
+
+    def joined(self, span: Span, values: Values, next_span: Span, next_values: Values) -> Values | None:
+        """Make one value of two whose spans follow each other; None if they stay apart."""
+
+    def merge(self, parts: Sequence[Values]) -> Values:
+        """Put the values of several spans together, in this order."""
+
+    def agree(self, one: Values, two: Values) -> bool:
+        """Return whether two hosts' values of the same pairs differ by no more than hardware explains."""
+
+    def conclude(self, values: Values, spans: Sequence[Span], es: EsConfig) -> Conclusion:
+        """Make of all values of a step what its update needs."""
+
+
+class LossExchange:
+    """Hosts hand in two losses a pair; the coordinator shapes them."""
+
+    numbers = 0
+    most_pairs = MAX_REQUEST // 8
+    most_spans = SPAN_LIMIT
+    adds_up = False
+
+    def pack(self, values: Losses) -> tuple[str, bytes]:
+        """See `Exchange.pack`."""
+        return "<f4", values.astype("<f4").tobytes()
+
+    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Losses | None:
+        """See `Exchange.unpack`."""
+        pairs = sum(count for _, count in spans)
+        if dtype != "<f4" or len(body) != 8 * pairs:
+            return None
+        return np.frombuffer(body, "<f4").reshape(pairs, 2)
+
+    def rows(self, spans: Sequence[Span]) -> list[int]:
+        """See `Exchange.rows`."""
+        return [count for _, count in spans]
+
+    def portions(self, units: Sequence[Sequence[int]], values: Losses) -> list[tuple[list[int], Losses]]:
+        """See `Exchange.portions`: every unit has its own."""
+        sizes = [size for span in units for size in span]
+        return [([i], part) for i, part in enumerate(cut(values, sizes))]
+
+    def without_first(self, values: Losses, pairs: int) -> Losses:
+        """See `Exchange.without_first`."""
+        return values[pairs:]
+
+    def joined(self, span: Span, values: Losses, next_span: Span, next_values: Losses) -> None:
+        """See `Exchange.joined`."""
+
+    def merge(self, parts: Sequence[Losses]) -> Losses:
+        """See `Exchange.merge`."""
+        return np.concatenate(parts)
+
+    def agree(self, one: Losses, two: Losses) -> bool:
+        """See `Exchange.agree`."""
+        # Mostly they are the same bytes, which is found out much faster.
+        same = one.tobytes() == two.tobytes()
+        return same or bool(np.allclose(one, two, rtol=0, atol=AGREE, equal_nan=True))
+
+    def conclude(self, values: Losses, spans: Sequence[Span], es: EsConfig) -> Conclusion:
+        """See `Exchange.conclude`."""
+        windows = pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
+        shaped = shape(values, es.shaping, sigma=es.sigma, examples=windows)
+        finite = values[np.abs(values) < LARGEST_LOSS] if shaped.void_pairs else values
+        loss = float(finite.mean()) if finite.size else None
+        weights = shaped.weights[:0] if shaped.trouble else shaped.weights
+        return Conclusion(weights, shaped.scale, loss, shaped.void_pairs, shaped.trouble)
+
+
+class SumExchange:
+    """Hosts hand in a gradient sum for each span, see `esjax.exchange.gradient_sums`; the coordinator adds them up."""
+
+    most_pairs = MOST_SUMMED_PAIRS
+    adds_up = True
+
+    def __init__(self, numbers: int, scale: float = 0.0) -> None:
+        """Begin.
+
+        Args:
+            numbers: Length of a sum.
+            scale: Factor that makes the sum over a step the estimate, times the number of pairs that count.
+        """
+        self.numbers = numbers
+        self.most_spans = max(1, MAX_REQUEST // (4 * numbers))
+        self._scale = scale
+
+    def pack(self, values: Sums) -> tuple[str, bytes]:
+        """See `Exchange.pack`."""
+        return pack_sums(values)
+
+    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans numbers"] | None:
+        """See `Exchange.unpack`."""
+        sums = sums_of(body, len(spans), self.numbers, dtype)
+        if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, spans, strict=True)):
+            return None
+        return sums
+
+    def rows(self, spans: Sequence[Span]) -> list[int]:
+        """See `Exchange.rows`."""
+        return [1] * len(spans)
+
+    def portions(self, units: Sequence[Sequence[int]], values: Sums) -> list[tuple[list[int], Sums]]:
+        """See `Exchange.portions`: the units of a span have one."""
+        ends = np.cumsum([len(span) for span in units]).tolist()
+        return [
+            (list(range(end - len(span), end)), values[row : row + 1])
+            for row, (span, end) in enumerate(zip(units, ends, strict=True))
+        ]
+
+    def without_first(self, values: Sums, pairs: int) -> Sums | None:
+        """See `Exchange.without_first`."""
+        return None if pairs else values
+
+    def joined(self, span: Span, values: Sums, next_span: Span, next_values: Sums) -> Sums | None:
+        """See `Exchange.joined`: as long as the sum is sure to fit into 32 bits."""
+        return values + next_values if span[1] + next_span[1] <= self.most_pairs else None
+
+    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 numbers"]:
+        """See `Exchange.merge`."""
+        return np.concatenate(parts).sum(axis=0, dtype=np.int64, keepdims=True)
+
+    def agree(self, one: Sums, two: Sums) -> bool:
+        """See `Exchange.agree`."""
+        if one.tobytes() == two.tobytes():
+            return True
+        size = np.abs(one.astype(np.int64))
+        size[:, :-TAIL] = size[:, :-TAIL].max(initial=0)
+        return bool((np.abs(one - two.astype(np.int64)) <= AGREE_SUMS * size + AGREE_STEPS).all())
+
+    def conclude(self, values: Sums, spans: Sequence[Span], es: EsConfig) -> Conclusion:
+        """See `Exchange.conclude`."""
+        total = np.clip(values[0], -LARGEST, LARGEST)
+        scale, loss, void_pairs, trouble = conclude(total, sum(count for _, count in spans), self._scale)
+        return Conclusion(total[:0] if trouble else total, scale, loss, void_pairs, trouble)
+
+
+def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers: int, halves: Literal[1, 2]) -> bytes:
+    """Turn what a step's values say into the bytes of its update.
+
+    Args:
+        step: Number of the step.
+        spans: Pairs that were scored, in the order of their weights.
+        concluded: What their values say.
+        numbers: Length of a gradient sum; 0: there are weights.
+        halves: Weights of each pair.
+    """
+    header = UpdateHeader(
+        step,
+        spans,
+        concluded.scale,
+        not concluded.trouble,
+        concluded.loss,
+        concluded.void_pairs,
+        numbers,
+        halves=halves,
+    )
+    return pack_update(Update(header, concluded.weights))
+
+
+def make_exchange(numbers: int, scale: float = 0.0) -> Exchange:
+    """Choose the kind: sums of this length, or losses if it is 0; `scale` as for `SumExchange`."""
+    return SumExchange(numbers, scale) if numbers else LossExchange()
+
+
+def cut(values: Values, rows: Sequence[int]) -> list[Values]:
+    """Cut values into parts of so many rows each."""
+    return np.split(values, np.cumsum(rows, dtype=int))[: len(rows)]

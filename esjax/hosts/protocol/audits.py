@@ -1,0 +1,290 @@
+"""Now and then, beside the steps: states are compared and one is kept, and the held-out loss is measured.
+
+All of it is done by hosts, at the opening of a step. One of them is the anchor: its state is the one that is kept and
+that the others are compared with. No state is kept before the hosts' digests have shown it to be right.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from esjax.config.settings import Config
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Effect, RecordDigest, Snapshot, Store, Tell, hash_bytes
+from esjax.hosts.protocol.registry import STRIKES, Host, Roster
+
+GRACE = 30.0
+"""Seconds to wait for the next digest, or the next part of a snapshot."""
+
+PATIENCE = 300.0
+"""Seconds to wait for an evaluation."""
+
+
+class Plan(NamedTuple):
+    """What a step asks of the hosts beside losses, see `wire.Step`."""
+
+    digest: bool = False
+    upload: int | None = None
+    measure: int | None = None
+
+
+NOTHING_ELSE = Plan()
+
+
+class _Round:
+    """Digests of the hosts' states at one step, and the state of one of them, on their way in."""
+
+    def __init__(self, step: int, hosts: list[Host], uploader: Host | None, now: float) -> None:
+        self.step, self.heard_at = step, now
+        self.digests: dict[Host, str | None] = dict.fromkeys(hosts)
+        self.uploader = uploader
+        self.data = bytearray()
+        self.digest = ""
+        self.snapshot: Snapshot | None = None
+
+    @property
+    def awaits_state(self) -> bool:
+        return self.uploader is not None and self.snapshot is None
+
+
+class _Measuring(NamedTuple):
+    """An evaluation under way."""
+
+    host: Host
+    step: int
+    since: float
+
+
+class Rounds:
+    """State machine of what happens beside the steps.
+
+    Attributes:
+        held_out: Loss of the last evaluation, in nats per token, or None.
+        measure_seconds: Time that it took.
+        anchor: The host whose state is kept, or None.
+        snapshots: The newest states, for hosts that join; at most two.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        roster: Roster,
+        state_bytes: int,
+        snapshot: Snapshot | None,
+        emit: Callable[[Effect], None],
+        put_aside: Callable[[Host, str], None],
+        resync: Callable[[Host, bool], None],
+        *,
+        now: float,
+        is_on: bool,
+        measured: bool,
+    ) -> None:
+        """Begin.
+
+        Args:
+            config: Settings.
+            roster: All hosts.
+            state_bytes: Size of a snapshot.
+            snapshot: The newest state.
+            emit: Has something done.
+            put_aside: Gives a host no more work, for a reason.
+            resync: Has a host fetch the newest state; with whether its own is wrong.
+            now: The time.
+            is_on: Whether hosts are asked for anything.
+            measured: Whether the run has a held-out loss already: the next one can wait.
+        """
+        self.held_out: float | None = None
+        self.measure_seconds = 0.0
+        self.anchor: Host | None = None
+        self.snapshots = [snapshot] if snapshot else []
+        self._config, self._roster, self._state_bytes, self._is_on = config, roster, state_bytes, is_on
+        self._emit, self._put_aside, self._resync = emit, put_aside, resync
+        self._round: _Round | None = None
+        self._compared_step = self._kept_step = snapshot.step if snapshot else 0
+        self._checkpoint_at = now + config.checkpoint_time
+        self._drifted: list[Host] = []  # to fetch the state that is being stored
+        self._measuring: _Measuring | None = None
+        self._measured_step = -1
+        self._measure_at = now + config.evaluate_time if measured else now
+
+    @property
+    def under_way(self) -> bool:
+        """Whether something is still to come in."""
+        return self._round is not None or self._measuring is not None
+
+    def is_measuring(self, host: Host) -> bool:
+        """Tell whether a host is to hand in the held-out loss."""
+        return self._measuring is not None and self._measuring.host is host
+
+    def plan(self, step: int, now: float, last: bool = False) -> Plan:
+        """Decide what a step asks of the hosts.
+
+        Args:
+            step: The step.
+            now: The time.
+            last: Whether everything is due that was not done at this step, since training ends.
+        """
+        hosts = self._roster.workers(now)
+        if self.anchor not in hosts:
+            self.anchor = hosts[0] if hosts else None
+        anchor = self.anchor
+        if anchor is None or not self._is_on:
+            return NOTHING_ELSE
+        digest, upload, measure = False, False, False
+        if last:
+            upload, measure = self._kept_step != step, self._measured_step != step
+        else:
+            measure = self._measuring is None and now >= self._measure_at
+            if self._round is None:
+                upload = now >= self._checkpoint_at
+                digest = step - self._compared_step >= self._config.hosts.digest_interval
+        if digest or upload:
+            self._round = _Round(step, hosts, anchor if upload else None, now)
+            self._compared_step = step
+        if upload:
+            self._checkpoint_at = now + self._config.checkpoint_time
+        if measure:
+            self._measuring = _Measuring(anchor, step, now)
+        return Plan(digest or upload, anchor.slot if upload else None, anchor.slot if measure else None)
+
+    def owed(self, host: Host, step: int) -> list[wire.Chore]:
+        """List what a host still has to hand in, at this step."""
+        owed: list[wire.Chore] = []
+        if self._round and self._round.step == step:
+            if self._round.digests.get(host, "") is None:
+                owed.append("digest")
+            if self._round.uploader is host and self._round.awaits_state:
+                owed.append("upload")
+        if self.is_measuring(host):
+            owed.append("measure")
+        return owed
+
+    def let_go(self, host: Host) -> None:
+        """Expect nothing more of a host."""
+        if self.anchor is host:
+            self.anchor = None
+        if self.is_measuring(host):
+            self._measuring = None
+            self._measure_at = -math.inf
+        if self._round and (host.aside or self._round.digests.get(host, "") is None):
+            self._round.digests.pop(host, None)
+        if self._round and self._round.uploader is host and self._round.awaits_state:
+            self._give_up_state(self._round)
+
+    def take_digest(self, host: Host, message: wire.Digest, now: float) -> None:
+        """Take in the digest of a host's state."""
+        if self._round and message.step == self._round.step and host in self._round.digests:
+            self._round.digests[host] = host.digest = message.digest
+            self._round.heard_at = now
+
+    def take_measure(self, host: Host, message: wire.Measured, now: float) -> None:
+        """Take in a held-out loss; it may be of a later step, if the host heard late that it was asked for."""
+        if self._measuring and self.is_measuring(host) and message.step >= self._measuring.step:
+            self.measure_seconds = now - self._measuring.since
+            self._measuring = None
+            self._measured_step = message.step
+            self._measure_at = now + self._config.evaluate_time
+            if math.isfinite(message.held_out):
+                self.held_out = message.held_out
+
+    def take_part(self, host: Host, message: wire.Upload, body: bytes, now: float) -> str:
+        """Take in a part of a snapshot; return why not, or ""."""
+        round = self._round
+        if round is None or round.uploader is not host or message.step != round.step:
+            return "nobody asked for this snapshot"
+        if message.size != self._state_bytes:
+            return f"a snapshot of {message.size} bytes, not {self._state_bytes}"
+        if not 0 < len(body) <= min(wire.PART, message.size - message.offset):
+            return "a part of a snapshot of the wrong size"
+        if message.digest != round.digest and message.offset == 0 and round.awaits_state:
+            round.data.clear()
+            round.digest = message.digest
+        if message.digest != round.digest or message.offset > len(round.data):
+            return "the parts of this snapshot do not fit together"
+        if message.offset < len(round.data) or not round.awaits_state:  # handed in before
+            return ""
+        round.heard_at = now
+        round.data += body
+        if len(round.data) == message.size:
+            data = bytes(round.data)
+            round.data.clear()
+            if hash_bytes(data) == message.digest:
+                round.snapshot = Snapshot(message.step, data, message.digest)
+            else:
+                self._emit(Tell(f"the snapshot of {host.name} came in damaged; another one is taken"))
+                self._give_up_state(round)
+        return ""
+
+    def stored(self, snapshot: Snapshot) -> None:
+        """Hear that a snapshot was kept, so that hosts may have it."""
+        self.snapshots = [*self.snapshots[-1:], snapshot]
+        for host in self._drifted:
+            self._resync(host, False)
+        self._drifted = []
+
+    def check(self, now: float) -> None:
+        """Judge states when all is in, and give up on what does not come."""
+        if self._measuring and now - self._measuring.since > PATIENCE:
+            self._give_up_on(self._measuring.host, "held-out loss")
+            self._measuring = None
+        round = self._round
+        if round is None:
+            return
+        is_late = now - round.heard_at > GRACE
+        if is_late and round.uploader and round.awaits_state:
+            self._give_up_on(round.uploader, "state")
+            self._give_up_state(round)
+        if is_late or not (round.awaits_state or None in round.digests.values()):
+            self._round = None
+            self._judge(round)
+
+    def _give_up_state(self, round: _Round) -> None:
+        round.uploader = None
+        self._checkpoint_at = -math.inf
+
+    def _give_up_on(self, host: Host, what: str) -> None:
+        """Let another host be the anchor, until this one gets something done."""
+        host.hung = True
+        self._emit(Tell(f"no {what} comes from {host.name}; another host is asked"))
+
+    def _judge(self, round: _Round) -> None:
+        """Compare states: the right one is kept, and hosts that differ from it fetch it."""
+        digests = {host: digest for host, digest in round.digests.items() if digest is not None}
+        right = ""
+        if digests:
+            right = self._right_one(digests)
+            self._emit(RecordDigest(round.step, right))
+        kept = round.snapshot is not None and round.uploader is not None and digests.get(round.uploader) == right
+        if kept and round.snapshot:
+            self._kept_step = round.step
+            self._drifted = []
+            self._emit(Store(round.snapshot))
+        elif round.snapshot:
+            self._checkpoint_at = -math.inf
+        kinds = {host.kind for host, digest in digests.items() if digest == right}
+        for host, digest in digests.items():
+            if digest == right:
+                host.resyncs = 0
+            elif host.kind in kinds:
+                self._astray(host, round.step)
+            elif kept:
+                # Other hardware rounds differently, which is no fault; so it never drifts far.
+                self._drifted.append(host)
+
+    def _right_one(self, digests: dict[Host, str]) -> str:
+        """Find the state of most hosts of the anchor's kind; the anchor decides between equals."""
+        anchor = self.anchor if self.anchor in digests else next(iter(digests))
+        votes = Counter(digest for host, digest in digests.items() if host.kind == anchor.kind)
+        return max(votes, key=lambda digest: (votes[digest], digest == digests[anchor]))
+
+    def _astray(self, host: Host, step: int) -> None:
+        """Have a host fetch the right state; put it aside if it needs that again and again."""
+        host.resyncs += 1
+        if host.resyncs >= STRIKES:
+            self._put_aside(host, "its state differs from the others' again and again")
+            return
+        self._emit(Tell(f"the state of {host.name} differs at step {step}; it fetches the anchor's"))
+        if self.anchor is host:
+            self.anchor = None
+        self._resync(host, True)

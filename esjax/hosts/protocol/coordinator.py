@@ -1,0 +1,421 @@
+"""The coordinator as a state machine: requests and the time in; replies and effects out.
+
+It answers hosts and keeps account of them; `steps.py` and `audits.py` beside it are its parts. It touches no weight, and
+knows no clock, socket or file: the caller hands in `now` in seconds of a clock that never jumps, and carries out the
+effects in their order, so that an update is in the ledger before anybody hears of it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from esjax.config.settings import Config, to_yaml
+from esjax.data.delivery import PackedText
+from esjax.exchange import update_record
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Effect, History, Publish, Snapshot, Tell, Terms
+from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Rounds
+from esjax.hosts.protocol.downloads import Handouts
+from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
+from esjax.hosts.protocol.steps import Steps
+from esjax.hosts.protocol.wire import Envelope, Message
+
+PULSE = 2.0
+"""Seconds between signs of life."""
+
+LAST_ROUND = 2 * GRACE
+"""Seconds for the last checkpoint and the last evaluation."""
+
+
+class Coordinator:
+    """The state machine.
+
+    Attributes:
+        terms: What the run asks of every host.
+        counters: How often something was turned down, by reason.
+        gradient_norm: Norm of the last estimate that the anchor told, or NaN.
+        update_norm: Norm of the last update that the anchor told, or NaN.
+        rounds: Checkpoints, digests and evaluations.
+        finished: Whether everything was said and done after `stop`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        terms: Terms,
+        *,
+        step: int,
+        now: float,
+        rng: np.random.Generator,
+        text: PackedText,
+        snapshot: Snapshot | None = None,
+        history: History | None = None,
+        last_update: bytes = b"",
+        block: Callable[[int], bytes] | None = None,
+        with_rounds: bool = True,
+        measured: bool = False,
+    ) -> None:
+        """Begin, or begin again, at a step.
+
+        Args:
+            config: Settings.
+            terms: What the run asks of every host.
+            step: Updates made so far.
+            now: Seconds of a clock that never jumps.
+            rng: Draws session numbers, and which pairs are scored twice.
+            text: The text as it is sent.
+            snapshot: Newest state, for hosts that join.
+            history: The updates so far, for hosts that missed some.
+            last_update: The last one, to be published once more: it may never have left the coordinator before.
+            block: Gives a block of tokens as bytes, if the text is sent in blocks.
+            with_rounds: Whether to ask hosts for checkpoints, digests and evaluations.
+            measured: Whether the run has a held-out loss already.
+        """
+        self.config, self.terms = config, terms
+        self.counters: Counter[str] = Counter()
+        self.gradient_norm = self.update_norm = math.nan
+        self.finished = False
+        self._rng = rng
+        self._settings = to_yaml(config)
+        self._handouts = Handouts(text, block, config.data.new_tokens_interval, history)
+        self._effects: list[Effect] = []
+        self._roster = roster = Roster()
+        self.rounds = Rounds(
+            config,
+            roster,
+            terms.state_bytes,
+            snapshot,
+            self._emit,
+            self._put_aside,
+            self._resync,
+            now=now,
+            is_on=with_rounds,
+            measured=measured,
+        )
+        self._steps = Steps(config, terms, step, last_update, rng, roster, self.rounds, self._emit, self._put_aside)
+        self._pulse_at = now
+        self._paused = True
+        self._stopping: bool | None = None  # whether training has ended
+        self._stop_at = math.inf
+
+    # What the shell calls.
+
+    @property
+    def step(self) -> int:
+        """Step that is being scored: so many updates were made."""
+        return self._steps.step
+
+    def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
+        """Take in a request.
+
+        Args:
+            envelope: The request.
+            now: The time.
+            key: Public key that the sender proved to have, if connections are encrypted.
+
+        Returns:
+            The one reply.
+        """
+        message = envelope.message
+        if isinstance(message, wire.AskStatus):
+            return Envelope(self.status(now))
+        if isinstance(message, wire.Join):
+            return Envelope(self._join(message, key, now))
+        host = self._roster.get(getattr(message, "session", -1))
+        if host is None or host.dropped or host.key != key:
+            return Envelope(self._rejected("the session has ended", rejoin=True))
+        if host.superseded:
+            return self._refused(f"another host joined as {host.name!r}; give each host a --name of its own")
+        if host.aside:
+            return self._refused(f"put aside: {host.aside}")
+        host.seen = now
+        reply = _HANDLERS[type(message)](self, host, message, envelope.body, now)
+        return reply if isinstance(reply, Envelope) else Envelope(reply)
+
+    def refuse_version(self, version: int) -> Envelope:
+        """Answer a host of another version of the protocol."""
+        self.counters["other protocol version"] += 1
+        return self._refused(
+            f"this host speaks version {version} of the protocol, the coordinator {wire.VERSION}; install the same "
+            "esjax on both"
+        )
+
+    def refuse_key(self, key: str | None, now: float) -> Envelope:
+        """Answer a host whose key was revoked, and drop every host that has it."""
+        self.counters["revoked key"] += 1
+        for host in self._roster:
+            if host.key == key and not host.dropped:
+                self._tell(f"{host.name} is dropped: its key was revoked")
+                self._drop(host)
+        return self._refused("the key of this host was revoked; ask for a new token")
+
+    def tick(self, now: float) -> None:
+        """Let time pass: notice who is silent, hung or late."""
+        for host in self._roster:
+            if host.dropped or now - host.seen >= FORGET:
+                self._drop(host)
+            elif now - host.seen >= SILENT and not host.is_gone:
+                self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
+                self._let_go(host)
+        self._notice_pause(now)
+        self._steps.check(now)
+        self._steps.go_on(now)
+        self.rounds.check(now)
+        if self._stopping is not None and not self.finished:
+            self._try_to_finish(now)
+        if now >= self._pulse_at:
+            self._pulse_at = now + PULSE
+            self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
+
+    def drain(self) -> list[Effect]:
+        """Return what is to be done, in this order, since the last call."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def stop(self, now: float, done: bool) -> None:
+        """End: with a last checkpoint, a last evaluation and a goodbye.
+
+        The step under way is given up; it is done again by whoever resumes the run.
+
+        Args:
+            now: The time.
+            done: Whether training has ended; if not, hosts wait for the coordinator to come back.
+        """
+        self._stopping, self._stop_at = done, now + LAST_ROUND
+        self._steps.stop()
+        self._steps.announce(self.rounds.plan(self.step, now, last=True))
+
+    def status(self, now: float) -> wire.Status:
+        """Say how things stand."""
+        members = self.config.es.members_per_pair
+        hosts = [host.status(now, 3 * PULSE, members) for host in self._roster if not (host.superseded or host.dropped)]
+        anchor = self.rounds.anchor
+        return wire.Status(
+            run=self.terms.run,
+            epoch=self.terms.epoch,
+            step=self.step,
+            loss=self._steps.loss,
+            held_out=self.rounds.held_out,
+            member_tokens_per_second=0.0 if self._paused else self._steps.rate,
+            paused=self._paused,
+            anchor=None if anchor is None else anchor.slot,
+            hosts=sorted(hosts, key=lambda host: host.slot),
+            counters=dict(+self.counters),
+        )
+
+    # Requests.
+
+    def _join(self, message: wire.Join, key: str | None, now: float) -> Message:
+        objection = self.terms.objection(message, self.config.es.noise)
+        if objection:
+            self.counters["hosts turned away"] += 1
+            return self._refused(objection).message
+        former = self._roster.called(message.name)
+        if former and former.instance == message.instance and message.attempt <= former.attempt:
+            return self._rejected("an old request")
+        if former:
+            self._supersede(former, message)
+        host = self._roster.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
+        if host is None:
+            self.counters["too many hosts"] += 1
+            return self._refused(f"{MAX_HOSTS} hosts are here already").message
+        self._tell(f"{host.name} joins: {host.device}")
+        terms, text = self.terms, self._handouts.text
+        return wire.Welcome(
+            run=terms.run,
+            epoch=terms.epoch,
+            session=host.session,
+            slot=host.slot,
+            config=self._settings,
+            vocab_size=terms.vocab_size,
+            text_digest=text.digest,
+            text_bytes=text.size,
+            state_bytes=terms.state_bytes,
+            block_bytes=self._handouts.block_bytes(self.step),
+            publish_port=terms.publish_port,
+            step=self.step,
+            unit=terms.unit,
+            block_interval=self.config.data.new_tokens_interval,
+            budget=self.config.es.time_per_step,
+            numbers=terms.exchange.numbers,
+        )
+
+    def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
+        host.made_progress(now)
+        if message.what == "state":
+            host.resync = False
+        part = self._handouts.part(message, self.step, self.rounds.snapshots)
+        return self._rejected(part) if isinstance(part, str) else part
+
+    def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
+        host.made_progress(now)
+        updates = self._handouts.updates(message.step, self.step, self.rounds.snapshots)
+        return updates or wire.Ok(self.terms.epoch, self.step, [], resync=True)
+
+    def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
+        if message.epoch != self.terms.epoch:
+            return self._rejected("an old epoch", rejoin=True)
+        is_new = host.is_gone or message.phase != host.phase
+        if message.progress > host.progress or is_new:
+            host.made_progress(now)
+        if message.phase != "ready":
+            self._steps.release(host)
+        host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
+        host.is_gone = False
+        if message.note and message.note != host.note:
+            self._tell(f"{host.name}: {message.note}")
+        host.note = message.note
+        self._steps.go_on(now, is_new)
+        return self._ok(host)
+
+    def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
+        if message.epoch != self.terms.epoch:
+            return self._rejected("an old epoch", rejoin=True)
+        if message.step > self.step:
+            return self._strike(host, f"losses for step {message.step}, which has not begun")
+        pairs = sum(count for _, count in message.spans)
+        values = self.terms.exchange.unpack(message.spans, message.dtype, body)
+        if values is None:
+            return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
+        if not 0 <= message.seconds < math.inf:
+            return self._strike(host, f"losses after {message.seconds} s")
+        host.took(pairs, message.seconds)
+        host.made_progress(now)
+        if message.step < self.step:
+            self.counters["losses for an old step"] += 1
+            return self._rejected(f"step {message.step} is closed")
+        if host.resync:
+            return self._rejected("the state of this host is not the right one")
+        fault = self._steps.take(host, message, values, now)
+        if fault:
+            return self._strike(host, fault)
+        host.step = self.step
+        if host is self.rounds.anchor and message.gradient_norm is not None and message.update_norm is not None:
+            self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
+        self._steps.go_on(now)
+        return self._ok(host)
+
+    def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
+        host.made_progress(now)
+        self.rounds.take_digest(host, message, now)
+        self.rounds.check(now)  # before any host's losses of this step: they come after its digest
+        return self._ok(host)
+
+    def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
+        host.made_progress(now)
+        if self.rounds.is_measuring(host):
+            host.leased_at = now  # only now could it begin
+        self.rounds.take_measure(host, message, now)
+        return self._ok(host)
+
+    def _uploaded(self, host: Host, message: wire.Upload, body: bytes, now: float) -> Message:
+        host.made_progress(now)
+        fault = self.rounds.take_part(host, message, body, now)
+        return self._rejected(fault) if fault else self._ok(host)
+
+    def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
+        self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
+        self._drop(host)
+        self._steps.go_on(now)
+        return self._ok(host)
+
+    def _ok(self, host: Host) -> wire.Ok:
+        spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
+        return wire.Ok(self.terms.epoch, self.step, spans, self.rounds.owed(host, self.step), host.resync)
+
+    def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
+        return wire.Rejected(reason[:1000], self.terms.epoch, self.step, rejoin)
+
+    def _refused(self, reason: str) -> Envelope:
+        return Envelope(wire.Refused(reason[:1000]))
+
+    def _strike(self, host: Host, reason: str) -> wire.Rejected:
+        self.counters["messages no honest host sends"] += 1
+        host.strikes += 1
+        if host.strikes >= STRIKES:
+            self._put_aside(host, reason)
+        return self._rejected(reason)
+
+    # Hosts.
+
+    def _supersede(self, former: Host, message: wire.Join) -> None:
+        """Let a newer host of the same name count in place of a former one."""
+        for host in self._roster:
+            if host.superseded and host.name == former.name:
+                self._drop(host)
+        if former.instance == message.instance:
+            self._drop(former)
+            return
+        if former.seen > former.joined_at and not former.is_gone:
+            self._tell(f"two hosts are called {former.name}; the newer one counts")
+        former.superseded = True
+        self._let_go(former)
+
+    def _let_go(self, host: Host) -> None:
+        """Take a host's work from it; if it was lost, its name stays listed for a while."""
+        host.is_gone = True
+        self._steps.release(host)
+        self.rounds.let_go(host)
+
+    def _drop(self, host: Host) -> None:
+        """End a host's session."""
+        host.dropped = True
+        self._let_go(host)
+        # A slot may go to another host only when nothing in this step came from the old one.
+        if not self._steps.took_part(host):
+            self._roster.remove(host)
+
+    def _put_aside(self, host: Host, reason: str) -> None:
+        host.aside = reason
+        self._tell(f"{host.name} is put aside: {reason}")
+        self._let_go(host)
+
+    def _resync(self, host: Host, is_wrong: bool) -> None:
+        """Have a host fetch the newest snapshot; until then its losses do not count, nor before if it is wrong."""
+        host.resync = True
+        if is_wrong:
+            self._steps.revoke(host)
+        else:
+            self._steps.release(host)
+
+    def _notice_pause(self, now: float) -> None:
+        before, self._paused = self._paused, not self._roster.workers(now)
+        if self._paused and not before:
+            self._tell("no host is ready; everything is kept, and training goes on when one joins")
+
+    # Its own doing.
+
+    def _try_to_finish(self, now: float) -> None:
+        """Say goodbye when everything is in; ask again for what a host that was lost did not hand in."""
+        if now < self._stop_at:
+            if self.rounds.under_way:
+                return
+            plan = self.rounds.plan(self.step, now, last=True)
+            if plan != NOTHING_ELSE:
+                self._steps.announce(plan)
+                return
+        self.finished = True
+        self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
+
+    def _publish(self, message: Message) -> None:
+        self._emit(Publish(Envelope(message)))
+
+    def _tell(self, line: str) -> None:
+        self._emit(Tell(line))
+
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
+
+
+_HANDLERS: dict[type[Message], Callable[..., Envelope | Message]] = {
+    wire.Fetch: Coordinator._fetch,
+    wire.CatchUp: Coordinator._catch_up,
+    wire.Beat: Coordinator._beat,
+    wire.Losses: Coordinator._losses,
+    wire.Digest: Coordinator._digest,
+    wire.Measured: Coordinator._measured,
+    wire.Upload: Coordinator._uploaded,
+    wire.Leave: Coordinator._leave,
+}

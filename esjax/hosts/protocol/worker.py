@@ -1,0 +1,481 @@
+"""A host as a state machine: replies, broadcasts, results of its devices and the time in; requests and tasks out.
+
+It knows no clock, socket or device: the caller hands in `now` in seconds of a clock that never jumps, sends what
+`request` gives (one at a time), and has the devices do what `task` gives (one at a time).
+"""
+
+import math
+from collections.abc import Callable
+from itertools import accumulate
+
+import msgspec
+
+from esjax.exchange.values import LossExchange, make_exchange
+from esjax.hosts.protocol import scoring, wire
+from esjax.hosts.protocol.request_channel import Line
+from esjax.hosts.protocol.scoring import Scoring
+from esjax.hosts.protocol.side_tasks import Chores
+from esjax.hosts.protocol.tasks import (
+    Apply,
+    Build,
+    Built,
+    Done,
+    Failed,
+    Load,
+    Result,
+    Score,
+    Scored,
+    Task,
+    UseBlock,
+    Value,
+)
+from esjax.hosts.protocol.transfers import Backlog, Download, Supplies
+from esjax.hosts.protocol.wire import Chore, Envelope, Message
+
+BEAT = 2.0
+"""Seconds between signs of life."""
+
+BACK_OFF, BACK_OFF_LONGEST = 0.5, 10.0
+"""Seconds between attempts to join, doubled each time, each times a random factor around 1."""
+
+MISSED = 0.3
+"""Seconds to wait for an update that is known to be published before asking for it."""
+
+BATCH = 64
+"""Updates made in one task at most."""
+
+PACKING = 1024
+"""Bytes by which a compressed text may be larger than the text."""
+
+
+class Worker:
+    """The state machine.
+
+    Attributes:
+        name: What the host calls itself.
+        phase: joining, compiling or ready.
+        step: Step of the parameters, or -1 before there are any.
+        joined: What the coordinator said when it took the host in, or None.
+        refused: Why the coordinator turned the host away for good, or "".
+        failed: Why the devices cannot go on, or "".
+        left: Whether everything is handed in and said after `leave`, or training has ended.
+        run_ended: Whether training has ended, for all hosts.
+        coordinator_stopped: Whether the last thing that the coordinator said is that it stops, and will be back.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: str,
+        kind: str,
+        answers: dict[str, str],
+        own: dict[str, str],
+        *,
+        now: float,
+        jitter: Callable[[], float],
+        built: bool = False,
+        step: int = -1,
+        text: str = "",
+        granule: int = 1,
+    ) -> None:
+        """Begin outside.
+
+        Args:
+            name: What the host calls itself.
+            device: What it computes on, for people.
+            kind: Hardware and software whose floats should agree to the last bit.
+            answers: Hashes of known noise by kind of noise.
+            own: Names of its own model, loss or reward, and optimizer.
+            now: The time.
+            jitter: Gives random numbers in [0, 1).
+            built: Whether the replica is there already.
+            step: Step of its parameters.
+            text: Digest of the text that it has.
+            granule: Pairs that its devices like to score at a time.
+        """
+        self.name = name
+        self.phase: wire.Phase = "joining"
+        self.step = step
+        self.joined: wire.Welcome | None = None
+        self.refused = ""
+        self.failed = ""
+        self.left = False
+        self.run_ended = False
+        self.coordinator_stopped = False
+        self._jitter = jitter
+        instance = int(jitter() * 2**53)
+        self._hello = wire.Join(name[:128], device, kind, list(answers.items()), list(own.items()), "", instance, 0)
+        self._built, self._granule, self._text = built, granule, text
+        self._is_astray = False  # the state is not the right one
+        self._block: int | None = None
+        self._note = ""
+        self._progress = 0
+        self._leaving: str | None = None
+        self._epoch = 0  # the highest one
+        # The step that is being scored.
+        self._newest = step
+        self._newest_at = now
+        self._backlog = Backlog()
+        self._scoring = self._scored_for = Scoring(step, 1, granule, None, LossExchange())
+        self._is_told = False  # which pairs of this step are ours
+        self._speed = 0.0
+        self._norms: tuple[float | None, float | None] = (None, None)
+        self._chores = Chores()
+        self._supplies = Supplies()
+        # What is under way, and when something is due.
+        self._task: Task | None = None
+        self._line = Line(now)
+        self._beat_at = now
+        self._join_at = now
+
+    # What the shell calls.
+
+    @property
+    def leaving(self) -> str:
+        """Why the host is about to leave, or ""."""
+        return self._leaving or ""
+
+    @property
+    def silent_since(self) -> float:
+        """When the coordinator last said anything to this host."""
+        return self._line.heard_at
+
+    @property
+    def reconnect(self) -> bool:
+        """Whether the connections should be made anew; the caller then calls `reconnected`."""
+        return self._line.is_dead
+
+    def leave(self, reason: str) -> None:
+        """Hand in what is scored, say goodbye and end."""
+        if self._leaving is None:
+            self._leaving = reason[:1000]
+
+    def request(self, now: float) -> Envelope | None:
+        """Return the next request, or None; it takes the place of one that was not answered."""
+        if self.joined is None and self._leaving is not None:
+            self.left = True
+        if self.refused or self.left or self._line.is_waiting(now):
+            return None
+        request = self._line.give_up(now)
+        if request and self.joined is None:
+            self._join_at, request = now + self._back_off(), None
+        request = request or self._next_request(now)
+        return self._line.send(request, now) if request else None
+
+    def receive(self, envelope: Envelope, now: float) -> None:
+        """Take in a reply or a broadcast."""
+        message = envelope.message
+        if isinstance(message, wire.Step | wire.Extra | wire.Pulse | wire.Bye):
+            self._hear(message, envelope.body, now)
+            return
+        if getattr(message, "epoch", self._epoch) < self._epoch:
+            return  # an old coordinator is nobody
+        sent = self._line.take_reply(now)
+        if sent is None:
+            return
+        self.coordinator_stopped = False
+        if isinstance(message, wire.Refused):
+            self.refused = message.reason
+        elif isinstance(message, wire.Welcome):
+            if isinstance(sent, wire.Join):
+                self._welcome(message, now)
+        elif isinstance(message, wire.Rejected):
+            self._rejected(message, sent, now)
+        elif isinstance(message, wire.Part):
+            self._supplies.take(message, envelope.body, sent)
+            self._settle()
+        elif isinstance(message, wire.Updates):
+            self._take_updates(message, envelope.body, sent, now)
+        elif isinstance(message, wire.Ok):
+            self._acknowledged(message, sent, now)
+
+    def task(self) -> Task | None:
+        """Return what the devices should do next, or None; `finished` is to be called with the result."""
+        if self._task is not None or self.refused or self.left:
+            return None
+        self._task = self._next_task()
+        return self._task
+
+    def finished(self, result: Result, now: float) -> None:
+        """Hear what came of the task."""
+        task, self._task = self._task, None
+        self._progress += 1
+        if isinstance(result, Failed):
+            self.failed = self._note = result.reason[:1000]
+            self.leave(self.failed)
+        elif isinstance(task, Build) and isinstance(result, Built):
+            self._built, self._granule = True, max(1, result.granule)
+            self._text, self._supplies.text = task.text_digest, None
+            self._begin_step()
+        elif isinstance(task, Score) and isinstance(result, Scored):
+            self._take_losses(task, result, now)
+        elif isinstance(task, Load | Apply | UseBlock) and isinstance(result, Done):
+            self._done(task, result)
+        elif isinstance(result, Value):
+            self._chores.done(self.step, result.value)
+        self._settle()
+
+    def reconnected(self, now: float) -> None:
+        """Hear that the connections were made anew: what was asked is asked again."""
+        self._line.mended()
+
+    def tick(self, now: float) -> None:
+        """Let time pass: notice that the broadcasts have stopped."""
+        if self.joined:
+            self._line.listen(now)
+
+    # Tasks.
+
+    def _next_task(self) -> Task | None:
+        joined, supplies = self.joined, self._supplies
+        if joined is None or self._leaving is not None:
+            return None
+        if not self._built:
+            if supplies.text is None:
+                return None
+            return Build(joined.config, joined.vocab_size, supplies.text, joined.text_digest, joined.text_bytes)
+        if supplies.snapshot is not None:
+            return Load(supplies.snapshot)
+        if self._wants_state:
+            return None
+        chore = self._chores.next(self.step)
+        if chore is not None:
+            return chore
+        updates = self._backlog.run(self.step, self._chores.first_due(self.step + BATCH))
+        if updates:
+            return Apply(updates)
+        if supplies.block is not None:
+            return UseBlock(*supplies.block)
+        if self.step == self._scoring.step and self._scoring.has_work and self._block == self._wanted_block:
+            self._scored_for = self._scoring
+            return Score(self._scoring.next_slice(self._speed))
+        return None
+
+    def _done(self, task: Load | Apply | UseBlock, result: Done) -> None:
+        self.step = result.step
+        if isinstance(task, Load):
+            self._supplies.snapshot, self._is_astray = None, False
+            self._newest = max(self._newest, self.step)
+        elif isinstance(task, UseBlock):
+            self._block, self._supplies.block = task.block, None
+        else:
+            self._norms = (result.gradient_norm, result.update_norm)
+        self._backlog.drop_before(self.step)
+
+    def _take_losses(self, task: Score, result: Scored, now: float) -> None:
+        speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
+        self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+        if self._scored_for is self._scoring:  # else the step was closed meanwhile
+            self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
+
+    # Requests.
+
+    def _next_request(self, now: float) -> Envelope | None:
+        if self.joined is None:
+            return self._join(now)
+        session = self.joined.session
+        report = self._chores.report(session)
+        if report is not None:
+            return report
+        hand_in = self._scoring.hand_in(now, self._leaving is not None)
+        if hand_in is not None:
+            spans, body, dtype, seconds, final = hand_in
+            step, epoch = self._scoring.step, self.joined.epoch
+            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, dtype, *self._norms), body)
+        if self._leaving is not None:
+            return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
+        if now >= self._beat_at:
+            return self._beat(self.joined, now)
+        part = self._supplies.request(session, self._wanted(self.joined)) or self._chores.part(session)
+        if part is None and self._misses_update(now):
+            return Envelope(wire.CatchUp(session, self.step))
+        return part
+
+    def _misses_update(self, now: float) -> bool:
+        """Tell whether the next update was published, and is not to be expected any more."""
+        if not self._built or self._wants_state or self._supplies.snapshot or self.step in self._backlog:
+            return False
+        missed = self.phase == "joining" or self.step + 1 < self._newest or now - self._newest_at > MISSED
+        return missed and self.step < self._newest
+
+    def _join(self, now: float) -> Envelope | None:
+        if now < self._join_at:
+            return None
+        self._join_at = now + self._back_off()
+        self._hello = msgspec.structs.replace(self._hello, attempt=self._hello.attempt + 1)
+        return Envelope(self._hello)
+
+    def _beat(self, joined: wire.Welcome, now: float) -> Envelope:
+        self._beat_at = now + BEAT
+        step = max(self.step, 0)
+        return Envelope(wire.Beat(joined.session, joined.epoch, step, self.phase, self._progress, self._note))
+
+    def _back_off(self) -> float:
+        longest = min(BACK_OFF * 2 ** min(self._line.failures, 10), BACK_OFF_LONGEST)
+        return longest * (0.5 + self._jitter())
+
+    def _wanted(self, joined: wire.Welcome) -> Download | None:
+        """Choose what to fetch, or None."""
+        if not self._built:
+            if self._supplies.text is not None:
+                return None
+            limit = joined.text_bytes + joined.text_bytes // 64 + PACKING
+            return Download("text", limit, joined.text_digest)
+        if self._wants_state:
+            return Download("state", joined.state_bytes)
+        block = self._wanted_block
+        if block is not None and block != self._block and self._supplies.block is None:
+            return Download("block", joined.block_bytes, block=block)
+        return None
+
+    # What comes in.
+
+    def _welcome(self, welcome: wire.Welcome, now: float) -> None:
+        if self._built and welcome.text_digest != self._text:
+            self.refused = f"the run {welcome.run} now has another text; start the host anew"
+            return
+        self.joined = welcome
+        self._hello = msgspec.structs.replace(self._hello, run=welcome.run)
+        self._epoch = welcome.epoch
+        self._newest = -1
+        self._learn(welcome.step, now)
+        self._beat_at = now
+        self._line.take_broadcast(now)
+        self._settle()
+
+    def _hear(self, message: wire.Step | wire.Extra | wire.Pulse | wire.Bye, body: bytes, now: float) -> None:
+        joined = self.joined
+        if joined is None or message.run != joined.run or message.epoch < joined.epoch:
+            return
+        self._line.take_broadcast(now)
+        self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
+        if message.epoch > joined.epoch:  # the coordinator has begun anew
+            self._rejoin(now)
+        elif isinstance(message, wire.Bye):
+            if message.done:
+                self.run_ended = True
+                self.leave("training has ended")
+                self.left = True
+        elif message.step >= self._newest:
+            self._learn(message.step, now)
+            if isinstance(message, wire.Step):
+                self._open_step(joined, message, body)
+            elif isinstance(message, wire.Extra):
+                self._take_leases(joined, message)
+
+    def _open_step(self, joined: wire.Welcome, message: wire.Step, body: bytes) -> None:
+        if message.step > self.step:
+            self._backlog.hear(message.step - 1, body)
+        if not self._is_told:
+            self._is_told = True
+            self._take_leases(joined, message)
+        asked: dict[Chore, bool] = {
+            "digest": message.digest,
+            "upload": message.upload == joined.slot,
+            "measure": message.measure == joined.slot,
+        }
+        self._chores.add([chore for chore, is_asked in asked.items() if is_asked], message.step)
+
+    def _take_leases(self, joined: wire.Welcome, message: wire.Step | wire.Extra) -> None:
+        self._scoring.add([(first, count) for slot, first, count in message.leases if slot == joined.slot])
+
+    def _learn(self, step: int, now: float) -> None:
+        """Hear which step is being scored."""
+        if step > self._newest:
+            self._set_newest(step, now)
+
+    def _learn_from_reply(self, step: int, now: float) -> None:
+        """Hear it from a reply: what was heard before it was asked for, and goes beyond, was not true."""
+        if step > self._newest or self._newest_at < self._line.sent_at:
+            self._set_newest(step, now)
+
+    def _set_newest(self, step: int, now: float) -> None:
+        if step != self._newest:
+            self._newest, self._newest_at = step, now
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        """Drop what belongs to the step before."""
+        self._is_told = False
+        if self.joined:
+            joined = self.joined
+            exchange = make_exchange(joined.numbers)
+            self._scoring = Scoring(self._newest, joined.unit, self._granule, joined.budget, exchange)
+        else:
+            self._scoring = Scoring(self._newest, 1, self._granule, None, LossExchange())
+
+    def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
+        if isinstance(request, wire.Losses):
+            if request.step == self._scoring.step:
+                self._scoring.handed_in()
+        elif isinstance(request, wire.Leave):
+            self.left = True
+        self._chores.answered(request, is_taken=True)
+        if message.resync and self._built:
+            self._is_astray = True
+            self._begin_step()
+        self._learn_from_reply(message.step, now)
+        if isinstance(request, wire.Beat) and message.step == self._newest:
+            # The broadcasts that said so may have been lost.
+            self._is_told = True
+            self._scoring.add(message.spans)
+            self._chores.add(message.chores, message.step)
+        self._settle()
+
+    def _rejected(self, message: wire.Rejected, request: Message, now: float) -> None:
+        if message.rejoin:
+            self._rejoin(now)
+            return
+        if isinstance(request, wire.Losses):
+            self._begin_step()
+        elif isinstance(request, wire.Fetch):
+            self._supplies.give_up()
+        self._chores.answered(request, is_taken=False)
+        self._learn_from_reply(message.step, now)
+
+    def _rejoin(self, now: float) -> None:
+        """Begin anew with the coordinator; what the replica holds, and what is on its way in, is kept."""
+        self.joined = None
+        self._line.request = None
+        self._join_at = now + self._back_off()
+        self._backlog.clear()
+        self._chores.clear()
+        self._supplies.snapshot = None
+        self._begin_step()
+        self._settle()
+
+    @property
+    def _wants_state(self) -> bool:
+        """Whether the state is none that the run has been through."""
+        is_wrong = self._is_astray or self.step < 0 or self.step > self._newest
+        return self._built and is_wrong and self._supplies.snapshot is None
+
+    @property
+    def _wanted_block(self) -> int | None:
+        """Number of the block of tokens of the step that is being scored; None: the text holds all of them."""
+        return self._newest // self.joined.block_interval if self.joined and self.joined.block_bytes else None
+
+    def _take_updates(self, message: wire.Updates, body: bytes, request: Message, now: float) -> None:
+        asked = isinstance(request, wire.CatchUp) and request.step == message.step
+        if asked and sum(message.sizes) == len(body):
+            ends = list(accumulate(message.sizes))
+            updates = [body[end - size : end] for end, size in zip(ends, message.sizes, strict=True)]
+            step = self._backlog.fill(message.step, updates)
+            if updates:
+                self._learn(step, now)
+            else:
+                self._learn_from_reply(step, now)
+
+    def _settle(self) -> None:
+        """See which phase this is."""
+        before = self.phase
+        if self.joined is None:
+            self.phase = "joining"
+        elif not self._built:
+            self.phase = "joining" if self._supplies.text is None else "compiling"
+        elif self._wants_state or self._supplies.snapshot or (before != "ready" and self.step < self._newest):
+            self.phase = "joining"
+        else:
+            self.phase = "ready"
+        if self.phase != before:
+            self._beat_at = -math.inf

@@ -1,0 +1,195 @@
+"""The coordinator at work: between its state machine, the network and the disk."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from esjax.config.settings import Config
+from esjax.errors import EsjaxError
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Store, Tell
+from esjax.hosts.protocol.coordinator import Coordinator
+from esjax.hosts.protocol.wire import Envelope
+from esjax.hosts.transport.keys import ServerKeys
+from esjax.hosts.transport.server import Request, ServerTransport
+from esjax.replica.snapshot import from_bytes
+from esjax.replica.update import TrainState
+from esjax.runs.checkpoint import Checkpoints
+from esjax.runs.ledger import DIGEST, UPDATE, Ledger
+from esjax.runs.step_info import Clock, StepInfo
+
+POLL = 0.05
+"""Seconds between looks at the clock."""
+
+TICK = 0.02
+"""Seconds between looks at the hosts."""
+
+CHECK = 0.2
+"""Seconds between looks at the connections."""
+
+BULK = 8
+"""Parts of texts and snapshots that are sent in one go, so that who joins does not hold up who trains."""
+
+
+class Desk:
+    """Answers hosts, and writes down what has to be written.
+
+    Attributes:
+        seconds: Training time so far, see `StepInfo`.
+        member_tokens: Tokens scored so far, times members.
+        working_seconds: Time spent on anything but waiting.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        coordinator: Coordinator,
+        transport: ServerTransport,
+        ledger: Ledger,
+        checkpoints: Checkpoints,
+        like: TrainState,
+        *,
+        keys: ServerKeys | None,
+        seconds: float,
+        member_tokens: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Sit down.
+
+        Args:
+            config: Settings.
+            coordinator: The state machine.
+            transport: The network.
+            ledger: Where updates are written.
+            checkpoints: Where states are kept.
+            like: A state of the run's structure, shapes and dtypes.
+            keys: Who is let in; None: everybody.
+            seconds: Training time before.
+            member_tokens: Tokens scored before, times members.
+            tell: Called with each line that a person should see.
+        """
+        self.seconds, self.member_tokens = seconds, member_tokens
+        self.working_seconds = 0.0
+        self._config, self._coordinator, self._transport = config, coordinator, transport
+        self._ledger, self._checkpoints, self._like = ledger, checkpoints, like
+        self._keys, self._tell = keys, tell
+        self._clock = Clock(seconds)
+        self._closed_at: float | None = None
+        self._held_out: float | None = None
+        self._tick_at = self._check_at = 0.0
+        self._bulk: deque[tuple[Request, Envelope]] = deque()
+        self._marks: dict[int, tuple[float, int]] = {}  # seconds and member-tokens at steps whose state is to come
+
+    def turn(self) -> list[StepInfo]:
+        """Wait a moment for requests, answer them, let time pass, and return what the steps did that were closed."""
+        requests = self._transport.poll(0.0 if self._bulk else POLL)
+        began = now = time.monotonic()
+        closed: list[StepInfo] = []
+        for request in requests:
+            closed += self._answer(request, now)
+        for _ in range(min(len(self._bulk), BULK)):
+            request, envelope = self._bulk.popleft()
+            self._transport.reply(request.peer, wire.encode(self._coordinator.receive(envelope, now, request.key)))
+        if now >= self._tick_at:
+            self._coordinator.tick(now)
+            closed += self._carry_out(now)
+            self._tick_at = now + TICK
+        if now >= self._check_at:
+            self._transport.check()
+            self._count()
+            self._check_at = now + CHECK
+        self.working_seconds += time.monotonic() - began
+        return closed
+
+    def _count(self) -> None:
+        """Have the status tell what does not reach the coordinator."""
+        counters, transport = self._coordinator.counters, self._transport
+        counters["connections without a handshake"] = transport.strangers
+        counters["messages without an envelope"] = transport.rejected
+        counters["connections cut off"] = transport.cut_off
+
+    def _answer(self, request: Request, now: float) -> list[StepInfo]:
+        coordinator = self._coordinator
+        if self._keys is not None and request.key not in self._keys.allowed:
+            reply = coordinator.refuse_key(request.key, now)
+        else:
+            try:
+                envelope = wire.decode(request.frames, "request")
+            except wire.VersionError as error:
+                reply = coordinator.refuse_version(error.version)
+            except wire.WireError:
+                coordinator.counters["no message of esjax"] += 1
+                return []
+            else:
+                if isinstance(envelope.message, wire.Fetch):
+                    self._bulk.append((request, envelope))
+                    return []
+                reply = coordinator.receive(envelope, now, request.key)
+        closed = self._carry_out(now)  # what a reply tells of must have been written before
+        self._transport.reply(request.peer, wire.encode(reply))
+        return closed
+
+    def _carry_out(self, now: float) -> list[StepInfo]:
+        closed = []
+        for effect in self._coordinator.drain():
+            if isinstance(effect, Record):
+                self._clock.set_finished(now)
+                self.seconds = self._clock.seconds
+                self._ledger.append(UPDATE, effect.step, effect.payload, self.seconds)
+            elif isinstance(effect, Publish):
+                message = effect.envelope.message
+                if isinstance(message, wire.Step) and message.upload is not None:
+                    self._marks = {message.step: (self.seconds, self.member_tokens)}
+                self._transport.publish(wire.encode(effect.envelope))
+            elif isinstance(effect, Closed):
+                closed.append(self._close(effect, now))
+            elif isinstance(effect, RecordDigest):
+                self._ledger.append(DIGEST, effect.step, effect.digest.encode())
+            elif isinstance(effect, Store):
+                self._store(effect)
+            elif isinstance(effect, Tell):
+                self._tell(effect.line)
+        return closed
+
+    def _close(self, closed: Closed, now: float) -> StepInfo:
+        if closed.notice:
+            self._tell(closed.notice)
+        data = self._config.data
+        tokens = closed.population * data.batch_size * data.window
+        self.member_tokens += tokens
+        rate = 0.0 if self._closed_at is None else tokens / max(now - self._closed_at, 1e-9)
+        self._closed_at = now
+        coordinator = self._coordinator
+        return StepInfo(
+            step=closed.step,
+            seconds=self.seconds,
+            loss=closed.loss,
+            population=closed.population,
+            void_pairs=closed.void_pairs,
+            applied=not closed.trouble,
+            gradient_norm=coordinator.gradient_norm,
+            update_norm=coordinator.update_norm,
+            member_tokens=self.member_tokens,
+            member_tokens_per_second=rate,
+            held_out=self.new_held_out(),
+            hosts=closed.hosts,
+        )
+
+    def new_held_out(self) -> float | None:
+        """Return the last held-out loss, once."""
+        before, self._held_out = self._held_out, self._coordinator.rounds.held_out
+        return None if self._held_out == before else self._held_out
+
+    def _store(self, store: Store) -> None:
+        snapshot = store.snapshot
+        seconds, tokens = self._marks.get(snapshot.step, (self.seconds, self.member_tokens))
+        try:
+            state = from_bytes(snapshot.data, self._like)
+            if int(state.step) != snapshot.step:
+                raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
+            self._checkpoints.save(state, seconds, tokens)
+        except EsjaxError as error:
+            # The one before stays, and the ledger has every step since: nothing is lost.
+            self._tell(f"no checkpoint at step {snapshot.step}: {error}")
+            return
+        self._coordinator.rounds.stored(snapshot)

@@ -1,0 +1,1 @@
+"""How messages travel: ZeroMQ, its keys and its limits, or memory."""

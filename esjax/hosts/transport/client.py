@@ -1,0 +1,248 @@
+"""A host's side of ZeroMQ: it asks with a REQ and listens with a SUB.
+
+What the frames say is none of this file's business. A request may get lost, and so may its reply: ask again. A newer
+request takes the place of an unanswered one.
+"""
+
+import errno
+import math
+import random
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import zmq
+
+from esjax.errors import EsjaxError
+from esjax.hosts.transport.address import parse_address, resolve
+from esjax.hosts.transport.keys import Token
+from esjax.hosts.transport.sockets import (
+    BATCH,
+    LINGER,
+    QUEUE,
+    Limits,
+    check_curve,
+    close_watched,
+    open_socket,
+    take_events,
+    take_message,
+    watch,
+)
+
+REFUSALS = 5
+"""Handshakes in a row that the other side breaks off, before that counts as a refusal."""
+
+
+class Received(NamedTuple):
+    """What came from the coordinator.
+
+    Attributes:
+        reply: To the newest request; None: not yet.
+        broadcasts: In the order of their publication.
+        refused: Why this host will never be let in, in one line; "": it may be.
+    """
+
+    reply: list[bytes] | None
+    broadcasts: list[list[bytes]]
+    refused: str
+
+
+class ClientTransport:
+    """A host's side. Only `poll` and `close` wait. A connection that breaks is opened again, ever more slowly."""
+
+    def __init__(self, address: str, *, token: Token | None, limits: Limits) -> None:
+        """Begin to connect; a coordinator that is not there yet is waited for.
+
+        Args:
+            address: tcp://HOST:PORT.
+            token: Lets this host in; None: the coordinator speaks plain text.
+            limits: Of messages from the coordinator.
+
+        Raises:
+            EsjaxError: The address is none, or its host has no address; or the token holds no keys.
+        """
+        self._address = address
+        self._host, port = parse_address(address)
+        if port == 0:
+            raise EsjaxError(f"{address} names no port")
+        self._ipv6 = resolve(self._host).version == 6
+        self._ports: dict[int, int] = {zmq.REQ: port}
+        self._token = token
+        self._limits = limits
+        self._request: list[bytes] | None = None  # what is not sent yet
+        self._shaking: set[int] = set()
+        self._breaks, self._let_in, self._refused = 0, False, ""
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._context = zmq.Context()
+        self._links: dict[int, _Link] = {}
+        try:
+            self.reconnect()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ClientTransport":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, frames: Sequence[bytes]) -> None:
+        """Ask, once the coordinator is there; an unanswered request is forgotten, and so is its reply."""
+        self._request = list(frames)
+        self._send_request()
+
+    def subscribe(self, port: int) -> None:
+        """Listen to the broadcasts at a port of the coordinator's host, and no longer at the one before.
+
+        Raises:
+            EsjaxError: It is no port.
+        """
+        if not 0 < port < 2**16:
+            raise EsjaxError(f"{self._address} publishes at {port}, which is no port; is it a coordinator?")
+        self._ports[zmq.SUB] = port
+        self._connect(zmq.SUB)
+
+    def reconnect(self) -> None:
+        """Connect anew, as if for the first time; a request on its way is forgotten.
+
+        Call it when nothing was heard for long: libzmq does not open a connection again that brought it nonsense.
+        """
+        self._breaks, self._let_in, self._refused = 0, False, ""
+        for kind in self._ports:
+            self._connect(kind)
+
+    def poll(self, timeout: float) -> Received:
+        """Take what is there, `BATCH` broadcasts at most.
+
+        Args:
+            timeout: Seconds to wait for the first thing at most, or for `wake`.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            left = 0.0 if self._refused else max(deadline - time.monotonic(), 0.0)
+            woken = self._wait(left)
+            for kind, link in self._links.items():
+                for event, value in take_events(link.monitor):
+                    self._shake_hands(kind, event, value)
+            self._send_request()
+            reply = self._receive(zmq.REQ)
+            broadcasts = []
+            for _ in range(BATCH):
+                broadcast = self._receive(zmq.SUB)
+                if broadcast is None:
+                    break
+                broadcasts.append(broadcast)
+            if reply is not None or broadcasts or self._refused or woken or left == 0:
+                return Received(reply, broadcasts, self._refused)
+
+    def wake(self) -> None:
+        """Have `poll` return, from any thread; now, or the next time it is called."""
+        with suppress(OSError):  # as full as it gets, or closed
+            self._waker.send(b"\0")
+
+    def close(self) -> None:
+        """Disconnect; what was sent last has `LINGER` to leave."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._context.destroy(linger=LINGER)
+        self._waker.close()
+        self._woken.close()
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait until there is something to do, or to send; say whether `wake` was called."""
+        poller = zmq.Poller()
+        poller.register(self._woken, zmq.POLLIN)
+        for kind, link in self._links.items():
+            sends = kind == zmq.REQ and self._request is not None
+            poller.register(link.socket, zmq.POLLIN | (zmq.POLLOUT if sends else 0))
+            poller.register(link.monitor, zmq.POLLIN)
+        poller.poll(math.ceil(1000 * seconds))
+        with suppress(BlockingIOError):
+            return bool(self._woken.recv(4096))
+        return False
+
+    def _connect(self, kind: int) -> None:
+        """Open the connection of a kind, in the place of the one before."""
+        if kind in self._links:
+            self._links.pop(kind).close()
+        self._shaking.discard(kind)
+        first = random.randint(100, 300)  # a hundred hosts do not come back at the same moment
+        options: dict[int, int] = {zmq.IPV6: self._ipv6, zmq.RECONNECT_IVL: first, zmq.RECONNECT_IVL_MAX: 16 * first}
+        if kind == zmq.REQ:
+            # IMMEDIATE: requests wait here, where a newer one replaces them, until the coordinator is there.
+            options |= {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.SNDHWM: 1}
+        else:
+            options |= {zmq.RCVHWM: QUEUE}
+        connected = open_socket(self._context, kind, self._limits, options)
+        link = _Link(connected, watch(connected, zmq.EVENT_ALL))
+        self._links[kind] = link
+        if kind == zmq.SUB:
+            connected.setsockopt(zmq.SUBSCRIBE, b"")
+        if self._token is not None:
+            check_curve()
+            try:
+                connected.setsockopt_string(zmq.CURVE_SERVERKEY, self._token.server_key)
+                connected.setsockopt_string(zmq.CURVE_PUBLICKEY, self._token.public_key)
+                connected.setsockopt_string(zmq.CURVE_SECRETKEY, self._token.secret_key)
+            except zmq.ZMQError as error:
+                raise EsjaxError(f"the token {self._token.name!r} holds no keys; get a new one") from error
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        connected.connect(f"tcp://{host}:{self._ports[kind]}")
+
+    def _send_request(self) -> None:
+        if self._request is not None:
+            with suppress(zmq.Again):
+                self._links[zmq.REQ].socket.send_multipart(self._request, zmq.NOBLOCK)
+                self._request = None
+
+    def _receive(self, kind: int) -> list[bytes] | None:
+        """Take a message; None: there is none, or one of too many frames."""
+        if kind not in self._links or not self._links[kind].socket.poll(0):  # a REQ without a request must not be read
+            return None
+        frames = take_message(self._links[kind].socket, self._limits.frames)
+        return None if frames is None or len(frames) > self._limits.frames else [frame.bytes for frame in frames]
+
+    def _shake_hands(self, kind: int, event: int, value: int) -> None:
+        """Follow the handshakes by libzmq's events, and find out whether they are refused for good."""
+        match event:
+            case zmq.EVENT_CONNECTED:
+                self._shaking.add(kind)
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._shaking.discard(kind)
+                self._breaks, self._let_in = 0, True
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._refuse("does not know this token's key: it was revoked, or is not for it; get a new token")
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                if self._token is None:
+                    self._refuse("lets nobody in without a token; get a token file, and give it")
+                else:
+                    self._refuse("speaks plain text, which a token forbids; leave the token out, or mend the address")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._shaking.discard(kind)
+                self._breaks = self._breaks + 1 if value in (errno.EPIPE, errno.ECONNRESET) else 0
+                if self._breaks >= REFUSALS and not self._let_in:  # where it was let in before, it will be again
+                    why = "wants a token" if self._token is None else "has another key or none"
+                    self._refuse(f"breaks off every handshake: it {why}, or is no coordinator; get a token for it")
+            case zmq.EVENT_CLOSED:
+                self._breaks = 0  # nobody is there, which may change
+            case zmq.EVENT_DISCONNECTED if kind in self._shaking:
+                self._refuse("is no coordinator; mend the address")  # libzmq gave up, and does not say why
+
+    def _refuse(self, reason: str) -> None:
+        self._refused = self._refused or f"{self._address} {reason}"
+
+
+class _Link(NamedTuple):
+    """A connected socket, and the events of its connections."""
+
+    socket: zmq.SyncSocket
+    monitor: zmq.SyncSocket
+
+    def close(self) -> None:
+        close_watched(self.socket, self.monitor)

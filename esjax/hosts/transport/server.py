@@ -1,0 +1,294 @@
+"""The coordinator's side of ZeroMQ: lists of frames come in on a ROUTER and go out on a PUB.
+
+What the frames say is none of this file's business.
+
+- A broadcast is dropped without a word for a host that is not connected or has `QUEUE` of them waiting: number them, so
+  that it sees the gap.
+- With keys both sockets are CURVE servers, and only keys that `ServerKeys.allowed` names at that moment are let in.
+  While nobody authenticates, ZAP_ENFORCE_DOMAIN has libzmq refuse everybody.
+- libzmq limits the size of a frame, but not what it keeps of unfinished messages; `FloodGuard` does.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from esjax.errors import EsjaxError
+from esjax.hosts.transport.address import IPAddress, parse_address, resolve
+from esjax.hosts.transport.flood_guard import FloodGuard
+from esjax.hosts.transport.keys import ServerKeys
+from esjax.hosts.transport.sockets import (
+    BATCH,
+    LINGER,
+    OVERHEAD,
+    QUEUE,
+    Limits,
+    check_curve,
+    close_watched,
+    open_socket,
+    source_of,
+    take_events,
+    take_message,
+    watch,
+)
+
+LOOK_SECONDS = 0.02
+"""How often connections are looked at while `poll` waits."""
+
+
+class Request(NamedTuple):
+    """A message from a host.
+
+    Attributes:
+        peer: Where its reply goes; different for every request.
+        key: Public key of the sender, in Z85; None in plain text.
+        frames: What it says; 1 to `Limits.frames`.
+    """
+
+    peer: bytes
+    key: str | None
+    frames: list[bytes]
+
+
+class ServerTransport:
+    """The coordinator's side. Only `poll` and `close` wait, and nothing raises for what others send.
+
+    Attributes:
+        address: Where requests are taken, with the real port.
+        publish_port: Where broadcasts are published, on the same host.
+        rejected: Messages so far without the envelope of a request, or with too many frames.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        keys: ServerKeys | None,
+        limits: Limits,
+        tell: Callable[[str], None],
+        plain_text_anywhere: bool = False,
+    ) -> None:
+        """Take requests at a port, and publish at the next one.
+
+        Args:
+            address: tcp://HOST:PORT; host 0.0.0.0 or [::]: on every interface; port 0 or *: at any two free ports.
+            keys: Who is let in; None: anybody, in plain text.
+            limits: Of messages from hosts.
+            tell: Called with a line that a person should read.
+            plain_text_anywhere: Allow plain text beyond this machine.
+
+        Raises:
+            EsjaxError: The address is none, not of this machine, or in use; or plain text is not allowed there.
+        """
+        host, port = parse_address(address)
+        interface = resolve("0.0.0.0" if host == "*" else host)
+        if keys is None and not interface.is_loopback and not plain_text_anywhere:
+            raise EsjaxError(
+                f"{address} can be reached from other machines, where without keys anybody may read along and take "
+                "part; give a folder of keys, or allow plain text explicitly"
+            )
+        if port == 2**16 - 1:
+            raise EsjaxError(f"{address} leaves no port after it to publish at; give a lower one")
+        self.rejected = 0
+        self._keys = keys
+        self._limits = limits
+        self._tell = tell
+        self._context = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self._listeners: list[_Listener] = []
+        self._senders: set[int] = set()  # since no request was left
+        try:
+            self._start_authenticator()
+            # Nobody reads more than the reply to one request. What comes in is limited by the guard: where it waits for
+            # room (RCVHWM), a heartbeat that a stranger sends along would abort the process, too, see `OPTIONS`.
+            self._router = self._listen(zmq.ROUTER, interface, port, {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
+            self._publisher = self._listen(zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: QUEUE, zmq.RCVHWM: 0})
+        except BaseException:
+            self.close()
+            raise
+        self.address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._router.port}"
+        self.publish_port = self._publisher.port
+
+    def __enter__(self) -> "ServerTransport":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def strangers(self) -> int:
+        """Connections so far that have not finished the handshake."""
+        return sum(listener.accepted - listener.succeeded for listener in self._listeners)
+
+    @property
+    def cut_off(self) -> int:
+        """Connections so far that were closed for what they sent."""
+        return sum(listener.guard.cut_off for listener in self._listeners)
+
+    def poll(self, timeout: float) -> list[Request]:
+        """Take the requests that are there, `BATCH` at most.
+
+        Args:
+            timeout: Seconds to wait for the first one at most.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            self._router.socket.poll(int(1000 * min(left, LOOK_SECONDS)))
+            requests = self._take_requests()
+            self._look()
+            if requests or left <= LOOK_SECONDS:
+                return requests
+
+    def reply(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        """Answer a request; nothing happens if its sender has left, or reads no replies."""
+        with suppress(zmq.Again):
+            self._router.socket.send_multipart([peer[:-4], peer[-4:], b"", *frames], zmq.NOBLOCK)
+
+    def publish(self, frames: Sequence[bytes]) -> None:
+        """Send to every host that listens."""
+        self._publisher.socket.send_multipart(frames, zmq.NOBLOCK)
+
+    def check(self) -> None:
+        """See that the door is kept; call it every 100 ms to 1 s, however long a step takes."""
+        if self._authenticator is not None and not self._authenticator.is_alive():
+            self._tell("the thread that lets hosts in had died; nobody was let in meanwhile, and it is started again")
+            self._stop_authenticator()
+            self._start_authenticator()
+        self._look()
+
+    def close(self) -> None:
+        """Stop listening; what was sent last has `LINGER` to leave."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        self._stop_authenticator()
+        self._context.destroy(linger=LINGER)
+
+    def _listen(self, kind: int, interface: IPAddress, port: int, options: Mapping[int, int]) -> "_Listener":
+        """Open a socket at a port; port 0: at any free one."""
+        opened = open_socket(self._context, kind, self._limits, {**options, zmq.IPV6: interface.version == 6})
+        if self._keys is not None:
+            opened.setsockopt(zmq.CURVE_SERVER, 1)
+            opened.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret_key)
+            opened.setsockopt_string(zmq.ZAP_DOMAIN, _Door.DOMAIN)
+            opened.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        at = f"[{interface}]" if interface.version == 6 else str(interface)
+        message = self._limits.frames * (self._limits.frame + OVERHEAD) if kind == zmq.ROUTER else 0
+        try:
+            listener = _Listener(opened, f"tcp://{at}:{port or '*'}", message, self._tell)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise EsjaxError(f"port {port} is in use; stop what uses it, or give another port") from error
+            if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                raise EsjaxError(f"{at} is no address of this machine; give one that is, or 0.0.0.0") from error
+            raise EsjaxError(f"cannot listen at port {port} of {at}: {error.strerror}") from error
+        self._listeners.append(listener)
+        return listener
+
+    def _start_authenticator(self) -> None:
+        if self._keys is not None:
+            check_curve()
+            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator.configure_curve_callback(_Door.DOMAIN, _Door(self._keys))
+            self._authenticator.start()
+
+    def _stop_authenticator(self) -> None:
+        """Stop the authenticator, dead or alive; its own `stop` would wait for a dead one for ever."""
+        authenticator, self._authenticator = self._authenticator, None
+        if authenticator is None or authenticator.thread is None:
+            return
+        with suppress(zmq.Again):
+            authenticator.pipe.send(b"TERMINATE", zmq.NOBLOCK)
+        authenticator.thread.join(timeout=1)
+        authenticator.pipe.close()
+        authenticator.pipe = None  # type: ignore[assignment]
+        authenticator.zap_socket.unbind("inproc://zeromq.zap.01")  # now: closing leaves that for later
+        authenticator.stop()
+
+    def _take_requests(self) -> list[Request]:
+        requests = []
+        for _ in range(BATCH):
+            frames = take_message(self._router.socket, 3 + self._limits.frames)
+            if frames is None:
+                self._router.guard.emptied(self._senders)
+                self._senders.clear()
+                break
+            source = source_of(frames[0])
+            if source is not None:
+                self._senders.add(source)
+            # ROUTER puts the connection first; a REQ sends its request's number, an empty frame, and what it says.
+            enveloped = 4 <= len(frames) <= 3 + self._limits.frames and len(frames[1]) == 4 and len(frames[2]) == 0
+            if source is None or not enveloped:
+                self.rejected += 1
+                continue
+            key = None if self._keys is None else str(frames[0].get("User-Id"))
+            peer = frames[0].bytes + frames[1].bytes
+            requests.append(Request(peer, key, [frame.bytes for frame in frames[3:]]))
+        return requests
+
+    def _look(self) -> None:
+        for listener in self._listeners:
+            listener.look()
+
+
+class _Door:
+    """Says which keys are let in."""
+
+    DOMAIN = "esjax"
+
+    def __init__(self, keys: ServerKeys) -> None:
+        self._keys = keys
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key.decode("ascii", "replace") in self._keys.allowed
+
+
+class _Listener:
+    """A bound socket, and what is known of its connections.
+
+    Attributes:
+        socket: The socket.
+        port: Where it is bound.
+        guard: Closes connections that send too much.
+        accepted: Connections so far.
+        succeeded: Handshakes so far.
+    """
+
+    def __init__(self, bound: zmq.SyncSocket, endpoint: str, message: int, tell: Callable[[str], None]) -> None:
+        """Bind a socket.
+
+        Args:
+            bound: The socket.
+            endpoint: Where; the port may be *.
+            message: Bytes of a message at most.
+            tell: Called with a line for each connection that is closed.
+
+        Raises:
+            zmq.ZMQError: It cannot be bound.
+        """
+        self.socket = bound
+        self._monitor = watch(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        bound.bind(endpoint)
+        self.port = int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self.guard = FloodGuard(self.port, message, tell)
+        self.accepted = self.succeeded = 0
+
+    def look(self) -> None:
+        """Note what happened to connections, and close those that send too much."""
+        for event, value in take_events(self._monitor):
+            if event == zmq.EVENT_ACCEPTED:
+                self.accepted += 1
+                self.guard.accepted(value)
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.succeeded += 1
+        self.guard.look()
+
+    def close(self) -> None:
+        """Take no more connections; what was sent last has `LINGER` to leave."""
+        close_watched(self.socket, self._monitor)

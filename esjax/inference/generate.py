@@ -1,0 +1,96 @@
+"""Text from a trained model: sampling and beam search, token by token from a state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from esjax.data.tokens import STOP, UNK
+from esjax.models.member import consume
+from esjax.models.model import Logits, Model, Params, State
+
+
+class Sampling(NamedTuple):
+    """How to choose the next token.
+
+    Attributes:
+        temperature: Divides the logits, at least 0; 0 takes the most probable token.
+        top_k: Choose among so many most probable tokens only; 0: no such limit.
+        top_p: Choose among the most probable tokens that together reach this probability, in (0, 1]
+            (Holtzman et al. 2020, section 3.1).
+    """
+
+    temperature: Float[Array, ""] | float = 1.0
+    top_k: Int[Array, ""] | int = 0
+    top_p: Float[Array, ""] | float = 1.0
+
+
+class Beams(NamedTuple):
+    """The most probable continuations found, best first.
+
+    Attributes:
+        tokens: Ids; STOP after the end.
+        log_probability: Sum over the tokens, the STOP that ends a beam included, in nats.
+    """
+
+    tokens: Int[Array, "beams max_tokens"]
+    log_probability: Float[Array, " beams"]
+
+
+def sample(
+    model: Model, params: Params, state: State, key: Key[Array, ""], max_tokens: int, sampling: Sampling
+) -> Int[Array, " max_tokens"]:
+    """Draw tokens until STOP or until there are `max_tokens`; STOP fills the rest. UNK is never drawn."""
+
+    def going(carry: tuple[Array, State, Array]) -> Array:
+        position, _, tokens = carry
+        ended = (position > 0) & (tokens[position - 1] == STOP)
+        return (position < max_tokens) & ~ended
+
+    def extend(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        position, state, tokens = carry
+        logits = model.predict(params, state).at[UNK].set(-jnp.inf)
+        token = _choose(logits, jax.random.fold_in(key, position), sampling)
+        return position + 1, consume(model, params, state, token), tokens.at[position].set(token)
+
+    blank = jnp.full(max_tokens, STOP, jnp.int32)
+    return jax.lax.while_loop(going, extend, (jnp.int32(0), state, blank))[2]
+
+
+def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
+    greedy = jnp.argmax(logits)
+    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    descending = jnp.sort(scaled, descending=True)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
+    reached = jnp.cumsum(jax.nn.softmax(descending))
+    # The token that crosses top_p still belongs to the nucleus, so it is never empty.
+    p = jnp.sum(reached < sampling.top_p) + 1
+    floor = descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
+    drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), mode="low")
+    return jnp.where(sampling.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def beam_search(model: Model, params: Params, state: State, width: int, max_tokens: int) -> Beams:
+    """Keep the `width` most probable continuations at every length, ended ones among them. UNK is never chosen."""
+
+    def extend(carry: tuple[State, Beams], position: Array) -> tuple[tuple[State, Beams], None]:
+        states, beams = carry
+        ended = (position > 0) & (beams.tokens[:, position - 1] == STOP)
+        log_p = jax.nn.log_softmax(jax.vmap(lambda state: model.predict(params, state))(states))
+        log_p = log_p.at[:, UNK].set(-jnp.inf)
+        vocab_size = log_p.shape[1]
+        # An ended beam goes on as itself alone: one more STOP, at no cost.
+        stay = jnp.where(jnp.arange(vocab_size) == STOP, 0.0, -jnp.inf)
+        candidates = beams.log_probability[:, None] + jnp.where(ended[:, None], stay, log_p)
+        log_probability, index = jax.lax.top_k(candidates.reshape(-1), width)
+        parent, token = index // vocab_size, (index % vocab_size).astype(jnp.int32)
+        states = jax.tree.map(lambda leaf: leaf[parent], states)
+        states = jax.vmap(lambda state, token: consume(model, params, state, token))(states, token)
+        return (states, Beams(beams.tokens[parent].at[:, position].set(token), log_probability)), None
+
+    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (width, *leaf.shape)), state)
+    # One beam at first: copies of it would fill the search with the same text.
+    beams = Beams(jnp.full((width, max_tokens), STOP, jnp.int32), jnp.full(width, -jnp.inf).at[0].set(0.0))
+    (_, beams), _ = jax.lax.scan(extend, (states, beams), jnp.arange(max_tokens))
+    return beams

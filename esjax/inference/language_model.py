@@ -1,0 +1,164 @@
+"""A model with its weights and its vocabulary: it writes text and is scored."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy import ndarray
+
+from esjax.core.population import PAIRS_AXIS
+from esjax.core.seeds import key_of
+from esjax.data.packing import pack_lanes
+from esjax.data.tokens import UNK
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.flags import default_flags
+from esjax.inference.generate import Sampling, beam_search, sample
+from esjax.inference.score import make_score
+from esjax.models.member import Member
+from esjax.models.model import Model, Params
+
+
+class Evaluation(NamedTuple):
+    """How well a model predicts whole documents, the STOP at the end of each included.
+
+    Attributes:
+        nats_per_token: Mean loss.
+        bits_per_byte: The same per UTF-8 byte of the documents, one more for the end of each.
+        tokens: Tokens scored.
+        unknown_tokens: Tokens among them that are outside the vocabulary and were scored as UNK.
+        baselines: Nats per token of n-gram models, over the same documents, by name: unigram, bigram, trigram. They
+            are fitted to the text that the run was trained on; empty where that is not to be found.
+        note: Why there are no baselines, or "".
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    unknown_tokens: int
+    baselines: Mapping[str, float]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        """Show as many digits as mean something."""
+        values = {**self._asdict(), "baselines": {name: round(value, 4) for name, value in self.baselines.items()}}
+        if not self.note:
+            del values["note"]
+        shown = (f"{key}={round(value, 4) if isinstance(value, float) else value}" for key, value in values.items())
+        return f"Evaluation({', '.join(shown)})"
+
+
+class Written(NamedTuple):
+    """A text that a model wrote after a prompt.
+
+    Attributes:
+        text: Without the prompt.
+        log_probability: Of the whole continuation, in nats, for beam search; None for sampling.
+    """
+
+    text: str
+    log_probability: float | None = None
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+
+class Trained:
+    """Compiled functions around one model; the weights are passed in, so that they may still be changing."""
+
+    def __init__(self, model: Model, vocabulary: Vocabulary, mesh: Mesh) -> None:
+        """Set up; nothing is compiled yet."""
+        self.model = model
+        self.vocabulary = vocabulary
+        self._mesh = mesh
+        self._score = jax.jit(make_score(model))
+        self._read = jax.jit(lambda params, prompt: Member(model, params).read(prompt))
+        self._sample = jax.jit(
+            jax.vmap(partial(sample, model), in_axes=(None, None, 0, None, None)), static_argnums=(3,)
+        )
+        self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
+
+    @default_flags()
+    def lanes(self, documents: Sequence[ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Pack encoded documents for `score`, spread over all devices."""
+        lanes = pack_lanes(documents)
+        missing = -len(lanes.tokens) % self._mesh.size
+        spread = NamedSharding(self._mesh, PartitionSpec(PAIRS_AXIS))
+        tokens, scored = (np.pad(array, ((0, missing), (0, 0))) for array in lanes)
+        return jax.device_put(jnp.asarray(tokens), spread), jax.device_put(jnp.asarray(scored), spread)
+
+    @default_flags()
+    def loss(self, params: Params, lanes: tuple[jax.Array, jax.Array]) -> float:
+        """Mean nats per token over packed documents."""
+        return float(self._score(params, *lanes))
+
+    def score(
+        self, params: Params, documents: Sequence[ndarray], size: int, baselines: Mapping[str, float], note: str = ""
+    ) -> Evaluation:
+        """Score whole documents.
+
+        Args:
+            params: The weights.
+            documents: Encoded documents.
+            size: UTF-8 bytes of the documents, one more for the end of each.
+            baselines: What n-gram models have for the same documents.
+            note: Why there are none, or "".
+        """
+        nats = self.loss(params, self.lanes(documents))
+        tokens = sum(len(document) + 1 for document in documents)
+        unknown = sum(int(np.count_nonzero(document == UNK)) for document in documents)
+        return Evaluation(nats, nats * tokens / size / math.log(2), tokens, unknown, baselines, note)
+
+    @default_flags()
+    def write(
+        self,
+        params: Params,
+        prompt: str,
+        *,
+        max_tokens: int,
+        count: int,
+        seed: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> list[Written]:
+        """Sample continuations of a prompt, see `Usable.generate`.
+
+        Raises:
+            EsjaxError: A number is out of range.
+        """
+        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
+        _require(count >= 1, f"count must be at least 1, got {count}")
+        _require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
+        _require(top_k >= 0, f"top_k must be at least 0, got {top_k}")
+        _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
+        _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
+        state = self._read(params, self.vocabulary.encode(prompt))
+        keys = jax.random.split(key_of(seed), count)
+        tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
+        return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
+
+    @default_flags()
+    def search(self, params: Params, prompt: str, *, beams: int, max_tokens: int) -> list[Written]:
+        """Find the most probable continuations of a prompt, best first, see `Usable.search`.
+
+        Raises:
+            EsjaxError: A number is out of range.
+        """
+        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
+        _require(beams >= 1, f"beams must be at least 1, got {beams}")
+        state = self._read(params, self.vocabulary.encode(prompt))
+        found = self._beam_search(params, state, beams, max_tokens)
+        pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
+        return [Written(self.vocabulary.decode(row), float(total)) for row, total in pairs if np.isfinite(total)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EsjaxError(message)

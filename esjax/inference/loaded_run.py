@@ -1,0 +1,187 @@
+"""A finished or running run, read from its folder to write text and to be scored."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from esjax.config.settings import Config, replace
+from esjax.data.corpus import Corpus, load_corpus, locate_text
+from esjax.data.vocabulary import Vocabulary
+from esjax.devices.mesh import local_mesh
+from esjax.errors import EsjaxError
+from esjax.flags import default_flags
+from esjax.inference.capabilities import Usable
+from esjax.inference.language_model import Trained
+from esjax.models.custom import Own
+from esjax.models.custom_code import gather
+from esjax.models.model import Model, ModelFactory, Params
+from esjax.paths import given_path
+from esjax.replica.update import TrainState
+from esjax.runs.checkpoint import Restored, Weights, find_newest, restore_weights
+from esjax.runs.folder import RunFolder
+from esjax.runs.ledger import UPDATE, read
+from esjax.runs.reader import RunView, read_run
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Loaded(Usable):
+    """A model read back from its run folder.
+
+    Attributes:
+        path: The folder.
+        config: The run's settings.
+        vocabulary: From characters or bytes to ids.
+        own: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
+        step: Steps it was trained for.
+        params: The weights to use: the average that the settings ask for.
+        trained: Compiled functions around it.
+    """
+
+    path: Path
+    config: Config
+    vocabulary: Vocabulary
+    own: Mapping[str, str]
+    step: int
+    params: Params
+    trained: Trained
+
+    def __repr__(self) -> str:
+        """Say what it is, without its weights."""
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"<esjax model after {self.step:,} steps: {size:,} weights, {self.vocabulary.size} token ids>"
+
+    def _now(self) -> tuple[Trained, Params]:
+        return self.trained, self.params
+
+    def _text(self, text: str | None) -> Corpus:
+        data = self.config.data if text is None else replace(self.config.data, text=text)
+        return load_corpus(data, self.vocabulary)
+
+    def _training_text(self, text: Corpus) -> Corpus:
+        folder = RunFolder(self.path)
+        return text if text.digest == folder.text_digest else load_run_corpus(folder)
+
+    def _view(self) -> RunView:
+        return read_run(self.path)
+
+
+def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
+    """Read the text that a run was trained on.
+
+    Args:
+        folder: The run.
+        text: Where its text is now, as the setting data.text; `folder.config` names it there from then on. None: where
+            the settings say.
+
+    Raises:
+        EsjaxError: It cannot be used, has changed, or there is none.
+    """
+    if not folder.text_digest:
+        raise EsjaxError(f"{str(folder.path)!r} holds imported weights and no text; train anew")
+    config = folder.config
+    if text is not None:
+        config = locate_text(replace(config, data=replace(config.data, text=text)))
+    corpus = load_corpus(config.data, folder.vocabulary)
+    if corpus.digest != folder.text_digest:
+        raise EsjaxError(
+            f"the text {config.data.text!r} is not the one {str(folder.path)!r} was trained on; put the old one "
+            "back, let data.text name where it is, or train anew"
+        )
+    folder.config = config
+    return corpus
+
+
+def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None]) -> Restored:
+    """Read the newest checkpoint of a run that is whole; where there is none, take the first state.
+
+    The updates since are in the ledger, if the run keeps one; they are still to be made.
+
+    Args:
+        folder: The run.
+        first: State after 0 steps, which follows from the seed; a checkpoint is restored to its shardings.
+        tell: Called with each line that a person should see.
+
+    Raises:
+        EsjaxError: Steps were done, and neither a whole checkpoint nor a ledger from the first step on is there; or a
+            checkpoint holds the state of another model.
+    """
+    restored = find_newest(folder.checkpoints, first, tell)
+    if restored is not None:
+        return restored
+    path = folder.path
+    records = read(folder.ledger) if folder.ledger.exists() else iter(())
+    begins = next((record.step for record in records if record.kind == UPDATE), None)
+    if begins == 0:
+        tell(f"{path} has no whole checkpoint: its state is rebuilt from the seed and the ledger")
+    elif begins or read_run(path).step:
+        has = f"and its ledger begins at step {begins:,}" if begins else "and no ledger"
+        raise EsjaxError(
+            f"{str(path)!r} has no whole checkpoint, {has}: there is nothing to go on from; restore what is missing "
+            f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
+        )
+    return Restored(first, 0.0, 0)
+
+
+def load(
+    path: str | Path,
+    *,
+    model: ModelFactory | str | None = None,
+    tell: Callable[[str], None] = print,
+) -> Loaded:
+    """Read a run from its newest checkpoint.
+
+    Args:
+        path: Run folder.
+        model: Builds the run's own model from the vocabulary's size, if it was trained with one. One that was named as
+            PATH.py:FUNCTION is found again without it; a text of that form says where the file is now.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
+
+    Raises:
+        EsjaxError: It is no run folder, no checkpoint is whole, or a model of its own is missing.
+    """
+    folder = RunFolder(given_path(path))
+    own = gather_model(folder, model, "esjax.load", tell)
+    config, vocabulary = folder.config, folder.vocabulary
+    built = own.build(config.model, vocabulary.size)
+    weights = read_weights(folder, built, tell)
+    trained = Trained(built, vocabulary, local_mesh())
+    return Loaded(folder.path, config, vocabulary, folder.own, int(weights.step), weights.average, trained)
+
+
+def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -> Weights:
+    """Read the weights of a run's newest checkpoint, onto this machine's devices.
+
+    Args:
+        folder: The run.
+        model: Its model.
+        tell: Called with a line for each damaged checkpoint.
+
+    Raises:
+        EsjaxError: No checkpoint is whole, or it holds the weights of another model.
+    """
+    everywhere = NamedSharding(local_mesh(), PartitionSpec())  # not the devices of the machine that saved it
+    with default_flags():
+        params = jax.eval_shape(model.init, jax.random.key(0))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params)
+    return restore_weights(folder.checkpoints, like, tell)
+
+
+def gather_model(folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]) -> Own:
+    """Gather what weights are used with: a run's own model, if it was trained with one.
+
+    Args:
+        folder: The run.
+        model: As it was given; None: nothing was.
+        again: The function to give it to.
+        tell: Called with a line if its code has changed.
+
+    Raises:
+        EsjaxError: The run was trained with one that is missing, or is another one.
+    """
+    own = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
+    folder.check_own(own.names(), again, ("model",))
+    return own

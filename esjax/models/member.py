@@ -1,0 +1,146 @@
+"""A model with weights: what a custom loss is a function of, and what predicts, reads and writes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from esjax.data.tokens import STOP, UNK
+from esjax.models.model import Logits, Model, Params, State, Tap, Token
+from esjax.models.sequence import sequence_nats, token_loss
+
+
+def consume(model: Model, params: Params, state: State, token: Token, tap: Tap | None = None) -> State:
+    """Consume a token; after STOP the state starts anew, since the next token opens another document.
+
+    A model that is not `tapped` takes no tap.
+    """
+    after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
+    fresh = model.initial_state(params)
+    return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
+
+
+class Member(NamedTuple):
+    """A member of the population, or the unperturbed weights: one sequence at a time, to be called in jitted code.
+
+    Attributes:
+        model: The architecture.
+        params: The member's weights, for the model's own functions.
+    """
+
+    model: Model
+    params: Params
+
+    def initial_state(self) -> State:
+        """Return the state at the start of a document."""
+        return self.model.initial_state(self.params)
+
+    def predict(self, state: State) -> Logits:
+        """Predict the next token.
+
+        Returns:
+            Logits of all token ids, shape [vocabulary].
+        """
+        return self.model.predict(self.params, state)
+
+    def consume(self, state: State, token: Token) -> State:
+        """Return the state after a token; after STOP that is the state at the start of a document."""
+        return consume(self.model, self.params, state, token)
+
+    def read(self, tokens: Int[Array, " length"], state: State | None = None) -> State:
+        """Consume tokens, and return the state after them.
+
+        Args:
+            tokens: Ids; there may be none.
+            state: Where to begin. None: at the start of a document.
+        """
+        first = self.initial_state() if state is None else state
+        return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
+
+    def nats(self, tokens: Int[Array, " length"], state: State | None = None) -> Float[Array, " length"]:
+        """Score the prediction of each token: its -log probability, in nats, at least 0.
+
+        Args:
+            tokens: Ids.
+            state: Where to begin. None: at the start of a document.
+        """
+        if state is None and self.model.logits is not None:
+            return sequence_nats(partial(self.model.logits, self.params), self.model.context, tokens)
+
+        def score(state: State, token: Token) -> tuple[State, Float[Array, ""]]:
+            scored = token_loss(self.predict(state), token)
+            return self.consume(state, token), scored
+
+        first = self.initial_state() if state is None else state
+        return jax.lax.scan(score, first, tokens)[1]
+
+    def cross_entropy(self, tokens: Int[Array, " length"], burn_in: int = 0) -> Float[Array, ""]:
+        """Average the nats of a window's tokens; the first `burn_in` are read and not scored."""
+        if self.model.logits is not None:
+            return jnp.mean(self.nats(tokens)[burn_in:])
+        return jnp.mean(self.nats(tokens[burn_in:], self.read(tokens[:burn_in])))
+
+    def generate(
+        self, state: State, length: int, key: Key[Array, ""] | None = None, temperature: float = 1.0
+    ) -> Int[Array, " length"]:
+        """Write tokens; once one is STOP, the rest is. UNK is never written.
+
+        Args:
+            state: Where to begin.
+            length: Number of tokens, the same for everybody, so that a population writes in step.
+            key: Names what is drawn. None: each token is the most probable one.
+            temperature: Divides the logits before a token is drawn, above 0.
+        """
+
+        def write(carry: tuple[State, Array], position: Array) -> tuple[tuple[State, Array], Array]:
+            state, ended = carry
+            logits = self.predict(state).at[UNK].set(-jnp.inf)
+            if key is not None:
+                drawn = jax.random.gumbel(jax.random.fold_in(key, position), logits.shape, logits.dtype, "low")
+                logits = logits / temperature + drawn
+            token = jnp.where(ended, STOP, jnp.argmax(logits)).astype(jnp.int32)
+            return (self.consume(state, token), token == STOP), token
+
+        return jax.lax.scan(write, (state, jnp.bool_(False)), jnp.arange(length))[1]
+
+
+Loss = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
+"""`(member, tokens, key) -> loss` of one member on one sequence; lower is better. Both members of a pair get the same
+tokens and the same key, and no two sequences of a run the same key: what is drawn from it is common to the pair."""
+
+
+def cross_entropy(burn_in: int) -> Loss:
+    """Make the default loss: mean nats per token over a window, its first `burn_in` tokens read and not scored.
+
+    Args:
+        burn_in: Tokens, at least 0, that only prepare the state.
+    """
+
+    def loss(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
+        return member.cross_entropy(tokens, burn_in)
+
+    return loss
+
+
+PairLoss = Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Float[Array, ""]]
+"""`(params, windows, key) -> loss` of one member on the windows of its pair."""
+
+
+def over_sequences(model: Model, loss: Loss) -> PairLoss:
+    """Make `(params, windows, key) -> loss`, the mean over a pair's sequences, for `esjax.core.evaluate`."""
+
+    def mean(params: Params, windows: Int[Array, "sequences length"], key: Key[Array, ""]) -> Float[Array, ""]:
+        member, keys = Member(model, params), sequence_keys(key, len(windows))
+        if len(windows) == 1:  # an axis of one costs XLA's loops a tenth of their speed
+            return loss(member, windows[0], keys[0])
+        return jnp.mean(jax.vmap(partial(loss, member))(windows, keys))
+
+    return mean
+
+
+def sequence_keys(key: Key[Array, ""], sequences: int) -> Key[Array, " sequences"]:
+    """Derive the key of each sequence of a pair from the pair's key."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(sequences, dtype=jnp.uint32))

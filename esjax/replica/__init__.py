@@ -1,0 +1,1 @@
+"""A host's copy of a run: its state, the estimator that its settings choose, and the update."""

@@ -1,0 +1,407 @@
+"""Noise on pre-activations, and a reward for every token: node perturbation for language models.
+
+Each window of text is read by a clean copy of the model and by `copies` noisy ones. At every position, ±sigma is put
+on what the layers compute, and a piece of noise is rewarded with the losses that it had a part in, over those of the
+clean copy: Σ_{s>t} γ^(s-t-1) d_s for noise on the state at position t, d_t alone for noise on a prediction. The mean
+of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation, and times what
+the layer was given, it estimates the gradient of the layer's weights (Widrow & Lehr 1990, "30 years of adaptive neural
+networks", on Madaline rule III; Hiratani et al. 2022, "On the stability and scalability of node perturbation
+learning"; Werfel, Xie & Seung 2005 for how its noise grows with the nodes).
+
+Two things keep that noise small. Every tap of `predict` has noisy copies of its own, which begin from the clean state,
+so that a reward never holds noise of another layer. And the copies share their window, so that the outer products,
+most of the work, are done once for all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+
+from esjax.config.settings import Precision
+from esjax.core.interpreter import interpret
+from esjax.core.noise import round_products
+from esjax.core.rules import HIGHEST
+from esjax.core.seeds import fold
+from esjax.core.shaping import LARGEST_LOSS
+from esjax.core.signs import BITS, signs
+from esjax.data.tokens import STOP
+from esjax.models.member import consume
+from esjax.models.model import Model, Params, State
+from esjax.models.sequence import token_loss
+
+LOGITS = "logits"
+"""Name of the tap on what `predict` returns. There, what noise does to the loss is known in closed form, and so is the
+gradient: the probabilities less the token that came."""
+
+
+class Taps(NamedTuple):
+    """The pre-activations of a model: number of entries by name, those of the state and those of a prediction."""
+
+    consume: dict[str, int]
+    predict: dict[str, int]
+
+
+class Estimate(NamedTuple):
+    """What a chunk of windows says.
+
+    Attributes:
+        gradient: A pytree like the parameters: estimate of the gradient of the sum of all tokens' losses.
+        losses: Mean loss of each window's noisy copies, in nats per token.
+        finite: Whether a window counts: all its losses are finite.
+        end: State of the clean copies after the window.
+    """
+
+    gradient: Params
+    losses: Float[Array, " windows"]
+    finite: Bool[Array, " windows"]
+    end: State
+
+
+EstimateChunk = Callable[
+    [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"], State | None], Estimate
+]
+"""`(params, seeds, windows, are_there, begin) -> estimate`; a window that is not there counts for nothing. `begin`
+holds the states that windows begin with; None: that of a document's beginning."""
+
+
+def find_taps(model: Model, params: Params) -> Taps:
+    """List the pre-activations of a model that is `tapped`.
+
+    Raises:
+        ValueError: A name is used twice, there is none, or "logits" is not what `predict` returns.
+    """
+    found = Taps({}, {})
+
+    def record(sizes: dict[str, int], name: str, value: Array) -> Array:
+        if name in found.consume or name in found.predict:
+            raise ValueError(f"the model taps {name!r} twice; give each pre-activation a name of its own")
+        sizes[name] = value.size
+        return value
+
+    def run(params: Params) -> None:
+        state = model.initial_state(params)
+        values: dict[str, Array] = {}
+
+        def tap(name: str, value: Array) -> Array:
+            values[name] = value
+            return record(found.predict, name, value)
+
+        logits = model.predict(params, state, tap)
+        if logits is not values.get(LOGITS, logits):
+            raise ValueError(f"the model changes its logits after tapping them; give the tap {LOGITS!r} another name")
+        model.consume(params, state, jnp.int32(STOP), partial(record, found.consume))
+
+    jax.eval_shape(run, params)
+    if not found.consume and not found.predict:
+        raise ValueError("the model taps nothing")
+    return found
+
+
+class _Plan(NamedTuple):
+    """What does not change between chunks; the arguments of `make_estimate_chunk`, and the layout of the noise.
+
+    Attributes:
+        noisy: Taps of a prediction that noise is put on.
+        bits: Number of entries of each family of noise: all taps of the state together, then each of `noisy`.
+        packed: Whether noise stays packed until it is used.
+    """
+
+    model: Model
+    taps: Taps
+    sigma: Mapping[str, float]
+    discount: Mapping[str, float]
+    copies: int
+    noisy: list[str]
+    bits: list[int]
+    packed: bool
+
+    def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
+        """Make the noise of a family, of whole words: so unpacking it is a plain loop. Those who use it cut it off."""
+        many = [_words(bits) for bits in self.bits]
+        first = sum(many[:number])
+        words = words[:, first : first + many[number]]
+        return signs(words).reshape(len(words), -1) if self.packed else _unpack(words)
+
+
+def make_estimate_chunk(
+    model: Model,
+    taps: Taps,
+    *,
+    sigma: Mapping[str, float],
+    discount: Mapping[str, float],
+    copies: int,
+    burn_in: int,
+    exact_logits: bool,
+    precision: Precision = "float32",
+    packed: bool = False,
+) -> EstimateChunk:
+    """Make the function for the windows that one device takes at a time.
+
+    Args:
+        model: The architecture.
+        taps: Its pre-activations.
+        sigma: Size of the noise on each.
+        discount: γ of each pre-activation of the state, from 0 to 1. With 1 and windows to the end of the documents
+            the estimate is unbiased to O(sigma²); less of it trades a bias for much less noise.
+        copies: Noisy copies of each window.
+        burn_in: Tokens that only prepare the state; nothing is noisy there.
+        exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
+        precision: Type of what matrix products of the copies multiply; sums are float32.
+        packed: Whether noise stays packed until it is used, and sums over copies are plain sums, which suits
+            accelerators; else noise is written out, and they are products. It changes last digits alone.
+    """
+    noisy = [name for name in taps.predict if not (exact_logits and name == LOGITS)]
+    bits = [sum(taps.consume.values()), *(taps.predict[name] for name in noisy)]
+    plan = _Plan(model, taps, sigma, discount, copies, noisy, bits, packed)
+
+    def estimate_chunk(
+        params: Params,
+        seeds: UInt32[Array, "windows 2"],
+        windows: Int[Array, "windows length"],
+        are_there: Bool[Array, " windows"],
+        begin: State | None = None,
+    ) -> Estimate:
+        rounded = jax.tree.map(partial(round_products, precision=precision), params)
+
+        def read(state: State, token: Int[Array, " windows"]) -> tuple[State, None]:
+            return jax.vmap(partial(interpret(partial(consume, model)), rounded))(state, token), None
+
+        state = jax.vmap(lambda _: model.initial_state(params))(seeds) if begin is None else begin
+        state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
+        tokens = windows[:, burn_in:].T
+        words = _draw(plan, seeds, len(tokens))
+        # Copies come one after another, each with all windows, and the clean one last.
+        start = _repeat(state, copies + 1)
+        end, passed = jax.lax.scan(partial(_pass_token, plan, rounded), start, (tokens, words))
+
+        losses = passed.losses.reshape(len(tokens), copies + 1, -1)
+        finite = are_there & jnp.all(jnp.abs(losses) < LARGEST_LOSS, axis=(0, 1))
+        errors = {**passed.errors, **_errors_of_state(plan, losses, finite, tokens, words)}
+        errors = jax.tree.map(lambda error: jnp.where(finite[None, :, None], error, 0.0), errors)
+        states = jax.tree.map(partial(_blank, ~finite), passed.clean)
+
+        # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
+        everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
+
+        # A vector as a product with ones, so that its gradient is a product, too: XLA adds up a plain sum in another
+        # order when it is compiled for another number of devices.
+        ones = jnp.ones((tokens.size, 1))
+        axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, params)
+
+        def along(params: Params) -> Float[Array, ""]:
+            rows = jax.tree.map(
+                lambda leaf: jnp.matmul(ones, leaf[None], precision=HIGHEST) if leaf.ndim == 1 else leaf, params
+            )
+            return jnp.sum(jax.vmap(partial(_along, model), in_axes=(axes, 0, 0, 0))(rows, *everything))
+
+        clean = jax.tree.map(lambda leaf: leaf[-len(windows) :], end)
+        return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite, clean)
+
+    return estimate_chunk
+
+
+class _Passed(NamedTuple):
+    """What is kept of a position.
+
+    Attributes:
+        clean: State of the clean copies before its token.
+        losses: Of all copies.
+        errors: Estimated gradient with respect to the pre-activations of the prediction.
+    """
+
+    clean: State
+    losses: Float[Array, " lanes"]
+    errors: dict[str, Float[Array, "windows entries"]]
+
+
+_Words = tuple[UInt32[Array, "*positions blocks lanes"], UInt32[Array, "*positions blocks lanes"]]
+"""Random bits, the two words of each block of threefry. Lanes last, so that drawing them is a plain loop over lanes."""
+
+
+def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> _Words:
+    """Draw the bits of all positions at once, since a call of threefry costs as much as a position."""
+    lanes = fold(seeds[None], jnp.arange(plan.copies + 1, dtype=jnp.uint32)[:, None]).reshape(-1, 2)
+    blocks = math.ceil(sum(map(_words, plan.bits)) / 2)
+    drawn = fold(lanes[None], jnp.arange(positions * blocks, dtype=jnp.uint32)[:, None])
+    first, second = jnp.moveaxis(drawn.reshape(positions, blocks, len(lanes), 2), -1, 0)
+    return first, second
+
+
+def _unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
+    # In two parts, and joined: XLA then makes the noise once, in a plain loop. Otherwise it unpacks each bit where it
+    # is used, in the middle of the network's own loops, which turns them into scalar code: four times slower on CPUs.
+    half = len(words) // 2
+    return jnp.concatenate([signs(part).reshape(len(part), -1) for part in (words[:half], words[half:])])
+
+
+def _pass_token(
+    plan: _Plan, params: Params, states: State, inputs: tuple[Int[Array, " windows"], _Words]
+) -> tuple[State, _Passed]:
+    """Predict a token, score every kind of noise on the prediction, and consume the token."""
+    token, halves = inputs
+    model, copies, sigma = plan.model, plan.copies, plan.sigma
+    words = jnp.concatenate(halves).T
+    noisy = copies * len(token)
+    everyone, others = _repeat(token, copies + 1), _repeat(token, copies)
+    losses, before = jax.vmap(partial(interpret(partial(_predict_and_tell, model)), params))(states, everyone)
+    clean = jax.tree.map(lambda leaf: leaf[noisy:], states)
+    clean_losses = _repeat(losses[noisy:], copies)
+    errors = {}
+    for number, name in enumerate(plan.noisy, start=1):
+        noise = plan.family(number, words[:noisy])
+        if name == LOGITS:
+            rewards = _rewards_of_logits(plan, before[name][noisy:], noise, others)
+        else:
+            value = _repeat(before[name][noisy:], copies)
+            value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
+            found = jax.vmap(partial(interpret(partial(_loss_from, model, name)), params))(
+                _repeat(clean, copies), value, others
+            )
+            rewards = found - clean_losses
+        errors[name] = _by_window(plan, rewards / sigma[name], noise)[:, : plan.taps.predict[name]]
+    if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
+        probabilities = jax.nn.softmax(before[LOGITS][noisy:])
+        errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
+    is_noisy = (jnp.arange(len(everyone)) < noisy).astype(jnp.float32)
+    noise = plan.family(0, words) * is_noisy[:, None]
+    after = jax.vmap(partial(interpret(partial(_consume_noisily, plan)), params))(states, everyone, noise)
+    return after, _Passed(clean, losses, errors)
+
+
+def _errors_of_state(
+    plan: _Plan,
+    losses: Float[Array, "positions all_copies windows"],
+    finite: Bool[Array, " windows"],
+    tokens: Int[Array, "positions windows"],
+    words: _Words,
+) -> dict[str, Float[Array, "positions windows entries"]]:
+    """Estimate the gradient with respect to the pre-activations of the state, at every position."""
+    if not plan.taps.consume:
+        return {}
+    rewards = jnp.where(finite[None, None], losses[:, :-1] - losses[:, -1:], 0.0)
+    discounts = sorted({plan.discount[name] for name in plan.taps.consume})
+    later = [_later(rewards, tokens, discount).reshape(len(tokens), -1) for discount in discounts]
+
+    def weigh(_: None, inputs: tuple[list[Array], _Words]) -> tuple[None, dict[str, Array]]:
+        later, halves = inputs
+        noise = plan.family(0, jnp.concatenate(halves).T[: later[0].size])
+        # With the noise on all taps, of which each may need a part only: a product is faster than cutting noise up.
+        errors = [_split(_by_window(plan, rewards, noise), plan.taps.consume) for rewards in later]
+        which = {name: discounts.index(plan.discount[name]) for name in plan.taps.consume}
+        return None, {name: errors[i][name] / plan.sigma[name] for name, i in which.items()}
+
+    return jax.lax.scan(weigh, None, (later, words))[1]
+
+
+def _repeat(tree: PyTree, times: int) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * times), tree)
+
+
+def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
+    return jnp.where(is_void.reshape(1, -1, *[1] * (leaf.ndim - 2)), 0, leaf)
+
+
+def _by_window(plan: _Plan, rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"]) -> Array:
+    """Return the mean of (reward * noise) over each window's copies."""
+    copies = plan.copies
+    rewards = rewards / copies
+    if plan.packed:
+        return jnp.sum((rewards[:, None] * noise).reshape(copies, -1, noise.shape[1]), axis=0)
+    is_own = _is_own(len(rewards) // copies, copies)  # a product is the fastest sum there is on CPUs
+    return jnp.matmul(jnp.where(is_own, rewards[None], 0.0), noise, precision=HIGHEST)
+
+
+def _is_own(windows: int, copies: int) -> Bool[Array, "windows lanes"]:
+    """Tell which noisy copies are a window's own."""
+    return jnp.arange(windows * copies)[None] % windows == jnp.arange(windows)[:, None]
+
+
+def _words(bits: int) -> int:
+    return math.ceil(bits / BITS)
+
+
+def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> dict[str, Array]:
+    ends = accumulate(sizes.values())
+    return {name: noise[..., end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def _predict_and_tell(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
+    """Score a prediction, and return the pre-activations that led to it."""
+    told: dict[str, Array] = {}
+
+    def tell(name: str, value: Array) -> Array:
+        told[name] = value
+        return value
+
+    return token_loss(model.predict(params, state, tell), token), told
+
+
+def _loss_from(model: Model, name: str, params: Params, state: State, value: Array, token: Array) -> Array:
+    """Score a prediction that goes on from a pre-activation; what comes before it is not computed."""
+    logits = model.predict(params, state, lambda tapped, ours: value if tapped == name else ours)
+    return token_loss(logits, token)
+
+
+def _rewards_of_logits(
+    plan: _Plan, logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array
+) -> Float[Array, " lanes"]:
+    """Return what ±sigma on the logits adds to the loss of a softmax, in closed form, without another exponential.
+
+    log Σ_v p_v exp(σ ε_v) - σ ε_token, and exp(σ ε) = cosh σ + ε sinh σ for ε = ±1.
+    """
+    (windows, entries), sigma = logits.shape, plan.sigma[LOGITS]
+    probabilities = jnp.pad(jax.nn.softmax(logits), ((0, 0), (0, noise.shape[1] - entries)))
+    if plan.packed:
+        mean = jnp.sum(probabilities[None] * noise.reshape(plan.copies, windows, -1), axis=-1).reshape(-1)
+    else:
+        means = jnp.matmul(probabilities, noise.T, precision=HIGHEST)
+        mean = jnp.sum(jnp.where(_is_own(windows, plan.copies), means, 0.0), axis=0)
+    chosen = jnp.take_along_axis(noise, token[:, None], axis=1)[:, 0]
+    return jnp.log(math.cosh(sigma) + math.sinh(sigma) * mean) - sigma * chosen
+
+
+def _consume_noisily(plan: _Plan, params: Params, state: State, token: Array, noise: Float[Array, " entries"]) -> State:
+    parts = _split(noise, plan.taps.consume)
+
+    def add(name: str, value: Array) -> Array:
+        return value + plan.sigma[name] * parts[name].reshape(value.shape)
+
+    return consume(plan.model, params, state, token, add)
+
+
+def _later(
+    rewards: Float[Array, "positions copies windows"], tokens: Int[Array, "positions windows"], discount: float
+) -> Float[Array, "positions copies windows"]:
+    """Sum up what comes after each position, up to the end of its document."""
+
+    def add(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, token = inputs
+        # After STOP the state starts anew: nothing later is our doing.
+        ours = jnp.where(token[None] == STOP, 0.0, later)
+        return reward + discount * ours, ours
+
+    return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]
+
+
+def _along(
+    model: Model, params: Params, state: State, token: Array, errors: Mapping[str, Float[Array, " entries"]]
+) -> Float[Array, ""]:
+    """Sum up error * pre-activation, each as a function of its own layer's weights alone.
+
+    No derivative goes past a tap: that of this sum is what each layer was given, times the error of what it made of it.
+    """
+    parts = []
+
+    def tap(name: str, value: Array) -> Array:
+        parts.append(jnp.sum(errors[name].reshape(value.shape) * value))
+        return jax.lax.stop_gradient(value)
+
+    model.predict(params, state, tap)
+    model.consume(params, state, token, tap)
+    return sum(parts, jnp.float32(0))

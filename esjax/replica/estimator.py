@@ -1,0 +1,197 @@
+"""How a run estimates the gradient, as its settings say: what is perturbed, and what is exchanged."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from esjax.config.settings import MOST_SUMMED_PAIRS, Config
+from esjax.core.noise import Noise, Totals
+from esjax.core.population import evaluate
+from esjax.core.shaping import STEPS_PER_DEVIATION
+from esjax.errors import EsjaxError
+from esjax.exchange.gradient_sums import TAIL, steps_per_nat
+from esjax.models.member import Loss, PairLoss, cross_entropy, over_sequences
+from esjax.models.model import Model, Params
+from esjax.replica.activation import Taps, find_taps, make_estimate_chunk
+from esjax.replica.carried_state import first_states
+from esjax.replica.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
+
+
+class LossEstimator(NamedTuple):
+    """Noise on weights, of which hosts exchange losses.
+
+    Attributes:
+        noise: How members differ.
+        loss: `(params, windows, key) -> loss` of a pair.
+        zeros: Totals of no pairs.
+        pair_bytes: Memory that the noise of a pair takes where it is written out.
+        noise_bytes: Memory that the noise of a pair takes where it is summed.
+    """
+
+    noise: Noise
+    loss: PairLoss
+    zeros: Totals
+    pair_bytes: int
+    noise_bytes: int
+
+    @property
+    def numbers(self) -> int:
+        """Length of a gradient sum: there is none."""
+        return 0
+
+    @property
+    def scale(self) -> float:
+        """See `SumEstimator`: there is none."""
+        return 0.0
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs whose noise is summed exactly at a time at most."""
+        return self.noise.exact_pairs
+
+
+class SumEstimator(NamedTuple):
+    """Noise on weights or on activations, of which hosts exchange gradient sums.
+
+    Attributes:
+        sum_chunk: See `esjax.replica.partial_sums`.
+        gradient: `(totals, scale, params) -> gradient`.
+        zeros: Totals of no pairs.
+        numbers: Length of the vectors of `sum_chunk`.
+        scale: Factor that makes their sum the estimate, times the number of pairs that count.
+        most_pairs: Pairs that `sum_chunk` takes at a time at most.
+        pair_bytes: Memory that the noise of a pair takes where it is written out.
+    """
+
+    sum_chunk: SumChunk
+    gradient: Callable[[Totals, Float[Array, ""], Params], Params]
+    zeros: Totals
+    numbers: int
+    scale: float
+    most_pairs: int
+    pair_bytes: int
+
+
+Estimator = LossEstimator | SumEstimator
+"""How a run estimates the gradient."""
+
+
+def make_estimator(
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool = False
+) -> Estimator:
+    """Choose the functions that the settings ask for.
+
+    Args:
+        config: Settings.
+        model: The architecture.
+        params: Its parameters, for their shapes.
+        units: Size of a typical entry of each leaf.
+        loss: Loss of one member on one window, the burn-in included. None: cross entropy.
+        packed: Whether noise stays packed until it is used, see `esjax.core.signs`; for accelerators.
+
+    Raises:
+        EsjaxError: The model or the loss does not allow noise on activations; or sums are of fewer pairs at a time
+            than the settings ask for.
+    """
+    estimator = _make(config, model, params, units, loss, packed)
+    if isinstance(estimator, SumEstimator) and (config.es.chunk_pairs or 0) > estimator.most_pairs:
+        raise EsjaxError(
+            f"es.chunk_pairs must be at most {estimator.most_pairs}, so that sums are exact, got "
+            f"{config.es.chunk_pairs}; lower it, or leave it out"
+        )
+    return estimator
+
+
+def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool) -> Estimator:
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    es, data = config.es, config.data
+    carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
+    numbers = size + carried + TAIL if es.sums(size) else 0
+    if loss is not None and es.exchange == "auto":
+        numbers = 0  # sums have room for differences of the size of nats, and nobody knows that of another loss
+    if es.space == "activation":
+        return _on_activations(config, model, params, units, loss, numbers, packed)
+    noise = Noise(
+        sigma=es.sigma,
+        rank=es.rank if es.space == "low_rank" else 0,
+        gaussian=es.noise == "gaussian",
+        split=es.pairing == "split",
+        units=units,
+        packed=packed,
+    )
+    layout = noise.lay_out(params)
+    pair_loss = over_sequences(model, loss or cross_entropy(data.burn_in))
+    evaluate_chunk = evaluate(pair_loss, noise, chunk_pairs=MOST_SUMMED_PAIRS, precision=es.precision)
+    if loss is not None:  # one that cannot be is refused now, not in the first step
+        windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
+        try:
+            jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
+        except EsjaxError as error:
+            raise EsjaxError(str(error)) from None  # without the many frames of JAX
+    noise_bytes = 4 * layout.numbers
+    pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
+    if not numbers:
+        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes)
+    is_sign = es.shaping == "sign"
+    sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
+    scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
+    most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
+    return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), numbers, scale, most_pairs, pair_bytes)
+
+
+def _on_activations(
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, numbers: int, packed: bool
+) -> Estimator:
+    es, data = config.es, config.data
+    if loss is not None:
+        raise EsjaxError(
+            "es.space activation rewards every token by its cross entropy; a loss of one's own needs another"
+        )
+    if not model.tapped:
+        raise EsjaxError(
+            "the model has no taps for es.space activation; give it some (docs/extending.md), or perturb weights"
+        )
+    try:
+        taps = find_taps(model, params)
+    except ValueError as error:
+        raise EsjaxError(f"es.space activation: {error}") from error
+    _check_names(taps, es.layer_sigma, es.layer_discount)
+    names = [*taps.consume, *taps.predict]
+    estimate_chunk = make_estimate_chunk(
+        model,
+        taps,
+        sigma=dict.fromkeys(names, es.sigma) | es.layer_sigma,
+        discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
+        copies=es.copies,
+        burn_in=data.tokens_before,
+        exact_logits=es.exact_logits,
+        precision=es.precision,
+        packed=packed,
+    )
+    tokens = data.batch_size * data.window
+    steps = steps_per_nat(tokens * es.pairs_with_room)
+    sum_chunk = make_sum_of_activations(model, estimate_chunk, units, es.pairs_with_room, tokens, steps)
+    treedef = jax.tree.structure(params)
+
+    def gradient(totals: Totals, scale: Float[Array, ""], params: Params) -> Params:
+        whole = jax.tree.unflatten(treedef, totals)
+        return jax.tree.map(lambda leaf, unit: leaf.astype(jnp.float32) * (scale / unit), whole, units)
+
+    zeros = [jnp.zeros(leaf.shape, jnp.int32) for leaf in jax.tree.leaves(params)]
+
+    noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
+    pair_bytes = 4 * data.batch_size * noise
+    scale = 1 / (steps * tokens)
+    return SumEstimator(sum_chunk, gradient, zeros, numbers, scale, MOST_SUMMED_PAIRS, pair_bytes)
+
+
+def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:
+    known = {"layer_sigma": [*taps.consume, *taps.predict], "layer_discount": [*taps.consume]}
+    for setting, names in (("layer_sigma", sigma), ("layer_discount", discount)):
+        for name in names:
+            if name not in known[setting]:
+                raise EsjaxError(f"es.{setting} names {name!r}; the model has {', '.join(known[setting])}")

@@ -1,0 +1,58 @@
+"""What a person hears of steps that change little or nothing: once, and again after they have stayed away a while."""
+
+from collections.abc import Mapping
+
+from esjax.config.settings import Config
+from esjax.exchange.values import Conclusion
+from esjax.replica.optimizer import last_step
+
+QUIET = 100
+"""Steps without trouble of a kind after which it is reported anew."""
+
+
+class Notices:
+    """What was reported so far."""
+
+    def __init__(self, config: Config, custom: Mapping[str, str]) -> None:
+        """Begin with nothing.
+
+        Args:
+            config: Settings.
+            custom: Names of the run's custom parts, by kind.
+        """
+        self._last_step = None if "optimizer" in custom else last_step(config.optim, config.steps)
+        self._blamed = "".join(
+            f" (the run's own {kind}, {name})" for kind, name in custom.items() if kind in ("loss", "reward")
+        )
+        self._noticed: dict[tuple[bool, bool], int] = {}
+
+    def line(self, step: int, pairs: int, concluded: Conclusion) -> str:
+        """Say what keeps a step from its update, or pairs from counting; "" if that was said a short time before.
+
+        It also says once that the learning rate has come to 0, if the run goes on all the same.
+
+        Args:
+            step: Steps done, this one included.
+            pairs: Pairs that were scored.
+            concluded: What came of them.
+        """
+        trouble, void_pairs = concluded.trouble, concluded.void_pairs
+        if not trouble and not void_pairs:
+            return self._end(step)
+        kind = (bool(trouble), bool(void_pairs))
+        before = self._noticed.get(kind)
+        self._noticed[kind] = step
+        if before is not None and step - before <= QUIET:
+            return ""
+        what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
+        return f"step {step}: {what}{self._blamed}; {'no update' if trouble else 'they do not count'}"
+
+    def _end(self, step: int) -> str:
+        last = self._last_step
+        if last is None or step <= last:
+            return ""
+        self._last_step = None
+        return (
+            f"step {step}: optim.schedule cosine has ended at step {last}; the learning rate stays 0, and the "
+            "weights as they are; to train longer, begin a run with a larger optim.decay_steps"
+        )

@@ -1,0 +1,65 @@
+"""From settings to an optax transformation; `esjax.replica.transformation` takes any other as well."""
+
+import jax
+import optax
+
+from esjax.config.settings import OptimConfig
+from esjax.errors import EsjaxError
+
+DECAY_STEPS = 100
+"""Step at which inverse_sqrt has fallen to 71%, unless the settings say another."""
+
+
+def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
+    """Build the learning rate as a function of the step.
+
+    After a linear warm-up of `warmup_steps`: constant; cosine, down to 0 at `decay_steps`; or inverse_sqrt, which
+    falls as 1 / sqrt(1 + step / decay_steps) and needs no end to be known.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: Length of the run, in place of `decay_steps` where that is not set.
+
+    Raises:
+        EsjaxError: The schedule is cosine and has no end.
+    """
+    peak = config.learning_rate
+    if config.schedule == "cosine":
+        end = config.decay_steps or steps
+        if end is None:
+            raise EsjaxError("optim.schedule cosine needs optim.decay_steps or steps, to know where it ends")
+        after = optax.cosine_decay_schedule(peak, max(end - config.warmup_steps, 1))
+    elif config.schedule == "inverse_sqrt":
+
+        def after(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+            return peak * (1 + step / (config.decay_steps or DECAY_STEPS)) ** -0.5
+    else:
+        after = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return after
+    # The first step is (1 / warmup_steps) of the peak, not 0: a step of size 0 would be wasted.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def last_step(config: OptimConfig, steps: int | None) -> int | None:
+    """Return the number of steps after which the learning rate is 0 for good; None: it never is.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: See `learning_rate`.
+    """
+    end = config.decay_steps or steps
+    if config.schedule != "cosine" or end is None:
+        return None
+    return max(end, config.warmup_steps + 1)
+
+
+def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:
+    """Build the optimizer by name: adam (Kingma & Ba 2015) or sgd with momentum, with decoupled weight decay."""
+    if config.optimizer == "adam":
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    else:
+        direction = optax.trace(config.momentum)
+    decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    return optax.chain(direction, *decay, optax.scale_by_learning_rate(learning_rate(config, steps)))

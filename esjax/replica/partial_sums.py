@@ -1,0 +1,125 @@
+"""(params, seeds, windows) -> one vector of integers: a chunk's part of a gradient sum, see `esjax.exchange`."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+
+from esjax.core.gradient import weigh
+from esjax.core.noise import Noise
+from esjax.core.population import Evaluate
+from esjax.core.seeds import fold
+from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
+from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
+from esjax.models.model import Model
+from esjax.replica.activation import EstimateChunk
+from esjax.replica.carried_state import among_zeros, states_of
+from esjax.replica.update import TrainState
+
+
+class Chunk(NamedTuple):
+    """Pairs of a step that one device takes at a time.
+
+    Attributes:
+        pairs: Their numbers.
+        seeds: Of their noise.
+        windows: What they read.
+        are_there: Whether each is one; the others fill up a last chunk and count for nothing.
+    """
+
+    pairs: UInt32[Array, " pairs"]
+    seeds: UInt32[Array, "pairs 2"]
+    windows: Int[Array, "pairs sequences length"]
+    are_there: Bool[Array, " pairs"]
+
+
+SumChunk = Callable[[TrainState, Chunk], Int[Array, " numbers"]]
+"""`(state, chunk) -> vector`."""
+
+
+def make_sum_of_activations(
+    model: Model, estimate_chunk: EstimateChunk, units: PyTree, pairs: int, tokens: int, steps: float
+) -> SumChunk:
+    """Make the function for noise on activations.
+
+    Args:
+        model: The architecture.
+        estimate_chunk: See `esjax.replica.activation`.
+        units: Size of a typical entry of each leaf, see `Model.units`; the sum is in these units.
+        pairs: Pairs of a step that sums must have room for.
+        tokens: Tokens that a pair is scored on.
+        steps: Resolution, see `steps_per_nat`, with room for the tokens of all pairs of a step.
+    """
+
+    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
+        here, sequences, length = chunk.windows.shape
+        of_sequences = fold(chunk.seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
+        are_all_there = jnp.repeat(chunk.are_there, sequences)
+        begin = states_of(model, state.params, state.carried, chunk.pairs)
+        found = estimate_chunk(state.params, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin)
+        # Parts of this size at most add up to `LARGEST` at most.
+        most = jnp.minimum(steps * HEADROOM * tokens * jnp.sum(chunk.are_there, dtype=jnp.float32), 2.0**30)
+        whole = jax.tree.map(
+            lambda leaf, unit: jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most), found.gradient, units
+        )
+        finite, losses = found.finite.reshape(here, sequences), found.losses.reshape(here, sequences)
+        ends = among_zeros(found.end, found.finite, state.carried, chunk.pairs)
+        return _join(whole, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
+
+    return sum_chunk
+
+
+def make_sum_of_weights(
+    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
+) -> SumChunk:
+    """Make the function for noise on weights.
+
+    No host knows the differences of all pairs here, so a z-score is over their spread in the step before; in a first
+    step only signs count. A chunk holds at most `Noise.exact_pairs`.
+
+    Args:
+        noise: How members differ.
+        evaluate_chunk: See `esjax.core.evaluate`.
+        shaping: How a difference becomes a weight.
+        pairs: Pairs of a step that sums must have room for.
+    """
+    weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
+
+    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
+        assert len(chunk.pairs) <= noise.exact_pairs  # float32 holds every integer up to 2^24
+        losses = evaluate_chunk(state.params, chunk.seeds, chunk.windows)
+        finite = is_finite(losses) & chunk.are_there
+        difference = jnp.where(finite, losses[:, 0] - losses[:, 1], 0.0)
+        if shaping == "sign":
+            weights = jnp.sign(difference)
+        else:
+            in_spreads = difference / jnp.maximum(state.spread, 1e-30)
+            deviations = jnp.where(state.spread > 0, in_spreads, jnp.sign(difference))
+            weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
+        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8))
+        return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
+
+    return sum_chunk
+
+
+def _join(
+    total: PyTree,
+    ends: Int[Array, " states"],
+    finite: Bool[Array, " pairs"],
+    losses: Float[Array, " pairs"],
+    differences: Float[Array, " pairs"],
+    room: int,
+) -> Int[Array, " numbers"]:
+    def sum_up(values: Float[Array, " pairs"], steps: int) -> Int[Array, ""]:
+        whole = jnp.rint(jnp.clip(jnp.where(finite, values, 0.0) * steps, -(2.0**30), 2.0**30)).astype(jnp.int32)
+        most = LARGEST // room  # a pair: so no sum over a step overflows
+        return jnp.sum(jnp.clip(whole, -most, most))
+
+    gradient, _ = ravel_pytree(total)
+    tail = jnp.stack(
+        [jnp.sum(finite, dtype=jnp.int32), sum_up(losses, LOSS_STEPS), sum_up(differences, DIFFERENCE_STEPS)]
+    )
+    return jnp.concatenate([gradient.astype(jnp.int32), ends, tail])

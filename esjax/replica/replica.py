@@ -1,0 +1,386 @@
+"""A host's copy of the run: it scores pairs and applies updates, and knows neither clock nor file nor network."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
+
+from esjax.config.settings import Config
+from esjax.core.gradient import estimate, weigh
+from esjax.core.noise import Noise, Totals
+from esjax.core.population import deal, evaluate
+from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
+from esjax.core.shaping import Shaped
+from esjax.core.units import in_units
+from esjax.data.packing import check_stream, draw_windows, follow_windows
+from esjax.errors import EsjaxError
+from esjax.exchange.update_record import Span, pairs_of, unpack_update
+from esjax.flags import default_flags
+from esjax.models.check import check_float32
+from esjax.models.member import Loss, PairLoss
+from esjax.models.model import Model, Params
+from esjax.replica import chunking
+from esjax.replica.carried_state import first_states
+from esjax.replica.estimator import LossEstimator, make_estimator
+from esjax.replica.optimizer import make_optimizer
+from esjax.replica.partial_sums import Chunk, SumChunk
+from esjax.replica.streams import INIT, WINDOWS
+from esjax.replica.transformation import fit_optimizer
+from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
+
+
+class Replica:
+    """Parameters, optimizer state, and the compiled functions that move them on.
+
+    Attributes:
+        model: The architecture.
+        units: Size of a typical entry of each leaf.
+        state: Everything that a later step depends on.
+        chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
+            call and the devices, as long as it comes with the same others in a whole chunk.
+        granule: Pairs that all devices together evaluate at a time; with fewer, some are idle.
+        numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
+        scale: Factor that makes a sum the estimate, times the number of pairs that count.
+        halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
+    """
+
+    @default_flags()
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        stream: Integer[np.ndarray, " length"] | None,
+        mesh: Mesh,
+        loss: Loss | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> None:
+        """Make the first parameters and set up the functions; nothing is compiled yet.
+
+        Args:
+            config: Settings of the run.
+            model: The architecture.
+            stream: Packed training documents, see `use_tokens`. None: nothing is scored, or not yet.
+            mesh: Devices that share the population, of this process or of several.
+            loss: Loss of one member on one window, the burn-in included. None: cross entropy.
+            optimizer: Any optax transformation. None: the one that the settings name.
+
+        Raises:
+            EsjaxError: The text is shorter than a window, a parameter of the model is not float32, or the optimizer
+                needs more than there is.
+        """
+        params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
+        check_float32(params)
+        units = model.units(params)
+        if optimizer is None:
+            optimizer = make_optimizer(config.optim, config.steps)
+        else:
+            optimizer = fit_optimizer(optimizer, params)
+        estimator = make_estimator(config, model, params, units, loss, packed=not chunking.is_cpu(mesh))
+        data, es = config.data, config.es
+        window_length = data.tokens_before + data.window
+
+        def draw(tokens: Array, streams: _Streams, step: Array, pairs: UInt32[Array, " pairs"]) -> Array:
+            """Draw the windows of some pairs."""
+            if data.carry:
+                places = pair_seeds(streams.windows, 0, pairs)
+                return follow_windows(tokens, places, data.batch_size, window_length, step)
+            groups = pairs // es.pairs_a_window
+            window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
+            return draw_windows(tokens, window_seeds, data.batch_size, window_length)
+
+        chunk_pairs = es.chunk_pairs or chunking.chunk_pairs(config, estimator, mesh)
+        self.model = model
+        self.units = units
+        self.chunk_pairs = chunk_pairs
+        self.granule = chunk_pairs * mesh.size
+        self.numbers = estimator.numbers
+        self.scale = estimator.scale
+        self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
+        self._mesh = mesh
+        self._window_length = window_length
+        self._scored_at_once = chunking.shape_of_call(
+            chunking.call_pairs(config, chunking.CALL_PAIRS), chunk_pairs, mesh
+        )
+        apply = make_apply(optimizer, units, config.optim.average)
+        if isinstance(estimator, LossEstimator):
+            weighed_pairs = chunking.weighed_pairs(config, estimator, mesh)
+            self._weighed_at_once = chunking.shape_of_call(
+                chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
+            )
+            self._score, self._weigh, self._weigh_and_apply = _for_losses(
+                estimator.noise, estimator.loss, draw, apply, config, mesh, chunk_pairs, weighed_pairs
+            )
+            self._no_totals = self._on_every_device(estimator.zeros)
+        else:
+            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.numbers, mesh)
+            self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
+
+        def skip(state: TrainState) -> TrainState:
+            carried = first_states(config, model, state.params)
+            return dataclasses.replace(state, step=state.step + 1, carried=carried)
+
+        self._skip = jax.jit(skip)
+        first = init_state(params, in_units(optimizer, units), first_states(config, model, params))
+        self.state: TrainState = self._on_every_device(first)
+        # Arguments, not constants: a run of another seed finds its programs compiled already.
+        streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
+        self._streams = self._on_every_device(streams)
+        self._tokens: Array | None = None
+        if stream is not None:
+            self.use_tokens(stream)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """List those that share the population."""
+        return list(self._mesh.devices.flat)
+
+    @default_flags()
+    def use_tokens(self, stream: Integer[np.ndarray, " length"]) -> None:
+        """Score on this text from now on.
+
+        Args:
+            stream: Packed training documents, of the smallest type that holds their ids, since every device has a copy.
+                Another length or type is compiled for anew.
+
+        Raises:
+            EsjaxError: The text is shorter than a window.
+        """
+        check_stream(len(stream), self._window_length)
+        self._tokens = self._on_every_device(stream)
+
+    @default_flags()
+    def use_params(self, params: Params) -> None:
+        """Go on from these parameters, with everything else as it is."""
+        self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
+
+    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]:
+        """Return what hosts exchange of some spans of pairs: the losses, or a sum for each span."""
+        if self.numbers:
+            return np.stack([self.sums(pairs_of([span])) for span in spans])
+        return self.losses(pairs_of(spans))
+
+    def update(self, payload: bytes) -> tuple[float | None, float | None]:
+        """Go one step on.
+
+        Args:
+            payload: The update, as it is published and kept in the ledger.
+
+        Returns:
+            Norms of the estimate and of the update; None for a void step.
+
+        Raises:
+            EsjaxError: The update is of another step, pairing or model.
+        """
+        update = unpack_update(payload)
+        step = int(self.state.step)
+        if update.header.step != step:
+            raise EsjaxError(f"update {update.header.step} came to a state at step {step}")
+        if not update.header.applied:
+            self.skip()
+            return None, None
+        if update.weights.shape[1:] != self.halves:
+            raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
+        if update.header.numbers != self.numbers:
+            raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {self.numbers}")
+        # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
+        loss = math.nan if update.header.loss is None else update.header.loss
+        if self.numbers:
+            info = self.apply_sum(update.weights, update.header.scale, loss)
+        else:
+            info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
+        return float(info.gradient_norm), float(info.update_norm)
+
+    def warm_up(self) -> None:
+        """Run everything once, so that the first step is as fast as the others."""
+        first = self.state
+        pairs = np.arange(self.granule, dtype=np.uint32)
+        if self.numbers:
+            self.apply_sum(self.sums(pairs), 0.0)
+        else:
+            self.losses(pairs)
+            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0)
+        self.state = first
+
+    @default_flags()
+    def losses(self, pairs: Integer[np.ndarray, " pairs"]) -> Float[np.ndarray, "pairs 2"]:
+        """Score both members of some pairs of the present step, with the present parameters.
+
+        Args:
+            pairs: Indices, from 0 to 2^32 - 1, in any order; at least one.
+        """
+        assert self._tokens is not None, "there is nothing to score on before use_tokens"
+        calls = [
+            self._score(self.state.params, self._tokens, self._streams, self.state.step, part, count)
+            for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32))
+        ]
+        return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
+
+    @default_flags()
+    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
+        """Add up what some pairs of the present step say, see `esjax.exchange.gradient_sums`.
+
+        Args:
+            pairs: Indices, as for `losses`; whole chunks, as they are cut, but for the last.
+        """
+        assert self._tokens is not None, "there is nothing to score on before use_tokens"
+        total = np.zeros(self.numbers, np.int32)
+        done = 0
+        for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32)):
+            left = np.int32(len(pairs) - done)
+            total += np.asarray(self._sum(count, part, self.state, self._tokens, self._streams, left))
+            done += part.size
+        return total
+
+    @default_flags()
+    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
+        """Update with the sum of what the step's pairs say; see `apply`."""
+        return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
+
+    @default_flags()
+    def apply(
+        self,
+        pairs: Integer[np.ndarray, " pairs"],
+        weights: Int8[np.ndarray, " pairs *halves"],
+        scale: float,
+        loss: float = math.nan,
+    ) -> UpdateInfo:
+        """Update with the shaped weights of the step's pairs; one that is left out counts as weight 0.
+
+        The loss is the mean of the step, which goes to optimizers that take a `value`.
+
+        An update that is not finite is skipped: `update_norm` tells.
+        """
+        totals = self._no_totals
+        *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
+        for part in calls:
+            totals = self._weigh(self.state, self._streams, totals, *part)
+        # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
+        scalars = np.float32(scale), np.float32(loss)
+        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, *scalars, *last))
+
+    def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
+        if np.isfinite(info.update_norm):
+            self.state = state
+        else:
+            self.skip()
+        return info
+
+    @default_flags()
+    def skip(self) -> None:
+        """Count a step that was found void; the parameters stay as they are.
+
+        Carried states start anew: the next windows begin where those of this step end, and a void step leaves no word
+        of the states there.
+        """
+        self.state = self._skip(self.state)
+
+    def _on_every_device(self, tree: Any) -> Any:
+        """Copy arrays to all devices, those of other processes included: each process copies its own."""
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+
+        def copy(leaf: jax.typing.ArrayLike) -> Array:
+            values = np.asarray(leaf)
+            return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
+
+        return jax.tree.map(copy, tree)
+
+
+def _for_losses(
+    noise: Noise,
+    loss: PairLoss,
+    draw: Callable[..., Array],
+    apply: Apply,
+    config: Config,
+    mesh: Mesh,
+    chunk_pairs: int,
+    weighed_pairs: int,
+) -> tuple[Callable[..., Array], Callable[..., Totals], Callable[..., tuple[TrainState, UpdateInfo]]]:
+    """Compile what a step consists of where losses are exchanged: scores, sums of noise, and the update."""
+
+    def pair_loss(params: Params, example: _Example, key: Array) -> Array:
+        # The windows of a pair are drawn where they are read: those of all pairs would be drawn by every device.
+        tokens, streams, step, pair = example
+        return loss(params, draw(tokens, streams, step, pair[None])[0], key)
+
+    losses = evaluate(
+        pair_loss,
+        noise,
+        batch_axis=_Example(None, None, None, 0),
+        mesh=mesh,
+        chunk_pairs=chunk_pairs,
+        precision=config.es.precision,
+    )
+
+    def score(params: Params, tokens: Array, streams: _Streams, step: Array, pairs: Array, count: Array) -> Array:
+        seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
+        return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
+
+    sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
+    gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)
+
+    def weigh_pairs(
+        state: TrainState, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
+    ) -> Totals:
+        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals)
+
+    def weigh_and_apply(
+        state: TrainState,
+        streams: _Streams,
+        totals: Totals,
+        scale: Array,
+        loss: Array,
+        count: Array,
+        pairs: Array,
+        weights: Array,
+    ) -> tuple[TrainState, UpdateInfo]:
+        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        shaped = Shaped(weights.reshape(pairs.size, *weights.shape[2:]), scale, 0)
+        return apply(state, gradient(state.params, seeds, shaped, count, totals), loss)
+
+    return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
+
+
+def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mesh: Mesh) -> Callable[..., Array]:
+    """Compile what a step consists of where sums are exchanged."""
+
+    def add(
+        chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
+    ) -> Array:
+        ours, are_there = pairs[chunk], jnp.arange(pairs.shape[1]) < left - chunk * pairs.shape[1]
+        seeds = pair_seeds(streams.perturbations, state.step, ours)
+        windows = draw(tokens, streams, state.step, ours)
+        return total + sum_chunk(state, Chunk(ours, seeds, windows, are_there))
+
+    add_all = deal(mesh, add)
+
+    def sum_pairs(
+        count: Array, pairs: Array, state: TrainState, tokens: Array, streams: _Streams, left: Array
+    ) -> Array:
+        chunks = -(-count // pairs.shape[1])
+        return add_all(chunks, jnp.zeros(numbers, jnp.int32), state, tokens, streams, pairs, left)
+
+    return jax.jit(sum_pairs)
+
+
+class _Streams(NamedTuple):
+    """Seeds of the run's streams of keys."""
+
+    perturbations: UInt32[Array, "2"]
+    windows: UInt32[Array, "2"]
+
+
+class _Example(NamedTuple):
+    """What the loss of a pair is a function of: the text, what draws a window of it, and the pair's number."""
+
+    tokens: Any
+    streams: Any
+    step: Any
+    pair: Any

@@ -1,0 +1,123 @@
+"""One update: from an estimate of the gradient to the next parameters."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from esjax.core.noise import Totals
+from esjax.core.units import in_units
+from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, TAIL
+from esjax.models.model import Params
+from esjax.replica.carried_state import Carried, take
+
+NORMAL_DEVIATION = (math.pi / 2) ** 0.5
+"""Standard deviation of a normal variable whose mean size is 1."""
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a later step depends on.
+
+    Attributes:
+        step: Number of updates applied or found void, int32.
+        params: The parameters around which members are perturbed.
+        opt_state: State of the optax transformation.
+        average: The parameters to evaluate and generate with: a running average of `params`.
+        spread: Standard deviation of the pairs' differences in the last step, in nats, where hosts hand in sums of
+            weighted perturbations; else 0.
+        carried: States that the next step's windows begin with, see `carried_state`; () if they are not carried.
+    """
+
+    step: PyTree
+    params: PyTree
+    opt_state: PyTree
+    average: PyTree
+    spread: PyTree
+    carried: PyTree
+
+
+class UpdateInfo(NamedTuple):
+    """What one update did.
+
+    Attributes:
+        gradient_norm: Euclidean norm of the estimate, in units of each leaf.
+        update_norm: Euclidean norm of the change of the parameters, in units of each leaf.
+    """
+
+    gradient_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+
+
+Apply = Callable[[TrainState, Params, Float[Array, ""]], tuple[TrainState, UpdateInfo]]
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, carried: Carried = ()) -> TrainState:
+    """Start a run from its first parameters, and from `first_states` if it carries them."""
+    opt_state, spread = optimizer.init(params), jnp.float32(0)
+    return TrainState(jnp.int32(0), params, opt_state, average=params, spread=spread, carried=carried)
+
+
+def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_fraction: float) -> Apply:
+    """Make the function that turns an estimate of the gradient into the next state.
+
+    Args:
+        optimizer: Any optax transformation; it sees the gradient, and the parameters, in units of each leaf.
+        units: Size of a typical entry of each leaf, see `Model.units`.
+        average_fraction: Part of the run, in (0, 1], over which `TrainState.average` looks back, by
+            polynomial-decay averaging (Shamir & Zhang 2013, section 4); 0: no averaging.
+
+    Returns:
+        `(state, gradient, loss) -> (state, info)`; the loss of the step goes to optimizers that take a `value`. Jit it.
+    """
+    scaled = in_units(optimizer, units)
+
+    def apply(state: TrainState, gradient: Params, loss: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
+        updates, opt_state = scaled.update(gradient, state.opt_state, state.params, value=loss)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        step = state.step + 1
+        if average_fraction == 0:
+            average = params
+        else:
+            share = 1 / (average_fraction * state.step.astype(jnp.float32) + 1)
+            average = jax.tree.map(lambda old, new: old + share * (new - old), state.average, params)
+        slope = jax.tree.map(lambda leaf, unit: leaf * unit, gradient, units)
+        change = jax.tree.map(lambda leaf, unit: leaf / unit, updates, units)
+        info = UpdateInfo(optax.tree.norm(slope), optax.tree.norm(change))
+        return TrainState(step, params, opt_state, average, state.spread, state.carried), info
+
+    return apply
+
+
+def make_apply_sum(
+    apply: Apply, gradient: Callable[[Totals, Float[Array, ""], Params], Params], zeros: Totals
+) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
+    """Make the function that turns a sum of vectors, see `esjax.exchange.gradient_sums`, into the next state.
+
+    Args:
+        apply: See `make_apply`.
+        gradient: `(totals, scale, params) -> gradient`.
+        zeros: Totals of nothing, for their shapes.
+
+    Returns:
+        `(state, total, scale, loss) -> (state, info)`. Jit it.
+    """
+    flat, unravel = ravel_pytree(zeros)
+
+    def apply_sum(
+        state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""], loss: Float[Array, ""]
+    ) -> tuple[TrainState, UpdateInfo]:
+        state, info = apply(state, gradient(unravel(total[: flat.size]), scale, state.params), loss)
+        counted, _, differences = total[-TAIL:].astype(jnp.float32)
+        spread = NORMAL_DEVIATION * differences / DIFFERENCE_STEPS / jnp.maximum(counted, 1)
+        carried = take(total[flat.size : -TAIL], state.carried)
+        return dataclasses.replace(state, spread=spread, carried=carried), info
+
+    return apply_sum

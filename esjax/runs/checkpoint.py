@@ -1,0 +1,330 @@
+"""Training states on disk; the only file that knows orbax.
+
+    checkpoints/120/seal.json    progress of the run, and a hash of every file of the state
+    checkpoints/120/state/       the state, as orbax writes it
+
+A checkpoint gets its step's number as a name when it is complete. One whose files do not agree with its seal is
+damaged: reading passes over it for the one before, and writing sets it aside.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from esjax.errors import EsjaxError
+from esjax.models.model import Params
+from esjax.replica.snapshot import leaf_types
+from esjax.replica.update import TrainState
+from esjax.runs.durable import disk_error, write_durably
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
+
+SEAL = "seal.json"
+STATE = "state"
+ROOM = "room"
+
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""What a system says of a file that is missing, is none, or lies in a bad place of the disk."""
+
+LEAF_BYTES, MORE_BYTES = 512, 2**17
+"""What a checkpoint takes on disk beside its numbers at most: for each leaf, and in all."""
+
+PLAIN = re.compile(r"[\w/ .,=+@-]*")
+"""A path in which every character stands for itself, for orbax too."""
+
+
+class Restored(NamedTuple):
+    """A state read back.
+
+    Attributes:
+        state: As it was saved.
+        seconds: Training time until then, from the first finished step.
+        member_tokens: Tokens evaluated until then, times members.
+    """
+
+    state: TrainState
+    seconds: float
+    member_tokens: int
+
+
+class Weights(NamedTuple):
+    """The part of a state that a model is used with, whatever it was trained by.
+
+    Attributes:
+        step: Steps done, int32.
+        params: The parameters around which members are perturbed.
+        average: The parameters to evaluate and generate with.
+    """
+
+    step: PyTree
+    params: PyTree
+    average: PyTree
+
+
+class Checkpoints:
+    """The checkpoints of a run, the newest few of them kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Open the folder for writing; make it if it is not there, and set damaged checkpoints aside."""
+        self._folder = folder
+        self._keep = keep
+        folder.mkdir(exist_ok=True)
+        with _plain_path(folder):  # see now, not after the first minute of training, that there is one
+            pass
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path)
+        for step in kept_steps(folder):
+            path = folder / str(step)
+            if _damage(path):
+                os.replace(path, _unused(folder / f"{step}.damaged"))
+
+    @property
+    def newest(self) -> int:
+        """Step of the newest checkpoint; 0 if there is none."""
+        return max(kept_steps(self._folder), default=0)
+
+    def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
+        """Write a state; a step that is there already is not written again.
+
+        Raises:
+            DiskError: The disk is full, or cannot be written; the checkpoints before stay as they are.
+        """
+        step = int(state.step)
+        path = self._folder / str(step)
+        if path.exists():
+            return
+        partial = path.with_suffix(".partial")
+        try:
+            _see_room(partial, state)
+            with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
+                checkpointer.save(plain / partial.name / STATE, jax.tree.map(np.asarray, state))
+            seal = {
+                "seconds": seconds,
+                "member_tokens": member_tokens,
+                "leaves": leaf_types(state),
+                "files": _hashes(partial / STATE),
+            }
+            write_durably(partial / SEAL, json.dumps(seal))
+            os.replace(partial, path)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
+        for old in kept_steps(self._folder)[self._keep :]:
+            doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
+            os.replace(self._folder / str(old), doomed)
+            shutil.rmtree(doomed)
+
+
+def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
+    """Read the newest checkpoint that is whole, see `find_newest`.
+
+    Raises:
+        EsjaxError: There is none, or it holds the state of another model.
+    """
+    restored = find_newest(folder, like, tell)
+    if restored is None:
+        raise _nothing_whole(folder)
+    return restored
+
+
+def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:
+    """Read the newest checkpoint that is whole; None: there is none.
+
+    Args:
+        folder: The run's checkpoints.
+        like: A state of the same structure, shapes and dtypes, with the shardings to restore to.
+        tell: Called with a line for each checkpoint that is passed over.
+
+    Raises:
+        EsjaxError: It holds the state of another model.
+    """
+    path = _newest_whole(folder, tell)
+    if path is None:
+        return None
+    seal = _check_leaves(path, like, lambda name: True)
+    with _plain_path(path) as plain, _checkpointer() as checkpointer:
+        state = checkpointer.restore(plain / STATE, like)
+    return Restored(state, seal["seconds"], seal["member_tokens"])
+
+
+def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> Weights:
+    """Read the weights of the newest checkpoint that is whole; the state of the optimizer is left alone.
+
+    Args:
+        folder: The run's checkpoints.
+        like: Parameters of the same structure, shapes and dtypes, with the shardings to restore to.
+        tell: Called with a line for each checkpoint that is passed over.
+
+    Raises:
+        EsjaxError: There is none, or it holds the weights of another model.
+    """
+    path = _newest_whole(folder, tell)
+    if path is None:
+        raise _nothing_whole(folder)
+    sharding = jax.tree.leaves(like)[0].sharding
+    wanted = Weights(jax.ShapeDtypeStruct((), np.int32, sharding=sharding), like, like)
+    _check_leaves(path, wanted, lambda name: name.startswith(tuple(f".{part}" for part in Weights._fields)))
+    found = ocp.args.PyTreeRestore(
+        wanted._asdict(),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted._asdict()),
+        partial_restore=True,
+    )
+    with (
+        _plain_path(path) as plain,
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer,
+    ):
+        return Weights(**checkpointer.restore(plain / STATE, args=found))
+
+
+def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    passed: set[int] = set()
+    while steps := [step for step in kept_steps(folder) if step not in passed]:
+        path = folder / str(steps[0])
+        damage = _damage(path)
+        if not damage:
+            return path
+        passed.add(steps[0])
+        if path.exists():  # or a run that goes on has deleted it, and written a newer one
+            tell(f"checkpoint {path} is damaged and passed over ({damage})")
+    return None
+
+
+def _nothing_whole(folder: Path) -> EsjaxError:
+    if kept_steps(folder):
+        return EsjaxError(
+            f"all checkpoints in {folder} are damaged; restore one from a copy, or resume the run if it keeps a ledger"
+        )
+    return EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: resume it")
+
+
+def digest(state: TrainState) -> str:
+    """Hash every bit of a state: equal digests, equal states."""
+    summary = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(state):
+        array = np.asarray(leaf)
+        summary.update(f"{array.dtype}{array.shape}".encode())
+        summary.update(np.ascontiguousarray(array).tobytes())
+    return summary.hexdigest()
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Open orbax for this process alone: of several that compute as one, a single one writes."""
+    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    this = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix="one")
+
+
+def _see_room(partial: Path, state: TrainState) -> None:
+    """See that a state can be written, for a moment: where a write fails, orbax's threads print hundreds of lines.
+
+    Raises:
+        OSError: It cannot: the disk is full, or read-only, or files may not grow so large.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    leaves = jax.tree.leaves(state)
+    size = sum(leaf.nbytes for leaf in leaves) + LEAF_BYTES * len(leaves) + MORE_BYTES
+    partial.mkdir(exist_ok=True)
+    with (partial / ROOM).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    (partial / ROOM).unlink()
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    r"""Yield a path to a folder that orbax reads letter by letter.
+
+    It takes `[`, `*` and `?` for a pattern, `\` for `/`, and `gs:` for storage elsewhere; a link stands for such names.
+
+    Raises:
+        EsjaxError: The folder for temporary files has such a name, too.
+    """
+    whole = folder.absolute()
+    if PLAIN.fullmatch(str(whole)):
+        yield whole
+        return
+    with tempfile.TemporaryDirectory(prefix="esjax-") as place:
+        link = Path(place) / "folder"
+        if not PLAIN.fullmatch(str(link)):
+            raise EsjaxError(
+                f"no checkpoint can be written in {str(whole)!r}, whose name has special characters; give another "
+                "--out, or set TMPDIR to a folder with a plain name"
+            )
+        link.symlink_to(whole)
+        yield link
+
+
+def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> dict[str, Any]:
+    """See that a checkpoint holds arrays like some, of those that count by their names; return its seal."""
+    seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+    expected, kept = leaf_types(like), seal["leaves"]
+    strange = [name for name in {**expected, **kept} if counts(name) and expected.get(name) != kept.get(name)]
+    if strange:
+        raise EsjaxError(
+            f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
+            f"{kept.get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own "
+            "again, or use the esjax that wrote it"
+        )
+    return seal
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """List the steps that have a checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def _damage(path: Path) -> str:
+    """Say what is wrong with a checkpoint, or "".
+
+    Raises:
+        EsjaxError: It may be whole, and cannot be looked at: a permission, too many open files, a network's mistake.
+    """
+    try:
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        files, _, _, _ = seal["files"], seal["leaves"], float(seal["seconds"]), int(seal["member_tokens"])
+        found = _hashes(path / STATE)
+    except OSError as error:
+        if error.errno not in LOST:
+            raise EsjaxError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its seal cannot be read: {_first_line(error)}"
+    changed = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
+    return f"changed since it was written: {changed[0]}" if changed else ""
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for path in files
+    }
+
+
+def _unused(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]

@@ -1,0 +1,403 @@
+"""What a run leaves on disk, except the checkpoints' own format.
+
+config.yaml       the settings; they start the same run again, but for what run.json names
+run.json          version of this layout, name of the run, hash of the text; names of a model, loss, reward or
+                  optimizer of its own, and of code in a file its path, function and hash
+vocabulary.json   the symbols, ids 2 and up in order
+metrics.jsonl     one line a step
+baselines.json    nats per token of the n-gram models over the held-out documents
+samples.txt       text written on the way
+tensorboard/      event files, and wandb/ those of Weights & Biases, if the run is shown there
+checkpoints/      see `esjax.runs.checkpoint`
+ledger            every update, if the run keeps them, see `esjax.runs.ledger`
+epoch             how often a coordinator was started
+address           where the coordinator listens, while it does, and the file that lets a host in
+keys/             who may join, see `esjax.hosts.transport.keys`
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+import msgspec
+
+import esjax
+from esjax.config.custom_names import MARK, OPTIONS, Code
+from esjax.config.settings import Config, from_yaml, to_yaml
+from esjax.data.vocabulary import Vocabulary, parse_vocabulary
+from esjax.errors import EsjaxError
+from esjax.runs.durable import try_lock, write_durably, write_new_folder, writing
+from esjax.runs.reader import find_runs
+
+RUN = "run.json"
+"""What makes a folder a run folder."""
+
+FORMAT = 2
+"""Version of the layout, and of the noise and the arithmetic of a run: folders of one format are replayed to the
+bit."""
+
+READABLE = (1, 2)
+"""Versions whose weights can be used."""
+
+LOCK_TRIES = 5
+"""How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs.reader`."""
+
+LONGEST_PATH = 768 if sys.platform == "darwin" else 3840
+"""Bytes of a run folder's path: a system takes 1024 or 4096, and checkpoints need 160 of them below it."""
+
+MOST_NAMED = 4
+"""Runs that are named where a folder of runs was given for one of them."""
+
+LOCK_PAUSE = 0.02
+"""Seconds between two tries."""
+
+
+class RunFolder:
+    """A run on disk, open for reading; `lock` it before writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing run.
+
+        Raises:
+            EsjaxError: It is not a run folder, or one of another version.
+        """
+        self.path = path
+        try:
+            there = path.is_dir()
+        except OSError as error:
+            raise EsjaxError(f"cannot look for the run folder {str(path)!r}: {error.strerror}") from error
+        if not there:
+            raise EsjaxError(f"there is no run folder {str(path)!r}")
+        run = self._read_json(RUN)
+        self._format = run.get("format")
+        if self._format not in READABLE:
+            raise EsjaxError(
+                f"{str(path)!r} is a run folder of format {self._format}, this is esjax {esjax.__version__} with "
+                f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
+            )
+        self.name: str = run.get("name", "")
+        self.text_digest: str = run.get("text_digest", "")
+        self.own: dict[str, str] = run.get("own", {})
+        self.code = self._read_code(run)
+        self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
+        self.vocabulary = self._read_vocabulary()
+        self._lock: IO[str] | None = None
+        self._is_made = False
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        vocabulary: Vocabulary,
+        text_digest: str,
+        own: Mapping[str, str] = MappingProxyType({}),
+        code: Mapping[str, Code] = MappingProxyType({}),
+    ) -> "RunFolder":
+        """Make a new run folder.
+
+        Args:
+            path: Where.
+            config: Settings.
+            vocabulary: Symbols.
+            text_digest: Hash of the text; "": there is none.
+            own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
+            code: Where those of them are that are code in a file.
+
+        Of several processes that make the same folder at the same time, one succeeds.
+
+        Raises:
+            EsjaxError: Something is there already, or it cannot be written; then nothing is left behind.
+        """
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise EsjaxError(f"the path of the run folder is longer than {LONGEST_PATH} bytes; give a shorter --out")
+        run = {
+            "format": FORMAT,
+            "esjax": esjax.__version__,
+            "name": secrets.token_hex(8),
+            "text_digest": text_digest,
+            "own": dict(own),
+            "code": msgspec.to_builtins(dict(code)),
+        }
+        files = {
+            "config.yaml": to_yaml(config),
+            "vocabulary.json": json.dumps(vocabulary.stored(), ensure_ascii=False) + "\n",
+            RUN: json.dumps(run) + "\n",  # the last: it makes the folder a run
+        }
+        try:
+            is_made = write_new_folder(path, files)
+        except FileExistsError as error:
+            raise EsjaxError(
+                f"{str(path)!r} exists already and is left alone; give another --out, or resume it"
+            ) from error
+        except OSError as error:
+            raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
+        folder = cls(path)
+        folder._is_made = is_made
+        return folder
+
+    def remove(self) -> None:
+        """Take back what `create` made, and all that came into it since; nobody else may be at it."""
+        for inside in list(self.path.iterdir()):
+            shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
+        if self._is_made:
+            self.path.rmdir()
+
+    def check_goes_on(self) -> None:
+        """See that this esjax makes the same updates as the one that began the run.
+
+        Raises:
+            EsjaxError: It makes others.
+        """
+        if self._format != FORMAT:
+            raise EsjaxError(
+                f"{str(self.path)!r} was trained by an earlier esjax, whose noise and updates differ (run folder of "
+                f"format {self._format}, this is {FORMAT}), so it cannot be resumed or replayed; evaluate, generate, "
+                "plot and export use its weights as they are"
+            )
+
+    def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
+        """See that what the run was given beside its settings is given again, see `check_own`."""
+        check_own(str(self.path), {kind: name for kind, name in self.own.items() if kind in kinds}, given, again)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        """File of the ledger."""
+        return self.path / "ledger"
+
+    @property
+    def address(self) -> str | None:
+        """Where the coordinator listens that has the run; None if there is none. A killed one leaves its last."""
+        return self._where()[0]
+
+    @property
+    def token(self) -> Path | None:
+        """What lets a host in there; None if nothing does, or if there are no keys."""
+        path = self._where()[1]
+        return Path(path) if path else None
+
+    def _where(self) -> tuple[str | None, str | None]:
+        try:
+            address, _, token = (self.path / "address").read_text(encoding="utf-8").partition("\n")
+        except FileNotFoundError:
+            return None, None
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsjaxError(f"cannot read {self.path / 'address'}: {error}") from error
+        return address or None, token.removesuffix("\n") or None  # the name of a file may hold a new line, too
+
+    @contextmanager
+    def keep_address(self, address: str, token: Path | None = None) -> Iterator[None]:
+        """Record where the coordinator listens, for as long as it does.
+
+        Args:
+            address: There.
+            token: File that lets a host in; None: there are no keys, or only others have one.
+
+        Raises:
+            EsjaxError: It cannot be written.
+        """
+        path = self.path / "address"
+        try:
+            write_durably(path, f"{address}\n{token.resolve() if token else ''}\n")
+        except OSError as error:
+            raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def next_epoch(self) -> int:
+        """Count a start of a coordinator, durably, and return its number, from 1 on.
+
+        Raises:
+            EsjaxError: It cannot be read or written.
+        """
+        path = self.path / "epoch"
+        try:
+            epoch = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
+            write_durably(path, f"{epoch}\n")
+        except (OSError, ValueError) as error:
+            raise EsjaxError(f"cannot count the coordinator's start in {str(path)!r}: {error}") from error
+        return epoch
+
+    def lock(self) -> None:
+        """Claim the run for this process, until it ends or `unlock` is called.
+
+        Raises:
+            EsjaxError: Another process trains it, or it cannot be written or locked.
+        """
+        try:
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise EsjaxError(f"cannot write the run folder {str(self.path)!r}: {error.strerror}") from error
+        for left in reversed(range(LOCK_TRIES)):
+            if try_lock(lock):
+                break
+            if not left:
+                lock.close()
+                raise EsjaxError(f"{str(self.path)!r} is being trained by another process; stop that one first")
+            time.sleep(LOCK_PAUSE)
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Give the run free."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def open_metrics(self, step: int, tell: Callable[[str], None]) -> IO[str]:
+        """Open the metrics for appending, without the lines of steps after `step`: they will be done again.
+
+        Args:
+            step: Steps done.
+            tell: Called with a line if there is none for some of them: it was torn, or never written.
+        """
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        there = {of: line for line in lines if 0 < (of := _step_of(line)) <= step}
+        if len(there) < step:
+            tell(f"{path} has no whole line for {step - len(there):,} of {step:,} steps; they stay left out")
+        if lines:
+            swap = path.with_suffix(".swap")
+            swap.write_text("".join(line + "\n" for line in there.values()), encoding="utf-8")
+            os.replace(swap, path)
+        return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
+
+    def keep_baselines(self, baselines: Mapping[str, float]) -> None:
+        """Record what the held-out loss is read against, for whoever looks at the run later.
+
+        Args:
+            baselines: Nats per token over the held-out documents, by n-gram model.
+
+        Raises:
+            EsjaxError: It cannot be written.
+        """
+        path = self.path / "baselines.json"
+        if not baselines or path.exists():
+            return
+        try:
+            write_durably(path, json_line(baselines) + "\n")
+        except OSError as error:
+            raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
+
+    def keep_config(self) -> None:
+        """Record the settings as they are now.
+
+        Raises:
+            DiskError: They cannot be written.
+        """
+        path = self.path / "config.yaml"
+        with writing(path):
+            write_durably(path, to_yaml(self.config))
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Append a text that the model wrote."""
+        with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
+            samples.write(f"--- step {step}\n{text}\n\n")
+
+    def _read_vocabulary(self) -> Vocabulary:
+        try:
+            return parse_vocabulary(self._read_json("vocabulary.json"))
+        except ValueError as error:
+            raise EsjaxError(f"{self.path / 'vocabulary.json'} is damaged; restore it from a copy") from error
+
+    def _read_code(self, run: Mapping[str, Any]) -> dict[str, Code]:
+        try:
+            return msgspec.convert(run.get("code", {}), dict[str, Code])
+        except msgspec.ValidationError as error:
+            raise EsjaxError(f"{self.path / RUN} is damaged: code: {error}; restore it from a copy") from error
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            if name != RUN and (self.path / RUN).exists():
+                raise EsjaxError(f"{str(self.path)!r} is damaged: it has no {name}; restore it from a copy") from error
+            inside = [str(path) for path in find_runs(self.path) if path != self.path]
+            more = " and more" if len(inside) > MOST_NAMED else ""
+            hint = f"; there {'is' if len(inside) == 1 else 'are'} {', '.join(inside[:MOST_NAMED])}{more}"
+            raise EsjaxError(
+                f"{str(self.path)!r} is not a run folder: it has no {name}{hint if inside else ''}"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise EsjaxError(f"cannot read {self.path / name}: {error}") from error
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self._read(name))
+        except json.JSONDecodeError as error:
+            raise EsjaxError(f"{self.path / name} is damaged: {error}; restore it from a copy") from error
+        if not isinstance(value, dict):
+            raise EsjaxError(f"{self.path / name} is damaged: it is no JSON object; restore it from a copy")
+        return value
+
+
+def check_own(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
+    """See that what weights were trained with beside their settings is given again.
+
+    Functions are known by their names alone, without the place where they were made; a lambda has none, so of those any
+    will do. An optimizer is known by what it consists of, see `name_of_optimizer`; earlier runs kept only
+    its type.
+
+    Args:
+        path: Where the weights are.
+        kept: Names of what they were trained with, by kind.
+        given: Names of what there is now.
+        again: The function to give it to.
+
+    Raises:
+        EsjaxError: Something is missing, is another one, or was none of its own.
+    """
+    missing = [f"{a_or_an(kind)} of its own, {name}" for kind, name in kept.items() if kind not in given]
+    if missing:
+        words = ", ".join(f"{kind}=..." for kind in kept)
+        options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in kept)
+        raise EsjaxError(
+            f"{path!r} was trained with {', and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'} again: "
+            f"{options}, or from Python {again}({path!r}, {words})"
+        )
+    for kind, name in given.items():
+        if kind not in kept:
+            raise EsjaxError(f"{path!r} was trained with the {kind} of its settings; leave {kind}= out")
+        names = kept[kind], name
+        if kind == "optimizer":
+            is_other = all(MARK in one for one in names) and names[0] != names[1]
+            was, now = names
+        else:
+            was, now = (one.rpartition(".")[2] for one in names)
+            is_other = was != now and "<lambda>" not in (was, now)
+        if is_other:
+            raise EsjaxError(f"{path!r} was trained with the {kind} {was}, not {now}; give that one, or train anew")
+
+
+def a_or_an(kind: str) -> str:
+    """Put the article before what a run was given."""
+    return f"an {kind}" if kind == "optimizer" else f"a {kind}"
+
+
+def json_line(numbers: Mapping[str, float]) -> str:
+    """Write named numbers as one line of JSON, which has no NaN and no infinity: they become null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps(finite, allow_nan=False)
+
+
+def _step_of(line: str) -> float:
+    """Read the step of a metrics line; a torn line counts as never written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

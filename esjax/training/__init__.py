@@ -1,0 +1,1 @@
+"""The loop that trains on one machine."""

@@ -1,0 +1,115 @@
+"""Steps on one machine: score a population, conclude, record, update. Hosts do the same by messages, to the bit."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from esjax.config.settings import Config
+from esjax.data.delivery import Blocks
+from esjax.devices.process_group import share_number
+from esjax.errors import EsjaxError
+from esjax.exchange.update_record import Span
+from esjax.exchange.values import SLOT_PAIRS, Conclusion, Values, make_exchange, pack_conclusion
+from esjax.replica.notices import Notices
+from esjax.replica.replica import Replica
+
+SLICE = 0.25
+"""Seconds of a time budget that the devices are given at a time, so that their speed is known before it ends."""
+
+
+class StepDone(NamedTuple):
+    """A step that was taken.
+
+    Attributes:
+        concluded: What the population's values say.
+        pairs: Pairs that were scored.
+        notice: A line for a person, or "".
+        gradient_norm: Norm of the estimate; 0 for a void step.
+        update_norm: Norm of the update; 0 for a void step, not finite if it was not made.
+    """
+
+    concluded: Conclusion
+    pairs: int
+    notice: str
+    gradient_norm: float
+    update_norm: float
+
+
+class LocalSteps:
+    """Takes steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        replica: Replica,
+        *,
+        custom: dict[str, str],
+        record: Callable[[int, bytes], None] = lambda step, payload: None,
+        blocks: Blocks | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            config: Settings.
+            replica: Scores pairs and applies updates.
+            custom: Names of the run's custom parts, by kind.
+            record: Called with the step and the bytes of an update before it is made.
+            blocks: Gives blocks of tokens, if the text is too large for the replica.
+        """
+        self._config, self._replica, self._record, self._blocks = config, replica, record, blocks
+        self._exchange = make_exchange(replica.numbers, replica.scale)
+        self._most_pairs = max(1, self._exchange.most_pairs // replica.chunk_pairs) * replica.chunk_pairs
+        self._notices = Notices(config, custom)
+        self._block: int | None = None
+        self._speed = 0.0  # pairs a second
+
+    def take(self) -> StepDone:
+        """Score a population and make the update.
+
+        Raises:
+            EsjaxError: The devices failed, or the update cannot be recorded.
+        """
+        replica, es = self._replica, self._config.es
+        step = int(replica.state.step)
+        try:
+            self._use_block(step)
+            spans, values = self._score_for(es.time_per_step) if es.time_per_step else self._score(es.pairs)
+            pairs = sum(count for _, count in spans)
+            concluded = self._exchange.conclude(values, spans, es)
+            payload = pack_conclusion(step, spans, concluded, self._exchange.numbers, es.weights_per_pair)
+            self._record(step, payload)
+            gradient_norm, update_norm = replica.update(payload)
+        except jax.errors.JaxRuntimeError as error:
+            raise EsjaxError(f"the devices failed: {str(error).splitlines()[0][:300]}") from error
+        notice = self._notices.line(step + 1, pairs, concluded)
+        return StepDone(concluded, pairs, notice, gradient_norm or 0.0, update_norm or 0.0)
+
+    def _use_block(self, step: int) -> None:
+        block = step // self._config.data.new_tokens_interval
+        if self._blocks and block != self._block:
+            self._replica.use_tokens(self._blocks.tokens(block))
+            self._block = block
+
+    def _score(self, pairs: int) -> tuple[list[Span], Values]:
+        most = self._most_pairs
+        parts = [self._replica.score([(first, min(most, pairs - first))]) for first in range(0, pairs, most)]
+        return [(0, pairs)], self._exchange.merge(parts)
+
+    def _score_for(self, budget: float) -> tuple[list[Span], Values]:
+        """Score as many pairs as the devices can in so many seconds."""
+        granule = self._replica.granule
+        parts: list[Values] = []
+        done, spent = 0, 0.0
+        while not parts or (spent + granule / self._speed <= budget and done < SLOT_PAIRS):
+            granules = max(1, math.floor(min(SLICE, budget - spent) * self._speed / granule))
+            count = min(granules * granule, self._most_pairs, SLOT_PAIRS - done)
+            started = time.perf_counter()
+            parts.append(self._replica.score([(done, count)]))
+            seconds = share_number(time.perf_counter() - started)
+            speed = count / max(seconds, 1e-6)
+            self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+            done, spent = done + count, spent + seconds
+        return [(0, done)], self._exchange.merge(parts)

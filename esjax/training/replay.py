@@ -1,0 +1,113 @@
+"""Rebuilds a run's weights from its first parameters and its ledger alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import optax
+
+from esjax.devices.mesh import whole_mesh
+from esjax.errors import EsjaxError
+from esjax.models.custom import Reward
+from esjax.models.custom_code import gather
+from esjax.models.member import Loss
+from esjax.models.model import ModelFactory
+from esjax.paths import given_path
+from esjax.replica.replica import Replica
+from esjax.replica.update import TrainState
+from esjax.runs.checkpoint import digest, find_newest
+from esjax.runs.folder import RunFolder
+from esjax.runs.ledger import DIGEST, UPDATE, read
+
+
+class Replayed(NamedTuple):
+    """What came of a replay.
+
+    Attributes:
+        state: At the end of the ledger.
+        digest: Of that state.
+        compared: Digests in the ledger, and of the newest checkpoint, that were compared.
+        differs_at: First step at which one differs, or None.
+        compared_step: Step of the last one that was compared; 0 if there was none.
+    """
+
+    state: TrainState
+    digest: str
+    compared: int
+    differs_at: int | None
+    compared_step: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is a digest to compare, and every one is the one that was rebuilt."""
+        return self.compared > 0 and self.differs_at is None
+
+    def summary(self) -> str:
+        """Say it in one line."""
+        step = int(self.state.step)
+        if self.differs_at is not None:
+            verdict = f"the state differs at step {self.differs_at:,}"
+        elif not self.compared:
+            verdict = "no digest was kept to compare it with"
+        elif self.compared == 1:
+            verdict = f"the only digest, of step {self.compared_step:,}, agrees"
+        else:
+            verdict = f"all {self.compared:,} digests agree, the last of step {self.compared_step:,}"
+        return f"step {step:,}, digest {self.digest}: {verdict}"
+
+
+def replay(
+    path: str | Path,
+    *,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
+    tell: Callable[[str], None] = print,
+) -> Replayed:
+    """Make every update of a run again.
+
+    Args:
+        path: Run folder.
+        model: The run's own model, if it was given one, see `esjax.resume`.
+        loss: The same of its own loss.
+        reward: The same of its own reward.
+        optimizer: The same of its own optimizer.
+        tell: Called with each line that a person should see.
+
+    Raises:
+        EsjaxError: It is no run folder, or has no ledger from its first step on, or its code has changed.
+    """
+    folder = RunFolder(given_path(path))
+    folder.check_goes_on()
+    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    folder.check_own(own.names(), "esjax.replay")
+    if not folder.ledger.exists():
+        raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
+    config, size = folder.config, folder.vocabulary.size
+    replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, own.optimizer)
+    restored = find_newest(folder.checkpoints, replica.state, tell)
+    kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
+    compared, compared_step, differs_at = 0, 0, None
+
+    def compare(expected: str) -> None:
+        nonlocal compared, compared_step, differs_at
+        compared, compared_step = compared + 1, int(replica.state.step)
+        if differs_at is None and digest(replica.state) != expected:
+            differs_at = compared_step
+
+    if 0 in kept:
+        compare(kept[0])
+    for record in read(folder.ledger):
+        step = int(replica.state.step)
+        if record.kind == DIGEST and record.step == step:
+            compare(record.payload.decode())
+        if record.kind == UPDATE:
+            if record.step != step:
+                raise EsjaxError(
+                    f"the ledger of {str(path)!r} begins at step {record.step}, not 0; nothing to replay from"
+                )
+            replica.update(record.payload)
+            if step + 1 in kept:
+                compare(kept[step + 1])
+    return Replayed(replica.state, digest(replica.state), compared, differs_at, compared_step)

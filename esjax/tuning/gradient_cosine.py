@@ -1,0 +1,120 @@
+"""How well the estimate of a step points along the exact gradient, which backpropagation knows, of the same windows.
+
+It needs no training, so settings of the estimator can be compared in seconds: the cosine of the two is what counts,
+since Adam takes no notice of a gradient's size.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Integer, PyTree
+
+from esjax.config.settings import Config, replace
+from esjax.core.seeds import pair_seeds, stream_seed
+from esjax.data.packing import draw_windows
+from esjax.flags import default_flags
+from esjax.models.member import Member
+from esjax.models.model import Model, Params
+from esjax.replica.replica import Replica
+from esjax.replica.streams import WINDOWS
+from esjax.training.local_steps import LocalSteps
+
+AT_ONCE = 256
+"""Windows whose exact gradient is computed at a time."""
+
+
+class GradientCosine(NamedTuple):
+    """How an estimate lies to the exact gradient, both in units of each leaf.
+
+    Attributes:
+        cosine: Of the two as a whole.
+        leaves: Of each leaf by its name; NaN where either is 0.
+        dispersion: Mean square of single windows' gradients over the square of their mean, about how many windows it
+            takes to tell the gradient from the windows' differences.
+    """
+
+    cosine: float
+    leaves: dict[str, float]
+    dispersion: float
+
+
+def gradient_cosines(
+    config: Config, model: Model, params: Params, stream: Integer[np.ndarray, " length"], mesh: Mesh, steps: int = 1
+) -> Iterator[GradientCosine]:
+    """Compare estimates with exact gradients, at the same parameters, with new windows and noise each step.
+
+    Args:
+        config: Settings; a fixed population is scored.
+        model: The architecture.
+        params: Where the gradient is taken.
+        stream: Packed training documents.
+        mesh: Devices that share the population.
+        steps: Number of comparisons.
+    """
+    es = replace(config.es, time_per_step=None)
+    optim = replace(config.optim, average=0.0)
+    config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
+    # With this rule the change of the parameters is the estimate itself.
+    replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
+    local = LocalSteps(config, replica, custom={})
+    gradient = jax.jit(_gradient, static_argnums=(0, 1))
+    units = replica.units
+    data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
+    length = data.burn_in + data.window
+
+    @default_flags()
+    def compare(step: int) -> GradientCosine:
+        replica.use_params(params)
+        local.take()
+        estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
+        seeds = pair_seeds(
+            of_windows, step // data.new_tokens_interval, jnp.arange(es.pairs, dtype=jnp.uint32) // es.pairs_a_window
+        )
+        windows = draw_windows(jnp.asarray(stream), seeds, data.batch_size, length).reshape(-1, length)
+        parts = [
+            gradient(model, data.burn_in, params, units, windows[first : first + AT_ONCE])
+            for first in range(0, len(windows), AT_ONCE)
+        ]
+        exact, squares = jax.tree.map(partial(_mean, len(windows)), *parts)
+        return _compare(estimate, exact, float(squares))
+
+    yield from map(compare, range(steps))
+
+
+def _mean(count: int, *parts: Array) -> Array:
+    return sum(parts[1:], parts[0]) / count
+
+
+def _gradient(
+    model: Model, burn_in: int, params: Params, units: PyTree, windows: Int[Array, "windows length"]
+) -> tuple[Params, Array]:
+    """Return the sum of the windows' gradients, in units, and that of their squares."""
+
+    def loss(params: Params, window: Int[Array, " length"]) -> Array:
+        return Member(model, params).cross_entropy(window, burn_in)
+
+    gradients = jax.vmap(jax.grad(loss), (None, 0))(params, windows)
+    gradients = jax.tree.map(lambda leaf, unit: leaf * unit, gradients, units)
+    squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradients))
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), gradients), jnp.asarray(squares)
+
+
+def _compare(estimate: Params, exact: Params, squares: float) -> GradientCosine:
+    paths = jax.tree_util.tree_flatten_with_path(exact)[0]
+    names = [jax.tree_util.keystr(path).lstrip(".") for path, _ in paths]
+    ours = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(estimate)]
+    theirs = [np.asarray(leaf, np.float64).ravel() for _, leaf in paths]
+    leaves = {name: _cosine(one, two) for name, one, two in zip(names, ours, theirs, strict=True)}
+    whole = np.concatenate(theirs)
+    return GradientCosine(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
+
+
+def _cosine(one: np.ndarray, two: np.ndarray) -> float:
+    size = float(np.linalg.norm(one) * np.linalg.norm(two))
+    return float(one @ two) / size if size else float("nan")

@@ -1,0 +1,145 @@
+"""Finds sigma and the discount for a run's weights as they are, by the cosine with the exact gradient."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from esjax.config.settings import Config, replace
+from esjax.devices.mesh import local_mesh
+from esjax.errors import EsjaxError
+from esjax.inference.loaded_run import gather_model, load_run_corpus, read_weights
+from esjax.models.model import ModelFactory
+from esjax.paths import given_path
+from esjax.runs.folder import RunFolder
+from esjax.tuning.gradient_cosine import gradient_cosines
+from esjax.tuning.intervals import front_runners, half_width
+
+SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""Sizes of the noise that are tried, unless others are named."""
+
+DISCOUNTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
+"""Discounts that are tried, unless others are named."""
+
+REPEATS = 8
+"""Steps over which a cosine is averaged."""
+
+
+class Tried(NamedTuple):
+    """What a setting came to.
+
+    Attributes:
+        sigma: Size of the noise.
+        discount: Discount, or None where there is none.
+        cosines: Cosine of the estimate with the exact gradient in each repeat. The windows and the signs of the noise
+            of a repeat are the same for all settings.
+        leaves: Mean cosine of each leaf.
+        own: Whether these are the settings of the run.
+    """
+
+    sigma: float
+    discount: float | None
+    cosines: tuple[float, ...]
+    leaves: dict[str, float]
+    own: bool
+
+    @property
+    def cosine(self) -> float:
+        """Mean over the repeats."""
+        return float(np.mean(self.cosines))
+
+    @property
+    def interval(self) -> float:
+        """Half of the 95% interval of the mean; infinity for a single repeat."""
+        return half_width(self.cosines)
+
+
+def not_told_apart(tried: Sequence[Tried]) -> list[Tried]:
+    """List the setting of the highest mean cosine, and those that are not seen to differ from it.
+
+    Args:
+        tried: What `tune` gave, at the same repeats.
+
+    Returns:
+        The highest first. The others are those for which the 95% interval of the difference of cosines, over the
+        repeats, includes 0.
+    """
+    return [tried[i] for i in front_runners([one.cosines for one in tried])]
+
+
+def tune(
+    path: str | Path,
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    discounts: Sequence[float] = DISCOUNTS,
+    space: str | None = None,
+    repeats: int = REPEATS,
+    text: str | None = None,
+    model: ModelFactory | str | None = None,
+    tell: Callable[[str], None] = print,
+) -> Iterator[Tried]:
+    """Try sizes of noise, then, in space activation, discounts with one of them.
+
+    That one is the run's own size, if it is not seen to differ from the best, see `not_told_apart`; else the best.
+
+    Args:
+        path: Run folder; its newest weights are used, and nothing is trained.
+        sigmas: Sizes of the noise.
+        discounts: Discounts.
+        space: Another space than the run's.
+        repeats: Steps over which a cosine is averaged, at least 1; differences are told from 2 on.
+        text: Where the run's text is now, as the setting data.text; None: where it was.
+        model: The run's own model, if it was trained with one, see `esjax.load`.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
+
+    Raises:
+        EsjaxError: It is no run folder, its text has changed, it has a loss or a reward of its own, or no
+            checkpoint is whole.
+    """
+    if repeats < 1:
+        raise EsjaxError(f"repeats must be at least 1, got {repeats}")
+    folder = RunFolder(given_path(path))
+    for kind in ("loss", "reward"):
+        if kind in folder.own:
+            raise EsjaxError(
+                f"{str(path)!r} was trained with a {kind} of its own, {folder.own[kind]}, and tune knows only cross "
+                "entropy; compare settings with esjax.sweep"
+            )
+    own = gather_model(folder, model, "esjax.tuning.sigma.tune", tell)
+    corpus, config = load_run_corpus(folder, text), folder.config
+    if space is not None:
+        config = _with(config, space=space)
+    size = corpus.vocabulary.size
+    built = own.build(config.model, size)
+    params = jax.device_get(read_weights(folder, built, tell).params)
+    stream = corpus.stream()
+
+    def attempt(**changes: Any) -> Tried:
+        chosen = _with(config, **changes)
+        found = [*gradient_cosines(chosen, built, params, stream, local_mesh(), repeats)]
+        cosines = tuple(compared.cosine for compared in found)
+        leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
+        discount = chosen.es.discount if chosen.es.space == "activation" else None
+        return Tried(chosen.es.sigma, discount, cosines, leaves, chosen.es == folder.config.es)
+
+    tried = []
+    for sigma in sigmas:
+        tried.append(attempt(sigma=sigma))
+        yield tried[-1]
+    ahead = not_told_apart(tried)
+    if not ahead or ahead[0].discount is None:
+        return
+    base = next((one for one in ahead if one.own), ahead[0])
+    for discount in discounts:
+        if discount != base.discount:
+            yield attempt(sigma=base.sigma, discount=discount)
+
+
+def _with(config: Config, **changes: Any) -> Config:
+    try:
+        return replace(config, es=replace(config.es, **changes))
+    except EsjaxError as error:
+        asked = ", ".join(f"es.{name} {value}" for name, value in changes.items())
+        raise EsjaxError(f"{asked} does not go with the run's settings: {error}") from error

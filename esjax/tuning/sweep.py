@@ -1,0 +1,437 @@
+"""A grid of runs, one after another, each in a folder of its own.
+
+sweep.yaml   the axes and the settings of what is no axis
+sweep.csv    a line for each run, by held-out loss
+NAME/        a run folder for each combination, such as es.sigma=0.1,seed=3
+keys/        who may join, if hosts take part, see `esjax.hosts.transport.keys`
+"""
+
+import csv
+import io
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+import optax
+
+from esjax.config.custom_names import Code, unused_settings
+from esjax.config.settings import Config, from_yaml, to_plain
+from esjax.config.yaml_text import read_yaml
+from esjax.data.corpus import load_corpus, locate_text
+from esjax.data.sources import locate
+from esjax.errors import EsjaxError
+from esjax.hosts.local import check_workers, local_workers
+from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.hosts.transport.address import is_loopback
+from esjax.models.custom import NOTHING_OWN, Own, Reward
+from esjax.models.custom_code import gather
+from esjax.models.member import Loss
+from esjax.models.model import ModelFactory
+from esjax.paths import given_path
+from esjax.runs.checkpoint import kept_steps
+from esjax.runs.durable import try_lock, write_durably, write_new_folder
+from esjax.runs.folder import check_own
+from esjax.runs.reader import RunView, has_reached, read_run
+from esjax.runs.step_info import Limits
+from esjax.signals import stop_on_signals
+from esjax.training.run import Trainer, resume, train
+from esjax.tuning.axes import Trial, make_grid
+
+RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
+
+ANY_PORT = "tcp://127.0.0.1:0"
+
+State = Literal["finished", "stopped", "failed", "waiting"]
+"""finished: it reached its limits. stopped: it can be gone on with. failed: it could not. waiting: it has not begun."""
+
+STATES: tuple[State, ...] = ("finished", "stopped", "failed", "waiting")
+
+
+class Outcome(NamedTuple):
+    """How far a run of a sweep has come.
+
+    Attributes:
+        name: Its folder in that of the sweep.
+        values: By axis.
+        state: See `State`.
+        held_out: Nats per token over the held-out documents, by its last evaluation; None if there was none.
+        seconds: Training time.
+        member_tokens: Tokens scored, times members.
+        step: Steps done.
+        note: What went wrong, or "".
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    state: State
+    held_out: float | None
+    seconds: float
+    member_tokens: int
+    step: int
+    note: str
+
+
+class Hosts(NamedTuple):
+    """Who trains, in place of this process.
+
+    Attributes:
+        workers: Processes of this machine; 0: hosts that join.
+        bind: Where hosts join, see `esjax.serve`; each run in turn is served there.
+        keys: See `esjax.serve`. None: `keys` in the folder of the sweep, and no keys on a loopback address.
+        plain_text_anywhere: See `esjax.serve`.
+        announce: Called when hosts may join.
+        oversubscribe: Let there be more workers than cores.
+    """
+
+    workers: int = 0
+    bind: str = ANY_PORT
+    keys: Path | None = None
+    plain_text_anywhere: bool = False
+    announce: Callable[[Server], None] = lambda server: None
+    oversubscribe: bool = False
+
+
+class Sweep:
+    """A grid of runs: iterate over it to train those that are not finished.
+
+    Iteration ends with the last run, or after the step during which Ctrl-C or SIGTERM came. Iterating again, now or in
+    another process, goes on from there. A run that fails is told of, and does not stop the others.
+
+    Attributes:
+        path: Folder of the sweep.
+        trials: The runs, in the order in which they are trained.
+        stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        trials: Sequence[Trial],
+        hosts: Hosts | None = None,
+        show: Callable[[Trainer | Server], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+        own: Own = NOTHING_OWN,
+    ) -> None:
+        """Set up; use `sweep` or `resume_sweep` to get one.
+
+        Raises:
+            EsjaxError: There are more workers than cores, or they cannot be given what the runs are given.
+        """
+        if hosts is not None and hosts.workers:
+            check_workers(hosts.workers, hosts.oversubscribe)
+            own.words()
+        self._own = own
+        self.path = path
+        self.trials = trials
+        self.stopped = False
+        self._hosts = hosts._replace(keys=given_path(hosts.keys)) if hosts and hosts.keys else hosts
+        self._show = show or _iterate
+        self._tell = tell or (lambda line: print(line, file=sys.stderr))
+        self._failed: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        """Say how far it is."""
+        states = [outcome.state for outcome in self.outcomes()]
+        counted = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
+        return f"<esjax sweep in {str(self.path)!r}: {counted}>"
+
+    def outcomes(self) -> list[Outcome]:
+        """Say how far each run has come, sorted by held-out loss, finished ones before others.
+
+        See `esjax.tuning.seed_means` for which settings are better, as far as that can be told.
+        """
+        found = map(self._outcome, self.trials)
+        return sorted(
+            found,
+            key=lambda one: (STATES.index(one.state), float("inf") if one.held_out is None else one.held_out),
+        )
+
+    def __iter__(self) -> Iterator[Outcome]:
+        """Train each run that is not finished, and yield what came of it."""
+        self.stopped = False
+        self._failed.clear()
+        with _claim(self.path):
+            ahead = [trial for trial in self.trials if self._outcome(trial).state != "finished"]
+            done = len(self.trials) - len(ahead)
+            if done:
+                self._tell(f"{done} of {len(self.trials)} runs are finished already")
+            for number, trial in enumerate(ahead, done + 1):
+                self._tell(f"run {number} of {len(self.trials)}: {trial.name}")
+                try:
+                    with stop_on_signals() as asked:
+                        run = self._open(trial)
+                    if not asked.is_set():
+                        self._show(run)
+                    self.stopped = asked.is_set() or run.stopped
+                except Exception as error:  # of any kind: the other runs do not depend on this one
+                    kind = "" if isinstance(error, EsjaxError) else f"{type(error).__name__}: "
+                    note = f"{kind}{error}".strip().splitlines()[0][:200]
+                    self._failed[trial.name] = note
+                    self._tell(f"{trial.name} failed: {note}")
+                self._write_table()
+                yield self._outcome(trial)
+                if self.stopped:
+                    return
+
+    def _open(self, trial: Trial) -> Trainer | Server:
+        path, limits, own = self.path / trial.name, trial.config, self._own
+        given: Any = {kind: str(own.code[kind]) if kind in own.code else getattr(own, kind) for kind in own.names()}
+        gather(own.code, **given)  # its files must not change between two runs
+        kept, has_ledger = kept_steps(path / CHECKPOINTS), (path / "ledger").exists()
+        if not kept and not has_ledger:
+            if path.exists():
+                with _claim(path):  # or a process that goes on with this run alone would lose it
+                    shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
+            return self._begin(limits, path, given)
+        run = read_run(path)
+        before = run.seconds_at(run.step if has_ledger else max(kept))
+        # A run stops at its own clock: what is left of it may be less than nothing.
+        seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
+        if self._hosts is None:
+            return resume(path, steps=limits.steps, seconds=seconds, tell=self._tell, **given)
+        where = self._where(self._hosts) | given
+        return self._with_hosts(resume_serving(path, steps=limits.steps, seconds=seconds, **where), self._hosts)
+
+    def _begin(self, config: Config, path: Path, given: Any) -> Trainer | Server:
+        if self._hosts is None:
+            return train(config, path, tell=self._tell, **given)
+        return self._with_hosts(serve(config, path, **self._where(self._hosts), **given), self._hosts)
+
+    def _where(self, hosts: Hosts) -> dict[str, Any]:
+        open_to_all = hosts.plain_text_anywhere or is_loopback(hosts.bind)
+        return {
+            "bind": hosts.bind,
+            "keys": hosts.keys or (None if open_to_all else self.path / "keys"),
+            "plain_text_anywhere": hosts.plain_text_anywhere,
+            "tell": self._tell,
+        }
+
+    def _with_hosts(self, server: Server, hosts: Hosts) -> Server:
+        @contextmanager
+        def announce() -> Iterator[None]:
+            hosts.announce(server)
+            yield
+
+        def workers() -> Any:
+            return local_workers(
+                server.address,
+                hosts.workers,
+                server.folder.path,
+                given=server.own.words(),
+                oversubscribe=hosts.oversubscribe,
+            )
+
+        server.while_open = workers if hosts.workers else announce
+        return server
+
+    def _outcome(self, trial: Trial) -> Outcome:
+        path = self.path / trial.name
+        failed = self._failed.get(trial.name, "")
+        try:
+            run = read_run(path)
+        except EsjaxError:  # it has no folder yet, or not much of one
+            return Outcome(trial.name, trial.values, "failed" if failed else "waiting", None, 0.0, 0, 0, failed)
+        state: State = "failed" if failed else "finished" if _is_finished(run, trial.config) else "stopped"
+        return Outcome(
+            trial.name,
+            trial.values,
+            state,
+            run.last("held_out"),
+            run.last("seconds") or 0.0,
+            int(run.last("member_tokens") or 0),
+            run.step,
+            failed or _trouble(run),
+        )
+
+    def _write_table(self) -> None:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        axes = list(self.trials[0].values)
+        table.writerow(["name", *axes, *Outcome._fields[2:]])
+        for one in self.outcomes():
+            table.writerow([one.name, *one.values.values(), *one[2:]])
+        write_durably(self.path / TABLE, text.getvalue())
+
+
+def sweep(
+    axes: Mapping[str, Sequence[Any]],
+    config: Config | None = None,
+    *,
+    out: str | Path,
+    hosts: Hosts | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
+    show: Callable[[Trainer | Server], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Begin a grid of runs, or go on with it; iterate over the result to train them.
+
+    Args:
+        axes: Values by the name of a setting, such as `{"es.sigma": [0.05, 0.1]}`; `model` takes names of models.
+        config: Settings of what is no axis; None: the defaults.
+        out: Folder of the sweep. One that is there already has to be of the same axes, in any order, and settings.
+        hosts: Who trains. None: this process.
+        model: A model for all runs, see `esjax.train`; workers need it, and the three below, as PATH.py:FUNCTION.
+        loss: A loss for all runs.
+        reward: A reward for all runs.
+        optimizer: An optimizer for all runs.
+        show: Trains a run, by iterating over it. None: that, and nothing else.
+        tell: Called with each line that a person should see. None: they go to standard error.
+
+    Raises:
+        EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of
+            something else.
+    """
+    config, path = locate_text(config or Config()), given_path(out)
+    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    for name in unused_settings(own.names(), axes):
+        raise EsjaxError(f"{name} would change nothing with a model or an optimizer of its own; leave that axis out")
+    trials = make_grid(config, axes)
+    for trial in trials:
+        if trial.config.steps is None and trial.config.seconds is None:
+            raise EsjaxError(f"the run {trial.name} would never end; give a limit with --steps or --seconds")
+    for data in dict.fromkeys(trial.config.data for trial in trials):
+        load_corpus(data)
+    typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
+    if "data.text" in typed:
+        typed["data.text"] = [locate(text) for text in typed["data.text"]]
+    # The folders are called by the axes in the order in which they were first given.
+    found = Sweep(path, trials, hosts, show, tell, own)
+    found.trials = make_grid(config, _record(path, _Record(typed, config, own.names(), own.code)))
+    return found
+
+
+def resume_sweep(
+    path: str | Path,
+    *,
+    hosts: Hosts | None = None,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
+    show: Callable[[Trainer | Server], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Go on with a grid of runs; iterate over the result to train those that are not finished.
+
+    Args:
+        path: Folder of the sweep.
+        hosts: See `sweep`.
+        model: The model of its runs, if they were given one, see `esjax.resume`.
+        loss: The same of their loss.
+        reward: The same of their reward.
+        optimizer: The same of their optimizer.
+        show: See `sweep`.
+        tell: See `sweep`.
+
+    Raises:
+        EsjaxError: It is no sweep's folder, or is damaged, or what its runs were given is missing or has changed.
+    """
+    path = given_path(path)
+    record = _read_record(path)
+    own = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    check_own(str(path), record.own, own.names(), "esjax.resume_sweep")
+    return Sweep(path, make_grid(record.config, record.axes), hosts, show, tell, own)
+
+
+class _Record(NamedTuple):
+    """What a sweep is of."""
+
+    axes: Mapping[str, Sequence[Any]]
+    config: Config
+    own: Mapping[str, str]
+    code: Mapping[str, Code]
+
+
+def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
+    """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
+    axes, config = wanted.axes, wanted.config
+    record = {"axes": axes, "settings": to_plain(config)}
+    if wanted.own:
+        record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
+    try:
+        write_new_folder(path, {RECORD: msgspec.yaml.encode(record).decode()})
+    except FileExistsError as error:
+        if not (path / RECORD).exists():
+            raise EsjaxError(
+                f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out"
+            ) from error
+    except OSError as error:
+        raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
+    before, settings, own, code = _read_record(path)
+    if before != axes:
+        there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
+        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
+    if settings != config:
+        old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
+        raise EsjaxError(
+            f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
+            "go on with that one"
+        )
+    check_own(str(path), own, wanted.own, "esjax.sweep")
+    digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
+    if digests[0] != digests[1]:
+        raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
+    return before
+
+
+def _read_record(path: Path) -> _Record:
+    source = path / RECORD
+    try:
+        record = read_yaml(source.read_text(encoding="utf-8"))
+        axes = msgspec.convert(record["axes"], dict[str, list[Any]])
+        settings = msgspec.yaml.encode(record["settings"]).decode()
+        own = msgspec.convert(record.get("own", {}), dict[str, str])
+        code = msgspec.convert(record.get("code", {}), dict[str, Code])
+    except OSError as error:
+        raise EsjaxError(
+            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
+        ) from error
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
+        raise EsjaxError(f"{source} is damaged ({error}); restore it from a copy") from error
+    return _Record(axes, from_yaml(settings, str(source)), own, code)
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> str:
+    for key in old:
+        if old[key] != new.get(key):
+            if isinstance(old[key], dict) and isinstance(new.get(key), dict):
+                return _first_difference(old[key], new[key], f"{name}{key}.")
+            return f"{name}{key}={old[key]} in place of {new.get(key)}"
+    return name
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[None]:
+    with (path / ".lock").open("w") as lock:
+        if not try_lock(lock):
+            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first")
+        yield
+
+
+def _is_finished(run: RunView, config: Config) -> bool:
+    """Tell whether a run has reached its limits, and its state is kept."""
+    if max(kept_steps(run.path / CHECKPOINTS), default=0) < run.step and not (run.path / "ledger").exists():
+        return False
+    return has_reached(Limits(config.steps, config.seconds), run.step, run.last("seconds") or 0.0)
+
+
+def _trouble(run: RunView) -> str:
+    """Say that a run has come to nothing more."""
+    applied = run.metrics.get("applied")
+    if applied is None or not len(applied) or applied[-1]:
+        return ""
+    last = run.metrics["step"][np.flatnonzero(applied == 1)]
+    return f"no update since step {int(np.max(last, initial=0))}"
+
+
+def _iterate(run: Trainer | Server) -> None:
+    for _ in run:
+        pass

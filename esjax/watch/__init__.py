@@ -1,0 +1,1 @@
+"""Progress, trackers, metrics and plots of runs."""

@@ -1,0 +1,138 @@
+"""From the metrics of a run to the points that are drawn: few enough, over an axis, smoothed, averaged over seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+Axis = Literal["steps", "seconds", "member-tokens"]
+"""What curves are drawn over."""
+
+COLUMN_OF: dict[Axis, str] = {"steps": "step", "seconds": "seconds", "member-tokens": "member_tokens"}
+"""Names of the axes among the metrics."""
+
+POINTS = 2000
+"""Points of a curve at most: more than a screen has columns."""
+
+
+class Curve(NamedTuple):
+    """Points of one column of the metrics; arrays of float64 of one length.
+
+    Attributes:
+        step: Steps done at each point.
+        seconds: Training time at each point.
+        member_tokens: Member-tokens scored at each point.
+        value: Mean of the column over the measurements that a point stands for.
+        stride: Measurements that a point stands for, a power of two.
+    """
+
+    step: ndarray
+    seconds: ndarray
+    member_tokens: ndarray
+    value: ndarray
+    stride: int
+
+    def over(self, axis: Axis) -> ndarray:
+        """Return where the points are on an axis."""
+        return getattr(self, COLUMN_OF[axis])
+
+
+def make_curve(metrics: Mapping[str, ndarray], column: str, points: int = POINTS) -> Curve:
+    """Draw a column of the metrics with not more than so many points.
+
+    A point stands for `stride` measurements that follow each other; the last ones, too few for a point, are left out.
+    So the points of a run that goes on stay as they are until the stride doubles.
+
+    Args:
+        metrics: Columns, see `esjax.runs.reader.RunView`.
+        column: Which; NaN, and steps without it, are left out.
+        points: How many points at most, at least 1.
+    """
+    none = np.zeros(0)
+    values = metrics.get(column, none)
+    there = np.flatnonzero(np.isfinite(values))
+    stride = 1
+    while len(there) > points * stride:
+        stride *= 2
+    there = there[: len(there) // stride * stride]
+    ends = there[stride - 1 :: stride]
+    unknown = np.full(len(values), np.nan)
+    step, seconds, member_tokens = (metrics.get(name, unknown)[ends] for name in COLUMN_OF.values())
+    seconds = np.fmax.accumulate(seconds)  # in older runs the clock went back after a crash
+    return Curve(step, seconds, member_tokens, values[there].reshape(-1, stride).mean(axis=1), stride)
+
+
+class Average:
+    """An exponential average whose start is corrected, as in Adam (Kingma & Ba 2015, section 3).
+
+    The weights of all values so far are divided by their sum, so the first value counts as much as any other of its
+    age. Without that, the average would stay near where it started.
+    """
+
+    def __init__(self) -> None:
+        """Start without a value."""
+        self._total = self._weight = 0.0
+
+    def add(self, value: float, keep: float) -> float:
+        """Add a value, and return the average.
+
+        Args:
+            value: The new value, which weighs 1. After one that is not finite, the average starts again.
+            keep: What the weights of all values before are multiplied by, from 0 to 1.
+        """
+        if not math.isfinite(self._total):
+            self._total = self._weight = 0.0
+        self._total = keep * self._total + value
+        self._weight = keep * self._weight + 1
+        return self._total / self._weight
+
+
+def smooth(step: ndarray, value: ndarray, span: float) -> ndarray:
+    """Average exponentially over what came before: what is `span` steps back weighs 1/e of the newest.
+
+    It goes by steps, not by points, so that it looks the same however many points are drawn.
+
+    Args:
+        step: Steps done at each point, rising.
+        value: At each point.
+        span: Memory in steps; 0: nothing is changed.
+    """
+    if span <= 0:
+        return value
+    average = Average()
+    keeps = np.exp(-np.diff(step, prepend=step[:1]) / span)
+    return np.array([average.add(new, keep) for new, keep in zip(value, keeps, strict=True)])
+
+
+class Band(NamedTuple):
+    """The mean of several curves and the range between them; arrays of float64 of one length.
+
+    Attributes:
+        x: Where the points are on the axis, rising.
+        mean: Mean of the curves.
+        low: Smallest value of the curves.
+        high: Largest value of the curves.
+    """
+
+    x: ndarray
+    mean: ndarray
+    low: ndarray
+    high: ndarray
+
+
+def mean_and_range(x: Sequence[ndarray], y: Sequence[ndarray]) -> Band:
+    """Return the mean and the range of curves, at every point of any of them, as far as all of them go.
+
+    Between its points a curve is a straight line. Where one curve begins later or ends earlier than another, the band
+    does too, since the mean would jump there. Curves that have no part of the axis in common have an empty band.
+
+    Args:
+        x: Where the points of each curve are on the axis, rising; at least one curve, of at least one point.
+        y: Values of each curve at these points.
+    """
+    points = np.unique(np.concatenate(x))
+    points = points[(points >= max(one[0] for one in x)) & (points <= min(one[-1] for one in x))]
+    values = np.stack([np.interp(points, *curve) for curve in zip(x, y, strict=True)])
+    return Band(points, values.mean(axis=0), values.min(axis=0), values.max(axis=0))

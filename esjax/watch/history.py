@@ -1,0 +1,52 @@
+"""What is remembered of a run that has no folder: enough to draw it, in bounded memory."""
+
+import math
+
+import numpy as np
+from numpy import ndarray
+
+from esjax.runs.step_info import StepInfo
+
+MOST = 4096
+"""Rows that are kept at most."""
+
+
+class History:
+    """The infos of a run; once there are many, a row stands for several steps that follow each other.
+
+    A row is the info of the last of its steps, with the mean of their losses and the newest of their held-out losses.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._rows: list[StepInfo] = []
+        self._open: StepInfo | None = None  # a row that does not have all its steps
+        self._steps = 0  # of the open row
+        self._stride = 1
+
+    def add(self, info: StepInfo) -> None:
+        """Remember a step."""
+        self._open = info if self._open is None else _join(self._open, info, self._steps)
+        self._steps += 1
+        if self._steps < self._stride:
+            return
+        self._rows.append(self._open)
+        self._open, self._steps = None, 0
+        if len(self._rows) == MOST:
+            self._rows = [_join(*two, 1) for two in zip(self._rows[::2], self._rows[1::2], strict=True)]
+            self._stride *= 2
+
+    def columns(self) -> dict[str, ndarray]:
+        """Return a column of float64 for each name of `StepInfo`, NaN where a row has no such number."""
+        rows = self._rows if self._open is None else [*self._rows, self._open]
+        values = np.array([[math.nan if value is None else value for value in row] for row in rows], np.float64)
+        return dict(zip(StepInfo._fields, values.reshape(-1, len(StepInfo._fields)).T, strict=True))
+
+
+def _join(first: StepInfo, then: StepInfo, weight: int) -> StepInfo:
+    """Join rows; the first counts for so many of the second."""
+    losses = [(first.loss, weight), (then.loss, 1)]
+    finite = [(loss, parts) for loss, parts in losses if math.isfinite(loss)]
+    count = sum(parts for _, parts in finite)
+    loss = sum(loss * parts for loss, parts in finite) / count if count else math.nan
+    return then._replace(loss=loss, held_out=first.held_out if then.held_out is None else then.held_out)

@@ -1,0 +1,177 @@
+"""Numbers and health of a run for Prometheus, over HTTP, on this machine alone."""
+
+import json
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from http.server import ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, MetricsHandler
+
+from esjax.errors import EsjaxError
+from esjax.watch.tracking import TrackedRun, Tracker
+
+HOST = "127.0.0.1"
+
+SHORTEST_STALL, STALL = 60.0, 10.0
+"""Steps no longer finish when the last is so many seconds ago, and so many times as long as usual."""
+
+CLOSING = 0.1
+"""Seconds until the server notices that it is to end."""
+
+HELP = {
+    "step": "Steps done.",
+    "seconds": "Training time, in seconds.",
+    "loss": "Mean over the population: nats per token, or the run's own loss, or minus its own reward.",
+    "population": "Members evaluated in a step.",
+    "applied": "1 if the last update was made, else 0.",
+    "gradient_norm": "Euclidean norm of the estimate, in units of each weight's typical size.",
+    "update_norm": "Euclidean norm of the change of the weights, in the same units.",
+    "member_tokens": "Tokens scored, times members.",
+    "member_tokens_per_second": "Rate of a step.",
+    "held_out": "The same over the held-out documents, as last measured.",
+    "hosts": "Hosts that scored a part of the last step.",
+}
+
+
+class MetricsServer(Tracker):
+    """Serves /metrics for Prometheus, and /healthz, which answers 200 as long as steps finish and 503 otherwise.
+
+    Attributes:
+        port: Where it listens on the loopback address.
+    """
+
+    def __init__(self, port: int) -> None:
+        """Claim the port.
+
+        Args:
+            port: From 0 to 65535; 0: any that is free.
+
+        Raises:
+            EsjaxError: It is out of range, taken, or not for everybody.
+        """
+        if not 0 <= port <= 65535:
+            raise EsjaxError(f"a port for metrics is from 0 to 65535, not {port}")
+        self.port = port
+        self._server: ThreadingHTTPServer | None = None
+        self._thread: threading.Thread | None = None
+        self._vitals = _Vitals()
+        self._listen()
+
+    def __repr__(self) -> str:
+        """Say where it is."""
+        return f"<metrics at http://{HOST}:{self.port}/metrics>"
+
+    def start(self, run: TrackedRun) -> None:
+        """Answer from now on."""
+        self._vitals.begin(run)
+        server = self._server or self._listen()
+        self._thread = threading.Thread(target=server.serve_forever, args=(CLOSING,), name="metrics", daemon=True)
+        self._thread.start()
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Show the numbers of a step."""
+        self._vitals.take(row)
+
+    def close(self) -> None:
+        """Give the port free."""
+        if self._server is None:
+            return
+        if self._thread is not None:  # without it, shutdown would wait for ever
+            self._server.shutdown()
+            self._thread = None
+        self._server.server_close()
+        self._server = None
+
+    def _listen(self) -> ThreadingHTTPServer:
+        vitals = self._vitals
+
+        class Handler(MetricsHandler):
+            registry = vitals.registry
+            timeout = 10  # seconds that a silent connection is kept
+
+            def do_GET(self) -> None:  # noqa: N802 - named so by the standard library
+                path = urlsplit(self.path).path
+                if path == "/metrics":
+                    super().do_GET()
+                elif path == "/healthz":
+                    self._answer(*vitals.health())
+                else:
+                    self._answer(False, {"error": "there are /metrics and /healthz"}, 404)
+
+            def _answer(self, well: bool, told: Mapping[str, Any], code: int = 503) -> None:
+                body = json.dumps(told).encode() + b"\n"
+                self.send_response(200 if well else code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        try:
+            self._server = ThreadingHTTPServer((HOST, self.port), Handler)
+        except OSError as error:
+            raise EsjaxError(
+                f"cannot serve metrics at {HOST}:{self.port}: {error.strerror}; choose another port, or 0 for any"
+            ) from error
+        self.port = self._server.server_port
+        return self._server
+
+
+class _Vitals:
+    """The numbers of a run, as Prometheus wants them, and when its steps finished.
+
+    Attributes:
+        registry: What is served.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}  # made with their first number: nothing is shown as 0 that is not known
+        self._void_pairs = Counter(
+            "esjax_void_pairs", "Pairs left out because a loss of theirs is not finite.", registry=self.registry
+        )
+        self._baselines = Gauge(
+            "esjax_baseline", "Nats per token of a model to compare with.", ["model"], registry=self.registry
+        )
+        self._info = Info("esjax_run", "The run.", registry=self.registry)
+        since = Gauge("esjax_seconds_since_step", "Seconds since a step finished; NaN before.", registry=self.registry)
+        since.set_function(lambda: float("nan") if self._last is None else time.monotonic() - self._last[0])
+        self._last: tuple[float, int] | None = None  # when a step finished, and which
+        self._seconds_a_step: deque[float] = deque(maxlen=20)
+
+    def begin(self, run: TrackedRun) -> None:
+        """Hear of a run, or that it goes on."""
+        self._last = None
+        self._seconds_a_step.clear()
+        self._info.info({"id": run.id, "title": run.title, "folder": str(run.folder or "")})
+        for name, value in run.baselines.items():
+            self._baselines.labels(name).set(value)
+
+    def take(self, row: Mapping[str, float]) -> None:
+        """Take the numbers of a step."""
+        now, step = time.monotonic(), int(row["step"])
+        if self._last is not None:
+            self._seconds_a_step.append((now - self._last[0]) / max(step - self._last[1], 1))
+        self._last = now, step
+        for name, value in row.items():
+            if name == "void_pairs":
+                self._void_pairs.inc(value)
+                continue
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"esjax_{name}", HELP.get(name, name), registry=self.registry)
+            self._gauges[name].set(value)
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Tell whether steps still finish, and since when they do not."""
+        if self._last is None:
+            return False, {"state": "no step has finished yet"}
+        finished, step = self._last
+        usual = statistics.median(self._seconds_a_step) if self._seconds_a_step else 0.0
+        since = time.monotonic() - finished
+        well = since <= max(SHORTEST_STALL, STALL * usual)
+        state = "training" if well else "no step finishes"
+        return well, {"state": state, "step": step, "seconds_since_step": round(since, 3)}

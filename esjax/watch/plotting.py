@@ -1,0 +1,206 @@
+"""The curves of runs as a picture, with matplotlib."""
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from esjax.errors import EsjaxError
+from esjax.paths import given_path
+from esjax.runs.reader import RunView, find_runs, group_by_seed, read_runs
+from esjax.watch.downsampling import Axis, make_curve, mean_and_range, smooth
+from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, spread_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Annotation
+
+PICTURES = (".png", ".svg", ".pdf")
+"""Endings of the files that `plot` writes."""
+
+FEW = 50
+"""Points of a curve up to which each is marked."""
+
+UNIT_WIDTH = 54
+"""Characters of a unit in a line beside its axis."""
+
+NAME_WIDTH = 24
+"""Characters of a run's name beside an n-gram line; the legend has all of them."""
+
+
+def plot(
+    *runs: str | Path | RunView,
+    out: str | Path | None = None,
+    over: Axis = "steps",
+    log_x: bool = False,
+    log_y: bool = False,
+    smoothing: float = 0.0,
+    mean_over_seeds: bool = False,
+) -> "Figure":
+    """Draw the curves of runs: held-out loss beside the n-gram models, and loss of the population.
+
+    Where no run has a held-out loss, the loss of the population is drawn alone. Colors and line styles tell 40 runs
+    apart. In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows them.
+
+    Args:
+        runs: Run folders, folders of run folders, or runs as `esjax.runs.reader.read_run` returns them.
+        out: File to write, .png, .svg or .pdf. None: none is written.
+        over: What the curves are drawn over.
+        log_x: Whether that axis is logarithmic.
+        log_y: Whether the loss is.
+        smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
+        mean_over_seeds: Whether runs whose settings differ in nothing but the seed are drawn as one line, their mean,
+            in a band from the lowest to the highest of them, as far as all of them go.
+
+    Returns:
+        The figure, which pyplot does not know.
+
+    Raises:
+        EsjaxError: There is no such run, none of them has done a step or has a loss that is finite, no loss is above 0
+            for its logarithm, matplotlib is missing, or the file cannot be written.
+    """
+    out = None if out is None else given_path(out)
+    if out is not None and out.suffix not in PICTURES:
+        raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)} or .html")
+    views = open_runs(runs)
+    if log_y:
+        check_log_y(views)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise EsjaxError(f"a picture needs matplotlib ({error}): pip install 'esjax[plot]'") from error
+    titles = {
+        "held_out": "held-out text",
+        "loss": "population, training text" + (f"\naveraged over {smoothing:g} steps" if smoothing else ""),
+    }
+    panels = [column for column in titles if any(len(make_curve(view.metrics, column).value) for view in views)]
+    if not panels:
+        raise EsjaxError(f"there is nothing to draw: no loss is finite in {', '.join(view.name for view in views)}")
+    groups = group_by_seed(views) if mean_over_seeds else [[view] for view in views]
+    styles = [style for _, style in zip(groups, cycle(STYLES), strict=False)]
+    figure = Figure(figsize=(1 + 5 * len(panels), 4.7), layout="constrained")
+    lines: list[Line2D] = []
+    drawn = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    for group, style in zip(groups, styles, strict=True):
+        by_label: dict[str, Line2D] = {}  # both panels have the same lines
+        for column, axes in drawn.items():
+            by_label |= _draw(axes, group, column, style, over, smoothing if column == "loss" else 0.0)
+        lines += by_label.values()
+    labels = _draw_baselines(drawn["held_out"], groups, styles) if "held_out" in drawn else []
+    for column, axes in drawn.items():
+        axes.set_title(titles[column])
+        axes.set_xlabel(over)
+        axes.set_ylabel(fill(", ".join(sorted({view.unit for view in views})), UNIT_WIDTH), **LITERAL)
+        axes.set_xscale("log" if log_x else "linear")
+        axes.set_yscale("log" if log_y else "linear")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    add_legend(figure, lines, columns=4)
+    spread_labels(figure, labels)
+    if out is not None:
+        try:
+            figure.savefig(out, dpi=150)
+        except OSError as error:
+            raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
+    return figure
+
+
+def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
+    """Read runs that are named, or below a named folder; those that are read already are taken as they are.
+
+    Raises:
+        EsjaxError: There is no such run, or none of them has done a step.
+    """
+    views: list[RunView] = []
+    paths: list[Path] = []
+    for run in runs:
+        if isinstance(run, RunView):
+            views.append(run)
+            continue
+        found = find_runs(run)
+        if not found:
+            raise EsjaxError(f"there is no run folder at or below {str(run)!r}")
+        paths += found
+    views += read_runs(paths)
+    if not views:
+        raise EsjaxError("name a run folder, or a folder of them")
+    if not any(view.step for view in views):
+        raise EsjaxError(f"there is nothing to draw: no step is finished in {', '.join(view.name for view in views)}")
+    return views
+
+
+def check_log_y(views: Sequence[RunView]) -> None:
+    """See that there is something to draw on an axis of logarithms.
+
+    Raises:
+        EsjaxError: Of the losses of one kind, held-out or not, none is above 0, as with a reward that is.
+    """
+    for column, what in (("held_out", "held-out loss"), ("loss", "loss")):
+        values = np.concatenate([view.metrics.get(column, np.zeros(0)) for view in views])
+        values = values[~np.isnan(values)]
+        if len(values) and not (values > 0).any():
+            unit = ", ".join(sorted({view.unit for view in views}))
+            raise EsjaxError(f"no {what} ({unit}) is above 0, so it has no logarithm; leave log-y out")
+
+
+def _draw(
+    axes: "Axes", group: Sequence[RunView], column: str, style: dict[str, Any], over: Axis, span: float
+) -> "dict[str, Line2D]":
+    """Draw a run, or the mean and the range of several; return the lines by their labels."""
+    found = [(view.name, make_curve(view.metrics, column)) for view in group]
+    found = [(name, curve) for name, curve in found if len(curve.value)]
+    curves = [(name, curve.over(over), smooth(curve.step, curve.value, span)) for name, curve in found]
+    if len(curves) > 1:
+        _, x, y = zip(*curves, strict=True)
+        band = mean_and_range(x, y)
+        if len(band.x):
+            axes.fill_between(band.x, band.low, band.high, color=style["color"], alpha=0.2, lw=0)
+            curves, span = [(f"{group[0].name} and {len(group) - 1} more", band.x, band.mean)], 0.0
+    if span > 0:
+        for _, curve in found:
+            axes.plot(curve.over(over), curve.value, color=style["color"], alpha=0.2, lw=0.8)
+    lines = {}
+    for name, x, y in curves:
+        marker = "o" if len(x) <= FEW else ""
+        (lines[name],) = axes.plot(x, y, lw=1.6, marker=marker, ms=3, label=name, **style)
+    return lines
+
+
+def _draw_baselines(
+    axes: "Axes", groups: Sequence[Sequence[RunView]], styles: Sequence[dict[str, Any]]
+) -> "list[Annotation]":
+    """Draw the n-gram lines, once for each text; of several texts, each in the color of its first run."""
+    texts: dict[tuple[float, ...], tuple[RunView, str]] = {}
+    for group, style in zip(groups, styles, strict=True):
+        for view in group:
+            if view.baselines:
+                text = tuple(np.round(list(view.baselines.values()), 6).tolist())
+                texts.setdefault(text, (view, style["color"]))
+    labels = []
+    for view, color in texts.values():
+        for name, value in view.baselines.items():
+            line = "gray" if len(texts) == 1 else color
+            axes.axhline(value, color=line, ls=(0, (6, 4)), lw=0.8)
+            label = axes.annotate(
+                f"{name} {value:.2f}" + (f" ({_shorten(view.name)})" if len(texts) > 1 else ""),
+                (1.0, value),
+                (5.0, 0.0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+                color=line,
+                **LITERAL,
+            )
+            labels.append(label)
+    return labels
+
+
+def _shorten(name: str) -> str:
+    """Leave out the middle of a long name."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH // 2]}…{name[1 - NAME_WIDTH // 2 :]}"

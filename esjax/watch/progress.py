@@ -1,0 +1,209 @@
+"""The progress of a run in a terminal: one line that stays in place, or plain lines where there is no terminal."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.text import Text
+
+from esjax.watch.downsampling import Average
+
+if TYPE_CHECKING:
+    from esjax.runs.step_info import Limits, StepInfo
+
+PLAIN_SECONDS = 5.0
+"""Time between plain lines."""
+
+SHORTEST_WAIT, WAIT = 10.0, 3.0
+"""Steps no longer finish when the last is so many seconds ago, and so many times as long as the one before took."""
+
+SMOOTHING = 0.9
+"""Memory of the shown rate and loss, a step."""
+
+GAP = "  "
+"""Between the parts of a line."""
+
+FEWEST_DIGITS, MOST_DIGITS = 2, 6
+"""After the point, of a baseline: so many as tell it from the held-out loss."""
+
+
+class Part(NamedTuple):
+    """A part of the line.
+
+    Attributes:
+        rank: What is of lower rank goes first where the line is too long.
+        text: What is shown.
+        shorter: What is shown in its place when it has to go, or None.
+    """
+
+    rank: int
+    text: Text
+    shorter: "Part | None" = None
+
+
+def fit(parts: Sequence[Part], width: int, ascii_only: bool = False) -> Text:
+    """Leave out, or shorten, what matters least until the rest fits.
+
+    Args:
+        parts: In the order in which they are shown, at least one.
+        width: Columns, at least 1; the last part that is left is cut off if need be.
+        ascii_only: Whether the window cannot show the sign for that.
+    """
+    while len(text := join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
+        least = min(range(len(parts)), key=lambda index: parts[index].rank)
+        shorter = parts[least].shorter
+        parts = [*parts[:least], *([shorter] if shorter else []), *parts[least + 1 :]]
+    text.truncate(width, overflow="crop" if ascii_only else "ellipsis")
+    return text
+
+
+def join(parts: Sequence[Part]) -> Text:
+    """Show everything."""
+    return Text(GAP, no_wrap=True, end="").join(part.text for part in parts)
+
+
+class Progress:
+    """Show infos as they come; a context manager."""
+
+    def __init__(self, console: Console, baselines: Mapping[str, float], limits: "Limits") -> None:
+        """Prepare.
+
+        Args:
+            console: Where to write.
+            baselines: Nats per token by name, worst first, that the held-out loss is read against.
+            limits: Where the run ends.
+        """
+        self._console = console
+        self._baselines = baselines
+        self._limits = limits
+        self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
+        self._last: tuple[StepInfo, float] | None = None  # and when it came
+        self._step_seconds = 0.0  # between the last two
+        self._held_out: tuple[float, float] | None = None  # and when it was measured
+        self._loss, self._rate = Average(), Average()
+        self._mean_loss = self._mean_rate = 0.0
+        self._void_pairs = 0
+        self._began: tuple[float, int] | None = None
+        self._plain_at = 0.0
+
+    def __enter__(self) -> "Progress":
+        """Start to show."""
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last line as it is."""
+        if self._live:
+            self._live.stop()
+
+    def tell(self, line: str) -> None:
+        """Print a line above the progress."""
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def update(self, info: "StepInfo") -> None:
+        """Show a step."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, info.step)
+        self._mean_loss = self._loss.add(info.loss, SMOOTHING)
+        self._mean_rate = self._rate.add(info.member_tokens_per_second, SMOOTHING)
+        self._void_pairs += info.void_pairs
+        if info.held_out is not None:
+            self._held_out = info.held_out, now
+        self._step_seconds = now - self._last[1] if self._last else 0.0
+        self._last = info, now
+        if not self._live and (info.held_out is not None or now >= self._plain_at):
+            self._plain_at = now + PLAIN_SECONDS
+            self._console.print(join(self._parts(info, now, now)), soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
+        """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
+        if self._last is None:
+            return []
+        return [fit(self._parts(*self._last, time.monotonic()), options.max_width, options.ascii_only)]
+
+    def _parts(self, info: "StepInfo", came: float, now: float) -> list[Part]:
+        parts = [
+            Part(8, Text(f"step {info.step:,}", "bold")),
+            Part(1, Text(_clock(info.seconds))),
+            Part(7, Text(f"loss {self._mean_loss:.3f}")),
+            self._against_baselines(),
+        ]
+        age = now - self._held_out[1] if self._held_out else 0.0
+        if age >= 1:
+            parts.append(Part(0, Text(f"{_clock(age)} ago", "dim")))
+        waited = now - came
+        if waited > max(SHORTEST_WAIT, WAIT * self._step_seconds):  # the rate would be that of a step long ago
+            parts.append(Part(4, Text(f"no step for {_clock(waited)}", "yellow")))
+        else:
+            parts.append(Part(4, Text(f"{_count(self._mean_rate)}/s")))
+        if not (info.applied and math.isnan(info.update_norm)):  # of hosts' first update nothing is known yet
+            parts.append(Part(0, Text(f"|update| {info.update_norm:.3g}")))
+        if self._void_pairs:  # those of the session; red while there are more
+            parts.append(Part(6, Text(f"void pairs {self._void_pairs:,}", "red" if info.void_pairs else "dim")))
+        if info.hosts is not None:
+            parts.append(Part(2, Text(f"hosts {info.hosts}")))
+        left = self._time_left(info, came)
+        if left is not None:
+            parts.append(Part(5, Text(f"{_clock(left)} left", "dim")))
+        return parts
+
+    def _against_baselines(self) -> Part:
+        """Read the held-out loss against all baselines; where there is less room against the next one; or alone."""
+        if self._held_out is None:
+            return Part(9, Text("held-out -"))
+        held_out, _ = self._held_out
+        digits = {name: _digits(value, held_out) for name, value in self._baselines.items()}
+        beaten = [name for name, value in self._baselines.items() if held_out < value and digits[name]]
+        color = "green" if beaten else "dim"
+        marks = {
+            name: f"{'=' if not digits[name] else '<' if name in beaten else '>'} {name} "
+            f"{value:.{digits[name] or FEWEST_DIGITS}f}"
+            for name, value in self._baselines.items()
+        }
+        most = max([FEWEST_DIGITS + 1, *(number or 0 for number in digits.values())])
+        alone = Text.assemble("held-out ", (f"{held_out:.{most}f}", "bold green" if beaten else "bold"))
+        part = Part(9, alone)
+        if marks:
+            ahead = [mark for name, mark in marks.items() if name not in beaten] or [*marks.values()][-1:]
+            part = Part(5, alone.copy().append(f" ({ahead[0]})", color), part)
+            part = Part(3, alone.copy().append(f" ({' '.join(marks.values())})", color), part)
+        return part
+
+    def _time_left(self, info: "StepInfo", came: float) -> float | None:
+        assert self._began is not None
+        began, first = self._began
+        candidates = []
+        if self._limits.seconds is not None:
+            candidates.append(self._limits.seconds - (came - began))
+        if self._limits.steps is not None and info.step > first:
+            candidates.append((came - began) / (info.step - first) * (self._limits.steps - info.step))
+        return max(min(candidates), 0.0) if candidates else None
+
+
+def _digits(value: float, other: float) -> int | None:
+    """Count the digits after the point that tell two numbers apart; None: they are as good as equal."""
+    enough = (d for d in range(FEWEST_DIGITS, MOST_DIGITS + 1) if f"{value:.{d}f}" != f"{other:.{d}f}")
+    return next(enough, None)
+
+
+def _count(number: float) -> str:
+    """Write a large number in short: 950, 12.3 k, 3.08 M."""
+    if number < 1e3:
+        return f"{number:.0f}"
+    if number < 1e5:
+        return f"{number / 1e3:.1f} k"
+    return f"{number / 1e6:.2f} M"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

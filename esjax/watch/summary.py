@@ -1,0 +1,47 @@
+"""What a run is, in one line."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from esjax.config.settings import MODELS, Config
+from esjax.data.corpus import Corpus
+from esjax.models.model import Params
+
+
+def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, own: Mapping[str, str]) -> str:
+    """Name the devices, the text and its tokens, the vocabulary, the model, the population and the tokens of a step.
+
+    Args:
+        devices: Who computes, "2 x cpu".
+        config: Settings of the run.
+        corpus: Its text.
+        params: Its parameters.
+        own: Names of what it was given beside its settings, by kind.
+    """
+    es, data = config.es, config.data
+    tokens, held_out = (
+        sum(len(document) + 1 for document in documents) for documents in (corpus.train, corpus.held_out)
+    )
+    named = next(name for name, kind in MODELS.items() if isinstance(config.model, kind))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    a_member = data.batch_size * data.window
+    population = (
+        f"population {es.population_size:,}, {es.population_size * a_member:,} tokens a step"
+        if es.time_per_step is None
+        else f"as many members as {es.time_per_step:g} s a step allow, {a_member:,} tokens each"
+    )
+    parts = [
+        devices,
+        f"text {data.text}: {tokens:,} tokens, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
+        f"model {own.get('model', named)}: {parameters:,} parameters",
+        *(f"{kind} {name}" for kind, name in own.items() if kind != "model"),
+        population,
+    ]
+    return "; ".join(parts)
+
+
+def describe_kinds(devices: Sequence[jax.Device]) -> str:
+    """Count devices by what they are, "2 x cpu"."""
+    kinds = [device.device_kind for device in devices]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))

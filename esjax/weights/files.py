@@ -1,0 +1,111 @@
+"""Weights out of a run folder into a file for others, and back; the suffix tells which kind."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from esjax.errors import EsjaxError
+from esjax.inference.loaded_run import load
+from esjax.models.model import ModelFactory
+from esjax.models.rnn import RnnParams
+from esjax.paths import given_path
+from esjax.runs.durable import write_new_files
+from esjax.weights.npy import export_npy, import_npy
+from esjax.weights.safetensors import export_safetensors, import_safetensors
+
+Format = Literal["safetensors", "npy"]
+"""safetensors: any model, with its settings and vocabulary. npy: the original program's, of the model `rnn`."""
+
+
+def export(
+    path: str | Path,
+    out: str | Path | None = None,
+    format: Format | None = None,
+    *,
+    model: ModelFactory | str | None = None,
+    tell: Callable[[str], None] = print,
+) -> list[Path]:
+    """Write the weights of a run's newest checkpoint to a file: the average, which `evaluate` and `generate` use.
+
+    Args:
+        path: Run folder.
+        out: File to write, whose suffix is the format. None: beside the run folder, and called like it.
+        format: None: as the suffix of `out` says, or else safetensors.
+        model: The run's own model, if it was trained with one, see `esjax.load`.
+        tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
+
+    Returns:
+        The files written, one of them, or for npy the weights and the table of characters.
+
+    Raises:
+        EsjaxError: It is no run folder or holds no checkpoint, the format does not suit its model, or a file is there.
+    """
+    path = given_path(path)
+    if out is None:
+        whole = path if path.name != ".." else path.resolve()
+        out = whole.with_name(f"{whole.name}.{format or 'safetensors'}")
+    out = given_path(out)
+    kinds = get_args(Format)
+    if out.suffix[1:] not in kinds or (format and out.suffix[1:] != format):
+        wanted = f".{format}" if format else " or ".join(f".{kind}" for kind in kinds)
+        raise EsjaxError(f"{str(out)!r} would not tell what it is; call it something that ends in {wanted}")
+    table = table_of(out)
+    files = [out] if out.suffix == ".safetensors" else [out, table]
+    for file in files:
+        if file.exists():
+            raise EsjaxError(f"{str(file)!r} exists already and is left alone; give another --out")
+    loaded = load(path, model=model, tell=tell)
+    contents: list[bytes | str]
+    if out.suffix == ".safetensors":
+        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, loaded.own)]
+    else:
+        if not isinstance(loaded.params, RnnParams):
+            raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")
+        contents = list(export_npy(loaded.params, loaded.vocabulary))
+    try:
+        write_new_files(dict(zip(files, contents, strict=True)))
+    except FileExistsError as error:  # another process was faster
+        raise EsjaxError(f"{error.filename!r} exists already and is left alone; give another --out") from error
+    except OSError as error:
+        raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
+    return files
+
+
+def import_weights(
+    weights: str | Path,
+    out: str | Path,
+    *,
+    characters: str | Path | None = None,
+    model: ModelFactory | str | None = None,
+) -> None:
+    """Make a run folder, at step 0, of a file of weights.
+
+    Args:
+        weights: What `export` wrote, or a .npy file of the original program.
+        out: Run folder to make.
+        characters: The table of characters of a .npy file, see `esjax.weights.npy.import_npy`. None: the file of its
+            name that ends in .chars.json.
+        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
+
+    Raises:
+        EsjaxError: A file cannot be read or does not fit, or the folder exists.
+    """
+    weights, out = given_path(weights), given_path(out)
+    if weights.suffix == ".npy":
+        table = table_of(weights)
+        if characters is None and not table.exists():
+            raise EsjaxError(
+                f"{str(weights)!r} needs its table of characters: give --chars, or put {str(table)!r} there"
+            )
+        import_npy(weights, given_path(characters or table), out)
+    elif weights.suffix == ".safetensors":
+        if characters is not None:
+            raise EsjaxError(f"{str(weights)!r} holds its vocabulary; leave --chars out")
+        import_safetensors(weights, out, model)
+    else:
+        raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy; give it the suffix of what it is")
+
+
+def table_of(weights: Path) -> Path:
+    """Name the table of characters beside a .npy file."""
+    return weights.with_suffix(".chars.json")

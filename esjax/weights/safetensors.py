@@ -1,0 +1,137 @@
+"""Weights of any model in a safetensors file: a tensor for each leaf, and what else is needed to use them.
+
+Tensors are called by where they are in the parameters, `layers.0.recurrent`. The metadata, all of them texts:
+
+esjax        version of this layout
+settings     of the run, as YAML
+vocabulary   as a run folder holds it, JSON
+own          JSON: under "model", the name of a model of its own
+step         steps of training
+weights      which of the run's: "average", those that are evaluated
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy import ndarray
+
+from esjax.config.settings import Config, from_yaml, to_yaml
+from esjax.data.vocabulary import Vocabulary, parse_vocabulary
+from esjax.errors import EsjaxError
+from esjax.flags import default_flags
+from esjax.models.custom_code import gather
+from esjax.models.model import ModelFactory, Params
+from esjax.runs.folder import check_own
+from esjax.weights.start import begin_with
+
+FORMAT = "1"
+"""Version of the layout."""
+
+
+def name_tensors(params: Params) -> dict[str, Any]:
+    """Name each leaf by where it is in the parameters."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def export_safetensors(
+    config: Config, vocabulary: Vocabulary, params: Params, step: int, own: Mapping[str, str]
+) -> bytes:
+    """Write weights.
+
+    Args:
+        config: Settings of the run.
+        vocabulary: Its symbols.
+        params: The averaged weights.
+        step: Steps they were trained for.
+        own: Name of a model of its own, under "model".
+
+    Raises:
+        EsjaxError: safetensors is missing.
+    """
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in name_tensors(params).items()}
+    metadata = {
+        "esjax": FORMAT,
+        "settings": to_yaml(config),
+        "vocabulary": json.dumps(vocabulary.stored(), ensure_ascii=False),
+        "own": json.dumps({kind: name for kind, name in own.items() if kind == "model"}),
+        "step": str(step),
+        "weights": "average",
+    }
+    return _library().numpy.save(tensors, metadata)
+
+
+def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None = None) -> None:
+    """Make a run folder, at step 0, of what `export_safetensors` wrote.
+
+    Args:
+        path: The file.
+        out: Run folder to make.
+        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
+
+    Raises:
+        EsjaxError: The file cannot be read, is not of esjax, or does not fit the model; or the folder exists.
+    """
+    read = _read(path)
+    config, vocabulary = read.config, read.vocabulary
+    own = gather(model=model)
+    check_own(str(path), read.own, own.names(), "esjax.import_weights")
+    built = own.build(config.model, vocabulary.size)
+    with default_flags():
+        like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
+    expected = name_tensors(like)
+    for tensor in {**expected, **read.tensors}:
+        wanted, found = (_describe(tensors.get(tensor)) for tensors in (expected, read.tensors))
+        if wanted != found:
+            raise EsjaxError(f"{str(path)!r} does not fit the model of its settings: {tensor} is {found}, not {wanted}")
+    if not all(np.isfinite(tensor).all() for tensor in read.tensors.values()):
+        raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
+    leaves = [jnp.asarray(read.tensors[tensor]) for tensor in expected]
+    params = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    begin_with(params, out, config, vocabulary, read.own, own.code)
+
+
+class _Read(NamedTuple):
+    """What a file holds."""
+
+    config: Config
+    vocabulary: Vocabulary
+    own: dict[str, str]
+    tensors: dict[str, ndarray]
+
+
+def _read(path: Path) -> _Read:
+    library = _library()
+    try:
+        with library.safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, TypeError, library.SafetensorError) as error:
+        raise EsjaxError(f"cannot read {str(path)!r} as safetensors: {str(error).splitlines()[0][:200]}") from error
+    if metadata.get("esjax") != FORMAT:
+        raise EsjaxError(f"{str(path)!r} was not written by esjax export, or by another version of it")
+    config = from_yaml(metadata.get("settings", ""), f"settings in {path}")
+    try:
+        vocabulary = parse_vocabulary(json.loads(metadata["vocabulary"]))
+        own = {str(kind): str(name) for kind, name in json.loads(metadata.get("own", "{}")).items()}
+    except (KeyError, ValueError, AttributeError) as error:
+        raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it anew") from error
+    return _Read(config, vocabulary, own, tensors)
+
+
+def _describe(tensor: Any) -> str:
+    return "absent" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+
+
+def _library() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise EsjaxError(f"this needs the library safetensors ({error}): pip install 'esjax[safetensors]'") from error
+    return safetensors

@@ -1,0 +1,712 @@
+"""Who scores what, and that it does not matter."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from storms import volume
+
+from esjax.exchange.gradient_sums import TAIL
+from esjax.exchange.update_record import Span, pairs_of
+from esjax.exchange.values import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, TimeBudget, Work
+
+UNIT = 4
+
+
+def losses_of(spans: list[Span], error: float = 0.0) -> np.ndarray:
+    """Make up the losses of pairs: a number of each, and twice that."""
+    pairs = pairs_of(spans).astype(np.float32) % 1000
+    return np.stack([pairs + np.float32(error), 2 * pairs], axis=1)
+
+
+def spans_of(leases: list[Lease], slot: int) -> list[Span]:
+    return [(lease.first, lease.pairs) for lease in leases if lease.slot == slot]
+
+
+def units_of(leases: list[Lease], unit: int = UNIT) -> Counter[int]:
+    """Count the units that each host was given."""
+    counts: Counter[int] = Counter()
+    for lease in leases:
+        counts[lease.slot] += -(-lease.pairs // unit)
+    return counts
+
+
+def hand_in(work: Work, slot: int, spans: list[Span], error: float = 0.0, final: bool = True) -> str:
+    return work.accept(slot, spans, losses_of(spans, error), final)
+
+
+def hand_in_all(work: Work, leases: list[Lease], errors: Mapping[int, float] = {}) -> None:
+    for slot in {lease.slot for lease in leases}:
+        assert not hand_in(work, slot, spans_of(leases, slot), errors.get(slot, 0.0))
+
+
+# A fixed population.
+
+
+@pytest.mark.parametrize(
+    ("speeds", "shares"),
+    [
+        ({0: 1.0}, {0: 12}),
+        ({0: 1.0, 1: 1.0}, {0: 6, 1: 6}),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2, 1: 4, 2: 6}),
+        ({0: 100.0, 1: 1.0}, {0: 12}),
+        ({0: 11.0, 1: 1.0}, {0: 11, 1: 1}),
+    ],
+    ids=["one", "equal", "1:2:3", "100:1", "11:1"],
+)
+def test_leases_are_in_proportion_to_speed(speeds: dict[int, float], shares: dict[int, int]) -> None:
+    assert units_of(FixedPopulation(12 * UNIT, UNIT, LossExchange()).lease(speeds)) == shares
+
+
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """List the ways to write a number as a sum."""
+    for bars in itertools.combinations(range(total + parts - 1), parts - 1):
+        edges = [-1, *bars, total + parts - 1]
+        yield tuple(end - start - 1 for start, end in itertools.pairwise(edges))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 8), st.lists(st.integers(1, 20), min_size=1, max_size=4))
+def test_no_other_shares_are_done_sooner(units: int, speeds: list[int]) -> None:
+    leases = FixedPopulation(units * UNIT, UNIT, LossExchange()).lease(
+        {slot: float(speed) for slot, speed in enumerate(speeds)}
+    )
+    counts = units_of(leases)
+    took = max(count / speeds[slot] for slot, count in counts.items())
+    best = min(
+        max(count / speed for count, speed in zip(shares, speeds, strict=True))
+        for shares in compositions(units, len(speeds))
+    )
+    assert took == best
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 100),
+    st.integers(1, 9),
+    st.dictionaries(st.integers(0, 20), st.floats(0.01, 100), min_size=1, max_size=6),
+)
+def test_every_pair_is_leased_once(pairs: int, unit: int, speeds: dict[int, float]) -> None:
+    work = FixedPopulation(pairs, unit, LossExchange())
+    leases = work.lease(speeds)
+    leased = [pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs)]
+    assert sorted(leased) == list(range(pairs))
+    assert all(lease.first % unit == 0 for lease in leases)
+    for slot in speeds:
+        assert len(spans_of(leases, slot)) <= 1  # neighbours, so that messages are short
+        assert work.open_spans(slot) == spans_of(leases, slot)
+        assert work.busy(slot) == bool(spans_of(leases, slot))
+    assert work.lease(speeds) == []
+    assert not work.waits
+
+
+def test_who_comes_later_takes_over_what_others_come_to_last() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work.lease({0: 1.0})
+    assert work.lease({0: 1.0}) == []
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 6 * UNIT, 6 * UNIT)]
+    assert work.open_spans(0) == [(0, 6 * UNIT)]
+    assert not hand_in(work, 0, [(0, UNIT)])
+    leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    assert units_of(leases) == {2: 3}
+    assert [len(pairs_of(work.open_spans(slot))) // UNIT for slot in range(3)] == [4, 4, 3]
+    assert work.lease({0: 1.0, 1: 1.0, 2: 1.0}) == []
+
+
+def test_who_comes_back_takes_its_share_again() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work.lease({0: 1.0, 1: 3.0})
+    work.release(1)
+    assert units_of(work.lease({0: 1.0})) == {0: 9}
+    assert units_of(work.lease({0: 1.0, 1: 3.0})) == {1: 9}
+    assert work.open_spans(0) == [(0, 3 * UNIT)]
+
+
+def test_who_is_too_slow_to_help_is_given_nothing() -> None:
+    work = FixedPopulation(3 * UNIT, UNIT, LossExchange())
+    leases = work.lease({0: 1.0, 1: 0.3})
+    assert units_of(leases) == {0: 3}
+    assert work.lease({0: 1.0, 1: 0.3}) == []
+    assert work.lease({0: 1.0, 1: 0.3, 2: 0.3}) == []
+
+
+def test_a_host_that_is_busy_first_is_given_less() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    assert units_of(work.lease({0: 1.0, 1: 1.0}, {0: 4.0 * UNIT})) == {0: 4, 1: 8}
+
+
+def test_without_hosts_nothing_is_leased() -> None:
+    work = FixedPopulation(8, UNIT, LossExchange())
+    assert work.lease({}) == []
+    assert work.waits
+
+
+def test_what_is_released_goes_to_others() -> None:
+    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    theirs = work.open_spans(1)
+    work.release(1)
+    assert work.waits
+    assert not work.busy(1)
+    again = work.lease({0: 1.0, 2: 1.0})
+    assert units_of(again) == {0: 2, 2: 2}
+    assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(pairs_of(theirs))
+    assert not work.waits
+
+
+def test_who_was_too_slow_is_asked_again_only_if_nobody_else_is_there() -> None:
+    work = FixedPopulation(UNIT, UNIT, LossExchange())
+    assert units_of(work.lease({0: 100.0, 1: 1.0})) == {0: 1}
+    work.release(0)
+    assert units_of(work.lease({0: 100.0, 1: 1.0})) == {1: 1}
+    work.release(1)
+    assert units_of(work.lease({0: 100.0})) == {0: 1}
+
+
+def test_the_first_answer_counts() -> None:
+    work = FixedPopulation(2 * UNIT, UNIT, LossExchange())
+    work.lease({0: 1.0})
+    work.release(0)
+    work.lease({1: 1.0})
+    assert not hand_in(work, 0, [(0, UNIT)], error=1.0)
+    assert work.open_spans(1) == [(UNIT, UNIT)]
+    assert not hand_in(work, 1, [(0, 2 * UNIT)], error=5.0)
+    assert work.complete
+    spans, losses = work.result()
+    assert spans == [(0, 2 * UNIT)]
+    np.testing.assert_array_equal(losses[:UNIT], losses_of([(0, UNIT)], 1.0))
+    np.testing.assert_array_equal(losses[UNIT:], losses_of([(UNIT, UNIT)], 5.0))
+    assert (work.count(0), work.count(1)) == (UNIT, UNIT)
+
+
+@pytest.mark.parametrize(
+    ("spans", "reason"),
+    [
+        ([(1, UNIT)], "no whole units"),
+        ([(0, 1)], "no whole units"),
+        ([(0, 3 * UNIT)], "no whole units"),
+        ([(8, 3)], "no whole units"),
+        ([(0, UNIT), (0, UNIT)], "named twice"),
+        ([(4, UNIT)], "never assigned"),
+        ([(2**31 - UNIT, UNIT)], "no whole units"),
+    ],
+)
+def test_what_was_not_asked_for_is_not_taken(spans: list[Span], reason: str) -> None:
+    work = FixedPopulation(10, UNIT, LossExchange())  # units of 4, 4 and 2
+    work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    mine = work.open_spans(0)
+    assert mine == [(0, 4)]
+    assert reason in hand_in(work, 0, spans)
+    assert work.open_spans(0) == mine
+    assert work.count(0) == 0
+    assert not hand_in(work, 0, mine)
+
+
+def test_the_last_unit_may_be_smaller() -> None:
+    work = FixedPopulation(10, UNIT, LossExchange())
+    hand_in_all(work, work.lease({0: 1.0}))
+    assert work.complete
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 10)]))
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["lease", "release", "hand in", "hand in late", "revoke"]),
+        st.integers(0, 4),
+        st.floats(0.1, 10),
+        st.integers(1, 5),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.booleans())
+def test_the_result_does_not_depend_on_who_scored_what(
+    steps: list[tuple[str, int, float, int]], pairs: int, unit: int, is_checked: bool
+) -> None:
+    """Hosts come, go, are slow, and hand in late; all of them are honest."""
+    units = -(-pairs // unit)
+    work = FixedPopulation(pairs, unit, LossExchange(), range(units) if is_checked else ())
+    given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
+    for action, slot, speed, count in steps:
+        if action == "lease":
+            for lease in work.lease({slot: speed, (slot + 1) % 5: 1.0}):
+                given_to[lease.slot].append((lease.first, lease.pairs))
+        elif action == "release":
+            work.release(slot)
+        elif action == "revoke":
+            work.revoke(slot)
+        elif action == "hand in":
+            assert not hand_in(work, slot, work.open_spans(slot)[:count])
+        elif given_to[slot]:
+            assert not hand_in(work, slot, [given_to[slot][count % len(given_to[slot])]])
+        assert 0 <= work.count(slot) <= pairs
+    while not work.complete:
+        hand_in_all(work, work.lease(dict.fromkeys(range(5), 1.0)))
+        for slot in range(5):
+            assert not hand_in(work, slot, work.open_spans(slot))
+    assert not work.liars(None)
+    spans, losses = work.result()
+    assert spans == [(0, pairs)]
+    np.testing.assert_array_equal(losses, losses_of([(0, pairs)]))
+
+
+# Spot checks.
+
+
+def checked(units: int = 6) -> FixedPopulation:
+    return FixedPopulation(units * UNIT, UNIT, LossExchange(), range(units))
+
+
+def test_a_checked_unit_is_scored_by_two_hosts() -> None:
+    work = checked()
+    leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    assert sum(units_of(leases).values()) == 12
+    holders = Counter(pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs))
+    assert set(holders.values()) == {2}
+    hand_in_all(work, leases)
+    assert work.complete
+    assert not work.liars(0)
+
+
+def test_only_what_is_checked_is_scored_twice() -> None:
+    work = FixedPopulation(6 * UNIT, UNIT, LossExchange(), [2, 4])
+    leases = work.lease({0: 1.0, 1: 1.0})
+    holders = Counter(pair // UNIT for lease in leases for pair in range(lease.first, lease.first + lease.pairs, UNIT))
+    assert holders == {0: 1, 1: 1, 2: 2, 3: 1, 4: 2, 5: 1}
+
+
+def test_one_host_is_not_checked() -> None:
+    work = checked()
+    leases = work.lease({0: 1.0})
+    assert sum(units_of(leases).values()) == 6
+    hand_in_all(work, leases)
+    assert work.complete
+
+
+def test_a_step_waits_for_a_second_opinion_under_way() -> None:
+    work = checked(1)
+    work.lease({0: 1.0, 1: 1.0})
+    assert not hand_in(work, 0, [(0, UNIT)])
+    assert not work.complete
+    work.release(1)
+    assert work.complete
+
+
+def test_the_odd_one_of_three_is_a_liar() -> None:
+    for liar in range(3):
+        work = checked(1)
+        leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+        first, second = (lease.slot for lease in leases)
+        hand_in_all(work, leases, {liar: 1.0})
+        if liar not in (first, second):
+            assert work.complete
+            continue
+        assert work.waits
+        hand_in_all(work, work.lease({0: 1.0, 1: 1.0, 2: 1.0}), {liar: 1.0})
+        assert work.complete
+        assert work.liars(None) == {liar}
+        assert work.liars(liar) == {liar}  # two others outvote whoever is trusted
+        work.revoke(liar)
+        assert work.complete
+        assert not work.waits
+        assert work.count(liar) == 0
+        np.testing.assert_array_equal(work.result()[1], losses_of([(0, UNIT)]))
+
+
+def test_of_two_hosts_the_trusted_one_is_right() -> None:
+    work = checked(2)
+    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: 1.0})
+    assert work.liars(1) == {0}
+    assert work.liars(0) == {1}
+    assert work.liars(None) == set()
+    assert work.liars(7) == set()
+    work.revoke(0)
+    assert work.complete
+    assert not work.waits
+    assert not work.liars(1)
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * UNIT)]))
+
+
+def test_what_only_a_liar_scored_is_scored_again() -> None:
+    work = FixedPopulation(4 * UNIT, UNIT, LossExchange(), [0])
+    leases = work.lease({0: 1.0, 1: 1.0})
+    hand_in_all(work, leases, {1: 1.0})
+    assert work.liars(0) == {1}
+    work.revoke(1)
+    assert not work.complete
+    hand_in_all(work, work.lease({0: 1.0}))
+    assert work.complete
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 4 * UNIT)]))
+
+
+@pytest.mark.parametrize(("error", "is_lie"), [(AGREE / 2, False), (AGREE * 2, True), (np.nan, True), (np.inf, True)])
+def test_other_hardware_is_no_liar(error: float, is_lie: bool) -> None:
+    work = checked(1)
+    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {1: error})
+    assert work.liars(0) == ({1} if is_lie else set())
+
+
+def test_losses_that_are_no_numbers_agree_with_each_other() -> None:
+    work = checked(1)
+    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: np.nan, 1: np.nan})
+    assert not work.liars(0)
+
+
+# A time budget.
+
+
+def test_every_host_has_a_range_of_its_own() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    leases = work.lease({3: 1.0, 0: 5.0})
+    assert leases == [Lease(0, 0, SLOT_PAIRS), Lease(3, 3 * SLOT_PAIRS, SLOT_PAIRS)]
+    assert work.lease({3: 1.0, 0: 5.0}) == []
+    assert not hand_in(work, 3, [(3 * SLOT_PAIRS, 5)], final=False)
+    assert work.open_spans(3) == [(3 * SLOT_PAIRS + 5, SLOT_PAIRS - 5)]
+    assert not hand_in(work, 0, [(0, 2)])
+    assert not work.complete
+    assert not hand_in(work, 3, [(3 * SLOT_PAIRS + 5, 1)])
+    assert work.complete
+    spans, losses = work.result()
+    assert spans == [(0, 2), (3 * SLOT_PAIRS, 6)]
+    np.testing.assert_array_equal(losses, losses_of(spans))
+    assert (work.count(0), work.count(3), work.count(7)) == (2, 6, 0)
+
+
+@pytest.mark.parametrize(
+    ("spans", "reason"),
+    [
+        ([(SLOT_PAIRS + 11, 2)], "missing"),
+        ([(SLOT_PAIRS + 10, 2), (SLOT_PAIRS + 13, 1)], "missing"),
+        ([(SLOT_PAIRS - 1, 2)], "never assigned"),
+        ([(2 * SLOT_PAIRS - 1, 2)], "never assigned"),
+        ([(0, 2)], "never assigned"),
+    ],
+)
+def test_a_range_has_no_gaps(spans: list[Span], reason: str) -> None:
+    work = TimeBudget(1.0, LossExchange())
+    work.lease({1: 1.0})
+    assert not hand_in(work, 1, [(SLOT_PAIRS, 10)], final=False)
+    assert reason in hand_in(work, 1, spans)
+    assert work.count(1) == 10
+    assert work.busy(1)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 10), (10, 4)],
+        [(0, 4), (4, 6), (10, 4)],
+        [(0, 14)],
+        [(8, 6)],
+        [(10, 4)],
+        [(10, 1), (11, 3)],
+        [(10, 4), (0, 10)],
+    ],
+)
+def test_what_is_there_already_is_taken_as_read(spans: list[Span]) -> None:
+    work = TimeBudget(1.0, LossExchange())
+    work.lease({0: 1.0})
+    assert not hand_in(work, 0, [(0, 10)], final=False)
+    assert not hand_in(work, 0, spans)
+    assert work.complete
+    assert work.result()[0] == [(0, 14)]
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 14)]))
+
+
+def test_who_comes_late_waits_for_the_next_step() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    assert work.waits
+    work.lease({0: 1.0})
+    assert not work.waits
+    assert work.lease({0: 1.0, 1: 1.0}) == []
+
+
+def test_who_would_hold_up_the_others_waits_for_the_next_step() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    assert [lease.slot for lease in work.lease({0: 1.0, 1: 1.0, 2: 1.0}, {0: 0.6, 1: 0.4})] == [1, 2]
+    work = TimeBudget(1.0, LossExchange())
+    assert [lease.slot for lease in work.lease({0: 1.0}, {0: 0.6})] == [0]
+
+
+def test_a_step_is_closed_without_who_is_released() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    assert not hand_in(work, 0, [(0, 5)])
+    assert not hand_in(work, 1, [(SLOT_PAIRS, 5)], final=False)
+    work.release(1)
+    work.release(2)
+    assert work.complete
+    assert not hand_in(work, 2, [(2 * SLOT_PAIRS, 3)])  # still in time, and no fault of its own
+    assert work.result()[0] == [(0, 5), (SLOT_PAIRS, 5), (2 * SLOT_PAIRS, 3)]
+
+
+def test_a_step_that_nobody_has_finished_is_leased_again() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    work.lease({0: 1.0})
+    work.release(0)
+    assert work.waits
+    assert not work.complete
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(0, 0, SLOT_PAIRS), Lease(1, SLOT_PAIRS, SLOT_PAIRS)]
+
+
+def test_who_hands_in_nothing_ends_no_step() -> None:
+    work = TimeBudget(1.0, LossExchange())
+    work.lease({0: 1.0})
+    assert not hand_in(work, 0, [])
+    assert not work.complete
+    assert work.waits
+    assert work.lease({0: 1.0})
+
+
+def test_a_slot_that_took_part_is_known() -> None:
+    for work in (TimeBudget(1.0, LossExchange()), FixedPopulation(8, UNIT, LossExchange())):
+        assert not work.took_part(0)
+        work.lease({0: 1.0})
+        work.release(0)
+        assert work.took_part(0)
+        assert not work.took_part(1)
+
+
+# Sums.
+
+SUMS = SumExchange(2 + TAIL)
+
+
+def sum_of(spans: list[Span], error: int = 0) -> np.ndarray:
+    """Add up what some pairs say, numbers that nobody would hit by chance: two of the gradient, and the tail."""
+    pairs = pairs_of(spans).astype(np.int64)
+    columns = [pairs * 7919 % 10007 - 5000, pairs * 104729 % 9973 - 5000, np.ones_like(pairs), pairs % 97, pairs % 89]
+    total = np.stack(columns).sum(axis=1)
+    total[0] += error
+    return total.astype(np.int32)
+
+
+def sums_of(spans: list[Span], error: int = 0) -> np.ndarray:
+    return np.array([sum_of([span], error) for span in spans], np.int32).reshape(len(spans), 2 + TAIL)
+
+
+def add(work: Work, slot: int, spans: list[Span], error: int = 0, final: bool = True) -> str:
+    return work.accept(slot, spans, sums_of(spans, error), final)
+
+
+def add_all(work: Work, leases: list[Lease], errors: Mapping[int, int] = {}) -> None:
+    for slot in {lease.slot for lease in leases}:
+        assert not add(work, slot, spans_of(leases, slot), errors.get(slot, 0))
+
+
+def check_total(work: Work) -> None:
+    """See that every pair of the result counts once."""
+    assert work.complete
+    spans, total = work.result()
+    np.testing.assert_array_equal(total, [sum_of(spans)])
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.sets(st.integers(0, 29)), st.randoms(use_true_random=False))
+def test_every_pair_is_in_the_sum_once_whoever_added_what(
+    steps: list[tuple[str, int, float, int]], pairs: int, unit: int, checked_units: set[int], random: Random
+) -> None:
+    """Hosts come, go, are slow, and hand in late, twice, and parts of what they were given; all of them are honest."""
+    work = FixedPopulation(pairs, unit, SUMS, [i for i in checked_units if i < -(-pairs // unit)])
+    given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
+    for action, slot, speed, count in steps:
+        if action == "lease":
+            for lease in work.lease({slot: speed, (slot + 1) % 5: 1.0}):
+                given_to[lease.slot].append((lease.first, lease.pairs))
+        elif action == "release":
+            work.release(slot)
+        elif action == "revoke":
+            work.revoke(slot)
+            assert work.count(slot) == 0
+        elif action == "hand in":
+            assert not add(work, slot, work.open_spans(slot)[:count])
+        elif given_to[slot]:
+            first, size = random.choice(given_to[slot])
+            units = -(-size // unit)
+            begin = random.randrange(units)
+            end = random.randint(begin + 1, units)
+            span = (first + begin * unit, min(size, end * unit) - begin * unit)
+            before = work.count(slot)
+            assert not add(work, slot, [span])
+            assert work.count(slot) in (before, before + span[1])  # as a whole, or not at all
+    while not work.complete:
+        for lease in work.lease(dict.fromkeys(range(5), 1.0)):
+            assert not add(work, lease.slot, [(lease.first, lease.pairs)])
+        for slot in range(5):
+            assert not add(work, slot, work.open_spans(slot))
+    assert not work.liars(None)
+    check_total(work)
+    assert work.result()[0] == [(0, pairs)]
+    if not checked_units:
+        assert sum(map(work.count, range(5))) == pairs
+
+
+def test_a_sum_over_what_is_in_does_not_count_and_the_rest_is_given_out_again() -> None:
+    work = FixedPopulation(4 * UNIT, UNIT, SUMS)
+    work.lease({0: 1.0})
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 2 * UNIT, 2 * UNIT)]
+    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
+    assert not work.waits
+    assert not add(work, 0, [(0, 3 * UNIT)])  # it had begun before the others were taken from it
+    assert work.count(0) == 0
+    assert not work.busy(0)
+    assert work.waits
+    again = work.lease({0: 1.0, 1: 1.0})
+    assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(range(2 * UNIT))
+    add_all(work, again)
+    check_total(work)
+
+
+def test_a_sum_over_what_another_one_is_at_counts_if_it_comes_first() -> None:
+    work = FixedPopulation(4 * UNIT, UNIT, SUMS)
+    work.lease({0: 1.0})
+    work.lease({0: 1.0, 1: 1.0})
+    assert not add(work, 0, [(0, 3 * UNIT)])
+    assert work.open_spans(1) == [(3 * UNIT, UNIT)]
+    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
+    assert (work.count(0), work.count(1)) == (3 * UNIT, 0)
+    add_all(work, work.lease({1: 1.0}))
+    check_total(work)
+
+
+def test_what_a_host_added_is_forgotten_alone() -> None:
+    work = FixedPopulation(8 * UNIT, UNIT, SUMS, [3])
+    leases = work.lease({0: 1.0, 1: 1.0})
+    add_all(work, leases, {1: 1000})
+    assert work.complete
+    work.revoke(1)
+    assert not work.complete
+    again = work.lease({0: 1.0})
+    theirs = {unit for lease in leases if lease.slot == 1 for unit in range(lease.first, lease.first + lease.pairs)}
+    assert set(pairs_of([(lease.first, lease.pairs) for lease in again])) == theirs - set(range(3 * UNIT, 4 * UNIT))
+    add_all(work, again)
+    check_total(work)
+    assert (work.count(0), work.count(1)) == (8 * UNIT, 0)
+
+
+def test_units_whose_sums_are_compared_are_leased_alone() -> None:
+    work = FixedPopulation(6 * UNIT, UNIT, SUMS, [2, 4])
+    leases = work.lease({0: 1.0, 1: 1.0})
+    for lease in leases:
+        units = range(lease.first // UNIT, (lease.first + lease.pairs) // UNIT)
+        assert len(units) == 1 or not {2, 4} & set(units)
+    for slot in range(2):
+        assert work.open_spans(slot) == spans_of(leases, slot)
+    work = FixedPopulation(2 * UNIT, UNIT, SUMS, [1])
+    assert work.lease({0: 1.0}) == [Lease(0, 0, UNIT), Lease(0, UNIT, UNIT)]
+    assert "summed with others" in add(work, 0, [(0, 2 * UNIT)])
+    assert work.count(0) == 0
+    assert work.busy(0)
+    assert not add(work, 0, [(0, UNIT), (UNIT, UNIT)])
+    check_total(work)
+
+
+def test_the_odd_sum_of_three_is_a_lie() -> None:
+    for liar in range(3):
+        work = FixedPopulation(3 * UNIT, UNIT, SUMS, range(3))
+        speeds = {0: 1.0, 1: 1.0, 2: 1.0}
+        leases = work.lease(speeds)
+        while leases:
+            add_all(work, leases, {liar: 10_000})
+            leases = work.lease(speeds)
+        assert work.liars(None) == {liar}
+        work.revoke(liar)
+        check_total(work)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_lie"),
+    [
+        pytest.param([AGREE_SUMS / 2 * 1000, 0, 0, 0, 0], False, id="a little"),
+        pytest.param([AGREE_SUMS * 2 * 1000, 0, 0, 0, 0], True, id="more"),
+        pytest.param([0, AGREE_STEPS, 0, 0, 0], False, id="rounding"),
+        pytest.param([0, AGREE_SUMS * 2 * 1000, 0, 0, 0], True, id="more than the largest says"),
+        pytest.param([-1000, -10, 0, 0, 0], True, id="no gradient"),
+        pytest.param([0, 0, 2 + AGREE_SUMS * 300, 0, 0], True, id="pairs"),
+        pytest.param([0, 0, 0, AGREE_SUMS / 2 * 10**9, 0], False, id="losses, a little"),
+        pytest.param([0, 0, 0, AGREE_SUMS * 2 * 10**9, 0], True, id="losses"),
+        pytest.param([0, 0, 0, 0, 1000], True, id="differences"),
+        pytest.param([-(2**31) - 1000, 0, 0, 0, 0], True, id="the smallest number"),
+    ],
+)
+def test_sums_of_other_hardware_are_no_lies(change: list[float], is_lie: bool) -> None:
+    honest = np.array([1000, 10, 128, 10**9, 5000], np.int64)
+    work = FixedPopulation(128, 128, SUMS, [0])
+    work.lease({0: 1.0, 1: 1.0})
+    for slot, total in enumerate([honest, honest + np.array(change).astype(np.int64)]):
+        assert not work.accept(slot, [(0, 128)], total.astype(np.int32)[None], True)
+    assert work.liars(0) == ({1} if is_lie else set())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans()), max_size=12
+    )
+)
+def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int, list[int], bool]]) -> None:
+    """Hosts hand in what comes next, some of it with everything that they handed in before."""
+    work = TimeBudget(1.0, SUMS)
+    work.lease({0: 1.0, 1: 1.0, 2: 1.0})
+    done: dict[int, list[Span]] = {slot: [] for slot in range(3)}
+    for slot, counts, again in messages:
+        new: list[Span] = []
+        for count in counts:
+            at = sum(([*done[slot], *new] or [(slot * SLOT_PAIRS, 0)])[-1])
+            new.append((at, count))
+        assert not add(work, slot, done[slot] + new if again else new, final=False)
+        done[slot] += new
+        assert work.count(slot) == sum(count for _, count in done[slot])
+    for slot in range(3):
+        work.release(slot)
+    if any(done.values()):
+        check_total(work)
+        assert set(pairs_of(work.result()[0])) == {int(pair) for slot in range(3) for pair in pairs_of(done[slot])}
+
+
+@pytest.mark.parametrize(
+    ("spans", "reason"),
+    [
+        ([(SLOT_PAIRS, 12)], "summed twice"),
+        ([(SLOT_PAIRS + 8, 4)], "summed twice"),
+        ([(SLOT_PAIRS + 10, 2), (SLOT_PAIRS + 11, 2)], "summed twice"),
+        ([(SLOT_PAIRS + 11, 2)], "missing"),
+        ([(SLOT_PAIRS - 1, 2)], "never assigned"),
+    ],
+)
+def test_a_sum_of_a_range_has_no_gap_and_no_overlap(spans: list[Span], reason: str) -> None:
+    work = TimeBudget(1.0, SUMS)
+    work.lease({1: 1.0})
+    assert not add(work, 1, [(SLOT_PAIRS, 4), (SLOT_PAIRS + 4, 6)], final=False)
+    assert reason in add(work, 1, spans)
+    assert work.count(1) == 10
+    assert not add(work, 1, [(SLOT_PAIRS + 10, 1)])
+    check_total(work)
+
+
+def test_a_range_that_is_revoked_is_in_no_sum() -> None:
+    work = TimeBudget(1.0, SUMS)
+    work.lease({0: 1.0, 1: 1.0})
+    assert not add(work, 0, [(0, 5)])
+    assert not add(work, 1, [(SLOT_PAIRS, 3)], error=1000)
+    work.revoke(1)
+    check_total(work)
+    assert work.result()[0] == [(0, 5)]
+
+
+@pytest.mark.parametrize("work", [FixedPopulation(400, 1, SUMS), TimeBudget(1.0, SUMS)], ids=["fixed", "budget"])
+def test_the_sums_of_a_host_take_the_room_of_one(work: Work) -> None:
+    numbers = 10_000
+    work.lease({0: 1.0})
+    before = volume(work)
+    for pair in range(300):
+        assert not work.accept(0, [(pair, 1)], np.ones((1, numbers), np.int32), False)
+    assert volume(work) - before < 2 * 8 * numbers

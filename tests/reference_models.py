@@ -1,0 +1,50 @@
+"""The equations of the models in float64 numpy, and weights at which all of them matter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esjax.data.tokens import STOP
+
+
+def wide(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+def rnn_step(p: Any, s: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.maximum(s @ p.head_hidden, 0) @ p.head_output
+    for layer in p.layers:
+        s = np.tanh(s + (s @ layer.recurrent) * layer.embedding[token])
+    return s, logits
+
+
+def gru_step(p: Any, h: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    logits = np.maximum(h @ p.head_hidden.matrix + p.head_hidden.bias, 0) @ p.head_output.matrix + p.head_output.bias
+    d = len(h)
+    x, y = p.embedding[token], h @ p.recurrent.matrix + p.recurrent.bias
+    r = 1 / (1 + np.exp(-(x[:d] + y[:d])))
+    z = 1 / (1 + np.exp(-(x[d : 2 * d] + y[d : 2 * d])))
+    n = np.tanh(x[2 * d :] + r * y[2 * d :])
+    return z * h + (1 - z) * n, logits
+
+
+STEPS = {"rnn": rnn_step, "gru": gru_step}
+
+
+def reference_losses(name: str, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """Nats of each token; the state starts anew after STOP."""
+    p = wide(params)
+    state, losses = p.start, []
+    for token in tokens:
+        after, logits = STEPS[name](p, state, int(token))
+        losses.append(np.log(np.exp(logits).sum()) - logits[token])
+        state = p.start if token == STOP else after
+    return np.array(losses)
+
+
+def busy(params: Any) -> Any:
+    """Give every weight a size at which it matters, start state and biases too."""
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.7, leaf.shape), jnp.float32), params)
