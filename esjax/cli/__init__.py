@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import tyro
 from rich.console import Console
 
-import esjax
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.infer import Evaluate, Generate, Tune
 from esjax.cli.plot import Dashboard, Plot
@@ -23,6 +22,7 @@ from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.weights import Export, Import, ImportNpy
 from esjax.errors import EsjaxError
+from esjax.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 
@@ -70,7 +70,7 @@ def _parse(words: list[str]) -> Any:
         print(_usage())
         sys.exit(0)
     if words[0] == "--version":
-        print(f"esjax {esjax.__version__} (JAX {version('jax')}, Python {platform.python_version()})")
+        print(f"esjax {__version__} (JAX {version('jax')}, Python {platform.python_version()})")
         sys.exit(0)
     name, rest = words[0], words[1:]
     if name not in COMMANDS:

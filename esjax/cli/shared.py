@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-import esjax
 from esjax.errors import DiskError, EsjaxError
 from esjax.paths import given_path
 from esjax.terminal import has_cursor
+from esjax.version import __version__
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -165,7 +165,7 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         how = f"copy {' and '.join(files)} to each machine, and give the line above there, with the paths of the copies"
     else:
         how = "give the line above on each machine"
-    server.tell(f"waiting for hosts: {how}; each needs esjax {esjax.__version__}. The first one starts the training")
+    server.tell(f"waiting for hosts: {how}; each needs esjax {__version__}. The first one starts the training")
 
 
 def open_console(*, stderr: bool = False) -> Console:

@@ -30,13 +30,13 @@ from typing import IO, Any
 
 import msgspec
 
-import esjax
 from esjax.config.custom_names import MARK, OPTIONS, Code
 from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.runs.durable import try_lock, write_durably, write_new_folder, writing
 from esjax.runs.reader import find_runs
+from esjax.version import __version__
 
 RUN = "run.json"
 """What makes a folder a run folder."""
@@ -81,7 +81,7 @@ class RunFolder:
         self._format = run.get("format")
         if self._format not in READABLE:
             raise EsjaxError(
-                f"{str(path)!r} is a run folder of format {self._format}, this is esjax {esjax.__version__} with "
+                f"{str(path)!r} is a run folder of format {self._format}, this is esjax {__version__} with "
                 f"format {FORMAT}; use esjax {run.get('esjax', 'of that time')}"
             )
         self.name: str = run.get("name", "")
@@ -122,7 +122,7 @@ class RunFolder:
             raise EsjaxError(f"the path of the run folder is longer than {LONGEST_PATH} bytes; give a shorter --out")
         run = {
             "format": FORMAT,
-            "esjax": esjax.__version__,
+            "esjax": __version__,
             "name": secrets.token_hex(8),
             "text_digest": text_digest,
             "own": dict(own),

@@ -197,7 +197,7 @@ def test_runs_that_differ_in_the_seed_are_one_line_in_a_band(tmp_path: Path) -> 
     np.testing.assert_array_equal(points(mean), [[1, 6], [2, 4.5], [3, 3], [4, 1.5]])
     np.testing.assert_array_equal(points(alone)[:, 1], [4, 3, 2, 1])
     (band,) = loss.collections
-    corners = np.asarray(band.get_paths()[0].vertices)
+    corners = np.asarray(band.get_paths()[0].vertices).tolist()
     for step in range(1, 5):
         heights = {y for x, y in corners if x == step}
         assert heights == {5 - step, 2 * (5 - step)}

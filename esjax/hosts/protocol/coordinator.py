@@ -1,6 +1,6 @@
 """The coordinator as a state machine: requests and the time in; replies and effects out.
 
-It answers hosts and keeps account of them; `steps.py` and `audits.py` beside it are its parts. It touches no weight, and
+It answers hosts and keeps account of them; `steps.py` and `audits.py` beside it are its parts. It touches no weight and
 knows no clock, socket or file: the caller hands in `now` in seconds of a clock that never jumps, and carries out the
 effects in their order, so that an update is in the ledger before anybody hears of it.
 """

@@ -14,11 +14,11 @@ from esjax.exchange.values import LossExchange, make_exchange
 from esjax.hosts.protocol import scoring, wire
 from esjax.hosts.protocol.request_channel import Line
 from esjax.hosts.protocol.scoring import Scoring
-from esjax.hosts.protocol.side_tasks import Chores
 from esjax.hosts.protocol.tasks import (
     Apply,
     Build,
     Built,
+    Chores,
     Done,
     Failed,
     Load,
