@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from esjax.hosts.join import join
     from esjax.hosts.serve import Server, resume_serving, serve
     from esjax.inference.language_model import Evaluation, Written
-    from esjax.inference.loaded_run import Loaded, load
+    from esjax.inference.loaded_run import LoadedRun, load
     from esjax.models import Model, sequence_model
     from esjax.models.adapters import equinox_model, linen_model, nnx_model
     from esjax.models.member import Member
@@ -61,7 +61,7 @@ __all__ = [
     "GruConfig",
     "Hosts",
     "HostsConfig",
-    "Loaded",
+    "LoadedRun",
     "Member",
     "MetricsServer",
     "Model",
@@ -109,36 +109,36 @@ __all__ = [
 ]
 
 _HOME = {
-    "Evaluation": "trained",
-    "Loaded": "loading",
-    "Member": "member",
-    "Outcome": "sweeping",
-    "Replayed": "replaying",
-    "Written": "trained",
+    "Evaluation": "inference.language_model",
+    "LoadedRun": "inference.loaded_run",
+    "Member": "models.member",
+    "Outcome": "tuning.sweep",
+    "Replayed": "training.replay",
+    "Written": "inference.language_model",
     "EsjaxError": "errors",
-    "MetricsServer": "metrics_server",
+    "MetricsServer": "watch.metrics_server",
     "Model": "models",
     "Server": "hosts.serve",
-    "StepInfo": "step_info",
-    "TrackedRun": "tracking",
-    "Tracker": "tracking",
-    "Trainer": "training",
-    "export": "exporting",
-    "import_weights": "exporting",
-    "Hosts": "sweeping",
-    "Sweep": "sweeping",
-    "resume_sweep": "sweeping",
-    "sweep": "sweeping",
-    "prepare_devices": "devices",
+    "StepInfo": "runs.step_info",
+    "TrackedRun": "watch.tracking",
+    "Tracker": "watch.tracking",
+    "Trainer": "training.run",
+    "export": "weights.files",
+    "import_weights": "weights.files",
+    "Hosts": "tuning.sweep",
+    "Sweep": "tuning.sweep",
+    "resume_sweep": "tuning.sweep",
+    "sweep": "tuning.sweep",
+    "prepare_devices": "devices.mesh",
     "join": "hosts.join",
-    "plot": "plotting",
-    "replay": "replaying",
+    "plot": "watch.plotting",
+    "replay": "training.replay",
     "report": "page.report",
-    "resume": "training",
+    "resume": "training.run",
     "resume_serving": "hosts.serve",
     "serve": "hosts.serve",
-    "train": "training",
-    "load": "loading",
+    "train": "training.run",
+    "load": "inference.loaded_run",
     "Noise": "core",
     "Shaped": "core",
     "equinox_model": "models.adapters",
@@ -166,4 +166,4 @@ def __getattr__(name: str) -> Any:
     # JAX takes a second to import; `esjax --help` and settings do without it.
     if name not in __all__:
         raise AttributeError(f"module 'esjax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"esjax.{_HOME.get(name, 'config')}"), name)
+    return getattr(importlib.import_module(f"esjax.{_HOME.get(name, 'config.settings')}"), name)

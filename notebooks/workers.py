@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 import esjax
-from esjax.hosts.status import ask_status
+from esjax.hosts.status import fetch_status
 
 # %% tags=["parameters"]
 SECONDS = 20.0
@@ -71,7 +71,7 @@ def watch(address, seconds):
     """Show how things stand, ten times."""
     for _ in range(10):
         time.sleep(seconds / 10)
-        show(ask_status(address))
+        show(fetch_status(address))
 
 
 # %% [markdown]
@@ -88,7 +88,7 @@ try:
     address = address_of(coordinator)
     for name in ("ada", "grace"):
         processes[name] = start(name, "join", address, "--name", name, "--patience", "30")
-    while [host.state for host in ask_status(address).hosts] != ["ready", "ready"]:
+    while [host.state for host in fetch_status(address).hosts] != ["ready", "ready"]:
         if any(process.poll() is not None for process in processes.values()):
             raise RuntimeError(f"one has ended; see what it printed, in {folder}")
         time.sleep(0.2)

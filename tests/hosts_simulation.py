@@ -49,10 +49,10 @@ TICK = 0.2
 DELAY = 0.001
 """Seconds that a message takes."""
 
-UNIT = 4
+QUANTUM = 4
 RUN = "run"
 TEXT = b"all the text"
-ANSWERS = {"rademacher": "1234"}
+FINGERPRINTS = {"rademacher": "1234"}
 STATE_BYTES = 40
 FIRST_STATE = b"\0" * STATE_BYTES
 NUMBERS = 3 + TAIL
@@ -186,7 +186,7 @@ class Device:
         self,
         *,
         speed: float = 20.0,
-        granule: int = UNIT,
+        device_batch: int = QUANTUM,
         compile_seconds: float = 0.5,
         load_seconds: float = 0.001,
         measure_seconds: float = 0.2,
@@ -194,7 +194,7 @@ class Device:
         twist: Twist | None = None,
     ) -> None:
         self.config = LOSSES
-        self.speed, self.granule, self.twist, self.snapshot_bytes = speed, granule, twist, snapshot_bytes
+        self.speed, self.device_batch, self.twist, self.snapshot_bytes = speed, device_batch, twist, snapshot_bytes
         self.compile_seconds, self.load_seconds, self.measure_seconds = compile_seconds, load_seconds, measure_seconds
         self.state = FIRST_STATE
         self.block: bytes | None = None
@@ -213,7 +213,7 @@ class Device:
         if isinstance(task, Build):
             if task.text != TEXT or task.text_digest != hash_bytes(TEXT):
                 return Failed("the text has another hash"), 0.0
-            return Built(self.granule), self.compile_seconds
+            return Built(self.device_batch), self.compile_seconds
         if isinstance(task, Load):
             self.state = task.snapshot[:STATE_BYTES]
             self.loaded.append(self.step)
@@ -258,7 +258,13 @@ class Host:
         self.phases: list[str] = []
         self._sim = sim
         self._done: list[Result] = []
-        settings: dict[str, Any] = {"device": "fake", "kind": "fake", "answers": ANSWERS, "own": {}, **worker}
+        settings: dict[str, Any] = {
+            "device": "fake",
+            "kind": "fake",
+            "fingerprints": FINGERPRINTS,
+            "custom": {},
+            **worker,
+        }
         self.worker = Worker(name, **settings, now=sim.now, jitter=sim.random.random)
 
     @property
@@ -363,9 +369,9 @@ class Simulation:
             Terms(
                 RUN,
                 self.epoch,
-                UNIT,
+                QUANTUM,
                 100,
-                ANSWERS,
+                FINGERPRINTS,
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,
@@ -402,29 +408,29 @@ class Simulation:
 
     def carry_out(self) -> bool:
         """Do what the coordinator wants done, in order; return False if that is where it is killed."""
-        for effect in self.server.drain():
-            if isinstance(effect, Record):
-                assert effect.step == len(self.ledger)
-                self.ledger.append((effect.step, effect.payload))
-                if effect.step == self.crash_after_record:
+        for action in self.server.drain():
+            if isinstance(action, Record):
+                assert action.step == len(self.ledger)
+                self.ledger.append((action.step, action.payload))
+                if action.step == self.crash_after_record:
                     self.kill()
                     return False
-            elif isinstance(effect, Publish):
+            elif isinstance(action, Publish):
                 for host in self.hosts.values():
                     if host.worker.joined is not None:
-                        self._broadcast(host, effect.envelope)
-            elif isinstance(effect, RecordDigest):
-                self.digests.append((effect.step, effect.digest))
-            elif isinstance(effect, Store):
+                        self._broadcast(host, action.envelope)
+            elif isinstance(action, RecordDigest):
+                self.digests.append((action.step, action.digest))
+            elif isinstance(action, Store):
                 if not self.store_fails:
-                    self.checkpoints.append(effect.snapshot)
-                    self.server.rounds.stored(effect.snapshot)
-            elif isinstance(effect, Closed):
-                self.closed.append(effect)
-                if effect.notice:
-                    self.lines.append(effect.notice)
-            elif isinstance(effect, Tell):
-                self.lines.append(effect.line)
+                    self.checkpoints.append(action.snapshot)
+                    self.server.audits.stored(action.snapshot)
+            elif isinstance(action, Closed):
+                self.closed.append(action)
+                if action.notice:
+                    self.lines.append(action.notice)
+            elif isinstance(action, Tell):
+                self.lines.append(action.line)
         return True
 
     # The network.
@@ -457,7 +463,7 @@ class Simulation:
 
     def add(self, name: str, device: Device | None = None, **settings: Any) -> Host:
         """Start a host; `settings` are of `Device`, of `Host`, or of `Worker`."""
-        of_host = {key: settings.pop(key) for key in ("key", "kind", "answers", "own") if key in settings}
+        of_host = {key: settings.pop(key) for key in ("key", "kind", "fingerprints", "custom") if key in settings}
         settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
         host.device.config = self.config

@@ -10,7 +10,7 @@ from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
 from esjax.exchange.values import make_exchange
 from esjax.hosts.executor import Executor
-from esjax.hosts.protocol.actions import Closed, Effect, Publish, Record, Terms
+from esjax.hosts.protocol.actions import Action, Closed, Publish, Record, Terms
 from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.protocol.tasks import Apply, Done, Failed
 from esjax.hosts.protocol.worker import Worker
@@ -22,7 +22,7 @@ NO_TEXT = PackedText(b"", 0, "")
 """The replica has the text already."""
 
 
-def pass_messages(coordinator: Coordinator, worker: Worker, now: float) -> list[Effect]:
+def pass_messages(coordinator: Coordinator, worker: Worker, now: float) -> list[Action]:
     """Pass messages until neither has anything to say.
 
     Returns:
@@ -30,18 +30,18 @@ def pass_messages(coordinator: Coordinator, worker: Worker, now: float) -> list[
     """
     coordinator.tick(now)
     worker.tick(now)
-    others: list[Effect] = []
+    others: list[Action] = []
     while True:
         request = worker.request(now)
         if request is not None:
             worker.receive(coordinator.receive(request, now), now)
-        effects = coordinator.drain()
-        for effect in effects:
-            if isinstance(effect, Publish):
-                worker.receive(effect.envelope, now)
+        actions = coordinator.drain()
+        for action in actions:
+            if isinstance(action, Publish):
+                worker.receive(action.envelope, now)
             else:
-                others.append(effect)
-        if request is None and not effects:
+                others.append(action)
+        if request is None and not actions:
             return others
 
 
@@ -67,7 +67,7 @@ class Loopback:
         config: Config,
         executor: Executor,
         *,
-        own: dict[str, str],
+        custom: dict[str, str],
         record: Callable[[int, bytes], None],
         block: Callable[[int], bytes] | None = None,
     ) -> None:
@@ -76,7 +76,7 @@ class Loopback:
         Args:
             config: Settings.
             executor: Does the tasks; it has a replica.
-            own: Names of the run's own model, loss or reward, and optimizer.
+            custom: Names of the run's own model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
@@ -85,18 +85,27 @@ class Loopback:
         terms = Terms(
             run="",
             epoch=1,
-            unit=replica.chunk_pairs,
+            quantum=replica.chunk_pairs,
             vocab_size=0,
-            answers={},
-            own=own,
+            fingerprints={},
+            custom=custom,
             exchange=make_exchange(replica.numbers, replica.scale),
         )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(
-            config, terms, step=step, now=NOW, rng=rng, text=NO_TEXT, block=block, with_rounds=False
+            config, terms, step=step, now=NOW, rng=rng, text=NO_TEXT, block=block, with_audits=False
         )
         self._worker = Worker(
-            "alone", "", "", {}, own, now=NOW, jitter=lambda: 0.0, built=True, step=step, granule=replica.granule
+            "alone",
+            "",
+            "",
+            {},
+            custom,
+            now=NOW,
+            jitter=lambda: 0.0,
+            built=True,
+            step=step,
+            device_batch=replica.device_batch,
         )
         self._executor = executor
         self._record = record
@@ -110,11 +119,11 @@ class Loopback:
         worker = self._worker
         closed: Closed | None = None
         while True:
-            for effect in pass_messages(self._coordinator, worker, NOW):
-                if isinstance(effect, Record):
-                    self._record(effect.step, effect.payload)
-                elif isinstance(effect, Closed):
-                    closed = effect
+            for action in pass_messages(self._coordinator, worker, NOW):
+                if isinstance(action, Record):
+                    self._record(action.step, action.payload)
+                elif isinstance(action, Closed):
+                    closed = action
             task = worker.task()
             assert task is not None, "a host alone always has something to do"
             result = self._executor.do(task)

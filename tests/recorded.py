@@ -12,9 +12,9 @@ from esjax.runs.folder import RunFolder, json_line
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-def make(path: Path, done: int = 0, own: Mapping[str, str] = NOTHING, **settings: Any) -> RunFolder:
+def make(path: Path, done: int = 0, custom: Mapping[str, str] = NOTHING, **settings: Any) -> RunFolder:
     """Make a run of so many steps, see `line_of`."""
-    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "", own)
+    folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "", custom)
     with folder.open_metrics(0, print) as metrics:
         metrics.write("".join(line_of(step) for step in range(1, done + 1)))
     return folder

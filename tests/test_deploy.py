@@ -27,7 +27,16 @@ MANIFESTS = sorted(DEPLOY.rglob("*.yaml"))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 """Where every line that the coordinator prints is explained."""
 
-SPEAKERS = ["coordinator", "steps", "rounds", "desk", "keys", "server_transport", "client_transport", "flood"]
+SPEAKERS = [
+    "protocol/coordinator",
+    "protocol/steps",
+    "protocol/audits",
+    "server_loop",
+    "transport/keys",
+    "transport/server",
+    "transport/client",
+    "transport/flood_guard",
+]
 SAYING = {"tell", "_tell", "Tell", "_refuse", "_refused"}
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.cli.shared import (
-    Custom,
+    CustomOptions,
     Run,
     Watching,
     announce_to_hosts,
@@ -64,7 +64,7 @@ class Serve:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
         """Coordinate until a limit or Ctrl-C."""
@@ -128,7 +128,7 @@ class Join:
     stay: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """When the run has ended, wait for the next one at the address, as those of a sweep."""
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
         """Take part until training ends, SIGTERM or Ctrl-C."""
@@ -138,7 +138,7 @@ class Join:
         from esjax.hosts.executor import TASKS
         from esjax.hosts.join import join
 
-        own: Any = self.custom.given()
+        custom: Any = self.custom.given()
 
         try:
             join(
@@ -149,7 +149,7 @@ class Join:
                 patience=self.patience,
                 stay=self.stay,
                 tell=teller(console),
-                **own,
+                **custom,
             )
         except EsjaxError as error:
             teller(console)(f"error: {error}")
@@ -179,9 +179,9 @@ class Status:
 
     def run(self, console: Console) -> None:
         """Print it."""
-        from esjax.hosts.status import ask_status
+        from esjax.hosts.status import fetch_status
 
-        status = ask_status(self.address, self.token_file)
+        status = fetch_status(self.address, self.token_file)
         if self.json:
             import msgspec
 
@@ -230,15 +230,15 @@ class Replay:
     run_folder: Run
     """Run folder."""
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
         """Print what was found; exit with 1 if a digest differs."""
         prepare()
         from esjax.training.replay import replay
 
-        own: Any = self.custom.given()
-        found = replay(self.run_folder, tell=teller(console), **own)
+        custom: Any = self.custom.given()
+        found = replay(self.run_folder, tell=teller(console), **custom)
         print(found.summary())
         sys.exit(0 if found.agrees else 1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Moved, OwnModel, Run, prepare, teller
+from esjax.cli.shared import CustomModelOption, Moved, Run, prepare, teller
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Evaluate:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 
-    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     def run(self, console: Console) -> None:
         """Print the scores."""
@@ -41,9 +41,9 @@ class Evaluate:
         from esjax.runs.folder import json_line
 
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell, **self.own.given())
-        for kind in loaded.own.keys() & {"loss", "reward"}:
-            tell(f"trained for the {kind} {loaded.own[kind]}; below is how well it predicts the text")
+        loaded = load(self.run_folder, tell=tell, **self.custom.given())
+        for kind in loaded.custom.keys() & {"loss", "reward"}:
+            tell(f"trained for the {kind} {loaded.custom[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
         if evaluation.note:
             tell(evaluation.note)
@@ -83,7 +83,7 @@ class Tune:
     repeats: int | None = None
     """Steps that each setting is measured over; more of them tell smaller differences. None: 8."""
 
-    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     text: Moved = None
     """Where the run's text is now; it must be the same text. None: where it was."""
@@ -94,7 +94,7 @@ class Tune:
         from esjax.tuning.sigma import DISCOUNTS, REPEATS, SIGMAS, tune
 
         tried = []
-        own: Any = self.own.given()
+        custom: Any = self.custom.given()
         for one in tune(
             self.run_folder,
             sigmas=self.sigma or SIGMAS,
@@ -103,7 +103,7 @@ class Tune:
             repeats=REPEATS if self.repeats is None else self.repeats,
             text=self.text,
             tell=teller(console),
-            **own,
+            **custom,
         ):
             tried.append(one)
             discount = "" if one.discount is None else f"  discount {one.discount:<5g}"
@@ -123,10 +123,11 @@ def conclusion(tried: "Sequence[Tried]") -> str:
         f"--es.sigma {one.sigma:g}{'' if one.discount is None else f' --es.discount {one.discount:g}'}" for one in ahead
     ]
     if len(ahead) > 1:
-        own = next(
-            (f"; the run's own, {said}, is among them" for one, said in zip(ahead, words, strict=True) if one.own), ""
+        custom = next(
+            (f"; the run's own, {said}, is among them" for one, said in zip(ahead, words, strict=True) if one.custom),
+            "",
         )
-        return f"no difference seen between {', '.join(words)}{own}; more --repeats tell smaller differences"
+        return f"no difference seen between {', '.join(words)}{custom}; more --repeats tell smaller differences"
     if len(tried) > 1:
         return f"best: {words[0]}"
     return f"nothing to compare {words[0]} with; name another --sigma"
@@ -163,7 +164,7 @@ class Generate:
     count: int = 1
     """Number of texts."""
 
-    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     def run(self, console: Console) -> None:
         """Print the texts."""
@@ -178,7 +179,7 @@ class Generate:
         if not all(map(is_symbol, self.prompt)):
             raise EsjaxError("the prompt is not UTF-8 text")
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell, **self.own.given())
+        loaded = load(self.run_folder, tell=tell, **self.custom.given())
         unknown = loaded.vocabulary.unknown(self.prompt)
         if unknown:
             tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from esjax.cli.shared import PATHS, Custom, Watching
+from esjax.cli.shared import PATHS, CustomOptions, Watching
 from esjax.config.custom_names import OPTIONS, is_code, unused_settings
-from esjax.config.mistakes import setting_names, wrong_name
+from esjax.config.errors import setting_names, wrong_name
 from esjax.config.names import change, value_of
 from esjax.config.settings import MODELS, VARIANTS, Config, from_yaml, replace
 from esjax.data.text_files import read_text
@@ -58,21 +58,23 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     Raises:
         EsjaxError: There is no such option, or it cannot have that value.
     """
-    own = _own_options(command)
-    options, loose = _cut(words, {**own, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}})
+    of_command = _own_options(command)
+    options, loose = _cut(
+        words, {**of_command, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}}
+    )
     config = [option.value(None) for option in options if option.name == "config"]
     settings = from_yaml(read_text(given_path(config[-1])), config[-1]) if config else Config()
     settings, code = _choose_model(
         settings, loose + [option.value(None) for option in options if option.name == "model"]
     )
-    known = {**own, **_defaults(settings)}
+    known = {**of_command, **_defaults(settings)}
     values: dict[str, Any] = {}
     rest: list[str] = []
     for option in options:
         if option.name not in known:
             raise EsjaxError(wrong_name(option.name, [*known], VARIANTS, "option", _typed))
         value = option.value(known[option.name])
-        if option.name not in own:
+        if option.name not in of_command:
             values[option.name] = value
         elif option.name != "model":
             rest.append(option.typed if isinstance(value, bool) else f"{option.typed}={value}")
@@ -154,12 +156,12 @@ def _defaults(settings: Config) -> dict[str, Any]:
 
 def _own_options(command: Any) -> dict[str, Any]:
     """List a command's options that are no settings, with their defaults."""
-    own: dict[str, Any] = {"h": False, "help": False}
+    custom: dict[str, Any] = {"h": False, "help": False}
     for field in fields(command):
         if field.name == "watching":
-            own |= {option.name: option.default for option in fields(Watching)}
+            custom |= {option.name: option.default for option in fields(Watching)}
         elif field.name == "custom":
-            own |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(Custom)}
+            custom |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(CustomOptions)}
         elif field.name != "settings":
-            own[field.name] = field.default
-    return own
+            custom[field.name] = field.default
+    return custom

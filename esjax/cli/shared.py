@@ -85,7 +85,7 @@ class Watching:
 
 
 @dataclass(frozen=True)
-class OwnModel:
+class CustomModelOption:
     """Option of the commands that use weights."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
@@ -97,7 +97,7 @@ class OwnModel:
 
 
 @dataclass(frozen=True)
-class Custom(OwnModel):
+class CustomOptions(CustomModelOption):
     """Options of the commands that train: code of yours in place of what the settings name. See docs/extending.md."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
@@ -157,8 +157,8 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         more: Further options of the line.
     """
     token = [] if server.token is None else ["--token-file", str(server.token)]
-    print(command_line("esjax", "join", server.address, *token, *server.own.words(), *more), flush=True)
-    files = [*token[1:], *dict.fromkeys(code.path for code in server.own.code.values())]
+    print(command_line("esjax", "join", server.address, *token, *server.custom.words(), *more), flush=True)
+    files = [*token[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:

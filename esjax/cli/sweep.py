@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esjax.cli.shared import (
-    Custom,
+    CustomOptions,
     announce_to_hosts,
     command_line,
     new_folder,
@@ -56,7 +56,7 @@ class Sweep:
     resume: Path | None = None
     """Folder of a sweep to go on with; it knows its axes and settings."""
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
@@ -93,12 +93,12 @@ class Sweep:
             show(run, console)
 
         hosts = self._hosts()
-        own: Any = self.custom.given()
+        custom: Any = self.custom.given()
         if self.resume is None:
             out = new_folder(self.out, "sweeps")
-            grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell, **own)
+            grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell, **custom)
         else:
-            grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell, **own)
+            grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell, **custom)
         again = command_line("esjax", "sweep", "--resume", grid.path)
         try:
             for _ in grid:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import Custom, Moved, Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import CustomOptions, Moved, Run, Watching, new_folder, prepare, show, teller
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
@@ -34,7 +34,7 @@ class Train:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     workers: int = 0
     """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
@@ -53,26 +53,26 @@ class Train:
             raise EsjaxError("workers and distributed are two ways to train with several processes; give one of them")
         prepare(self.distributed)
         out = new_folder(self.out)
-        own: Any = self.custom.given()
+        custom: Any = self.custom.given()
         tell = teller(console)
         trackers = self.watching.trackers(tell)
         if self.workers:
             from esjax.hosts.local import local_workers
             from esjax.hosts.serve import serve
 
-            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **own)
+            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **custom)
             server.while_open = lambda: local_workers(
                 server.address,
                 self.workers,
                 server.folder.path,
-                given=server.own.words(),
+                given=server.custom.words(),
                 oversubscribe=self.oversubscribe,
             )
             show(server, console)
             return
         from esjax.training.run import train
 
-        run = train(self.settings, out, trackers=trackers, tell=tell, **own)
+        run = train(self.settings, out, trackers=trackers, tell=tell, **custom)
         show(run, console)
         if run.folder is not None:
             _show_sample(run, console)
@@ -99,7 +99,7 @@ class Resume:
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
-    custom: Annotated[Custom, tyro.conf.arg(name="")] = field(default_factory=Custom)
+    custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
@@ -108,7 +108,7 @@ class Resume:
 
         tell = teller(console)
         trackers = self.watching.trackers(tell)
-        own: Any = self.custom.given()
+        custom: Any = self.custom.given()
         trainer = resume(
             self.run_folder,
             steps=self.steps,
@@ -116,7 +116,7 @@ class Resume:
             text=self.text,
             trackers=trackers,
             tell=tell,
-            **own,
+            **custom,
         )
         show(trainer, console)
         _show_sample(trainer, console)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import OwnModel, Run, command_line, new_folder, prepare, teller
+from esjax.cli.shared import CustomModelOption, Run, command_line, new_folder, prepare, teller
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Export:
     out: Path | None = None
     """File to write. None: beside the run folder, and called like it."""
 
-    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     def run(self, console: Console) -> None:
         """Write it, and say where."""
         prepare()
         from esjax.weights.files import export
 
-        for file in export(self.run_folder, self.out, self.format, tell=teller(console), **self.own.given()):
+        for file in export(self.run_folder, self.out, self.format, tell=teller(console), **self.custom.given()):
             print(file)
 
 
@@ -55,7 +55,7 @@ class Import:
     out: Path | None = None
     """Run folder to make. None: runs/, the time of day, and four random characters."""
 
-    own: Annotated[OwnModel, tyro.conf.arg(name="")] = field(default_factory=OwnModel)
+    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     def run(self, console: Console) -> None:
         """Make the folder."""
@@ -63,7 +63,7 @@ class Import:
         from esjax.weights.files import import_weights
 
         out = new_folder(self.out)
-        import_weights(self.weights, out, characters=self.chars, **self.own.given())
+        import_weights(self.weights, out, characters=self.chars, **self.custom.given())
         print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
         teller(console)(
             f"kept in {out}; the line above scores it on a text of yours, {command_line('esjax', 'generate', out)} "

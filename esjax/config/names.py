@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from esjax.config.mistakes import explain
+from esjax.config.errors import explain
 from esjax.config.settings import MODELS, VARIANTS, Config
 from esjax.errors import EsjaxError
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from esjax.config.mistakes import explain, setting_names, wrong_name
+from esjax.config.errors import explain, setting_names, wrong_name
 from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
 

@@ -35,8 +35,8 @@ from esjax.hosts.protocol.tasks import (
     Value,
 )
 from esjax.inference.held_out import make_measure
-from esjax.inference.language_model import Trained
-from esjax.models.custom import NOTHING_OWN, Own
+from esjax.inference.language_model import LanguageModel
+from esjax.models.custom import NOTHING_CUSTOM, Custom
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.runs.checkpoint import digest
@@ -64,7 +64,7 @@ class Executor:
         replica: Replica | None = None,
         vocab_size: int = 0,
         *,
-        own: Own = NOTHING_OWN,
+        custom: Custom = NOTHING_CUSTOM,
         tell: Callable[[str], None],
     ) -> None:
         """Begin with a replica, or with none until `Build`.
@@ -72,12 +72,12 @@ class Executor:
         Args:
             replica: The replica, if there is one already.
             vocab_size: Its number of token ids.
-            own: Of a replica that is still to be built.
+            custom: Of a replica that is still to be built.
             tell: Called with each line that a person should see.
         """
         self._replica = replica
         self._vocab_size = vocab_size
-        self._own = own
+        self._custom = custom
         self._tell = tell
         self._measure: Callable[[], float | None] = lambda: None
 
@@ -146,14 +146,14 @@ class Executor:
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
-        model = self._own.build(config.model, task.vocab_size)
+        model = self._custom.build(config.model, task.vocab_size)
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
         stream = text.stream
         if config.data.block_tokens:  # no text yet, but the programs can be compiled
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
-            replica = Replica(config, model, stream, mesh, self._own.objective, self._own.optimizer)
+            replica = Replica(config, model, stream, mesh, self._custom.objective, self._custom.optimizer)
             try:
                 replica.warm_up()
                 break
@@ -164,11 +164,11 @@ class Executor:
                 self._tell(f"out of memory with {replica.chunk_pairs} pairs at a time; trying {fewer}")
                 config = replace(config, es=replace(config.es, chunk_pairs=fewer))
         self._replica = replica
-        trained = Trained(model, Vocabulary("byte"), local_mesh())
-        measure = make_measure(trained, config, text.held_out, self._own.objective)
+        language_model = LanguageModel(model, Vocabulary("byte"), local_mesh())
+        measure = make_measure(language_model, config, text.held_out, self._custom.objective)
         if measure:
             self._measure = lambda: measure(here(replica.state.average))
-        return Built(replica.granule)
+        return Built(replica.device_batch)
 
 
 class Background:
@@ -179,7 +179,7 @@ class Background:
         self._executor, self._wake = executor, wake
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True, name=TASKS)
+        self._thread = threading.Thread(target=self._leases, daemon=True, name=TASKS)
         self._thread.start()
 
     def give(self, task: Task) -> None:
@@ -198,7 +198,7 @@ class Background:
         self._tasks.put(None)
         self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)
 
-    def _work(self) -> None:
+    def _leases(self) -> None:
         while True:
             try:
                 task = self._tasks.get(timeout=IDLE)

@@ -14,13 +14,13 @@ import optax
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
 from esjax.hosts.executor import Executor
-from esjax.hosts.noise_fingerprint import describe_devices, kind_of, noise_answers
+from esjax.hosts.noise_fingerprint import describe_devices, kind_of, noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
-from esjax.models.custom import Own, Reward
+from esjax.models.custom import Custom, Reward
 from esjax.models.custom_code import gather
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -82,12 +82,12 @@ def join(
     if stay and jax.process_count() > 1:
         raise EsjaxError("several processes that are one host take part in one run; leave stay out")
     token = None if token_file is None else load_token(given_path(token_file))
-    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0
     try:
-        while _take_part(address, token, name, ends_at, patience, stay, own, tell) and stay:
+        while _take_part(address, token, name, ends_at, patience, stay, custom, tell) and stay:
             ended += 1
             tell(f"{name}: waiting for the next run")
     except _SilenceError:
@@ -103,7 +103,7 @@ def _take_part(
     ends_at: float,
     patience: float,
     stay: bool,
-    own: Own,
+    custom: Custom,
     tell: Callable[[str], None],
 ) -> bool:
     """Take part in one run, see `join`.
@@ -117,12 +117,12 @@ def _take_part(
         name,
         describe_devices(devices)[:128],
         kind_of(devices),
-        noise_answers(),
-        own.identities(),
+        noise_fingerprints(),
+        custom.identities(),
         now=now,
         jitter=random.random,
     )
-    executor = Executor(own=own, tell=tell)
+    executor = Executor(custom=custom, tell=tell)
     if not leads():
         with stop_on_signals():  # the process that leads hears of it, too
             executor.follow()

@@ -51,7 +51,7 @@ def local_workers(
         address: tcp://HOST:PORT of the coordinator.
         count: Number of processes.
         logs: Folder for what they print.
-        given: Options of `join` that name code, see `esjax.models.custom.Own.words`.
+        given: Options of `join` that name code, see `esjax.models.custom.Custom.words`.
         oversubscribe: Start more processes than there are cores.
 
     Raises:

@@ -18,7 +18,7 @@ NUMBERS = 1000
 KINDS: tuple[Literal["rademacher", "gaussian"], ...] = ("rademacher", "gaussian")
 
 
-def noise_answers() -> dict[str, str]:
+def noise_fingerprints() -> dict[str, str]:
     """Hash the noise of a known pair, by kind of noise: rademacher, gaussian."""
     seed = pair_seeds(stream_seed(1, 2), 3, jnp.arange(4, 5, dtype=jnp.uint32))[0]
     return {kind: _hash(np.asarray(draw(kind, seed, NUMBERS))) for kind in KINDS}

@@ -21,18 +21,18 @@ from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
-from esjax.hosts.noise_fingerprint import noise_answers
+from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Snapshot, Terms, hash_bytes
 from esjax.hosts.protocol.coordinator import Coordinator
-from esjax.hosts.server_loop import Desk
+from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
 from esjax.inference.loaded_run import load_run_corpus, restore_run
-from esjax.models.custom import Own, Reward
+from esjax.models.custom import Custom, Reward
 from esjax.models.custom_code import gather
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -79,7 +79,7 @@ class Server:
 
     Attributes:
         config: Settings.
-        own: What hosts have to be given, too, beside the settings.
+        custom: What hosts have to be given, too, beside the settings.
         folder: Where the run is kept.
         limits: Where iteration ends; may be changed.
         baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
@@ -98,7 +98,7 @@ class Server:
         folder: RunFolder,
         corpus: Corpus,
         listen: _Listen,
-        own: Own,
+        custom: Custom,
         replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
@@ -107,10 +107,10 @@ class Server:
     ) -> None:
         """Set up; use `serve` or `resume_serving` to get one."""
         self.config = folder.config
-        self.own = own
+        self.custom = custom
         self.folder = folder
         self.limits = Limits(self.config.steps, self.config.seconds)
-        has_baselines = corpus.held_out and own.objective is None
+        has_baselines = corpus.held_out and custom.objective is None
         self.baselines = corpus.baselines(corpus.held_out) if has_baselines else {}
         self.address = listen.address
         self.token: Path | None = None
@@ -131,7 +131,7 @@ class Server:
 
     def summary(self) -> str:
         """Say in one line what is trained on what, and how much a step is."""
-        return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.own.names())
+        return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.custom.names())
 
     @property
     def is_local(self) -> bool:
@@ -154,7 +154,7 @@ class Server:
             asked = stack.enter_context(stop_on_signals())
             # Left after all the rest, so that a tracker that hangs delays nothing that matters.
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
-            coordinator, desk = self._open(stack)
+            coordinator, server_loop = self._open(stack)
             self.limits.check(coordinator.step)
             self._coordinator = coordinator
             watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder, self.tell))
@@ -168,7 +168,7 @@ class Server:
                     stopping = True
                     self.tell(STOPPING)
                     coordinator.stop(time.monotonic(), done=False)
-                for info in desk.turn():
+                for info in server_loop.turn():
                     now = time.monotonic()
                     began_at = began_at or now
                     if self.limits.reached(info.step, now - began_at) and not stopping:
@@ -177,7 +177,7 @@ class Server:
                     else:
                         yield self._kept(info, watch)
             self.stopped = asked.is_set()
-            held_out = desk.new_held_out()
+            held_out = server_loop.new_held_out()
             if pending is not None:
                 yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), watch)
             elif self.last is not None and held_out is not None:
@@ -188,7 +188,7 @@ class Server:
         watch.log(info)
         return info
 
-    def _open(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
+    def _open(self, stack: ExitStack) -> tuple[Coordinator, ServerLoop]:
         """Claim the folder and the port, and find out where the run stands."""
         folder = self.folder
         folder.lock()
@@ -201,7 +201,7 @@ class Server:
         self._is_new = False
         return opened
 
-    def _begin(self, stack: ExitStack) -> tuple[Coordinator, Desk]:
+    def _begin(self, stack: ExitStack) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus = self.config, self.folder, self._corpus
         folder.keep_baselines(self.baselines)
         checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
@@ -240,10 +240,10 @@ class Server:
             Terms(
                 run=folder.name,
                 epoch=folder.next_epoch(),
-                unit=replica.chunk_pairs,
+                quantum=replica.chunk_pairs,
                 vocab_size=size,
-                answers=noise_answers(),
-                own=identities(folder.own, folder.code),
+                fingerprints=noise_fingerprints(),
+                custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
                 exchange=make_exchange(replica.numbers, replica.scale),
@@ -260,7 +260,7 @@ class Server:
         )
         members = config.es.members_per_pair * sum(pairs for update in since for _, pairs in update.header.spans)
         a_member = config.data.batch_size * config.data.window
-        desk = Desk(
+        server_loop = ServerLoop(
             config,
             coordinator,
             transport,
@@ -273,7 +273,7 @@ class Server:
             member_tokens=restored.member_tokens + members * a_member,
             tell=self.tell,
         )
-        return coordinator, desk
+        return coordinator, server_loop
 
     def _keys(self) -> ServerKeys | None:
         """Open the keys, if there are to be any; with new ones comes a first token."""
@@ -287,15 +287,15 @@ class Server:
         return keys
 
 
-def _make_replica(config: Config, corpus: Corpus, own: Own) -> Replica:
+def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:
     """Set up the run's own copy, on one CPU.
 
     Raises:
         EsjaxError: A loss or model of one's own does not do what it has to, or sums or updates would be too large for
             a message.
     """
-    model = own.build(config.model, corpus.vocabulary.size)
-    replica = Replica(config, model, None, cpu_mesh(), own.objective, own.optimizer)
+    model = custom.build(config.model, corpus.vocabulary.size)
+    replica = Replica(config, model, None, cpu_mesh(), custom.objective, custom.optimizer)
     if 4 * replica.numbers > MAX_REQUEST:
         raise EsjaxError(
             f"hosts would hand in sums of {replica.numbers:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
@@ -371,13 +371,13 @@ def serve(
     """
     config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
     found = find_trackers(trackers)
-    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
-    replica = _make_replica(config, corpus, own)  # says what is wrong before there is a folder
+    replica = _make_replica(config, corpus, custom)  # says what is wrong before there is a folder
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
-    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
-    server = Server(folder, corpus, listen, own, replica, found, tell, is_new=True)
+    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
+    server = Server(folder, corpus, listen, custom, replica, found, tell, is_new=True)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -422,14 +422,14 @@ def resume_serving(
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_own(own.names(), "esjax.resume_serving")
+    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    folder.check_custom(custom.names(), "esjax.resume_serving")
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder, text)
     if text is not None:
         folder.keep_config()
-    replica = _make_replica(folder.config, corpus, own)
-    server = Server(folder, corpus, listen, own, replica, find_trackers(trackers), tell, is_new=False)
+    replica = _make_replica(folder.config, corpus, custom)
+    server = Server(folder, corpus, listen, custom, replica, find_trackers(trackers), tell, is_new=False)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server

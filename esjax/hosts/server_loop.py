@@ -31,7 +31,7 @@ BULK = 8
 """Parts of texts and snapshots that are sent in one go, so that who joins does not hold up who trains."""
 
 
-class Desk:
+class ServerLoop:
     """Answers hosts, and writes down what has to be written.
 
     Attributes:
@@ -131,24 +131,24 @@ class Desk:
 
     def _carry_out(self, now: float) -> list[StepInfo]:
         closed = []
-        for effect in self._coordinator.drain():
-            if isinstance(effect, Record):
+        for action in self._coordinator.drain():
+            if isinstance(action, Record):
                 self._clock.set_finished(now)
                 self.seconds = self._clock.seconds
-                self._ledger.append(UPDATE, effect.step, effect.payload, self.seconds)
-            elif isinstance(effect, Publish):
-                message = effect.envelope.message
+                self._ledger.append(UPDATE, action.step, action.payload, self.seconds)
+            elif isinstance(action, Publish):
+                message = action.envelope.message
                 if isinstance(message, wire.Step) and message.upload is not None:
                     self._marks = {message.step: (self.seconds, self.member_tokens)}
-                self._transport.publish(wire.encode(effect.envelope))
-            elif isinstance(effect, Closed):
-                closed.append(self._close(effect, now))
-            elif isinstance(effect, RecordDigest):
-                self._ledger.append(DIGEST, effect.step, effect.digest.encode())
-            elif isinstance(effect, Store):
-                self._store(effect)
-            elif isinstance(effect, Tell):
-                self._tell(effect.line)
+                self._transport.publish(wire.encode(action.envelope))
+            elif isinstance(action, Closed):
+                closed.append(self._close(action, now))
+            elif isinstance(action, RecordDigest):
+                self._ledger.append(DIGEST, action.step, action.digest.encode())
+            elif isinstance(action, Store):
+                self._store(action)
+            elif isinstance(action, Tell):
+                self._tell(action.line)
         return closed
 
     def _close(self, closed: Closed, now: float) -> StepInfo:
@@ -177,7 +177,7 @@ class Desk:
 
     def new_held_out(self) -> float | None:
         """Return the last held-out loss, once."""
-        before, self._held_out = self._held_out, self._coordinator.rounds.held_out
+        before, self._held_out = self._held_out, self._coordinator.audits.held_out
         return None if self._held_out == before else self._held_out
 
     def _store(self, store: Store) -> None:
@@ -192,4 +192,4 @@ class Desk:
             # The one before stays, and the ledger has every step since: nothing is lost.
             self._tell(f"no checkpoint at step {snapshot.step}: {error}")
             return
-        self._coordinator.rounds.stored(snapshot)
+        self._coordinator.audits.stored(snapshot)

@@ -15,7 +15,7 @@ PATIENCE = 10.0
 """Seconds to wait for an answer."""
 
 
-def ask_status(address: str, token_file: str | Path | None = None, patience: float = PATIENCE) -> wire.Status:
+def fetch_status(address: str, token_file: str | Path | None = None, patience: float = PATIENCE) -> wire.Status:
     """Ask a coordinator how things stand.
 
     Args:

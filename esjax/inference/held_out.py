@@ -12,7 +12,7 @@ from esjax.config.settings import Config
 from esjax.core.seeds import loss_key, stream_seed
 from esjax.data.packing import draw_windows, pack_stream
 from esjax.flags import default_flags
-from esjax.inference.language_model import Trained
+from esjax.inference.language_model import LanguageModel
 from esjax.models.member import Loss, Member, sequence_keys
 from esjax.models.model import Params
 from esjax.replica.streams import HELD_OUT
@@ -26,12 +26,12 @@ Measure = Callable[[Params], float]
 
 @default_flags()
 def make_measure(
-    trained: Trained, config: Config, documents: Sequence[ndarray], objective: Loss | None
+    language_model: LanguageModel, config: Config, documents: Sequence[ndarray], objective: Loss | None
 ) -> Measure | None:
     """Make the function that a run is followed by.
 
     Args:
-        trained: The model's compiled functions.
+        language_model: The model's compiled functions.
         config: Settings of the run.
         documents: Encoded held-out documents; there may be none.
         objective: What is minimised in place of cross entropy. None: nothing.
@@ -43,7 +43,7 @@ def make_measure(
     if not documents:
         return None
     if objective is None:
-        return partial(_nats, trained, trained.lanes(documents))
+        return partial(_nats, language_model, language_model.lanes(documents))
     stream, length = pack_stream(documents), config.data.burn_in + config.data.window
     if len(stream) < length:
         return None
@@ -54,13 +54,13 @@ def make_measure(
     def mean(
         params: Params, windows: Int[Array, "sequences length"], keys: Key[Array, " sequences"]
     ) -> Float[Array, ""]:
-        return jnp.mean(jax.vmap(partial(objective, Member(trained.model, params)))(windows, keys))
+        return jnp.mean(jax.vmap(partial(objective, Member(language_model.model, params)))(windows, keys))
 
     return partial(_number, mean, windows, sequence_keys(loss_key(seed), SEQUENCES))
 
 
-def _nats(trained: Trained, lanes: tuple[Array, Array], params: Params) -> float:
-    return trained.loss(params, lanes)
+def _nats(language_model: LanguageModel, lanes: tuple[Array, Array], params: Params) -> float:
+    return language_model.loss(params, lanes)
 
 
 @default_flags()

@@ -69,7 +69,7 @@ class Written(NamedTuple):
         return self.text
 
 
-class Trained:
+class LanguageModel:
     """Compiled functions around one model; the weights are passed in, so that they may still be changing."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, mesh: Mesh) -> None:
@@ -128,7 +128,7 @@ class Trained:
         top_k: int,
         top_p: float,
     ) -> list[Written]:
-        """Sample continuations of a prompt, see `Usable.generate`.
+        """Sample continuations of a prompt, see `RunInference.generate`.
 
         Raises:
             EsjaxError: A number is out of range.
@@ -146,7 +146,7 @@ class Trained:
 
     @default_flags()
     def search(self, params: Params, prompt: str, *, beams: int, max_tokens: int) -> list[Written]:
-        """Find the most probable continuations of a prompt, best first, see `Usable.search`.
+        """Find the most probable continuations of a prompt, best first, see `RunInference.search`.
 
         Raises:
             EsjaxError: A number is out of range.

@@ -14,9 +14,9 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.devices.mesh import local_mesh
 from esjax.errors import EsjaxError
 from esjax.flags import default_flags
-from esjax.inference.capabilities import Usable
-from esjax.inference.language_model import Trained
-from esjax.models.custom import Own
+from esjax.inference.language_model import LanguageModel
+from esjax.inference.run_inference import RunInference
+from esjax.models.custom import Custom
 from esjax.models.custom_code import gather
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.paths import given_path
@@ -28,34 +28,34 @@ from esjax.runs.reader import RunView, read_run
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Loaded(Usable):
+class LoadedRun(RunInference):
     """A model read back from its run folder.
 
     Attributes:
         path: The folder.
         config: The run's settings.
         vocabulary: From characters or bytes to ids.
-        own: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
+        custom: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
         step: Steps it was trained for.
         params: The weights to use: the average that the settings ask for.
-        trained: Compiled functions around it.
+        language_model: Compiled functions around it.
     """
 
     path: Path
     config: Config
     vocabulary: Vocabulary
-    own: Mapping[str, str]
+    custom: Mapping[str, str]
     step: int
     params: Params
-    trained: Trained
+    language_model: LanguageModel
 
     def __repr__(self) -> str:
         """Say what it is, without its weights."""
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"<esjax model after {self.step:,} steps: {size:,} weights, {self.vocabulary.size} token ids>"
 
-    def _now(self) -> tuple[Trained, Params]:
-        return self.trained, self.params
+    def _now(self) -> tuple[LanguageModel, Params]:
+        return self.language_model, self.params
 
     def _text(self, text: str | None) -> Corpus:
         data = self.config.data if text is None else replace(self.config.data, text=text)
@@ -131,7 +131,7 @@ def load(
     *,
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
-) -> Loaded:
+) -> LoadedRun:
     """Read a run from its newest checkpoint.
 
     Args:
@@ -144,12 +144,12 @@ def load(
         EsjaxError: It is no run folder, no checkpoint is whole, or a model of its own is missing.
     """
     folder = RunFolder(given_path(path))
-    own = gather_model(folder, model, "esjax.load", tell)
+    custom = gather_model(folder, model, "esjax.load", tell)
     config, vocabulary = folder.config, folder.vocabulary
-    built = own.build(config.model, vocabulary.size)
+    built = custom.build(config.model, vocabulary.size)
     weights = read_weights(folder, built, tell)
-    trained = Trained(built, vocabulary, local_mesh())
-    return Loaded(folder.path, config, vocabulary, folder.own, int(weights.step), weights.average, trained)
+    language_model = LanguageModel(built, vocabulary, local_mesh())
+    return LoadedRun(folder.path, config, vocabulary, folder.custom, int(weights.step), weights.average, language_model)
 
 
 def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -> Weights:
@@ -170,7 +170,9 @@ def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -
     return restore_weights(folder.checkpoints, like, tell)
 
 
-def gather_model(folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]) -> Own:
+def gather_model(
+    folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]
+) -> Custom:
     """Gather what weights are used with: a run's own model, if it was trained with one.
 
     Args:
@@ -182,6 +184,6 @@ def gather_model(folder: RunFolder, model: ModelFactory | str | None, again: str
     Raises:
         EsjaxError: The run was trained with one that is missing, or is another one.
     """
-    own = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
-    folder.check_own(own.names(), again, ("model",))
-    return own
+    custom = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
+    folder.check_custom(custom.names(), again, ("model",))
+    return custom

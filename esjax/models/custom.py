@@ -37,7 +37,7 @@ WANTED = {
 
 
 @dataclass(frozen=True)
-class Own:
+class Custom:
     """A model, a loss or a reward, an optimizer of one's own, each in place of the one that the settings name.
 
     Attributes:
@@ -160,4 +160,4 @@ def _one_number(name: str, value: Any) -> Float[Array, ""]:
     return jnp.asarray(value)
 
 
-NOTHING_OWN = Own()
+NOTHING_CUSTOM = Custom()

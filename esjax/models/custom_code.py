@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from esjax.config.custom_names import OPTIONS, SHOWN, Code, is_code
 from esjax.errors import EsjaxError
-from esjax.models.custom import Own, check_given
+from esjax.models.custom import Custom, check_given
 from esjax.paths import given_path
 
 NOTHING: Mapping[str, Code] = MappingProxyType({})
@@ -27,13 +27,13 @@ def refuse(line: str) -> NoReturn:
     raise EsjaxError(f"{line}; put the old file back, or train anew")
 
 
-def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] = refuse, /, **given: Any) -> Own:
+def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] = refuse, /, **given: Any) -> Custom:
     """Gather what a run is given beside its settings, and load what is code in a file.
 
     Args:
         known: By kind, the code that the run was begun with; it is taken where nothing is given.
         changed: Called with a line, before anything is loaded, if code is not that which is known.
-        given: By kind, see `Own`: a function or a transformation, PATH.py:FUNCTION, or None. The function for an
+        given: By kind, see `Custom`: a function or a transformation, PATH.py:FUNCTION, or None. The function for an
             optimizer takes nothing and returns the transformation.
 
     Raises:
@@ -52,7 +52,7 @@ def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] =
     for kind, one in code.items():
         function = _function(one, _module(one, sources[kind]))
         values[kind] = _transformation(one, function) if kind == "optimizer" else function
-    return Own(**values, code=code)
+    return Custom(**values, code=code)
 
 
 def _read(kind: str, word: str, is_known: bool) -> tuple[Code, bytes]:

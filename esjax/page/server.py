@@ -120,7 +120,7 @@ def ask_hosts(run: Path) -> dict[str, Any]:
     Returns:
         `hosts`, and in `note` why there are none.
     """
-    from esjax.hosts.status import ask_status
+    from esjax.hosts.status import fetch_status
     from esjax.runs.folder import RunFolder
 
     folder = RunFolder(run)
@@ -128,7 +128,7 @@ def ask_hosts(run: Path) -> dict[str, Any]:
     if address is None:
         return {"hosts": [], "note": ""}
     try:
-        status = ask_status(address, folder.token, PATIENCE)
+        status = fetch_status(address, folder.token, PATIENCE)
     except EsjaxError as error:
         return {"hosts": [], "note": str(error)}
     if status.run != folder.name:

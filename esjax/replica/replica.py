@@ -45,7 +45,7 @@ class Replica:
         state: Everything that a later step depends on.
         chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
             call and the devices, as long as it comes with the same others in a whole chunk.
-        granule: Pairs that all devices together evaluate at a time; with fewer, some are idle.
+        device_batch: Pairs that all devices together evaluate at a time; with fewer, some are idle.
         numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: Factor that makes a sum the estimate, times the number of pairs that count.
         halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
@@ -99,7 +99,7 @@ class Replica:
         self.model = model
         self.units = units
         self.chunk_pairs = chunk_pairs
-        self.granule = chunk_pairs * mesh.size
+        self.device_batch = chunk_pairs * mesh.size
         self.numbers = estimator.numbers
         self.scale = estimator.scale
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
@@ -200,7 +200,7 @@ class Replica:
     def warm_up(self) -> None:
         """Run everything once, so that the first step is as fast as the others."""
         first = self.state
-        pairs = np.arange(self.granule, dtype=np.uint32)
+        pairs = np.arange(self.device_batch, dtype=np.uint32)
         if self.numbers:
             self.apply_sum(self.sums(pairs), 0.0)
         else:

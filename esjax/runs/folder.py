@@ -86,7 +86,7 @@ class RunFolder:
             )
         self.name: str = run.get("name", "")
         self.text_digest: str = run.get("text_digest", "")
-        self.own: dict[str, str] = run.get("own", {})
+        self.custom: dict[str, str] = run.get("own", {})
         self.code = self._read_code(run)
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
@@ -100,7 +100,7 @@ class RunFolder:
         config: Config,
         vocabulary: Vocabulary,
         text_digest: str,
-        own: Mapping[str, str] = MappingProxyType({}),
+        custom: Mapping[str, str] = MappingProxyType({}),
         code: Mapping[str, Code] = MappingProxyType({}),
     ) -> "RunFolder":
         """Make a new run folder.
@@ -110,7 +110,7 @@ class RunFolder:
             config: Settings.
             vocabulary: Symbols.
             text_digest: Hash of the text; "": there is none.
-            own: Names of what the run was given beside its settings: model, loss, reward, optimizer.
+            custom: Names of what the run was given beside its settings: model, loss, reward, optimizer.
             code: Where those of them are that are code in a file.
 
         Of several processes that make the same folder at the same time, one succeeds.
@@ -125,7 +125,7 @@ class RunFolder:
             "esjax": __version__,
             "name": secrets.token_hex(8),
             "text_digest": text_digest,
-            "own": dict(own),
+            "own": dict(custom),
             "code": msgspec.to_builtins(dict(code)),
         }
         files = {
@@ -165,9 +165,9 @@ class RunFolder:
                 "plot and export use its weights as they are"
             )
 
-    def check_own(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
-        """See that what the run was given beside its settings is given again, see `check_own`."""
-        check_own(str(self.path), {kind: name for kind, name in self.own.items() if kind in kinds}, given, again)
+    def check_custom(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
+        """See that what the run was given beside its settings is given again, see `check_custom`."""
+        check_custom(str(self.path), {kind: name for kind, name in self.custom.items() if kind in kinds}, given, again)
 
     @property
     def checkpoints(self) -> Path:
@@ -346,7 +346,7 @@ class RunFolder:
         return value
 
 
-def check_own(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
+def check_custom(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
     """See that what weights were trained with beside their settings is given again.
 
     Functions are known by their names alone, without the place where they were made; a lambda has none, so of those any

@@ -62,7 +62,7 @@ class RunView:
         path: The folder.
         name: Its name; with as many folders before it as tell it from the runs it was read with.
         state: Whether it goes on.
-        settings: By dotted name, `es.sigma`; parts of its own are `own.model`, `own.loss`, `own.optimizer`, and
+        settings: By dotted name, `es.sigma`; parts of its own are `custom.model`, `custom.loss`, `custom.optimizer`, and
             `code.model` and so on the first digits of the hash of their file, if they are code in one.
         metrics: A column of float64 for each name of `StepInfo`, all of them of one length, NaN where a step has no
             such number, 1 and 0 for true and false. Empty before the first step.
@@ -88,9 +88,9 @@ class RunView:
     @property
     def unit(self) -> str:
         """What its losses are in: nats per token, or its own loss, or its own reward with the sign turned."""
-        signs = {"own.loss": "", "own.reward": "minus "}
-        own = [f"{sign}{self.settings[key]}" for key, sign in signs.items() if key in self.settings]
-        return own[0] if own else "nats per token"
+        signs = {"custom.loss": "", "custom.reward": "minus "}
+        custom = [f"{sign}{self.settings[key]}" for key, sign in signs.items() if key in self.settings]
+        return custom[0] if custom else "nats per token"
 
     def last(self, column: str) -> float | None:
         """Return the newest number of a column; None if there is none."""
@@ -267,7 +267,7 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
     hashes = {kind: one["digest"][:SHOWN] for kind, one in run.get("code", {}).items()}
     text = _read(path / "config.yaml", notes)
     settings = flatten(_mapping(text, "config.yaml", notes)) | flatten(
-        {section: values for section, values in (("own", run.get("own")), ("code", hashes)) if values}
+        {section: values for section, values in (("custom", run.get("own")), ("code", hashes)) if values}
     )
     text = _read(path / "baselines.json", notes) if (path / "baselines.json").exists() else "{}"
     baselines = _mapping(text, "baselines.json", notes)

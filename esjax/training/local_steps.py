@@ -100,12 +100,12 @@ class LocalSteps:
 
     def _score_for(self, budget: float) -> tuple[list[Span], Values]:
         """Score as many pairs as the devices can in so many seconds."""
-        granule = self._replica.granule
+        device_batch = self._replica.device_batch
         parts: list[Values] = []
         done, spent = 0, 0.0
-        while not parts or (spent + granule / self._speed <= budget and done < SLOT_PAIRS):
-            granules = max(1, math.floor(min(SLICE, budget - spent) * self._speed / granule))
-            count = min(granules * granule, self._most_pairs, SLOT_PAIRS - done)
+        while not parts or (spent + device_batch / self._speed <= budget and done < SLOT_PAIRS):
+            device_batches = max(1, math.floor(min(SLICE, budget - spent) * self._speed / device_batch))
+            count = min(device_batches * device_batch, self._most_pairs, SLOT_PAIRS - done)
             started = time.perf_counter()
             parts.append(self._replica.score([(done, count)]))
             seconds = share_number(time.perf_counter() - started)

@@ -80,12 +80,12 @@ def replay(
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_own(own.names(), "esjax.replay")
+    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    folder.check_custom(custom.names(), "esjax.replay")
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
-    replica = Replica(config, own.build(config.model, size), None, whole_mesh(), own.objective, own.optimizer)
+    replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
     restored = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
     compared, compared_step, differs_at = 0, 0, None

@@ -20,11 +20,11 @@ from esjax.devices.process_group import any_of, here, leads
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import unpack_update
 from esjax.flags import changed_flags
-from esjax.inference.capabilities import Usable
 from esjax.inference.held_out import make_measure
-from esjax.inference.language_model import Trained
+from esjax.inference.language_model import LanguageModel
 from esjax.inference.loaded_run import load_run_corpus, restore_run
-from esjax.models.custom import Own, Reward
+from esjax.inference.run_inference import RunInference
+from esjax.models.custom import Custom, Reward
 from esjax.models.custom_code import gather
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
@@ -49,7 +49,7 @@ SAMPLE_TOKENS = 200
 """Most tokens of each."""
 
 
-class Trainer(Usable):
+class Trainer(RunInference):
     """A run: iterate over it to train, and write or score with it at any time.
 
     Iteration ends at the limits of the settings, or after the step during which Ctrl-C or SIGTERM came. With a run
@@ -74,18 +74,18 @@ class Trainer(Usable):
         corpus: Corpus,
         folder: RunFolder | None = None,
         *,
-        own: Own,
+        custom: Custom,
         trackers: Sequence[Tracker | str] = (),
         tell: Callable[[str], None] | None = None,
     ) -> None:
         """Set up a run; use `train` or `resume` to get one."""
         vocabulary = corpus.vocabulary
-        built = own.build(config.model, vocabulary.size)
+        built = custom.build(config.model, vocabulary.size)
         self.config = config
         self.corpus = corpus
         self.limits = Limits(config.steps, config.seconds)
         self.folder = folder
-        objective = own.objective
+        objective = custom.objective
         self.trackers = find_trackers(trackers) if leads() else []
         self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
         self.on_start: Callable[[], None] = lambda: None
@@ -96,9 +96,9 @@ class Trainer(Usable):
             self.tell(flags)
         # A text that is used block by block comes with its first block.
         stream = None if config.data.block_tokens else corpus.stream()
-        self._replica = Replica(config, built, stream, whole_mesh(), objective, own.optimizer)
-        self._trained = Trained(built, vocabulary, local_mesh())
-        self._measure = make_measure(self._trained, config, corpus.held_out, objective)
+        self._replica = Replica(config, built, stream, whole_mesh(), objective, custom.optimizer)
+        self._language_model = LanguageModel(built, vocabulary, local_mesh())
+        self._measure = make_measure(self._language_model, config, corpus.held_out, objective)
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
@@ -107,7 +107,7 @@ class Trainer(Usable):
             )
         self._seconds = 0.0
         self._member_tokens = 0
-        self._own = own
+        self._custom = custom
         self._is_finite = True
         self._id = secrets.token_hex(8)
         self._history = History()
@@ -121,7 +121,7 @@ class Trainer(Usable):
     def summary(self) -> str:
         """Say in one line what is trained on what, and how much a step is."""
         devices = describe_kinds(self._replica.devices)
-        return describe_run(devices, self.config, self.corpus, self._replica.state.params, self._own.names())
+        return describe_run(devices, self.config, self.corpus, self._replica.state.params, self._custom.names())
 
     @property
     def step(self) -> int:
@@ -138,8 +138,8 @@ class Trainer(Usable):
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
         return "\n---\n".join(written.text for written in texts)
 
-    def _now(self) -> tuple[Trained, Params]:
-        return self._trained, self.params
+    def _now(self) -> tuple[LanguageModel, Params]:
+        return self._language_model, self.params
 
     def _text(self, text: str | None) -> Corpus:
         if text is None:
@@ -153,7 +153,7 @@ class Trainer(Usable):
         """Return what its folder holds, or without one what was measured since `train` was called."""
         if self.folder:
             return read_run(self.folder.path)
-        values = {f"own.{kind}": name for kind, name in self._own.names().items()}
+        values = {f"custom.{kind}": name for kind, name in self._custom.names().items()}
         return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
     def __iter__(self) -> Iterator[StepInfo]:
@@ -266,7 +266,7 @@ class Trainer(Usable):
         config = self.config
         size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
         blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
-        return LocalSteps(config, self._replica, custom=self._own.names(), record=record, blocks=blocks)
+        return LocalSteps(config, self._replica, custom=self._custom.names(), record=record, blocks=blocks)
 
     def _take_step(self, steps: LocalSteps) -> StepInfo:
         done = steps.take()
@@ -332,13 +332,13 @@ def train(
             loss and a reward, or one that does not return one float32, or the optimizer needs more than there is.
     """
     config, out = locate_text(config or Config()), None if out is None else given_path(out)
-    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, own=own, trackers=trackers, tell=tell)
+    trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        trainer.folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, own.names(), own.code)
+        trainer.folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
     return trainer
 
 
@@ -380,12 +380,12 @@ def resume(
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    own = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_own(own.names(), "esjax.resume")
+    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    folder.check_custom(custom.names(), "esjax.resume")
     corpus = load_run_corpus(folder, text)
     if text is not None:
         folder.keep_config()
-    trainer = Trainer(folder.config, corpus, folder, own=own, trackers=trackers, tell=tell)
+    trainer = Trainer(folder.config, corpus, folder, custom=custom, trackers=trackers, tell=tell)
     restored = restore_run(folder, trainer._replica.state, trainer.tell)
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from esjax.config.mistakes import setting_names, wrong_name
+from esjax.config.errors import setting_names, wrong_name
 from esjax.config.names import change, value_of
 from esjax.config.settings import MODELS, VARIANTS, Config, replace
 from esjax.errors import EsjaxError

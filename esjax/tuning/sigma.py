@@ -36,14 +36,14 @@ class Tried(NamedTuple):
         cosines: Cosine of the estimate with the exact gradient in each repeat. The windows and the signs of the noise
             of a repeat are the same for all settings.
         leaves: Mean cosine of each leaf.
-        own: Whether these are the settings of the run.
+        custom: Whether these are the settings of the run.
     """
 
     sigma: float
     discount: float | None
     cosines: tuple[float, ...]
     leaves: dict[str, float]
-    own: bool
+    custom: bool
 
     @property
     def cosine(self) -> float:
@@ -102,17 +102,17 @@ def tune(
         raise EsjaxError(f"repeats must be at least 1, got {repeats}")
     folder = RunFolder(given_path(path))
     for kind in ("loss", "reward"):
-        if kind in folder.own:
+        if kind in folder.custom:
             raise EsjaxError(
-                f"{str(path)!r} was trained with a {kind} of its own, {folder.own[kind]}, and tune knows only cross "
+                f"{str(path)!r} was trained with a {kind} of its own, {folder.custom[kind]}, and tune knows only cross "
                 "entropy; compare settings with esjax.sweep"
             )
-    own = gather_model(folder, model, "esjax.tuning.sigma.tune", tell)
+    custom = gather_model(folder, model, "esjax.tuning.sigma.tune", tell)
     corpus, config = load_run_corpus(folder, text), folder.config
     if space is not None:
         config = _with(config, space=space)
     size = corpus.vocabulary.size
-    built = own.build(config.model, size)
+    built = custom.build(config.model, size)
     params = jax.device_get(read_weights(folder, built, tell).params)
     stream = corpus.stream()
 
@@ -131,7 +131,7 @@ def tune(
     ahead = not_told_apart(tried)
     if not ahead or ahead[0].discount is None:
         return
-    base = next((one for one in ahead if one.own), ahead[0])
+    base = next((one for one in ahead if one.custom), ahead[0])
     for discount in discounts:
         if discount != base.discount:
             yield attempt(sigma=base.sigma, discount=discount)

@@ -28,14 +28,14 @@ from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers, local_workers
 from esjax.hosts.serve import Server, resume_serving, serve
 from esjax.hosts.transport.address import is_loopback
-from esjax.models.custom import NOTHING_OWN, Own, Reward
+from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward
 from esjax.models.custom_code import gather
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.runs.checkpoint import kept_steps
 from esjax.runs.durable import try_lock, write_durably, write_new_folder
-from esjax.runs.folder import check_own
+from esjax.runs.folder import check_custom
 from esjax.runs.reader import RunView, has_reached, read_run
 from esjax.runs.step_info import Limits
 from esjax.signals import stop_on_signals
@@ -115,7 +115,7 @@ class Sweep:
         hosts: Hosts | None = None,
         show: Callable[[Trainer | Server], None] | None = None,
         tell: Callable[[str], None] | None = None,
-        own: Own = NOTHING_OWN,
+        custom: Custom = NOTHING_CUSTOM,
     ) -> None:
         """Set up; use `sweep` or `resume_sweep` to get one.
 
@@ -124,8 +124,8 @@ class Sweep:
         """
         if hosts is not None and hosts.workers:
             check_workers(hosts.workers, hosts.oversubscribe)
-            own.words()
-        self._own = own
+            custom.words()
+        self._custom = custom
         self.path = path
         self.trials = trials
         self.stopped = False
@@ -179,9 +179,11 @@ class Sweep:
                     return
 
     def _open(self, trial: Trial) -> Trainer | Server:
-        path, limits, own = self.path / trial.name, trial.config, self._own
-        given: Any = {kind: str(own.code[kind]) if kind in own.code else getattr(own, kind) for kind in own.names()}
-        gather(own.code, **given)  # its files must not change between two runs
+        path, limits, custom = self.path / trial.name, trial.config, self._custom
+        given: Any = {
+            kind: str(custom.code[kind]) if kind in custom.code else getattr(custom, kind) for kind in custom.names()
+        }
+        gather(custom.code, **given)  # its files must not change between two runs
         kept, has_ledger = kept_steps(path / CHECKPOINTS), (path / "ledger").exists()
         if not kept and not has_ledger:
             if path.exists():
@@ -222,7 +224,7 @@ class Sweep:
                 server.address,
                 hosts.workers,
                 server.folder.path,
-                given=server.own.words(),
+                given=server.custom.words(),
                 oversubscribe=hosts.oversubscribe,
             )
 
@@ -290,8 +292,8 @@ def sweep(
             something else.
     """
     config, path = locate_text(config or Config()), given_path(out)
-    own = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
-    for name in unused_settings(own.names(), axes):
+    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    for name in unused_settings(custom.names(), axes):
         raise EsjaxError(f"{name} would change nothing with a model or an optimizer of its own; leave that axis out")
     trials = make_grid(config, axes)
     for trial in trials:
@@ -303,8 +305,8 @@ def sweep(
     if "data.text" in typed:
         typed["data.text"] = [locate(text) for text in typed["data.text"]]
     # The folders are called by the axes in the order in which they were first given.
-    found = Sweep(path, trials, hosts, show, tell, own)
-    found.trials = make_grid(config, _record(path, _Record(typed, config, own.names(), own.code)))
+    found = Sweep(path, trials, hosts, show, tell, custom)
+    found.trials = make_grid(config, _record(path, _Record(typed, config, custom.names(), custom.code)))
     return found
 
 
@@ -336,9 +338,9 @@ def resume_sweep(
     """
     path = given_path(path)
     record = _read_record(path)
-    own = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    check_own(str(path), record.own, own.names(), "esjax.resume_sweep")
-    return Sweep(path, make_grid(record.config, record.axes), hosts, show, tell, own)
+    custom = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    check_custom(str(path), record.custom, custom.names(), "esjax.resume_sweep")
+    return Sweep(path, make_grid(record.config, record.axes), hosts, show, tell, custom)
 
 
 class _Record(NamedTuple):
@@ -346,7 +348,7 @@ class _Record(NamedTuple):
 
     axes: Mapping[str, Sequence[Any]]
     config: Config
-    own: Mapping[str, str]
+    custom: Mapping[str, str]
     code: Mapping[str, Code]
 
 
@@ -354,8 +356,8 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
     axes, config = wanted.axes, wanted.config
     record = {"axes": axes, "settings": to_plain(config)}
-    if wanted.own:
-        record |= {"own": dict(wanted.own), "code": dict(wanted.code)}
+    if wanted.custom:
+        record |= {"own": dict(wanted.custom), "code": dict(wanted.code)}
     try:
         write_new_folder(path, {RECORD: msgspec.yaml.encode(record).decode()})
     except FileExistsError as error:
@@ -365,7 +367,7 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
             ) from error
     except OSError as error:
         raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
-    before, settings, own, code = _read_record(path)
+    before, settings, custom, code = _read_record(path)
     if before != axes:
         there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
         raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
@@ -375,7 +377,7 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
             f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
             "go on with that one"
         )
-    check_own(str(path), own, wanted.own, "esjax.sweep")
+    check_custom(str(path), custom, wanted.custom, "esjax.sweep")
     digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
     if digests[0] != digests[1]:
         raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
@@ -388,7 +390,7 @@ def _read_record(path: Path) -> _Record:
         record = read_yaml(source.read_text(encoding="utf-8"))
         axes = msgspec.convert(record["axes"], dict[str, list[Any]])
         settings = msgspec.yaml.encode(record["settings"]).decode()
-        own = msgspec.convert(record.get("own", {}), dict[str, str])
+        custom = msgspec.convert(record.get("own", {}), dict[str, str])
         code = msgspec.convert(record.get("code", {}), dict[str, Code])
     except OSError as error:
         raise EsjaxError(
@@ -396,7 +398,7 @@ def _read_record(path: Path) -> _Record:
         ) from error
     except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
         raise EsjaxError(f"{source} is damaged ({error}); restore it from a copy") from error
-    return _Record(axes, from_yaml(settings, str(source)), own, code)
+    return _Record(axes, from_yaml(settings, str(source)), custom, code)
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> str:

@@ -9,7 +9,7 @@ from esjax.data.corpus import Corpus
 from esjax.models.model import Params
 
 
-def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, own: Mapping[str, str]) -> str:
+def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, custom: Mapping[str, str]) -> str:
     """Name the devices, the text and its tokens, the vocabulary, the model, the population and the tokens of a step.
 
     Args:
@@ -17,7 +17,7 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, o
         config: Settings of the run.
         corpus: Its text.
         params: Its parameters.
-        own: Names of what it was given beside its settings, by kind.
+        custom: Names of what it was given beside its settings, by kind.
     """
     es, data = config.es, config.data
     tokens, held_out = (
@@ -34,8 +34,8 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, o
     parts = [
         devices,
         f"text {data.text}: {tokens:,} tokens, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
-        f"model {own.get('model', named)}: {parameters:,} parameters",
-        *(f"{kind} {name}" for kind, name in own.items() if kind != "model"),
+        f"model {custom.get('model', named)}: {parameters:,} parameters",
+        *(f"{kind} {name}" for kind, name in custom.items() if kind != "model"),
         population,
     ]
     return "; ".join(parts)

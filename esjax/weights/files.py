@@ -57,7 +57,7 @@ def export(
     loaded = load(path, model=model, tell=tell)
     contents: list[bytes | str]
     if out.suffix == ".safetensors":
-        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, loaded.own)]
+        contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, loaded.custom)]
     else:
         if not isinstance(loaded.params, RnnParams):
             raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")

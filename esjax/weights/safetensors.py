@@ -27,7 +27,7 @@ from esjax.errors import EsjaxError
 from esjax.flags import default_flags
 from esjax.models.custom_code import gather
 from esjax.models.model import ModelFactory, Params
-from esjax.runs.folder import check_own
+from esjax.runs.folder import check_custom
 from esjax.weights.start import begin_with
 
 FORMAT = "1"
@@ -41,7 +41,7 @@ def name_tensors(params: Params) -> dict[str, Any]:
 
 
 def export_safetensors(
-    config: Config, vocabulary: Vocabulary, params: Params, step: int, own: Mapping[str, str]
+    config: Config, vocabulary: Vocabulary, params: Params, step: int, custom: Mapping[str, str]
 ) -> bytes:
     """Write weights.
 
@@ -50,7 +50,7 @@ def export_safetensors(
         vocabulary: Its symbols.
         params: The averaged weights.
         step: Steps they were trained for.
-        own: Name of a model of its own, under "model".
+        custom: Name of a model of its own, under "model".
 
     Raises:
         EsjaxError: safetensors is missing.
@@ -60,7 +60,7 @@ def export_safetensors(
         "esjax": FORMAT,
         "settings": to_yaml(config),
         "vocabulary": json.dumps(vocabulary.stored(), ensure_ascii=False),
-        "own": json.dumps({kind: name for kind, name in own.items() if kind == "model"}),
+        "own": json.dumps({kind: name for kind, name in custom.items() if kind == "model"}),
         "step": str(step),
         "weights": "average",
     }
@@ -80,9 +80,9 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None =
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
-    own = gather(model=model)
-    check_own(str(path), read.own, own.names(), "esjax.import_weights")
-    built = own.build(config.model, vocabulary.size)
+    custom = gather(model=model)
+    check_custom(str(path), read.custom, custom.names(), "esjax.import_weights")
+    built = custom.build(config.model, vocabulary.size)
     with default_flags():
         like = jax.eval_shape(lambda: built.init(jax.random.key(0)))
     expected = name_tensors(like)
@@ -94,7 +94,7 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None =
         raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
     leaves = [jnp.asarray(read.tensors[tensor]) for tensor in expected]
     params = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    begin_with(params, out, config, vocabulary, read.own, own.code)
+    begin_with(params, out, config, vocabulary, read.custom, custom.code)
 
 
 class _Read(NamedTuple):
@@ -102,7 +102,7 @@ class _Read(NamedTuple):
 
     config: Config
     vocabulary: Vocabulary
-    own: dict[str, str]
+    custom: dict[str, str]
     tensors: dict[str, ndarray]
 
 
@@ -119,10 +119,10 @@ def _read(path: Path) -> _Read:
     config = from_yaml(metadata.get("settings", ""), f"settings in {path}")
     try:
         vocabulary = parse_vocabulary(json.loads(metadata["vocabulary"]))
-        own = {str(kind): str(name) for kind, name in json.loads(metadata.get("own", "{}")).items()}
+        custom = {str(kind): str(name) for kind, name in json.loads(metadata.get("own", "{}")).items()}
     except (KeyError, ValueError, AttributeError) as error:
         raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it anew") from error
-    return _Read(config, vocabulary, own, tensors)
+    return _Read(config, vocabulary, custom, tensors)
 
 
 def _describe(tensor: Any) -> str:

@@ -22,7 +22,7 @@ def begin_with(
     out: Path,
     config: Config,
     vocabulary: Vocabulary,
-    own: Mapping[str, str] = MappingProxyType({}),
+    custom: Mapping[str, str] = MappingProxyType({}),
     code: Mapping[str, Code] = MappingProxyType({}),
 ) -> None:
     """Make a run folder, at step 0 and without a text, of weights.
@@ -32,14 +32,14 @@ def begin_with(
         out: Run folder to make.
         config: Settings.
         vocabulary: Symbols.
-        own: Name of a model of its own, under "model".
+        custom: Name of a model of its own, under "model".
         code: Where it is, if it is code in a file.
 
     Raises:
         EsjaxError: The folder exists, or cannot be written; then it is not left behind.
     """
     state = init_state(params, make_optimizer(config.optim, config.steps))
-    folder = RunFolder.create(out, config, vocabulary, text_digest="", own=own, code=code)
+    folder = RunFolder.create(out, config, vocabulary, text_digest="", custom=custom, code=code)
     with ExitStack() as undo:
         undo.callback(folder.remove)  # without a checkpoint it would be of no use
         Checkpoints(folder.checkpoints, config.keep_checkpoints).save(state, 0.0, 0)

@@ -24,7 +24,7 @@ from bench.settings import Coordinator as Settings
 from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
-from esjax.hosts.noise_fingerprint import noise_answers
+from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Publish, Snapshot, Terms, hash_bytes
 from esjax.hosts.protocol.coordinator import Coordinator
@@ -37,7 +37,7 @@ from esjax.hosts.transport.sockets import Limits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNIT = 32
+QUANTUM = 32
 """Pairs that are never split between hosts."""
 
 HOSTS_A_PROCESS = 64
@@ -74,7 +74,7 @@ class FakeDevices:
     def do(self, task: Task) -> Result:
         """Do a task."""
         if isinstance(task, Build):
-            return Built(UNIT)
+            return Built(QUANTUM)
         if isinstance(task, Score):
             pairs = sum(count for _, count in task.spans)
             return Scored(self._losses[:pairs], 1e-5 * pairs)
@@ -88,7 +88,7 @@ class FakeDevices:
 def config_of(settings: Settings) -> Config:
     """Choose a run whose rounds beside the steps never come."""
     return Config(
-        es=EsConfig(population_size=settings.members, chunk_pairs=UNIT),
+        es=EsConfig(population_size=settings.members, chunk_pairs=QUANTUM),
         data=DataConfig(text="builtin:pydoc"),
         model=GruConfig(hidden_size=8, head_size=8),
         hosts=HostsConfig(digest_interval=10**9),
@@ -100,7 +100,7 @@ def config_of(settings: Settings) -> Config:
 def machine_alone(settings: Settings, hosts: int) -> Step:
     """Measure the state machine and the making and reading of bytes."""
     config = config_of(settings)
-    terms = Terms("bench", 1, UNIT, 100, {"rademacher": ""}, {}, 1, 1)
+    terms = Terms("bench", 1, QUANTUM, 100, {"rademacher": ""}, {}, 1, 1)
     text = PackedText(b"text", 4, "digest")
     snapshot = Snapshot(0, b"0", hash_bytes(b"0"))
     rng = np.random.default_rng(0)
@@ -110,11 +110,11 @@ def machine_alone(settings: Settings, hosts: int) -> Step:
         for i in range(hosts)
     ]
     devices = [FakeDevices(i) for i in range(hosts)]
-    own, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
+    custom, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
     first = None
     while first is None or coordinator.step < first + settings.steps:
         if first is None and coordinator.step >= 5:
-            first, own, started = coordinator.step, 0.0, time.perf_counter()
+            first, custom, started = coordinator.step, 0.0, time.perf_counter()
             bytes_of.clear()
         published: list[list[bytes]] = []
         for worker, fake in zip(workers, devices, strict=True):
@@ -125,23 +125,23 @@ def machine_alone(settings: Settings, hosts: int) -> Step:
                 bytes_of["up"] += sum(map(len, frames))
                 began = time.perf_counter()
                 reply = wire.encode(coordinator.receive(wire.decode(frames, "request"), now))
-                for effect in coordinator.drain():
-                    if isinstance(effect, Publish):
-                        published.append(wire.encode(effect.envelope))
-                own += time.perf_counter() - began
+                for action in coordinator.drain():
+                    if isinstance(action, Publish):
+                        published.append(wire.encode(action.envelope))
+                custom += time.perf_counter() - began
                 worker.receive(wire.decode(reply, "reply"), now)
         now += 0.01
         began = time.perf_counter()
         coordinator.tick(now)
-        for effect in coordinator.drain():
-            if isinstance(effect, Publish):
-                published.append(wire.encode(effect.envelope))
-        own += time.perf_counter() - began
+        for action in coordinator.drain():
+            if isinstance(action, Publish):
+                published.append(wire.encode(action.envelope))
+        custom += time.perf_counter() - began
         for frames in published:
             bytes_of["down"] += sum(map(len, frames))
             for worker in workers:
                 worker.receive(wire.decode(frames, "broadcast"), now)
-    return _step("machine", settings, hosts, own, own, time.perf_counter() - started, bytes_of)
+    return _step("machine", settings, hosts, custom, custom, time.perf_counter() - started, bytes_of)
 
 
 def with_sockets(settings: Settings, hosts: int) -> Step:
@@ -149,15 +149,17 @@ def with_sockets(settings: Settings, hosts: int) -> Step:
     with tempfile.TemporaryDirectory() as folder:
         server = serve(config_of(settings), Path(folder) / "run", bind="tcp://127.0.0.1:0", tell=lambda line: None)
         server.while_open = lambda: simulated_hosts(server.address, hosts)
-        first, own, process, started = None, 0.0, 0.0, 0.0
+        first, custom, process, started = None, 0.0, 0.0, 0.0
         for info in server:
             ready = sum(host.state == "ready" for host in server.status().hosts) if first is None else hosts
             if first is None and ready == hosts:
-                first, own, process, started = info.step, *_clocks()
+                first, custom, process, started = info.step, *_clocks()
             elif first is not None and info.step == first + settings.steps:
-                own, process, wall = (now - then for now, then in zip(_clocks(), (own, process, started), strict=True))
+                custom, process, wall = (
+                    now - then for now, then in zip(_clocks(), (custom, process, started), strict=True)
+                )
                 break
-    return _step("sockets", settings, hosts, own, process, wall, None)
+    return _step("sockets", settings, hosts, custom, process, wall, None)
 
 
 def _clocks() -> tuple[float, float, float]:
@@ -185,11 +187,11 @@ def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
 
 def run_hosts(address: str, first: int, count: int) -> None:
     """Be some hosts until killed."""
-    answers = noise_answers()
+    fingerprints = noise_fingerprints()
     limits = Limits(wire.MAX_BODY, wire.FRAMES)
     line = []
     for i in range(first, first + count):
-        worker = Worker(f"host-{i}", "", "", answers, {}, now=time.monotonic(), jitter=random.random)
+        worker = Worker(f"host-{i}", "", "", fingerprints, {}, now=time.monotonic(), jitter=random.random)
         line.append((worker, ClientTransport(address, token=None, limits=limits), FakeDevices(i)))
     listening = set()
     while True:
@@ -211,14 +213,14 @@ def run_hosts(address: str, first: int, count: int) -> None:
 
 
 def _step(
-    how: str, settings: Settings, hosts: int, own: float, process: float, wall: float, sent: Counter[str] | None
+    how: str, settings: Settings, hosts: int, custom: float, process: float, wall: float, sent: Counter[str] | None
 ) -> Step:
     up = down = None
     if sent is not None:
         up = sent["up"] / settings.steps / settings.members
         down = sent["down"] / settings.steps / (settings.members / 2)
-    own, process, wall = (1e3 * seconds / settings.steps for seconds in (own, process, wall))
-    return Step(how, hosts, own, process, wall, up, down)
+    custom, process, wall = (1e3 * seconds / settings.steps for seconds in (custom, process, wall))
+    return Step(how, hosts, custom, process, wall, up, down)
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:

@@ -18,7 +18,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, repla
 from esjax.data.corpus import load_corpus
 from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
-from esjax.models.custom import Own
+from esjax.models.custom import Custom
 from esjax.training.run import Trainer
 from esjax.tuning.gradient_cosine import gradient_cosines
 
@@ -42,7 +42,7 @@ def run(settings: Cosines) -> Report:
         model=GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden),
     )
     corpus = load_corpus(config.data)
-    trainer = Trainer(config, corpus, own=Own())
+    trainer = Trainer(config, corpus, custom=Custom())
     for _ in trainer:
         pass
     size, mesh, params = corpus.vocabulary.size, local_mesh(), jax.device_get(trainer.params)

@@ -21,9 +21,9 @@ from esjax.core.seeds import PERTURBATIONS, stream_seed
 from esjax.data.corpus import Corpus
 from esjax.data.packing import draw_windows
 from esjax.devices.mesh import local_mesh
-from esjax.inference.language_model import Trained
+from esjax.inference.language_model import LanguageModel
 from esjax.models import Model, build_model
-from esjax.models.custom import Own
+from esjax.models.custom import Custom
 from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.models.model import Params
 from esjax.replica.optimizer import make_optimizer
@@ -87,14 +87,14 @@ def train_for_tokens(learner: Learner, held_out: Callable[[Params], float], toke
 
 def scorer(config: Config, corpus: Corpus) -> Callable[[Params], float]:
     """Make the function that scores weights on the held-out documents, in nats a token."""
-    trained = Trained(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
+    trained = LanguageModel(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
     lanes = trained.lanes(corpus.held_out)
     return lambda params: trained.loss(params, lanes)
 
 
 def ours(config: Config, corpus: Corpus) -> Learner:
     """Train as `esjax train` does."""
-    trainer = Trainer(replace(config, evaluate_time=NEVER), corpus, own=Own())
+    trainer = Trainer(replace(config, evaluate_time=NEVER), corpus, custom=Custom())
     steps, last = iter(trainer), 0
 
     def step(_: float) -> int:

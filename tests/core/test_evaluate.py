@@ -147,8 +147,8 @@ def test_a_loss_of_ones_own_takes_the_place_of_cross_entropy() -> None:
     """Closed form: the loss 3 * start[0] differs between the signs by 2 * 3 * sigma * unit * ε."""
     model = MODELS["gru"]
     noise, params = noise_of(model, sigma=0.25), params_of(model)
-    own = over_sequences(model, lambda member, tokens, key: 3 * member.params.start[0])
-    losses = core.evaluate(own, noise, mesh=mesh_of(1), chunk_pairs=8)(params, seeds_of(), tokens_of())
+    custom = over_sequences(model, lambda member, tokens, key: 3 * member.params.start[0])
+    losses = core.evaluate(custom, noise, mesh=mesh_of(1), chunk_pairs=8)(params, seeds_of(), tokens_of())
     start, *_ = epsilons_of(noise, params, seeds_of())
     np.testing.assert_allclose(losses[:, 0] - losses[:, 1], 2 * 3 * 0.25 * start[0], rtol=1e-6)
 

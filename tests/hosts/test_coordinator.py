@@ -8,13 +8,13 @@ import msgspec
 import numpy as np
 import pytest
 from hosts_simulation import (
-    ANSWERS,
     DELAY,
+    FINGERPRINTS,
     FIRST_STATE,
     NUMBERS,
+    QUANTUM,
     RUN,
     SCALE,
-    UNIT,
     Device,
     Simulation,
     check_updates,
@@ -59,32 +59,32 @@ EXAMPLES = 8
 
 @all_modes
 @pytest.mark.parametrize("block", [None, 2])
-@pytest.mark.parametrize("granule", [1, UNIT, 100])
-def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, granule: int) -> None:
+@pytest.mark.parametrize("device_batch", [1, QUANTUM, 100])
+def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, device_batch: int) -> None:
     data = config_of(block_interval=block).data
     config = msgspec.structs.replace(config, data=data)
     coordinator = Coordinator(
         config,
-        Terms("", 1, UNIT, 0, {}, {}, exchange=make_exchange(NUMBERS if config.es.exchange == "sums" else 0, SCALE)),
+        Terms("", 1, QUANTUM, 0, {}, {}, exchange=make_exchange(NUMBERS if config.es.exchange == "sums" else 0, SCALE)),
         step=0,
         now=0.0,
         rng=np.random.default_rng(0),
         text=PackedText(b"", 0, ""),
         block=None if block is None else (lambda number: bytes([number]) * 64),
-        with_rounds=False,
+        with_audits=False,
     )
-    worker = Worker("alone", "", "", {}, {}, now=0.0, jitter=lambda: 0.0, built=True, step=0, granule=granule)
+    worker = Worker("alone", "", "", {}, {}, now=0.0, jitter=lambda: 0.0, built=True, step=0, device_batch=device_batch)
     device = Device(speed=50.0)
     device.config = config
     updates: list[bytes] = []
     closed: list[Closed] = []
     tasks = 0
     while device.step < 7:
-        for effect in pass_messages(coordinator, worker, 0.0):
-            if isinstance(effect, Record):
-                updates.append(effect.payload)
-            elif isinstance(effect, Closed):
-                closed.append(effect)
+        for action in pass_messages(coordinator, worker, 0.0):
+            if isinstance(action, Record):
+                updates.append(action.payload)
+            elif isinstance(action, Closed):
+                closed.append(action)
         task = worker.task()
         assert task is not None
         if isinstance(task, Apply):
@@ -204,7 +204,7 @@ def test_a_block_that_changes_while_it_is_fetched(config: Config) -> None:
 # Checkpoints, digests, evaluations.
 
 
-def with_rounds(*names: str, seconds: float = 5.0) -> Simulation:
+def with_audits(*names: str, seconds: float = 5.0) -> Simulation:
     sim = Simulation(config_of(checkpoint_time=seconds, evaluate_time=seconds), snapshot_bytes=3 * wire.PART)
     for name in names:
         sim.add(name)
@@ -223,7 +223,7 @@ def until_upload(sim: Simulation) -> str:
     ("how", "seconds"), [("kill", SILENT), ("leave", 0.0), ("cut", SILENT), ("mute", GRACE)], ids=str
 )
 def test_another_host_takes_over_from_an_anchor(how: str, seconds: float) -> None:
-    sim = with_rounds("a", "b", seconds=40.0)
+    sim = with_audits("a", "b", seconds=40.0)
     sim.fate = lambda way, host, message: [1.0] if isinstance(message, wire.Upload) else [DELAY]
     anchor = sim.hosts[until_upload(sim)]
     assert anchor.name == "a"
@@ -239,7 +239,7 @@ def test_another_host_takes_over_from_an_anchor(how: str, seconds: float) -> Non
     sim.run(seconds + 8)  # long before the next one is due
     assert len(sim.checkpoints) > stored
     assert sim.server.status(sim.now).anchor == 1
-    assert sim.server.rounds.held_out is not None
+    assert sim.server.audits.held_out is not None
     check_snapshots(sim)
 
 
@@ -254,7 +254,7 @@ def check_snapshots(sim: Simulation) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_interrupted_upload_goes_on_or_is_made_again(direction: str) -> None:
-    sim = with_rounds("a")
+    sim = with_audits("a")
     sim.fate = lambda way, host, message: [0.5] if isinstance(message, wire.Upload) else [DELAY]
     until_upload(sim)
     stored = len(sim.checkpoints)
@@ -281,7 +281,7 @@ def test_an_interrupted_upload_goes_on_or_is_made_again(direction: str) -> None:
     ids=["size", "huge", "gap", "step", "empty", "too much", "beyond the end"],
 )
 def test_what_is_no_part_of_the_snapshot_is_not_taken(changes: dict[str, int], body: bytes) -> None:
-    sim = with_rounds("a", "b")
+    sim = with_audits("a", "b")
     sim.fate = lambda way, host, message: [] if isinstance(message, wire.Upload) else [DELAY]
     until_upload(sim)
     (upload, *_) = sim.messages(wire.Upload)
@@ -302,7 +302,7 @@ def test_only_the_blocks_of_now_are_handed_out() -> None:
 
 
 def test_a_round_ends_without_a_host_that_left() -> None:
-    sim = with_rounds("a", "b", "c")
+    sim = with_audits("a", "b", "c")
     sim.fate = lambda way, host, message: [] if host == "b" and isinstance(message, wire.Digest) else [DELAY]
     stored = len(sim.checkpoints)
     until_upload(sim)
@@ -312,7 +312,7 @@ def test_a_round_ends_without_a_host_that_left() -> None:
 
 
 def test_a_snapshot_is_kept_only_when_digests_have_shown_it_to_be_right() -> None:
-    sim = with_rounds("a", "b", "c")
+    sim = with_audits("a", "b", "c")
     sim.fate = lambda way, host, message: [3.0] if host == "b" and isinstance(message, wire.Digest) else [DELAY]
     stored = len(sim.checkpoints)
     until_upload(sim)
@@ -324,7 +324,7 @@ def test_a_snapshot_is_kept_only_when_digests_have_shown_it_to_be_right() -> Non
 
 
 def test_a_disk_that_fails_stops_no_training() -> None:
-    sim = with_rounds("a", "b")
+    sim = with_audits("a", "b")
     sim.store_fails = True
     sim.run(30)
     assert len(sim.checkpoints) == 1
@@ -357,7 +357,7 @@ def test_who_measures_gets_no_pairs_meanwhile() -> None:
     for _ in range(60):
         sim.run(1)
         assert sim.server.status(sim.now).hosts[0].state in ("joining", "ready")
-    assert sim.server.rounds.held_out is not None
+    assert sim.server.audits.held_out is not None
     assert not sim.told("hung")
     assert max(np.diff([at for at, _, _, message in sim.log if isinstance(message, wire.Step)])) < 12
     check_updates(sim.updates, FIXED)
@@ -370,7 +370,7 @@ def test_a_host_alone_measures_and_trains(config: Config) -> None:
     sim.run(200)
     assert len(sim.closed) > 10
     assert not sim.told("hung")
-    assert sim.server.rounds.held_out is not None
+    assert sim.server.audits.held_out is not None
 
 
 # The end.
@@ -408,13 +408,13 @@ def test_it_ends_though_hosts_die(config: Config, dying: list[str], delay: float
     survivors = list(sim.hosts.values())
     if survivors:
         assert sim.checkpoints[-1].step == step
-        assert sim.server.rounds.held_out == 1 + 1 / (1 + step)
+        assert sim.server.audits.held_out == 1 + 1 / (1 + step)
     assert all(host.worker.left for host in survivors)
     check_snapshots(sim)
 
 
 def test_it_ends_though_the_broadcast_that_says_so_is_lost() -> None:
-    sim = with_rounds("a", "b")
+    sim = with_audits("a", "b")
     step = sim.server.step
     sim.fate = lambda way, host, message: [] if isinstance(message, wire.Step) else [DELAY]
     end(sim)
@@ -422,7 +422,7 @@ def test_it_ends_though_the_broadcast_that_says_so_is_lost() -> None:
 
 
 def test_what_is_kept_already_is_not_asked_for_again() -> None:
-    sim = with_rounds("a")
+    sim = with_audits("a")
     end(sim, done=False)
     uploads = len(sim.messages(wire.Upload))
     sim.kill()
@@ -452,7 +452,7 @@ def test_there_is_an_end_to_the_number_of_hosts() -> None:
     sim.add("a")
     sim.run_steps(1)
     for number in range(2 * MAX_HOSTS):
-        join = wire.Join(f"host {number}", "", "", list(ANSWERS.items()), [], "", number, 1)
+        join = wire.Join(f"host {number}", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
         reply = sim.server.receive(Envelope(join), sim.now).message
         assert isinstance(reply, wire.Welcome if number < MAX_HOSTS - 1 else wire.Refused)
     assert sim.server.counters["too many hosts"] == MAX_HOSTS + 1
@@ -466,7 +466,7 @@ def test_there_is_an_end_to_the_number_of_hosts() -> None:
 def test_one_name_takes_no_more_than_two_places() -> None:
     sim = Simulation(FIXED)
     for number in range(3 * MAX_HOSTS):
-        join = wire.Join("one", "", "", list(ANSWERS.items()), [], "", number, 1)
+        join = wire.Join("one", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
         assert isinstance(sim.server.receive(Envelope(join), sim.now).message, wire.Welcome)
     assert sim.server.counters["too many hosts"] == 0
 
@@ -528,7 +528,7 @@ def test_the_pairs_of_a_host_that_is_not_ready_any_more_are_given_to_others() ->
     assert joined is not None
     beat = wire.Beat(joined.session, 1, 0, "joining", 10**6)
     assert isinstance(sim.server.receive(Envelope(beat), sim.now).message, wire.Ok)
-    (published,) = [effect.envelope.message for effect in sim.server.drain() if isinstance(effect, Publish)]
+    (published,) = [action.envelope.message for action in sim.server.drain() if isinstance(action, Publish)]
     assert isinstance(published, wire.Extra)
     assert {slot for slot, _, _ in published.leases} == {0}
 
@@ -569,7 +569,7 @@ def test_the_status_says_how_things_stand() -> None:
     assert isinstance(reply, wire.Status)
     assert (reply.run, reply.epoch, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
     assert reply.loss == sim.closed[-1].loss
-    assert reply.held_out == sim.server.rounds.held_out
+    assert reply.held_out == sim.server.audits.held_out
     fast, slow = reply.hosts
     assert (fast.name, fast.slot, fast.state, slow.name) == ("a", 0, "ready", "b")
     assert fast.members_per_second == pytest.approx(60, rel=0.1)
@@ -608,7 +608,7 @@ def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
 
 def mad_host(sim: Simulation) -> list[int]:
     """Let a host join that knows no law; return its session, and others that there are not."""
-    join = wire.Join("mad", "", "other", list(ANSWERS.items()), [], "", 5, 1)
+    join = wire.Join("mad", "", "other", list(FINGERPRINTS.items()), [], "", 5, 1)
     welcome = sim.server.receive(Envelope(join), sim.now).message
     assert isinstance(welcome, wire.Welcome)
     ready = wire.Beat(welcome.session, welcome.epoch, 3, "ready", 1)
@@ -672,13 +672,13 @@ def test_only_valid_messages_move_the_run() -> None:
     assert sim.server.step == 0
     assert not sim.ledger
     assert not sim.server.status(sim.now).hosts
-    assert not any(isinstance(effect, Publish | Record) for effect in sim.server.drain())
+    assert not any(isinstance(action, Publish | Record) for action in sim.server.drain())
 
 
 @pytest.mark.parametrize("name", ["\x1b[2Jmad", "two\nlines", "b\xe9ll\x07"])
 def test_a_host_whose_name_a_terminal_would_obey_is_turned_away(name: str) -> None:
     sim = Simulation(FIXED)
-    reply = sim.server.receive(Envelope(wire.Join(name, "", "", list(ANSWERS.items()), [], "", 5, 1)), sim.now)
+    reply = sim.server.receive(Envelope(wire.Join(name, "", "", list(FINGERPRINTS.items()), [], "", 5, 1)), sim.now)
     assert isinstance(reply.message, wire.Refused)
     assert reply.message.reason.isprintable()
     assert not sim.server.status(sim.now).hosts

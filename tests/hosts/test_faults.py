@@ -19,10 +19,10 @@ from hosts_simulation import (
     DELAY,
     FIRST_STATE,
     NUMBERS,
+    QUANTUM,
     RUN,
     STATE_BYTES,
     TEXT,
-    UNIT,
     Device,
     Host,
     Simulation,
@@ -38,7 +38,7 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
-from esjax.hosts.protocol import downloads as handouts
+from esjax.hosts.protocol import downloads as downloads
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Publish
 from esjax.hosts.protocol.registry import FORGET, SILENT, STRIKES
@@ -253,7 +253,7 @@ def test_row_04_after_a_cut_the_ledger_says_what_was_missed(config: Config, seco
 
 
 def test_row_04_after_a_long_cut_a_snapshot_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handouts, "FAR", 20)
+    monkeypatch.setattr(downloads, "FAR", 20)
     sim = run_with(config_of(checkpoint_time=10), "a", "b")
     cut = sim.hosts["b"]
     cut.cut = {"request", "reply", "broadcast"}
@@ -398,7 +398,7 @@ def test_row_07_without_workers_the_job_pauses(config: Config) -> None:
 @all_modes
 def test_row_08_losses_that_come_twice_count_once(config: Config) -> None:
     sim = run_with(config, "a", "b")
-    message, body = losses_message(sim, sim.hosts["a"], UNIT)
+    message, body = losses_message(sim, sim.hosts["a"], QUANTUM)
     for _ in range(3 if config is not BUDGET_SUMS else 0):  # of what a host has handed in it makes no other sum
         reply = ask(sim, sim.hosts["a"], message, body)
         assert isinstance(reply, wire.Ok)
@@ -415,12 +415,12 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     sim = run_with(config, "a")
     host = sim.hosts["a"]
     step = sim.server.step
-    old, body = losses_message(sim, host, UNIT, step=step - 1)
+    old, body = losses_message(sim, host, QUANTUM, step=step - 1)
     reply = ask(sim, host, old, body)
     assert isinstance(reply, wire.Rejected)
     assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, False)
     assert sim.server.counters["losses for an old step"] == 1
-    other, body = losses_message(sim, host, UNIT, epoch=0)
+    other, body = losses_message(sim, host, QUANTUM, epoch=0)
     reply = ask(sim, host, other, body)
     assert isinstance(reply, wire.Rejected)
     assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, True)
@@ -434,8 +434,8 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     "changes",
     [
         pytest.param({"step": 50}, id="future"),
-        pytest.param({"spans": [(2**25 + PAIRS, UNIT)]}, id="never assigned"),
-        pytest.param({"spans": [(2**31 - 1, UNIT)]}, id="beyond everything"),
+        pytest.param({"spans": [(2**25 + PAIRS, QUANTUM)]}, id="never assigned"),
+        pytest.param({"spans": [(2**31 - 1, QUANTUM)]}, id="beyond everything"),
     ],
 )
 def test_row_10_losses_that_nobody_asked_for_are_a_strike(config: Config, changes: dict[str, object]) -> None:
@@ -443,7 +443,7 @@ def test_row_10_losses_that_nobody_asked_for_are_a_strike(config: Config, change
     host = sim.hosts["b"]
     for strike in range(STRIKES):
         assert status_of(sim, "b").state != "put aside"
-        message, body = losses_message(sim, host, UNIT, **changes)
+        message, body = losses_message(sim, host, QUANTUM, **changes)
         reply = ask(sim, host, message, body)
         assert isinstance(reply, wire.Rejected)
         assert sim.server.counters["messages no honest host sends"] == strike + 1
@@ -459,7 +459,7 @@ def test_row_10_pairs_of_another_host_are_a_strike(sums: bool) -> None:
     step = sim.server.step
     sim.run(0.05)
     theirs = next(pair for at, pair in sim.hosts["a"].device.scored if at == step)
-    message, body = losses_message(sim, sim.hosts["b"], UNIT, spans=[(theirs - theirs % UNIT, UNIT)])
+    message, body = losses_message(sim, sim.hosts["b"], QUANTUM, spans=[(theirs - theirs % QUANTUM, QUANTUM)])
     reply = ask(sim, sim.hosts["b"], message, body)
     assert isinstance(reply, wire.Rejected)
     assert sim.server.counters["messages no honest host sends"] == 1
@@ -537,7 +537,7 @@ def test_row_13_losses_of_the_wrong_number_or_type_are_rejected(
     config: Config, change: dict[str, object], cut: slice
 ) -> None:
     sim = run_with(config, "a", "b")
-    message, body = losses_message(sim, sim.hosts["a"], UNIT, **change)
+    message, body = losses_message(sim, sim.hosts["a"], QUANTUM, **change)
     reply = ask(sim, sim.hosts["a"], message, body[cut])
     assert isinstance(reply, wire.Rejected)
     assert sim.server.counters["messages no honest host sends"] == 1
@@ -549,7 +549,7 @@ def test_row_13_losses_of_the_wrong_number_or_type_are_rejected(
 @pytest.mark.parametrize("final", [False, True])
 def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: bool) -> None:
     sim = run_with(config, "a", "b")
-    message, _ = losses_message(sim, sim.hosts["a"], UNIT, spans=[], final=final)
+    message, _ = losses_message(sim, sim.hosts["a"], QUANTUM, spans=[], final=final)
     ask(sim, sim.hosts["a"], message, b"")
     sim.run_steps(3)
     check_run(sim)
@@ -559,14 +559,14 @@ def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: boo
 @pytest.mark.parametrize(
     "tail",
     [
-        pytest.param([UNIT + 1, 0, 0], id="more pairs than there are"),
+        pytest.param([QUANTUM + 1, 0, 0], id="more pairs than there are"),
         pytest.param([-1, 0, 0], id="fewer than none"),
         pytest.param([1, 0, -1], id="negative differences"),
     ],
 )
 def test_row_13_a_sum_that_cannot_be_is_rejected(config: Config, tail: list[int]) -> None:
     sim = run_with(config, "a", "b")
-    message, _ = losses_message(sim, sim.hosts["a"], UNIT)
+    message, _ = losses_message(sim, sim.hosts["a"], QUANTUM)
     body = np.array([0] * (NUMBERS - TAIL) + tail, np.int32).tobytes()
     assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Rejected)
     assert sim.server.counters["messages no honest host sends"] == 1
@@ -672,7 +672,7 @@ def test_row_17_a_replayed_request_to_join_ends_no_session() -> None:
     (join,) = sim.messages(wire.Join)
     reply = ask(sim, sim.hosts["a"], join)
     assert isinstance(reply, wire.Rejected)
-    message, body = losses_message(sim, sim.hosts["a"], UNIT)
+    message, body = losses_message(sim, sim.hosts["a"], QUANTUM)
     assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Ok)
 
 
@@ -708,7 +708,7 @@ def test_row_19_a_session_belongs_to_a_key() -> None:
     host = sim.add("a", key="mine")
     sim.run_steps(1)
     host.key = "another"
-    message, body = losses_message(sim, host, UNIT)
+    message, body = losses_message(sim, host, QUANTUM)
     reply = ask(sim, host, message, body)
     assert isinstance(reply, wire.Rejected)
     assert reply.rejoin
@@ -754,7 +754,7 @@ def test_row_22_another_version_is_refused_and_both_are_named() -> None:
 
 def test_row_23_another_noise_is_refused_with_both_values() -> None:
     sim = Simulation(FIXED)
-    host = sim.add("a", answers={"rademacher": "abcd", "gaussian": "1"})
+    host = sim.add("a", fingerprints={"rademacher": "abcd", "gaussian": "1"})
     sim.run(1)
     assert "abcd" in host.worker.refused
     assert "1234" in host.worker.refused
@@ -763,7 +763,7 @@ def test_row_23_another_noise_is_refused_with_both_values() -> None:
 
 def test_row_23_what_the_run_has_of_its_own_is_needed() -> None:
     sim = Simulation(FIXED)
-    host = sim.add("a", own={"model": "mine"})
+    host = sim.add("a", custom={"model": "mine"})
     sim.run(1)
     assert "no part of its own" in host.worker.refused
 
@@ -978,7 +978,7 @@ def test_row_27_a_hundred_joiners_hold_nobody_up() -> None:
 
 
 def test_row_27_a_step_of_a_hundred_hosts_costs_each_a_few_messages() -> None:
-    sim = Simulation(config_of(population=2 * 100 * UNIT))
+    sim = Simulation(config_of(population=2 * 100 * QUANTUM))
     for number in range(100):
         sim.add(f"host {number}", speed=50.0)
     sim.run(1.5)
@@ -987,7 +987,7 @@ def test_row_27_a_step_of_a_hundred_hosts_costs_each_a_few_messages() -> None:
     sim.run_steps(steps)
     messages = len(sim.log) - before
     assert messages < steps * 100 * 4
-    pairs = 100 * UNIT
+    pairs = 100 * QUANTUM
     assert sim.bytes_sent["request"] - sent["request"] < steps * (8 * pairs + 100 * 100)
     down = sim.bytes_sent["broadcast"] - sent["broadcast"]
     assert down < steps * 100 * (pairs + 100 * 20 + 200)
@@ -1097,7 +1097,7 @@ def test_row_35_an_old_coordinator_is_nobody() -> None:
     old.stop(sim.now, done=True)
     old.tick(sim.now)
     old.tick(sim.now + 100)
-    voices = [effect.envelope for effect in old.drain() if isinstance(effect, Publish)]
+    voices = [action.envelope for action in old.drain() if isinstance(action, Publish)]
     assert any(isinstance(voice.message, wire.Bye) for voice in voices)
     for host in sim.hosts.values():
         for voice in voices:
@@ -1153,7 +1153,7 @@ def test_row_36_a_coordinator_that_is_stopped_keeps_the_newest_state(config: Con
     assert len(sim.ledger) == step
     assert sim.checkpoints[-1].step == step
     assert sim.digests[-1][0] == step
-    assert sim.server.rounds.held_out == 1 + 1 / (1 + step)
+    assert sim.server.audits.held_out == 1 + 1 / (1 + step)
     assert isinstance(sim.messages(wire.Bye, "a")[-1], wire.Bye)
     check_checkpoints(sim)
     sim.kill()
@@ -1235,10 +1235,10 @@ def test_row_39_compiling_is_not_death(config: Config) -> None:
 
 
 @both_exchanges
-def test_row_39_a_halved_chunk_still_hands_in_whole_units(sums: bool) -> None:
+def test_row_39_a_halved_chunk_still_hands_in_whole_quanta(sums: bool) -> None:
     sim = Simulation(config_of(sums=sums))
-    sim.add("a", granule=1, speed=3.0)
-    sim.add("b", granule=3 * UNIT, speed=8.0)
+    sim.add("a", device_batch=1, speed=3.0)
+    sim.add("b", device_batch=3 * QUANTUM, speed=8.0)
     sim.run_steps(5)
     assert sim.server.counters["messages no honest host sends"] == 0
     check_run(sim)

@@ -14,9 +14,9 @@ from storms import volume
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.update_record import Span, pairs_of
 from esjax.exchange.values import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, TimeBudget, Work
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudget
 
-UNIT = 4
+QUANTUM = 4
 
 
 def losses_of(spans: list[Span], error: float = 0.0) -> np.ndarray:
@@ -29,19 +29,19 @@ def spans_of(leases: list[Lease], slot: int) -> list[Span]:
     return [(lease.first, lease.pairs) for lease in leases if lease.slot == slot]
 
 
-def units_of(leases: list[Lease], unit: int = UNIT) -> Counter[int]:
+def quanta_of(leases: list[Lease], quantum: int = QUANTUM) -> Counter[int]:
     """Count the units that each host was given."""
     counts: Counter[int] = Counter()
     for lease in leases:
-        counts[lease.slot] += -(-lease.pairs // unit)
+        counts[lease.slot] += -(-lease.pairs // quantum)
     return counts
 
 
-def hand_in(work: Work, slot: int, spans: list[Span], error: float = 0.0, final: bool = True) -> str:
+def hand_in(work: Leases, slot: int, spans: list[Span], error: float = 0.0, final: bool = True) -> str:
     return work.accept(slot, spans, losses_of(spans, error), final)
 
 
-def hand_in_all(work: Work, leases: list[Lease], errors: Mapping[int, float] = {}) -> None:
+def hand_in_all(work: Leases, leases: list[Lease], errors: Mapping[int, float] = {}) -> None:
     for slot in {lease.slot for lease in leases}:
         assert not hand_in(work, slot, spans_of(leases, slot), errors.get(slot, 0.0))
 
@@ -61,7 +61,7 @@ def hand_in_all(work: Work, leases: list[Lease], errors: Mapping[int, float] = {
     ids=["one", "equal", "1:2:3", "100:1", "11:1"],
 )
 def test_leases_are_in_proportion_to_speed(speeds: dict[int, float], shares: dict[int, int]) -> None:
-    assert units_of(FixedPopulation(12 * UNIT, UNIT, LossExchange()).lease(speeds)) == shares
+    assert quanta_of(FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange()).lease(speeds)) == shares
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -73,15 +73,15 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 @settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-def test_no_other_shares_are_done_sooner(units: int, speeds: list[int]) -> None:
-    leases = FixedPopulation(units * UNIT, UNIT, LossExchange()).lease(
+def test_no_other_shares_are_done_sooner(quanta: int, speeds: list[int]) -> None:
+    leases = FixedPopulation(quanta * QUANTUM, QUANTUM, LossExchange()).lease(
         {slot: float(speed) for slot, speed in enumerate(speeds)}
     )
-    counts = units_of(leases)
+    counts = quanta_of(leases)
     took = max(count / speeds[slot] for slot, count in counts.items())
     best = min(
         max(count / speed for count, speed in zip(shares, speeds, strict=True))
-        for shares in compositions(units, len(speeds))
+        for shares in compositions(quanta, len(speeds))
     )
     assert took == best
 
@@ -92,12 +92,12 @@ def test_no_other_shares_are_done_sooner(units: int, speeds: list[int]) -> None:
     st.integers(1, 9),
     st.dictionaries(st.integers(0, 20), st.floats(0.01, 100), min_size=1, max_size=6),
 )
-def test_every_pair_is_leased_once(pairs: int, unit: int, speeds: dict[int, float]) -> None:
-    work = FixedPopulation(pairs, unit, LossExchange())
+def test_every_pair_is_leased_once(pairs: int, quantum: int, speeds: dict[int, float]) -> None:
+    work = FixedPopulation(pairs, quantum, LossExchange())
     leases = work.lease(speeds)
     leased = [pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs)]
     assert sorted(leased) == list(range(pairs))
-    assert all(lease.first % unit == 0 for lease in leases)
+    assert all(lease.first % quantum == 0 for lease in leases)
     for slot in speeds:
         assert len(spans_of(leases, slot)) <= 1  # neighbours, so that messages are short
         assert work.open_spans(slot) == spans_of(leases, slot)
@@ -107,98 +107,98 @@ def test_every_pair_is_leased_once(pairs: int, unit: int, speeds: dict[int, floa
 
 
 def test_who_comes_later_takes_over_what_others_come_to_last() -> None:
-    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work = FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange())
     work.lease({0: 1.0})
     assert work.lease({0: 1.0}) == []
-    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 6 * UNIT, 6 * UNIT)]
-    assert work.open_spans(0) == [(0, 6 * UNIT)]
-    assert not hand_in(work, 0, [(0, UNIT)])
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 6 * QUANTUM, 6 * QUANTUM)]
+    assert work.open_spans(0) == [(0, 6 * QUANTUM)]
+    assert not hand_in(work, 0, [(0, QUANTUM)])
     leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
-    assert units_of(leases) == {2: 3}
-    assert [len(pairs_of(work.open_spans(slot))) // UNIT for slot in range(3)] == [4, 4, 3]
+    assert quanta_of(leases) == {2: 3}
+    assert [len(pairs_of(work.open_spans(slot))) // QUANTUM for slot in range(3)] == [4, 4, 3]
     assert work.lease({0: 1.0, 1: 1.0, 2: 1.0}) == []
 
 
 def test_who_comes_back_takes_its_share_again() -> None:
-    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work = FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange())
     work.lease({0: 1.0, 1: 3.0})
     work.release(1)
-    assert units_of(work.lease({0: 1.0})) == {0: 9}
-    assert units_of(work.lease({0: 1.0, 1: 3.0})) == {1: 9}
-    assert work.open_spans(0) == [(0, 3 * UNIT)]
+    assert quanta_of(work.lease({0: 1.0})) == {0: 9}
+    assert quanta_of(work.lease({0: 1.0, 1: 3.0})) == {1: 9}
+    assert work.open_spans(0) == [(0, 3 * QUANTUM)]
 
 
 def test_who_is_too_slow_to_help_is_given_nothing() -> None:
-    work = FixedPopulation(3 * UNIT, UNIT, LossExchange())
+    work = FixedPopulation(3 * QUANTUM, QUANTUM, LossExchange())
     leases = work.lease({0: 1.0, 1: 0.3})
-    assert units_of(leases) == {0: 3}
+    assert quanta_of(leases) == {0: 3}
     assert work.lease({0: 1.0, 1: 0.3}) == []
     assert work.lease({0: 1.0, 1: 0.3, 2: 0.3}) == []
 
 
 def test_a_host_that_is_busy_first_is_given_less() -> None:
-    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
-    assert units_of(work.lease({0: 1.0, 1: 1.0}, {0: 4.0 * UNIT})) == {0: 4, 1: 8}
+    work = FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange())
+    assert quanta_of(work.lease({0: 1.0, 1: 1.0}, {0: 4.0 * QUANTUM})) == {0: 4, 1: 8}
 
 
 def test_without_hosts_nothing_is_leased() -> None:
-    work = FixedPopulation(8, UNIT, LossExchange())
+    work = FixedPopulation(8, QUANTUM, LossExchange())
     assert work.lease({}) == []
     assert work.waits
 
 
 def test_what_is_released_goes_to_others() -> None:
-    work = FixedPopulation(12 * UNIT, UNIT, LossExchange())
+    work = FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange())
     work.lease({0: 1.0, 1: 1.0, 2: 1.0})
     theirs = work.open_spans(1)
     work.release(1)
     assert work.waits
     assert not work.busy(1)
     again = work.lease({0: 1.0, 2: 1.0})
-    assert units_of(again) == {0: 2, 2: 2}
+    assert quanta_of(again) == {0: 2, 2: 2}
     assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(pairs_of(theirs))
     assert not work.waits
 
 
 def test_who_was_too_slow_is_asked_again_only_if_nobody_else_is_there() -> None:
-    work = FixedPopulation(UNIT, UNIT, LossExchange())
-    assert units_of(work.lease({0: 100.0, 1: 1.0})) == {0: 1}
+    work = FixedPopulation(QUANTUM, QUANTUM, LossExchange())
+    assert quanta_of(work.lease({0: 100.0, 1: 1.0})) == {0: 1}
     work.release(0)
-    assert units_of(work.lease({0: 100.0, 1: 1.0})) == {1: 1}
+    assert quanta_of(work.lease({0: 100.0, 1: 1.0})) == {1: 1}
     work.release(1)
-    assert units_of(work.lease({0: 100.0})) == {0: 1}
+    assert quanta_of(work.lease({0: 100.0})) == {0: 1}
 
 
 def test_the_first_answer_counts() -> None:
-    work = FixedPopulation(2 * UNIT, UNIT, LossExchange())
+    work = FixedPopulation(2 * QUANTUM, QUANTUM, LossExchange())
     work.lease({0: 1.0})
     work.release(0)
     work.lease({1: 1.0})
-    assert not hand_in(work, 0, [(0, UNIT)], error=1.0)
-    assert work.open_spans(1) == [(UNIT, UNIT)]
-    assert not hand_in(work, 1, [(0, 2 * UNIT)], error=5.0)
+    assert not hand_in(work, 0, [(0, QUANTUM)], error=1.0)
+    assert work.open_spans(1) == [(QUANTUM, QUANTUM)]
+    assert not hand_in(work, 1, [(0, 2 * QUANTUM)], error=5.0)
     assert work.complete
     spans, losses = work.result()
-    assert spans == [(0, 2 * UNIT)]
-    np.testing.assert_array_equal(losses[:UNIT], losses_of([(0, UNIT)], 1.0))
-    np.testing.assert_array_equal(losses[UNIT:], losses_of([(UNIT, UNIT)], 5.0))
-    assert (work.count(0), work.count(1)) == (UNIT, UNIT)
+    assert spans == [(0, 2 * QUANTUM)]
+    np.testing.assert_array_equal(losses[:QUANTUM], losses_of([(0, QUANTUM)], 1.0))
+    np.testing.assert_array_equal(losses[QUANTUM:], losses_of([(QUANTUM, QUANTUM)], 5.0))
+    assert (work.count(0), work.count(1)) == (QUANTUM, QUANTUM)
 
 
 @pytest.mark.parametrize(
     ("spans", "reason"),
     [
-        ([(1, UNIT)], "no whole units"),
+        ([(1, QUANTUM)], "no whole units"),
         ([(0, 1)], "no whole units"),
-        ([(0, 3 * UNIT)], "no whole units"),
+        ([(0, 3 * QUANTUM)], "no whole units"),
         ([(8, 3)], "no whole units"),
-        ([(0, UNIT), (0, UNIT)], "named twice"),
-        ([(4, UNIT)], "never assigned"),
-        ([(2**31 - UNIT, UNIT)], "no whole units"),
+        ([(0, QUANTUM), (0, QUANTUM)], "named twice"),
+        ([(4, QUANTUM)], "never assigned"),
+        ([(2**31 - QUANTUM, QUANTUM)], "no whole units"),
     ],
 )
 def test_what_was_not_asked_for_is_not_taken(spans: list[Span], reason: str) -> None:
-    work = FixedPopulation(10, UNIT, LossExchange())  # units of 4, 4 and 2
+    work = FixedPopulation(10, QUANTUM, LossExchange())  # units of 4, 4 and 2
     work.lease({0: 1.0, 1: 1.0, 2: 1.0})
     mine = work.open_spans(0)
     assert mine == [(0, 4)]
@@ -208,8 +208,8 @@ def test_what_was_not_asked_for_is_not_taken(spans: list[Span], reason: str) -> 
     assert not hand_in(work, 0, mine)
 
 
-def test_the_last_unit_may_be_smaller() -> None:
-    work = FixedPopulation(10, UNIT, LossExchange())
+def test_the_last_quantum_may_be_smaller() -> None:
+    work = FixedPopulation(10, QUANTUM, LossExchange())
     hand_in_all(work, work.lease({0: 1.0}))
     assert work.complete
     np.testing.assert_array_equal(work.result()[1], losses_of([(0, 10)]))
@@ -229,11 +229,11 @@ STEPS = st.lists(
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 30), st.integers(1, 5), st.booleans())
 def test_the_result_does_not_depend_on_who_scored_what(
-    steps: list[tuple[str, int, float, int]], pairs: int, unit: int, is_checked: bool
+    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, is_checked: bool
 ) -> None:
     """Hosts come, go, are slow, and hand in late; all of them are honest."""
-    units = -(-pairs // unit)
-    work = FixedPopulation(pairs, unit, LossExchange(), range(units) if is_checked else ())
+    quanta = -(-pairs // quantum)
+    work = FixedPopulation(pairs, quantum, LossExchange(), range(quanta) if is_checked else ())
     given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
     for action, slot, speed, count in steps:
         if action == "lease":
@@ -261,14 +261,14 @@ def test_the_result_does_not_depend_on_who_scored_what(
 # Spot checks.
 
 
-def checked(units: int = 6) -> FixedPopulation:
-    return FixedPopulation(units * UNIT, UNIT, LossExchange(), range(units))
+def checked(quanta: int = 6) -> FixedPopulation:
+    return FixedPopulation(quanta * QUANTUM, QUANTUM, LossExchange(), range(quanta))
 
 
-def test_a_checked_unit_is_scored_by_two_hosts() -> None:
+def test_a_checked_quantum_is_scored_by_two_hosts() -> None:
     work = checked()
     leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
-    assert sum(units_of(leases).values()) == 12
+    assert sum(quanta_of(leases).values()) == 12
     holders = Counter(pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs))
     assert set(holders.values()) == {2}
     hand_in_all(work, leases)
@@ -277,16 +277,18 @@ def test_a_checked_unit_is_scored_by_two_hosts() -> None:
 
 
 def test_only_what_is_checked_is_scored_twice() -> None:
-    work = FixedPopulation(6 * UNIT, UNIT, LossExchange(), [2, 4])
+    work = FixedPopulation(6 * QUANTUM, QUANTUM, LossExchange(), [2, 4])
     leases = work.lease({0: 1.0, 1: 1.0})
-    holders = Counter(pair // UNIT for lease in leases for pair in range(lease.first, lease.first + lease.pairs, UNIT))
+    holders = Counter(
+        pair // QUANTUM for lease in leases for pair in range(lease.first, lease.first + lease.pairs, QUANTUM)
+    )
     assert holders == {0: 1, 1: 1, 2: 2, 3: 1, 4: 2, 5: 1}
 
 
 def test_one_host_is_not_checked() -> None:
     work = checked()
     leases = work.lease({0: 1.0})
-    assert sum(units_of(leases).values()) == 6
+    assert sum(quanta_of(leases).values()) == 6
     hand_in_all(work, leases)
     assert work.complete
 
@@ -294,7 +296,7 @@ def test_one_host_is_not_checked() -> None:
 def test_a_step_waits_for_a_second_opinion_under_way() -> None:
     work = checked(1)
     work.lease({0: 1.0, 1: 1.0})
-    assert not hand_in(work, 0, [(0, UNIT)])
+    assert not hand_in(work, 0, [(0, QUANTUM)])
     assert not work.complete
     work.release(1)
     assert work.complete
@@ -318,7 +320,7 @@ def test_the_odd_one_of_three_is_a_liar() -> None:
         assert work.complete
         assert not work.waits
         assert work.count(liar) == 0
-        np.testing.assert_array_equal(work.result()[1], losses_of([(0, UNIT)]))
+        np.testing.assert_array_equal(work.result()[1], losses_of([(0, QUANTUM)]))
 
 
 def test_of_two_hosts_the_trusted_one_is_right() -> None:
@@ -332,11 +334,11 @@ def test_of_two_hosts_the_trusted_one_is_right() -> None:
     assert work.complete
     assert not work.waits
     assert not work.liars(1)
-    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * UNIT)]))
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * QUANTUM)]))
 
 
 def test_what_only_a_liar_scored_is_scored_again() -> None:
-    work = FixedPopulation(4 * UNIT, UNIT, LossExchange(), [0])
+    work = FixedPopulation(4 * QUANTUM, QUANTUM, LossExchange(), [0])
     leases = work.lease({0: 1.0, 1: 1.0})
     hand_in_all(work, leases, {1: 1.0})
     assert work.liars(0) == {1}
@@ -344,7 +346,7 @@ def test_what_only_a_liar_scored_is_scored_again() -> None:
     assert not work.complete
     hand_in_all(work, work.lease({0: 1.0}))
     assert work.complete
-    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 4 * UNIT)]))
+    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 4 * QUANTUM)]))
 
 
 @pytest.mark.parametrize(("error", "is_lie"), [(AGREE / 2, False), (AGREE * 2, True), (np.nan, True), (np.inf, True)])
@@ -467,7 +469,7 @@ def test_who_hands_in_nothing_ends_no_step() -> None:
 
 
 def test_a_slot_that_took_part_is_known() -> None:
-    for work in (TimeBudget(1.0, LossExchange()), FixedPopulation(8, UNIT, LossExchange())):
+    for work in (TimeBudget(1.0, LossExchange()), FixedPopulation(8, QUANTUM, LossExchange())):
         assert not work.took_part(0)
         work.lease({0: 1.0})
         work.release(0)
@@ -493,16 +495,16 @@ def sums_of(spans: list[Span], error: int = 0) -> np.ndarray:
     return np.array([sum_of([span], error) for span in spans], np.int32).reshape(len(spans), 2 + TAIL)
 
 
-def add(work: Work, slot: int, spans: list[Span], error: int = 0, final: bool = True) -> str:
+def add(work: Leases, slot: int, spans: list[Span], error: int = 0, final: bool = True) -> str:
     return work.accept(slot, spans, sums_of(spans, error), final)
 
 
-def add_all(work: Work, leases: list[Lease], errors: Mapping[int, int] = {}) -> None:
+def add_all(work: Leases, leases: list[Lease], errors: Mapping[int, int] = {}) -> None:
     for slot in {lease.slot for lease in leases}:
         assert not add(work, slot, spans_of(leases, slot), errors.get(slot, 0))
 
 
-def check_total(work: Work) -> None:
+def check_total(work: Leases) -> None:
     """See that every pair of the result counts once."""
     assert work.complete
     spans, total = work.result()
@@ -512,10 +514,10 @@ def check_total(work: Work) -> None:
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 30), st.integers(1, 5), st.sets(st.integers(0, 29)), st.randoms(use_true_random=False))
 def test_every_pair_is_in_the_sum_once_whoever_added_what(
-    steps: list[tuple[str, int, float, int]], pairs: int, unit: int, checked_units: set[int], random: Random
+    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, checked_quanta: set[int], random: Random
 ) -> None:
     """Hosts come, go, are slow, and hand in late, twice, and parts of what they were given; all of them are honest."""
-    work = FixedPopulation(pairs, unit, SUMS, [i for i in checked_units if i < -(-pairs // unit)])
+    work = FixedPopulation(pairs, quantum, SUMS, [i for i in checked_quanta if i < -(-pairs // quantum)])
     given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
     for action, slot, speed, count in steps:
         if action == "lease":
@@ -530,10 +532,10 @@ def test_every_pair_is_in_the_sum_once_whoever_added_what(
             assert not add(work, slot, work.open_spans(slot)[:count])
         elif given_to[slot]:
             first, size = random.choice(given_to[slot])
-            units = -(-size // unit)
-            begin = random.randrange(units)
-            end = random.randint(begin + 1, units)
-            span = (first + begin * unit, min(size, end * unit) - begin * unit)
+            quanta = -(-size // quantum)
+            begin = random.randrange(quanta)
+            end = random.randint(begin + 1, quanta)
+            span = (first + begin * quantum, min(size, end * quantum) - begin * quantum)
             before = work.count(slot)
             assert not add(work, slot, [span])
             assert work.count(slot) in (before, before + span[1])  # as a whole, or not at all
@@ -545,73 +547,77 @@ def test_every_pair_is_in_the_sum_once_whoever_added_what(
     assert not work.liars(None)
     check_total(work)
     assert work.result()[0] == [(0, pairs)]
-    if not checked_units:
+    if not checked_quanta:
         assert sum(map(work.count, range(5))) == pairs
 
 
 def test_a_sum_over_what_is_in_does_not_count_and_the_rest_is_given_out_again() -> None:
-    work = FixedPopulation(4 * UNIT, UNIT, SUMS)
+    work = FixedPopulation(4 * QUANTUM, QUANTUM, SUMS)
     work.lease({0: 1.0})
-    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 2 * UNIT, 2 * UNIT)]
-    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
+    assert work.lease({0: 1.0, 1: 1.0}) == [Lease(1, 2 * QUANTUM, 2 * QUANTUM)]
+    assert not add(work, 1, [(2 * QUANTUM, 2 * QUANTUM)])
     assert not work.waits
-    assert not add(work, 0, [(0, 3 * UNIT)])  # it had begun before the others were taken from it
+    assert not add(work, 0, [(0, 3 * QUANTUM)])  # it had begun before the others were taken from it
     assert work.count(0) == 0
     assert not work.busy(0)
     assert work.waits
     again = work.lease({0: 1.0, 1: 1.0})
-    assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(range(2 * UNIT))
+    assert sorted(pairs_of([(lease.first, lease.pairs) for lease in again])) == list(range(2 * QUANTUM))
     add_all(work, again)
     check_total(work)
 
 
 def test_a_sum_over_what_another_one_is_at_counts_if_it_comes_first() -> None:
-    work = FixedPopulation(4 * UNIT, UNIT, SUMS)
+    work = FixedPopulation(4 * QUANTUM, QUANTUM, SUMS)
     work.lease({0: 1.0})
     work.lease({0: 1.0, 1: 1.0})
-    assert not add(work, 0, [(0, 3 * UNIT)])
-    assert work.open_spans(1) == [(3 * UNIT, UNIT)]
-    assert not add(work, 1, [(2 * UNIT, 2 * UNIT)])
-    assert (work.count(0), work.count(1)) == (3 * UNIT, 0)
+    assert not add(work, 0, [(0, 3 * QUANTUM)])
+    assert work.open_spans(1) == [(3 * QUANTUM, QUANTUM)]
+    assert not add(work, 1, [(2 * QUANTUM, 2 * QUANTUM)])
+    assert (work.count(0), work.count(1)) == (3 * QUANTUM, 0)
     add_all(work, work.lease({1: 1.0}))
     check_total(work)
 
 
 def test_what_a_host_added_is_forgotten_alone() -> None:
-    work = FixedPopulation(8 * UNIT, UNIT, SUMS, [3])
+    work = FixedPopulation(8 * QUANTUM, QUANTUM, SUMS, [3])
     leases = work.lease({0: 1.0, 1: 1.0})
     add_all(work, leases, {1: 1000})
     assert work.complete
     work.revoke(1)
     assert not work.complete
     again = work.lease({0: 1.0})
-    theirs = {unit for lease in leases if lease.slot == 1 for unit in range(lease.first, lease.first + lease.pairs)}
-    assert set(pairs_of([(lease.first, lease.pairs) for lease in again])) == theirs - set(range(3 * UNIT, 4 * UNIT))
+    theirs = {
+        quantum for lease in leases if lease.slot == 1 for quantum in range(lease.first, lease.first + lease.pairs)
+    }
+    assert set(pairs_of([(lease.first, lease.pairs) for lease in again])) == theirs - set(
+        range(3 * QUANTUM, 4 * QUANTUM)
+    )
     add_all(work, again)
     check_total(work)
-    assert (work.count(0), work.count(1)) == (8 * UNIT, 0)
+    assert (work.count(0), work.count(1)) == (8 * QUANTUM, 0)
 
 
-def test_units_whose_sums_are_compared_are_leased_alone() -> None:
-    work = FixedPopulation(6 * UNIT, UNIT, SUMS, [2, 4])
+def test_quanta_whose_sums_are_compared_are_leased_alone() -> None:
+    work = FixedPopulation(6 * QUANTUM, QUANTUM, SUMS, [2, 4])
     leases = work.lease({0: 1.0, 1: 1.0})
     for lease in leases:
-        units = range(lease.first // UNIT, (lease.first + lease.pairs) // UNIT)
-        assert len(units) == 1 or not {2, 4} & set(units)
+        quanta = range(lease.first // QUANTUM, (lease.first + lease.pairs) // QUANTUM)
+        assert len(quanta) == 1 or not {2, 4} & set(quanta)
     for slot in range(2):
         assert work.open_spans(slot) == spans_of(leases, slot)
-    work = FixedPopulation(2 * UNIT, UNIT, SUMS, [1])
-    assert work.lease({0: 1.0}) == [Lease(0, 0, UNIT), Lease(0, UNIT, UNIT)]
-    assert "summed with others" in add(work, 0, [(0, 2 * UNIT)])
+    work = FixedPopulation(2 * QUANTUM, QUANTUM, SUMS, [1])
+    assert work.lease({0: 1.0}) == [Lease(0, 0, QUANTUM), Lease(0, QUANTUM, QUANTUM)]
+    assert "summed with others" in add(work, 0, [(0, 2 * QUANTUM)])
     assert work.count(0) == 0
     assert work.busy(0)
-    assert not add(work, 0, [(0, UNIT), (UNIT, UNIT)])
+    assert not add(work, 0, [(0, QUANTUM), (QUANTUM, QUANTUM)])
     check_total(work)
 
 
 def test_the_odd_sum_of_three_is_a_lie() -> None:
     for liar in range(3):
-        work = FixedPopulation(3 * UNIT, UNIT, SUMS, range(3))
+        work = FixedPopulation(3 * QUANTUM, QUANTUM, SUMS, range(3))
         speeds = {0: 1.0, 1: 1.0, 2: 1.0}
         leases = work.lease(speeds)
         while leases:
@@ -703,7 +709,7 @@ def test_a_range_that_is_revoked_is_in_no_sum() -> None:
 
 
 @pytest.mark.parametrize("work", [FixedPopulation(400, 1, SUMS), TimeBudget(1.0, SUMS)], ids=["fixed", "budget"])
-def test_the_sums_of_a_host_take_the_room_of_one(work: Work) -> None:
+def test_the_sums_of_a_host_take_the_room_of_one(work: Leases) -> None:
     numbers = 10_000
     work.lease({0: 1.0})
     before = volume(work)

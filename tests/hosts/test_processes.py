@@ -11,7 +11,7 @@ import pytest
 from processes import SMALL, TEXT, Fleet, Process, alone, fleet, steps_done, updates, wait_until
 
 from esjax import resume
-from esjax.hosts.status import ask_status
+from esjax.hosts.status import fetch_status
 from esjax.runs.checkpoint import kept_steps
 from esjax.runs.reader import read_run
 from esjax.training.replay import replay
@@ -96,7 +96,7 @@ def stop_after(fleet: Fleet, server: Process, steps: int) -> None:
 
 
 def all_ready(fleet: Fleet, count: int) -> bool:
-    return [host.state for host in ask_status(fleet.address).hosts].count("ready") == count
+    return [host.state for host in fetch_status(fleet.address).hosts].count("ready") == count
 
 
 def test_row_02_a_killed_coordinator_loses_nothing(fleet: Fleet, lenient_promotion: None) -> None:

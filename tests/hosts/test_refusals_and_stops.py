@@ -18,8 +18,8 @@ from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.serve import _make_replica, serve
-from esjax.hosts.status import ask_status
-from esjax.models.custom import Own
+from esjax.hosts.status import fetch_status
+from esjax.models.custom import Custom
 from esjax.page.server import ask_hosts
 from esjax.training.replay import replay
 
@@ -31,7 +31,7 @@ def test_row_15_the_status_counts_what_the_port_turns_down(fleet: Fleet) -> None
     at = int(fleet.address.rsplit(":", 1)[1])
 
     def counters() -> dict[str, int]:
-        return ask_status(fleet.address).counters
+        return fetch_status(fleet.address).counters
 
     with (
         closing(socket.create_connection(("127.0.0.1", at))),
@@ -151,7 +151,7 @@ def test_a_population_whose_update_is_too_large_for_a_message_is_refused(pairing
     def make(pairs: int) -> None:
         es = EsConfig(population_size=2 * pairs, pairing=pairing, exchange="losses", space="full")  # type: ignore[arg-type]
         config = Config(data=DataConfig(text=str(TEXT)), model=GruConfig(hidden_size=4, head_size=4), es=es)
-        _make_replica(config, load_corpus(config.data), Own())
+        _make_replica(config, load_corpus(config.data), Custom())
 
     make(most)
     with pytest.raises(EsjaxError, match=r"an update would hold .* weights, and 16,776,960 are the most"):

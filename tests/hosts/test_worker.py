@@ -5,10 +5,10 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from hosts_simulation import (
-    ANSWERS,
     DELAY,
+    FINGERPRINTS,
+    QUANTUM,
     RUN,
-    UNIT,
     Host,
     Simulation,
     check_updates,
@@ -43,7 +43,7 @@ all_modes = pytest.mark.parametrize(
 
 
 def outsider(jitter: float = 0.5) -> Worker:
-    return Worker("one", "fake", "fake", ANSWERS, {}, now=0.0, jitter=lambda: jitter)
+    return Worker("one", "fake", "fake", FINGERPRINTS, {}, now=0.0, jitter=lambda: jitter)
 
 
 # Asking.
@@ -346,19 +346,21 @@ def test_slices_are_whole_granules_that_fill_a_slice_of_time() -> None:
     st.floats(0.1, 1000),
     st.integers(0, 8),
 )
-def test_every_unit_is_handed_in_whole_and_once(
-    unit: int, granule: int, units: list[tuple[int, int]], speed: float, short: int
+def test_every_quantum_is_handed_in_whole_and_once(
+    quantum: int, device_batch: int, quanta: list[tuple[int, int]], speed: float, short: int
 ) -> None:
     """The last unit of the population may be smaller, and may come first."""
-    end = 37 * unit - short % unit
-    given_spans = without([(0, end)], without([(0, end)], [(first * unit, count * unit) for first, count in units]))
-    scoring = Scoring(0, unit, granule, None, LossExchange())
+    end = 37 * quantum - short % quantum
+    given_spans = without(
+        [(0, end)], without([(0, end)], [(first * quantum, count * quantum) for first, count in quanta])
+    )
+    scoring = Scoring(0, quantum, device_batch, None, LossExchange())
     scoring.add(given_spans[::-1])
     handed_in: list[Span] = []
     for taken in score_all(scoring, speed):
         for first, count in taken:
-            assert first % unit == 0
-            assert count % unit == 0 or first + count == end
+            assert first % quantum == 0
+            assert count % quantum == 0 or first + count == end
     while (parts := scoring.hand_in(0.0, everything=False)) is not None:
         handed_in += parts.spans
         losses = LossExchange().unpack(parts.spans, "<f4", parts.body)
@@ -439,10 +441,10 @@ def sums(spans: list[Span], seconds: float) -> Scored:
     st.lists(st.sampled_from(["score", "offer", "arrive"]), min_size=10, max_size=30),
 )
 def test_every_pair_is_in_one_sum_of_what_is_handed_in(
-    units: list[tuple[int, int]], speed: float, budget: float | None, actions: list[str]
+    quanta: list[tuple[int, int]], speed: float, budget: float | None, actions: list[str]
 ) -> None:
     """No sum goes beyond a span that was given out, and one that is under way stays as it is."""
-    leases = [(100 * i + first, count) for i, (first, count) in enumerate(units)]
+    leases = [(100 * i + first, count) for i, (first, count) in enumerate(quanta)]
     leases += [(sum(leases[-1]), 4)]  # one that begins where another ends
     scoring = Scoring(0, 1, 4, budget, SumExchange(4))
     scoring.add(leases)
@@ -487,11 +489,11 @@ def test_a_sum_is_of_no_more_pairs_than_it_has_room_for(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("config", [FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget"])
 def test_a_host_hands_in_a_sum_a_second(config: Config) -> None:
     sim = Simulation(config)
-    sim.add("a", speed=3 * UNIT)  # a unit in each slice, and several in a step
+    sim.add("a", speed=3 * QUANTUM)  # a unit in each slice, and several in a step
     sim.run_steps(4)
     handed_in = [message for message in sim.messages(wire.Losses) if message.step < 4]
     assert all(len(message.spans) == 1 for message in handed_in)
-    assert any(message.spans[0][1] >= 2 * UNIT for message in handed_in)
+    assert any(message.spans[0][1] >= 2 * QUANTUM for message in handed_in)
     check_updates(sim.updates, config)
 
 
@@ -524,9 +526,9 @@ def test_a_broadcast_that_comes_twice_makes_no_work() -> None:
 
 
 def test_a_host_that_lags_behind_hands_in_the_digest_of_the_step_that_was_asked_for() -> None:
-    worker = Worker("one", "", "", ANSWERS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
+    worker = Worker("one", "", "", FINGERPRINTS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
     worker.request(0.0)
-    worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, UNIT, 1, None, 0)), 0.0)
+    worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, QUANTUM, 1, None, 0)), 0.0)
     for step in range(1, 7):
         asked = wire.Step(RUN, 1, step, [], digest=step == 3, measure=0 if step == 5 else None)
         worker.receive(Envelope(asked, update_of(step - 1)), 0.0)

@@ -41,12 +41,12 @@ from esjax.errors import EsjaxError
 from esjax.exchange.gradient_sums import TAIL, may_be
 from esjax.exchange.values import Conclusion
 from esjax.models import Model, gru
-from esjax.models.custom import Own
+from esjax.models.custom import Custom
 from esjax.models.member import Member, over_sequences
 from esjax.replica.estimator import make_estimator
 from esjax.replica.notices import Notices
 from esjax.runs.checkpoint import digest
-from esjax.runs.folder import RunFolder, check_own
+from esjax.runs.folder import RunFolder, check_custom
 from esjax.training.run import train
 from esjax.tuning.sigma import tune
 
@@ -181,12 +181,12 @@ def test_what_is_no_float32_is_refused_before_anything_is_written(
 
 def test_a_loss_of_other_arguments_is_refused(config: Config) -> None:
     wrong: list[Any] = [lambda member, tokens: 0.0, lambda member, tokens, key, more: 0.0, lambda *, member: 0.0]
-    for own in wrong:
+    for custom in wrong:
         with pytest.raises(EsjaxError, match=r"reward .*<lambda> takes \(.*\); it must take \(member, tokens, key\)"):
-            train(config, reward=own)
+            train(config, reward=custom)
     right: list[Any] = [lambda *arguments: 1.0, partial(lambda member, tokens, key, scale: scale, scale=1.0)]
-    for own in right:
-        train(config, reward=own, tell=lambda line: None)
+    for custom in right:
+        train(config, reward=custom, tell=lambda line: None)
 
 
 def test_an_error_of_a_loss_is_its_own_with_a_note(config: Config) -> None:
@@ -214,7 +214,7 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
 def test_any_model_takes_bfloat16(config: Config) -> None:
     """One that multiplies its matrices with @, and one of esjax: losses are those of float32, but for the rounding."""
 
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         return Model(
             init=lambda key: {"out": 0.5 * jax.random.normal(key, (vocab_size, vocab_size))},
             initial_state=lambda params: jax.nn.one_hot(STOP, vocab_size),
@@ -222,7 +222,7 @@ def test_any_model_takes_bfloat16(config: Config) -> None:
             consume=lambda params, state, token: jax.nn.one_hot(token, vocab_size),
         )
 
-    for model in (own, None):
+    for model in (custom, None):
         exact, rounded = (
             next(iter(train(replace(config, es=replace(config.es, precision=precision)), model=model))).loss
             for precision in ("float32", "bfloat16")
@@ -322,8 +322,8 @@ def small_model(vocab_size: int) -> Model:
 
 def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    own = Own(model=small_model, reward=start_not_near_two, optimizer=optax.sgd(0.1))
-    RunFolder.create(path, config, Vocabulary("byte"), "", own.names())
+    custom = Custom(model=small_model, reward=start_not_near_two, optimizer=optax.sgd(0.1))
+    RunFolder.create(path, config, Vocabulary("byte"), "", custom.names())
     for begin, function in (
         (esjax.resume, "resume"),
         (esjax.resume_serving, "resume_serving"),
@@ -333,7 +333,7 @@ def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path:
             begin(path)
         assert str(caught.value) == (
             f"{str(path)!r} was trained with a model of its own, small_model, and a reward of its own, "
-            f"start_not_near_two, and an optimizer of its own, {own.names()['optimizer']}; give them again: "
+            f"start_not_near_two, and an optimizer of its own, {custom.names()['optimizer']}; give them again: "
             "--model PATH.py:FUNCTION --reward.function PATH.py:FUNCTION --optim.custom PATH.py:FUNCTION, or from "
             f"Python esjax.{function}({str(path)!r}, model=..., reward=..., optimizer=...)"
         )
@@ -356,15 +356,15 @@ def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path:
 )
 def test_another_function_is_refused_where_its_name_tells(was: str, now: str, refused: bool) -> None:
     with pytest.raises(EsjaxError, match="with the reward right, not wrong; give") if refused else nullcontext():
-        check_own("run", {"reward": was}, {"reward": now}, "resume")
+        check_custom("run", {"reward": was}, {"reward": now}, "resume")
 
 
 def test_another_optimizer_is_refused_where_its_name_tells() -> None:
-    names = [Own(optimizer=one).names() for one in (optax.adam(0.1), optax.adam(0.1), optax.adam(0.2))]
-    check_own("run", names[0], names[1], "resume")
+    names = [Custom(optimizer=one).names() for one in (optax.adam(0.1), optax.adam(0.1), optax.adam(0.2))]
+    check_custom("run", names[0], names[1], "resume")
     with pytest.raises(EsjaxError, match=r"scale\(-0.1\) #\w{8}, not .*scale\(-0.2\) #\w{8}; give that one"):
-        check_own("run", names[0], names[2], "resume")
-    check_own("run", {"optimizer": "GradientTransformation"}, names[0], "resume")  # of an earlier esjax
+        check_custom("run", names[0], names[2], "resume")
+    check_custom("run", {"optimizer": "GradientTransformation"}, names[0], "resume")  # of an earlier esjax
 
 
 def test_optimizers_have_names_that_tell_them_apart() -> None:
@@ -388,7 +388,7 @@ def test_optimizers_have_names_that_tell_them_apart() -> None:
 
 
 def test_a_run_does_not_go_on_with_another_reward(config: Config, tmp_path: Path) -> None:
-    RunFolder.create(tmp_path / "run", config, Vocabulary("byte"), "", Own(reward=start_not_near_two).names())
+    RunFolder.create(tmp_path / "run", config, Vocabulary("byte"), "", Custom(reward=start_not_near_two).names())
     for begin in (esjax.resume, esjax.resume_serving, esjax.replay):
         with pytest.raises(EsjaxError, match="trained with the reward start_not_near_two, not constant; give that one"):
             begin(tmp_path / "run", reward=constant)
@@ -434,37 +434,37 @@ def plain(**parts: Any) -> Model:
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], message: str) -> None:
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         return plain(**parts)
 
-    own.__qualname__ = "own"
+    custom.__qualname__ = "own"
     with pytest.raises(EsjaxError, match=message):
-        Own(model=own).build(GruConfig(), SIZE)
+        Custom(model=custom).build(GruConfig(), SIZE)
 
 
 def test_a_parameter_that_is_a_number_of_python_is_refused(config: Config) -> None:
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         parts = {"init": lambda key: {"scale": 1.0}, "predict": lambda params, state: jnp.ones(vocab_size)}
         return plain(**parts)
 
     with pytest.raises(EsjaxError, match=r"parameter \['scale'\] of the model is float; make it float32"):
-        train(config, model=own)
+        train(config, model=custom)
 
 
 def test_a_model_that_names_no_units_gets_those_of_its_first_weights(config: Config) -> None:
     """By hand: the root mean square of each leaf; zeros by their shape, 1/√4 and 0.3."""
 
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         first = {"kernel": jnp.full((8, vocab_size), 0.0625), "zeros": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
         return plain(init=lambda key: first, predict=lambda params, state: jnp.ones(vocab_size))
 
-    assert train(config, model=own)._replica.units == {"kernel": 0.0625, "zeros": 0.5, "bias": 0.3}
+    assert train(config, model=custom)._replica.units == {"kernel": 0.0625, "zeros": 0.5, "bias": 0.3}
 
 
 def test_a_model_that_keeps_the_contract_is_left_as_it_is() -> None:
     for model in (plain(), gru(SIZE, 4, 8), gru(SIZE, 4, 8)._replace(tapped=False), *MODELS.values()):
         size = VOCAB if model in MODELS.values() else SIZE
-        assert Own(model=lambda vocab_size, model=model: model).build(GruConfig(), size) is model
+        assert Custom(model=lambda vocab_size, model=model: model).build(GruConfig(), size) is model
 
 
 @pytest.mark.parametrize(
@@ -476,12 +476,12 @@ def test_a_model_that_keeps_the_contract_is_left_as_it_is() -> None:
     ],
 )
 def test_an_error_of_a_model_is_its_own_with_a_note(parts: dict[str, Any], raised: type[Exception], note: str) -> None:
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         return plain(**parts)
 
-    own.__qualname__ = "own"
+    custom.__qualname__ = "own"
     with pytest.raises(raised) as caught:
-        Own(model=own).build(GruConfig(), SIZE)
+        Custom(model=custom).build(GruConfig(), SIZE)
     assert note in caught.value.__notes__
 
 
@@ -532,8 +532,8 @@ def test_a_model_is_checked_wherever_it_is_given(config: Config, tmp_path: Path)
 
 
 def test_names_are_by_kind() -> None:
-    assert Own(reward=start_not_near_two).names() == {"reward": "start_not_near_two"}
-    assert Own().objective is None
+    assert Custom(reward=start_not_near_two).names() == {"reward": "start_not_near_two"}
+    assert Custom().objective is None
 
 
 def test_a_run_is_drawn_from_memory_as_from_its_folder(config: Config, tmp_path: Path) -> None:

@@ -89,17 +89,17 @@ def test_code_has_one_form(value: object, expected: bool) -> None:
 def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     """Reference: hashlib over the file's bytes."""
     before = list(sys.path)
-    own = gather(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
+    custom = gather(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
     assert sys.path == before
     digest = hashlib.sha256(code.read_bytes()).hexdigest()
-    assert own.code == {
+    assert custom.code == {
         kind: Code(str(code), name, digest)
         for kind, name in (("model", "zeros"), ("reward", "small"), ("optimizer", "plain"))
     }
-    assert own.model is not None
-    assert own.reward is not None
-    assert own.model.__globals__ is own.reward.__globals__
-    assert own.words() == [f"{code}:{word.split(':')[1]}" if ":" in word else word for word in OPTIONS]
+    assert custom.model is not None
+    assert custom.reward is not None
+    assert custom.model.__globals__ is custom.reward.__globals__
+    assert custom.words() == [f"{code}:{word.split(':')[1]}" if ":" in word else word for word in OPTIONS]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_sweep_does_not_go_on_with_code_that_changes_under_it(code: Path) -> N
     ],
 )
 def test_a_host_needs_the_same_code(host: dict[str, str], run: dict[str, str], refusal: str) -> None:
-    terms = Terms(run="r", epoch=1, unit=2, vocab_size=3, answers={}, own=run)
+    terms = Terms(run="r", epoch=1, quantum=2, vocab_size=3, fingerprints={}, custom=run)
     said = terms.objection(Join("a", "", "", [], list(host.items()), "", 0, 0), "rademacher")
     assert said.startswith(refusal)
     assert bool(said) == bool(refusal)

@@ -16,7 +16,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
 from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 from esjax.models import Model, gru, sequence_model
-from esjax.models.custom import Own
+from esjax.models.custom import Custom
 from esjax.models.member import Member
 
 WIDTH = 4
@@ -142,16 +142,16 @@ def test_it_learns(tmp_path: Path) -> None:
     ],
 )
 def test_logits_of_another_form_are_refused(function: Any, context: int, words: str) -> None:
-    def own(vocab_size: int) -> Model:
+    def custom(vocab_size: int) -> Model:
         length = 6 if context == 4 else context
         made = sequence_model(init, function, max(length, 1))
         # The stepwise parts are checked first; here they are those of a model that keeps the contract.
         plain = sequence_model(init, logits, max(length, 1))
         return made._replace(predict=plain.predict, context=length)
 
-    own.__qualname__ = "own"
+    custom.__qualname__ = "own"
     with pytest.raises(EsjaxError, match=words):
-        Own(model=own).build(GruConfig(), VOCAB)
+        Custom(model=custom).build(GruConfig(), VOCAB)
 
 
 def test_a_population_of_a_sequence_model_is_a_loop_over_members() -> None:

@@ -59,7 +59,7 @@ def test_runs_are_listed(page: TestClient, runs: Path) -> None:
 
 
 def test_each_run_tells_what_its_losses_are_in(page: TestClient, runs: Path) -> None:
-    make(runs / "own", done=2, own={"reward": "right"})
+    make(runs / "own", done=2, custom={"reward": "right"})
     assert {run["run"]: run["unit"] for run in page.get("/api/runs").json()} == {
         "a": "nats per token",
         "deep/b": "nats per token",

@@ -236,7 +236,7 @@ def test_forty_runs_have_forty_styles_as_in_pictures(browser: Browser, tmp_path:
 
 def test_a_chart_without_a_line_is_not_shown(browser: Browser, tmp_path: Path) -> None:
     """As the held-out loss of a reward that holds no text back; another run brings it back, in its size."""
-    append(make(tmp_path / "a", own={"reward": "right"}).path, line_of(1) + line_of(3))
+    append(make(tmp_path / "a", custom={"reward": "right"}).path, line_of(1) + line_of(3))
     make(tmp_path / "b", done=4)
     esjax.report(tmp_path, out=tmp_path / "report.html")
     page = Page(browser, (tmp_path / "report.html").as_uri() + "#filter=a")
@@ -300,7 +300,7 @@ def test_a_report_is_the_same_page_without_a_server(browser: Browser, runs: Path
 
 
 def test_losses_of_a_reward_have_its_name_and_no_logarithm(browser: Browser, runs: Path, tmp_path: Path) -> None:
-    below = make(runs / "below", own={"reward": "outer.<locals>.right"})
+    below = make(runs / "below", custom={"reward": "outer.<locals>.right"})
     append(below.path, "".join(line_of(step) for step in range(6, 9)))
     esjax.report(below.path, runs / "a", out=tmp_path / "report.html")
     page = Page(browser, (tmp_path / "report.html").as_uri())

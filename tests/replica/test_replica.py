@@ -91,7 +91,7 @@ def test_split_pairs_share_windows_and_have_two_weights_each() -> None:
 def test_a_pairs_losses_are_the_same_bits_in_any_lease_on_any_devices(devices: int) -> None:
     whole = make().losses(np.arange(32))
     host = make(devices)
-    assert host.granule == 4 * devices
+    assert host.device_batch == 4 * devices
     np.testing.assert_array_equal(whole, host.losses(np.arange(32)))
     chunks = np.random.default_rng(5).permutation(8)
     for lease in (chunks[:1], chunks[1:4], chunks[4:]):

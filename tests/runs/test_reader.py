@@ -63,14 +63,14 @@ def test_a_run_without_a_step_is_read(tmp_path: Path) -> None:
         ({"model": "bigram", "reward": "right"}, "minus right"),
     ],
 )
-def test_losses_have_a_unit(tmp_path: Path, own: dict[str, str], unit: str) -> None:
-    RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", own)
+def test_losses_have_a_unit(tmp_path: Path, custom: dict[str, str], unit: str) -> None:
+    RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", custom)
     assert read_run(tmp_path / "run").unit == unit
 
 
 def test_what_a_run_has_of_its_own_is_a_setting(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run", Config(), Vocabulary("byte"), "", {"model": "bigram"})
-    assert read_run(tmp_path / "run").settings["own.model"] == "bigram"
+    assert read_run(tmp_path / "run").settings["custom.model"] == "bigram"
 
 
 def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
@@ -247,14 +247,14 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     a, b, c, d = read_runs([tmp_path / name for name in "abcd"])
     assert differing([a, b]) == ["es.sigma"]
     assert differing([a, c]) == []
-    assert differing([a, d]) == ["own.loss"]
+    assert differing([a, d]) == ["custom.loss"]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(tmp_path: Path) -> None:
     make(tmp_path / "a", seed=1)
     make(tmp_path / "b", seed=1, es=EsConfig(sigma=0.1))
     make(tmp_path / "c", seed=2)
-    make(tmp_path / "d", seed=3, own={"loss": "mine"})
+    make(tmp_path / "d", seed=3, custom={"loss": "mine"})
     groups = group_by_seed(read_runs(find_runs(tmp_path)))
     assert [[run.name for run in group] for group in groups] == [["a", "c"], ["b"], ["d"]]
 

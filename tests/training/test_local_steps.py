@@ -62,7 +62,7 @@ def test_updates_are_those_of_a_coordinator_and_a_host(config: Config) -> None:
     hosts = Loopback(
         config,
         Executor(there, VOCAB, tell=lambda line: None),
-        own={},
+        custom={},
         record=lambda *update: theirs.append(update),
         block=blocks,
     )
@@ -110,7 +110,7 @@ def test_a_time_budget_is_one_range_of_pairs_from_the_first_on() -> None:
     config = config_of(time_per_step=0.2)
     replica, other = replica_of(config), replica_of(config)
     done = LocalSteps(config, replica, custom={}).take()
-    assert done.pairs % replica.granule == 0
+    assert done.pairs % replica.device_batch == 0
     losses = other.losses(np.arange(done.pairs))
     assert done.concluded.loss is not None
     np.testing.assert_allclose(done.concluded.loss, losses.mean(), rtol=1e-6)

@@ -423,7 +423,7 @@ def test_with_sums_one_device_trains_as_two(
         trainer = train(config)
         infos = list(trainer)
         assert all(info.applied and info.update_norm > 0 for info in infos)
-        assert trainer._replica.granule == 3 * devices
+        assert trainer._replica.device_batch == 3 * devices
         digests.add(state_digest(trainer))
     assert len(digests) == 1
 

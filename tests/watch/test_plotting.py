@@ -58,7 +58,7 @@ def test_axes_may_be_logarithmic_and_smoothed(runs: Path) -> None:
 
 def test_losses_below_zero_have_no_logarithm(runs: Path) -> None:
     """As those of a reward are; with a run beside it that has some, only what is below is left out."""
-    below = make(runs / "below", own={"reward": "right"})
+    below = make(runs / "below", custom={"reward": "right"})
     append(below.path, "".join(line_of(step) for step in range(6, 9)))
     for write in (esjax.plot, partial(esjax.report, out=runs / "r.html")):
         with pytest.raises(EsjaxError, match=r"no held-out loss \(minus right\) is above 0, .*; leave log-y out"):
@@ -126,8 +126,8 @@ def test_no_text_is_cut(tmp_path: Path, columns: tuple[str, ...], smoothing: flo
     """Long names of runs and of a reward, n-gram models of many texts, and averages over many steps."""
     long = "a_rather_long_name_of_a_run_" * 5
     for i, name in enumerate([long, "b", "c", "d" * 60, *"efghijkl"]):
-        own = {"reward": "make_a_reward_of_a_long_name.<locals>.right_answers_to_questions"} if i == 1 else {}
-        folder = make(tmp_path / name, done=4, own=own)
+        custom = {"reward": "make_a_reward_of_a_long_name.<locals>.right_answers_to_questions"} if i == 1 else {}
+        folder = make(tmp_path / name, done=4, custom=custom)
         folder.keep_baselines({"unigram": 3.0 + i / 100, "bigram": 2.5 + i / 100, "trigram": 2.49 + i / 100})
         if "held_out" not in columns:
             (tmp_path / name / "metrics.jsonl").write_text(line_of(1) + line_of(3))
@@ -163,7 +163,7 @@ def test_places_are_spread_by_least_squares_between_bounds() -> None:
 
 def test_runs_without_a_held_out_loss_have_one_panel(tmp_path: Path) -> None:
     """As those of a reward that hold no text back."""
-    run = make(tmp_path / "a", own={"reward": "right"})
+    run = make(tmp_path / "a", custom={"reward": "right"})
     append(run.path, line_of(1) + line_of(3))
     (loss,) = esjax.plot(run.path).axes
     assert (loss.get_title(), loss.get_ylabel()) == ("population, training text", "minus right")

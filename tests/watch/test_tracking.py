@@ -211,10 +211,10 @@ def test_a_tracker_may_be_any_object_with_the_four_methods(config: Config) -> No
 
 
 def test_names_are_found_and_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Notes()
-    board, other = find_trackers(["tensorboard", own, "tensorboard"])
+    custom = Notes()
+    board, other = find_trackers(["tensorboard", custom, "tensorboard"])
     assert isinstance(board, TensorBoard)
-    assert other is own
+    assert other is custom
     with pytest.raises(EsjaxError, match="no tracker 'tensorbored'; there are tensorboard, wandb, trackio"):
         find_trackers(["tensorbored"])
     with pytest.raises(EsjaxError, match="is no tracker"):

@@ -199,7 +199,7 @@ def spoil(tensors: dict[str, Array]) -> None:
         (lambda t, m: m.update(vocabulary='{"kind": "char", "symbols": ["a", "a"]}'), "metadata"),
         (lambda t, m: m.update(vocabulary="{"), "metadata"),
         (lambda t, m: m.pop("vocabulary"), "metadata"),
-        (lambda t, m: m.update(own="[]"), "metadata"),
+        (lambda t, m: m.update(custom="[]"), "metadata"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line_and_no_run_is_made(

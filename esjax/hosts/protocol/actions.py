@@ -34,10 +34,10 @@ class Terms(NamedTuple):
     Attributes:
         run: Name of the run.
         epoch: Number of this start of the coordinator.
-        unit: Pairs that are never split between hosts.
+        quantum: Pairs that are never split between hosts.
         vocab_size: Number of token ids.
-        answers: Hashes of known noise by kind of noise.
-        own: Names of the run's own model, loss or reward, and optimizer, and hashes of their code, see
+        fingerprints: Hashes of known noise by kind of noise.
+        custom: Names of the run's own model, loss or reward, and optimizer, and hashes of their code, see
             `esjax.config.custom_names.identities`.
         publish_port: Port of the broadcasts.
         state_bytes: Size of a snapshot.
@@ -46,10 +46,10 @@ class Terms(NamedTuple):
 
     run: str
     epoch: int
-    unit: int
+    quantum: int
     vocab_size: int
-    answers: dict[str, str]
-    own: dict[str, str]
+    fingerprints: dict[str, str]
+    custom: dict[str, str]
     publish_port: int = 0
     state_bytes: int = 0
     exchange: Exchange = LossExchange()
@@ -60,23 +60,23 @@ class Terms(NamedTuple):
             return "the name of this host holds characters that cannot be shown; join with another --name"
         if join.run not in ("", self.run):
             return f"this is run {self.run}, not {join.run}; start the host anew"
-        theirs, ours = dict(join.answers).get(noise), self.answers.get(noise)
+        theirs, ours = dict(join.fingerprints).get(noise), self.fingerprints.get(noise)
         if theirs != ours:
             return (
                 f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
                 "of JAX; install the same one, or use es.noise rademacher"
             )
-        return self._objection_to(dict(join.own))
+        return self._objection_to(dict(join.custom))
 
-    def _objection_to(self, own: dict[str, str]) -> str:
+    def _objection_to(self, custom: dict[str, str]) -> str:
         """Say why a host of such parts cannot take part; code of which one side has no hash is known by its name."""
-        wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.own, own))
+        wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.custom, custom))
         if names != wanted:
             needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no part of its own"
             options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
             return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
         for kind, name in wanted.items():
-            theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (own, self.own))
+            theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (custom, self.custom))
             if theirs and ours and theirs != ours:
                 return (
                     f"the file of this host's {kind} {name} (SHA-256 {theirs[:SHOWN]}) is not the coordinator's "
@@ -139,7 +139,7 @@ class Closed(NamedTuple):
     notice: str
 
 
-Effect = Publish | Record | RecordDigest | Store | Tell | Closed
+Action = Publish | Record | RecordDigest | Store | Tell | Closed
 
 
 def hash_bytes(data: bytes) -> str:

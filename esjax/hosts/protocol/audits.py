@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from esjax.config.settings import Config
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Effect, RecordDigest, Snapshot, Store, Tell, hash_bytes
-from esjax.hosts.protocol.registry import STRIKES, Host, Roster
+from esjax.hosts.protocol.actions import Action, RecordDigest, Snapshot, Store, Tell, hash_bytes
+from esjax.hosts.protocol.registry import STRIKES, Host, Registry
 
 GRACE = 30.0
 """Seconds to wait for the next digest, or the next part of a snapshot."""
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 NOTHING_ELSE = Plan()
 
 
-class _Round:
+class _Audit:
     """Digests of the hosts' states at one step, and the state of one of them, on their way in."""
 
     def __init__(self, step: int, hosts: list[Host], uploader: Host | None, now: float) -> None:
@@ -56,7 +56,7 @@ class _Measuring(NamedTuple):
     since: float
 
 
-class Rounds:
+class Audits:
     """State machine of what happens beside the steps.
 
     Attributes:
@@ -69,10 +69,10 @@ class Rounds:
     def __init__(
         self,
         config: Config,
-        roster: Roster,
+        registry: Registry,
         state_bytes: int,
         snapshot: Snapshot | None,
-        emit: Callable[[Effect], None],
+        emit: Callable[[Action], None],
         put_aside: Callable[[Host, str], None],
         resync: Callable[[Host, bool], None],
         *,
@@ -84,7 +84,7 @@ class Rounds:
 
         Args:
             config: Settings.
-            roster: All hosts.
+            registry: All hosts.
             state_bytes: Size of a snapshot.
             snapshot: The newest state.
             emit: Has something done.
@@ -98,9 +98,9 @@ class Rounds:
         self.measure_seconds = 0.0
         self.anchor: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
-        self._config, self._roster, self._state_bytes, self._is_on = config, roster, state_bytes, is_on
+        self._config, self._registry, self._state_bytes, self._is_on = config, registry, state_bytes, is_on
         self._emit, self._put_aside, self._resync = emit, put_aside, resync
-        self._round: _Round | None = None
+        self._round: _Audit | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
         self._checkpoint_at = now + config.checkpoint_time
         self._drifted: list[Host] = []  # to fetch the state that is being stored
@@ -125,7 +125,7 @@ class Rounds:
             now: The time.
             last: Whether everything is due that was not done at this step, since training ends.
         """
-        hosts = self._roster.workers(now)
+        hosts = self._registry.workers(now)
         if self.anchor not in hosts:
             self.anchor = hosts[0] if hosts else None
         anchor = self.anchor
@@ -140,7 +140,7 @@ class Rounds:
                 upload = now >= self._checkpoint_at
                 digest = step - self._compared_step >= self._config.hosts.digest_interval
         if digest or upload:
-            self._round = _Round(step, hosts, anchor if upload else None, now)
+            self._round = _Audit(step, hosts, anchor if upload else None, now)
             self._compared_step = step
         if upload:
             self._checkpoint_at = now + self._config.checkpoint_time
@@ -148,9 +148,9 @@ class Rounds:
             self._measuring = _Measuring(anchor, step, now)
         return Plan(digest or upload, anchor.slot if upload else None, anchor.slot if measure else None)
 
-    def owed(self, host: Host, step: int) -> list[wire.Chore]:
+    def owed(self, host: Host, step: int) -> list[wire.SideTask]:
         """List what a host still has to hand in, at this step."""
-        owed: list[wire.Chore] = []
+        owed: list[wire.SideTask] = []
         if self._round and self._round.step == step:
             if self._round.digests.get(host, "") is None:
                 owed.append("digest")
@@ -239,7 +239,7 @@ class Rounds:
             self._round = None
             self._judge(round)
 
-    def _give_up_state(self, round: _Round) -> None:
+    def _give_up_state(self, round: _Audit) -> None:
         round.uploader = None
         self._checkpoint_at = -math.inf
 
@@ -248,7 +248,7 @@ class Rounds:
         host.hung = True
         self._emit(Tell(f"no {what} comes from {host.name}; another host is asked"))
 
-    def _judge(self, round: _Round) -> None:
+    def _judge(self, round: _Audit) -> None:
         """Compare states: the right one is kept, and hosts that differ from it fetch it."""
         digests = {host: digest for host, digest in round.digests.items() if digest is not None}
         right = ""

@@ -15,10 +15,10 @@ from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Effect, History, Publish, Snapshot, Tell, Terms
-from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Rounds
-from esjax.hosts.protocol.downloads import Handouts
-from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Roster
+from esjax.hosts.protocol.actions import Action, History, Publish, Snapshot, Tell, Terms
+from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Audits
+from esjax.hosts.protocol.downloads import Downloads
+from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
 from esjax.hosts.protocol.steps import Steps
 from esjax.hosts.protocol.wire import Envelope, Message
 
@@ -37,7 +37,7 @@ class Coordinator:
         counters: How often something was turned down, by reason.
         gradient_norm: Norm of the last estimate that the anchor told, or NaN.
         update_norm: Norm of the last update that the anchor told, or NaN.
-        rounds: Checkpoints, digests and evaluations.
+        audits: Checkpoints, digests and evaluations.
         finished: Whether everything was said and done after `stop`.
     """
 
@@ -54,7 +54,7 @@ class Coordinator:
         history: History | None = None,
         last_update: bytes = b"",
         block: Callable[[int], bytes] | None = None,
-        with_rounds: bool = True,
+        with_audits: bool = True,
         measured: bool = False,
     ) -> None:
         """Begin, or begin again, at a step.
@@ -70,7 +70,7 @@ class Coordinator:
             history: The updates so far, for hosts that missed some.
             last_update: The last one, to be published once more: it may never have left the coordinator before.
             block: Gives a block of tokens as bytes, if the text is sent in blocks.
-            with_rounds: Whether to ask hosts for checkpoints, digests and evaluations.
+            with_audits: Whether to ask hosts for checkpoints, digests and evaluations.
             measured: Whether the run has a held-out loss already.
         """
         self.config, self.terms = config, terms
@@ -79,22 +79,22 @@ class Coordinator:
         self.finished = False
         self._rng = rng
         self._settings = to_yaml(config)
-        self._handouts = Handouts(text, block, config.data.new_tokens_interval, history)
-        self._effects: list[Effect] = []
-        self._roster = roster = Roster()
-        self.rounds = Rounds(
+        self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
+        self._actions: list[Action] = []
+        self._registry = registry = Registry()
+        self.audits = Audits(
             config,
-            roster,
+            registry,
             terms.state_bytes,
             snapshot,
             self._emit,
             self._put_aside,
             self._resync,
             now=now,
-            is_on=with_rounds,
+            is_on=with_audits,
             measured=measured,
         )
-        self._steps = Steps(config, terms, step, last_update, rng, roster, self.rounds, self._emit, self._put_aside)
+        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._emit, self._put_aside)
         self._pulse_at = now
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
@@ -123,7 +123,7 @@ class Coordinator:
             return Envelope(self.status(now))
         if isinstance(message, wire.Join):
             return Envelope(self._join(message, key, now))
-        host = self._roster.get(getattr(message, "session", -1))
+        host = self._registry.get(getattr(message, "session", -1))
         if host is None or host.dropped or host.key != key:
             return Envelope(self._rejected("the session has ended", rejoin=True))
         if host.superseded:
@@ -145,7 +145,7 @@ class Coordinator:
     def refuse_key(self, key: str | None, now: float) -> Envelope:
         """Answer a host whose key was revoked, and drop every host that has it."""
         self.counters["revoked key"] += 1
-        for host in self._roster:
+        for host in self._registry:
             if host.key == key and not host.dropped:
                 self._tell(f"{host.name} is dropped: its key was revoked")
                 self._drop(host)
@@ -153,7 +153,7 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Let time pass: notice who is silent, hung or late."""
-        for host in self._roster:
+        for host in self._registry:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
             elif now - host.seen >= SILENT and not host.is_gone:
@@ -162,17 +162,17 @@ class Coordinator:
         self._notice_pause(now)
         self._steps.check(now)
         self._steps.go_on(now)
-        self.rounds.check(now)
+        self.audits.check(now)
         if self._stopping is not None and not self.finished:
             self._try_to_finish(now)
         if now >= self._pulse_at:
             self._pulse_at = now + PULSE
             self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
 
-    def drain(self) -> list[Effect]:
+    def drain(self) -> list[Action]:
         """Return what is to be done, in this order, since the last call."""
-        effects, self._effects = self._effects, []
-        return effects
+        actions, self._actions = self._actions, []
+        return actions
 
     def stop(self, now: float, done: bool) -> None:
         """End: with a last checkpoint, a last evaluation and a goodbye.
@@ -185,19 +185,21 @@ class Coordinator:
         """
         self._stopping, self._stop_at = done, now + LAST_ROUND
         self._steps.stop()
-        self._steps.announce(self.rounds.plan(self.step, now, last=True))
+        self._steps.announce(self.audits.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
         """Say how things stand."""
         members = self.config.es.members_per_pair
-        hosts = [host.status(now, 3 * PULSE, members) for host in self._roster if not (host.superseded or host.dropped)]
-        anchor = self.rounds.anchor
+        hosts = [
+            host.status(now, 3 * PULSE, members) for host in self._registry if not (host.superseded or host.dropped)
+        ]
+        anchor = self.audits.anchor
         return wire.Status(
             run=self.terms.run,
             epoch=self.terms.epoch,
             step=self.step,
             loss=self._steps.loss,
-            held_out=self.rounds.held_out,
+            held_out=self.audits.held_out,
             member_tokens_per_second=0.0 if self._paused else self._steps.rate,
             paused=self._paused,
             anchor=None if anchor is None else anchor.slot,
@@ -212,17 +214,17 @@ class Coordinator:
         if objection:
             self.counters["hosts turned away"] += 1
             return self._refused(objection).message
-        former = self._roster.called(message.name)
+        former = self._registry.called(message.name)
         if former and former.instance == message.instance and message.attempt <= former.attempt:
             return self._rejected("an old request")
         if former:
             self._supersede(former, message)
-        host = self._roster.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
+        host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
         if host is None:
             self.counters["too many hosts"] += 1
             return self._refused(f"{MAX_HOSTS} hosts are here already").message
         self._tell(f"{host.name} joins: {host.device}")
-        terms, text = self.terms, self._handouts.text
+        terms, text = self.terms, self._downloads.text
         return wire.Welcome(
             run=terms.run,
             epoch=terms.epoch,
@@ -233,10 +235,10 @@ class Coordinator:
             text_digest=text.digest,
             text_bytes=text.size,
             state_bytes=terms.state_bytes,
-            block_bytes=self._handouts.block_bytes(self.step),
+            block_bytes=self._downloads.block_bytes(self.step),
             publish_port=terms.publish_port,
             step=self.step,
-            unit=terms.unit,
+            quantum=terms.quantum,
             block_interval=self.config.data.new_tokens_interval,
             budget=self.config.es.time_per_step,
             numbers=terms.exchange.numbers,
@@ -246,12 +248,12 @@ class Coordinator:
         host.made_progress(now)
         if message.what == "state":
             host.resync = False
-        part = self._handouts.part(message, self.step, self.rounds.snapshots)
+        part = self._downloads.part(message, self.step, self.audits.snapshots)
         return self._rejected(part) if isinstance(part, str) else part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
-        updates = self._handouts.updates(message.step, self.step, self.rounds.snapshots)
+        updates = self._downloads.updates(message.step, self.step, self.audits.snapshots)
         return updates or wire.Ok(self.terms.epoch, self.step, [], resync=True)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
@@ -292,27 +294,27 @@ class Coordinator:
         if fault:
             return self._strike(host, fault)
         host.step = self.step
-        if host is self.rounds.anchor and message.gradient_norm is not None and message.update_norm is not None:
+        if host is self.audits.anchor and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
         self._steps.go_on(now)
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)
-        self.rounds.take_digest(host, message, now)
-        self.rounds.check(now)  # before any host's losses of this step: they come after its digest
+        self.audits.take_digest(host, message, now)
+        self.audits.check(now)  # before any host's losses of this step: they come after its digest
         return self._ok(host)
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
         host.made_progress(now)
-        if self.rounds.is_measuring(host):
+        if self.audits.is_measuring(host):
             host.leased_at = now  # only now could it begin
-        self.rounds.take_measure(host, message, now)
+        self.audits.take_measure(host, message, now)
         return self._ok(host)
 
     def _uploaded(self, host: Host, message: wire.Upload, body: bytes, now: float) -> Message:
         host.made_progress(now)
-        fault = self.rounds.take_part(host, message, body, now)
+        fault = self.audits.take_part(host, message, body, now)
         return self._rejected(fault) if fault else self._ok(host)
 
     def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
@@ -323,7 +325,7 @@ class Coordinator:
 
     def _ok(self, host: Host) -> wire.Ok:
         spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
-        return wire.Ok(self.terms.epoch, self.step, spans, self.rounds.owed(host, self.step), host.resync)
+        return wire.Ok(self.terms.epoch, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
         return wire.Rejected(reason[:1000], self.terms.epoch, self.step, rejoin)
@@ -342,7 +344,7 @@ class Coordinator:
 
     def _supersede(self, former: Host, message: wire.Join) -> None:
         """Let a newer host of the same name count in place of a former one."""
-        for host in self._roster:
+        for host in self._registry:
             if host.superseded and host.name == former.name:
                 self._drop(host)
         if former.instance == message.instance:
@@ -357,7 +359,7 @@ class Coordinator:
         """Take a host's work from it; if it was lost, its name stays listed for a while."""
         host.is_gone = True
         self._steps.release(host)
-        self.rounds.let_go(host)
+        self.audits.let_go(host)
 
     def _drop(self, host: Host) -> None:
         """End a host's session."""
@@ -365,7 +367,7 @@ class Coordinator:
         self._let_go(host)
         # A slot may go to another host only when nothing in this step came from the old one.
         if not self._steps.took_part(host):
-            self._roster.remove(host)
+            self._registry.remove(host)
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
@@ -381,7 +383,7 @@ class Coordinator:
             self._steps.release(host)
 
     def _notice_pause(self, now: float) -> None:
-        before, self._paused = self._paused, not self._roster.workers(now)
+        before, self._paused = self._paused, not self._registry.workers(now)
         if self._paused and not before:
             self._tell("no host is ready; everything is kept, and training goes on when one joins")
 
@@ -390,9 +392,9 @@ class Coordinator:
     def _try_to_finish(self, now: float) -> None:
         """Say goodbye when everything is in; ask again for what a host that was lost did not hand in."""
         if now < self._stop_at:
-            if self.rounds.under_way:
+            if self.audits.under_way:
                 return
-            plan = self.rounds.plan(self.step, now, last=True)
+            plan = self.audits.plan(self.step, now, last=True)
             if plan != NOTHING_ELSE:
                 self._steps.announce(plan)
                 return
@@ -405,8 +407,8 @@ class Coordinator:
     def _tell(self, line: str) -> None:
         self._emit(Tell(line))
 
-    def _emit(self, effect: Effect) -> None:
-        self._effects.append(effect)
+    def _emit(self, action: Action) -> None:
+        self._actions.append(action)
 
 
 _HANDLERS: dict[type[Message], Callable[..., Envelope | Message]] = {

@@ -12,7 +12,7 @@ FAR = 1024
 """Updates behind beyond which a newer snapshot is the faster way."""
 
 
-class Handouts:
+class Downloads:
     """Hands out parts."""
 
     def __init__(

@@ -30,7 +30,7 @@ class Lease(NamedTuple):
 
 
 @runtime_checkable
-class Work(Protocol):
+class Leases(Protocol):
     """One step's pairs."""
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
@@ -77,7 +77,7 @@ class Work(Protocol):
         """List the hosts whose losses of a pair that was scored twice were wrong."""
 
 
-class _Unit:
+class _Quantum:
     """Pairs that stay together."""
 
     def __init__(self, rows: slice) -> None:
@@ -114,45 +114,45 @@ class _Unit:
 class FixedPopulation:
     """Pairs 0 to `pairs - 1`, in units."""
 
-    def __init__(self, pairs: int, unit: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
+    def __init__(self, pairs: int, quantum: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
         """Begin with nobody at work.
 
         Args:
             pairs: Pairs of the population.
-            unit: Pairs of a unit; the last one may be smaller.
+            quantum: Pairs of a unit; the last one may be smaller.
             exchange: What is handed in.
             checked: Units that two hosts are to score, and a third one where they disagree.
         """
-        self._pairs, self._unit, self._exchange = pairs, unit, exchange
-        self._units = [_Unit(slice(first, min(first + unit, pairs))) for first in range(0, pairs, unit)]
-        self._missing = len(self._units)
-        self._lacking = set(range(len(self._units)))
+        self._pairs, self._quantum, self._exchange = pairs, quantum, exchange
+        self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
+        self._missing = len(self._quanta)
+        self._lacking = set(range(len(self._quanta)))
         self._held: dict[int, set[int]] = {}
         self._counts: Counter[int] = Counter()
         self._totals: dict[int, Values] = {}  # what a host's sums over units that are not checked come to
-        self._checked = [self._units[i] for i in checked]
-        for checked_unit in self._checked:
-            checked_unit.opinions, checked_unit.is_checked = 2, True
+        self._checked = [self._quanta[i] for i in checked]
+        for checked_quantum in self._checked:
+            checked_quantum.opinions, checked_quantum.is_checked = 2, True
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Work.lease`: each unit to the host that would be done with it first."""
+        """See `Leases.lease`: each unit to the host that would be done with it first."""
         if not speeds:
             return []
         self._make_room(speeds, delays)
         load = {slot: len(self._held.get(slot, ())) for slot in speeds}
         queue = _Queue(load, self._seconds(speeds), delays)
         taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
-        fresh = sorted(i for i in self._lacking if not self._units[i].given)
+        fresh = sorted(i for i in self._lacking if not self._quanta[i].given)
         shares = Counter(queue.take(()) for _ in fresh)
         neighbours = (slot for slot in taken for _ in range(shares[slot]))  # they go to one host
         for i, slot in zip(fresh, neighbours, strict=True):
             taken[slot].append(i)
             self._give(i, slot)
         for i in sorted(self._lacking):
-            unit = self._units[i]
-            while unit.lacking > 0:
-                at_it = unit.holders | unit.answers.keys()
-                found = queue.take(at_it | unit.given)
+            quantum = self._quanta[i]
+            while quantum.lacking > 0:
+                at_it = quantum.holders | quantum.answers.keys()
+                found = queue.take(at_it | quantum.given)
                 if found is None:  # nobody else is there: ask again one who was too slow
                     found = queue.take(at_it)
                 if found is None:
@@ -172,21 +172,21 @@ class FixedPopulation:
                 self._drop(i, slot)
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """See `Work.accept`: whole units that the host was given; a unit that is there already is taken as read."""
+        """See `Leases.accept`: whole units that the host was given; a unit that is there already is taken as read."""
         groups: list[range] = []
         for first, count in spans:
             end = first + count
-            if first % self._unit or end > self._pairs or (end % self._unit and end != self._pairs):
+            if first % self._quantum or end > self._pairs or (end % self._quantum and end != self._pairs):
                 return f"pairs {first} to {end - 1} are no whole units"
-            groups.append(range(first // self._unit, -(-end // self._unit)))
+            groups.append(range(first // self._quantum, -(-end // self._quantum)))
         numbers = [i for group in groups for i in group]
         if len(numbers) != len(set(numbers)):
             return "a pair is named twice"
-        if any(slot not in self._units[i].given for i in numbers):
+        if any(slot not in self._quanta[i].given for i in numbers):
             return "these pairs were never assigned to this host"
-        sizes = [[self._units[i].size for i in group] for group in groups]
+        sizes = [[self._quanta[i].size for i in group] for group in groups]
         portions = [([numbers[i] for i in at], part) for at, part in self._exchange.portions(sizes, values)]
-        if any(self._units[i].is_checked for together, _ in portions if len(together) > 1 for i in together):
+        if any(self._quanta[i].is_checked for together, _ in portions if len(together) > 1 for i in together):
             return "pairs that are scored twice are summed with others"
         for together, part in portions:
             self._answer_together(together, slot, part)
@@ -194,11 +194,11 @@ class FixedPopulation:
 
     def _answer_together(self, numbers: Sequence[int], slot: int, values: Values) -> None:
         """Take in what a host found of some units: as a whole, or not at all if one of them is in already."""
-        units = [self._units[i] for i in numbers]
-        if any(unit.is_settled or slot in unit.answers for unit in units):
+        quanta = [self._quanta[i] for i in numbers]
+        if any(quantum.is_settled or slot in quantum.answers for quantum in quanta):
             for i in numbers:
                 self._drop(i, slot)
-        elif units[0].is_checked or not self._exchange.adds_up:
+        elif quanta[0].is_checked or not self._exchange.adds_up:
             self._answer(numbers[0], slot, values)
         else:
             for i in numbers:
@@ -207,115 +207,115 @@ class FixedPopulation:
             self._totals[slot] = self._exchange.merge([*before, values])
 
     def release(self, slot: int) -> None:
-        """See `Work.release`."""
+        """See `Leases.release`."""
         for i in list(self._held.get(slot, ())):
             self._drop(i, slot)
 
     def revoke(self, slot: int) -> None:
-        """See `Work.revoke`."""
+        """See `Leases.revoke`."""
         self.release(slot)
         self._counts.pop(slot, None)
         self._totals.pop(slot, None)
-        for i, unit in enumerate(self._units):
-            if unit.answers.pop(slot, None) is not None:
-                unit.opinions = max(1, len(unit.answers))
-                if not unit.answers:
+        for i, quantum in enumerate(self._quanta):
+            if quantum.answers.pop(slot, None) is not None:
+                quantum.opinions = max(1, len(quantum.answers))
+                if not quantum.answers:
                     self._missing += 1
                 self._see(i)
 
     def busy(self, slot: int) -> bool:
-        """See `Work.busy`."""
+        """See `Leases.busy`."""
         return bool(self._held.get(slot))
 
     def open_spans(self, slot: int) -> list[Span]:
-        """See `Work.open_spans`."""
+        """See `Leases.open_spans`."""
         return self._spans(sorted(self._held.get(slot, ())))
 
     def count(self, slot: int) -> int:
-        """See `Work.count`."""
+        """See `Leases.count`."""
         return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
-        """See `Work.took_part`."""
+        """See `Leases.took_part`."""
         return slot in self._held
 
     @property
     def waits(self) -> bool:
-        """See `Work.waits`."""
+        """See `Leases.waits`."""
         return bool(self._lacking)
 
     @property
     def complete(self) -> bool:
-        """See `Work.complete`: every unit is in, and no second opinion is under way."""
-        return not self._missing and not any(unit.holders for unit in self._checked)
+        """See `Leases.complete`: every unit is in, and no second opinion is under way."""
+        return not self._missing and not any(quantum.holders for quantum in self._checked)
 
     def result(self) -> tuple[list[Span], Values]:
-        """See `Work.result`."""
-        agreed = [unit.verdict(self._exchange) if len(unit.answers) > 1 else None for unit in self._units]
+        """See `Leases.result`."""
+        agreed = [quantum.verdict(self._exchange) if len(quantum.answers) > 1 else None for quantum in self._quanta]
         chosen = (
-            next(iter(unit.answers.values())) if answer is None else answer
-            for unit, answer in zip(self._units, agreed, strict=True)
+            next(iter(quantum.answers.values())) if answer is None else answer
+            for quantum, answer in zip(self._quanta, agreed, strict=True)
         )
         alone = (answer for answer in chosen if answer is not IN_TOTAL)
         return [(0, self._pairs)], self._exchange.merge([*self._totals.values(), *alone])
 
     def liars(self, trusted: int | None) -> set[int]:
-        """See `Work.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
+        """See `Leases.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
         found: set[int] = set()
-        for unit in self._checked:
-            right = unit.verdict(self._exchange)
+        for quantum in self._checked:
+            right = quantum.verdict(self._exchange)
             if right is None and trusted is not None:
-                right = unit.answers.get(trusted)
+                right = quantum.answers.get(trusted)
             if right is not None:
-                found |= {slot for slot, answer in unit.answers.items() if not self._exchange.agree(answer, right)}
+                found |= {slot for slot, answer in quantum.answers.items() if not self._exchange.agree(answer, right)}
         return found
 
     def _answer(self, i: int, slot: int, answer: Values) -> None:
         """Take in what a host found of a unit."""
-        unit = self._units[i]
+        quantum = self._quanta[i]
         self._drop(i, slot)
-        if slot in unit.answers or unit.is_settled:
+        if slot in quantum.answers or quantum.is_settled:
             return
-        if not unit.answers:
+        if not quantum.answers:
             self._missing -= 1
-        self._counts[slot] += unit.size
-        unit.answers[slot] = answer
-        if unit.opinions == len(unit.answers) == 2 and unit.verdict(self._exchange) is None:
-            unit.opinions = 3
-        if len(unit.answers) == unit.opinions:
-            for other in list(unit.holders):
+        self._counts[slot] += quantum.size
+        quantum.answers[slot] = answer
+        if quantum.opinions == len(quantum.answers) == 2 and quantum.verdict(self._exchange) is None:
+            quantum.opinions = 3
+        if len(quantum.answers) == quantum.opinions:
+            for other in list(quantum.holders):
                 self._drop(i, other)
         self._see(i)
 
     def _give(self, i: int, slot: int) -> None:
-        self._units[i].given.add(slot)
-        self._units[i].holders.add(slot)
+        self._quanta[i].given.add(slot)
+        self._quanta[i].holders.add(slot)
         self._held.setdefault(slot, set()).add(i)
         self._see(i)
 
     def _drop(self, i: int, slot: int) -> None:
-        self._units[i].holders.discard(slot)
+        self._quanta[i].holders.discard(slot)
         self._held.get(slot, set()).discard(i)
         self._see(i)
 
     def _see(self, i: int) -> None:
         """Note whether more hosts should be at a unit."""
-        if self._units[i].lacking > 0:
+        if self._quanta[i].lacking > 0:
             self._lacking.add(i)
         else:
             self._lacking.discard(i)
 
     def _seconds(self, speeds: Mapping[int, float]) -> dict[int, float]:
         """Return how long each host takes for a unit."""
-        return {slot: self._unit / speed for slot, speed in speeds.items()}
+        return {slot: self._quantum / speed for slot, speed in speeds.items()}
 
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
         """Join neighbouring units; but those whose sums are to be compared stay alone."""
         spans: list[Span] = []
         alone = True
         for i in numbers:
-            rows, was_alone = self._units[i].rows, alone
-            alone = self._exchange.adds_up and self._units[i].is_checked
+            rows, was_alone = self._quanta[i].rows, alone
+            alone = self._exchange.adds_up and self._quanta[i].is_checked
             if spans and sum(spans[-1]) == rows.start and not (alone or was_alone):
                 spans[-1] = (spans[-1][0], rows.stop - spans[-1][0])
             else:
@@ -363,7 +363,7 @@ class TimeBudget:
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Work.lease`: to every host that would not hold up the others; the rest wait for the next step."""
+        """See `Leases.lease`: to every host that would not hold up the others; the rest wait for the next step."""
         if not self.waits:
             return []
         prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
@@ -373,7 +373,7 @@ class TimeBudget:
         return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in prompt]
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """See `Work.accept`: the host's own range without gaps; what is there already is taken as read."""
+        """See `Leases.accept`: the host's own range without gaps; what is there already is taken as read."""
         if slot not in self._parts:
             return "these pairs were never assigned to this host"
         start = slot * SLOT_PAIRS
@@ -399,49 +399,49 @@ class TimeBudget:
         return ""
 
     def release(self, slot: int) -> None:
-        """See `Work.release`."""
+        """See `Leases.release`."""
         self._open.discard(slot)
 
     def revoke(self, slot: int) -> None:
-        """See `Work.revoke`."""
+        """See `Leases.revoke`."""
         self.release(slot)
         if slot in self._parts:
             self._parts[slot] = []
         self._counts.pop(slot, None)
 
     def busy(self, slot: int) -> bool:
-        """See `Work.busy`."""
+        """See `Leases.busy`."""
         return slot in self._open
 
     def open_spans(self, slot: int) -> list[Span]:
-        """See `Work.open_spans`."""
+        """See `Leases.open_spans`."""
         done = self._counts[slot]
         return [(slot * SLOT_PAIRS + done, SLOT_PAIRS - done)] if slot in self._open and done < SLOT_PAIRS else []
 
     def count(self, slot: int) -> int:
-        """See `Work.count`."""
+        """See `Leases.count`."""
         return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
-        """See `Work.took_part`."""
+        """See `Leases.took_part`."""
         return slot in self._parts
 
     @property
     def waits(self) -> bool:
-        """See `Work.waits`: only if nobody is at it, since who starts late would hold up the others."""
+        """See `Leases.waits`: only if nobody is at it, since who starts late would hold up the others."""
         return not self._open and not self.complete
 
     @property
     def complete(self) -> bool:
-        """See `Work.complete`."""
+        """See `Leases.complete`."""
         return not self._open and any(self._counts.values())
 
     def result(self) -> tuple[list[Span], Values]:
-        """See `Work.result`: range by range."""
+        """See `Leases.result`: range by range."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
 
     def liars(self, trusted: int | None) -> set[int]:
-        """See `Work.liars`: nothing is scored twice."""
+        """See `Leases.liars`: nothing is scored twice."""
         return set()

@@ -129,7 +129,7 @@ class Host:
         )
 
 
-class Roster:
+class Registry:
     """All hosts, by session, the longest here first."""
 
     def __init__(self) -> None:

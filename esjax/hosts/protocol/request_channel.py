@@ -9,7 +9,7 @@ DEAF = 20.0
 """Seconds without a broadcast, or without a reply, after which the connections are made anew."""
 
 
-class Line:
+class RequestChannel:
     """The line.
 
     Attributes:

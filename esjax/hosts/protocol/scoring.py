@@ -48,20 +48,20 @@ class Scoring:
         step: The step.
     """
 
-    def __init__(self, step: int, unit: int, granule: int, budget: float | None, exchange: Exchange) -> None:
+    def __init__(self, step: int, quantum: int, device_batch: int, budget: float | None, exchange: Exchange) -> None:
         """Begin with nothing to do.
 
         Args:
             step: The step.
-            unit: Pairs that are never split.
-            granule: Pairs that the devices like to score at a time.
+            quantum: Pairs that are never split.
+            device_batch: Pairs that the devices like to score at a time.
             budget: Seconds to score for, or None: all pairs that come.
             exchange: What is handed in.
         """
         self.step = step
         self._exchange = exchange
-        self._most_pairs = max(unit, exchange.most_pairs // unit * unit)
-        self._unit, self._granule, self._budget = unit, granule, budget
+        self._most_pairs = max(quantum, exchange.most_pairs // quantum * quantum)
+        self._quantum, self._granule, self._budget = quantum, device_batch, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
         self._offered = 0  # parts in the request under way
@@ -88,13 +88,13 @@ class Scoring:
             speed: Pairs that the devices score a second; 0 if that is not known.
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
-        granules = max(1, int(seconds * speed / self._granule))
-        left = min(granules * self._granule, self._most_pairs)
+        device_batches = max(1, int(seconds * speed / self._granule))
+        left = min(device_batches * self._granule, self._most_pairs)
         taken: list[Span] = []
         for first, count in self._spans:
             if left <= 0 or len(taken) == self._exchange.most_spans:
                 break
-            pairs = min(count, -(-left // self._unit) * self._unit)
+            pairs = min(count, -(-left // self._quantum) * self._quantum)
             taken.append((first, pairs))
             left -= pairs
         return taken

@@ -9,10 +9,10 @@ from esjax.config.settings import Config
 from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Closed, Effect, Publish, Record, Tell, Terms
-from esjax.hosts.protocol.audits import NOTHING_ELSE, Plan, Rounds
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, TimeBudget, Work
-from esjax.hosts.protocol.registry import Host, Roster, speeds_of
+from esjax.hosts.protocol.actions import Action, Closed, Publish, Record, Tell, Terms
+from esjax.hosts.protocol.audits import NOTHING_ELSE, Audits, Plan
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudget
+from esjax.hosts.protocol.registry import Host, Registry, speeds_of
 from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.replica.notices import Notices
 from esjax.watch.downsampling import Average
@@ -46,9 +46,9 @@ class Steps:
         step: int,
         last_update: bytes,
         rng: np.random.Generator,
-        roster: Roster,
-        rounds: Rounds,
-        emit: Callable[[Effect], None],
+        registry: Registry,
+        audits: Audits,
+        emit: Callable[[Action], None],
         put_aside: Callable[[Host, str], None],
     ) -> None:
         """Begin, or begin again, at a step.
@@ -59,8 +59,8 @@ class Steps:
             step: Updates made so far.
             last_update: The last one, to be published once more, or b"".
             rng: Draws which pairs are scored twice.
-            roster: All hosts.
-            rounds: What happens beside the steps.
+            registry: All hosts.
+            audits: What happens beside the steps.
             emit: Has something done.
             put_aside: Gives a host no more work, for a reason.
         """
@@ -68,60 +68,60 @@ class Steps:
         self.loss: float | None = None
         self.rate, self._mean_rate = 0.0, Average()
         self._config, self._terms, self._rng = config, terms, rng
-        self._roster, self._rounds = roster, rounds
+        self._registry, self._audits = registry, audits
         self._emit, self._put_aside = emit, put_aside
         self._last_update = last_update
-        self._work: Work = self._new_work()
+        self._leases: Leases = self._new_leases()
         self._closed_at: float | None = None
-        self._notices = Notices(config, terms.own)
+        self._notices = Notices(config, terms.custom)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Take in what a host hands in; return why not, or ""."""
-        was_busy = self._work.busy(host.slot)
-        fault = self._work.accept(host.slot, message.spans, values, message.final)
-        if was_busy and not self._work.busy(host.slot):
+        was_busy = self._leases.busy(host.slot)
+        fault = self._leases.accept(host.slot, message.spans, values, message.final)
+        if was_busy and not self._leases.busy(host.slot):
             host.set_finished(now)
         return fault
 
     def release(self, host: Host) -> None:
         """Take a host's open pairs from it."""
-        self._work.release(host.slot)
+        self._leases.release(host.slot)
 
     def revoke(self, host: Host) -> None:
         """Take a host's open pairs from it, and forget what it handed in."""
-        self._work.revoke(host.slot)
+        self._leases.revoke(host.slot)
 
     def took_part(self, host: Host) -> bool:
         """Tell whether a host was ever given pairs of this step."""
-        return self._work.took_part(host.slot)
+        return self._leases.took_part(host.slot)
 
     def open_spans(self, host: Host) -> list[Span]:
         """List the pairs that a host still has to hand in."""
-        return self._work.open_spans(host.slot)
+        return self._leases.open_spans(host.slot)
 
     def stop(self) -> None:
         """Give up the step under way."""
         self._is_stopped = True
-        for host in self._roster:
+        for host in self._registry:
             self.release(host)
 
     def check(self, now: float) -> None:
         """Take their pairs from hosts that are hung, or take much longer than the others."""
-        usual = self._roster.usual_slowness()
-        for host in self._roster:
-            if self._work.busy(host.slot):
+        usual = self._registry.usual_slowness()
+        for host in self._registry:
+            if self._leases.busy(host.slot):
                 self._check_deadline(host, usual, now)
 
     def go_on(self, now: float, is_somebody_new: bool = False) -> None:
         """Close the step if everything is in; else give out pairs that nobody is at, to whoever is there."""
         if self._is_stopped:
             return
-        if self._work.waits or is_somebody_new:
+        if self._leases.waits or is_somebody_new:
             self._give_out(now)
-        if self._work.complete:
-            anchor = self._rounds.anchor
-            liars = self._work.liars(anchor.slot if anchor else None)
+        if self._leases.complete:
+            anchor = self._audits.anchor
+            liars = self._leases.liars(anchor.slot if anchor else None)
             for slot in liars:
                 self._catch(slot)
             if not liars:
@@ -138,18 +138,18 @@ class Steps:
             some = leases[at : at + SPAN_LIMIT]
             self._publish(wire.Extra(self._terms.run, self._terms.epoch, self.step, [*some]))
 
-    def _new_work(self) -> Work:
+    def _new_leases(self) -> Leases:
         es, exchange = self._config.es, self._terms.exchange
         if es.time_per_step is not None:
             return TimeBudget(es.time_per_step, exchange)
-        units = -(-es.pairs // self._terms.unit)
+        quanta = -(-es.pairs // self._terms.quantum)
         share = self._config.hosts.spot_check
-        checked = np.flatnonzero(self._rng.random(units) < share).tolist() if share else []
-        return FixedPopulation(es.pairs, self._terms.unit, exchange, checked)
+        checked = np.flatnonzero(self._rng.random(quanta) < share).tolist() if share else []
+        return FixedPopulation(es.pairs, self._terms.quantum, exchange, checked)
 
     def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
         idle = now - max(host.progress_at, host.leased_at)
-        is_measuring = self._rounds.is_measuring(host)
+        is_measuring = self._audits.is_measuring(host)
         by_others = DEADLINE_FACTOR * (usual or 0.0) * host.expected
         if idle > max(STUCK, by_others):
             if not is_measuring:
@@ -169,8 +169,8 @@ class Steps:
 
     def _catch(self, slot: int) -> None:
         """Put a liar aside; nothing that it said counts."""
-        self._work.revoke(slot)
-        liar = self._roster.in_slot(slot)
+        self._leases.revoke(slot)
+        liar = self._registry.in_slot(slot)
         if liar and not liar.aside:
             self._put_aside(liar, "its losses differ from those of other hosts")
 
@@ -183,10 +183,10 @@ class Steps:
             self._announce_more(leases)
 
     def _lease(self, now: float) -> list[Lease]:
-        hosts = self._roster.workers(now)
-        delays = {host.slot: self._rounds.measure_seconds for host in hosts if self._rounds.is_measuring(host)}
+        hosts = self._registry.workers(now)
+        delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
         speeds = speeds_of(hosts)
-        leases = self._work.lease(speeds, delays)
+        leases = self._leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
         for host in hosts:
             if host.slot in given:
@@ -196,12 +196,12 @@ class Steps:
 
     def _close(self, now: float) -> None:
         """Make an update of what came in, and open the next step."""
-        spans, result = self._work.result()
+        spans, result = self._leases.result()
         pairs = sum(count for _, count in spans)
-        for host in self._roster:
-            host.share = self._work.count(host.slot) / pairs
+        for host in self._registry:
+            host.share = self._leases.count(host.slot) / pairs
             host.slowness = None
-        hosts = sum(host.share > 0 for host in self._roster)
+        hosts = sum(host.share > 0 for host in self._registry)
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
         concluded = self._terms.exchange.conclude(result, spans, self._config.es)
@@ -215,8 +215,8 @@ class Steps:
         notice = self._notices.line(self.step, pairs, concluded)
         # Before the next step is opened: a state that it asks for is that after this one.
         self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
-        self._work = self._new_work()
-        plan = self._rounds.plan(self.step, now)
+        self._leases = self._new_leases()
+        plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 
     def _measure_rate(self, members: int, now: float) -> None:

@@ -13,7 +13,7 @@ from esjax.exchange.update_record import Span
 from esjax.exchange.values import Values
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.transfers import Sending
-from esjax.hosts.protocol.wire import Chore, Envelope, Message
+from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
@@ -77,7 +77,7 @@ Task = Build | Load | UseBlock | Apply | Score | TakeDigest | TakeSnapshot | Mea
 class Built(msgspec.Struct, frozen=True):
     """Of `Build`: pairs that the devices like to score at a time."""
 
-    granule: int
+    device_batch: int
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -110,39 +110,39 @@ class Failed(msgspec.Struct, frozen=True):
 Result = Built | Done | Scored | Value | Failed
 
 
-_TASKS: dict[Chore, type[TakeDigest | TakeSnapshot | Measure]] = {
+_TASKS: dict[SideTask, type[TakeDigest | TakeSnapshot | Measure]] = {
     "digest": TakeDigest,
     "upload": TakeSnapshot,
     "measure": Measure,
 }
 
 
-class Chores:
+class SideTasks:
     """What is asked for, each with the step whose parameters it is due at, and what came of it."""
 
     def __init__(self) -> None:
         """Begin with nothing to do."""
-        self._due: dict[Chore, int] = {}
-        self._doing: Chore | None = None
+        self._due: dict[SideTask, int] = {}
+        self._doing: SideTask | None = None
         self._digest: tuple[int, str] | None = None  # with its step
         self._held_out: tuple[int, float] | None = None
         self._sending: Sending | None = None
 
-    def add(self, chores: Sequence[Chore], step: int) -> None:
+    def add(self, side_tasks: Sequence[SideTask], step: int) -> None:
         """Note what is asked for at a step, but for what is under way."""
         under_way = {"digest": self._digest, "measure": self._held_out, "upload": self._sending}
-        for chore in chores:
-            if chore != self._doing and under_way[chore] is None:
-                self._due[chore] = step
+        for side_task in side_tasks:
+            if side_task != self._doing and under_way[side_task] is None:
+                self._due[side_task] = step
 
     def next(self, step: int) -> Task | None:
         """Return what the devices should do at a step, or None."""
-        self._due = {chore: due for chore, due in self._due.items() if due >= step}
-        for chore, due in self._due.items():
+        self._due = {side_task: due for side_task, due in self._due.items() if due >= step}
+        for side_task, due in self._due.items():
             if due == step:
-                del self._due[chore]
-                self._doing = chore
-                return _TASKS[chore]()
+                del self._due[side_task]
+                self._doing = side_task
+                return _TASKS[side_task]()
         return None
 
     def first_due(self, before: int) -> int:
@@ -151,12 +151,12 @@ class Chores:
 
     def done(self, step: int, value: object) -> None:
         """Hear what came of it."""
-        chore, self._doing = self._doing, None
-        if chore == "digest" and isinstance(value, str):
+        side_task, self._doing = self._doing, None
+        if side_task == "digest" and isinstance(value, str):
             self._digest = (step, value)
-        elif chore == "measure":
+        elif side_task == "measure":
             self._held_out = (step, value if isinstance(value, float) else math.nan)
-        elif chore == "upload" and isinstance(value, bytes):
+        elif side_task == "upload" and isinstance(value, bytes):
             self._sending = Sending(step, value)
 
     def report(self, session: int) -> Envelope | None:

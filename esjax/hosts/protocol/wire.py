@@ -48,7 +48,7 @@ Leases = Annotated[list[tuple[Whole, Pair, Positive]], msgspec.Meta(max_length=S
 
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
 Phase = Literal["joining", "compiling", "ready"]
-Chore = Literal["digest", "upload", "measure"]
+SideTask = Literal["digest", "upload", "measure"]
 """What a host may be asked for beside losses: the digest of its state, its state, its held-out loss."""
 
 
@@ -79,8 +79,8 @@ class Join(Message, frozen=True, tag="join"):
         name: What the host calls itself; of two of one name the newer counts.
         device: What it computes on, for people.
         kind: Hardware and software whose floats should agree to the last bit.
-        answers: Hashes of known noise by kind of noise, see `esjax.hosts.noise_fingerprint`.
-        own: Names of its own model, loss and optimizer, and hashes of their code, see `esjax.config.custom_names`.
+        fingerprints: Hashes of known noise by kind of noise, see `esjax.hosts.noise_fingerprint`.
+        custom: Names of its own model, loss and optimizer, and hashes of their code, see `esjax.config.custom_names`.
         run: Run it took part in before, or "".
         instance: Random number that tells it from another host of its name.
         attempt: How often it has asked; a lower number is an old request.
@@ -89,8 +89,8 @@ class Join(Message, frozen=True, tag="join"):
     name: Short
     device: Short
     kind: Short
-    answers: Names
-    own: Names
+    fingerprints: Names
+    custom: Names
     run: Short
     instance: Long
     attempt: Whole
@@ -223,7 +223,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
         block_bytes: Size of a block of tokens; 0: the text holds all of them.
         publish_port: Port of the broadcasts.
         step: Step that is being scored.
-        unit: Pairs that are never split between hosts.
+        quantum: Pairs that are never split between hosts.
         block_interval: Steps for which a block of tokens is used.
         budget: Seconds to score for in a step, or None: all pairs of a lease.
         numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
@@ -241,7 +241,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     block_bytes: Long
     publish_port: Whole
     step: Whole
-    unit: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
+    quantum: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
     block_interval: Positive
     budget: float | None
     numbers: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
@@ -281,14 +281,14 @@ class Ok(Message, frozen=True, tag="ok"):
     Attributes:
         step: Step that is being scored.
         spans: Pairs of that step that this host still has to hand in.
-        chores: What else it still has to hand in, should the broadcast that said so have been lost.
+        side_tasks: What else it still has to hand in, should the broadcast that said so have been lost.
         resync: Whether to fetch the newest snapshot.
     """
 
     epoch: Whole
     step: Whole
     spans: Spans
-    chores: Annotated[list[Chore], msgspec.Meta(max_length=3)] = []
+    side_tasks: Annotated[list[SideTask], msgspec.Meta(max_length=3)] = []
     resync: bool = False
 
 

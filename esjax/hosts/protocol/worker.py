@@ -12,25 +12,25 @@ import msgspec
 
 from esjax.exchange.values import LossExchange, make_exchange
 from esjax.hosts.protocol import scoring, wire
-from esjax.hosts.protocol.request_channel import Line
+from esjax.hosts.protocol.request_channel import RequestChannel
 from esjax.hosts.protocol.scoring import Scoring
 from esjax.hosts.protocol.tasks import (
     Apply,
     Build,
     Built,
-    Chores,
     Done,
     Failed,
     Load,
     Result,
     Score,
     Scored,
+    SideTasks,
     Task,
     UseBlock,
     Value,
 )
 from esjax.hosts.protocol.transfers import Backlog, Download, Supplies
-from esjax.hosts.protocol.wire import Chore, Envelope, Message
+from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 BEAT = 2.0
 """Seconds between signs of life."""
@@ -68,15 +68,15 @@ class Worker:
         name: str,
         device: str,
         kind: str,
-        answers: dict[str, str],
-        own: dict[str, str],
+        fingerprints: dict[str, str],
+        custom: dict[str, str],
         *,
         now: float,
         jitter: Callable[[], float],
         built: bool = False,
         step: int = -1,
         text: str = "",
-        granule: int = 1,
+        device_batch: int = 1,
     ) -> None:
         """Begin outside.
 
@@ -84,14 +84,14 @@ class Worker:
             name: What the host calls itself.
             device: What it computes on, for people.
             kind: Hardware and software whose floats should agree to the last bit.
-            answers: Hashes of known noise by kind of noise.
-            own: Names of its own model, loss or reward, and optimizer.
+            fingerprints: Hashes of known noise by kind of noise.
+            custom: Names of its own model, loss or reward, and optimizer.
             now: The time.
             jitter: Gives random numbers in [0, 1).
             built: Whether the replica is there already.
             step: Step of its parameters.
             text: Digest of the text that it has.
-            granule: Pairs that its devices like to score at a time.
+            device_batch: Pairs that its devices like to score at a time.
         """
         self.name = name
         self.phase: wire.Phase = "joining"
@@ -104,8 +104,10 @@ class Worker:
         self.coordinator_stopped = False
         self._jitter = jitter
         instance = int(jitter() * 2**53)
-        self._hello = wire.Join(name[:128], device, kind, list(answers.items()), list(own.items()), "", instance, 0)
-        self._built, self._granule, self._text = built, granule, text
+        self._hello = wire.Join(
+            name[:128], device, kind, list(fingerprints.items()), list(custom.items()), "", instance, 0
+        )
+        self._built, self._granule, self._text = built, device_batch, text
         self._is_astray = False  # the state is not the right one
         self._block: int | None = None
         self._note = ""
@@ -116,15 +118,15 @@ class Worker:
         self._newest = step
         self._newest_at = now
         self._backlog = Backlog()
-        self._scoring = self._scored_for = Scoring(step, 1, granule, None, LossExchange())
+        self._scoring = self._scored_for = Scoring(step, 1, device_batch, None, LossExchange())
         self._is_told = False  # which pairs of this step are ours
         self._speed = 0.0
         self._norms: tuple[float | None, float | None] = (None, None)
-        self._chores = Chores()
+        self._side_tasks = SideTasks()
         self._supplies = Supplies()
         # What is under way, and when something is due.
         self._task: Task | None = None
-        self._line = Line(now)
+        self._channel = RequestChannel(now)
         self._beat_at = now
         self._join_at = now
 
@@ -138,12 +140,12 @@ class Worker:
     @property
     def silent_since(self) -> float:
         """When the coordinator last said anything to this host."""
-        return self._line.heard_at
+        return self._channel.heard_at
 
     @property
     def reconnect(self) -> bool:
         """Whether the connections should be made anew; the caller then calls `reconnected`."""
-        return self._line.is_dead
+        return self._channel.is_dead
 
     def leave(self, reason: str) -> None:
         """Hand in what is scored, say goodbye and end."""
@@ -154,13 +156,13 @@ class Worker:
         """Return the next request, or None; it takes the place of one that was not answered."""
         if self.joined is None and self._leaving is not None:
             self.left = True
-        if self.refused or self.left or self._line.is_waiting(now):
+        if self.refused or self.left or self._channel.is_waiting(now):
             return None
-        request = self._line.give_up(now)
+        request = self._channel.give_up(now)
         if request and self.joined is None:
             self._join_at, request = now + self._back_off(), None
         request = request or self._next_request(now)
-        return self._line.send(request, now) if request else None
+        return self._channel.send(request, now) if request else None
 
     def receive(self, envelope: Envelope, now: float) -> None:
         """Take in a reply or a broadcast."""
@@ -170,7 +172,7 @@ class Worker:
             return
         if getattr(message, "epoch", self._epoch) < self._epoch:
             return  # an old coordinator is nobody
-        sent = self._line.take_reply(now)
+        sent = self._channel.take_reply(now)
         if sent is None:
             return
         self.coordinator_stopped = False
@@ -204,7 +206,7 @@ class Worker:
             self.failed = self._note = result.reason[:1000]
             self.leave(self.failed)
         elif isinstance(task, Build) and isinstance(result, Built):
-            self._built, self._granule = True, max(1, result.granule)
+            self._built, self._granule = True, max(1, result.device_batch)
             self._text, self._supplies.text = task.text_digest, None
             self._begin_step()
         elif isinstance(task, Score) and isinstance(result, Scored):
@@ -212,17 +214,17 @@ class Worker:
         elif isinstance(task, Load | Apply | UseBlock) and isinstance(result, Done):
             self._done(task, result)
         elif isinstance(result, Value):
-            self._chores.done(self.step, result.value)
+            self._side_tasks.done(self.step, result.value)
         self._settle()
 
     def reconnected(self, now: float) -> None:
         """Hear that the connections were made anew: what was asked is asked again."""
-        self._line.mended()
+        self._channel.mended()
 
     def tick(self, now: float) -> None:
         """Let time pass: notice that the broadcasts have stopped."""
         if self.joined:
-            self._line.listen(now)
+            self._channel.listen(now)
 
     # Tasks.
 
@@ -238,10 +240,10 @@ class Worker:
             return Load(supplies.snapshot)
         if self._wants_state:
             return None
-        chore = self._chores.next(self.step)
-        if chore is not None:
-            return chore
-        updates = self._backlog.run(self.step, self._chores.first_due(self.step + BATCH))
+        side_task = self._side_tasks.next(self.step)
+        if side_task is not None:
+            return side_task
+        updates = self._backlog.run(self.step, self._side_tasks.first_due(self.step + BATCH))
         if updates:
             return Apply(updates)
         if supplies.block is not None:
@@ -274,7 +276,7 @@ class Worker:
         if self.joined is None:
             return self._join(now)
         session = self.joined.session
-        report = self._chores.report(session)
+        report = self._side_tasks.report(session)
         if report is not None:
             return report
         hand_in = self._scoring.hand_in(now, self._leaving is not None)
@@ -286,7 +288,7 @@ class Worker:
             return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
         if now >= self._beat_at:
             return self._beat(self.joined, now)
-        part = self._supplies.request(session, self._wanted(self.joined)) or self._chores.part(session)
+        part = self._supplies.request(session, self._wanted(self.joined)) or self._side_tasks.part(session)
         if part is None and self._misses_update(now):
             return Envelope(wire.CatchUp(session, self.step))
         return part
@@ -311,7 +313,7 @@ class Worker:
         return Envelope(wire.Beat(joined.session, joined.epoch, step, self.phase, self._progress, self._note))
 
     def _back_off(self) -> float:
-        longest = min(BACK_OFF * 2 ** min(self._line.failures, 10), BACK_OFF_LONGEST)
+        longest = min(BACK_OFF * 2 ** min(self._channel.failures, 10), BACK_OFF_LONGEST)
         return longest * (0.5 + self._jitter())
 
     def _wanted(self, joined: wire.Welcome) -> Download | None:
@@ -340,14 +342,14 @@ class Worker:
         self._newest = -1
         self._learn(welcome.step, now)
         self._beat_at = now
-        self._line.take_broadcast(now)
+        self._channel.take_broadcast(now)
         self._settle()
 
     def _hear(self, message: wire.Step | wire.Extra | wire.Pulse | wire.Bye, body: bytes, now: float) -> None:
         joined = self.joined
         if joined is None or message.run != joined.run or message.epoch < joined.epoch:
             return
-        self._line.take_broadcast(now)
+        self._channel.take_broadcast(now)
         self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
         if message.epoch > joined.epoch:  # the coordinator has begun anew
             self._rejoin(now)
@@ -369,12 +371,12 @@ class Worker:
         if not self._is_told:
             self._is_told = True
             self._take_leases(joined, message)
-        asked: dict[Chore, bool] = {
+        asked: dict[SideTask, bool] = {
             "digest": message.digest,
             "upload": message.upload == joined.slot,
             "measure": message.measure == joined.slot,
         }
-        self._chores.add([chore for chore, is_asked in asked.items() if is_asked], message.step)
+        self._side_tasks.add([side_task for side_task, is_asked in asked.items() if is_asked], message.step)
 
     def _take_leases(self, joined: wire.Welcome, message: wire.Step | wire.Extra) -> None:
         self._scoring.add([(first, count) for slot, first, count in message.leases if slot == joined.slot])
@@ -386,7 +388,7 @@ class Worker:
 
     def _learn_from_reply(self, step: int, now: float) -> None:
         """Hear it from a reply: what was heard before it was asked for, and goes beyond, was not true."""
-        if step > self._newest or self._newest_at < self._line.sent_at:
+        if step > self._newest or self._newest_at < self._channel.sent_at:
             self._set_newest(step, now)
 
     def _set_newest(self, step: int, now: float) -> None:
@@ -400,7 +402,7 @@ class Worker:
         if self.joined:
             joined = self.joined
             exchange = make_exchange(joined.numbers)
-            self._scoring = Scoring(self._newest, joined.unit, self._granule, joined.budget, exchange)
+            self._scoring = Scoring(self._newest, joined.quantum, self._granule, joined.budget, exchange)
         else:
             self._scoring = Scoring(self._newest, 1, self._granule, None, LossExchange())
 
@@ -410,7 +412,7 @@ class Worker:
                 self._scoring.handed_in()
         elif isinstance(request, wire.Leave):
             self.left = True
-        self._chores.answered(request, is_taken=True)
+        self._side_tasks.answered(request, is_taken=True)
         if message.resync and self._built:
             self._is_astray = True
             self._begin_step()
@@ -419,7 +421,7 @@ class Worker:
             # The broadcasts that said so may have been lost.
             self._is_told = True
             self._scoring.add(message.spans)
-            self._chores.add(message.chores, message.step)
+            self._side_tasks.add(message.side_tasks, message.step)
         self._settle()
 
     def _rejected(self, message: wire.Rejected, request: Message, now: float) -> None:
@@ -430,16 +432,16 @@ class Worker:
             self._begin_step()
         elif isinstance(request, wire.Fetch):
             self._supplies.give_up()
-        self._chores.answered(request, is_taken=False)
+        self._side_tasks.answered(request, is_taken=False)
         self._learn_from_reply(message.step, now)
 
     def _rejoin(self, now: float) -> None:
         """Begin anew with the coordinator; what the replica holds, and what is on its way in, is kept."""
         self.joined = None
-        self._line.request = None
+        self._channel.request = None
         self._join_at = now + self._back_off()
         self._backlog.clear()
-        self._chores.clear()
+        self._side_tasks.clear()
         self._supplies.snapshot = None
         self._begin_step()
         self._settle()

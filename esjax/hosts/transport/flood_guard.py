@@ -123,11 +123,11 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
     Raises:
         OSError: The number stands for none.
     """
-    own = os.dup(fd)
+    custom = os.dup(fd)
     try:
-        tcp = socket.socket(fileno=own)
+        tcp = socket.socket(fileno=custom)
     except OSError:
-        os.close(own)
+        os.close(custom)
         raise
     with tcp:
         yield tcp

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from esjax.data.corpus import Corpus, Split
 from esjax.errors import EsjaxError
-from esjax.inference.language_model import Evaluation, Trained, Written
+from esjax.inference.language_model import Evaluation, LanguageModel, Written
 from esjax.models.model import Params
 from esjax.runs.reader import RunView
 from esjax.watch.downsampling import Axis
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Usable(ABC):
+class RunInference(ABC):
     """A model that writes, is scored, and whose run is drawn.
 
     Attributes:
@@ -28,7 +28,7 @@ class Usable(ABC):
     baselines: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
-    def _now(self) -> tuple[Trained, Params]:
+    def _now(self) -> tuple[LanguageModel, Params]:
         """Return the weights as they are now, and what uses them."""
 
     @abstractmethod
@@ -72,8 +72,8 @@ class Usable(ABC):
         Raises:
             EsjaxError: A number is out of range.
         """
-        trained, params = self._now()
-        return trained.write(
+        language_model, params = self._now()
+        return language_model.write(
             params,
             prompt,
             max_tokens=max_tokens,
@@ -95,8 +95,8 @@ class Usable(ABC):
         Raises:
             EsjaxError: A number is out of range.
         """
-        trained, params = self._now()
-        return trained.search(params, prompt, beams=beams, max_tokens=max_tokens)
+        language_model, params = self._now()
+        return language_model.search(params, prompt, beams=beams, max_tokens=max_tokens)
 
     def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
         """Score whole documents, beside n-gram models fitted to the training split of the run's own text.
@@ -111,7 +111,7 @@ class Usable(ABC):
         Raises:
             EsjaxError: The text cannot be used, or the split holds no document.
         """
-        trained, params = self._now()
+        language_model, params = self._now()
         corpus = self._text(text)
         documents, size = corpus.split(split)
         baselines = self.baselines if text is None and split == "held_out" else {}  # they take seconds
@@ -121,7 +121,7 @@ class Usable(ABC):
                 baselines = self._training_text(corpus).baselines(documents)
             except EsjaxError as error:
                 note = f"n-gram models are left out: {str(error).partition(';')[0]}"
-        return trained.score(params, documents, size, baselines, note)
+        return language_model.score(params, documents, size, baselines, note)
 
     def plot(
         self,
