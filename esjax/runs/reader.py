@@ -62,8 +62,8 @@ class RunView:
         path: The folder.
         name: Its name; with as many folders before it as tell it from the runs it was read with.
         state: Whether it goes on.
-        settings: By dotted name, `es.sigma`; custom parts are `custom.model`, `custom.loss`,
-            `custom.optimizer`, and `code.model` and so on the first digits of the hash of their file, if they are code in one.
+        settings: By dotted name, `es.sigma`. Custom parts are `custom.model`, `custom.loss`, `custom.optimizer`;
+            `code.model` and so on are the first digits of the hash of their file, if they are code in one.
         metrics: A column of float64 for each name of `StepInfo`, all of them of one length, NaN where a step has no
             such number, 1 and 0 for true and false. Empty before the first step.
         baselines: Nats per token over the held-out documents, by n-gram model, worst first; empty if not recorded.
