@@ -83,14 +83,20 @@ def spreads(value: Any) -> Iterator[dict[str, float]]:
             yield from spreads(inner)
 
 
-def test_benchmarks_run_and_leave_their_figures(tmp_path: Path) -> None:
-    """All in one process, whose programs need not be fast: compiling them is most of the work."""
+EVERY_TIME = ("update", "activation", "exchange")
+"""Benchmarks that run with the tests of every change; all of them run at night."""
+
+
+@pytest.mark.parametrize("names", [EVERY_TIME, pytest.param((), marks=pytest.mark.nightly)], ids=["some", "all"])
+def test_benchmarks_run_and_leave_their_figures(names: tuple[str, ...], tmp_path: Path) -> None:
+    """In one process, whose programs need not be fast: compiling them is most of the work."""
     assert set(FIGURES) == set(SHORT)
-    command = [sys.executable, str(RUN), "bench", "--short", "--out", str(tmp_path)]
+    command = [sys.executable, str(RUN), "bench", *names, "--short", "--out", str(tmp_path)]
     hurried = environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=hurried)
     assert done.returncode == 0, done.stderr
-    for name, figures in FIGURES.items():
+    for name in names or FIGURES:
+        figures = FIGURES[name]
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["benchmark"] == name
         assert found["machine"]["cores"] >= 1
@@ -104,7 +110,8 @@ def test_benchmarks_run_and_leave_their_figures(tmp_path: Path) -> None:
         lines = (tmp_path / f"{name}.md").read_text().splitlines()
         assert sum(line.startswith("|") for line in lines) == len(found["rows"]) + 2
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "rnn 16: evaluation ÷ numpy" in done.stdout  # the table of targets comes last
+    if not names:
+        assert "rnn 16: evaluation ÷ numpy" in done.stdout  # the table of targets comes last
 
 
 def test_the_interval_of_a_median_is_that_of_the_tables() -> None:

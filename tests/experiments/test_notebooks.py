@@ -45,7 +45,17 @@ PICTURES = {
 """How many each notebook draws at least."""
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.py")))
+EVERY_TIME = {"core", "first_run"}
+"""Notebooks that run with the tests of every change; all of them run at night."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=() if path.stem in EVERY_TIME else pytest.mark.nightly)
+        for path in sorted(NOTEBOOKS.glob("*.py"))
+    ],
+)
 def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same programs are compiled by several processes.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", PROGRAMS)

@@ -11,6 +11,7 @@ from processes import environment
 SOAK = Path(__file__).parents[2] / "experiments" / "soak.py"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="the relay listens at a second loopback address")
 def test_row_42_a_soak_and_its_replay_agree(tmp_path: Path) -> None:
     words = ["--seconds", "15", "--seed", "1", "--folder", str(tmp_path)]

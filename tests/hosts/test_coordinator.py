@@ -631,6 +631,7 @@ def test_after_a_storm_an_honest_host_trains_on(config: Config, data: st.DataObj
     assert not sim.hosts["a"].worker.refused
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("config", [FIXED, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "fixed sums", "budget sums"])
 def test_a_long_storm_makes_nothing_grow(config: Config) -> None:
     sim = Simulation(config)

@@ -267,6 +267,7 @@ def test_after_a_storm_it_trains_on(config: Config, data: st.DataObject) -> None
     assert host.device.made == sorted(set(host.device.made)) or host.device.loaded
 
 
+@pytest.mark.nightly
 def test_a_long_storm_makes_nothing_grow() -> None:
     sim = Simulation(FIXED)
     host = sim.add("a")
