@@ -62,7 +62,7 @@ def test_what_completion_offers_are_the_public_names_and_keywords() -> None:
         return {found.name for found in jedi.Interpreter(code, [{"esjax": esjax}]).complete()}
 
     assert complete("esjax.") == {*dir(esjax)}
-    for kind in ("Trainer", "Loaded"):
+    for kind in ("Trainer", "LoadedRun"):
         assert "temperature=" in complete(f"esjax.{kind}.generate(self, tem")
         assert "beams=" in complete(f"esjax.{kind}.search(self, be")
         assert "smoothing=" in complete(f"esjax.{kind}.plot(self, smo")
