@@ -25,8 +25,8 @@ Gathered = TypeVar("Gathered")
 """A pytree of arrays of one type."""
 
 Loss = Callable[..., Float[Array, ""]]
-"""`(params, example) -> loss` or `(params, example, key) -> loss` of one member on one example: a float scalar, lower is
-better. Both members of a pair get the same example and the same key."""
+"""`(params, example) -> loss` or `(params, example, key) -> loss` of one member on one example: a float scalar, lower
+is better. Both members of a pair get the same example and the same key."""
 
 Evaluate = Callable[..., Float[Array, "pairs 2"]]
 """`(params, seeds, batch, count=None) -> losses`, see `evaluate`."""

@@ -42,7 +42,7 @@ def stream_seed(seed: int | Integer[Array, ""], stream: int) -> UInt32[Array, "2
 
 
 def key_of(seed: int | Integer[Array, ""]) -> Key[Array, ""]:
-    """Make the threefry key of a number, at least 0 and below 2^32; equals `jax.random.key(seed)` under JAX's defaults."""
+    """Make the threefry key of a number, at least 0 and below 2^32: `jax.random.key(seed)` under JAX's defaults."""
     return jax.random.wrap_key_data(_words(seed), impl="threefry2x32")
 
 

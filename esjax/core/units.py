@@ -21,7 +21,7 @@ STEPS_AN_OCTAVE = 8
 
 
 def default_unit(shape: Sequence[int]) -> float:
-    """Return the unit of a leaf of this shape: 1/√fan-in for two or more axes, where the rows are the fan-in; else 0.3."""
+    """Return the unit of a leaf by its shape: 1/√fan-in for two or more axes, where rows are the fan-in; else 0.3."""
     return VECTOR_UNIT if len(shape) < 2 else max(math.prod(shape[: row_axes(shape)]), 1) ** -0.5
 
 
