@@ -80,7 +80,7 @@ def _check_logits(name: str, shapes: Callable[..., Any], params: Params, context
 
 
 def check_float32(params: Params) -> None:
-    """Check that all parameters are float32, also when they are made: tracing may show another type.
+    """Check that all parameters are float32. Real arrays need it, too: their types may differ from the traced ones.
 
     Raises:
         EsjaxError: A parameter has another type.
