@@ -1,1 +1,1 @@
-"""Settings: typed, named, read from files, and what is said of wrong ones."""
+"""Settings: their types, dotted names, YAML files and error messages."""

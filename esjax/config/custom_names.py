@@ -1,4 +1,4 @@
-"""What a run is given beside its settings, and what it is called in records, in errors and on the command line."""
+"""Names of custom models, losses, rewards and optimizers: in records, in errors and on the command line."""
 
 import hashlib
 import inspect
@@ -12,16 +12,16 @@ import msgspec
 OPTIONS: Mapping[str, str] = MappingProxyType(
     {"model": "--model", "loss": "--loss.function", "reward": "--reward.function", "optimizer": "--optim.custom"}
 )
-"""By kind, the option that takes PATH.py:FUNCTION."""
+"""The command-line option of each kind; it takes PATH.py:FUNCTION."""
 
 CODE = " code"
-"""Ends the key under which a host states the hash of the code of a kind, beside its name."""
+"""Suffix of the key under which a host reports the hash of the code of a kind."""
 
 SHOWN = 12
-"""Digits of a hash that a person is shown."""
+"""Digits of a hash that messages show."""
 
 LONGEST, MARK = 100, " #"
-"""Characters of an optimizer's name before its hash, and what stands between the two."""
+"""Most characters of an optimizer's name before its hash, and the text between name and hash."""
 
 
 class Code(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class Code(msgspec.Struct, frozen=True):
 
     Attributes:
         path: Absolute path of the file.
-        name: Of the function.
+        name: Name of the function.
         digest: SHA-256 of the file, in hexadecimal digits.
     """
 
@@ -38,23 +38,23 @@ class Code(msgspec.Struct, frozen=True):
     digest: str
 
     def __str__(self) -> str:
-        """Write it as it is given on the command line."""
+        """Return PATH.py:FUNCTION, as on the command line."""
         return f"{self.path}:{self.name}"
 
 
 def is_code(value: object) -> bool:
-    """Tell whether something is a text of the form PATH.py:FUNCTION."""
+    """Return whether a value is a string of the form PATH.py:FUNCTION."""
     path, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     return path.endswith(".py") and name.isidentifier()
 
 
 def identities(names: Mapping[str, str], code: Mapping[str, Code]) -> dict[str, str]:
-    """Return what a host and its coordinator compare: by kind, the name, and the hash of the code if it is known."""
+    """Return what a host and its coordinator compare: by kind, the name, and the hash of the code if there is one."""
     return {**names, **{f"{kind}{CODE}": one.digest for kind, one in code.items()}}
 
 
 def unused_settings(kinds: Iterable[str], names: Iterable[str]) -> list[str]:
-    """List the settings, among some, that a model or an optimizer given beside them takes the place of."""
+    """List those of the named settings that have no effect with a custom model or optimizer."""
     instead = [f"{section}." for kind, section in (("model", "model"), ("optimizer", "optim")) if kind in kinds]
     return [
         name for name in names if any(f"{name}.".startswith(section) for section in instead) and name != "optim.average"
@@ -62,18 +62,18 @@ def unused_settings(kinds: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def name_of(value: object) -> str:
-    """Name a function, with the place where it was made; anything else by its type."""
+    """Return the qualified name of a function, or the type of any other value."""
     if isinstance(value, partial):
         return name_of(value.func)
     return getattr(value, "__qualname__", type(value).__name__)
 
 
 def name_of_optimizer(transformation: Any) -> str:
-    """Name an optax transformation by the functions that it consists of and the numbers that they hold.
+    """Name an optax transformation by the functions that it consists of and the numbers in their closures.
 
     Returns:
-        `scale_by_adam(0.9, 0.999, 1e-08, 0.0, None, False), scale(-0.01) #`, and eight digits of a hash, which covers
-        what is cut off and what only `init` holds. Two of one name may still differ in what a function computes.
+        For example `scale_by_adam(0.9, 0.999, 1e-08, 0.0, None, False), scale(-0.01) #` and eight digits of a hash. The
+        hash covers the whole name before it was shortened, and `init`. The code of the functions is not hashed.
     """
     shown = _describe(transformation.update, ())
     whole = _describe((transformation.init, transformation.update), (), everything=True)
@@ -81,7 +81,7 @@ def name_of_optimizer(transformation: Any) -> str:
 
 
 def _describe(value: Any, around: tuple[int, ...], everything: bool = False) -> str:
-    """Describe what a function holds, without any address; `around` are the values that this one is part of."""
+    """Describe the values in a function's closure, without addresses; `around` holds the ids of enclosing values."""
 
     def inside(values: Iterable[Any]) -> str:
         return ", ".join(filter(None, (_describe(one, (*around, id(value)), everything) for one in values)))

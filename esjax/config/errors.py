@@ -1,4 +1,4 @@
-"""What is wrong with settings, for a person: dotted names, near names, allowed values."""
+"""Error messages for wrong settings: with dotted names, similar names and allowed values."""
 
 import difflib
 import re
@@ -19,14 +19,14 @@ KINDS = {
     "array": "a list",
     "list": "a list",
 }
-"""msgspec's words for types, in ours."""
+"""Names of msgspec's types in messages."""
 
 LIKENESS = 0.7
-"""Of two names for one to be taken for the other, from 0 to 1, see difflib."""
+"""Similarity from which a name is suggested for another, from 0 to 1, see difflib."""
 
 
 def setting_names(settings: msgspec.Struct) -> list[str]:
-    """List all settings by their dotted names, `es.sigma`."""
+    """List the dotted names of all settings, such as `es.sigma`."""
     names: list[str] = []
     for name in settings.__struct_fields__:
         value = getattr(settings, name)
@@ -41,14 +41,14 @@ def wrong_name(
     kind: str = "setting",
     spell: Callable[[str], str] = str,
 ) -> str:
-    """Say what is wrong with the name of a setting that there is not, and what may have been meant.
+    """Make the error message for an unknown name, with the most similar known name.
 
     Args:
-        name: What was written.
-        known: Dotted names that would be right.
-        variants: Right settings, of each form that they may have: some have settings that others lack.
-        kind: What to call it.
-        spell: Writes a name as it is written where this one stands.
+        name: The unknown name.
+        known: Dotted names that are allowed here.
+        variants: Valid settings of every form, such as one for each model; some have settings that others lack.
+        kind: What a name stands for, in the message: "setting" or "option".
+        spell: Turns a dotted name into the form that the user writes, such as `--es.sigma`.
     """
     if any(other.startswith(f"{name}.") for other in known):
         return f"{spell(name)} is a group of settings; name one of them"
@@ -63,10 +63,10 @@ def wrong_name(
 
 
 def _nearest(name: str, names: Sequence[str]) -> str | None:
-    """Find the one that a mistyped name may mean.
+    """Find the known name that is most similar to a mistyped one, or None.
 
-    It is one of the same last part, or spelled much like it as a whole, in its last part, or in the first word of that:
-    for `sigma`, `es.sgma`, `windw` and `populaton`.
+    It compares in turn: equal last parts (`sigma`), similar whole names (`es.sgma`), similar last parts (`windw`), and
+    similar first words of the last parts (`populaton`).
     """
     last = _last_part(name)
     for mine, part, likeness in (
@@ -75,7 +75,7 @@ def _nearest(name: str, names: Sequence[str]) -> str | None:
         (last, _last_part, LIKENESS),
         (last, _first_word, LIKENESS),
     ):
-        parts = {part(known): known for known in reversed(names)}  # of equal ones the first
+        parts = {part(known): known for known in reversed(names)}  # the first of equal ones wins
         for found in difflib.get_close_matches(mine, parts, 1, likeness):
             return parts[found]
     return None
@@ -92,12 +92,12 @@ def _first_word(name: str) -> str:
 def explain(
     error: Exception, variants: Sequence[msgspec.Struct], given: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
-    """Say in one line what is wrong with settings that msgspec could not read.
+    """Turn an error of msgspec into one line.
 
     Args:
-        error: What it raised: of its own, or by a section's own check.
-        variants: Right settings, of each form that they may have.
-        given: Values by dotted name, as they were written: a text that should be something else is shown.
+        error: An error of msgspec, or of a check of `Section`.
+        variants: Valid settings of every form, see `wrong_name`.
+        given: Values by dotted name, as the user wrote them; the message shows them.
     """
     found = re.fullmatch(r"(.*?)(?: - at (`key` in )?`\$(.*)`)?", str(error).replace("\n", " "))
     assert found
@@ -143,7 +143,7 @@ def _tag(settings: msgspec.Struct, path: str) -> str:
 
 
 def _choices(variants: Sequence[msgspec.Struct], name: str) -> list[str]:
-    """List what a setting may be, if it is one of several words."""
+    """List the allowed values of a setting that is a choice of several words; else []."""
     path, _, last = name.rpartition(".")
     kind = type(_section(variants[0], path))
     if last == kind.__struct_config__.tag_field:

@@ -1,4 +1,4 @@
-"""Settings by their dotted names, `es.sigma`: read, and changed as a line of words would."""
+"""Settings by their dotted names, such as `es.sigma`: read them and change them."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,21 +12,21 @@ from esjax.errors import EsjaxError
 
 
 def value_of(config: Config, name: str) -> Any:
-    """Read a setting; `model` is the name of the model."""
+    """Return the value of a setting; for `model`, the name of the model."""
     if name == "model":
         return next(model for model, kind in MODELS.items() if isinstance(config.model, kind))
     return _walk(config, name)
 
 
 def change(config: Config, values: Mapping[str, Any]) -> Config:
-    """Copy settings with some of them changed, and check them all together.
+    """Copy settings with some of them changed and check them together.
 
     Args:
         config: Settings.
-        values: By the name of a setting that there is. A text stands for what it means there: None, a number, a word.
+        values: New values by dotted name. A string is parsed as the setting's type: None, a number, or a word.
 
     Raises:
-        EsjaxError: One has a value that it cannot have, or some do not go together.
+        EsjaxError: A value has the wrong type, is out of range, or does not fit another setting.
     """
     changed: dict[str, Any] = msgspec.to_builtins(config)
     for name, value in values.items():
@@ -36,7 +36,7 @@ def change(config: Config, values: Mapping[str, Any]) -> Config:
             inside = inside[part]
         inside[last] = _read(value, get_type_hints(type(_walk(config, section)))[last])
     try:
-        # Not strict: true and 1e3 are texts here.
+        # Not strict: true and 1e3 are strings here.
         return msgspec.convert(changed, Config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise EsjaxError(explain(error, VARIANTS, values)) from error
@@ -50,7 +50,7 @@ def _walk(config: Config, name: str) -> Any:
 
 
 def _read(value: Any, hint: Any) -> Any:
-    """Read a text as Python would where a number may stand: msgspec takes no .5 and no 1_000."""
+    """Parse a string as a Python number if the setting takes one: msgspec rejects .5 and 1_000."""
     if isinstance(value, dict):
         return {name: _read(inner, get_args(hint)[1]) for name, inner in value.items()}
     if not isinstance(value, str):

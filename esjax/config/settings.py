@@ -1,6 +1,6 @@
-"""Every setting: typed, frozen, checked when it is made; YAML in and out.
+"""All settings of a run: typed, frozen, checked when they are made, read from YAML and written to it.
 
-The docstring under each field is its help on the command line.
+The docstring under each field is its help on the command line and in docs/settings.md.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
 
 Precision = Literal["float32", "bfloat16"]
-"""Type of what matrix products multiply."""
+"""Type to which the operands of matrix products are rounded; sums are float32."""
 
 MOST_SUMMED_PAIRS = 2**17
-"""Pairs of a step whose sums are sure to fit into 32 bits."""
+"""Most pairs of a step for which gradient sums are sure to fit into 32 bits."""
 
 MOST_WEIGHED = 2**24
-"""Pairs of a step, times the rank of their noise, whose weighted noise is sure to fit: weights are 127 at most."""
+"""Most pairs of a step, times the rank, whose weighted noise is sure to fit into 32 bits: weights are 127 at most."""
 
 
 class _Kind(msgspec.StructMeta):
-    """Makes groups of settings that refuse what is wrong with an `EsjaxError`.
+    """Metaclass of groups of settings: turns errors of the constructor into `EsjaxError`.
 
-    While msgspec reads a file it does not come by here: it adds the place in the file to a section's ValueError.
+    msgspec does not call it while it reads a file: it adds the position in the file to a section's ValueError.
     """
 
     def __call__(self, *values: Any, **settings: Any) -> Any:
@@ -42,9 +42,12 @@ class _Kind(msgspec.StructMeta):
 
 
 class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings; raises EsjaxError where a name is unknown, or a value of the wrong type or out of range.
+    """A group of settings.
 
-    A mapping stands for the group of its names: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
+    A mapping may stand for a group: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
+
+    Raises:
+        EsjaxError: A name is unknown, or a value has the wrong type or is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -53,14 +56,14 @@ class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid
             try:
                 msgspec.structs.force_setattr(self, field.name, msgspec.convert(value, field.type))
             except msgspec.ValidationError as error:
-                said, here = str(error), f"`$.{field.name}"  # where it is, seen from this section
+                said, here = str(error), f"`$.{field.name}"  # its position, seen from this section
                 said = said.replace("`$", here, 1) if "`$" in said else f"{said} - at {here}`"
                 variants = VARIANTS if isinstance(self, Config) else [type(self)()]
                 raise ValueError(explain(ValueError(said), variants, {field.name: value})) from error
 
 
 def _plain(value: Any) -> Any:
-    """Turn numbers of numpy and of JAX into Python's, in mappings, too."""
+    """Turn numbers of numpy and JAX into Python numbers, also inside mappings."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
     return value.item() if getattr(value, "ndim", None) == 0 else value
@@ -84,13 +87,13 @@ def _check_range(section: Section, low: float, high: float, *names: str) -> None
 
 
 class RnnConfig(Section, tag="rnn", tag_field="name"):
-    """The original's multiplicative network: one state, updated by several layers."""
+    """A multiplicative recurrent network (related to Sutskever et al. 2011): several layers update one state."""
 
     hidden_size: int = 32
     """Width of the state."""
 
     n_layers: int = 1
-    """Updates of the state a token."""
+    """Updates of the state for each token."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,13 +101,13 @@ class RnnConfig(Section, tag="rnn", tag_field="name"):
 
 
 class GruConfig(Section, tag="gru", tag_field="name"):
-    """A gated recurrent unit."""
+    """A gated recurrent unit (Cho et al. 2014) with a hidden layer before the prediction."""
 
     hidden_size: int = 32
     """Width of the state."""
 
     head_size: int = 64
-    """Width of the hidden layer between state and prediction."""
+    """Width of the hidden layer between the state and the prediction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,43 +118,43 @@ ModelConfig = RnnConfig | GruConfig
 
 
 class DataConfig(Section):
-    """The text, and how it is cut."""
+    """The text, and how it is cut into documents and windows."""
 
     text: str = "builtin:shakespeare"
-    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8; one that links lead to twice is
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8. A file with several links is
     read once."""
 
     documents: Literal["paragraph", "line", "file"] = "paragraph"
-    """What a document is: a run of lines up to a blank one, a line, or a whole file."""
+    """What a document is. paragraph: lines up to a blank one."""
 
     vocabulary: Literal["char", "byte"] = "char"
-    """Tokens are characters, or bytes of UTF-8."""
+    """Whether tokens are characters or bytes of UTF-8."""
 
     vocab_size: int | None = None
-    """At most so many token ids, UNK and STOP included; rarer characters become UNK. None: as many as there are."""
+    """Most token ids, UNK and STOP included; rarer characters become UNK. None: all characters of the text."""
 
     held_out: float = 0.05
-    """Share of the documents kept for evaluation, chosen by a hash of their text."""
+    """Fraction of the documents that is kept for evaluation, chosen by a hash of their text."""
 
     window: int = 32
-    """Tokens a pair is scored on, per sequence."""
+    """Tokens of each sequence that a pair is scored on."""
 
     burn_in: int = 1
-    """Tokens read before the window, without being scored, to prepare the state."""
+    """Tokens before the window that are read to prepare the state and not scored."""
 
     carry: bool = False
-    """space activation: each window begins where that of the step before ended, with the state it left; in place of a
-    burn-in."""
+    """space activation: each window begins where the window of the step before ended, with the state at that place.
+    There is no burn-in then."""
 
     batch_size: int = 1
-    """Sequences a pair is scored on."""
+    """Sequences that each pair is scored on."""
 
     new_tokens_interval: int = 1
-    """Steps for which the same windows are kept."""
+    """Steps for which the windows stay the same."""
 
     block_tokens: int | None = None
-    """Train on a block of so many tokens, a fresh one every new_tokens_interval steps; for a text too large to send to
-    every host. None: the whole text."""
+    """Length in tokens of the block of text to train on; a new block is drawn every new_tokens_interval steps. For a
+    text that is too large to send to every host. None: the whole text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,70 +175,74 @@ class DataConfig(Section):
 
     @property
     def tokens_before(self) -> int:
-        """Tokens of a window that only prepare the state."""
+        """Tokens before the window that prepare the state."""
         return 0 if self.carry else self.burn_in
 
 
 class EsConfig(Section):
-    """Evolution strategies."""
+    """Evolution strategies: how members are perturbed and scored."""
 
     space: Literal["full", "low_rank", "activation"] = "low_rank"
-    """Perturb every weight by itself, each matrix by a product of few vectors, or what the layers compute: that gives a
-    reward for every token, and takes hosts a number per weight to exchange."""
+    """What is perturbed. full: every weight independently. low_rank: each matrix by a product of thin ones. activation:
+    what the layers compute; every token then gives a reward, and hosts exchange one number for each weight."""
 
     rank: int = 1
-    """Rank of a low_rank perturbation."""
+    """space low_rank: rank of the perturbation of a matrix."""
 
     noise: Literal["rademacher", "gaussian"] = "rademacher"
-    """Distribution of the perturbation: ±1, the same on all hardware, or normal."""
+    """Distribution of the perturbation. rademacher: ±1, the same bits on all hardware. gaussian: normal."""
 
     sigma: float = 0.2
-    """Standard deviation of the perturbation, in units of each weight's typical size; of activations, as it is."""
+    """Standard deviation of the perturbation, in units of each leaf (its typical entry); for activations, absolute."""
 
     population_size: int = 4096
-    """Members a step, both signs of each pair counted; even. space activation: noisy copies, a multiple of copies."""
+    """Members in each step, two for each pair; even. space activation: noisy copies; a multiple of copies."""
 
     pairing: Literal["antithetic", "split"] = "antithetic"
-    """How the members of a pair differ. antithetic: in the sign of all noise. split: in that of one half of it; what
-    the half they have in common is worth, their sum tells, beside those of other pairs with the same windows. So a
-    pair tells more: fewer tokens to the same loss. Hosts exchange losses then."""
+    """How the members of a pair differ. antithetic: in the sign of all of ε. split: even columns of ε are shared by the
+    pair and odd ones flip sign; the shared half is credited by the pair's summed loss, relative to other pairs on the
+    same windows. split takes fewer tokens to the same loss; hosts must exchange losses."""
 
     pairs_per_window: int = 16
-    """pairing split: pairs that read the same windows; at least 2."""
+    """pairing split: number of pairs that read the same windows; at least 2."""
 
     time_per_step: float | None = None
-    """Seconds of evaluation a step, in place of a fixed population: as many pairs as fit."""
+    """Seconds of evaluation in each step: as many pairs as fit are scored. None: population_size members."""
 
     shaping: Literal["zscore", "centered_rank", "sign", "raw"] = "zscore"
-    """How the two losses of a pair become the weight of its perturbation."""
+    """How the difference of a pair's losses becomes its weight. zscore: divided by the standard deviation.
+    centered_rank: its rank. sign: ±1. raw: unchanged up to a factor, for an unbiased gradient."""
 
     chunk_pairs: int | None = None
-    """Pairs a device evaluates at a time: speed, memory and the last bit of a loss. None: chosen for the device."""
+    """Pairs that a device evaluates at a time; affects speed, memory and the last bit of a loss. None: chosen for the
+    device."""
 
     precision: Precision = "float32"
-    """Type of what matrix products multiply while members are scored; sums are float32. bfloat16 is 1.3 times as fast
-    on a GPU for small models and much more for wide ones, up to 1.7 times on some processors, and slower on others:
-    `experiments/run.py bench execution` tells. The order of the members hardly feels it."""
+    """Type to which operands of matrix products are rounded while members are scored; sums are float32. bfloat16 is 1.3
+    times as fast on a GPU for small models and more for wide ones; on CPUs it is from slower to 1.7 times as fast:
+    measure with `experiments/run.py bench execution`. The ranking of the members hardly changes."""
 
     exchange: Literal["auto", "losses", "sums"] = "auto"
-    """What hosts hand in: the losses of their pairs, or their part of the gradient. auto: losses, but for space
-    activation, or more pairs than weights and no loss of one's own."""
+    """What hosts send: the losses of their pairs, or their part of the gradient sum. auto: sums with space activation,
+    or if there are more pairs than weights and no custom loss; else losses."""
 
     copies: int = 32
-    """space activation: noisy copies that read a window beside a clean one; each window counts as a pair."""
+    """space activation: noisy copies of the model that read each window, beside a clean one; a window counts as a
+    pair."""
 
     discount: float = 0.7
-    """space activation: what noise on the state is rewarded for the next token but one, as a part of the next one."""
+    """space activation: noise on the state is credited with the losses of all later tokens, each multiplied by this
+    factor once for every token in between. 0: only the next token counts; 1: all count alike."""
 
     layer_sigma: dict[str, float] = {}
-    """space activation: another sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
+    """space activation: a different sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
 
     layer_discount: dict[str, float] = {}
-    """space activation: another discount for some pre-activations, by name."""
+    """space activation: a different discount for some pre-activations, by name."""
 
     exact_logits: bool = False
-    """space activation: no noise on the logits; their error, probabilities less the token that came, is taken as it is.
-    """
+    """space activation: no noise on the logits; use the exact gradient of the loss with respect to them (softmax minus
+    one-hot target)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -302,21 +309,21 @@ class EsConfig(Section):
 
     @property
     def pairs_a_window(self) -> int:
-        """Pairs, one after another, that read the same windows."""
+        """Number of neighbouring pairs that read the same windows."""
         return self.pairs_per_window if self.pairing == "split" else 1
 
     @property
     def weights_per_pair(self) -> Literal[1, 2]:
-        """Weights that a pair has in an update: of all its noise, or of each half."""
+        """Weights of a pair in an update: 1 for all of its noise, or 2, one for each half of a split pair."""
         return 2 if self.pairing == "split" else 1
 
     @property
     def pairs_with_room(self) -> int:
-        """Pairs of a step that sums have room for."""
+        """Most pairs of a step, for which gradient sums must have room."""
         return self.pairs if self.time_per_step is None else MOST_SUMMED_PAIRS
 
     def sums(self, parameters: int) -> bool:
-        """Tell whether hosts hand in sums, for a model of so many parameters."""
+        """Return whether hosts send gradient sums, given the number of parameters of the model."""
         if self.space == "activation" or self.exchange != "auto":
             return self.exchange != "losses"
         can = self.noise == "rademacher" and self.shaping in ("zscore", "sign") and self.time_per_step is None
@@ -324,41 +331,42 @@ class EsConfig(Section):
 
 
 class OptimConfig(Section):
-    """From the estimate of the gradient to an update."""
+    """The optimizer: from the estimate of the gradient to an update."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
-    """Rule of the update."""
+    """Rule of the update: Adam (Kingma & Ba 2015), or gradient descent with momentum."""
 
     learning_rate: float = 0.1
-    """Step size, in units of each weight's typical size."""
+    """Step size, in units of each leaf (its typical entry)."""
 
     schedule: Literal["constant", "cosine", "inverse_sqrt"] = "inverse_sqrt"
-    """Course of the learning rate after the warm-up."""
+    """How the learning rate changes after the warm-up. inverse_sqrt: as 1 / sqrt(1 + step / decay_steps)."""
 
     warmup_steps: int = 0
-    """Steps over which the learning rate rises in a line."""
+    """Steps over which the learning rate rises linearly."""
 
     decay_steps: int | None = None
-    """cosine: step at which 0 is reached, for good (None: the `steps` of the settings, also if the run is resumed with
-    more). inverse_sqrt: steps after the warm-up until 71% is left (None: 100)."""
+    """cosine: step at which the learning rate reaches 0 and stays there. None: the `steps` that the run began with,
+    also if it is resumed with more. inverse_sqrt: steps after the warm-up until 71% is left; None: 100."""
 
     beta1: float = 0.9
-    """Adam: memory of the mean."""
+    """Adam: decay factor of the running mean of the gradient."""
 
     beta2: float = 0.999
-    """Adam: memory of the mean square."""
+    """Adam: decay factor of the running mean of its square."""
 
     eps: float = 1e-8
-    """Adam: added to the root of the mean square."""
+    """Adam: number that is added to the root of the mean square."""
 
     momentum: float = 0.9
-    """sgd: share of the last update that is kept."""
+    """sgd: fraction of the last update that is added to the next."""
 
     weight_decay: float = 0.0
-    """Share of each weight that is taken off, times the learning rate, a step."""
+    """Decoupled weight decay: each step subtracts this fraction of each weight, times the learning rate."""
 
     average: float = 0.1
-    """Part of the run so far that the evaluated weights are averaged over; 0: the newest weights are evaluated."""
+    """Fraction of the run so far over which the weights are averaged for evaluation and generation (Shamir & Zhang
+    2013). 0: no average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -372,10 +380,10 @@ class HostsConfig(Section):
     """Training on many hosts."""
 
     spot_check: float = 0.0
-    """Share of a fixed population that two hosts score, to find one that lies or computes wrongly."""
+    """Fraction of a fixed population that two hosts score, to find hosts that send wrong losses."""
 
     digest_interval: int = 100
-    """Steps between comparisons of the hosts' states, beside those at checkpoints."""
+    """Steps between comparisons of the hosts' training states, beside those at checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -387,25 +395,25 @@ class Config(Section):
     """Settings of a run."""
 
     seed: int = 0
-    """Names the run: initial weights, perturbations and windows follow from it."""
+    """Seed of the run: it determines the initial weights, the perturbations and the windows."""
 
     steps: int | None = None
-    """Stop when so many steps are done. None: no such limit."""
+    """Stop after this number of steps. None: no limit."""
 
     seconds: float | None = None
-    """Stop so many seconds after the first finished step. None: no such limit."""
+    """Stop this number of seconds after the first finished step. None: no limit."""
 
     checkpoint_time: float = 60.0
     """Seconds between checkpoints."""
 
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
 
     evaluate_time: float = 10.0
     """Seconds between evaluations on the held-out documents."""
 
     ledger: bool = False
-    """Keep every update, to replay the run, and so that nothing is lost when it is killed; always on with hosts."""
+    """Record every update, so that the run can be replayed and a crash loses no step. Always on with hosts."""
 
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
@@ -425,19 +433,19 @@ class Config(Section):
 MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
 
 VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
-"""The defaults, with each model."""
+"""The default settings with each model."""
 
-# msgspec looks into a class when it first reads one, and crashes if two threads do so at once: it is done here, where
-# the lock of the import lets one thread in.
+# msgspec inspects a class when it first reads one, and crashes if two threads do so at once. Here the import lock
+# admits one thread.
 msgspec.convert({}, Config)
 
 
 def from_yaml(text: str, source: str) -> Config:
-    """Read settings; those that are not named keep their defaults.
+    """Read settings; those that are not in the text keep their defaults.
 
     Args:
         text: YAML.
-        source: What to call the text in an error.
+        source: Name of the text in error messages.
 
     Raises:
         EsjaxError: A setting is unknown, of the wrong type or out of range.
@@ -451,7 +459,7 @@ def from_yaml(text: str, source: str) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Write all settings, defaults included, so that later defaults do not change an old run."""
+    """Write all settings as YAML, defaults included, so that a change of defaults does not change an old run."""
     return msgspec.yaml.encode(config, order="deterministic").decode()
 
 
@@ -461,9 +469,9 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def replace(config: Any, **changes: Any) -> Any:
-    """Copy settings with some of them changed, and check them again.
+    """Copy settings with some of them changed and check them.
 
     Raises:
-        EsjaxError: There is no such setting, or it cannot have that value.
+        EsjaxError: A name is unknown, or a value has the wrong type or is out of range.
     """
     return type(config)(**{**{name: getattr(config, name) for name in config.__struct_fields__}, **changes})

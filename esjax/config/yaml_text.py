@@ -1,18 +1,18 @@
-"""YAML as the settings are written in; a name that stands twice in a group is an error, not the last of the two."""
+"""A YAML reader that refuses a name that is set twice in one group; PyYAML would take the last one."""
 
 from typing import Any
 
 import yaml
 
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where PyYAML was built with it
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the faster one in C, if PyYAML has it
 
 
 def read_yaml(text: str) -> Any:
-    """Read one document of YAML, which JSON is, too, into dicts, lists, numbers, texts and None.
+    """Read one document of YAML or JSON into dicts, lists, numbers, strings and None.
 
     Raises:
-        ValueError: It is no such document, or a name stands twice in one mapping. A name that a merge (`<<: *base`)
-            brings along may be given anew.
+        ValueError: The text is not valid, or a name is set twice in one mapping. Setting a name again after a merge
+            (`<<: *base`) is allowed.
     """
     loader = Loader(text)
     try:
@@ -26,12 +26,15 @@ def read_yaml(text: str) -> Any:
 
 
 def _check_names(node: yaml.Node | None, path: str, seen: set[int]) -> None:
-    """See that no mapping at or below a node has a name twice.
+    """Check that no mapping at or below a node sets a name twice.
 
     Args:
-        node: Of the document.
-        path: Its dotted name, which ends in a dot, or "".
-        seen: Nodes that were looked at: an alias leads to one of them again.
+        node: A node of the document.
+        path: Dotted name of the node with a dot at its end, or "".
+        seen: Ids of nodes that were checked already; an alias leads to a node again.
+
+    Raises:
+        ValueError: A name is set twice.
     """
     if node is None or isinstance(node, yaml.ScalarNode) or id(node) in seen:
         return

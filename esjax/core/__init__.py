@@ -6,8 +6,11 @@
     shaped = shape(losses(params, seeds, batch))        # a small integer a pair, and one scale
     grads  = estimate(noise)(params, seeds, shaped)     # a pytree like params
 
-To read it: `seeds`, `units`, `leaves`, `noise`, `population`, `shaping`, `gradient`, in this order; `signs`,
-`perturbed`, `rules` and `interpreter` keep low-rank members from being added up.
+Read the modules in this order: `seeds`, `units`, `leaves`, `noise`, `population`, `shaping`, `gradient`. The other four
+make low-rank noise cheap: `signs` draws and packs ±1; `perturbed`, `rules` and `interpreter` run a model on W + abᵀ
+without adding the two up.
+
+The method: evolution strategies (Rechenberg 1973; Salimans et al. 2017) with noise of low rank (Sarkar et al. 2025).
 """
 
 from esjax.core.gradient import estimate, value_and_grad, weigh

@@ -1,7 +1,7 @@
-"""From weighted seeds to a gradient: every pair's noise is grown again and summed.
+"""From weighted seeds to an estimate of the gradient: draw every pair's noise again and sum it.
 
-The estimate of the gradient is the mean over pairs of (shaped value * ε / unit) (Salimans et al. 2017, "Evolution
-Strategies as a Scalable Alternative to Reinforcement Learning", algorithm 2, with antithetic pairs).
+The estimate is the mean over pairs of (shaped value * ε / unit). A process needs only seeds and weights to compute it
+(Salimans et al. 2017, algorithm 2, with antithetic pairs as in section 2.1).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from esjax.core.seeds import Seed, pair_seeds
 from esjax.core.shaping import Shaped, Shaping, is_finite, shape
 
 WEIGHED_PAIRS = 512
-"""Pairs whose noise a device sums at a time unless told otherwise."""
+"""Pairs whose noise a device sums at a time by default."""
 
 
 def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = None) -> Callable[..., Totals]:
@@ -26,12 +26,16 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
     Args:
         noise: How members differ.
         mesh: Devices that share the pairs. None: one device.
-        chunk_pairs: Pairs whose noise a device sums at a time, at most `Noise.exact_pairs`. None: 512.
+        chunk_pairs: Pairs whose noise a device sums at a time; `Noise.exact_pairs` is the upper limit. None: 512.
 
     Returns:
-        `(params, seeds, weights, count=None, totals=None) -> totals` adds Σ weight * ε over the first `count` pairs,
-        or all of them, to `totals`: an array for each perturbed leaf. With ±1 noise they are int32 and exact, whatever
-        the chunks, their order and the devices, for at most 2^31 / 127 / rank pairs, 16 million at rank 1.
+        `(params, seeds, weights, count=None, totals=None) -> totals`. `seeds` is uint32 [pairs, 2] and `weights` int8
+        [pairs], or [pairs, 2] for split pairs. It adds Σ weight * ε over the first `count` pairs (None: all) to
+        `totals` (None: 0), an array for each perturbed leaf. With ±1 noise totals are int32 and exact for up to
+        2^31 / 127 / rank pairs (16 million at rank 1), for any chunks, order and devices.
+
+    The returned function raises, while it is traced:
+        ValueError: `seeds` or `weights` has the wrong shape.
     """
     most = min(chunk_pairs or WEIGHED_PAIRS, noise.exact_pairs)
 
@@ -86,9 +90,9 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         chunk_pairs: See `weigh`.
 
     Returns:
-        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`, the mean
-        of (shaped value * ε / unit) over the pairs that count; frozen leaves get 0. With ±1 noise it is the same to the
-        last bit in any order, on any number of devices. `count` and `totals` are as for `weigh`.
+        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`: the mean
+        of (shaped value * ε / unit) over the pairs that are not void; frozen leaves get 0. With ±1 noise it is the same
+        to the last bit in any order and on any number of devices. `count` and `totals` are as for `weigh`.
     """
     weigh_pairs = weigh(noise, mesh=mesh, chunk_pairs=chunk_pairs)
 
@@ -115,22 +119,22 @@ def value_and_grad(
     mesh: Mesh | None = None,
     chunk_pairs: int | None = None,
 ) -> Callable[..., tuple[Float[Array, ""], Params]]:
-    """Make a function that takes the place of `jax.value_and_grad(loss)`, with no backpropagation; jit it.
+    """Make a replacement for `jax.value_and_grad(loss)` that needs no backpropagation; jit it.
 
     Args:
         loss: See `evaluate`.
         noise: How members differ.
         pairs: Pairs of members, at least 1.
-        shaping: See `shape`. By default the gradient has a size of its own, which Adam takes no notice of; `raw` makes
-            it an unbiased estimate of the gradient of the smoothed loss, for rules such as plain SGD.
+        shaping: See `shape`. With z-scores, the default, the estimate has the direction of the gradient but not its
+            size, which makes no difference to Adam. Take `raw` for plain SGD.
         batch_axis: See `evaluate`; None: `batch` is one example for all pairs.
         mesh: Devices that share the pairs. None: one device.
         chunk_pairs: Pairs that a device evaluates at a time, see `evaluate`.
 
     Returns:
-        `(params, seed, batch) -> (value, gradient)`. `seed`, an integer or a key of JAX, which may be traced, names the
-        noise and differs in every step. `value` is the mean loss of the members that count, float32, NaN if there is
-        none; `gradient` is a pytree like `params`, 0 where more than half the losses are not finite. The same as
+        `(params, seed, batch) -> (value, gradient)`. `seed` is an integer or a JAX key, may be traced, and must differ
+        in every step. `value` is the mean loss of the pairs that are not void, float32, or NaN if all are void.
+        `gradient` is a pytree like `params`, and 0 if more than half of the pairs are void. The result equals that of
         `pair_seeds(seed, 0, pairs)`, `evaluate`, `shape` and `estimate` one after another.
 
     Raises:
@@ -155,6 +159,6 @@ def value_and_grad(
 
 
 def _pairs_an_example(batch: Any, batch_axis: Any, pairs: int) -> int:
-    """Return how many neighbouring pairs share an example."""
+    """Return how many neighbouring pairs share an example: the fewest over the leaves of the batch."""
     groups, axes = examples_of(batch, batch_axis, pairs)
     return pairs // max((group for group, axis in zip(groups, axes, strict=True) if axis is not None), default=1)

@@ -1,7 +1,7 @@
-"""Runs any JAX function on arguments of which some are `PerturbedArray`s, that the function itself knows nothing of.
+"""Runs an unmodified JAX function on arguments of which some are `PerturbedArray`s.
 
-The function is traced with plain arrays, and its operations are run one by one: those with a perturbed input by the
-rules of `esjax.core.rules`, all others as they stand. It works while tracing, so it costs nothing at run time.
+The function is traced with plain arrays, and its operations are applied one by one: those with a perturbed input by the
+rules of `esjax.core.rules`, all others unchanged. This happens while JAX traces, so it costs nothing at run time.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,16 +27,16 @@ _INLINED = {
     "remat",
     "remat2",
 }
-"""Operations that only wrap a function: its operations take their place."""
+"""Operations that only wrap a function; the operations of that function are run in their place."""
 
 
 class AddedUp(NamedTuple):
-    """An operation that has no rule, so that a perturbed array was added up for it.
+    """An operation without a rule, for which a perturbed array was added up.
 
     Attributes:
-        operation: Name of JAX's primitive.
-        leaf: Path of the leaf among the parameters.
-        shape: Shape of what was added up.
+        operation: Name of the JAX primitive.
+        leaf: Path of the leaf in the parameters.
+        shape: Shape of the array that was added up.
     """
 
     operation: str
@@ -49,10 +49,10 @@ def interpret(function: Callable[..., Any], added_up: list[AddedUp] | None = Non
 
     Args:
         function: Any function of pytrees that JAX can trace.
-        added_up: Gets an entry for each array that is added up because an operation has no rule.
+        added_up: List that receives an entry for each array that is added up because an operation has no rule.
 
     Returns:
-        A function of the same arguments; its results are plain arrays.
+        A function of the same arguments that returns plain arrays.
     """
 
     def interpreted(*arguments: Any) -> Any:
@@ -69,7 +69,7 @@ def interpret(function: Callable[..., Any], added_up: list[AddedUp] | None = Non
 
 
 class _Run:
-    """One pass over the operations of a function."""
+    """One pass over the operations of a function (a jaxpr)."""
 
     def __init__(self, added_up: list[AddedUp]) -> None:
         self._added_up = added_up
@@ -99,7 +99,7 @@ class _Run:
             if name in _LOOPS:
                 return _LOOPS[name](self, inputs, **params)
             rule = RULES.get(name)
-            with jax.numpy_dtype_promotion("standard"):  # factors are float32, whatever the type of the parameters
+            with jax.numpy_dtype_promotion("standard"):  # factors are float32; parameters may not be
                 found = NotImplemented if rule is None else rule(*inputs, **params)
             if found is not NotImplemented:
                 return found if primitive.multiple_results else [found]
@@ -108,7 +108,7 @@ class _Run:
         return outputs if primitive.multiple_results else [outputs]
 
     def plain(self, operation: str, values: Sequence[Any]) -> list[Any]:
-        """Add up the perturbed arrays among some values, and note it."""
+        """Add up the perturbed arrays among the values and record the operation."""
         for value in values:
             if is_perturbed(value) and value.left is not None:
                 self._added_up.append(AddedUp(operation, value.leaf, tuple(value.shape)))
@@ -177,7 +177,7 @@ def _inputs(jaxpr: Any) -> list[Any]:
 
 
 def _passed_on(body: Any, constants: int, carried: int) -> set[int]:
-    """List what a loop carries and never changes: it may stay perturbed."""
+    """Return which carried values a loop never changes: these may stay perturbed."""
     before, after = body.invars[constants : constants + carried], body.outvars[:carried]
     return {i for i, (one, two) in enumerate(zip(before, after, strict=True)) if one is two}
 
@@ -188,7 +188,7 @@ def _merged(start: Sequence[Any], same: set[int], moving: Sequence[Any]) -> list
 
 
 def _sliceable(value: PerturbedArray) -> PerturbedArray:
-    """Give both factors the whole of the first axis, along which a loop slices them."""
+    """Broadcast both factors along the first axis, so that a loop can slice them."""
     if value.left is None:
         return value
     left, right = value.factors()

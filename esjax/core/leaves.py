@@ -1,4 +1,4 @@
-"""How noise is laid over the leaves of a pytree: which of them take part, in which shape, and with which unit."""
+"""Which leaves of a pytree are perturbed, with noise of which shape, and in which unit."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,27 +11,28 @@ import jax.numpy as jnp
 from esjax.core.units import default_unit, row_axes
 
 MOST_NAMED = 6
-"""Leaves that an error names."""
+"""Number of leaves that an error message names."""
 
 ANoise = Any
-"""An `esjax.core.noise.Noise`; that module is built on this one."""
+"""`esjax.core.noise.Noise`, which cannot be imported here: that module imports this one."""
 
 OfLeaf = Callable[[str, Any], Any]
-"""`(path, leaf) -> value`; a path is like "params/Dense_0/kernel"."""
+"""`(path, leaf) -> value`. A path is a string such as "params/Dense_0/kernel"."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Plan of one perturbed leaf.
+    """The noise planned for one perturbed leaf.
 
     Attributes:
-        index: Place among the leaves of the pytree.
-        path: Where it is.
-        shape: Its shape.
-        unit: Its step size.
-        factors: Shapes of the two factors, without the rank; () where each parameter has an entry of its own.
-        layers: Arrays along its first axis that have factors of their own; 1 where it is one array.
-        row_of: For a bias: which perturbed leaf is its matrix, and along which factor its noise runs. None: no bias.
+        index: Position among the leaves of the pytree.
+        path: Path in the pytree, see `OfLeaf`.
+        shape: Shape of the leaf.
+        unit: Unit of the leaf, above 0.
+        factors: Shapes of the two factors of low-rank noise, without the rank; () for full noise.
+        layers: Number of arrays stacked along the first axis, each with separate factors; 1: not stacked.
+        row_of: For a bias: position of its matrix among the planned leaves, and 0 or 1 for the factor of that matrix
+            that has the bias's shape. None: not a bias.
     """
 
     index: int
@@ -44,23 +45,23 @@ class Leaf:
 
     @property
     def is_thin(self) -> bool:
-        """Whether its noise is a sum over the rank."""
+        """Whether the noise is a sum over the rank, to be divided by √rank."""
         return bool(self.factors) or self.row_of is not None
 
 
 def plan_leaves(noise: ANoise, params: Any) -> tuple[Any, list[Leaf]]:
-    """Plan the noise of each leaf that takes part.
+    """Plan the noise of each perturbed leaf.
 
     Args:
         noise: How members differ.
         params: A pytree of arrays, or of anything with shapes and types.
 
     Returns:
-        Step size of each leaf, a pytree of numbers like the parameters; and the plans.
+        The unit of each leaf, a pytree of floats like the parameters; and the plan of each perturbed leaf.
 
     Raises:
-        TypeError: A leaf is no array, or nothing in it can be perturbed.
-        ValueError: Units are no tree like the parameters, or not above 0.
+        TypeError: A leaf is not an array, or no leaf can be perturbed.
+        ValueError: The units do not match the parameters, or one is not above 0.
     """
     named, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [leaf_names(path) for path, _ in named]
@@ -78,7 +79,7 @@ def plan_leaves(noise: ANoise, params: Any) -> tuple[Any, list[Leaf]]:
 
 
 def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
-    """Name the way to a leaf of a pytree; the variables of nnx, which keep their array as `value`, count as leaves."""
+    """Return the names along the path to a leaf. The last name `value` of a variable of nnx is left out."""
     names = tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
@@ -88,7 +89,7 @@ def _units(noise: ANoise, paths: list[str], leaves: list[Any], treedef: Any) -> 
     if units is None:
         return [default_unit(_one_layer(noise, path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     found, given = jax.tree.flatten(units)
-    if given != treedef:  # a module of equinox is a tree that can be called
+    if given != treedef:  # units that match the parameters may be callable, too: an equinox module is a pytree
         if callable(units):
             found = [units(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
         else:
@@ -121,17 +122,17 @@ def _plan(noise: ANoise, index: int, path: str, leaf: Any, unit: float) -> Leaf:
 
 
 def _one_layer(noise: ANoise, path: str, leaf: Any) -> tuple[int, ...]:
-    """Return the shape of a leaf without its axis of layers."""
+    """Return the shape of one layer of a stacked leaf; of any other leaf, its shape."""
     shape = tuple(jnp.shape(leaf))
     if noise.stacked is None or not noise.stacked(path, leaf):
         return shape
     if len(shape) < 2:
-        raise ValueError(f"leaf {path} of shape {list(shape)} has no axis of layers; let `stacked` pass over it")
+        raise ValueError(f"leaf {path} of shape {list(shape)} has no axis of layers; let `stacked` return False for it")
     return shape[1:]
 
 
 def _with_rows(leaves: list[Leaf], names: list[tuple[str, ...]]) -> list[Leaf]:
-    """Find biases: the one other leaf beside a matrix, of the shape of its columns, or of its rows."""
+    """Mark biases. A bias is the only other leaf beside a matrix and has the shape of its columns or of its rows."""
     beside: dict[tuple[str, ...], list[int]] = {}
     for number, leaf in enumerate(leaves):
         beside.setdefault(names[leaf.index][:-1], []).append(number)

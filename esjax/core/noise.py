@@ -1,19 +1,20 @@
-"""From a seed to a perturbation of any pytree, and from many weighted seeds to their sum.
+"""From a seed to a perturbation of any pytree, and from many weighted seeds to the sum of their perturbations.
 
-A perturbation ε has entries of mean 0 and variance 1 and is named by its seed alone: it comes out the same whatever the
-chunking, the number of devices or the host. The two members of a pair are at θ + σ u ε and θ - σ u ε, where u is the
-unit of each leaf.
+A perturbation ε has entries of mean 0 and variance 1. It depends on its seed alone: not on the chunks, the number of
+devices or the host. The members of an *antithetic* pair are θ + σ u ε and θ - σ u ε, where u is the unit of each leaf.
+The members of a *split* pair share the even columns of ε and differ in the sign of the odd ones.
 
-- rademacher: ±1, the bits of threefry. Bit-exact on every platform, cheap, and as good as a normal for finite
-  differences (Spall 1992, "Multivariate stochastic approximation using a simultaneous perturbation gradient
-  approximation").
+Two distributions:
+
+- rademacher: ±1 from the bits of threefry. The same bits on every platform, cheap, and as good as a normal for finite
+  differences (Spall 1992, section II).
 - gaussian: standard normals, whose last bits differ between kinds of processors.
 
 Two shapes of ε:
 
-- full: one entry for each parameter (Salimans et al. 2017).
-- low rank: for a leaf of two or more axes, ε = Σ_r a_r b_rᵀ / √R (Sarkar et al. 2025, "Evolution Strategies at the
-  Hyperscale", section 4); any other leaf gets a full ε.
+- full: one number for each parameter (Salimans et al. 2017, section 2).
+- low rank: for a matrix, ε = Σ_r a_r b_rᵀ / √R with R products of vectors (Sarkar et al. 2025, section 4). Leaves that
+  are no matrices get full noise.
 """
 
 import math
@@ -36,10 +37,10 @@ Params = Any
 """A pytree of arrays."""
 
 Precision = Literal["float32", "bfloat16"]
-"""Type of what matrix products multiply."""
+"""Type to which the operands of matrix products are rounded; sums are float32."""
 
 Totals = list[Array]
-"""Σ weight * ε of each perturbed leaf, before the division by √rank; see `Layout.zeros`."""
+"""Σ weight * ε over pairs: an array for each perturbed leaf, of its shape, before the division by √rank."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,15 @@ class Noise:
     """How the members of a population differ; made by `low_rank` or `full`.
 
     Attributes:
-        sigma: Standard deviation of a perturbation, in units of each leaf.
-        rank: Rank of the perturbation of a matrix; 0: one entry for each parameter.
-        gaussian: Whether entries, or those of the factors, are normal; else they are ±1.
-        split: Whether the members of a pair share every other column of ε, beginning with the first, and differ in the
-            sign of the others; else they differ in the sign of all.
-        units: Step size of each leaf, see `low_rank`.
-        where: Which leaves are perturbed.
-        stacked: Which leaves hold one array a layer, along their first axis.
-        full_leaves: Which leaves get one entry for each parameter.
-        packed: Whether signs stay packed until they are used, which suits accelerators. It changes no number.
+        sigma: Standard deviation of a perturbation, above 0, in units of each leaf.
+        rank: Rank of the perturbation of a matrix; 0: full noise.
+        gaussian: Whether the numbers that are drawn are normal; else they are ±1.
+        split: Whether pairs are split; else they are antithetic and differ in the sign of all of ε.
+        units: Unit of each leaf, see `low_rank`.
+        where: Which leaves are perturbed, see `low_rank`.
+        stacked: Which leaves hold one array per layer along their first axis.
+        full_leaves: Which leaves get full noise.
+        packed: Whether ±1 stay packed as bits until they are used, which suits accelerators. It changes no number.
     """
 
     sigma: float
@@ -77,20 +77,20 @@ class Noise:
 
     @property
     def exact(self) -> bool:
-        """Whether sums of weighted noise are of integers, so that they are the same in any order."""
+        """Whether sums of weighted noise are sums of integers, which are the same in any order."""
         return not self.gaussian
 
     @property
     def exact_pairs(self) -> int:
-        """Pairs whose noise float32 sums exactly, for weights up to `esjax.core.shaping.LIMIT`."""
+        """Most pairs whose weighted noise a float32 sums exactly, for weights up to `esjax.core.shaping.LIMIT`."""
         return 2**24 // (LIMIT * max(self.rank, 1))
 
     def lay_out(self, params: Params) -> "Layout":
-        """Lay out the noise of one pair over the leaves of `params`: arrays, or anything with shapes and types.
+        """Plan the noise over the leaves of `params`, a pytree of arrays or of anything with shapes and types.
 
         Raises:
-            TypeError: A leaf is no array, or nothing in it can be perturbed.
-            ValueError: Units are no tree like the parameters, or not above 0.
+            TypeError: A leaf is not an array, or no leaf can be perturbed.
+            ValueError: The units do not match the parameters, or one is not above 0.
         """
         return Layout(self, params)
 
@@ -107,27 +107,26 @@ def low_rank(
     full_leaves: OfLeaf | None = None,
     packed: bool = False,
 ) -> Noise:
-    """Perturb each matrix by a product of few vectors (Sarkar et al. 2025, section 4).
+    """Perturb each matrix by a sum of `rank` products of two vectors (Sarkar et al. 2025, section 4).
 
-    A leaf of more than two axes is taken for a matrix whose rows are its first few axes and whose columns are the
-    rest, cut where the two sides are closest in size: [width, heads, head width] becomes width by (heads, head width).
-    Leaves of one axis, and numbers, get one entry of noise for each parameter, as do leaves of four axes or more:
-    convolutions.
+    A leaf of three axes counts as a matrix: [width, heads, head width] becomes width by (heads, head width), since it
+    is cut where rows and columns are closest in size. Scalars, vectors and leaves of four or more axes, such as
+    convolutions, get full noise.
 
     Args:
         sigma: Standard deviation of a perturbation, above 0, in units of each leaf.
         rank: Number of products, at least 1.
-        gaussian: Draw the vectors from a normal; else they are ±1, the same bits on every platform.
-        split: Let the members of a pair share every other column of the noise, so that their summed loss counts as
-            well.
-        units: Step size of each leaf: a pytree of numbers like the parameters, or a function of path and leaf. None:
-            1/√fan-in for leaves of two or more axes, fan-in being the rows, and 0.3 for the others. `initial_units`
-            makes them from first weights.
-        where: `(path, leaf) -> bool`: which leaves are perturbed and trained. None: all of floating type.
-        stacked: `(path, leaf) -> bool`: which leaves hold one array a layer along their first axis, as `nnx.scan` and
-            `flax.linen.scan` make them; each layer then has noise of its own. None: none.
-        full_leaves: `(path, leaf) -> bool`: which leaves get one entry of noise for each parameter all the same.
-        packed: Keep signs packed until they are used, which suits accelerators; it changes no number.
+        gaussian: Draw the vectors from a normal distribution; else they are ±1, the same bits on every platform.
+        split: Let the members of a pair share the even columns of ε and differ in the sign of the odd ones. `shape`
+            then credits the shared half by the pair's summed loss.
+        units: Unit of each leaf: a pytree of numbers like the parameters, or a function of path and leaf. None:
+            1/√fan-in for leaves of two or more axes, where the rows are the fan-in, and 0.3 for the others.
+            `initial_units` makes units from initial weights.
+        where: `(path, leaf) -> bool`: which leaves are perturbed and trained. None: all leaves of floating type.
+        stacked: `(path, leaf) -> bool`: which leaves hold one array per layer along their first axis, as `nnx.scan` and
+            `flax.linen.scan` make them. Each layer gets separate noise. None: no leaf.
+        full_leaves: `(path, leaf) -> bool`: which matrices get full noise. None: no matrix.
+        packed: Keep ±1 packed as bits until they are used, which suits accelerators. It changes no number.
 
     Raises:
         ValueError: `sigma` or `rank` is out of range.
@@ -145,11 +144,11 @@ def full(
     units: Any = None,
     where: OfLeaf | None = None,
 ) -> Noise:
-    """Perturb each parameter by itself (Salimans et al. 2017, "Evolution Strategies as a Scalable Alternative").
+    """Perturb each parameter independently (Salimans et al. 2017, section 2).
 
     Args:
         sigma: Standard deviation of a perturbation, above 0, in units of each leaf.
-        gaussian: Draw from a normal; else entries are ±1, the same bits on every platform.
+        gaussian: Draw from a normal distribution; else entries are ±1, the same bits on every platform.
         split: See `low_rank`.
         units: See `low_rank`.
         where: See `low_rank`.
@@ -161,12 +160,12 @@ def full(
 
 
 class Layout:
-    """The noise of one pair over the leaves of a pytree.
+    """Noise over the leaves of one pytree: draws it, perturbs with it, and sums it.
 
     Attributes:
         noise: How members differ.
-        units: Step size of each leaf, a pytree of numbers like the parameters.
-        numbers: Numbers of noise that a pair needs.
+        units: Unit of each leaf, a pytree of floats like the parameters.
+        numbers: How many random numbers a pair needs.
     """
 
     def __init__(self, noise: Noise, params: Params) -> None:
@@ -182,7 +181,7 @@ class Layout:
         return [(*shape, self.noise.rank) for shape in leaf.factors] or [leaf.shape]
 
     def _cut(self, take: Callable[[int, tuple[int, ...]], Any]) -> list[list[Any]]:
-        """Lay out a pair's numbers, of which `take(start, shape)` returns some, over the parts of each leaf."""
+        """Cut a pair's random numbers into the parts of each leaf; `take(start, shape)` returns the next part."""
         start, parts = 0, []
         for leaf in self._leaves:
             of_leaf = []
@@ -193,7 +192,7 @@ class Layout:
         return [self._row(leaf, of_leaf, parts) for leaf, of_leaf in zip(self._leaves, parts, strict=True)]
 
     def _row(self, leaf: Leaf, of_leaf: list[Any], parts: list[list[Any]]) -> list[Any]:
-        """Make the noise of a bias, as if it were one more row of its matrix: Σ_r shift_r * factor_r."""
+        """Make the noise of a bias as one more row (or column) of its matrix: Σ_r shift_r * factor_r."""
         if leaf.row_of is None:
             return of_leaf
         matrix, side = leaf.row_of
@@ -204,13 +203,17 @@ class Layout:
         return [jnp.sum(factor * shift, axis=len(leaf.shape))]
 
     def sample(self, seeds: UInt32[Array, "*pairs 2"]) -> list[list[Array]]:
-        """Grow the noise of pairs: for each perturbed leaf its ε, or the two factors; the axes of pairs come last."""
+        """Draw the noise of pairs from seeds [*pairs, 2].
+
+        Returns:
+            For each perturbed leaf [ε] or [left factor, right factor]. The axes of pairs come last.
+        """
         kind: Any = "gaussian" if self.noise.gaussian else "rademacher"
         drawn, pairs = draw(kind, seeds, self.numbers), seeds.shape[:-1]
         return self._cut(lambda start, shape: drawn[start : start + math.prod(shape)].reshape(*shape, *pairs))
 
     def draw(self, seed: UInt32[Array, "2"]) -> list[list[Any]]:
-        """Grow the noise of one pair as `member` takes it: as `sample`, or packed if the noise is."""
+        """Draw the noise of one pair for `member`: as `sample` does, or packed."""
         if not self._is_packed:
             return self.sample(seed)
         words = draw_words(seed, self.numbers)
@@ -221,10 +224,10 @@ class Layout:
         return self.noise.packed and self.noise.rank > 0 and not self.noise.gaussian
 
     def draw_all(self, seeds: UInt32[Array, "pairs 2"]) -> list[list[Any]]:
-        """Grow the noise of many pairs as `draw` does, the axis of pairs first.
+        """Draw the noise of many pairs as `draw` does, the axis of pairs first.
 
-        Numbers are written out by a loop: else XLA's CPU compiler unpacks each sign wherever it is used, in the middle
-        of the network's elementwise loops, which takes up to as long as the network itself.
+        A loop forces XLA to store the numbers. Otherwise its CPU compiler unpacks the signs wherever they are used,
+        inside the network's elementwise loops, which can take as long as the network itself.
         """
         if self._is_packed or len(seeds) == 1:
             return jax.vmap(self.draw)(seeds)
@@ -233,13 +236,16 @@ class Layout:
     def member(
         self, params: Params, drawn: list[list[Any]], sign: Float[Array, ""], precision: Precision = "float32"
     ) -> Params:
-        """Make the parameters of a member, `params + sign * sigma * unit * ε`, matrices of low rank not added up.
+        """Make the parameters of a member: `params + sign * sigma * unit * ε`.
 
         Args:
             params: The parameters.
             drawn: Noise of the pair, see `draw`.
-            sign: +1 or -1; in split pairs that of every other column alone.
+            sign: +1 or -1. In split pairs only the odd columns take it.
             precision: Type to which matrices are rounded for products.
+
+        Returns:
+            A pytree like `params`; matrices with low-rank noise are `PerturbedArray`s.
         """
         noise, leaves = self.noise, jax.tree.leaves(params)
         one = jnp.float32(1)
@@ -248,7 +254,7 @@ class Layout:
             size = size / math.sqrt(noise.rank) if leaf.is_thin else size
             if not leaf.factors:
                 direction = jnp.where(_is_common(leaf.shape), one, sign) if noise.split else sign
-                with jax.numpy_dtype_promotion("standard"):  # the noise is float32, whatever the type of the leaf
+                with jax.numpy_dtype_promotion("standard"):  # noise is float32; the leaf may not be
                     moved = (value + direction * size * unpacked(of_leaf[0])).astype(value.dtype)
                 leaves[leaf.index] = round_products(moved, precision, leaf.path)
                 continue
@@ -263,11 +269,13 @@ class Layout:
         return jax.tree.unflatten(self._treedef, leaves)
 
     def weigh(self, seeds: UInt32[Array, "pairs 2"], weights: Float[Array, " pairs *halves"]) -> Totals:
-        """Sum weight * ε over pairs: exact integers for ±1, integer weights and at most `Noise.exact_pairs` pairs.
+        """Sum weight * ε over pairs.
+
+        The sums are exact for ±1, integer weights and at most `Noise.exact_pairs` pairs.
 
         Args:
             seeds: Seeds of the pairs.
-            weights: [pairs], or [pairs, 2] of split pairs: those of the columns that both members share come first.
+            weights: [pairs]; for split pairs [pairs, 2]: of the shared columns, and of the others.
         """
         split, totals = self.noise.split, []
         for leaf, parts in zip(self._leaves, self.sample(seeds), strict=True):
@@ -286,12 +294,12 @@ class Layout:
         return totals
 
     def zeros(self) -> Totals:
-        """Return the totals of no pairs: int32 where sums are exact."""
+        """Return totals of 0 to add to: int32 where sums are exact, else float32."""
         kind = jnp.int32 if self.noise.exact else jnp.float32
         return [jnp.zeros(leaf.shape, kind) for leaf in self._leaves]
 
     def gradient(self, totals: Totals, scale: Float[Array, ""], params: Params) -> Params:
-        """Turn totals into the estimate `scale * Σ weight * ε / unit`, a pytree like the parameters; 0 where frozen."""
+        """Turn totals into the estimate `scale * Σ weight * ε / unit`, a pytree like `params`; frozen leaves get 0."""
         leaves = [_no_gradient(leaf) for leaf in jax.tree.leaves(params)]
         for leaf, total in zip(self._leaves, totals, strict=True):
             # Products, not quotients: XLA may turn a division into a product, and then the last bit differs.
@@ -300,7 +308,7 @@ class Layout:
         return jax.tree.unflatten(self._treedef, leaves)
 
     def epsilon(self, seed: UInt32[Array, "2"], params: Params) -> Params:
-        """Write out ε of one pair, a pytree like the parameters; 0 where frozen."""
+        """Return ε of one pair as plain float32 arrays, a pytree like `params`; frozen leaves get 0."""
         leaves = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in jax.tree.leaves(params)]
         for leaf, parts in zip(self._leaves, self.sample(seed), strict=True):
             written = jnp.sum(parts[0] * parts[1], axis=-1) if leaf.factors else parts[0]
@@ -309,31 +317,31 @@ class Layout:
 
     @property
     def adds_up(self) -> bool:
-        """Whether each member has a copy of some matrix."""
+        """Whether some matrix has full noise, so that each member needs a copy of it."""
         return any(not leaf.factors and len(leaf.shape) > 1 for leaf in self._leaves)
 
 
 def round_products(leaf: Array, precision: Precision, path: str = "") -> Any:
-    """Let products with a matrix be taken in another type; other leaves, and float32, stay as they are."""
+    """Wrap a matrix so that its products round to `precision`; any other leaf, and float32, is returned unchanged."""
     if precision == "float32" or jnp.ndim(leaf) != 2:
         return leaf
     return PerturbedArray(leaf.astype(precision), None, None, None, leaf.dtype, path)
 
 
 def _no_gradient(leaf: Any) -> Any:
-    """Return zeros like a leaf; for random keys, of which there are none, those of `jax.grad`."""
+    """Return zeros like a leaf; for random keys, float0 as `jax.grad` does."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return np.zeros(leaf.shape, jax.dtypes.float0)
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def _is_common(shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Mark the entries, or columns, of a perturbation that the members of a split pair share: every other one."""
+    """Mark what the members of a split pair share: even columns of low-rank noise, even entries of full noise."""
     return (jnp.arange(math.prod(shape)) % 2 == 0).reshape(shape)
 
 
 def _summed(leaf: Leaf, left: Array, right: Array) -> Array:
-    """Sum left * right over rank and pairs, the last two axes of both, as one product of matrices a layer."""
+    """Sum left * right over rank and pairs, the last two axes of both, by one matrix product per layer."""
     inner = left.shape[-2] * left.shape[-1]
     one, two = left.reshape(leaf.layers, -1, inner), right.reshape(leaf.layers, -1, inner)
     return jnp.einsum("lmk,lnk->lmn", one, two, precision=HIGHEST).reshape(leaf.shape)

@@ -1,7 +1,8 @@
-"""A perturbed array that is never added up: base + Σ_r left_r * right_r (Sarkar et al. 2025, section 4).
+"""An array kept as a sum, base + Σ_r left_r * right_r, that is not added up (Sarkar et al. 2025, section 4).
 
-`left` varies along some axes of the array and `right` along others, so a product with the array costs one product with
-the base, which the whole population shares, and two thin ones. `esjax.core.rules` has the operations that keep it so.
+`left` varies along some axes of the array and `right` along the others. So a product with the array is one product with
+the base, which the whole population shares, and two thin ones. `esjax.core.rules` lists the operations that keep an
+array in this form.
 """
 
 from dataclasses import dataclass, field
@@ -20,16 +21,16 @@ from esjax.core.signs import PackedSigns, unpacked
 class PerturbedArray:
     """The array `base + Σ_r left[..., r] * right[..., r] * step`, of the shape of `base`.
 
-    A factor has the axes of the base and one more, the rank; along an axis of the base it has that axis's size, or
-    size 1 where it does not vary. So transposing, slicing and reshaping the array is the same for all three parts.
+    A factor has the axes of the base and one more, the rank. Along each axis of the base it has that axis's size, or
+    size 1 where it does not vary. So transposing, slicing and reshaping work alike on all three parts.
 
     Attributes:
-        base: The unperturbed array, [*shape]. Its type may be narrower than `dtype`: products are then taken in it.
-        left: Factors, [*shape or 1, rank]. None: nothing is added to the base.
-        right: Factors, [*shape or 1, rank].
-        step: What `right` is multiplied with, sign included; broadcasts with it.
-        dtype: Type of the array to those who use it.
-        leaf: Path of the leaf it comes from.
+        base: The unperturbed array, [*shape]. If its type is narrower than `dtype`, products round to it.
+        left: Left factors, [*shape or 1, rank]. None: nothing is added to the base.
+        right: Right factors, [*shape or 1, rank].
+        step: Factor of `right`: sigma, unit and sign; broadcasts with `right`. None: 1.
+        dtype: Type of the whole array.
+        leaf: Path of the leaf that the array comes from.
     """
 
     base: Array
@@ -45,18 +46,18 @@ class PerturbedArray:
         return self.base.shape
 
     def factors(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Return both factors written out, the step in the right one."""
+        """Return both factors unpacked; the right one is multiplied by the step."""
         left, right = self.plain_factors()
         return left, right if self.step is None else right * self.step
 
     def plain_factors(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Return both factors written out, without the step."""
+        """Return both factors unpacked, without the step."""
         assert self.left is not None
         assert self.right is not None
         return unpacked(self.left), unpacked(self.right)
 
     def with_parts(self, base: Array, left: Array, right: Array) -> "PerturbedArray":
-        """Return the perturbed array of other parts, written out, of the same leaf."""
+        """Return a perturbed array of other, unpacked parts, with the same type and leaf."""
         return PerturbedArray(base, left, right, None, self.dtype, self.leaf)
 
     def added_up(self) -> Array:
@@ -64,7 +65,7 @@ class PerturbedArray:
         base = self.base.astype(self.dtype)
         if self.left is None:
             return base
-        with jax.numpy_dtype_promotion("standard"):  # of factors and base, which may be of another type
+        with jax.numpy_dtype_promotion("standard"):  # factors are float32; the base may not be
             left, right = self.factors()
             return (base + jnp.sum(left * right, axis=-1)).astype(self.dtype)
 

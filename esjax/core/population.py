@@ -1,4 +1,4 @@
-"""(params, seeds, batch) -> losses: the only place that makes a population of a model."""
+"""(params, seeds, batch) -> losses: scores a whole population. No other module does."""
 
 import inspect
 from collections.abc import Callable
@@ -16,21 +16,20 @@ from esjax.core.noise import Noise, Params, Precision
 from esjax.core.seeds import loss_key, pair_seeds
 
 PAIRS_AXIS = "pairs"
-"""Name of the mesh axis over which a population is spread."""
+"""Name of the mesh axis along which a population is divided."""
 
 CPU_PAIRS = 128
-"""Pairs that a CPU evaluates at a time unless told otherwise: the states of so many small networks stay in its
-cache."""
+"""Pairs that a CPU evaluates at a time by default: few enough for the states of small networks to stay in its cache."""
 
 Gathered = TypeVar("Gathered")
-"""A pytree of arrays of one type that can be added up."""
+"""A pytree of arrays of one type."""
 
 Loss = Callable[..., Float[Array, ""]]
-"""`(params, example) -> loss` or `(params, example, key) -> loss` of one member on one example; lower is better. Both
-members of a pair get the same example and the same key."""
+"""`(params, example) -> loss` or `(params, example, key) -> loss` of one member on one example: a float scalar, lower
+is better. Both members of a pair get the same example and the same key."""
 
 Evaluate = Callable[..., Float[Array, "pairs 2"]]
-"""`(params, seeds, batch) -> losses`."""
+"""`(params, seeds, batch, count=None) -> losses`, see `evaluate`."""
 
 
 def evaluate(
@@ -44,30 +43,30 @@ def evaluate(
 ) -> Evaluate:
     """Make the function that scores both members of every pair; jit it.
 
-    Matrices of low rank are never added up where `loss` uses them in matrix products, look-ups and the like, whatever
-    library it is written with (Sarkar et al. 2025, section 4); `explain` names what is added up.
+    Members with low-rank noise share the matrix products with the unperturbed weights; their own matrices are not added
+    up (Sarkar et al. 2025, section 4). `explain` names the operations of `loss` that are an exception.
 
     Args:
-        loss: Any JAX function `(params, example) -> number`, or `(params, example, key)` with a key that both members
-            of a pair share. `params` is any pytree.
+        loss: Any JAX function `(params, example) -> scalar`, or `(params, example, key)` with a random key that both
+            members of a pair share. `params` is any pytree.
         noise: How members differ, `low_rank(...)` or `full(...)`.
         batch_axis: 0: the leaves of `batch` have a leading axis of pairs, or of groups: with a quarter as many entries
-            as pairs, four neighbouring pairs share each. None: one example for all. Or a tuple, dict and so on of
-            these, as `jax.vmap` takes them for one argument.
-        mesh: Devices that share the pairs. None: one device. Where the devices are CPUs, wait for the results of a call
-            before the next (`jax.block_until_ready`): XLA's CPU devices can block each other when they run ahead.
-        chunk_pairs: Pairs that a device evaluates at a time, at least 2. Another number may change the last bit of a
-            loss; another number of devices does not. None: 128 on CPUs, each device's share on accelerators.
-        precision: Type of what is multiplied in products with perturbed matrices.
+            as pairs, four neighbouring pairs share each. None: one example for all pairs. Or a pytree prefix of these,
+            as `jax.vmap` takes it for one argument.
+        mesh: Devices that share the pairs. None: one device. If the devices are CPUs, wait for the results of each call
+            (`jax.block_until_ready`): XLA's CPU devices can block each other when one runs ahead.
+        chunk_pairs: Pairs that a device evaluates at a time, at least 2. It may change the last bit of a loss; the
+            number of devices does not. None: 128 on CPUs, each device's whole share on accelerators.
+        precision: Type to which the operands of products with perturbed matrices are rounded.
 
     Returns:
-        `(params, seeds, batch, count=None) -> losses`. The losses are float32 [pairs, 2], of the members +ε and -ε of
-        each pair. `seeds` is uint32 [pairs, 2], see `pair_seeds`. With `count`, which may be traced, only the first
+        `(params, seeds, batch, count=None) -> losses`. `seeds` is uint32 [pairs, 2], see `pair_seeds`. `losses` is
+        float32 [pairs, 2]: of the members +ε and -ε of each pair. With `count`, which may be traced, only the first
         `count` pairs are evaluated, in whole chunks; the others get 0.
 
-    The function raises, while it is traced:
-        TypeError: `loss` does not return one number of floating type, or a leaf of the parameters is no array.
-        ValueError: `seeds`, or a leaf of the batch, has another shape.
+    The returned function raises, while it is traced:
+        TypeError: `loss` does not return a float scalar, or a leaf of the parameters is not an array.
+        ValueError: `seeds` or a leaf of the batch has the wrong shape.
     """
     call = _called(loss)
     signs = jnp.array([1.0, -1.0], jnp.float32)
@@ -101,7 +100,7 @@ def evaluate(
             return jax.vmap(pair_losses, in_axes=along)(params, seeds, layout.draw_all(seeds), examples)
 
         size = min(chunk_pairs or _chunk_pairs(mesh, pairs), pairs)
-        size = max(size, 2)  # XLA drops an axis of 1, and may then sum in another order
+        size = max(size, 2)  # XLA drops an axis of size 1 and may then sum in another order
         chunks = -(-pairs // size)
         if chunks == 1 and mesh is None and count is None and pairs > 1:
             return chunk_losses(jnp.arange(pairs, dtype=jnp.int32), seeds, params, batch)
@@ -121,9 +120,9 @@ def evaluate(
 
 
 def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[AddedUp]:
-    """List the operations of a loss for which a low-rank member's matrix is added up, because they have no rule.
+    """List the operations of a loss that have no rule, so that a low-rank member's matrix is added up for them.
 
-    The result is right all the same; such an operation costs each member a copy of the matrix. An empty list is best.
+    The loss is right all the same, but each member then needs a copy of the matrix. An empty list is best.
 
     Args:
         loss: See `evaluate`.
@@ -132,7 +131,7 @@ def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[Adde
         example: One example, as `loss` gets it.
 
     Returns:
-        Operation, leaf and shape of each, once, in the order of the operations.
+        Operation, leaf and shape, each once, in the order of the operations.
     """
     added_up: list[AddedUp] = []
     seed, layout = pair_seeds(0, 0, 1)[0], noise.lay_out(params)
@@ -146,16 +145,15 @@ def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[Adde
 
 
 def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gathered]:
-    """Deal chunks of pairs to the devices in turn, and add up what each of them gathers.
+    """Deal chunks of pairs to the devices in turn and add up the results of all devices.
 
     Args:
-        mesh: The devices. None: one.
-        work: `(chunk, gathered, *arguments) -> gathered` adds one chunk, given by its number, to what a device has
-            gathered so far.
+        mesh: The devices. None: one device.
+        work: `(chunk, gathered, *arguments) -> gathered` adds the result of chunk number `chunk` to `gathered`.
 
     Returns:
-        `(count, zeros, *arguments) -> gathered`, a whole copy on every device. The number of chunks may be traced, so
-        that one program serves for any number. Each device begins with `zeros`.
+        `(count, zeros, *arguments) -> gathered`: the sum over `count` chunks, with a whole copy on every device.
+        `count` may be traced, so one program serves any number of chunks. Each device starts from `zeros`.
     """
     if mesh is None:
 
@@ -174,7 +172,7 @@ def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gath
         def take_turn(turn: Array, gathered: Gathered) -> Gathered:
             return work(turn * size + device, gathered, *arguments)
 
-        # As one vector: on CPUs each array that is added up by itself is a meeting of all devices.
+        # As one vector: each all-reduce on CPUs makes all devices wait for each other.
         flat, unravel = ravel_pytree(jax.lax.fori_loop(0, turns, take_turn, zeros))
         return unravel(jax.lax.psum(flat, axes))
 
@@ -187,7 +185,7 @@ def _chunk_pairs(mesh: Mesh | None, pairs: int) -> int:
 
 
 def _called(loss: Loss) -> Callable[[Params, Any, Array], Float[Array, ""]]:
-    """Call a loss with or without a key, as it takes it, and see that it returns one number."""
+    """Wrap a loss: pass the key if the loss takes one, and check that it returns a float scalar."""
     name = getattr(loss, "__name__", type(loss).__name__)
     with_key = _takes_key(loss)
 
@@ -206,7 +204,7 @@ def _called(loss: Loss) -> Callable[[Params, Any, Array], Float[Array, ""]]:
 def _takes_key(loss: Loss) -> bool:
     try:
         parameters = list(inspect.signature(loss).parameters.values())
-    except (TypeError, ValueError):  # nothing is known of some compiled functions
+    except (TypeError, ValueError):  # some compiled functions have no signature
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 2 and (
@@ -215,14 +213,18 @@ def _takes_key(loss: Loss) -> bool:
 
 
 def check_seeds(seeds: Any) -> None:
-    """Raise ValueError unless seeds are those of pairs."""
+    """Raise ValueError unless the seeds are uint32 [pairs, 2]."""
     if jnp.ndim(seeds) != 2 or seeds.shape[1] != 2 or len(seeds) == 0 or seeds.dtype != jnp.uint32:
         kind = f"{getattr(seeds, 'dtype', type(seeds).__name__)}{list(jnp.shape(seeds))}"
         raise ValueError(f"seeds must be uint32 [pairs, 2], as esjax.pair_seeds makes them, got {kind}")
 
 
 def examples_of(batch: Any, batch_axis: Any, pairs: int) -> tuple[list[int], list[int | None]]:
-    """Return the number of entries of each leaf of a batch, and its axis of pairs or None."""
+    """Return, for each leaf of a batch, how many examples it holds, and its axis of pairs (0 or None).
+
+    Raises:
+        ValueError: An axis is neither 0 nor None, or the size of a leaf does not divide the number of pairs.
+    """
     named, _ = jax.tree_util.tree_flatten_with_path(batch)
     axes = [axis for axis, below in zip(*_broadcast_prefix(batch_axis, batch), strict=True) for _ in range(below)]
     groups = []
@@ -244,7 +246,7 @@ def examples_of(batch: Any, batch_axis: Any, pairs: int) -> tuple[list[int], lis
 
 
 def _broadcast_prefix(prefix: Any, tree: Any) -> tuple[list[Any], list[int]]:
-    """Flatten a prefix of a tree: its values, None among them, and the number of leaves below each."""
+    """Flatten a prefix of a pytree: return its values, None included, and the number of leaves below each."""
     values, treedef = jax.tree.flatten(prefix, is_leaf=lambda value: value is None)
     below: list[Any] = treedef.flatten_up_to(tree)  # type: ignore[attr-defined]
     return values, [len(jax.tree.leaves(part)) for part in below]

@@ -1,7 +1,7 @@
-"""What each operation of JAX does with a `PerturbedArray`, so that it need not be added up.
+"""Rules: how each operation of JAX works on a `PerturbedArray` without adding it up (Sarkar et al. 2025, section 4).
 
-A rule gets the inputs of an operation, at least one of them perturbed, and its parameters, and returns the output: an
-array, or a perturbed array again. `NotImplemented` stands for "no rule": the inputs are added up.
+A rule takes the inputs of an operation, of which at least one is perturbed, and its parameters. It returns the output:
+an array or another perturbed array. If it returns `NotImplemented`, the interpreter adds the inputs up.
 """
 
 import math
@@ -16,13 +16,13 @@ from esjax.core.perturbed import PerturbedArray, is_perturbed
 from esjax.core.signs import PackedSigns
 
 HIGHEST = lax.Precision.HIGHEST
-"""Products with factors keep all digits: else the kind of hardware would decide how many count."""
+"""Products with factors keep all digits of float32. By default, the hardware would decide how many it keeps."""
 
 Axes = tuple[int, ...]
 
 
 def dot_general(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
-    """Multiply: the product with the base, which all members share, plus the products with the thin factors."""
+    """Multiply: add the product with the base, which all members share, and the products with the thin factors."""
     if is_perturbed(lhs) and is_perturbed(rhs):
         return NotImplemented
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = dimension_numbers
@@ -31,11 +31,11 @@ def dot_general(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) ->
     else:
         value, x, of_value, of_x = rhs, lhs, (rhs_contracted, rhs_batch), (lhs_contracted, lhs_batch)
     operand = x
-    if value.base.dtype != value.dtype:  # products are taken in a narrower type, and summed in the wider one
+    if value.base.dtype != value.dtype:  # multiply in the narrower type, sum in the wider one
         operand = x.astype(value.base.dtype)
         params = {**params, "precision": None, "preferred_element_type": value.dtype}
-    # The operand that differs between members comes first, so that their axes lead in the result: a layout that suits
-    # what is added to it.
+    # The operand that differs between members comes first. Then their axis leads in the product, as it does in the thin
+    # product that is added to it.
     numbers = ((of_x[0], of_value[0]), (of_x[1], of_value[1]))
     step = None if value.left is None else _thin_product(x, value, of_x, of_value)
     if step is None and value.left is not None:
@@ -52,14 +52,13 @@ def dot_general(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) ->
 def _thin_product(
     x: Array, value: PerturbedArray, of_x: tuple[Axes, Axes], of_value: tuple[Axes, Axes]
 ) -> Array | None:
-    """Multiply with Σ_r left_r * right_r alone: each factor is contracted over the axes along which it varies.
+    """Multiply x by Σ_r left_r * right_r: contract each factor over the axes along which it varies.
 
-    Axes have names: ("value", i) for those of the perturbed array, ("x", i) for the free ones of the other operand,
-    "rank".
+    Axes have names: ("value", i) for axis i of the perturbed array, ("x", i) for a free axis of x, and "rank".
 
     Returns:
-        The product, axes of a batch first, then the free ones of x, then those of the value; None where an axis that
-        is contracted varies in both factors.
+        The product: first the batch axes, then the free axes of x, then those of the value. None if both factors vary
+        along a contracted axis.
     """
     contracted, batch = of_value
     shared = dict(zip([*of_x[0], *of_x[1]], [("value", axis) for axis in (*contracted, *batch)], strict=True))
@@ -67,7 +66,7 @@ def _thin_product(
     free = [("value", axis) for axis in range(len(value.shape)) if axis not in (*contracted, *batch)]
     wanted = [*(("value", axis) for axis in batch), *(name for name in names if name[0] == "x"), *free]
 
-    # A step that is one number is cheapest on what is left after a contraction.
+    # A scalar step is cheapest after the contraction, where the array is smallest.
     step = None if value.step is None or jnp.ndim(value.step) else value.step
     pair = value.factors() if step is None else value.plain_factors()
     factors = [_named(factor) for factor in pair]
@@ -80,7 +79,7 @@ def _thin_product(
             partial, names = _contract(partial, names, factor, axes, summed)
         else:
             waiting.append((factor, axes))
-    # What is left to contract has size 1: the perturbed array is constant along it.
+    # Along the axes that are still to be contracted, the perturbed array is constant: sum x over them.
     gone = [i for i, name in enumerate(names) if name in summed]
     partial, names = jnp.sum(partial, axis=gone) if gone else partial, [name for name in names if name not in summed]
     rank = pair[0].shape[-1]
@@ -90,7 +89,7 @@ def _thin_product(
         if not (set(names) & set(axes)) - {"rank", *wanted[: len(batch)]}:
             partial, names = _contract(partial, names, factor, axes, {"rank"})
             return _arranged(partial, names, wanted)
-    # One factor is an outer product: XLA fuses it, where a product of inner size 1 is a call.
+    # With rank 1, multiply elementwise: XLA fuses that, while a matrix product of inner size 1 is a separate call.
     every = wanted if rank == 1 else [*wanted, "rank"]
     for factor, axes in waiting:
         partial, names = _arranged(partial, names, every) * _arranged(factor, axes, every), every
@@ -99,7 +98,7 @@ def _thin_product(
 
 
 def _named(factor: Array) -> tuple[Array, list[Any]]:
-    """Drop the axes along which a factor does not vary, and name the others."""
+    """Drop the axes along which a factor does not vary and name the others."""
     constant = [axis for axis in range(factor.ndim - 1) if factor.shape[axis] == 1]
     names = [("value", axis) for axis in range(factor.ndim - 1) if factor.shape[axis] != 1]
     if factor.shape[-1] == 1:
@@ -110,7 +109,7 @@ def _named(factor: Array) -> tuple[Array, list[Any]]:
 def _contract(
     one: Array, one_names: Sequence[Any], two: Array, two_names: Sequence[Any], summed: set[Any]
 ) -> tuple[Array, list[Any]]:
-    """Multiply two arrays, and sum over the axes in `summed` that both have."""
+    """Multiply two arrays and sum over those axes in `summed` that both have."""
     shared = [name for name in one_names if name in two_names]
     over, batch = [name for name in shared if name in summed], [name for name in shared if name not in summed]
 
@@ -129,7 +128,7 @@ def _contract(
 
 
 def _arranged(array: Array, names: Sequence[Any], wanted: Sequence[Any]) -> Array:
-    """Put axes into the wanted order; one that is not there gets size 1."""
+    """Put axes into the wanted order; a missing one gets size 1."""
     if list(names) == list(wanted):
         return array
     present = [name for name in wanted if name in names]
@@ -138,7 +137,7 @@ def _arranged(array: Array, names: Sequence[Any], wanted: Sequence[Any]) -> Arra
 
 
 def _each_part(value: PerturbedArray, change: Callable[[Array, bool], Array]) -> PerturbedArray:
-    """Change the base and both factors alike; `change` is told whether the part is a factor."""
+    """Apply `change(part, is_factor)` to the base and both factors."""
     if value.left is None:
         return PerturbedArray(change(value.base, False), None, None, None, value.dtype, value.leaf)
     left, right = value.factors()
@@ -158,7 +157,7 @@ def squeeze(value: PerturbedArray, *, dimensions: Sequence[int], **_: Any) -> An
 def broadcast_in_dim(
     value: Any, *rest: Any, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: Any
 ) -> Any:
-    """Add axes, along which a factor does not vary."""
+    """Add axes; factors do not vary along them."""
     if rest:
         return NotImplemented
 
@@ -173,7 +172,7 @@ def broadcast_in_dim(
 
 
 def reshape(value: Any, *rest: Any, new_sizes: Sequence[int], dimensions: Any, **_: Any) -> Any:
-    """Split axes, or join neighbours along which the same factor varies."""
+    """Split axes, or join neighbouring axes along which the same factor varies."""
     if rest or dimensions is not None:
         return NotImplemented
     groups = _reshape_groups(value.shape, tuple(new_sizes))
@@ -195,7 +194,7 @@ def reshape(value: Any, *rest: Any, new_sizes: Sequence[int], dimensions: Any, *
 
 
 def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Pair the fewest neighbouring old axes with the new sizes that they become; None if the array is empty."""
+    """Group old axes with the new sizes that they become, in the smallest groups; None if the array is empty."""
     if math.prod(old) == 0:
         return None
     groups: list[tuple[list[int], list[int]]] = []
@@ -218,7 +217,7 @@ def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[i
 
 
 def convert_element_type(value: PerturbedArray, *, new_dtype: Any, **_: Any) -> Any:
-    """Cast the base; the factors keep their digits."""
+    """Cast the base; the factors stay float32."""
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return NotImplemented
     base = value.base if value.base.dtype != value.dtype else value.base.astype(new_dtype)
@@ -226,28 +225,28 @@ def convert_element_type(value: PerturbedArray, *, new_dtype: Any, **_: Any) -> 
 
 
 def copy(value: PerturbedArray, **_: Any) -> PerturbedArray:
-    """Leave it as it is."""
+    """Return the array unchanged."""
     return value
 
 
 def add(one: Any, two: Any, **_: Any) -> Any:
-    """Add up in passing: a sum of arrays costs as much whether they are written out before or while it is taken."""
+    """Add up: a sum needs the whole array anyway, and XLA fuses the two sums. So it does not count as "no rule"."""
     return jnp.add(*(value.added_up() if is_perturbed(value) else value for value in (one, two)))
 
 
 def mul(one: Any, two: Any, **_: Any) -> Any:
-    """Multiply with a number."""
+    """Multiply by a scalar."""
     value, number = (one, two) if is_perturbed(one) else (two, one)
     return _scaled(value, number, jnp.multiply)
 
 
 def div(value: Any, number: Any, **_: Any) -> Any:
-    """Divide by a number."""
+    """Divide by a scalar."""
     return _scaled(value, number, jnp.divide) if is_perturbed(value) else NotImplemented
 
 
 def neg(value: PerturbedArray, **_: Any) -> Any:
-    """Turn the sign."""
+    """Negate."""
     return _scaled(value, -1.0, jnp.multiply)
 
 
@@ -259,7 +258,7 @@ def _scaled(value: PerturbedArray, number: Any, change: Callable[[Any, Any], Arr
 
 
 def slice_(value: PerturbedArray, *, start_indices: Axes, limit_indices: Axes, strides: Axes | None, **_: Any) -> Any:
-    """Take a part at fixed places."""
+    """Slice at fixed positions."""
 
     def change(part: Array, is_factor: bool) -> Array:
         index = [
@@ -274,7 +273,7 @@ def slice_(value: PerturbedArray, *, start_indices: Axes, limit_indices: Axes, s
 
 
 def split(value: PerturbedArray, *, sizes: Sequence[Any], axis: int, **_: Any) -> Any:
-    """Cut into parts along an axis."""
+    """Split along an axis."""
     parts, start = [], 0
     for size in map(int, sizes):
         starts, limits = [0] * len(value.shape), list(value.shape)
@@ -285,7 +284,7 @@ def split(value: PerturbedArray, *, sizes: Sequence[Any], axis: int, **_: Any) -
 
 
 def dynamic_slice(value: Any, *starts: Any, slice_sizes: Sequence[int], **_: Any) -> Any:
-    """Take a part at computed places: the row of a token, the matrix of a layer."""
+    """Slice at computed positions: the row of a token, or the matrix of a layer."""
     if not is_perturbed(value) or len(starts) != len(slice_sizes):
         return NotImplemented
     if isinstance(value.left, PackedSigns) and tuple(slice_sizes) == (1, *value.shape[1:]) and value.left.shape[0] != 1:
@@ -294,7 +293,7 @@ def dynamic_slice(value: Any, *starts: Any, slice_sizes: Sequence[int], **_: Any
         base = lax.dynamic_slice(value.base, starts, slice_sizes).astype(value.dtype)
         return base + jnp.sum(value.left.row(row) * right, axis=-1).astype(value.dtype)
 
-    zero = jnp.zeros_like(starts[0])  # all places are of one type
+    zero = jnp.zeros_like(starts[0])  # all start indices have one type
 
     def change(part: Array, is_factor: bool) -> Array:
         if not is_factor:
@@ -310,7 +309,7 @@ def dynamic_slice(value: Any, *starts: Any, slice_sizes: Sequence[int], **_: Any
 
 
 def gather(value: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Sequence[int], **params: Any) -> Any:
-    """Look up slices, as rows of an embedding."""
+    """Look up slices, such as rows of an embedding."""
     if not is_perturbed(value):
         return NotImplemented
     numbers, params = dimension_numbers, {**params, "unique_indices": params.get("unique_indices", False)}
@@ -324,7 +323,7 @@ def gather(value: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Seq
     def change(factor: Array) -> Array:
         looked_up = [axis for axis in numbers.start_index_map if factor.shape[axis] != 1]
         sizes = [min(size, here) for size, here in zip(slice_sizes, factor.shape[:-1], strict=True)]
-        if not looked_up:  # constant along what is looked up: one slice serves all
+        if not looked_up:  # constant along the looked-up axes: one slice serves all
             part = lax.slice(factor, [0] * factor.ndim, [*sizes, factor.shape[-1]])
             part = lax.squeeze(part, numbers.collapsed_slice_dims)
             return lax.expand_dims(part, batch)
@@ -348,7 +347,7 @@ def gather(value: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Seq
 
 
 def _if_worth_it(value: PerturbedArray) -> Any:
-    """Add up a part of an array in which a factor no longer varies: a row of a matrix is no more than a vector."""
+    """Add up a part that factors no longer make smaller: a row of a perturbed matrix is only a vector."""
     if value.left is None:
         return value
     left, right = value.factors()

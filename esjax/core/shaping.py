@@ -1,13 +1,12 @@
-"""From losses to shaped weights: what each pair's perturbation counts for in the update.
+"""Shaping: from the losses of all pairs to one small integer per pair, its weight in the update, and one scale.
 
-Shaping works on the difference of a pair, d = loss(+ε) - loss(-ε). Both members see the same example, so d does not
-depend on how hard the example was, and pairs with different examples can be compared. In split pairs the members share
-one half of their noise: that half is credited by the pair's summed loss, relative to the other pairs on the same
-example.
+Shaping works on the difference of a pair, d = loss(+ε) - loss(-ε). Both members see the same example, so its difficulty
+cancels, and pairs with different examples can be compared. Members of a split pair share the even columns of ε: this
+half is credited by the pair's summed loss, relative to the other pairs on the same example.
 
-Weights are small integers, so that the update is a sum of integers: the same in any order, on any number of devices and
-hosts, and a byte or two a pair to send. A sum Σ weight * ε grows with a positive d along +ε: it points uphill in loss,
-as a gradient does.
+Weights are integers, so Σ weight * ε is a sum of integers: the same in any order, on any number of devices and hosts.
+A weight takes one byte to send. Where +ε raises the loss, d and the weight are positive: the sum points uphill, as a
+gradient does.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -20,25 +19,25 @@ from jaxtyping import Float, Int8, Integer
 Shaping = Literal["zscore", "centered_rank", "sign", "raw"]
 
 LIMIT = 127
-"""Largest size of a weight."""
+"""Weights are from -127 to 127."""
 
 LARGEST_LOSS = 1e9
-"""Losses beyond this size count as not finite: a member that far off has nothing to say."""
+"""A loss of this absolute value or more counts as not finite."""
 
 STEPS_PER_DEVIATION = 16
-"""Resolution of `zscore`: rounding adds 1/(12 * 16²) = 0.03% to the variance; clipped at 127/16 = 7.9 deviations."""
+"""Resolution of `zscore`. Rounding adds 1/(12 * 16²) = 0.03% to the variance; values are clipped at 127/16 = 7.9."""
 
 Numbers = Any
-"""Arrays of numpy, computed with in float64 on the host, or of JAX, computed with in float32 and jitted if you like."""
+"""Arrays of numpy, computed in float64 on the CPU, or of JAX, computed in float32, also in jitted code."""
 
 
 class Shaped(NamedTuple):
     """Shaped weights of one step.
 
     Attributes:
-        weights: Integer weight of each pair, int8 [pairs]; of split pairs [pairs, 2], that of the shared half first.
-        scale: Factor that makes the sum `Σ weight * ε` the mean of `shaped value * ε` over the pairs that count.
-        void_pairs: Number of pairs that weigh 0 because a loss of theirs is not finite.
+        weights: Weight of each pair, int8 [pairs]; for split pairs [pairs, 2]: of the shared half, and of the other.
+        scale: `scale * Σ weight * ε` is the mean of `shaped value * ε` over the pairs that are not void.
+        void_pairs: Number of pairs with weight 0 because one of their losses is not finite.
     """
 
     weights: Int8[Numbers, "pairs ..."]
@@ -47,7 +46,7 @@ class Shaped(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """Why all weights are 0, or ""; for values that are not traced."""
+        """The reason why all weights are 0, or "". Not for traced values."""
         pairs, void_pairs = len(self.weights), int(self.void_pairs)
         if 2 * void_pairs > pairs:
             return f"{void_pairs} of {pairs} pairs have a loss that is not finite"
@@ -58,8 +57,8 @@ class Shaped(NamedTuple):
 
 
 def is_finite(losses: Float[Numbers, "pairs 2"]) -> Any:
-    """Return which pairs count: both losses are finite, and at most `LARGEST_LOSS` in size."""
-    # Not all(axis=1), which takes ten times as long in numpy.
+    """Return which pairs are not void: both absolute losses are below `LARGEST_LOSS`."""
+    # all(axis=1) would take ten times as long in numpy.
     return (abs(losses[:, 0]) < LARGEST_LOSS) & (abs(losses[:, 1]) < LARGEST_LOSS)
 
 
@@ -72,20 +71,21 @@ def shape(
     """Turn the losses of pairs into integer weights.
 
     Args:
-        losses: Losses of the members +ε and -ε of each pair, [pairs, 2]; lower is better. Numpy arrays are computed
-            with in float64, JAX arrays in float32, in jitted code too.
+        losses: Losses of the members +ε and -ε of each pair, [pairs, 2]; lower is better. Numpy arrays are computed in
+            float64, JAX arrays in float32, also in jitted code.
         method: How a difference d becomes a value. zscore: d over its standard deviation. centered_rank: rank of d,
-            from -1/2 to 1/2, equal values share their mean rank (Salimans et al. 2017, section 2.1). sign: ±1, or 0
-            where d is 0. raw: d / (2 sigma), whose sum is an unbiased estimate of the gradient of the smoothed loss.
-        sigma: Size of the perturbations; enters `raw` alone.
-        examples: For split pairs: number of the example that each pair was scored on. A pair's summed loss counts
-            relative to the mean of the other pairs on the same example; where there is none, not at all. None:
-            antithetic pairs.
+            from -1/2 to 1/2, where equal values share their mean rank (Salimans et al. 2017, section 2.1). sign: ±1, or
+            0 if d is 0. raw: d / (2 sigma); the estimate is then an unbiased one of the gradient of the smoothed loss
+            (Salimans et al. 2017, section 2).
+        sigma: Size of the perturbations, above 0; only `raw` uses it.
+        examples: For split pairs: number of the example of each pair, [pairs]. The shared half is credited by the
+            pair's summed loss less the mean summed loss of the other pairs on the same example; it gets weight 0 if
+            there is no other pair. None: antithetic pairs.
 
     Returns:
-        An int8 weight for each pair, their scale, and the number of void pairs. A pair with a loss that is not finite
-        is void, and its weight is 0. If more than half the pairs are void, or all losses that are compared are equal,
-        all weights are 0, and `Shaped.trouble` names the reason.
+        The weights, their scale, and the number of void pairs. A pair with a loss that is not finite is void and gets
+        weight 0. If more than half of the pairs are void, or all compared losses are equal, all weights are 0 and
+        `Shaped.trouble` gives the reason.
 
     Raises:
         ValueError: `losses` is not of shape [pairs, 2], or the method is unknown.
@@ -98,7 +98,7 @@ def shape(
         raise ValueError(f"method must be one of {', '.join(_SHAPINGS)}, got {method!r}")
     xp: Any = np if isinstance(losses, np.ndarray) else jnp
     finite = is_finite(losses)
-    # In the order of the pairs: one result, whichever host computed the losses.
+    # Sums run in the order of the pairs, so the result does not depend on which host computed which loss.
     known = xp.where(finite[:, None], losses, 0).astype(jnp.float32 if xp is jnp else np.float64)
     counted = xp.sum(finite.astype(known.dtype))
     difference = known[:, 0] - known[:, 1]
@@ -117,7 +117,7 @@ def shape(
 
 
 def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -> Numbers:
-    """Return the sum of each pair's losses over the mean sum of the other pairs with its example; 0 for one alone."""
+    """Return each pair's summed loss less the mean of the other pairs on the same example; 0 if there is no other."""
     pairs = len(losses)
     if xp is jnp:
         _, group = jnp.unique(examples, return_inverse=True, size=pairs)
@@ -125,7 +125,7 @@ def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -
         _, group = np.unique(examples, return_inverse=True)
 
     def sum_up(values: Numbers) -> Numbers:
-        """Sum over the pairs of each pair's example."""
+        """Sum over all pairs on the same example, for each pair."""
         if xp is np:
             return np.bincount(group, values, minlength=pairs)[group]
         return jnp.zeros(pairs, values.dtype).at[group].add(values)[group]
@@ -137,13 +137,13 @@ def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -
 
 
 def _zscore(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numbers, float]:
-    # About 0, the mean by symmetry.
+    # The deviation is about 0: the mean is 0 by symmetry.
     deviation = xp.sqrt(xp.sum(values**2) / xp.maximum(xp.sum(counts.astype(values.dtype)), 1))
     return values / xp.where(deviation > 0, deviation, 1.0), 1 / STEPS_PER_DEVIATION
 
 
 def _centered_rank(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numbers, float]:
-    ordered = xp.sort(xp.where(counts, values, xp.inf))  # those that do not count come last
+    ordered = xp.sort(xp.where(counts, values, xp.inf))  # void pairs come last
     ends = xp.searchsorted(ordered, values, side="left") + xp.searchsorted(ordered, values, side="right")
     ranks, most = (ends - 1).astype(values.dtype) / 2, xp.sum(counts.astype(values.dtype)) - 1
     return ranks / xp.maximum(most, 1) - 0.5, 0.5 / LIMIT

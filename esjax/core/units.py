@@ -1,8 +1,7 @@
-"""Units: the size of a typical entry of each leaf, of which perturbations and updates are multiples.
+"""Units: the size of a typical entry of each leaf. Perturbations and updates are multiples of it.
 
-So sigma and the learning rate mean the same for every leaf and for every width, whatever the equations of a model. Adam
-moves every entry by about the learning rate, whatever the gradient's size, so its step needs units as much as sigma
-does.
+So sigma and the learning rate mean the same for every leaf, every width and every model. Adam moves each entry by about
+the learning rate, whatever the size of the gradient, so its step needs units as much as sigma does.
 """
 
 import math
@@ -15,33 +14,33 @@ import optax
 from jaxtyping import PyTree
 
 VECTOR_UNIT = 0.3
-"""Unit of vectors and numbers: with 1, the noise of biases drowns that of matrices of unit 1/√fan-in."""
+"""Unit of vectors and scalars. With 1, the noise of the biases would outweigh that of matrices of unit 1/√fan-in."""
 
 STEPS_AN_OCTAVE = 8
-"""Units from first weights are rounded to so many steps an octave."""
+"""Units of initial weights are rounded to 2^(n/8), eight steps per factor of 2."""
 
 
 def default_unit(shape: Sequence[int]) -> float:
-    """Choose the unit of a leaf by its shape: 1/√fan-in for two or more axes, fan-in being the rows, else 0.3."""
+    """Return the unit of a leaf by its shape: 1/√fan-in for two or more axes, where rows are the fan-in; else 0.3."""
     return VECTOR_UNIT if len(shape) < 2 else max(math.prod(shape[: row_axes(shape)]), 1) ** -0.5
 
 
 def row_axes(shape: Sequence[int]) -> int:
-    """Choose how many axes of a leaf are the rows of a matrix: rows and columns come closest in size."""
+    """Return how many leading axes are the rows of a matrix, so that rows and columns are closest in size."""
     return min(range(1, len(shape)), key=lambda cut: math.prod(shape[:cut]) + math.prod(shape[cut:]))
 
 
 def initial_units(params: PyTree) -> PyTree:
-    """Make units from first weights: the root mean square of each leaf's values.
+    """Make units from initial weights: the root mean square of each leaf.
 
-    A leaf of zeros gets `default_unit`. Values are rounded to eight steps an octave, so that first weights that differ
-    in last bits between kinds of processors have the same units.
+    A leaf of zeros gets `default_unit`. Units are rounded to eight steps per factor of 2: initial weights may differ in
+    their last bits between processors, and their units should not.
 
     Args:
         params: A pytree of arrays, not traced.
 
     Returns:
-        A pytree of numbers like `params`.
+        A pytree of floats like `params`.
     """
 
     def unit(leaf: Any) -> float:
@@ -55,14 +54,14 @@ def initial_units(params: PyTree) -> PyTree:
 
 
 def in_units(optimizer: optax.GradientTransformation, units: PyTree) -> optax.GradientTransformationExtraArgs:
-    """Let an optimizer see parameters, gradients and updates in units of each leaf.
+    """Wrap an optimizer so that it sees parameters, gradients and updates in units of each leaf.
 
     Args:
         optimizer: Any optax transformation.
-        units: A pytree of numbers like the parameters, those of the noise.
+        units: The units of the noise: a pytree of numbers like the parameters.
 
     Returns:
-        A transformation of gradients and parameters in plain coordinates.
+        A transformation that takes and returns plain gradients, parameters and updates.
     """
     inner = optax.with_extra_args_support(optimizer)
 

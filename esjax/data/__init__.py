@@ -1,1 +1,1 @@
-"""From text to tokens: sources, vocabulary, packing and the n-gram models that losses are read against."""
+"""From text to tokens: sources, vocabulary, packing, and n-gram models for comparison."""

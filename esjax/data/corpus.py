@@ -1,4 +1,4 @@
-"""The text of a run, cut, split and encoded."""
+"""The text of a run: cut into documents, split into training and held-out ones, and encoded."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ class Corpus(NamedTuple):
     """Encoded documents.
 
     Attributes:
-        vocabulary: From characters or bytes to ids.
+        vocabulary: Maps characters or bytes to ids.
         train: Documents to train on.
         held_out: Documents to evaluate on.
-        train_bytes: UTF-8 bytes of the training documents, one more for the end of each.
+        train_bytes: UTF-8 bytes of the training documents, plus one for the end of each.
         held_out_bytes: The same for the held-out documents.
         digest: Hash of all documents, in order.
-        note: Something the person should be told about the source, or "".
+        note: A notice about the source for the user, or "".
     """
 
     vocabulary: Vocabulary
@@ -42,10 +42,10 @@ class Corpus(NamedTuple):
     note: str
 
     def split(self, name: Split) -> tuple[list[Tokens], int]:
-        """Return the documents of a split and their bytes.
+        """Return the documents of a split and their size in bytes.
 
         Raises:
-            EsjaxError: There are none.
+            EsjaxError: The split holds no document.
         """
         documents, size = {
             "train": (self.train, self.train_bytes),
@@ -61,12 +61,12 @@ class Corpus(NamedTuple):
         return pack_stream(self.train).astype(token_type(self.vocabulary.size))
 
     def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
-        """Score documents with the n-gram models of the training split: nats per token by name."""
+        """Score documents with n-gram models of the training split; returns nats per token by name of the model."""
         return ngram_losses(fit_ngrams(self.train, self.vocabulary.size), documents)
 
 
 def locate_text(config: Config) -> Config:
-    """Name the text of settings so that it is found from any working folder, see `esjax.data.sources.locate`."""
+    """Make the path of the text in the settings absolute, see `esjax.data.sources.locate`."""
     return replace(config, data=replace(config.data, text=locate(config.data.text)))
 
 
@@ -75,10 +75,10 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
 
     Args:
         config: Settings of the data.
-        vocabulary: Of an existing run. None: fitted to the training split.
+        vocabulary: Vocabulary of an existing run. None: made from the training split.
 
     Raises:
-        EsjaxError: The text cannot be used, see `esjax.data.sources`; or no document is left to train on.
+        EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on.
     """
     text = load_documents(config.text, config.documents)
     train, held_out = split_documents(text.documents, config.held_out)

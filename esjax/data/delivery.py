@@ -1,8 +1,8 @@
-"""How the text of a run reaches its hosts: in one compressed message, or as blocks of tokens.
+"""How a run's text reaches its hosts: in one compressed message, or as blocks of tokens.
 
-Measured on builtin:shakespeare, 4.9 million tokens of a byte each: bz2 1.48 MB, packed in 0.3 s and unpacked in 0.16 s
-by each host; lzma 1.55 MB, 3.3 s and 0.08 s; zlib 1.95 MB, 0.3 s and 0.02 s. The bytes are sent once for each host that
-joins, and are what takes time: bz2.
+It is compressed by bz2. Measured on builtin:shakespeare, 4.9 million tokens of one byte each: bz2 1.48 MB, packed in
+0.3 s and unpacked in 0.16 s by each host; lzma 1.55 MB, 3.3 s and 0.08 s; zlib 1.95 MB, 0.3 s and 0.02 s. The text is
+sent to every host that joins, so its size matters most.
 """
 
 import bz2
@@ -21,17 +21,17 @@ from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 
 MAX_BYTES = 2**32
-"""Bytes of a text, before it is compressed, that are sent or taken at most."""
+"""Largest text that is sent or accepted, in bytes before compression."""
 
-_HEADER = struct.Struct("<QQ")  # bytes of a token, tokens of the stream; then come the tokens
+_HEADER = struct.Struct("<QQ")  # bytes per token, tokens of the stream; the tokens follow
 
 
 class PackedText(NamedTuple):
-    """A text, ready to be sent; `unpack_text(*packed, vocab_size)` reads it.
+    """A compressed text; `unpack_text(*packed, vocab_size)` reads it.
 
     Attributes:
         data: Compressed bytes.
-        size: Bytes before they were compressed.
+        size: Number of bytes before compression.
         digest: BLAKE2b-128 of those bytes, in hexadecimal.
     """
 
@@ -41,7 +41,7 @@ class PackedText(NamedTuple):
 
 
 class TextPayload(NamedTuple):
-    """A text, as a host needs it.
+    """The text that a host trains and evaluates on.
 
     Attributes:
         stream: Packed training documents, in the smallest type that holds the text's ids.
@@ -60,7 +60,7 @@ def pack_text(stream: Integer[ndarray, " length"], held_out: Sequence[Int32[ndar
         held_out: Documents to evaluate on.
 
     Raises:
-        EsjaxError: It is larger than `MAX_BYTES`.
+        EsjaxError: The text is larger than `MAX_BYTES`.
     """
     tokens = np.concatenate([stream, pack_stream(held_out)])
     smallest = np.min_scalar_type(tokens.max()).newbyteorder("<")
@@ -74,16 +74,16 @@ def pack_text(stream: Integer[ndarray, " length"], held_out: Sequence[Int32[ndar
 
 
 def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPayload:
-    """Read a text, after everything about it has been checked.
+    """Check and read a text.
 
     Args:
         data: Any bytes.
-        size: Bytes to be expected, see `PackedText`; not more are ever made of `data`.
-        digest: Hash to be expected.
+        size: Expected number of bytes, see `PackedText`; no more are unpacked.
+        digest: Expected hash.
         vocab_size: Number of token ids.
 
     Raises:
-        EsjaxError: The text is not what was promised, or no text.
+        EsjaxError: The bytes are not a text, or size, hash or token ids are not as expected.
     """
     if not _HEADER.size <= size <= MAX_BYTES:
         raise EsjaxError(f"a text of {size:,} bytes is not taken; {MAX_BYTES:,} are the most")
@@ -115,19 +115,17 @@ def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPay
 def token_block(
     stream: Integer[ndarray, " length"], seed: int, block: int, block_tokens: int
 ) -> Integer[ndarray, " block_tokens"]:
-    """Draw the block of consecutive tokens that is trained on for a while, uniformly.
-
-    The same on every machine and with every version of numpy.
+    """Draw a block of consecutive tokens, uniformly; the same on every machine and with every version of numpy.
 
     Args:
-        stream: Packed documents; if it is shorter than a block, it is the block.
-        seed: The run's.
+        stream: Packed documents; returned whole if it is shorter than a block.
+        seed: Seed of the run.
         block: Number of the block, from 0.
         block_tokens: Tokens of a block.
     """
     name = struct.pack("<QQ", seed, block)
     number = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-    start = number % max(1, len(stream) - block_tokens + 1)  # 2^128 is so many that the remainder is uniform
+    start = number % max(1, len(stream) - block_tokens + 1)  # of a 128-bit number, so practically uniform
     return stream[start : start + block_tokens]
 
 
@@ -136,15 +134,15 @@ def _hash(content: bytes) -> str:
 
 
 class Blocks:
-    """The blocks of a run as bytes, the newest few of them kept, since every host asks for the same."""
+    """The blocks of a run as bytes. It keeps the newest few, since all hosts ask for the same ones."""
 
     def __init__(self, stream: Integer[ndarray, " length"], vocab_size: int, seed: int, block_tokens: int) -> None:
-        """Set up.
+        """Prepare to draw blocks.
 
         Args:
             stream: Packed training documents.
             vocab_size: Number of token ids.
-            seed: Of the run.
+            seed: Seed of the run.
             block_tokens: Tokens of a block.
         """
         self._stream = stream.astype(token_type(vocab_size))
@@ -152,7 +150,7 @@ class Blocks:
         self._made: dict[int, bytes] = {}
 
     def __call__(self, block: int) -> bytes:
-        """Return a block, see `token_block`; `unpack_block` reads it."""
+        """Return a block as bytes, see `token_block`; `unpack_block` reads it."""
         if block not in self._made:
             near = {number: data for number, data in self._made.items() if abs(number - block) <= 1}
             tokens = token_block(self._stream, self._seed, block, self._block_tokens)
@@ -165,7 +163,7 @@ class Blocks:
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """Return the smallest type that holds every token: the same for any text of a vocabulary."""
+    """Return the smallest unsigned type that holds every token id of a vocabulary."""
     return np.min_scalar_type(vocab_size - 1).newbyteorder("<")
 
 
@@ -173,7 +171,7 @@ def unpack_block(data: bytes, vocab_size: int) -> Integer[ndarray, " block_token
     """Read a block.
 
     Raises:
-        EsjaxError: It holds no tokens of this vocabulary.
+        EsjaxError: The bytes are not tokens of this vocabulary.
     """
     kind = token_type(vocab_size)
     if not data or len(data) % kind.itemsize:

@@ -1,11 +1,11 @@
-"""N-gram models: what a loss is read against.
+"""N-gram models, to compare losses with.
 
-The probability of a token after the n-1 tokens before it mixes the counts seen there with the model of one token
-less, by Witten and Bell's weights (1991, method C):
+The probability of a token w after a context h of n-1 tokens mixes the counts in that context with the model of a
+context one token shorter (Witten & Bell 1991, method C):
 
     p(w | h) = (count(h, w) + types(h) * p(w | shorter h)) / (count(h) + types(h))
 
-down to the uniform distribution. Contexts do not reach across documents: before a document stand STOPs.
+and so on down to the uniform distribution. Contexts do not reach across documents: STOPs precede each document.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from esjax.data.tokens import STOP
 NAMES = ("unigram", "bigram", "trigram")
 
 DENSE = 2**25
-"""Codes below which a table of counts is faster than sorting."""
+"""Number of possible codes up to which a table of counts is faster than sorting."""
 
 
 class Level(NamedTuple):
@@ -41,7 +41,7 @@ class NgramModel(NamedTuple):
 
 
 def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(NAMES)) -> NgramModel:
-    """Count the n-grams of documents, STOP at the end of each included."""
+    """Count the n-grams of documents, up to `order`, with a STOP at the end of each document."""
     levels = []
     for n in range(1, order + 1):
         context, token = _codes(documents, vocab_size, n)
@@ -53,10 +53,10 @@ def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(N
 
 
 def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, float]:
-    """Score documents: mean nats per token, STOP included, for each order.
+    """Score documents with the model of each order.
 
     Returns:
-        Losses by name, `NAMES` in order.
+        Mean nats per token, STOPs included, by name of the model, in the order of `NAMES`.
     """
     probability: Float64[ndarray, " tokens"] | None = None
     losses = {}
@@ -67,7 +67,7 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
         seen = _count(level.grams, level.gram_counts, context * model.vocab_size + token)
         total = _count(level.contexts, level.context_counts, context)
         types = _count(level.contexts, level.context_types, context)
-        # A context never seen has no types: the shorter model stands alone.
+        # An unseen context has no types: use the shorter model alone.
         weight = np.where(total == 0, 1, types)
         probability = (seen + weight * probability) / (total + weight)
         losses[NAMES[n - 1]] = float(-np.mean(np.log(probability)))
@@ -75,7 +75,7 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
 
 
 def _codes(documents: Sequence[ndarray], vocab_size: int, n: int) -> tuple[ndarray, ndarray]:
-    """Give every token of every document the code of its n-1 predecessors, as a number to base `vocab_size`."""
+    """Return, for every token, the code of the n-1 tokens before it, a number to base `vocab_size`, and the token."""
     start = np.full(n - 1, STOP, np.int64)
     stop = np.array([STOP], np.int64)
     padded = np.concatenate([part for document in documents for part in (start, document, stop)])
@@ -89,7 +89,7 @@ def _codes(documents: Sequence[ndarray], vocab_size: int, n: int) -> tuple[ndarr
 
 
 def _tally(codes: ndarray, bound: int) -> tuple[ndarray, ndarray]:
-    """Count equal codes, all below `bound`: sorted codes and their counts."""
+    """Count equal codes, all below `bound`; return the sorted codes and their counts."""
     if bound > DENSE:
         return np.unique(codes, return_counts=True)
     counts = np.bincount(codes, minlength=bound)

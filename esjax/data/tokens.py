@@ -1,7 +1,7 @@
-"""The two token ids that every vocabulary shares."""
+"""The two token ids that all vocabularies have in common."""
 
 UNK = 0
-"""A character the vocabulary does not hold."""
+"""Id of characters that are not in the vocabulary."""
 
 STOP = 1
-"""The end of a document; after it the hidden state starts anew."""
+"""Id of the end of a document; after it the state of a model starts anew."""

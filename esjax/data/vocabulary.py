@@ -16,16 +16,16 @@ FIRST = max(UNK, STOP) + 1
 """Id of the first symbol."""
 
 UNKNOWN_MARK = "\N{REPLACEMENT CHARACTER}"
-"""How UNK is written."""
+"""Text for UNK."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The symbols of a text; the id of `symbols[i]` is `i + FIRST`, and `len` is the number of ids.
+    """The symbols of a text. The id of `symbols[i]` is `i + FIRST`; `len` is the number of ids.
 
     Attributes:
-        kind: char: symbols are characters. byte: symbols are the 256 bytes, and nothing is ever unknown.
-        symbols: Different characters, the most frequent first; empty for bytes.
+        kind: char: symbols are characters. byte: symbols are the 256 bytes, and no text has unknown ones.
+        symbols: Distinct characters, the most frequent first; empty for bytes.
     """
 
     kind: Literal["char", "byte"]
@@ -40,14 +40,14 @@ class Vocabulary:
         return len(self)
 
     def encode(self, text: str) -> Int32[ndarray, " length"]:
-        """Turn text into ids; characters outside the vocabulary become UNK."""
+        """Turn text into ids, int32 [length]; characters outside the vocabulary become UNK."""
         if self.kind == "byte":
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + FIRST
         ids = _ids(self.symbols)
         return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
 
     def decode(self, ids: Sequence[int] | ndarray) -> str:
-        """Turn ids into text; STOP is left out, UNK and broken UTF-8 are written as a replacement character."""
+        """Turn ids into text without STOP; UNK and invalid UTF-8 become a replacement character."""
         if self.kind == "byte":
             return b"".join(
                 UNKNOWN_MARK.encode() if i == UNK else bytes([i - FIRST]) for i in map(int, ids) if i != STOP
@@ -55,11 +55,11 @@ class Vocabulary:
         return "".join(UNKNOWN_MARK if i == UNK else self.symbols[i - FIRST] for i in map(int, ids) if i != STOP)
 
     def stored(self) -> dict[str, Any]:
-        """Return what `parse_vocabulary` reads, as JSON has it."""
+        """Return the vocabulary as a JSON value, for `parse_vocabulary`."""
         return {"kind": self.kind, "symbols": list(self.symbols)}
 
     def unknown(self, text: str) -> list[str]:
-        """List the characters of a text that the vocabulary does not hold, each once, in order."""
+        """List the characters of a text that are not in the vocabulary, each once, in order."""
         if self.kind == "byte":
             return []
         known = set(self.symbols)
@@ -72,15 +72,15 @@ def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
 
 
 def is_symbol(value: object) -> bool:
-    """Tell whether a value from a file can be a symbol: one character that can be written."""
+    """Return whether a value can be a symbol: one character that UTF-8 can encode."""
     return isinstance(value, str) and len(value) == 1 and not 0xD800 <= ord(value) < 0xE000
 
 
 def parse_vocabulary(stored: Any) -> Vocabulary:
-    """Read a vocabulary from what JSON holds.
+    """Make a vocabulary from a JSON value.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a vocabulary.
     """
     kind, symbols = (stored.get("kind"), stored.get("symbols", ())) if isinstance(stored, dict) else (None, ())
     distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
@@ -90,12 +90,12 @@ def parse_vocabulary(stored: Any) -> Vocabulary:
 
 
 def fit_vocabulary(kind: Literal["char", "byte"], documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
-    """Make the vocabulary of a text: its characters by falling frequency, equal ones by code point.
+    """Make the vocabulary of a text: its characters by falling frequency, then by code point.
 
     Args:
         kind: Characters, or the 256 bytes.
         documents: The text to train on.
-        vocab_size: At most so many ids, UNK and STOP included. None: all characters.
+        vocab_size: Most ids, UNK and STOP included. None: all characters.
     """
     if kind == "byte":
         return Vocabulary("byte")

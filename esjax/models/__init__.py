@@ -1,4 +1,4 @@
-"""Architectures: one a file, all behind the contract in `model.py`."""
+"""Language models: one architecture per file, all with the interface in `model.py`."""
 
 from esjax.config.settings import ModelConfig, RnnConfig
 from esjax.models.gru import gru
@@ -10,7 +10,7 @@ __all__ = ["Model", "build_model", "gru", "rnn", "sequence_model"]
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> Model:
-    """Build the model that the settings name."""
+    """Build the model that the settings name, for a number of token ids."""
     if isinstance(config, RnnConfig):
         return rnn(vocab_size, config.hidden_size, config.n_layers)
     return gru(vocab_size, config.hidden_size, config.head_size)

@@ -1,8 +1,8 @@
-"""Models of flax and equinox as models of a run, unmodified.
+"""Adapters: unmodified modules of flax and equinox as language models of a run.
 
-Each adapter takes a function that builds a module, and returns what `esjax.train(model=...)` takes. The module maps the
-token ids of one sequence, int32 [length], to logits, float [length, vocabulary], of which row i predicts the token
-after token i; it is causal, and draws nothing at random (no dropout).
+Each adapter takes a function that builds a module, and returns a value for `esjax.train(model=...)`. The module maps
+the token ids of one sequence, int32 [length], to logits, float [length, vocabulary]; row i predicts the token after
+token i. The module must be causal and must not use random numbers, as dropout does.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
 
     Args:
         build: `(vocab_size) -> module`.
-        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+        context: Most tokens that the module reads, at least 1. Generation always passes this number.
 
     Returns:
-        What builds the model of a run. Building raises EsjaxError if the module has other variables than parameters.
+        `(vocab_size) -> model`. The model's `init` raises EsjaxError if the module has variables besides parameters.
     """
 
     def factory(vocab_size: int) -> Model:
@@ -47,11 +47,14 @@ def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
 
 
 def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
-    """Adapt a module of flax.nnx; what it keeps as `nnx.Param` is trained.
+    """Adapt a module of flax.nnx. Variables of type `nnx.Param` are trained.
 
     Args:
         build: `(vocab_size, rngs) -> module`.
-        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+        context: Most tokens that the module reads, at least 1. Generation always passes this number.
+
+    Returns:
+        `(vocab_size) -> model`.
     """
 
     def factory(vocab_size: int) -> Model:
@@ -68,11 +71,14 @@ def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory
 
 
 def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
-    """Adapt a module of equinox; its arrays of floating type are trained.
+    """Adapt a module of equinox. Arrays of floating type are trained.
 
     Args:
         build: `(vocab_size, key) -> module`.
-        context: Tokens that the module reads at most, at least 1; it is given so many while writing.
+        context: Most tokens that the module reads, at least 1. Generation always passes this number.
+
+    Returns:
+        `(vocab_size) -> model`.
     """
 
     def factory(vocab_size: int) -> Model:
@@ -91,7 +97,14 @@ def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFac
 def _module_model(
     like: Any, first: Callable[[Key[Array, ""]], Any], rebuild: Callable[[Any], Any], context: int
 ) -> Model:
-    """Make a model of a module that is a pytree: its weights `like` some, drawn by `first`, and the module of them."""
+    """Make a model of a module that is a pytree.
+
+    Args:
+        like: Weights with the structure of the module's.
+        first: Draws the initial weights.
+        rebuild: Makes the module from weights.
+        context: See `linen_model`.
+    """
     names = _Names(like)
 
     def logits(params: Params, tokens: Array) -> Array:
@@ -101,7 +114,7 @@ def _module_model(
 
 
 class _Names:
-    """Parameters as nested dicts of arrays, as files and checkpoints know them, and back as a library has them."""
+    """Converts parameters between a library's pytree and the nested dicts of files and checkpoints."""
 
     def __init__(self, like: Any) -> None:
         named, self._treedef = jax.tree_util.tree_flatten_with_path(like)
@@ -127,6 +140,6 @@ class _Names:
 
 
 def _called_like(build: Callable[..., Any], factory: ModelFactory) -> ModelFactory:
-    """Give a factory the name of what it wraps, by which a run folder knows its model."""
+    """Give a factory the name of the function that it wraps: run folders record it."""
     factory.__qualname__ = getattr(build, "__qualname__", type(build).__qualname__)
     return factory

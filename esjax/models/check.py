@@ -1,4 +1,4 @@
-"""Sees that a model of one's own keeps the contract, before anything is computed with it."""
+"""Checks that a custom model keeps the interface `Model`, before anything is computed with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +11,21 @@ from esjax.models.model import Model, Params, untouched
 
 
 def check_model(name: str, model: object, vocab_size: int) -> Model:
-    """Compare what a model's functions return with what `Model` promises; of it all, only shapes are computed.
+    """Compare the shapes and types that a model's functions return with those that `Model` requires.
 
-    JAX would take an index beyond too few logits for the last one, and train without a word.
+    Without this check, JAX would clamp a token id beyond too few logits to the last one and train on.
 
     Args:
-        name: What to call it, "the model bigram".
-        model: What the factory returned.
+        name: Name in error messages, such as "the model bigram".
+        model: The return value of the factory.
         vocab_size: Number of token ids.
 
     Returns:
         The model.
 
     Raises:
-        EsjaxError: It is no model, or a function of it returns something else. An error raised inside one is its own,
-            with a note.
+        EsjaxError: It is not a `Model`, or one of its functions returns a wrong shape or type. An error inside one of
+            its functions passes through, with a note that names the function.
     """
     if not isinstance(model, Model):
         raise EsjaxError(f"{name} returns a {type(model).__name__}; it must return an esjax.Model")
@@ -80,13 +80,13 @@ def _check_logits(name: str, shapes: Callable[..., Any], params: Params, context
 
 
 def check_float32(params: Params) -> None:
-    """See that parameters are float32; what a model makes may be something else than what tracing it tells.
+    """Check that all parameters are float32. Real arrays need it, too: their types may differ from the traced ones.
 
     Raises:
-        EsjaxError: One is not.
+        EsjaxError: A parameter has another type.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        kind = getattr(leaf, "dtype", type(leaf).__name__)  # a number of Python has no type of JAX
+        kind = getattr(leaf, "dtype", type(leaf).__name__)  # a Python number has no dtype
         if kind != jnp.float32:
             raise EsjaxError(f"parameter {jax.tree_util.keystr(path)} of the model is {kind}; make it float32")
 
@@ -96,7 +96,7 @@ def _described(tree: Any) -> str:
 
 
 class _Shape(str):
-    """A text that stands without quotes in the description of a tree."""
+    """A string that is printed without quotes inside a pytree."""
 
     __slots__ = ()
     __repr__ = str.__str__

@@ -1,4 +1,4 @@
-"""What a run may be given beside its settings."""
+"""Custom: a model, a loss or reward, and an optimizer that replace those of the settings."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -33,19 +33,22 @@ WANTED = {
     "optimizer": "an optax transformation, optax.adam(1e-2) for example, or PATH.py:FUNCTION, or for one with a name "
     "the setting optim.optimizer",
 }
-"""What may be given, by kind."""
+"""Accepted values of each kind, for error messages."""
 
 
 @dataclass(frozen=True)
 class Custom:
-    """A model, a loss or a reward, an optimizer of one's own, each in place of the one that the settings name.
+    """A custom model, loss or reward, and optimizer. Each replaces that of the settings; None keeps it.
 
     Attributes:
-        model: Builds the model from the number of token ids.
+        model: `(vocab_size) -> model`.
         loss: Loss of one member on one sequence.
-        reward: Reward of one member on one sequence; there is a loss or a reward, not both.
+        reward: Reward of one member on one sequence; excludes `loss`.
         optimizer: Any optax transformation.
-        code: By kind, the code of what was named as PATH.py:FUNCTION, see `esjax.models.custom_code`.
+        code: By kind, the file and function if PATH.py:FUNCTION was given, see `esjax.models.custom_code`.
+
+    Raises:
+        EsjaxError: There is a loss and a reward, or one of the values cannot be used.
     """
 
     model: ModelFactory | None = None
@@ -64,7 +67,7 @@ class Custom:
                 _check_arguments(f"the {kind} {name_of(function)}", function)
 
     def names(self) -> dict[str, str]:
-        """Name what there is, by kind."""
+        """Return the name of each custom part, by kind."""
         given = {kind: getattr(self, kind) for kind in OPTIONS}
         return {
             kind: (name_of_optimizer if kind == "optimizer" else name_of)(value)
@@ -73,14 +76,14 @@ class Custom:
         }
 
     def identities(self) -> dict[str, str]:
-        """Return what hosts have to have in common with their coordinator, see `custom_names.identities`."""
+        """Return what must be equal on hosts and their coordinator, see `custom_names.identities`."""
         return identities(self.names(), self.code)
 
     def words(self) -> list[str]:
-        """Write the options that give the same on the command line.
+        """Return the command-line options for the same custom parts.
 
         Raises:
-            EsjaxError: Something is no code in a file.
+            EsjaxError: A part was not given as PATH.py:FUNCTION.
         """
         for kind, name in self.names().items():
             if kind not in self.code:
@@ -92,16 +95,20 @@ class Custom:
 
     @default_flags()
     def build(self, config: ModelConfig, vocab_size: int) -> Model:
-        """Build the model: its own, once it was seen to keep the contract, or the one that the settings name."""
+        """Build the custom model and check it, or build the model that the settings name.
+
+        Raises:
+            EsjaxError: The custom model does not keep the interface `Model`.
+        """
         if self.model is None:
             return build_model(config, vocab_size)
         return check_model(f"the model {name_of(self.model)}", self.model(vocab_size), vocab_size)
 
     @property
     def objective(self) -> Loss | None:
-        """What is minimised: the loss, or the reward with its sign turned. None: cross entropy.
+        """The function to minimise: the loss, or minus the reward. None: cross entropy.
 
-        When it is traced, it raises EsjaxError unless the function returns one float32.
+        While it is traced, it raises EsjaxError unless the function returns one float32.
         """
         function, kind = (self.loss, "loss") if self.reward is None else (self.reward, "reward")
         if function is None:
@@ -121,10 +128,10 @@ class Custom:
 
 
 def check_given(kind: str, value: object) -> None:
-    """See that something may be given.
+    """Check a custom part.
 
     Raises:
-        EsjaxError: It is neither None nor what its kind has to be.
+        EsjaxError: It is neither None nor a valid value of its kind.
     """
     parts = [getattr(value, part, None) for part in ("init", "update")] if kind == "optimizer" else [value]
     if value is not None and not all(map(callable, parts)):
@@ -132,7 +139,7 @@ def check_given(kind: str, value: object) -> None:
 
 
 def _shown(value: object) -> str:
-    """Show a text as it is, and tell of anything else what it is."""
+    """Return a string in quotes, the name of a function, or the type of any other value."""
     if isinstance(value, str):
         return repr(value)
     return f"the function {name_of(value)}" if inspect.isroutine(value) else f"a {type(value).__name__}"
@@ -141,7 +148,7 @@ def _shown(value: object) -> str:
 def _check_arguments(name: str, function: Loss | Reward) -> None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a compiled function nothing is known
+    except (TypeError, ValueError):  # some compiled functions have no signature
         return
     try:
         signature.bind(None, None, None)

@@ -1,7 +1,7 @@
-"""Code of yours in a Python file, named PATH.py:FUNCTION: found, loaded, and known again by the hash of the file.
+"""Custom code given as PATH.py:FUNCTION: reads the file, loads it, and compares its hash with the recorded one.
 
-It is trusted: loading a file runs it, as Python runs a module. The folder of the file is searched first for what the
-file imports; the hash is of the file alone.
+The code is trusted: loading a file runs it, as importing a module does. Imports in the file look into its folder first.
+The hash covers the file alone, not its imports.
 """
 
 import difflib
@@ -23,21 +23,21 @@ NOTHING: Mapping[str, Code] = MappingProxyType({})
 
 
 def refuse(line: str) -> NoReturn:
-    """Raise EsjaxError: for those who cannot go on with code that has changed."""
+    """Raise EsjaxError: for commands that cannot continue with changed code."""
     raise EsjaxError(f"{line}; put the old file back, or train anew")
 
 
 def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] = refuse, /, **given: Any) -> Custom:
-    """Gather what a run is given beside its settings, and load what is code in a file.
+    """Collect the custom parts of a run and load those that are code in a file.
 
     Args:
-        known: By kind, the code that the run was begun with; it is taken where nothing is given.
-        changed: Called with a line, before anything is loaded, if code is not that which is known.
+        known: By kind, the code that the run began with; used for kinds that are not given.
+        changed: Called with a message, before anything is loaded, if a hash differs from the known one.
         given: By kind, see `Custom`: a function or a transformation, PATH.py:FUNCTION, or None. The function for an
-            optimizer takes nothing and returns the transformation.
+            optimizer takes no arguments and returns the transformation.
 
     Raises:
-        EsjaxError: A file cannot be read or loaded, or has no such function; or what is given is not what it has to be.
+        EsjaxError: A file cannot be read or loaded or lacks the function, or a value is not valid for its kind.
     """
     values, code, sources = dict(given), {}, {}
     for kind in OPTIONS:
@@ -56,7 +56,7 @@ def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] =
 
 
 def _read(kind: str, word: str, is_known: bool) -> tuple[Code, bytes]:
-    """Read the file that a text of the form PATH.py:FUNCTION names."""
+    """Read the file of PATH.py:FUNCTION; return its identity and its source."""
     named, _, name = word.rpartition(":")
     path = given_path(named)
     if not path.is_file():
@@ -71,7 +71,7 @@ def _read(kind: str, word: str, is_known: bool) -> tuple[Code, bytes]:
 
 
 def _module(code: Code, source: bytes) -> ModuleType:
-    """Run a file, or return what it left if the same file was run before in this process."""
+    """Run a file as a module, or return the module if this process ran the same file before."""
     name = f"esjax_code_{hashlib.sha256(code.path.encode(errors='surrogateescape')).hexdigest()[:8]}_{code.digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -100,7 +100,7 @@ def _first_in_path(folder: str) -> Iterator[None]:
 
 
 def _function(code: Code, module: ModuleType) -> Callable[..., Any]:
-    """Return the function, which has to be there."""
+    """Return the function of a module, or raise EsjaxError."""
     if not hasattr(module, code.name):
         there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         near = difflib.get_close_matches(code.name, there, 1)
@@ -112,7 +112,7 @@ def _function(code: Code, module: ModuleType) -> Callable[..., Any]:
 
 
 def _transformation(code: Code, function: Callable[..., Any]) -> Any:
-    """Make the optimizer of a function that takes nothing."""
+    """Call a function without arguments to make the optimizer."""
     signature = inspect.signature(function)
     try:
         signature.bind()

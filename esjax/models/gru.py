@@ -1,6 +1,6 @@
-"""A gated recurrent unit (Cho et al. 2014, in the form of cuDNN) with a hidden layer in the head.
+"""A gated recurrent unit (Cho et al. 2014, section 2.3, in the variant of cuDNN) with a hidden layer in the head.
 
-With x = E[token] of width 3D split in three, and y = h U + b split likewise:
+With x = E[token] of width 3D split into three parts, and y = h U + b split likewise:
 
     r = sigmoid(x_r + y_r)      z = sigmoid(x_z + y_z)      n = tanh(x_n + r * y_n)
     h <- z * h + (1 - z) * n
@@ -18,10 +18,10 @@ from esjax.models.layers import Affine, affine
 from esjax.models.model import Logits, Model, Tap, Token, untouched
 
 BIAS_UNIT = 0.3
-"""Unit of the biases: with 1, their perturbations drown those of the matrices."""
+"""Unit of the biases. With 1, their perturbations would outweigh those of the matrices."""
 
 FIRST_LOGITS = 0.1
-"""Size of the first logits: small, so that a run begins at the uniform distribution."""
+"""Size of the initial logits: small, so that a run starts near the uniform distribution."""
 
 
 class GruParams(NamedTuple):

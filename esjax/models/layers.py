@@ -1,4 +1,4 @@
-"""Products that the models are made of, in plain jax.numpy."""
+"""Layers of the models, in plain jax.numpy."""
 
 from typing import Any, NamedTuple
 
@@ -9,17 +9,17 @@ from esjax.core.rules import HIGHEST
 
 
 class Affine(NamedTuple):
-    """The weights of x ↦ x `matrix` + `bias`; in `Model.unit`, two numbers."""
+    """The weights of x ↦ x `matrix` + `bias`, or their units: two numbers."""
 
     matrix: Any
     bias: Any
 
 
 def matmul(x: Float[Array, " rows"], matrix: Float[Array, "rows columns"]) -> Float[Array, " columns"]:
-    """Multiply a row vector with a matrix."""
+    """Multiply a row vector by a matrix, with all digits of float32."""
     return jnp.matmul(x, matrix, precision=HIGHEST)
 
 
 def affine(x: Float[Array, " rows"], layer: Affine) -> Float[Array, " columns"]:
-    """Multiply a row vector with a layer's matrix, and add its bias."""
+    """Multiply a row vector by a layer's matrix and add its bias."""
     return matmul(x, layer.matrix) + layer.bias

@@ -1,4 +1,4 @@
-"""A model with weights: what a custom loss is a function of, and what predicts, reads and writes."""
+"""A model with weights: predicts, reads, generates and scores. A custom loss takes one as its first argument."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,9 @@ from esjax.models.sequence import sequence_nats, token_loss
 
 
 def consume(model: Model, params: Params, state: State, token: Token, tap: Tap | None = None) -> State:
-    """Consume a token; after STOP the state starts anew, since the next token opens another document.
+    """Return the state after a token; after STOP, the initial state, since the next token begins another document.
 
-    A model that is not `tapped` takes no tap.
+    `tap` is for models that are `tapped`.
     """
     after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
     fresh = model.initial_state(params)
@@ -24,11 +24,11 @@ def consume(model: Model, params: Params, state: State, token: Token, tap: Tap |
 
 
 class Member(NamedTuple):
-    """A member of the population, or the unperturbed weights: one sequence at a time, to be called in jitted code.
+    """A model with perturbed or unperturbed weights, for one sequence at a time, in jitted code.
 
     Attributes:
         model: The architecture.
-        params: The member's weights, for the model's own functions.
+        params: The weights.
     """
 
     model: Model
@@ -42,20 +42,20 @@ class Member(NamedTuple):
         """Predict the next token.
 
         Returns:
-            Logits of all token ids, shape [vocabulary].
+            Logits of all token ids, [vocabulary].
         """
         return self.model.predict(self.params, state)
 
     def consume(self, state: State, token: Token) -> State:
-        """Return the state after a token; after STOP that is the state at the start of a document."""
+        """Return the state after a token; after STOP, the state at the start of a document."""
         return consume(self.model, self.params, state, token)
 
     def read(self, tokens: Int[Array, " length"], state: State | None = None) -> State:
-        """Consume tokens, and return the state after them.
+        """Consume tokens and return the state after them.
 
         Args:
-            tokens: Ids; there may be none.
-            state: Where to begin. None: at the start of a document.
+            tokens: Ids; may be empty.
+            state: State to begin with. None: the start of a document.
         """
         first = self.initial_state() if state is None else state
         return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
@@ -65,7 +65,7 @@ class Member(NamedTuple):
 
         Args:
             tokens: Ids.
-            state: Where to begin. None: at the start of a document.
+            state: State to begin with. None: the start of a document.
         """
         if state is None and self.model.logits is not None:
             return sequence_nats(partial(self.model.logits, self.params), self.model.context, tokens)
@@ -86,12 +86,12 @@ class Member(NamedTuple):
     def generate(
         self, state: State, length: int, key: Key[Array, ""] | None = None, temperature: float = 1.0
     ) -> Int[Array, " length"]:
-        """Write tokens; once one is STOP, the rest is. UNK is never written.
+        """Generate tokens. All tokens after the first STOP are STOP; UNK never occurs.
 
         Args:
-            state: Where to begin.
-            length: Number of tokens, the same for everybody, so that a population writes in step.
-            key: Names what is drawn. None: each token is the most probable one.
+            state: State to begin with.
+            length: Number of tokens, fixed, so that all members of a population generate in parallel.
+            key: Random key. None: each token is the most probable one.
             temperature: Divides the logits before a token is drawn, above 0.
         """
 
@@ -109,14 +109,14 @@ class Member(NamedTuple):
 
 Loss = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
 """`(member, tokens, key) -> loss` of one member on one sequence; lower is better. Both members of a pair get the same
-tokens and the same key, and no two sequences of a run the same key: what is drawn from it is common to the pair."""
+tokens and the same key. No two sequences of a run have the same key."""
 
 
 def cross_entropy(burn_in: int) -> Loss:
-    """Make the default loss: mean nats per token over a window, its first `burn_in` tokens read and not scored.
+    """Make the default loss: mean nats per token of a window.
 
     Args:
-        burn_in: Tokens, at least 0, that only prepare the state.
+        burn_in: Number of first tokens, at least 0, that are read to prepare the state and not scored.
     """
 
     def loss(member: Member, tokens: Int[Array, " length"], key: Key[Array, ""]) -> Float[Array, ""]:
@@ -130,11 +130,11 @@ PairLoss = Callable[[Params, Int[Array, "sequences length"], Key[Array, ""]], Fl
 
 
 def over_sequences(model: Model, loss: Loss) -> PairLoss:
-    """Make `(params, windows, key) -> loss`, the mean over a pair's sequences, for `esjax.core.evaluate`."""
+    """Make `(params, windows, key) -> loss` for `esjax.core.evaluate`: the mean over a pair's sequences."""
 
     def mean(params: Params, windows: Int[Array, "sequences length"], key: Key[Array, ""]) -> Float[Array, ""]:
         member, keys = Member(model, params), sequence_keys(key, len(windows))
-        if len(windows) == 1:  # an axis of one costs XLA's loops a tenth of their speed
+        if len(windows) == 1:  # an axis of size 1 makes XLA's loops 10% slower
             return loss(member, windows[0], keys[0])
         return jnp.mean(jax.vmap(partial(loss, member))(windows, keys))
 

@@ -1,4 +1,4 @@
-"""The contract between an architecture and everything that trains, scores or samples it."""
+"""The interface of a language model, for training, scoring and generation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,41 +11,40 @@ Params = Any
 """A pytree of float32 arrays."""
 
 State = Any
-"""A pytree of arrays: what the network remembers of the tokens it has consumed."""
+"""A pytree of arrays: the state of the network after the tokens that it has consumed."""
 
 Logits = Float[Array, " vocabulary"]
 Token = Int[Array, ""]
 
 Tap = Callable[[str, Array], Array]
-"""`(name, pre-activation) -> pre-activation`: given to a model, so that noise can be put on what its layers compute."""
+"""`(name, pre-activation) -> pre-activation`: a model calls it on its pre-activations, so that noise can be added."""
 
 
 def untouched(name: str, value: Array) -> Array:
-    """Leave a pre-activation as it is: the tap of a plain forward pass."""
+    """Return a pre-activation unchanged: the tap of a plain forward pass."""
     return value
 
 
 class Model(NamedTuple):
-    """Pure functions for one sequence; batches and populations are made outside, by `jax.vmap`.
+    """Pure functions for one sequence. Callers make batches and populations of them by `jax.vmap`.
 
-    A prediction is read from the state *before* the token it predicts is consumed. Keeping `predict` and
-    `consume` apart makes it impossible for a model to see the token it is scored on. A model that is made to read whole
-    sequences gives `logits` as well, and is scored by it; `esjax.models.sequence_model` makes the rest from it.
+    A token is predicted from the state *before* it is consumed. With `predict` and `consume` as separate functions, a
+    model cannot see the token that it is scored on. A model that reads whole sequences has `logits` as well and is
+    scored by that; `esjax.models.sequence_model` makes the other functions from it.
 
     Attributes:
         init: `(key) -> params`.
         initial_state: `(params) -> state` at the start of a document.
         predict: `(params, state) -> logits` of the next token, shape [vocabulary].
         consume: `(params, state, token) -> state` after the token.
-        unit: A pytree like `params` of positive floats: the size of a typical entry of each leaf. Perturbations
-            and updates are multiples of it, so that sigma and the learning rate mean the same for every leaf and
-            for every width. None: from the first parameters, see `esjax.core.initial_units`.
-        tapped: Whether `predict` and `consume` take one argument more, `tap: Tap = untouched`, and call it on each
-            pre-activation, under a name of its own, before anything else uses it. Needed for `es.space activation`
-            alone; there, a parameter is trained if it has a part in some pre-activation.
-        logits: `(params, tokens) -> logits` of whole sequences, [length] to [length, vocabulary]: row i predicts the
+        unit: A pytree like `params` of positive floats, the unit of each leaf: the size of a typical entry. None: from
+            the initial parameters, see `esjax.core.initial_units`.
+        tapped: Whether `predict` and `consume` take a last argument `tap: Tap = untouched` and call it on each
+            pre-activation, under a unique name, before any other use. Needed for `es.space activation` alone, which
+            trains the parameters that enter some pre-activation.
+        logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
-        context: Tokens that `logits` takes at most. Longer texts are scored in overlapping pieces.
+        context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -58,14 +57,14 @@ class Model(NamedTuple):
     context: int = 0
 
     def units(self, first: Params) -> Params:
-        """Return the unit of each leaf: the model's own, or those of the first parameters."""
+        """Return the unit of each leaf: `unit`, or units made from the initial parameters `first`."""
         return initial_units(first) if self.unit is None else self.unit
 
     def step(self, params: Params, state: State, token: Token) -> tuple[State, Logits]:
         """Predict one token, then consume it.
 
         Returns:
-            The state after the token, and the logits with which the token was predicted.
+            The state after the token, and the logits that predicted the token, [vocabulary].
         """
         return self.consume(params, state, token), self.predict(params, state)
 

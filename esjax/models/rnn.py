@@ -1,11 +1,11 @@
-"""The multiplicative recurrent network of the original program.
+"""A multiplicative recurrent network (related to Sutskever et al. 2011, section 3), that of the original program.
 
-One state s of width D is shared by L layers:
+L layers share one state s of width D:
 
     logits = relu(s W1) W2                      W1: D x 4D, W2: 4D x V
     s <- tanh(s + (s U_i) * E_i[token])         U_i: D x D, E_i: V x D, for i = 1..L in turn
 
-and s0, the state at the start of a document, is learned.
+The state at the start of a document, s0, is learned.
 """
 
 import math
@@ -19,13 +19,13 @@ from esjax.models.layers import matmul
 from esjax.models.model import Logits, Model, Tap, Token, untouched
 
 HEAD_WIDTH = 4
-"""Width of the head's hidden layer, in widths of the state."""
+"""Width of the head's hidden layer, as a multiple of the state's."""
 
 CONSTANT_SHARE = 4
-"""One in so many entries of the state starts as a constant."""
+"""One in 4 entries of the state starts as a constant."""
 
 FIRST_LOGITS = 0.1
-"""Size of the first logits: small, so that a run begins at the uniform distribution."""
+"""Size of the initial logits: small, so that a run starts near the uniform distribution."""
 
 
 class Layer(NamedTuple):
@@ -55,7 +55,7 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
     Args:
         vocab_size: V, number of token ids.
         hidden_size: D, width of the state.
-        n_layers: L, number of updates of the state a token.
+        n_layers: L, number of updates of the state for each token.
     """
     inner = HEAD_WIDTH * hidden_size
     unit = RnnParams(
@@ -94,12 +94,12 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
 
 
 def _init_layer(key: Key[Array, ""], vocab_size: int, is_constant: Bool[Array, " hidden"]) -> Layer:
-    """Draw a layer that begins by remembering the newest token best.
+    """Draw the initial weights of a layer, which at first remembers the newest token best.
 
-    The update is a product, so that nothing of a token gets into a state of zeros, and what has got in stays: with
-    orthogonal U and normal E the state drifts to where it never was in training, and a run sits at the unigram loss.
-    So a part of the entries starts, and keeps itself, at a constant, s <- tanh(2s), and feeds the others through U;
-    the others forget, s_j <- tanh(s_j (1 - E_j) + E_j input_j), with E around 1. All of it is free to change.
+    The update multiplies by the state: a token cannot change a state of zeros, and old tokens do not fade. With
+    orthogonal U and normal E the state drifts, and training stays at the unigram loss. So one part of the entries
+    starts constant, s <- tanh(2s), and feeds the others through U. The other part forgets: s_j <- tanh(s_j (1 - E_j) +
+    E_j input_j), with E around 1. Training may change all of this.
     """
     feed_key, embedding_key = jax.random.split(key)
     hidden_size = is_constant.size

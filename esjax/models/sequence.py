@@ -1,7 +1,7 @@
-"""Models that read whole sequences, as transformers and parallel recurrences do.
+"""Models that read whole sequences, such as transformers and parallel recurrences.
 
-They are scored by one call for a whole window. To write, they read the last tokens again for each new one, unless they
-come with a cache: a `Model` may give `logits` beside stepwise functions of its own.
+One call scores a whole window. To generate, such a model reads the last tokens again for each new one. A model with a
+cache can avoid that: a `Model` may have `logits` and custom stepwise functions.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from esjax.models.model import Logits, Model, Params, Token
 
 
 class LastTokens(NamedTuple):
-    """What a sequence model remembers: the tokens of the document so far, as many as it can read.
+    """The state of a sequence model: the last tokens of the document, as many as it can read.
 
     Attributes:
-        tokens: The last of them, from the left, [context]; STOP, which begins a document, is one of them.
-        known: How many there are, int32.
+        tokens: The tokens from the left, int32 [context]. A document begins with STOP.
+        known: How many there are, int32, at least 1.
     """
 
     tokens: Int[Array, " context"]
@@ -33,13 +33,13 @@ def sequence_model(
     context: int,
     unit: Params | None = None,
 ) -> Model:
-    """Make a model of a function that predicts all tokens of a sequence at once.
+    """Make a model from a function that predicts all tokens of a sequence at once.
 
     Args:
         init: `(key) -> params`, a pytree of float32 arrays.
         logits: `(params, tokens) -> logits`, int32 [length] to float [length, vocabulary]: row i predicts the token
-            after tokens[i] and may look at tokens[:i + 1] alone. Lengths are 1 to `context`.
-        context: Tokens that `logits` takes at most, at least 1. While writing, it is given so many each time.
+            after tokens[i] and may depend on tokens[:i + 1] alone. Lengths are 1 to `context`.
+        context: Most tokens that `logits` takes, at least 1. Generation always passes this number.
         unit: See `Model.unit`.
     """
 
@@ -69,14 +69,14 @@ def sequence_nats(
     context: int,
     tokens: Int[Array, " length"],
 ) -> Float[Array, " length"]:
-    """Score each token of a text that begins with a document's beginning, in nats.
+    """Score each token of a text that starts at the beginning of a document, in nats.
 
-    A text longer than the context is read in pieces that overlap by half: each token is predicted from at least half a
-    context, but for those at the beginning.
+    A text longer than the context is read in pieces that overlap by half, so each token except the first ones is
+    predicted from at least half a context.
 
     Args:
-        logits: Predictions of a sequence, see `sequence_model`.
-        context: Tokens that it takes at most.
+        logits: `(tokens) -> logits`, see `sequence_model`.
+        context: Most tokens that it takes.
         tokens: Ids, at least one.
     """
     read = jnp.concatenate([jnp.full(1, STOP, jnp.int32), tokens[:-1].astype(jnp.int32)])

@@ -1,1 +1,1 @@
-"""A host's copy of a run: its state, the estimator that its settings choose, and the update."""
+"""A host's copy of a run: the training state, the estimator that the settings choose, and the update."""

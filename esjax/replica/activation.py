@@ -1,16 +1,15 @@
-"""Noise on pre-activations, and a reward for every token: node perturbation for language models.
+"""Noise on pre-activations with a reward for every token: node perturbation for language models.
 
-Each window of text is read by a clean copy of the model and by `copies` noisy ones. At every position, ±sigma is put
-on what the layers compute, and a piece of noise is rewarded with the losses that it had a part in, over those of the
-clean copy: Σ_{s>t} γ^(s-t-1) d_s for noise on the state at position t, d_t alone for noise on a prediction. The mean
-of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation, and times what
-the layer was given, it estimates the gradient of the layer's weights (Widrow & Lehr 1990, "30 years of adaptive neural
-networks", on Madaline rule III; Hiratani et al. 2022, "On the stability and scalability of node perturbation
-learning"; Werfel, Xie & Seung 2005 for how its noise grows with the nodes).
+A clean copy of the model and `copies` noisy ones read each window of text. At every position, ±sigma is added to what
+the layers of a noisy copy compute. With d_s = (noisy loss - clean loss) at position s, the reward of noise on a
+prediction at t is d_t; that of noise on the state at t is Σ_{s>t} γ^(s-t-1) d_s, up to the end of the document. The
+mean of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation. Times the
+layer's input, it estimates the gradient with respect to the layer's weights (Widrow & Lehr 1990, section VII, Madaline
+rule III; Hiratani et al. 2022; for how the noise grows with the number of nodes: Werfel, Xie & Seung 2005).
 
-Two things keep that noise small. Every tap of `predict` has noisy copies of its own, which begin from the clean state,
-so that a reward never holds noise of another layer. And the copies share their window, so that the outer products,
-most of the work, are done once for all of them.
+Two choices keep the variance small. Each tap of `predict` has separate noisy copies that start from the clean state, so
+a reward contains no noise of another layer. And all copies share the window, so the outer products, most of the work,
+are computed once for all of them.
 """
 
 import math
@@ -36,24 +35,24 @@ from esjax.models.model import Model, Params, State
 from esjax.models.sequence import token_loss
 
 LOGITS = "logits"
-"""Name of the tap on what `predict` returns. There, what noise does to the loss is known in closed form, and so is the
-gradient: the probabilities less the token that came."""
+"""Name of the tap on the logits. The effect of noise on them has a closed form, and so has the gradient: softmax minus
+one-hot target."""
 
 
 class Taps(NamedTuple):
-    """The pre-activations of a model: number of entries by name, those of the state and those of a prediction."""
+    """The pre-activations of a model: number of entries by name, of the state (`consume`) and of a prediction."""
 
     consume: dict[str, int]
     predict: dict[str, int]
 
 
 class Estimate(NamedTuple):
-    """What a chunk of windows says.
+    """The estimate from a chunk of windows.
 
     Attributes:
-        gradient: A pytree like the parameters: estimate of the gradient of the sum of all tokens' losses.
+        gradient: A pytree like the parameters: estimated gradient of the sum of the losses of all tokens.
         losses: Mean loss of each window's noisy copies, in nats per token.
-        finite: Whether a window counts: all its losses are finite.
+        finite: Whether all losses of a window are finite; other windows are void.
         end: State of the clean copies after the window.
     """
 
@@ -66,21 +65,21 @@ class Estimate(NamedTuple):
 EstimateChunk = Callable[
     [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"], State | None], Estimate
 ]
-"""`(params, seeds, windows, are_there, begin) -> estimate`; a window that is not there counts for nothing. `begin`
-holds the states that windows begin with; None: that of a document's beginning."""
+"""`(params, seeds, windows, are_there, begin) -> estimate`. Windows with `are_there` False are padding and count for
+nothing. `begin` holds the states that windows begin with; None: the state at the start of a document."""
 
 
 def find_taps(model: Model, params: Params) -> Taps:
-    """List the pre-activations of a model that is `tapped`.
+    """List the pre-activations of a `tapped` model.
 
     Raises:
-        ValueError: A name is used twice, there is none, or "logits" is not what `predict` returns.
+        ValueError: There is no tap, a name occurs twice, or the tap "logits" is not the result of `predict`.
     """
     found = Taps({}, {})
 
     def record(sizes: dict[str, int], name: str, value: Array) -> Array:
         if name in found.consume or name in found.predict:
-            raise ValueError(f"the model taps {name!r} twice; give each pre-activation a name of its own")
+            raise ValueError(f"the model taps {name!r} twice; give each pre-activation a unique name")
         sizes[name] = value.size
         return value
 
@@ -104,12 +103,12 @@ def find_taps(model: Model, params: Params) -> Taps:
 
 
 class _Plan(NamedTuple):
-    """What does not change between chunks; the arguments of `make_estimate_chunk`, and the layout of the noise.
+    """The arguments of `make_estimate_chunk`, and the layout of the noise.
 
     Attributes:
-        noisy: Taps of a prediction that noise is put on.
-        bits: Number of entries of each family of noise: all taps of the state together, then each of `noisy`.
-        packed: Whether noise stays packed until it is used.
+        noisy: Taps of a prediction that get noise.
+        bits: Number of entries of each family of noise: first all taps of the state together, then each of `noisy`.
+        packed: Whether noise stays packed as bits until it is used.
     """
 
     model: Model
@@ -122,7 +121,7 @@ class _Plan(NamedTuple):
     packed: bool
 
     def family(self, number: int, words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
-        """Make the noise of a family, of whole words: so unpacking it is a plain loop. Those who use it cut it off."""
+        """Unpack the noise of a family in whole words, which is a plain loop; callers cut off the surplus entries."""
         many = [_words(bits) for bits in self.bits]
         first = sum(many[:number])
         words = words[:, first : first + many[number]]
@@ -141,20 +140,20 @@ def make_estimate_chunk(
     precision: Precision = "float32",
     packed: bool = False,
 ) -> EstimateChunk:
-    """Make the function for the windows that one device takes at a time.
+    """Make the function that estimates the gradient from a chunk of windows.
 
     Args:
         model: The architecture.
-        taps: Its pre-activations.
-        sigma: Size of the noise on each.
-        discount: γ of each pre-activation of the state, from 0 to 1. With 1 and windows to the end of the documents
-            the estimate is unbiased to O(sigma²); less of it trades a bias for much less noise.
-        copies: Noisy copies of each window.
-        burn_in: Tokens that only prepare the state; nothing is noisy there.
-        exact_logits: Take the gradient with respect to the logits as it is, with no noise on them.
-        precision: Type of what matrix products of the copies multiply; sums are float32.
-        packed: Whether noise stays packed until it is used, and sums over copies are plain sums, which suits
-            accelerators; else noise is written out, and they are products. It changes last digits alone.
+        taps: Its pre-activations, see `find_taps`.
+        sigma: Standard deviation of the noise on each pre-activation, above 0.
+        discount: γ of each pre-activation of the state, from 0 to 1. With 1, and windows that reach the end of the
+            documents, the estimate is unbiased to O(sigma²). A smaller γ adds bias and removes much variance.
+        copies: Noisy copies of each window, at least 1.
+        burn_in: First tokens of a window that only prepare the state; they get no noise.
+        exact_logits: Use the exact gradient with respect to the logits, with no noise on them.
+        precision: Type to which operands of the copies' matrix products are rounded; sums are float32.
+        packed: Keep noise packed as bits and add up copies by plain sums, which suits accelerators; else noise is
+            stored, and sums are matrix products. This changes last digits only.
     """
     noisy = [name for name in taps.predict if not (exact_logits and name == LOGITS)]
     bits = [sum(taps.consume.values()), *(taps.predict[name] for name in noisy)]
@@ -176,7 +175,7 @@ def make_estimate_chunk(
         state, _ = jax.lax.scan(read, state, windows[:, :burn_in].T)
         tokens = windows[:, burn_in:].T
         words = _draw(plan, seeds, len(tokens))
-        # Copies come one after another, each with all windows, and the clean one last.
+        # Lanes: the copies one after another, each with all windows; the clean copy comes last.
         start = _repeat(state, copies + 1)
         end, passed = jax.lax.scan(partial(_pass_token, plan, rounded), start, (tokens, words))
 
@@ -189,8 +188,8 @@ def make_estimate_chunk(
         # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
         everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
 
-        # A vector as a product with ones, so that its gradient is a product, too: XLA adds up a plain sum in another
-        # order when it is compiled for another number of devices.
+        # Vectors enter as products with ones, so that their gradient is a product, too: XLA may change the order of a
+        # plain sum with the number of devices.
         ones = jnp.ones((tokens.size, 1))
         axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, params)
 
@@ -207,11 +206,11 @@ def make_estimate_chunk(
 
 
 class _Passed(NamedTuple):
-    """What is kept of a position.
+    """The results at one position.
 
     Attributes:
-        clean: State of the clean copies before its token.
-        losses: Of all copies.
+        clean: State of the clean copies before the token.
+        losses: Losses of all copies.
         errors: Estimated gradient with respect to the pre-activations of the prediction.
     """
 
@@ -221,11 +220,11 @@ class _Passed(NamedTuple):
 
 
 _Words = tuple[UInt32[Array, "*positions blocks lanes"], UInt32[Array, "*positions blocks lanes"]]
-"""Random bits, the two words of each block of threefry. Lanes last, so that drawing them is a plain loop over lanes."""
+"""Random bits: the two words of each block of threefry. Lanes come last, so that drawing is a plain loop over lanes."""
 
 
 def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> _Words:
-    """Draw the bits of all positions at once, since a call of threefry costs as much as a position."""
+    """Draw the bits of all positions at once: one call of threefry costs as much as a position."""
     lanes = fold(seeds[None], jnp.arange(plan.copies + 1, dtype=jnp.uint32)[:, None]).reshape(-1, 2)
     blocks = math.ceil(sum(map(_words, plan.bits)) / 2)
     drawn = fold(lanes[None], jnp.arange(positions * blocks, dtype=jnp.uint32)[:, None])
@@ -234,8 +233,8 @@ def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> _Wo
 
 
 def _unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
-    # In two parts, and joined: XLA then makes the noise once, in a plain loop. Otherwise it unpacks each bit where it
-    # is used, in the middle of the network's own loops, which turns them into scalar code: four times slower on CPUs.
+    # Unpack two halves and join them: XLA then computes the noise once, in a plain loop. Otherwise it unpacks each bit
+    # inside the loops of the network and turns them into scalar code, which is four times slower on CPUs.
     half = len(words) // 2
     return jnp.concatenate([signs(part).reshape(len(part), -1) for part in (words[:half], words[half:])])
 
@@ -243,13 +242,13 @@ def _unpack(words: UInt32[Array, "lanes words"]) -> Float[Array, "lanes bits"]:
 def _pass_token(
     plan: _Plan, params: Params, states: State, inputs: tuple[Int[Array, " windows"], _Words]
 ) -> tuple[State, _Passed]:
-    """Predict a token, score every kind of noise on the prediction, and consume the token."""
+    """Predict a token, score the noise on each tap of the prediction, and consume the token."""
     token, halves = inputs
     model, copies, sigma = plan.model, plan.copies, plan.sigma
     words = jnp.concatenate(halves).T
     noisy = copies * len(token)
     everyone, others = _repeat(token, copies + 1), _repeat(token, copies)
-    losses, before = jax.vmap(partial(interpret(partial(_predict_and_tell, model)), params))(states, everyone)
+    losses, before = jax.vmap(partial(interpret(partial(_predict_and_record, model)), params))(states, everyone)
     clean = jax.tree.map(lambda leaf: leaf[noisy:], states)
     clean_losses = _repeat(losses[noisy:], copies)
     errors = {}
@@ -291,7 +290,7 @@ def _errors_of_state(
     def weigh(_: None, inputs: tuple[list[Array], _Words]) -> tuple[None, dict[str, Array]]:
         later, halves = inputs
         noise = plan.family(0, jnp.concatenate(halves).T[: later[0].size])
-        # With the noise on all taps, of which each may need a part only: a product is faster than cutting noise up.
+        # Multiply by the noise of all taps, even if one needs only a part: a product is faster than slicing the noise.
         errors = [_split(_by_window(plan, rewards, noise), plan.taps.consume) for rewards in later]
         which = {name: discounts.index(plan.discount[name]) for name in plan.taps.consume}
         return None, {name: errors[i][name] / plan.sigma[name] for name, i in which.items()}
@@ -308,17 +307,17 @@ def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
 
 
 def _by_window(plan: _Plan, rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"]) -> Array:
-    """Return the mean of (reward * noise) over each window's copies."""
+    """Return the mean of (reward * noise) over the copies of each window, [windows, bits]."""
     copies = plan.copies
     rewards = rewards / copies
     if plan.packed:
         return jnp.sum((rewards[:, None] * noise).reshape(copies, -1, noise.shape[1]), axis=0)
-    is_own = _is_own(len(rewards) // copies, copies)  # a product is the fastest sum there is on CPUs
+    is_own = _is_own(len(rewards) // copies, copies)  # a product is the fastest sum on CPUs
     return jnp.matmul(jnp.where(is_own, rewards[None], 0.0), noise, precision=HIGHEST)
 
 
 def _is_own(windows: int, copies: int) -> Bool[Array, "windows lanes"]:
-    """Tell which noisy copies are a window's own."""
+    """Return which lanes are noisy copies of each window."""
     return jnp.arange(windows * copies)[None] % windows == jnp.arange(windows)[:, None]
 
 
@@ -331,29 +330,29 @@ def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> d
     return {name: noise[..., end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
-def _predict_and_tell(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
-    """Score a prediction, and return the pre-activations that led to it."""
-    told: dict[str, Array] = {}
+def _predict_and_record(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
+    """Score a prediction; return the loss and the pre-activations by name."""
+    values: dict[str, Array] = {}
 
-    def tell(name: str, value: Array) -> Array:
-        told[name] = value
+    def record(name: str, value: Array) -> Array:
+        values[name] = value
         return value
 
-    return token_loss(model.predict(params, state, tell), token), told
+    return token_loss(model.predict(params, state, record), token), values
 
 
 def _loss_from(model: Model, name: str, params: Params, state: State, value: Array, token: Array) -> Array:
-    """Score a prediction that goes on from a pre-activation; what comes before it is not computed."""
-    logits = model.predict(params, state, lambda tapped, ours: value if tapped == name else ours)
+    """Score a prediction in which `value` replaces a pre-activation; XLA drops the layers before it."""
+    logits = model.predict(params, state, lambda tapped, computed: value if tapped == name else computed)
     return token_loss(logits, token)
 
 
 def _rewards_of_logits(
     plan: _Plan, logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array
 ) -> Float[Array, " lanes"]:
-    """Return what ±sigma on the logits adds to the loss of a softmax, in closed form, without another exponential.
+    """Return how much ±sigma on the logits adds to the loss, in closed form and without another exponential.
 
-    log Σ_v p_v exp(σ ε_v) - σ ε_token, and exp(σ ε) = cosh σ + ε sinh σ for ε = ±1.
+    It is log Σ_v p_v exp(σ ε_v) - σ ε_token, where exp(σ ε) = cosh σ + ε sinh σ for ε = ±1.
     """
     (windows, entries), sigma = logits.shape, plan.sigma[LOGITS]
     probabilities = jnp.pad(jax.nn.softmax(logits), ((0, 0), (0, noise.shape[1] - entries)))
@@ -378,13 +377,13 @@ def _consume_noisily(plan: _Plan, params: Params, state: State, token: Array, no
 def _later(
     rewards: Float[Array, "positions copies windows"], tokens: Int[Array, "positions windows"], discount: float
 ) -> Float[Array, "positions copies windows"]:
-    """Sum up what comes after each position, up to the end of its document."""
+    """Return the discounted sum of the rewards after each position, up to the end of its document."""
 
     def add(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, token = inputs
-        # After STOP the state starts anew: nothing later is our doing.
-        ours = jnp.where(token[None] == STOP, 0.0, later)
-        return reward + discount * ours, ours
+        # After STOP the state starts anew: noise before it has no effect on later losses.
+        same_document = jnp.where(token[None] == STOP, 0.0, later)
+        return reward + discount * same_document, same_document
 
     return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]
 
@@ -392,9 +391,9 @@ def _later(
 def _along(
     model: Model, params: Params, state: State, token: Array, errors: Mapping[str, Float[Array, " entries"]]
 ) -> Float[Array, ""]:
-    """Sum up error * pre-activation, each as a function of its own layer's weights alone.
+    """Sum error * pre-activation over all taps, so that the gradient of the sum is the estimate.
 
-    No derivative goes past a tap: that of this sum is what each layer was given, times the error of what it made of it.
+    No derivative passes a tap: the gradient of a layer's weights is the layer's input times the error of its output.
     """
     parts = []
 

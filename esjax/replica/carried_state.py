@@ -1,7 +1,7 @@
-"""States that the windows of a step leave to those of the next, which begin where they end.
+"""Carried state: the windows of a step begin where those of the step before ended, with the state at that place.
 
-A state is kept as whole numbers of 1/`STEPS`: hosts hand in those of their windows as part of a vector of integers
-(see `esjax.exchange.gradient_sums`), zeros for all others, and what the vectors add up to is every window's state.
+States are exchanged as integer multiples of 1/`STEPS`. Each host sends the end states of its windows, and zeros for all
+others, as part of its gradient sum (see `esjax.exchange.gradient_sums`). The sum over hosts has every window's state.
 """
 
 from typing import Any
@@ -15,17 +15,17 @@ from esjax.config.settings import Config
 from esjax.models.model import Model, Params, State
 
 STEPS = 2**14
-"""Resolution of a state: steps a unit, far finer than any noise on activations that is of use."""
+"""Resolution: a state is rounded to 1/2^14, far less than any useful noise on activations."""
 
 LARGEST_STATE = 2.0**16
-"""Largest number of a state that is carried; what is beyond is cut off."""
+"""Entries of a carried state are clipped to ± this value."""
 
 Carried = Any
-"""The states of all windows, [pairs, sequences, entries], in units of the model; () if none are carried."""
+"""The states of all windows, float32 [pairs, sequences, entries]; () without carried state."""
 
 
 def first_states(config: Config, model: Model, params: Params) -> Carried:
-    """Make the states that a run begins with, or goes on with after a void step: those of a document's beginning."""
+    """Make the states for the first step, or after a void step: the state at the start of a document."""
     if not config.data.carry:
         return ()
     start, _ = ravel_pytree(model.initial_state(params))
@@ -33,10 +33,10 @@ def first_states(config: Config, model: Model, params: Params) -> Carried:
 
 
 def states_of(model: Model, params: Params, carried: Carried, pairs: UInt32[Array, " pairs"]) -> State | None:
-    """Give the states that some pairs' windows begin with the shape that the model knows, sequences one after another.
+    """Return the states that the windows of some pairs begin with, in the structure of the model's state.
 
     Returns:
-        None if none are carried.
+        A pytree with a leading axis of pairs times sequences; None without carried state.
     """
     if not isinstance(carried, Array):
         return None
@@ -47,10 +47,7 @@ def states_of(model: Model, params: Params, carried: Carried, pairs: UInt32[Arra
 def among_zeros(
     states: State, finite: Bool[Array, " windows"], carried: Carried, pairs: UInt32[Array, " pairs"]
 ) -> Int[Array, " numbers"]:
-    """Put the states that some pairs' windows end with among zeros for all others, as integers.
-
-    A window that does not count leaves zeros, too.
-    """
+    """Return the end states of the windows of some pairs as integers, with zeros for all other and for void windows."""
     if not isinstance(carried, Array):
         return jnp.zeros(0, jnp.int32)
     flat = jax.vmap(lambda state: ravel_pytree(state)[0])(states)
@@ -60,5 +57,5 @@ def among_zeros(
 
 
 def take(total: Int[Array, " numbers"], carried: Carried) -> Carried:
-    """Read the states of the next step's windows from a step's sum."""
+    """Read the states for the next step from the gradient sum of a step."""
     return jax.tree.map(lambda leaf: total.reshape(leaf.shape).astype(jnp.float32) / STEPS, carried)

@@ -1,4 +1,4 @@
-"""How many pairs the devices take at a time."""
+"""Chunk sizes: how many pairs a device evaluates or sums at a time."""
 
 import math
 from collections.abc import Iterator
@@ -10,46 +10,46 @@ from esjax.config.settings import Config
 from esjax.replica.estimator import Estimator, LossEstimator
 
 CPU_SEQUENCES = 256
-"""Sequences, times two members, that a CPU core evaluates at a time at most: their states stay in its cache."""
+"""Most sequences, each with two members, that a CPU core evaluates at a time, so that their states fit its cache."""
 
 CPU_CHUNKS = 16
-"""Chunks that a fixed population is cut into at least, so that as many cores share it. Fixed, whatever the cores, so
-that losses are the same to the last bit on any number of them."""
+"""Least number of chunks of a fixed population on CPUs, so that 16 cores can share it. It does not depend on the number
+of cores, so losses are the same to the last bit on any number of them."""
 
 ACCELERATOR_SEQUENCES = 2**16
-"""Sequences, times two members, that an accelerator evaluates at a time at most; it wants many."""
+"""Most sequences, each with two members, that an accelerator evaluates at a time; it needs many to be busy."""
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
-"""Bytes that the noise, or the added up weights, of a chunk may take."""
+"""Most bytes for the noise, or the added-up weights, of a chunk."""
 
 CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
-"""Pairs whose noise a device sums at a time at most."""
+"""Most pairs whose noise a device sums at a time."""
 
 CPU_WEIGHED_BYTES = 2**23
-"""Bytes of that noise: more would fall out of a core's cache."""
+"""Most bytes of that noise on a CPU, so that it fits a core's cache."""
 
 ACTIVATION_ROOM = 4
-"""How many times as much room a noisy copy takes in a cache as a member: its noise is drawn token by token."""
+"""Cache that a noisy copy takes, relative to a member: its noise is drawn token by token."""
 
 CALL_PAIRS, CALL_WEIGHED_PAIRS = 2**12, 2**14
-"""Pairs of one call to the devices, unless they want more at a time. They cost 13 bytes each, or 14, used or not."""
+"""Pairs of one call to the devices, unless a chunk on each device is more. Each costs 13 or 14 bytes, used or not."""
 
 
 def call_pairs(config: Config, most: int) -> int:
-    """Return how many pairs a call to the devices is made for."""
+    """Return the number of pairs of a call to the devices, at most `most`."""
     return most if config.es.time_per_step is not None else min(most, config.es.pairs)
 
 
 def shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
-    """Return chunks and pairs of a chunk of one call: at least so many pairs, and as many chunks for every device."""
+    """Return (chunks, pairs per chunk) of a call: at least `pairs` in all, and equally many chunks for every device."""
     return -(-pairs // (chunk_pairs * mesh.size)) * mesh.size, chunk_pairs
 
 
 def calls(shape: tuple[int, int], *arrays: np.ndarray) -> Iterator[tuple[np.ndarray | np.int32, ...]]:
-    """Cut arrays of one row a pair into calls of one shape, the last filled up with zeros; at least one call.
+    """Cut arrays with one row per pair into calls of one shape, at least one; the last is padded with zeros.
 
     Yields:
-        Number of pairs, and a part of each array.
+        Number of pairs, and a part of each array, [*shape, ...].
     """
     size = math.prod(shape)
     for start in range(0, max(len(arrays[0]), 1), size):
@@ -81,7 +81,7 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
 
 
 def weighed_pairs(config: Config, estimator: LossEstimator, mesh: Mesh) -> int:
-    """Choose of how many pairs a device sums the noise at a time."""
+    """Choose for how many pairs a device sums the noise at a time."""
     pair_bytes = estimator.noise_bytes
     if is_cpu(mesh):
         pairs = min(CPU_WEIGHED_PAIRS, CPU_WEIGHED_BYTES // pair_bytes)

@@ -1,4 +1,4 @@
-"""How a run estimates the gradient, as its settings say: what is perturbed, and what is exchanged."""
+"""The estimator that the settings choose: what is perturbed, and what hosts exchange."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,14 +22,14 @@ from esjax.replica.partial_sums import SumChunk, make_sum_of_activations, make_s
 
 
 class LossEstimator(NamedTuple):
-    """Noise on weights, of which hosts exchange losses.
+    """Noise on weights, where hosts exchange losses.
 
     Attributes:
         noise: How members differ.
-        loss: `(params, windows, key) -> loss` of a pair.
-        zeros: Totals of no pairs.
-        pair_bytes: Memory that the noise of a pair takes where it is written out.
-        noise_bytes: Memory that the noise of a pair takes where it is summed.
+        loss: `(params, windows, key) -> loss` of a member on the windows of its pair.
+        zeros: Totals of 0, see `Layout.zeros`.
+        pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
+        noise_bytes: Bytes that the noise of a pair takes while it is summed.
     """
 
     noise: Noise
@@ -40,31 +40,31 @@ class LossEstimator(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """Length of a gradient sum: there is none."""
+        """Length of a gradient sum: 0, since there is none."""
         return 0
 
     @property
     def scale(self) -> float:
-        """See `SumEstimator`: there is none."""
+        """Scale of a gradient sum: 0, since there is none."""
         return 0.0
 
     @property
     def most_pairs(self) -> int:
-        """Pairs whose noise is summed exactly at a time at most."""
+        """Most pairs whose noise is summed exactly at a time."""
         return self.noise.exact_pairs
 
 
 class SumEstimator(NamedTuple):
-    """Noise on weights or on activations, of which hosts exchange gradient sums.
+    """Noise on weights or on activations, where hosts exchange gradient sums.
 
     Attributes:
-        sum_chunk: See `esjax.replica.partial_sums`.
+        sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.partial_sums`.
         gradient: `(totals, scale, params) -> gradient`.
-        zeros: Totals of no pairs.
-        numbers: Length of the vectors of `sum_chunk`.
-        scale: Factor that makes their sum the estimate, times the number of pairs that count.
-        most_pairs: Pairs that `sum_chunk` takes at a time at most.
-        pair_bytes: Memory that the noise of a pair takes where it is written out.
+        zeros: Totals of 0, an array for each perturbed leaf.
+        numbers: Length of the vectors.
+        scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
+        most_pairs: Most pairs of a chunk.
+        pair_bytes: Bytes that the noise of a pair takes while it is evaluated.
     """
 
     sum_chunk: SumChunk
@@ -83,19 +83,19 @@ Estimator = LossEstimator | SumEstimator
 def make_estimator(
     config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool = False
 ) -> Estimator:
-    """Choose the functions that the settings ask for.
+    """Make the estimator that the settings choose.
 
     Args:
         config: Settings.
         model: The architecture.
         params: Its parameters, for their shapes.
-        units: Size of a typical entry of each leaf.
+        units: Unit of each leaf.
         loss: Loss of one member on one window, the burn-in included. None: cross entropy.
-        packed: Whether noise stays packed until it is used, see `esjax.core.signs`; for accelerators.
+        packed: Whether ±1 stay packed as bits until they are used, see `esjax.core.signs`; for accelerators.
 
     Raises:
-        EsjaxError: The model or the loss does not allow noise on activations; or sums are of fewer pairs at a time
-            than the settings ask for.
+        EsjaxError: The model or the loss cannot be used with noise on activations, or `es.chunk_pairs` is too large
+            for exact sums.
     """
     estimator = _make(config, model, params, units, loss, packed)
     if isinstance(estimator, SumEstimator) and (config.es.chunk_pairs or 0) > estimator.most_pairs:
@@ -112,7 +112,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
     numbers = size + carried + TAIL if es.sums(size) else 0
     if loss is not None and es.exchange == "auto":
-        numbers = 0  # sums have room for differences of the size of nats, and nobody knows that of another loss
+        numbers = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
     if es.space == "activation":
         return _on_activations(config, model, params, units, loss, numbers, packed)
     noise = Noise(
@@ -126,12 +126,12 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     layout = noise.lay_out(params)
     pair_loss = over_sequences(model, loss or cross_entropy(data.burn_in))
     evaluate_chunk = evaluate(pair_loss, noise, chunk_pairs=MOST_SUMMED_PAIRS, precision=es.precision)
-    if loss is not None:  # one that cannot be is refused now, not in the first step
+    if loss is not None:  # refuse a loss that cannot be used now, not in the first step
         windows = np.zeros((2, data.batch_size, data.burn_in + data.window), np.int32)
         try:
             jax.eval_shape(evaluate_chunk, params, np.zeros((2, 2), np.uint32), windows)
         except EsjaxError as error:
-            raise EsjaxError(str(error)) from None  # without the many frames of JAX
+            raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
     if not numbers:
@@ -149,7 +149,7 @@ def _on_activations(
     es, data = config.es, config.data
     if loss is not None:
         raise EsjaxError(
-            "es.space activation rewards every token by its cross entropy; a loss of one's own needs another"
+            "es.space activation works with cross entropy alone; for a custom loss or reward set es.space to low_rank"
         )
     if not model.tapped:
         raise EsjaxError(

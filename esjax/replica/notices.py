@@ -1,4 +1,4 @@
-"""What a person hears of steps that change little or nothing: once, and again after they have stayed away a while."""
+"""Notices of steps without an update, of void pairs and of the end of the schedule; repeated ones are left out."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,14 @@ from esjax.exchange.values import Conclusion
 from esjax.replica.optimizer import last_step
 
 QUIET = 100
-"""Steps without trouble of a kind after which it is reported anew."""
+"""Steps without a kind of trouble after which it is reported again."""
 
 
 class Notices:
-    """What was reported so far."""
+    """Makes the notices of a run and remembers which were reported."""
 
     def __init__(self, config: Config, custom: Mapping[str, str]) -> None:
-        """Begin with nothing.
+        """Start with no reports.
 
         Args:
             config: Settings.
@@ -27,14 +27,14 @@ class Notices:
         self._noticed: dict[tuple[bool, bool], int] = {}
 
     def line(self, step: int, pairs: int, concluded: Conclusion) -> str:
-        """Say what keeps a step from its update, or pairs from counting; "" if that was said a short time before.
+        """Return a line about a void step or void pairs, or "" if the last such line is at most `QUIET` steps old.
 
-        It also says once that the learning rate has come to 0, if the run goes on all the same.
+        Once, after a cosine schedule has ended, it returns a line about the learning rate, which is then 0.
 
         Args:
             step: Steps done, this one included.
             pairs: Pairs that were scored.
-            concluded: What came of them.
+            concluded: The result of the step.
         """
         trouble, void_pairs = concluded.trouble, concluded.void_pairs
         if not trouble and not void_pairs:

@@ -1,4 +1,4 @@
-"""From settings to an optax transformation; `esjax.replica.transformation` takes any other as well."""
+"""From settings to an optax transformation. `esjax.replica.transformation` adapts custom ones."""
 
 import jax
 import optax
@@ -7,21 +7,21 @@ from esjax.config.settings import OptimConfig
 from esjax.errors import EsjaxError
 
 DECAY_STEPS = 100
-"""Step at which inverse_sqrt has fallen to 71%, unless the settings say another."""
+"""Default number of steps after which inverse_sqrt has fallen to 71%."""
 
 
 def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
     """Build the learning rate as a function of the step.
 
-    After a linear warm-up of `warmup_steps`: constant; cosine, down to 0 at `decay_steps`; or inverse_sqrt, which
-    falls as 1 / sqrt(1 + step / decay_steps) and needs no end to be known.
+    After a linear warm-up of `warmup_steps` it is constant; cosine, which reaches 0 at `decay_steps`; or inverse_sqrt,
+    which falls as 1 / sqrt(1 + step / decay_steps) and needs no planned end.
 
     Args:
         config: Settings of the optimizer.
-        steps: Length of the run, in place of `decay_steps` where that is not set.
+        steps: Length of the run: the end of a cosine without `decay_steps`.
 
     Raises:
-        EsjaxError: The schedule is cosine and has no end.
+        EsjaxError: The schedule is cosine and neither `decay_steps` nor `steps` is set.
     """
     peak = config.learning_rate
     if config.schedule == "cosine":
@@ -43,7 +43,7 @@ def learning_rate(config: OptimConfig, steps: int | None) -> optax.Schedule:
 
 
 def last_step(config: OptimConfig, steps: int | None) -> int | None:
-    """Return the number of steps after which the learning rate is 0 for good; None: it never is.
+    """Return the number of steps after which the learning rate stays 0; None if it never does.
 
     Args:
         config: Settings of the optimizer.
@@ -56,7 +56,11 @@ def last_step(config: OptimConfig, steps: int | None) -> int | None:
 
 
 def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:
-    """Build the optimizer by name: adam (Kingma & Ba 2015) or sgd with momentum, with decoupled weight decay."""
+    """Build the named optimizer: adam (Kingma & Ba 2015, algorithm 1) or sgd with momentum; decoupled weight decay.
+
+    Raises:
+        EsjaxError: See `learning_rate`.
+    """
     if config.optimizer == "adam":
         direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     else:

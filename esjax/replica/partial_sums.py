@@ -1,4 +1,7 @@
-"""(params, seeds, windows) -> one vector of integers: a chunk's part of a gradient sum, see `esjax.exchange`."""
+"""Partial sums: from a chunk of pairs to one vector of integers, its part of the gradient sum.
+
+See `esjax.exchange.gradient_sums` for the layout of the vector.
+"""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -21,13 +24,13 @@ from esjax.replica.update import TrainState
 
 
 class Chunk(NamedTuple):
-    """Pairs of a step that one device takes at a time.
+    """Pairs of a step that one device evaluates at a time.
 
     Attributes:
-        pairs: Their numbers.
-        seeds: Of their noise.
-        windows: What they read.
-        are_there: Whether each is one; the others fill up a last chunk and count for nothing.
+        pairs: Numbers of the pairs.
+        seeds: Seeds of their noise.
+        windows: Token ids that they are scored on.
+        are_there: False for pairs that only pad the last chunk; they count for nothing.
     """
 
     pairs: UInt32[Array, " pairs"]
@@ -37,7 +40,7 @@ class Chunk(NamedTuple):
 
 
 SumChunk = Callable[[TrainState, Chunk], Int[Array, " numbers"]]
-"""`(state, chunk) -> vector`."""
+"""`(state, chunk) -> vector`, int32."""
 
 
 def make_sum_of_activations(
@@ -48,10 +51,10 @@ def make_sum_of_activations(
     Args:
         model: The architecture.
         estimate_chunk: See `esjax.replica.activation`.
-        units: Size of a typical entry of each leaf, see `Model.units`; the sum is in these units.
-        pairs: Pairs of a step that sums must have room for.
+        units: Unit of each leaf, see `Model.units`; the sum is in these units.
+        pairs: Most pairs of a step, for which sums must have room.
         tokens: Tokens that a pair is scored on.
-        steps: Resolution, see `steps_per_nat`, with room for the tokens of all pairs of a step.
+        steps: Resolution of the sums, see `steps_per_nat`.
     """
 
     def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
@@ -60,7 +63,7 @@ def make_sum_of_activations(
         are_all_there = jnp.repeat(chunk.are_there, sequences)
         begin = states_of(model, state.params, state.carried, chunk.pairs)
         found = estimate_chunk(state.params, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin)
-        # Parts of this size at most add up to `LARGEST` at most.
+        # Clipped at this size, the parts of all chunks add up to at most `LARGEST`.
         most = jnp.minimum(steps * HEADROOM * tokens * jnp.sum(chunk.are_there, dtype=jnp.float32), 2.0**30)
         whole = jax.tree.map(
             lambda leaf, unit: jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most), found.gradient, units
@@ -77,14 +80,14 @@ def make_sum_of_weights(
 ) -> SumChunk:
     """Make the function for noise on weights.
 
-    No host knows the differences of all pairs here, so a z-score is over their spread in the step before; in a first
-    step only signs count. A chunk holds at most `Noise.exact_pairs`.
+    A host does not know the differences of all pairs, so a z-score divides by their standard deviation in the step
+    before; in the first step only signs count. A chunk has at most `Noise.exact_pairs` pairs.
 
     Args:
         noise: How members differ.
         evaluate_chunk: See `esjax.core.evaluate`.
         shaping: How a difference becomes a weight.
-        pairs: Pairs of a step that sums must have room for.
+        pairs: Most pairs of a step, for which sums must have room.
     """
     weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
 
@@ -115,7 +118,7 @@ def _join(
 ) -> Int[Array, " numbers"]:
     def sum_up(values: Float[Array, " pairs"], steps: int) -> Int[Array, ""]:
         whole = jnp.rint(jnp.clip(jnp.where(finite, values, 0.0) * steps, -(2.0**30), 2.0**30)).astype(jnp.int32)
-        most = LARGEST // room  # a pair: so no sum over a step overflows
+        most = LARGEST // room  # per pair, so that no sum over a step overflows
         return jnp.sum(jnp.clip(whole, -most, most))
 
     gradient, _ = ravel_pytree(total)

@@ -1,4 +1,4 @@
-"""A host's copy of the run: it scores pairs and applies updates, and knows neither clock nor file nor network."""
+"""A host's copy of the run. It scores pairs and applies updates; it uses no clock, no file and no network."""
 
 import dataclasses
 import math
@@ -37,18 +37,18 @@ from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make
 
 
 class Replica:
-    """Parameters, optimizer state, and the compiled functions that move them on.
+    """The training state and the compiled functions that score pairs and update it.
 
     Attributes:
         model: The architecture.
-        units: Size of a typical entry of each leaf.
+        units: Unit of each leaf.
         state: Everything that a later step depends on.
-        chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
-            call and the devices, as long as it comes with the same others in a whole chunk.
-        device_batch: Pairs that all devices together evaluate at a time; with fewer, some are idle.
+        chunk_pairs: Pairs that a device evaluates at a time. A pair has the same losses to the last bit on any devices
+            and in any call, as long as its chunk holds the same pairs.
+        device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
         numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
-        scale: Factor that makes a sum the estimate, times the number of pairs that count.
-        halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
+        scale: The estimate is `scale` times the gradient sum, over the number of pairs that are not void.
+        halves: (2,) for split pairs, which have two weights each; else ().
     """
 
     @default_flags()
@@ -61,19 +61,19 @@ class Replica:
         loss: Loss | None = None,
         optimizer: optax.GradientTransformation | None = None,
     ) -> None:
-        """Make the first parameters and set up the functions; nothing is compiled yet.
+        """Make the initial parameters and the functions; nothing is compiled yet.
 
         Args:
             config: Settings of the run.
             model: The architecture.
-            stream: Packed training documents, see `use_tokens`. None: nothing is scored, or not yet.
+            stream: Packed training documents, see `use_tokens`. None: pairs cannot be scored before `use_tokens`.
             mesh: Devices that share the population, of this process or of several.
             loss: Loss of one member on one window, the burn-in included. None: cross entropy.
             optimizer: Any optax transformation. None: the one that the settings name.
 
         Raises:
-            EsjaxError: The text is shorter than a window, a parameter of the model is not float32, or the optimizer
-                needs more than there is.
+            EsjaxError: The text is shorter than a window, a parameter is not float32, or the estimator or the optimizer
+                cannot be used, see `make_estimator` and `fit_optimizer`.
         """
         params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
         check_float32(params)
@@ -129,7 +129,7 @@ class Replica:
         self._skip = jax.jit(skip)
         first = init_state(params, in_units(optimizer, units), first_states(config, model, params))
         self.state: TrainState = self._on_every_device(first)
-        # Arguments, not constants: a run of another seed finds its programs compiled already.
+        # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
         self._tokens: Array | None = None
@@ -138,7 +138,7 @@ class Replica:
 
     @property
     def devices(self) -> list[jax.Device]:
-        """List those that share the population."""
+        """List the devices that share the population."""
         return list(self._mesh.devices.flat)
 
     @default_flags()
@@ -146,8 +146,8 @@ class Replica:
         """Score on this text from now on.
 
         Args:
-            stream: Packed training documents, of the smallest type that holds their ids, since every device has a copy.
-                Another length or type is compiled for anew.
+            stream: Packed training documents, in the smallest type that holds their ids, since every device has a copy.
+                A new length or type means a new compilation.
 
         Raises:
             EsjaxError: The text is shorter than a window.
@@ -157,26 +157,26 @@ class Replica:
 
     @default_flags()
     def use_params(self, params: Params) -> None:
-        """Go on from these parameters, with everything else as it is."""
+        """Replace the parameters; the rest of the state stays."""
         self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
 
     def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]:
-        """Return what hosts exchange of some spans of pairs: the losses, or a sum for each span."""
+        """Return what hosts exchange for spans of pairs: the losses, or one gradient sum for each span."""
         if self.numbers:
             return np.stack([self.sums(pairs_of([span])) for span in spans])
         return self.losses(pairs_of(spans))
 
     def update(self, payload: bytes) -> tuple[float | None, float | None]:
-        """Go one step on.
+        """Apply the update of the present step.
 
         Args:
-            payload: The update, as it is published and kept in the ledger.
+            payload: The update record, as it is published and stored in the ledger.
 
         Returns:
-            Norms of the estimate and of the update; None for a void step.
+            Norms of the estimate and of the update, in units; None for a void step.
 
         Raises:
-            EsjaxError: The update is of another step, pairing or model.
+            EsjaxError: The update is for another step, pairing or model.
         """
         update = unpack_update(payload)
         step = int(self.state.step)
@@ -189,7 +189,7 @@ class Replica:
             raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
         if update.header.numbers != self.numbers:
             raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {self.numbers}")
-        # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
+        # The loss comes from the update record: the same bits on every host and in a replay.
         loss = math.nan if update.header.loss is None else update.header.loss
         if self.numbers:
             info = self.apply_sum(update.weights, update.header.scale, loss)
@@ -198,7 +198,7 @@ class Replica:
         return float(info.gradient_norm), float(info.update_norm)
 
     def warm_up(self) -> None:
-        """Run everything once, so that the first step is as fast as the others."""
+        """Run every function once to compile it; the state stays unchanged."""
         first = self.state
         pairs = np.arange(self.device_batch, dtype=np.uint32)
         if self.numbers:
@@ -213,7 +213,7 @@ class Replica:
         """Score both members of some pairs of the present step, with the present parameters.
 
         Args:
-            pairs: Indices, from 0 to 2^32 - 1, in any order; at least one.
+            pairs: Numbers of pairs, from 0 to 2^32 - 1, in any order; at least one.
         """
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
         calls = [
@@ -224,10 +224,10 @@ class Replica:
 
     @default_flags()
     def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
-        """Add up what some pairs of the present step say, see `esjax.exchange.gradient_sums`.
+        """Return the part of some pairs in the gradient sum of the present step, see `esjax.exchange.gradient_sums`.
 
         Args:
-            pairs: Indices, as for `losses`; whole chunks, as they are cut, but for the last.
+            pairs: Numbers of pairs, as for `losses`; all chunks but the last are whole.
         """
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
         total = np.zeros(self.numbers, np.int32)
@@ -240,7 +240,7 @@ class Replica:
 
     @default_flags()
     def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
-        """Update with the sum of what the step's pairs say; see `apply`."""
+        """Update with the gradient sum over all pairs of the step; see `apply`."""
         return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
 
     @default_flags()
@@ -251,17 +251,21 @@ class Replica:
         scale: float,
         loss: float = math.nan,
     ) -> UpdateInfo:
-        """Update with the shaped weights of the step's pairs; one that is left out counts as weight 0.
+        """Update with the shaped weights of the step's pairs; a missing pair counts as weight 0.
 
-        The loss is the mean of the step, which goes to optimizers that take a `value`.
+        An update that is not finite is skipped; its `update_norm` is then not finite.
 
-        An update that is not finite is skipped: `update_norm` tells.
+        Args:
+            pairs: Numbers of pairs.
+            weights: int8 weights, see `esjax.core.Shaped`.
+            scale: Scale of the weights.
+            loss: Mean loss of the step, for optimizers that take a `value`.
         """
         totals = self._no_totals
         *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
         for part in calls:
             totals = self._weigh(self.state, self._streams, totals, *part)
-        # In one program: each call to the devices costs as much as the noise of hundreds of pairs.
+        # One program for both: a call to the devices costs as much as the noise of hundreds of pairs.
         scalars = np.float32(scale), np.float32(loss)
         return self._take(*self._weigh_and_apply(self.state, self._streams, totals, *scalars, *last))
 
@@ -274,15 +278,15 @@ class Replica:
 
     @default_flags()
     def skip(self) -> None:
-        """Count a step that was found void; the parameters stay as they are.
+        """Count a void step; the parameters stay unchanged.
 
-        Carried states start anew: the next windows begin where those of this step end, and a void step leaves no word
-        of the states there.
+        Carried states start anew: the next windows begin where those of this step end, and a void step does not record
+        the states at these places.
         """
         self.state = self._skip(self.state)
 
     def _on_every_device(self, tree: Any) -> Any:
-        """Copy arrays to all devices, those of other processes included: each process copies its own."""
+        """Copy arrays to all devices; in a group of processes, each process copies to its devices."""
         everywhere = NamedSharding(self._mesh, PartitionSpec())
 
         def copy(leaf: jax.typing.ArrayLike) -> Array:
@@ -302,10 +306,10 @@ def _for_losses(
     chunk_pairs: int,
     weighed_pairs: int,
 ) -> tuple[Callable[..., Array], Callable[..., Totals], Callable[..., tuple[TrainState, UpdateInfo]]]:
-    """Compile what a step consists of where losses are exchanged: scores, sums of noise, and the update."""
+    """Compile the functions of a step that exchanges losses: scores, sums of noise, and the update."""
 
     def pair_loss(params: Params, example: _Example, key: Array) -> Array:
-        # The windows of a pair are drawn where they are read: those of all pairs would be drawn by every device.
+        # Draw the windows of a pair here. Outside, every device would draw the windows of all pairs.
         tokens, streams, step, pair = example
         return loss(params, draw(tokens, streams, step, pair[None])[0], key)
 
@@ -349,7 +353,7 @@ def _for_losses(
 
 
 def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mesh: Mesh) -> Callable[..., Array]:
-    """Compile what a step consists of where sums are exchanged."""
+    """Compile the function of a step that exchanges gradient sums."""
 
     def add(
         chunk: Array, total: Array, state: TrainState, tokens: Array, streams: _Streams, pairs: Array, left: Array
@@ -371,14 +375,14 @@ def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mes
 
 
 class _Streams(NamedTuple):
-    """Seeds of the run's streams of keys."""
+    """Seeds of the run's streams of random numbers."""
 
     perturbations: UInt32[Array, "2"]
     windows: UInt32[Array, "2"]
 
 
 class _Example(NamedTuple):
-    """What the loss of a pair is a function of: the text, what draws a window of it, and the pair's number."""
+    """The example of a pair: the text, the seeds and the step that draw windows from it, and the pair's number."""
 
     tokens: Any
     streams: Any

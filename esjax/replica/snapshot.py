@@ -1,10 +1,10 @@
-r"""A training state as one message, for a host that joins or has gone astray.
+r"""A training state as one message, for a host that joins or whose state is wrong.
 
-    "esjax snapshot 1\n", BLAKE2b-128 of all that follows, bytes of the list (uint32),
+    "esjax snapshot 1\n", BLAKE2b-128 of all that follows, length of the list in bytes (uint32),
     the list as msgpack: name, type and shape of each array, the arrays one after another; all little-endian
 
-The list only says whether the state is that of the same model. Shapes, types and sizes that are used are the reader's
-own, so that nothing is allocated that the message asks for.
+The reader compares the list with its state and refuses another model. It never takes shapes or sizes from the message,
+so a message cannot make it allocate memory.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ def leaf_types(state: PyTree) -> dict[str, str]:
 
 
 def to_bytes(state: TrainState) -> bytes:
-    """Write a state; every bit of it is kept."""
+    """Write a state without loss of a bit."""
     listed = msgspec.msgpack.encode(list(leaf_types(state).items()))
     body = [_LENGTH.pack(len(listed)), listed, *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))]
     return b"".join([_HEAD, _hash(*body), *body])
 
 
 def from_bytes(data: bytes, like: TrainState) -> TrainState:
-    """Read a state, after everything about it has been checked.
+    """Check and read a state.
 
     Args:
         data: Any bytes.
-        like: A state of the same structure, shapes and dtypes, with the shardings to give to the arrays.
+        like: A state with the same structure, shapes and types, and with the shardings for the arrays.
 
     Raises:
-        EsjaxError: It is no snapshot of this version, has changed on the way, or is the state of another model.
+        EsjaxError: The bytes are not a snapshot of this version, are damaged, or hold the state of another model.
     """
     if data[: len(_HEAD)] != _HEAD or len(data) < _LISTED:
         raise EsjaxError("this is no snapshot of this version of esjax; use the same version on every host")

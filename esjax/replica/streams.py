@@ -1,10 +1,10 @@
-"""The streams of a run's random numbers, beside `esjax.core.seeds.PERTURBATIONS`; see `stream_seed` there."""
+"""Numbers of a run's streams of random numbers, see `esjax.core.seeds.stream_seed`; 0 is `PERTURBATIONS` there."""
 
 WINDOWS = 1
-"""From which the windows of text are drawn."""
+"""Stream for the windows of text."""
 
 INIT = 2
-"""From which the first parameters are drawn."""
+"""Stream for the initial parameters."""
 
 HELD_OUT = 3
-"""From which the windows of held-out text are drawn, for a custom loss."""
+"""Stream for the windows of held-out text, for a custom loss."""

@@ -1,4 +1,4 @@
-"""Any optax transformation as the optimizer of a run: tried first, given the step's loss, its state plain arrays."""
+"""Adapts any optax transformation as the optimizer of a run: tries one update, and keeps its state as plain arrays."""
 
 from functools import partial
 from typing import Any
@@ -15,18 +15,18 @@ from esjax.models.model import Params
 
 @struct.dataclass
 class _KeptKey:
-    """A typed random key as plain integers, which can be saved, hashed and sent."""
+    """A typed random key stored as integers, which can be saved, hashed and sent."""
 
     data: PyTree
     kind: str = struct.field(pytree_node=False)
 
 
 def kept(optimizer: optax.GradientTransformation, takes_value: bool = True) -> optax.GradientTransformationExtraArgs:
-    """Let the state of any optax transformation consist of plain arrays.
+    """Wrap an optax transformation so that its state consists of plain arrays.
 
     Args:
         optimizer: Any optax transformation; its state may hold typed random keys.
-        takes_value: Whether it is given the keyword `value`, the loss of the step.
+        takes_value: Whether to pass the keyword `value`, the mean loss of the step.
     """
 
     def stored(state: PyTree) -> PyTree:
@@ -56,14 +56,14 @@ def kept(optimizer: optax.GradientTransformation, takes_value: bool = True) -> o
 
 
 def fit_optimizer(optimizer: optax.GradientTransformation, params: Params) -> optax.GradientTransformationExtraArgs:
-    """Try one update with an optimizer, without computing anything.
+    """Check an optimizer by tracing one update.
 
     Args:
         optimizer: Any optax transformation.
-        params: The first parameters.
+        params: The initial parameters.
 
     Returns:
-        The optimizer, see `kept`. It is given `value`, if it takes that.
+        The wrapped optimizer, see `kept`; it gets `value` if it accepts it.
 
     Raises:
         EsjaxError: It needs more than gradients, parameters and the loss of the step, or changes shapes or types.
@@ -105,7 +105,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _difference(wanted: PyTree, found: PyTree) -> str:
-    """Name the first leaf whose shape or type differs, or ""."""
+    """Describe the first leaf whose shape or type differs; "" if there is none."""
     before: Any = jax.tree.structure(wanted)
     if before != jax.tree.structure(found):
         return "they have another structure"

@@ -1,4 +1,4 @@
-"""One update: from an estimate of the gradient to the next parameters."""
+"""One update: from an estimate of the gradient to the next training state."""
 
 import dataclasses
 import math
@@ -27,13 +27,13 @@ class TrainState:
     """Everything that a later step depends on.
 
     Attributes:
-        step: Number of updates applied or found void, int32.
-        params: The parameters around which members are perturbed.
+        step: Number of steps done, void ones included, int32.
+        params: The parameters that members perturb.
         opt_state: State of the optax transformation.
-        average: The parameters to evaluate and generate with: a running average of `params`.
-        spread: Standard deviation of the pairs' differences in the last step, in nats, where hosts hand in sums of
-            weighted perturbations; else 0.
-        carried: States that the next step's windows begin with, see `carried_state`; () if they are not carried.
+        average: A running average of `params`, for evaluation and generation.
+        spread: Standard deviation of the pairs' differences in the last step, in nats, if hosts exchange gradient sums
+            of noise on weights; else 0.
+        carried: States that the windows of the next step begin with, see `carried_state`; () without carried state.
     """
 
     step: PyTree
@@ -45,7 +45,7 @@ class TrainState:
 
 
 class UpdateInfo(NamedTuple):
-    """What one update did.
+    """Sizes of one update.
 
     Attributes:
         gradient_norm: Euclidean norm of the estimate, in units of each leaf.
@@ -60,7 +60,7 @@ Apply = Callable[[TrainState, Params, Float[Array, ""]], tuple[TrainState, Updat
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, carried: Carried = ()) -> TrainState:
-    """Start a run from its first parameters, and from `first_states` if it carries them."""
+    """Make the state of step 0 from initial parameters and, with carried state, from `first_states`."""
     opt_state, spread = optimizer.init(params), jnp.float32(0)
     return TrainState(jnp.int32(0), params, opt_state, average=params, spread=spread, carried=carried)
 
@@ -69,13 +69,13 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
     """Make the function that turns an estimate of the gradient into the next state.
 
     Args:
-        optimizer: Any optax transformation; it sees the gradient, and the parameters, in units of each leaf.
-        units: Size of a typical entry of each leaf, see `Model.units`.
-        average_fraction: Part of the run, in (0, 1], over which `TrainState.average` looks back, by
-            polynomial-decay averaging (Shamir & Zhang 2013, section 4); 0: no averaging.
+        optimizer: Any optax transformation; it sees the gradient and the parameters in units of each leaf.
+        units: Unit of each leaf, see `Model.units`.
+        average_fraction: Fraction of the run so far, from 0 to 1, over which `TrainState.average` averages, by
+            polynomial-decay averaging (Shamir & Zhang 2013, section 4). 0: no average.
 
     Returns:
-        `(state, gradient, loss) -> (state, info)`; the loss of the step goes to optimizers that take a `value`. Jit it.
+        `(state, gradient, loss) -> (state, info)`; jit it. The loss goes to optimizers that take a `value`.
     """
     scaled = in_units(optimizer, units)
 
@@ -99,12 +99,12 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
 def make_apply_sum(
     apply: Apply, gradient: Callable[[Totals, Float[Array, ""], Params], Params], zeros: Totals
 ) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
-    """Make the function that turns a sum of vectors, see `esjax.exchange.gradient_sums`, into the next state.
+    """Make the function that turns a gradient sum, see `esjax.exchange.gradient_sums`, into the next state.
 
     Args:
         apply: See `make_apply`.
         gradient: `(totals, scale, params) -> gradient`.
-        zeros: Totals of nothing, for their shapes.
+        zeros: Totals of 0, for their shapes.
 
     Returns:
         `(state, total, scale, loss) -> (state, info)`. Jit it.
