@@ -148,7 +148,7 @@ def test_a_model_of_ones_own_is_given_again(runs: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize(
     ("name", "out", "format", "said"),
     [
-        ("gru", "w.npy", None, "holds another model than rnn"),
+        ("gru", "w.npy", None, "npy is for the model rnn, and"),
         ("bytes", "w.npy", None, "this run is of bytes"),
         ("rnn", "w.npz", None, "ends in .safetensors or .npy"),
         ("rnn", "w", "npy", "ends in .npy"),
