@@ -358,7 +358,7 @@ def check_custom(path: str, kept: Mapping[str, str], given: Mapping[str, str], a
     Raises:
         EsjaxError: A part is missing, differs, or was not custom.
     """
-    missing = [f"{a_or_an(kind)} of its own, {name}" for kind, name in kept.items() if kind not in given]
+    missing = [f"a custom {kind}, {name}" for kind, name in kept.items() if kind not in given]
     if missing:
         words = ", ".join(f"{kind}=..." for kind in kept)
         options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in kept)
@@ -378,11 +378,6 @@ def check_custom(path: str, kept: Mapping[str, str], given: Mapping[str, str], a
             is_other = was != now and "<lambda>" not in (was, now)
         if is_other:
             raise EsjaxError(f"{path!r} was trained with the {kind} {was}, not {now}; give that one, or train anew")
-
-
-def a_or_an(kind: str) -> str:
-    """Return the kind of a custom part with its article."""
-    return f"an {kind}" if kind == "optimizer" else f"a {kind}"
 
 
 def json_line(numbers: Mapping[str, float]) -> str:

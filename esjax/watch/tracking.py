@@ -65,7 +65,7 @@ class Tracker(Protocol):
         return
 
     def close(self) -> None:
-        """Write what is buffered: the run ends or pauses. Also called after a failure of any method, `start` included."""
+        """Write what is buffered: the run ends or pauses. Called after a failure of a method, too."""
         return
 
 

@@ -563,7 +563,7 @@ def test_what_a_run_was_given_must_be_given_again(config: Config, tmp_path: Path
     whole = train(config, **given)
     list(whole)
     list(train(replace(config, steps=3), tmp_path / "run", **given))
-    with pytest.raises(EsjaxError, match=f"{kind} of its own"):
+    with pytest.raises(EsjaxError, match=f"custom {kind}, "):
         resume(tmp_path / "run", steps=6)
     again = resume(tmp_path / "run", steps=6, **given)
     list(again)
