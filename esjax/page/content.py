@@ -76,8 +76,8 @@ def curves(view: RunView, known: Mapping[str, tuple[int, int]] | None = None) ->
         known: For each column, the stride and the number of the points that the page has.
 
     Returns:
-        For each column: `stride`; `start`, the index of the first point in the answer; and a list for `value` and for
-        each axis.
+        A dict for each column, with `stride`, `start` (the index of the first new point), and a list for `value` and
+        for each axis.
     """
     points: dict[str, Any] = {}
     for column in COLUMNS:

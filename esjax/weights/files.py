@@ -35,7 +35,7 @@ def export(
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Returns:
-        The files written: one, or for npy the weights and the table of characters.
+        Paths of the files, for npy those of the weights and of the table of characters.
 
     Raises:
         EsjaxError: The path is not a run folder, no checkpoint is whole, the format does not suit the model, or a file
