@@ -15,7 +15,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the curves of runs as a picture, or as a page in one file."""
+    """Draw the curves of runs as an image, or as a page in one file."""
 
     runs: Runs
     """Run folders, or folders of run folders."""

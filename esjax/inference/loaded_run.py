@@ -120,7 +120,7 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
     elif begins or read_run(path).step:
         has = f"and its ledger begins at step {begins:,}" if begins else "and no ledger"
         raise EsjaxError(
-            f"{str(path)!r} has no whole checkpoint, {has}: there is nothing to go on from; restore what is missing "
+            f"{str(path)!r} has no whole checkpoint, {has}: nothing can be resumed; restore what is missing "
             f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
         )
     return Restored(first, 0.0, 0)

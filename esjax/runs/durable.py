@@ -136,4 +136,4 @@ def disk_error(what: str, error: OSError | ValueError) -> DiskError:
 
 def remedy(number: int | None) -> str:
     """Return what the user has to do about an error number before resuming."""
-    return "make room" if number in FULL else "mend that"
+    return "make room" if number in FULL else "fix that"

@@ -28,7 +28,7 @@ class Limits(NamedTuple):
         """
         if self.steps is not None and step >= self.steps:
             raise EsjaxError(
-                f"the run has done {step} steps, and its limit is {self.steps}; raise steps to go on (in Python: "
+                f"the run has done {step} steps, and its limit is {self.steps}; raise steps to continue (in Python: "
                 "run.limits)"
             )
 

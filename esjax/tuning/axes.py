@@ -103,8 +103,8 @@ def _make_trial(base: Config, wanted: Mapping[str, Any], shared: str) -> Trial:
     try:
         config = change(base, values)
     except EsjaxError as error:
-        said = ", ".join(f"{name}={value}" for name, value in wanted.items())
-        raise EsjaxError(f"{said}: {error}") from error
+        combination = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        raise EsjaxError(f"{combination}: {error}") from error
     typed = {name: value_of(config, name) for name in wanted}
     name = ",".join(f"{name}={_plain(str(value).removeprefix(shared))}" for name, value in typed.items())
     return Trial(name, typed, config)

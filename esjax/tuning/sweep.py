@@ -373,12 +373,12 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     before, settings, custom, code = _read_record(path)
     if before != axes:
         there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
-        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
+        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or continue that one")
     if settings != config:
         old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
         raise EsjaxError(
             f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
-            "go on with that one"
+            "continue that one"
         )
     check_custom(str(path), custom, wanted.custom, "esjax.sweep")
     digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]

@@ -50,7 +50,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError(f"no picture without matplotlib ({error}): pip install 'esjax[plot]'") from error
+        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}

@@ -73,7 +73,7 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError(f"a picture needs matplotlib ({error}): pip install 'esjax[plot]'") from error
+        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     titles = {
         "held_out": "held-out text",
         "loss": "population, training text" + (f"\naveraged over {smoothing:g} steps" if smoothing else ""),

@@ -121,7 +121,7 @@ def _read(path: Path) -> _Read:
         vocabulary = parse_vocabulary(json.loads(metadata["vocabulary"]))
         custom = {str(kind): str(name) for kind, name in json.loads(metadata.get("own", "{}")).items()}
     except (KeyError, ValueError, AttributeError) as error:
-        raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it anew") from error
+        raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it again") from error
     return _Read(config, vocabulary, custom, tensors)
 
 

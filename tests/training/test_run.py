@@ -238,7 +238,7 @@ def test_a_run_that_keeps_nothing_to_go_on_from_says_what_to_do(config: Config, 
     with pytest.raises(EsjaxError, match="ended before its first one: resume it"):
         esjax.load(run)
     assert str(caught.value) == (
-        f"{str(run)!r} has no whole checkpoint, and no ledger: there is nothing to go on from; restore what is missing "
+        f"{str(run)!r} has no whole checkpoint, and no ledger: nothing can be resumed; restore what is missing "
         f"from a copy, or train anew: esjax train --config '{tmp_path}/it'\"'\"'s killed/config.yaml' --out NEW"
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
