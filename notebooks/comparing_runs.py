@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Comparing runs
 #
-# Three runs that differ in sigma, drawn over one another. Every run leaves its settings and metrics in its folder;
-# nothing else is needed.
+# Three runs that differ in sigma, in one plot. Every run writes its settings and metrics to its folder, and plots read
+# only these folders.
 #
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
 
@@ -37,8 +37,8 @@ TEXT = "builtin:shakespeare"
 POPULATION = 1024
 
 # %% [markdown]
-# A sweep trains a run for each combination of values, one after another. A folder that is kept, in place of this one,
-# can be gone on with after an interruption.
+# A sweep trains a run for each combination of values, one after another. Here its folder is temporary; with a permanent
+# folder, an interrupted sweep can be continued.
 
 # %%
 folder = tempfile.mkdtemp(prefix="esjax-sweep-")
@@ -53,13 +53,13 @@ for outcome in sweep:
     print(f"  held-out loss {outcome.held_out:.3f} after {outcome.step:,} steps")
 
 # %% [markdown]
-# `esjax.plot` takes run folders, or folders of them. It also works while they are still training.
+# `esjax.plot` takes run folders, or folders of run folders. It also works during training.
 
 # %%
 esjax.plot(folder, over="seconds", smoothing=20)
 
 # %% [markdown]
-# Which settings differ? Here we know; of old runs one may have forgotten.
+# `differing` lists the settings in which runs differ, which is useful for older runs.
 
 # %%
 runs = read_runs(find_runs(folder))
@@ -69,8 +69,8 @@ for run in sorted(runs, key=lambda run: run.last("held_out") or float("inf")):
     print(f"{settings}: {run.state}, {run.step:,} steps, held-out loss {run.last('held_out'):.3f}")
 
 # %% [markdown]
-# The metrics are NumPy arrays, one number a step: every name in `esjax.StepInfo`. So one can draw what `esjax.plot`
-# does not.
+# The metrics are NumPy arrays with a number for each step, one array for each name in `esjax.StepInfo`. So you can plot
+# them yourself.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -84,5 +84,5 @@ left.legend()
 plt.show()
 
 # %% [markdown]
-# A report is one file for a browser, to be sent to a colleague: `esjax.report(folder, out="report.html")`. A live page
-# is `esjax dashboard FOLDER`. See `docs/comparing.md`.
+# `esjax.report(folder, out="report.html")` writes a report, a page in one file that can be sent to others.
+# `esjax dashboard FOLDER` serves a live page. See `docs/comparing.md`.

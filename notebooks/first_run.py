@@ -15,7 +15,8 @@
 # # A first run
 #
 # A recurrent network learns to write Shakespeare, letter by letter, without backpropagation: each step scores a few
-# thousand randomly perturbed copies of the weights, in pairs +ε and -ε, and moves the weights towards the better ones.
+# thousand randomly perturbed copies of the weights, in pairs +ε and -ε, and moves the weights towards the better ones
+# (Salimans et al. 2017).
 #
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about two minutes on two cores.
 
@@ -28,7 +29,7 @@ esjax.prepare_devices()  # one device per core; before anything else uses JAX
 from IPython.display import clear_output, display
 
 # %% [markdown]
-# All settings have names, types and bounds; a typing mistake is an error at once.
+# All settings have names, types and bounds; a wrong name or value is an error at once.
 
 # %% tags=["parameters"]
 SECONDS = 60
@@ -40,11 +41,11 @@ run = esjax.train(config)
 run
 
 # %% [markdown]
-# A run is an object to iterate over, one step at a time. Interrupt the cell when you have seen enough: the run stops
-# after the step at hand, and running the cell again goes on.
+# A run is an object to iterate over, one step at a time. You can interrupt the cell: the run stops after the current
+# step, and running the cell again continues.
 #
-# The dashed lines are n-gram models of the same text: a network below the unigram line has learned more than how
-# frequent each letter is, below the bigram line more than which letter follows which.
+# The dashed lines are n-gram models of the same text. A network below the unigram line has learned more than the
+# frequency of each letter; below the bigram line, more than the frequency of each pair of letters.
 
 # %%
 for info in run:
@@ -53,7 +54,7 @@ for info in run:
         display(run.plot(over="seconds", smoothing=20))
 
 # %% [markdown]
-# The run is now a trained model: it writes, and is scored.
+# The run now holds a trained model, which generates text and can be scored on the held-out documents.
 
 # %%
 for written in run.generate("ROMEO\n", count=2, temperature=0.8, max_tokens=200, seed=1):
@@ -63,7 +64,7 @@ for written in run.generate("ROMEO\n", count=2, temperature=0.8, max_tokens=200,
 run.evaluate()
 
 # %% [markdown]
-# What one step reports:
+# Information about the last step:
 
 # %%
 run.last

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Your own model and reward
 #
-# Evolution strategies need no gradient, so a network can be trained for whatever can be counted. Here it learns to
-# answer `3+4=`, and is rewarded when what it writes is right.
+# Evolution strategies need no gradient, so any number can serve as a reward. Here a network learns to answer `3+4=`,
+# and gets a reward if the answer is right.
 #
 # Install with `pip install -e '.[notebook]'` in a checkout. It takes about two minutes on two cores.
 
@@ -42,7 +42,7 @@ POPULATION = 1024
 # %% [markdown]
 # ## The text
 #
-# All sums of two digits, a line each. A line is a document, and ends in `STOP`.
+# The text holds all sums of two digits, one in each line. A line is a document and ends in `STOP`.
 
 # %%
 text = Path(tempfile.mkdtemp(prefix="esjax-sums-")) / "sums.txt"
@@ -56,12 +56,12 @@ config = esjax.Config(
 # %% [markdown]
 # ## A model
 #
-# Four functions for one sequence: first parameters, first state, prediction, next state. This one is not recurrent at
-# all: its state is the embeddings of the last six tokens, and a network with one hidden layer reads them.
+# A model is four functions for one sequence: first parameters, first state, prediction, next state. This one is not
+# recurrent: its state is the embeddings of the last six tokens, and a network with one hidden layer reads them.
 #
-# They are plain `jax.numpy`. A member's matrices are nevertheless not copied: it differs by two vectors a matrix, and
-# the population shares the products with the rest. `unit` is the size of a typical entry of each leaf, so that one
-# sigma fits all of them; without it, units come from the first weights.
+# The functions are plain `jax.numpy`. Still, matrices are not copied for each member: a member adds two vectors for
+# each matrix, and the population shares the products with the matrix itself. `unit` is the size of a typical entry of
+# each leaf, so that one sigma suits all leaves; without it, units follow from the first parameters.
 
 # %%
 MEMORY, WIDTH, HIDDEN = 6, 12, 64
@@ -102,10 +102,10 @@ def last_tokens(vocab_size: int) -> esjax.Model:
 # %% [markdown]
 # ## A reward
 #
-# `(member, tokens, key) -> number`. The member is the model with one member's weights; the tokens are a window of the
-# text; the key is the same for both members of a pair, for rewards that draw something.
+# A reward is a function `(member, tokens, key) -> number`. `member` is the model with the weights of one member;
+# `tokens` is a window of the text; `key` is a random key, the same for both members of a pair.
 #
-# The window begins anywhere, so the first whole sum in it comes after the first `STOP`.
+# A window begins anywhere in the text, so its first whole sum comes after the first `STOP`.
 
 
 # %%
@@ -124,10 +124,11 @@ def right(member, tokens, key):
 
 
 # %% [markdown]
-# ## Right or wrong alone
+# ## Only right or wrong
 #
-# A first network is wrong everywhere, and so are nearly all of its perturbed copies: there is hardly anything to choose
-# by, and what is found first is a number that answers a few sums. A step in which nothing can be told apart is told.
+# The first network answers every sum wrong, and so do nearly all of its perturbed copies. So most rewards are equal,
+# and the network first learns one number that answers a few sums. If all rewards of a step are equal, the run prints a
+# line and makes no update.
 
 
 # %%
@@ -154,7 +155,8 @@ print(f"right after {plain.step:,} steps: {accuracy(plain)[1]} of 100")
 # %% [markdown]
 # ## With a hint
 #
-# A tenth of the log probability of the right answer sets what is nearly right apart from what is far off.
+# Here a tenth of the log probability of the right answer is added, so a nearly right answer gets a higher reward than
+# one that is far off.
 
 
 # %%
@@ -188,11 +190,11 @@ middle.set(aspect="equal", title="what it answers to a+b=")
 plt.show()
 
 # %% [markdown]
-# `run.plot()` draws what the run itself followed, at any time. A reward counts as a loss with its sign turned.
+# `run.plot()` draws the run's own metrics, at any time. The loss is minus the reward.
 
 # %%
 run.plot(over="seconds", smoothing=20)
 
 # %% [markdown]
-# What was given is named in the run folder, if there is one (`esjax.train(..., out="runs/sums")`): `esjax.resume` wants
-# the same model and reward again, and `esjax.load` the model. More in `docs/extending.md`.
+# A run folder (`esjax.train(..., out="runs/sums")`) records the names of the custom model and reward. `esjax.resume`
+# needs both again, and `esjax.load` needs the model. See `docs/extending.md`.

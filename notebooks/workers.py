@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Several workers
 #
-# A coordinator and two workers, each a process of its own, train one model. Here all are on this machine; workers
-# on other machines are started with the same line. See `docs/hosts.md`.
+# A coordinator and two workers, each a separate process, train one model. Here all of them run on this machine; the
+# same command starts workers on other machines. See `docs/hosts.md`.
 #
 # Install with `pip install -e '.[notebook,shakespeare]'` in a checkout. It takes about a minute on two cores.
 
@@ -42,7 +42,7 @@ run = folder / "run"
 
 
 def start(name, *words):
-    """Start `esjax ...` with one device; what it prints goes to a file."""
+    """Start `esjax ...` with one device; its output goes to a file."""
     with (folder / f"{name}.log").open("w") as log:
         command = [sys.executable, "-m", "esjax", *words]
         one_device = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
@@ -50,7 +50,7 @@ def start(name, *words):
 
 
 def address_of(coordinator):
-    """Wait for the line that names the address to join."""
+    """Wait for the line with the address to join."""
     while "esjax join " not in (printed := (folder / "coordinator.log").read_text()):
         if coordinator.poll() is not None:
             raise RuntimeError(printed)
@@ -68,16 +68,16 @@ def show(status):
 
 
 def watch(address, seconds):
-    """Show how things stand, ten times."""
+    """Print the status ten times."""
     for _ in range(10):
         time.sleep(seconds / 10)
         show(fetch_status(address))
 
 
 # %% [markdown]
-# The coordinator listens on a free port of this machine. Workers get everything from it: settings, text and weights. In
-# the middle of the run, one worker is told to leave; the other goes on, with all the pairs. Whatever happens, no
-# process is left behind.
+# The coordinator listens on a free port of this machine. Workers get the settings, the text and the weights from it. In
+# the middle of the run, one worker leaves; the other one continues with all pairs. At the end, all processes are
+# stopped, also after an error.
 
 # %%
 processes = {}
@@ -90,14 +90,14 @@ try:
         processes[name] = start(name, "join", address, "--name", name, "--patience", "30")
     while [host.state for host in fetch_status(address).hosts] != ["ready", "ready"]:
         if any(process.poll() is not None for process in processes.values()):
-            raise RuntimeError(f"one has ended; see what it printed, in {folder}")
+            raise RuntimeError(f"a process has ended; see its output in {folder}")
         time.sleep(0.2)
     watch(address, SECONDS / 2)
     print("grace leaves")
     processes["grace"].terminate()
     processes["grace"].wait(30)
     watch(address, SECONDS / 2)
-    coordinator.terminate()  # it has a last checkpoint made
+    coordinator.terminate()  # it saves a last checkpoint
     coordinator.wait(60)
 finally:
     for process in processes.values():
@@ -112,7 +112,7 @@ finally:
 print({name: process.returncode for name, process in processes.items()})
 
 # %% [markdown]
-# The run folder is like any other: it is drawn, and the model in it writes.
+# The run folder is an ordinary one: `plot` draws it, and the model generates text.
 
 # %%
 esjax.plot(run, over="seconds", smoothing=20)
@@ -122,12 +122,12 @@ for written in esjax.load(run).generate("ROMEO\n", count=3, temperature=0.7, max
     print("ROMEO\n" + written.text, end="\n\n")
 
 # %% [markdown]
-# Which worker scored what does not show in the result: the updates are in the ledger, and making them again gives the
-# same weights.
+# The result does not depend on which worker scored which pairs. The ledger holds all updates, and replaying them gives
+# the same weights.
 
 # %%
 print(esjax.replay(run).summary())
 
 # %% [markdown]
-# The same from the command line: `esjax serve`, `esjax join ADDRESS`, `esjax status ADDRESS`; or, all of it at once,
-# `esjax train --workers 2`.
+# The same from the command line: `esjax serve`, `esjax join ADDRESS`, `esjax status ADDRESS`. `esjax train --workers 2`
+# does all of it.

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one clear line out when they are wrong."""
+"""The command line. Wrong arguments give an error of one line."""
 
 import difflib
 import os
@@ -47,7 +47,14 @@ COMMANDS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit with 2 on a mistake that a person can mend."""
+    """Run a command.
+
+    Args:
+        arguments: The command and its arguments; None: those of the program.
+
+    Raises:
+        SystemExit: With code 2 after an error that the user can correct, 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = open_console(stderr=True)
     try:
@@ -56,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _parse(words).run(console)
     except EsjaxError as error:
         _fail(console, str(error))
-    except KeyboardInterrupt:  # not in a program, see `esjax.__main__`
+    except KeyboardInterrupt:  # a program handles it in `esjax.__main__`
         sys.exit(130)
-    except OSError as error:  # a disk that filled up, a folder that was taken away
+    except OSError as error:  # a full disk, a removed folder
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             _let_go()
             return
@@ -85,8 +92,8 @@ def _parse(words: list[str]) -> Any:
 
 
 def _flush() -> None:
-    """Write what is left of the output, while it can still be said that this cannot be done."""
-    if sys.stdout is None:  # closed by the caller
+    """Flush the output, while a failure can still be reported."""
+    if sys.stdout is None:  # the caller closed it
         return
     try:
         sys.stdout.flush()
@@ -97,7 +104,7 @@ def _flush() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Tell whether the reader of our output has gone, as `| head` does."""
+    """Return whether the reader of the output has gone, as after `| head`."""
     poller = select.poll()
     for descriptor in (1, 2):
         poller.register(descriptor, 0)
@@ -105,7 +112,7 @@ def _reader_is_gone() -> bool:
 
 
 def _let_go() -> None:
-    """Have output that cannot be written go nowhere: otherwise Python tries again at its end, and complains."""
+    """Discard output that cannot be written; otherwise Python retries at exit and prints an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -117,7 +124,7 @@ def _let_go() -> None:
 def _fail(console: Console, message: str) -> NoReturn:
     try:
         console.print(f"error: {message}", style="red", soft_wrap=True)
-    finally:  # also if it cannot be written
+    finally:  # even if the message cannot be written
         _let_go()
         sys.exit(2)
 
@@ -132,6 +139,6 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "esjax COMMAND --help lists the options of a command, esjax --version the versions.",
+            "esjax COMMAND --help lists the options of a command; esjax --version prints the versions.",
         ]
     )

@@ -1,4 +1,4 @@
-"""serve, join, status, token and replay."""
+"""The commands serve, join, status, token and replay."""
 
 import os
 import sys
@@ -36,9 +36,9 @@ Address = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADDRESS")]
 
 @dataclass(frozen=True)
 class Serve:
-    """Begin, or go on with, a run that hosts join over the network.
+    """Coordinate a new or resumed run that hosts join over the network.
 
-    Takes the settings of train. Hosts need the line that this prints, and the files that it names.
+    Takes the settings of train. Prints the command with which hosts join, and the files that they need.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -47,20 +47,20 @@ class Serve:
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/, the time of day, and four random characters."""
+    """Run folder to make. None: a new folder in runs/, named by date and time."""
 
     resume: Path | None = None
-    """Run folder to go on with, in place of a new one; of the settings, only steps, seconds and data.text count then:
-    where its text is now."""
+    """Run folder to resume, in place of a new run. It keeps its settings, except for steps, seconds and data.text, the
+    new place of its text."""
 
     bind: str = "tcp://127.0.0.1:5555"
-    """Where to listen; broadcasts are at the next port. 0.0.0.0: on every interface."""
+    """Address to listen at; the next port is used for broadcasts. tcp://0.0.0.0:PORT listens on all interfaces."""
 
     keys: Path | None = None
-    """Folder of the keys. None: "keys" in the run folder, and no keys on a loopback address."""
+    """Folder of the keys. None: "keys" in the run folder; on a loopback address, no keys."""
 
     plain_text_anywhere: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Listen on any address without keys: whoever reaches it can read along and take part."""
+    """Listen without keys on any address: everyone who reaches it can read the traffic and join."""
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
@@ -68,7 +68,7 @@ class Serve:
 
     def run(self, console: Console) -> None:
         """Coordinate until a limit or Ctrl-C."""
-        # A coordinator touches no weight: it leaves accelerators to the hosts.
+        # A coordinator holds no weights, so it leaves accelerators to the hosts.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
         from esjax.hosts.serve import resume_serving, serve
@@ -105,33 +105,33 @@ class Serve:
 
 @dataclass(frozen=True)
 class Join:
-    """Take part in a run with this machine's devices."""
+    """Join a run as a host, with the devices of this machine."""
 
     address: Address
-    """Of the coordinator, tcp://HOST:PORT."""
+    """Address of the coordinator, tcp://HOST:PORT."""
 
     token_file: Path | None = None
-    """What the coordinator's keys let this host in with."""
+    """Token file from the coordinator, if it has keys."""
 
     name: str | None = None
-    """What the host is called; of two of one name the newer counts. None: made up."""
+    """Name of this host; a newer host of the same name replaces it. None: a name is made up."""
 
     lifetime: float | None = None
-    """Leave after so many seconds."""
+    """Seconds after which to leave. None: stay to the end."""
 
     distributed: str | None = None
-    """Be one of several processes that are one host, such as a TPU pod: auto, or HOST:PORT,N,I, see train."""
+    """Be one of several processes that form one host, such as a TPU pod: auto, or HOST:PORT,N,I, see train."""
 
     patience: float = 600.0
-    """Give up after so many seconds without a word from the coordinator."""
+    """Seconds without a message from the coordinator after which to give up."""
 
     stay: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """When the run has ended, wait for the next one at the address, as those of a sweep."""
+    """After the end of the run, wait for the next run at the address, as in a sweep."""
 
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
-        """Take part until training ends, SIGTERM or Ctrl-C."""
+        """Score pairs until training ends, SIGTERM or Ctrl-C."""
         if self.lifetime is not None and not self.lifetime > 0:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
         prepare(self.distributed)
@@ -157,7 +157,7 @@ class Join:
         else:
             code = 0
         if any(thread.name == TASKS for thread in threading.enumerate()):
-            # Devices cannot be interrupted, and Python cannot end while they are at it.
+            # A running device task cannot be interrupted, and Python would wait for it.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -166,19 +166,19 @@ class Join:
 
 @dataclass(frozen=True)
 class Status:
-    """Show how a run and its hosts do."""
+    """Show the status of a run and its hosts."""
 
     address: Address
-    """Of the coordinator, tcp://HOST:PORT."""
+    """Address of the coordinator, tcp://HOST:PORT."""
 
     token_file: Path | None = None
-    """What the coordinator's keys let this host in with."""
+    """Token file from the coordinator, if it has keys."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 
     def run(self, console: Console) -> None:
-        """Print it."""
+        """Print the status."""
         from esjax.hosts.status import fetch_status
 
         status = fetch_status(self.address, self.token_file)
@@ -192,22 +192,22 @@ class Status:
 
 @dataclass(frozen=True)
 class Token:
-    """Make or revoke what a host needs to join."""
+    """Make or revoke a token, which a host needs to join."""
 
     action: Annotated[Literal["new", "revoke"], tyro.conf.Positional]
-    """new: make one, and let its key in. revoke: let its key in no more, at once."""
+    """new: make a token and admit its key. revoke: refuse its key from now on."""
 
     keys: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="KEYS")]
-    """Folder of the coordinator's keys: RUN/keys, or what serve was given with --keys."""
+    """Folder of the coordinator's keys: RUN/keys, or the --keys of serve."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """Name of the token."""
 
     address: str = "tcp://127.0.0.1:5555"
-    """Where hosts reach the coordinator."""
+    """Address at which hosts reach the coordinator; it is part of the token."""
 
     def run(self, console: Console) -> None:
-        """Change the folder; a running coordinator sees it."""
+        """Change the folder of keys; a running coordinator notices."""
         from esjax.hosts.transport.address import parse_address
         from esjax.hosts.transport.keys import ServerKeys
         from esjax.hosts.transport.sockets import check_curve, new_keypair
@@ -225,7 +225,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Replay:
-    """Rebuild a run's weights from its ledger alone, and say whether the digests agree."""
+    """Rebuild the weights of a run from its ledger, and compare digests."""
 
     run_folder: Run
     """Run folder."""
@@ -233,7 +233,7 @@ class Replay:
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
-        """Print what was found; exit with 1 if a digest differs."""
+        """Print the result; exit with 1 unless at least one digest was compared and all agree."""
         prepare()
         from esjax.training.replay import replay
 
@@ -264,6 +264,6 @@ def _print(status: "StatusReply") -> None:
         )
     open_console().print(table)
     if any(host.slot == status.anchor for host in status.hosts):
-        print("* its state is the one that is kept")
+        print("* checkpoints save the state of this host")
     for reason, count in sorted(status.counters.items()):
         print(f"turned down: {count:,} x {reason}")

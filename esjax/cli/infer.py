@@ -1,4 +1,4 @@
-"""evaluate, tune and generate."""
+"""The commands evaluate, tune and generate."""
 
 import math
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a model on whole documents, beside n-gram models fitted to the documents that it was trained on."""
+    """Score a run on whole documents, beside n-gram models fitted to its training documents."""
 
     run_folder: Run
     """Run folder."""
 
     text: Annotated[str | None, tyro.conf.arg(name="data.text")] = None
-    """Another text: a file, a folder, a glob, builtin:shakespeare or builtin:pydoc."""
+    """Another text: a file, a folder, a glob, builtin:shakespeare or builtin:pydoc. None: the run's text."""
 
     split: Literal["train", "held_out", "all"] = "held_out"
-    """Which of the text's documents."""
+    """Documents of the text to score."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
@@ -61,35 +61,35 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Tune:
-    """Compare sizes of the noise, and discounts, for a run's weights as they are.
+    """Compare values of sigma and of the discount for the current weights of a run.
 
-    What is compared is the cosine of the estimate with the exact gradient, on windows of the run's text. Behind ±
-    stands half of the 95% interval of a mean. All settings see the same windows, so their differences are known better
-    than that, and a best one is only named where they exclude 0.
+    The measure is the cosine of the estimate with the exact gradient, on windows of the run's text. ± is half of the
+    95% interval of a mean. All settings see the same windows, so their differences are more precise. A best setting is
+    named only if the 95% intervals of its differences from all others exclude 0.
     """
 
     run_folder: Run
-    """Run folder; nothing in it is changed."""
+    """Run folder; it is not changed."""
 
     sigma: tuple[float, ...] = ()
-    """Sizes of the noise to try. None named: from 0.025 to 0.8."""
+    """Values of sigma to try. By default 0.025 to 0.8."""
 
     discount: tuple[float, ...] = ()
-    """Discounts to try, in space activation. None named: from 0 to 1."""
+    """Discounts to try, with es.space activation. By default 0 to 1."""
 
     space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
-    """Another space than the run's."""
+    """Space to try in place of the run's."""
 
     repeats: int | None = None
-    """Steps that each setting is measured over; more of them tell smaller differences. None: 8."""
+    """Steps over which each setting is measured; more steps show smaller differences. None: 8."""
 
     custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     text: Moved = None
-    """Where the run's text is now; it must be the same text. None: where it was."""
+    """New place of the run's text, which must be unchanged. None: the place in its settings."""
 
     def run(self, console: Console) -> None:
-        """Print what each setting comes to, and the words to copy if one is best."""
+        """Print the cosine of each setting, and the options of the best one."""
         prepare()
         from esjax.tuning.sigma import DISCOUNTS, REPEATS, SIGMAS, tune
 
@@ -113,7 +113,7 @@ class Tune:
 
 
 def conclusion(tried: "Sequence[Tried]") -> str:
-    """Say which setting is best, or which are not told apart, and what to do then."""
+    """Return a line that names the best setting, or those that do not differ significantly."""
     from esjax.tuning.sigma import not_told_apart
 
     ahead = not_told_apart(tried)
@@ -123,11 +123,11 @@ def conclusion(tried: "Sequence[Tried]") -> str:
         f"--es.sigma {one.sigma:g}{'' if one.discount is None else f' --es.discount {one.discount:g}'}" for one in ahead
     ]
     if len(ahead) > 1:
-        custom = next(
-            (f"; the run's own, {said}, is among them" for one, said in zip(ahead, words, strict=True) if one.custom),
+        current = next(
+            (f"; the run's own, {said}, is among them" for one, said in zip(ahead, words, strict=True) if one.current),
             "",
         )
-        return f"no difference seen between {', '.join(words)}{custom}; more --repeats tell smaller differences"
+        return f"no difference seen between {', '.join(words)}{current}; more --repeats show smaller differences"
     if len(tried) > 1:
         return f"best: {words[0]}"
     return f"nothing to compare {words[0]} with; name another --sigma"
@@ -135,7 +135,7 @@ def conclusion(tried: "Sequence[Tried]") -> str:
 
 @dataclass(frozen=True)
 class Generate:
-    """Write text: sampled, or with --beams the most probable."""
+    """Generate text by sampling, or with --beams the most probable text."""
 
     run_folder: Run
     """Run folder."""
@@ -144,22 +144,22 @@ class Generate:
     """Start of the text."""
 
     beams: int | None = None
-    """Width of a beam search, in place of sampling: no temperature, top_k or top_p, and at most so many texts."""
+    """Search for the most probable texts with this many beams, in place of sampling; finds at most that many."""
 
     temperature: float = 1.0
-    """Below 1: safer; above 1: bolder; 0: always the most probable token."""
+    """Divides the logits: below 1 for more probable text, above 1 for more varied text; 0: the most probable token."""
 
     top_k: int = 0
-    """Choose among so many most probable tokens; 0: among all."""
+    """Sample from this many most probable tokens; 0: no limit."""
 
     top_p: float = 1.0
-    """Choose among the most probable tokens that reach this probability together."""
+    """Sample from the most probable tokens whose probabilities add up to this (nucleus sampling)."""
 
     max_tokens: int = 400
-    """Most tokens to write; the text ends earlier where the model ends the document."""
+    """Most tokens to generate; a text ends earlier if the model ends the document."""
 
     seed: int = 0
-    """Names the texts: equal seeds, equal texts."""
+    """Random seed: equal seeds give equal texts."""
 
     count: int = 1
     """Number of texts."""

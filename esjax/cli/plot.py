@@ -1,4 +1,4 @@
-"""plot and dashboard."""
+"""The commands plot and dashboard."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +15,28 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw the curves of runs side by side, as a picture or as a page that stands alone."""
+    """Draw the curves of runs as an image, or as a page in one file."""
 
     runs: Runs
-    """Run folders, or folders of them."""
+    """Run folders, or folders of run folders."""
 
     out: Path = Path("curves.png")
-    """File to write: .png, .svg or .pdf, or .html for a page with curves, settings and samples."""
+    """File to write: .png, .svg or .pdf; .html for a page with curves, settings and samples."""
 
     over: Axis = "steps"
-    """What the curves are drawn over."""
+    """Horizontal axis."""
 
     log_x: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make that axis logarithmic."""
+    """Make the horizontal axis logarithmic."""
 
     log_y: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make the axis of the loss logarithmic."""
 
     smoothing: float = 0.0
-    """Steps over which the loss of the population is averaged."""
+    """Steps over which the loss of the population is averaged; 0: none."""
 
     mean_over_seeds: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Draw runs whose settings differ in nothing but the seed as one line, their mean, in a band from the lowest to the
-    highest of them."""
+    """Draw runs whose settings differ only in the seed as one line, their mean, with a band from lowest to highest."""
 
     def run(self, console: Console) -> None:
         """Write the file."""
@@ -63,13 +62,13 @@ class Plot:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Serve a page on this machine that shows runs side by side while they go on."""
+    """Serve a page on this machine that shows runs side by side during training."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = Path("runs")
-    """Folder of run folders, or one of them."""
+    """Folder of run folders, or a run folder."""
 
     port: int = 8050
-    """Where to listen, on 127.0.0.1 alone; 0: any port that is free."""
+    """Port on 127.0.0.1; 0: any free port."""
 
     def run(self, console: Console) -> None:
         """Serve until Ctrl-C."""

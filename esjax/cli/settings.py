@@ -1,4 +1,4 @@
-"""Settings on the command line: a file, the name of a model, and options, read from one line of words."""
+"""Parses settings on the command line: a YAML file, the name of a model, and options."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from esjax.paths import given_path
 
 
 class _Option(NamedTuple):
-    """An option as it stands on the line.
+    """An option on the command line.
 
     Attributes:
-        typed: With its dashes.
-        name: Of what it sets: es.exact_logits, also where it is typed --es.no-exact-logits.
-        words: Its values.
+        typed: The option as typed, with dashes.
+        name: Name of the setting: es.exact_logits, also for --es.no-exact-logits.
+        words: Values of the option.
     """
 
     typed: str
@@ -31,7 +31,7 @@ class _Option(NamedTuple):
     words: list[str]
 
     def value(self, default: Any) -> Any:
-        """Read what it sets to, as texts; `default` tells the kind."""
+        """Return the value as strings; its kind is that of `default`."""
         if isinstance(default, bool):
             return _name(self.typed) == self.name
         if len(self.words) < _fewest(default):
@@ -45,20 +45,19 @@ class _Option(NamedTuple):
 
 
 def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
-    """Read settings from a file, then a model's name, then the options, each over the one before.
+    """Read settings from a file, then the name of a model, then options; later ones override earlier ones.
 
-    The command's own options and the help are left to the option parser: of settings it would say in many lines, and in
-    words of its own, what is said here in one.
+    Tyro parses the options of the command and prints the help. Settings are parsed here, so that an error is one line.
 
     Args:
         command: A dataclass whose field `settings` is a `Config`.
-        name: Of the command.
-        words: After the command.
+        name: Name of the command.
+        words: Arguments after the command.
 
     Raises:
-        EsjaxError: There is no such option, or it cannot have that value.
+        EsjaxError: An option does not exist, or its value is not allowed.
     """
-    of_command = _own_options(command)
+    of_command = _command_options(command)
     options, loose = _cut(
         words, {**of_command, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}}
     )
@@ -96,7 +95,7 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
 
 
 def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[str]]:
-    """Take the model that is named by the option, or among the words that belong to none; if it is code, return it."""
+    """Choose the model that is named; return the settings, and the model as a list if it is code in a file."""
     for word in words:
         if word.endswith(".py"):
             raise EsjaxError(f"{word!r} is a file; name the function in it that builds the model, {word}:FUNCTION")
@@ -105,17 +104,17 @@ def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[
     if len(words) > 1:
         raise EsjaxError(f"one model at a time, not {' and '.join(words)}")
     kinds = [MODELS[word] for word in words if word in MODELS]
-    if kinds and not isinstance(settings.model, kinds[0]):  # that of the file keeps its settings
+    if kinds and not isinstance(settings.model, kinds[0]):  # the same model keeps its settings from the file
         settings = replace(settings, model=kinds[0]())
     return settings, [word for word in words if word not in MODELS]
 
 
 def _cut(words: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[_Option], list[str]]:
-    """Cut a line into options, each with its values, and the words that belong to none.
+    """Split arguments into options with their values, and words that belong to no option.
 
     Args:
-        words: The line.
-        defaults: Of all options, by name. What is true or false is a switch, and takes no value.
+        words: The arguments.
+        defaults: Default values of all options, by name. An option with a Boolean default takes no value.
     """
     groups: list[list[str]] = [[""]]
     for word in words:
@@ -138,7 +137,7 @@ def _cut(words: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[_Optio
 
 
 def _fewest(default: Any) -> int:
-    """Count the values that an option needs."""
+    """Return the number of values that an option needs."""
     return 0 if isinstance(default, bool) else 2 if isinstance(default, dict) else 1
 
 
@@ -154,14 +153,14 @@ def _defaults(settings: Config) -> dict[str, Any]:
     return {name: value_of(settings, name) for name in setting_names(settings)}
 
 
-def _own_options(command: Any) -> dict[str, Any]:
-    """List a command's options that are no settings, with their defaults."""
-    custom: dict[str, Any] = {"h": False, "help": False}
+def _command_options(command: Any) -> dict[str, Any]:
+    """Return the options of a command that are not settings, with their defaults."""
+    options: dict[str, Any] = {"h": False, "help": False}
     for field in fields(command):
         if field.name == "watching":
-            custom |= {option.name: option.default for option in fields(Watching)}
+            options |= {option.name: option.default for option in fields(Watching)}
         elif field.name == "custom":
-            custom |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(CustomOptions)}
+            options |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(CustomOptions)}
         elif field.name != "settings":
-            custom[field.name] = field.default
-    return custom
+            options[field.name] = field.default
+    return options

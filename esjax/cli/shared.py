@@ -1,4 +1,4 @@
-"""What the commands have in common."""
+"""Options and helpers that several commands share."""
 
 import os
 import secrets
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from esjax.watch.tracking import Tracker
 
 MOST_COLUMNS = 10_000
-"""Of a line that is to be whole."""
+"""Columns of a console whose lines must not be wrapped."""
 
 LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-"""Of a console: what it is given is shown letter by letter, [red] and :car: too."""
+"""Options of a console that prints text literally, also [red] and :car:."""
 
 PATHS = tyro.constructors.ConstructorRegistry()
-"""Has every path on the command line read by `given_path`."""
+"""Reads every path on the command line by `given_path`."""
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
@@ -53,22 +53,22 @@ def _read_path(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
 
 
 def command_line(*words: str | Path) -> str:
-    """Write a command so that it can be copied into a shell."""
+    """Return a command quoted for a shell."""
     return shlex.join(map(str, words))
 
 
 @dataclass(frozen=True)
 class Watching:
-    """Options of the commands that train: who else is shown the run."""
+    """Options for trackers, of the commands that train."""
 
     track: tyro.conf.UseAppendAction[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
-    """Show the run there, too; may be given several times. wandb stays on this machine until you log in to it."""
+    """Send metrics to this tracker, too; may be given several times. wandb stays offline until you log in."""
 
     metrics_port: int | None = None
     """Serve Prometheus metrics and health at http://127.0.0.1:PORT/metrics and /healthz; 0: any free port."""
 
     def trackers(self, tell: Callable[[str], None]) -> "list[Tracker]":
-        """Make them, after `prepare` and before anything is written."""
+        """Make the trackers, after `prepare` and before anything is written."""
         from esjax.devices.process_group import leads
         from esjax.watch.trackers import find_trackers
 
@@ -86,44 +86,44 @@ class Watching:
 
 @dataclass(frozen=True)
 class CustomModelOption:
-    """Option of the commands that use weights."""
+    """Option of the commands that use the weights of a run."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
-    """Where the run's own model is, if it was trained with one and the file is not where it was."""
+    """New place of the run's custom model, if its file was moved."""
 
     def given(self) -> dict[str, str]:
-        """Return what is given, by the names that functions of Python take it under."""
+        """Return the options that were given, as keyword arguments."""
         return {kind: value for kind, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class CustomOptions(CustomModelOption):
-    """Options of the commands that train: code of yours in place of what the settings name. See docs/extending.md."""
+    """Options for custom parts, of the commands that train. See docs/extending.md."""
 
     model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
-    """Train a model of yours: the function takes the number of token ids and returns an esjax.Model. The file is
-    trusted, and run as Python."""
+    """Custom model: a function that takes the number of token ids and returns an esjax.Model. The file is executed as
+    Python, so it must be trusted."""
 
     loss: Annotated[str | None, tyro.conf.arg(name="loss.function", metavar="PATH.py:FUNCTION")] = None
-    """Minimise a loss of yours, (member, tokens, key) -> float32."""
+    """Custom loss to minimise: (member, tokens, key) -> float32."""
 
     reward: Annotated[str | None, tyro.conf.arg(name="reward.function", metavar="PATH.py:FUNCTION")] = None
-    """Maximise a reward of yours, (member, tokens, key) -> float32."""
+    """Custom reward to maximise: (member, tokens, key) -> float32."""
 
     optimizer: Annotated[str | None, tyro.conf.arg(name="optim.custom", metavar="PATH.py:FUNCTION")] = None
-    """Update with an optimizer of yours: the function takes nothing and returns an optax transformation."""
+    """Custom optimizer: a function without arguments that returns an optax transformation."""
 
 
 def prepare(processes: str | None = None) -> None:
     """Set up the devices, before anything uses JAX.
 
     Args:
-        processes: Those that compute as one, see `esjax.devices.process_group.connect`; None: this one alone.
+        processes: Process group to join, see `esjax.devices.process_group.connect`; None: this process alone.
     """
     from esjax.devices.mesh import prepare_devices, start_devices
 
     prepare_devices(_cache())
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a cache that cannot be used costs seconds, and no more
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # an unusable cache only costs seconds
         warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache", UserWarning)
     if processes is not None:
         from esjax.devices.process_group import connect
@@ -133,28 +133,28 @@ def prepare(processes: str | None = None) -> None:
 
 
 def _cache() -> Path | None:
-    """Name the folder for compiled programs; None: the user has no home, so they are not kept."""
+    """Return the folder for compiled programs; None if the user has no home folder."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
     return Path(caches) / "esjax" if os.path.isabs(caches) else None
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:
-    """Name the folder to make: `out`, or the time of day and four characters that tell apart what starts together."""
+    """Return the folder to make: `out`, or a name from date, time and four random characters."""
     return out or given_path(parent) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def teller(console: Console) -> Callable[[str], None]:
-    """Make the function that shows a person a line."""
+    """Return the function that prints a line for the user."""
     return lambda line: console.print(line, soft_wrap=True)
 
 
 def announce_to_hosts(server: "Server", *more: str) -> None:
-    """Print the line that makes a host join, and say what to copy where, and that the run waits.
+    """Print the command with which a host joins, and the files that it needs.
 
     Args:
-        server: The run, once its address is known.
-        more: Further options of the line.
+        server: The run, after its address is known.
+        more: Further options of the command.
     """
     token = [] if server.token is None else ["--token-file", str(server.token)]
     print(command_line("esjax", "join", server.address, *token, *server.custom.words(), *more), flush=True)
@@ -169,11 +169,11 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """Make a console on the standard output, or on the standard error.
+    """Make a console on standard output or standard error.
 
-    Only in a terminal that can does it move the cursor, for a line of progress that keeps to the width. Tables, which
-    go to the standard output, are whole: a terminal that is too narrow wraps them. Colors are as the environment asks
-    for them. An output that was closed takes anything and shows nothing.
+    A line of progress on standard error keeps to the width of the terminal, if the terminal can move its cursor.
+    Tables, on standard output, are never cut off; a narrow terminal wraps them. Colors follow FORCE_COLOR and NO_COLOR.
+    A closed output discards everything.
     """
     stream = sys.stderr if stderr else sys.stdout
     movable = has_cursor(stream)
@@ -206,7 +206,7 @@ def show(run: "Trainer | Server", console: Console) -> None:
 
 
 def _way_on(run: "Trainer | Server", remedy: str) -> str:
-    """Say what is kept of a run whose disk is full, or fails, and how to go on."""
+    """Return what is kept of a run after a disk error, and how to resume it."""
     from esjax.hosts.serve import Server
     from esjax.runs.checkpoint import kept_steps
     from esjax.runs.ledger import UPDATE, read

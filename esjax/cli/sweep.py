@@ -1,4 +1,4 @@
-"""sweep."""
+"""The command sweep."""
 
 import math
 import os
@@ -38,43 +38,43 @@ if TYPE_CHECKING:
 class Sweep:
     """Train a grid of settings, one run after another, and compare them.
 
-    Takes the settings of train, which hold for what is no axis. The same line again, or --resume, goes on where it
-    stopped.
+    Takes the settings of train, for all settings that are not axes. The same command again, or --resume, continues a
+    sweep that was stopped.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
     axis: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A setting and its values, es.sigma=0.05,0.1; once for each axis of the grid. model=rnn,gru: architectures."""
+    """A setting and its values, such as es.sigma=0.05,0.1 or model=rnn,gru; once for each axis of the grid."""
 
     config: Path | None = None
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Folder of the runs. None: sweeps/, the time of day, and four random characters."""
+    """Folder of the sweep. None: a new folder in sweeps/, named by date and time."""
 
     resume: Path | None = None
-    """Folder of a sweep to go on with; it knows its axes and settings."""
+    """Folder of a sweep to continue; it holds the axes and settings."""
 
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     workers: int = 0
-    """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
+    """Number of worker processes on this machine, which share its cores. 0: train in this process."""
 
     oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let there be more workers than cores; each takes 0.6 GB of memory or more."""
+    """Allow more workers than cores; each takes at least 0.6 GB of memory."""
 
     bind: str | None = None
-    """Train with hosts that join at this address, tcp://HOST:PORT, run after run; let them join with --stay."""
+    """Train with hosts that join at this address, tcp://HOST:PORT, with --stay."""
 
     keys: Path | None = None
-    """With bind: folder of the keys. None: "keys" in the sweep's folder, and no keys on a loopback address."""
+    """With bind: folder of the keys. None: "keys" in the folder of the sweep; on a loopback address, no keys."""
 
     plain_text_anywhere: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """With bind: listen on any address without keys."""
+    """With bind: listen without keys on any address."""
 
     def run(self, console: Console) -> None:
-        """Train what is not finished, then print the table and draw the plot."""
+        """Train the runs that are not finished, then print the table and draw the plot."""
         tell = teller(console)
         check_workers(self.workers, self.oversubscribe)
         if self.workers and self.bind:
@@ -84,7 +84,7 @@ class Sweep:
         if self.resume is not None and (self.axis or self.out or self.settings != Config()):
             raise EsjaxError("a sweep that is resumed has its axes, its settings and its folder; give --resume alone")
         axes = parse_axes(self.axis)
-        if self.workers or self.bind:  # a coordinator leaves accelerators to the hosts
+        if self.workers or self.bind:  # the coordinator leaves accelerators to the hosts
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
         from esjax.tuning.sweep import TABLE, resume_sweep, sweep
@@ -119,7 +119,7 @@ class Sweep:
             sys.exit(1)
 
     def _compare(self, outcomes: "Sequence[Outcome]", tell: Callable[[str], None]) -> None:
-        """Print means over the seeds, and which settings they do not tell apart."""
+        """Print means over the seeds, and the best settings."""
         from esjax.tuning.seed_means import SEED, seed_means
 
         if len(outcomes) < 2 or all(one.state != "finished" for one in outcomes):
@@ -154,20 +154,20 @@ class Sweep:
 
 
 def conclusion(means: "Sequence[SeedMean]") -> str:
-    """Say which settings are best over the seeds, or which are not told apart."""
+    """Return a line that names the best settings over the seeds, or those that do not differ significantly."""
     if not means or means[0].seeds < 2:
-        return "fewer than two seeds have finished for all settings, so no difference can be told"
+        return "fewer than two seeds have finished for all settings, so they cannot be compared"
     if len(means) == 1:
         interval = f"{means[0].held_out:.4f} ± {means[0].interval:.4f} nats per token over {means[0].seeds} seeds"
         return f"{interval}; nothing to compare it with"
     ahead = [" ".join(f"{name}={value}" for name, value in mean.values.items()) for mean in means if mean.ahead]
     if len(ahead) == 1:
         return f"best over {means[0].seeds} seeds: {ahead[0]}"
-    return f"no difference seen between {', '.join(ahead)}; more seeds tell smaller differences"
+    return f"no difference seen between {', '.join(ahead)}; more seeds show smaller differences"
 
 
 def _mean_table(means: "Sequence[SeedMean]") -> Table:
-    """Show means over the seeds, best first, and half of their 95% intervals."""
+    """Make the table of means over the seeds, best first, with half of their 95% intervals."""
     table = Table(box=None)
     for name in means[0].values:
         table.add_column(name)
@@ -184,7 +184,7 @@ def _announce(server: "Server") -> None:
 
 
 def _table(outcomes: "Sequence[Outcome]") -> Table:
-    """Show the settings that were varied and what they came to, by held-out loss."""
+    """Make the table of runs by held-out loss, with the values of the axes."""
     table = Table(box=None)
     for name in outcomes[0].values:
         table.add_column(name)

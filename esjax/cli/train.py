@@ -1,4 +1,4 @@
-"""train and resume."""
+"""The commands train and resume."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a model from scratch.
 
-    Name a model, rnn, gru or PATH.py:FUNCTION, anywhere among the options to choose it and to see its settings: esjax
-    train gru --help.
+    The name of a model, rnn, gru or PATH.py:FUNCTION, anywhere among the options chooses it: esjax train gru --help
+    lists its settings.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]
@@ -30,21 +30,21 @@ class Train:
     """YAML file of settings; options on the command line override it."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/, the time of day, and four random characters."""
+    """Run folder to make. None: a new folder in runs/, named by date and time."""
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     workers: int = 0
-    """Train with so many processes of this machine, its cores divided among them. 0: in this one."""
+    """Number of worker processes on this machine, which share its cores. 0: train in this process."""
 
     oversubscribe: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Let there be more workers than cores; each takes 0.6 GB of memory or more."""
+    """Allow more workers than cores; each takes at least 0.6 GB of memory."""
 
     distributed: str | None = None
-    """Be one of several processes that compute as one: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,N,I with the
-    address of process 0, the number of processes, and the index of this one."""
+    """Be one process of a process group: auto (TPU pods, Slurm, Open MPI), or HOST:PORT,N,I with the address of process
+    0, the number of processes, and the index of this one."""
 
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
@@ -80,22 +80,22 @@ class Train:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run from its newest checkpoint, and every update since if it was trained with --ledger.
+    """Continue a run from its newest checkpoint, and from every later update if it was trained with --ledger.
 
-    With neither --steps nor --seconds the limits of the run's settings hold; seconds are counted anew.
+    Without --steps and --seconds the limits in the settings of the run hold; seconds count from this start.
     """
 
     run_folder: Run
     """Run folder."""
 
     steps: int | None = None
-    """Stop when the run has done so many steps in all."""
+    """Total number of steps at which to stop."""
 
     seconds: float | None = None
-    """Train for so many seconds more, from the first finished step on."""
+    """Seconds to train, from the end of the first step."""
 
     text: Moved = None
-    """Where the run's text is now; it must be the same text. None: where it was."""
+    """New place of the run's text, which must be unchanged. None: the place in its settings."""
 
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
@@ -123,5 +123,5 @@ class Resume:
 
 
 def _show_sample(run: "Trainer", console: Console) -> None:
-    teller(console)("it writes, between lines of dashes:\n")
+    teller(console)("samples, separated by lines of dashes:\n")
     print(f"{run.sample()}\n")

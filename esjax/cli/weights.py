@@ -1,4 +1,4 @@
-"""export and import."""
+"""The commands export and import."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,25 +12,25 @@ from esjax.cli.shared import CustomModelOption, Run, command_line, new_folder, p
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's weights to a file for other programs, or to import elsewhere.
+    """Write the weights of a run to a file, for other programs or for import.
 
-    They are the averaged weights of the newest checkpoint: those that evaluate and generate use.
+    The file holds the averaged weights of the newest checkpoint, which evaluate and generate use.
     """
 
     run_folder: Run
     """Run folder."""
 
     format: Literal["safetensors", "npy"] | None = None
-    """safetensors: any model, with its settings and vocabulary. npy: the original program's layout, for rnn, with its
-    table of characters in a file beside it. None: as the suffix of out says, or else safetensors."""
+    """safetensors: any model, with its settings and vocabulary. npy: the format of the original program, for the model
+    rnn, with a table of characters in a second file. None: the suffix of out, or safetensors."""
 
     out: Path | None = None
-    """File to write. None: beside the run folder, and called like it."""
+    """File to write. None: the path of the run folder plus the suffix."""
 
     custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
     def run(self, console: Console) -> None:
-        """Write it, and say where."""
+        """Write the files and print their paths."""
         prepare()
         from esjax.weights.files import export
 
@@ -40,20 +40,20 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Make a run folder of weights from a file.
+    """Make a run folder from a file of weights.
 
-    It is a .safetensors file that export wrote, or a .npy file of the original program.
+    The file is a .safetensors file that export wrote, or a .npy file of the original program.
     """
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """The suffix tells what it is. A .npy file is a vector: D, V, L and the weights."""
+    """File that ends in .safetensors or .npy. A .npy file is a vector: D, V, L and the weights."""
 
     chars: Path | None = None
-    """For .npy: JSON list of characters, or of [character, count] pairs; ids 2 and up in that order. None: the file
-    beside it that is called like it and ends in .chars.json."""
+    """For .npy: JSON list of characters, or of [character, count] pairs; token ids 2 and up in this order. None: the
+    file of the same name that ends in .chars.json."""
 
     out: Path | None = None
-    """Run folder to make. None: runs/, the time of day, and four random characters."""
+    """Run folder to make. None: a new folder in runs/, named by date and time."""
 
     custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
 
@@ -66,12 +66,12 @@ class Import:
         import_weights(self.weights, out, characters=self.chars, **self.custom.given())
         print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
         teller(console)(
-            f"kept in {out}; the line above scores it on a text of yours, {command_line('esjax', 'generate', out)} "
-            f"writes, and {command_line('esjax', 'export', out)} makes a file of it again; without a text of its own "
-            "it cannot be resumed"
+            f"kept in {out}; the line above scores it on your text, {command_line('esjax', 'generate', out)} generates "
+            f"text, and {command_line('esjax', 'export', out)} exports it again; it has no training text, so it cannot "
+            "be resumed"
         )
 
 
 @dataclass(frozen=True)
 class ImportNpy(Import):
-    """Make a run folder of the original program's weights: import, by the name of its format."""
+    """Make a run folder from weights of the original program; the same as import."""

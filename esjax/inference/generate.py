@@ -1,4 +1,4 @@
-"""Text from a trained model: sampling and beam search, token by token from a state."""
+"""Sampling and beam search, token by token from a model state."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ class Sampling(NamedTuple):
 
     Attributes:
         temperature: Divides the logits, at least 0; 0 takes the most probable token.
-        top_k: Choose among so many most probable tokens only; 0: no such limit.
-        top_p: Choose among the most probable tokens that together reach this probability, in (0, 1]
+        top_k: Sample from this many most probable tokens; 0 is no limit.
+        top_p: Sample from the most probable tokens whose probabilities add up to this, in (0, 1]: nucleus sampling
             (Holtzman et al. 2020, section 3.1).
     """
 
@@ -30,8 +30,8 @@ class Beams(NamedTuple):
     """The most probable continuations found, best first.
 
     Attributes:
-        tokens: Ids; STOP after the end.
-        log_probability: Sum over the tokens, the STOP that ends a beam included, in nats.
+        tokens: Token ids; STOP fills the rest after the end of a text.
+        log_probability: Sum over the tokens, including the STOP at the end, in nats.
     """
 
     tokens: Int[Array, "beams max_tokens"]
@@ -41,7 +41,19 @@ class Beams(NamedTuple):
 def sample(
     model: Model, params: Params, state: State, key: Key[Array, ""], max_tokens: int, sampling: Sampling
 ) -> Int[Array, " max_tokens"]:
-    """Draw tokens until STOP or until there are `max_tokens`; STOP fills the rest. UNK is never drawn."""
+    """Sample tokens until STOP or until there are `max_tokens`. UNK is never sampled.
+
+    Args:
+        model: The architecture.
+        params: Its parameters.
+        state: State after the prompt.
+        key: Random key.
+        max_tokens: Length of the result, static under jit.
+        sampling: How to choose each token.
+
+    Returns:
+        Token ids, int32; STOP fills the rest after the first STOP.
+    """
 
     def going(carry: tuple[Array, State, Array]) -> Array:
         position, _, tokens = carry
@@ -64,7 +76,7 @@ def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Arra
     descending = jnp.sort(scaled, descending=True)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
     reached = jnp.cumsum(jax.nn.softmax(descending))
-    # The token that crosses top_p still belongs to the nucleus, so it is never empty.
+    # The token at which the sum crosses top_p belongs to the nucleus, so the nucleus is never empty.
     p = jnp.sum(reached < sampling.top_p) + 1
     floor = descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
     drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), mode="low")
@@ -72,7 +84,15 @@ def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Arra
 
 
 def beam_search(model: Model, params: Params, state: State, width: int, max_tokens: int) -> Beams:
-    """Keep the `width` most probable continuations at every length, ended ones among them. UNK is never chosen."""
+    """Keep the `width` most probable continuations at every length, finished ones included. UNK is never chosen.
+
+    Args:
+        model: The architecture.
+        params: Its parameters.
+        state: State after the prompt.
+        width: Number of continuations, static under jit.
+        max_tokens: Length of the result, static under jit.
+    """
 
     def extend(carry: tuple[State, Beams], position: Array) -> tuple[tuple[State, Beams], None]:
         states, beams = carry
@@ -80,7 +100,7 @@ def beam_search(model: Model, params: Params, state: State, width: int, max_toke
         log_p = jax.nn.log_softmax(jax.vmap(lambda state: model.predict(params, state))(states))
         log_p = log_p.at[:, UNK].set(-jnp.inf)
         vocab_size = log_p.shape[1]
-        # An ended beam goes on as itself alone: one more STOP, at no cost.
+        # A finished beam has one continuation: another STOP, with probability 1.
         stay = jnp.where(jnp.arange(vocab_size) == STOP, 0.0, -jnp.inf)
         candidates = beams.log_probability[:, None] + jnp.where(ended[:, None], stay, log_p)
         log_probability, index = jax.lax.top_k(candidates.reshape(-1), width)
@@ -90,7 +110,7 @@ def beam_search(model: Model, params: Params, state: State, width: int, max_toke
         return (states, Beams(beams.tokens[parent].at[:, position].set(token), log_probability)), None
 
     states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (width, *leaf.shape)), state)
-    # One beam at first: copies of it would fill the search with the same text.
+    # Only the first beam starts: equal copies would all find the same texts.
     beams = Beams(jnp.full((width, max_tokens), STOP, jnp.int32), jnp.full(width, -jnp.inf).at[0].set(0.0))
     (_, beams), _ = jax.lax.scan(extend, (states, beams), jnp.arange(max_tokens))
     return beams

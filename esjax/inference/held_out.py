@@ -1,4 +1,4 @@
-"""What is measured on the held-out documents while a run goes on: nats per token, or a loss of one's own."""
+"""The held-out loss during training: nats per token, or a custom loss or reward."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,27 +18,28 @@ from esjax.models.model import Params
 from esjax.replica.streams import HELD_OUT
 
 SEQUENCES = 1024
-"""Windows over which a loss of one's own is averaged."""
+"""Windows over which a custom loss is averaged."""
 
 Measure = Callable[[Params], float]
-"""`(params) -> number`, lower is better; always of the same documents."""
+"""`(params) -> number`, lower is better, always on the same documents."""
 
 
 @default_flags()
 def make_measure(
     language_model: LanguageModel, config: Config, documents: Sequence[ndarray], objective: Loss | None
 ) -> Measure | None:
-    """Make the function that a run is followed by.
+    """Make the function that measures the held-out loss.
 
     Args:
         language_model: The model's compiled functions.
         config: Settings of the run.
-        documents: Encoded held-out documents; there may be none.
-        objective: What is minimised in place of cross entropy. None: nothing.
+        documents: Encoded held-out documents; may be empty.
+        objective: Custom loss that replaces cross entropy, or None.
 
     Returns:
-        Mean nats per token over whole documents; or the mean of the objective over windows like those of training,
-        drawn from these documents. None where there is nothing to measure: no document, or less text than a window.
+        A function that returns the mean nats per token over whole documents; with an objective, its mean over 1024
+        windows of these documents, as long as those of training. None if there is no document or less text than a
+        window.
     """
     if not documents:
         return None

@@ -1,4 +1,4 @@
-"""A model with its weights and its vocabulary: it writes text and is scored."""
+"""A model with its vocabulary: generation and scoring of text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ from esjax.models.model import Model, Params
 
 
 class Evaluation(NamedTuple):
-    """How well a model predicts whole documents, the STOP at the end of each included.
+    """How well a model predicts whole documents, including the STOP at the end of each.
 
     Attributes:
-        nats_per_token: Mean loss.
-        bits_per_byte: The same per UTF-8 byte of the documents, one more for the end of each.
-        tokens: Tokens scored.
-        unknown_tokens: Tokens among them that are outside the vocabulary and were scored as UNK.
-        baselines: Nats per token of n-gram models, over the same documents, by name: unigram, bigram, trigram. They
-            are fitted to the text that the run was trained on; empty where that is not to be found.
+        nats_per_token: Mean loss per token.
+        bits_per_byte: Loss in bits per UTF-8 byte of the documents; the end of each document counts as a byte.
+        tokens: Number of tokens scored.
+        unknown_tokens: Number of these tokens that are outside the vocabulary and were scored as UNK.
+        baselines: Nats per token of n-gram models over the same documents, by name: unigram, bigram, trigram. They
+            are fitted to the text that the run was trained on; empty if that text is missing.
         note: Why there are no baselines, or "".
     """
 
@@ -45,7 +45,7 @@ class Evaluation(NamedTuple):
     note: str = ""
 
     def __repr__(self) -> str:
-        """Show as many digits as mean something."""
+        """Show four decimals."""
         values = {**self._asdict(), "baselines": {name: round(value, 4) for name, value in self.baselines.items()}}
         if not self.note:
             del values["note"]
@@ -57,8 +57,8 @@ class Written(NamedTuple):
     """A text that a model wrote after a prompt.
 
     Attributes:
-        text: Without the prompt.
-        log_probability: Of the whole continuation, in nats, for beam search; None for sampling.
+        text: The continuation, without the prompt.
+        log_probability: Log probability of the continuation in nats, for beam search; None for sampling.
     """
 
     text: str
@@ -70,7 +70,7 @@ class Written(NamedTuple):
 
 
 class LanguageModel:
-    """Compiled functions around one model; the weights are passed in, so that they may still be changing."""
+    """Compiled functions of one model. Parameters are arguments, since they change during training."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, mesh: Mesh) -> None:
         """Set up; nothing is compiled yet."""
@@ -86,7 +86,7 @@ class LanguageModel:
 
     @default_flags()
     def lanes(self, documents: Sequence[ndarray]) -> tuple[jax.Array, jax.Array]:
-        """Pack encoded documents for `score`, spread over all devices."""
+        """Pack encoded documents into lanes for `loss`, sharded over all devices."""
         lanes = pack_lanes(documents)
         missing = -len(lanes.tokens) % self._mesh.size
         spread = NamedSharding(self._mesh, PartitionSpec(PAIRS_AXIS))
@@ -95,7 +95,7 @@ class LanguageModel:
 
     @default_flags()
     def loss(self, params: Params, lanes: tuple[jax.Array, jax.Array]) -> float:
-        """Mean nats per token over packed documents."""
+        """Return the mean nats per token over the documents that `lanes` packed."""
         return float(self._score(params, *lanes))
 
     def score(
@@ -104,11 +104,11 @@ class LanguageModel:
         """Score whole documents.
 
         Args:
-            params: The weights.
+            params: The parameters.
             documents: Encoded documents.
             size: UTF-8 bytes of the documents, one more for the end of each.
-            baselines: What n-gram models have for the same documents.
-            note: Why there are none, or "".
+            baselines: Nats per token of n-gram models over the same documents, by name.
+            note: Why there are no baselines, or "".
         """
         nats = self.loss(params, self.lanes(documents))
         tokens = sum(len(document) + 1 for document in documents)

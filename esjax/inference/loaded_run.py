@@ -1,4 +1,4 @@
-"""A finished or running run, read from its folder to write text and to be scored."""
+"""Loads a run from its folder, to generate text and to be scored."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -29,16 +29,16 @@ from esjax.runs.reader import RunView, read_run
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LoadedRun(RunInference):
-    """A model read back from its run folder.
+    """A run loaded from its folder.
 
     Attributes:
-        path: The folder.
-        config: The run's settings.
-        vocabulary: From characters or bytes to ids.
-        custom: Names of a loss, reward, model or optimizer of its own that it was trained with, by kind.
-        step: Steps it was trained for.
-        params: The weights to use: the average that the settings ask for.
-        language_model: Compiled functions around it.
+        path: The run folder.
+        config: Settings of the run.
+        vocabulary: Maps characters or bytes to token ids.
+        custom: Names of the custom model, loss, reward and optimizer of the run, by kind.
+        step: Steps of training.
+        params: The averaged parameters.
+        language_model: Compiled functions of the model.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class LoadedRun(RunInference):
     language_model: LanguageModel
 
     def __repr__(self) -> str:
-        """Say what it is, without its weights."""
+        """Describe the run, without its parameters."""
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"<esjax model after {self.step:,} steps: {size:,} weights, {self.vocabulary.size} token ids>"
 
@@ -74,11 +74,11 @@ def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
 
     Args:
         folder: The run.
-        text: Where its text is now, as the setting data.text; `folder.config` names it there from then on. None: where
-            the settings say.
+        text: New place of the text, as in the setting data.text; it replaces that setting in `folder.config`. None:
+            the place in the settings.
 
     Raises:
-        EsjaxError: It cannot be used, has changed, or there is none.
+        EsjaxError: The text cannot be read or has changed, or the run has no text.
     """
     if not folder.text_digest:
         raise EsjaxError(f"{str(folder.path)!r} holds imported weights and no text; train anew")
@@ -96,17 +96,17 @@ def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
 
 
 def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None]) -> Restored:
-    """Read the newest checkpoint of a run that is whole; where there is none, take the first state.
+    """Read the newest undamaged checkpoint of a run; without one, return the first state.
 
-    The updates since are in the ledger, if the run keeps one; they are still to be made.
+    The caller applies the later updates from the ledger, if the run keeps one.
 
     Args:
         folder: The run.
-        first: State after 0 steps, which follows from the seed; a checkpoint is restored to its shardings.
-        tell: Called with each line that a person should see.
+        first: State after 0 steps, which follows from the seed. A checkpoint is restored to its shardings.
+        tell: Called with each line for the user.
 
     Raises:
-        EsjaxError: Steps were done, and neither a whole checkpoint nor a ledger from the first step on is there; or a
+        EsjaxError: The run has done steps but has neither an undamaged checkpoint nor a ledger from step 0 on; or the
             checkpoint holds the state of another model.
     """
     restored = find_newest(folder.checkpoints, first, tell)
@@ -120,7 +120,7 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
     elif begins or read_run(path).step:
         has = f"and its ledger begins at step {begins:,}" if begins else "and no ledger"
         raise EsjaxError(
-            f"{str(path)!r} has no whole checkpoint, {has}: there is nothing to go on from; restore what is missing "
+            f"{str(path)!r} has no whole checkpoint, {has}: nothing can be resumed; restore what is missing "
             f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
         )
     return Restored(first, 0.0, 0)
@@ -132,16 +132,17 @@ def load(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> LoadedRun:
-    """Read a run from its newest checkpoint.
+    """Load a run from its newest undamaged checkpoint.
 
     Args:
         path: Run folder.
-        model: Builds the run's own model from the vocabulary's size, if it was trained with one. One that was named as
-            PATH.py:FUNCTION is found again without it; a text of that form says where the file is now.
+        model: The custom model of the run, if it has one: a function from the number of token ids to an `esjax.Model`.
+            A model that was given as "PATH.py:FUNCTION" is found without this argument; such a text names the new
+            place of the file.
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Raises:
-        EsjaxError: It is no run folder, no checkpoint is whole, or a model of its own is missing.
+        EsjaxError: The path is not a run folder, no checkpoint is whole, or the custom model is missing.
     """
     folder = RunFolder(given_path(path))
     custom = gather_model(folder, model, "esjax.load", tell)
@@ -153,17 +154,17 @@ def load(
 
 
 def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -> Weights:
-    """Read the weights of a run's newest checkpoint, onto this machine's devices.
+    """Read the weights of a run's newest undamaged checkpoint onto the devices of this machine.
 
     Args:
         folder: The run.
-        model: Its model.
+        model: The model of the run.
         tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: No checkpoint is whole, or it holds the weights of another model.
+        EsjaxError: No checkpoint is whole, or the checkpoint holds the weights of another model.
     """
-    everywhere = NamedSharding(local_mesh(), PartitionSpec())  # not the devices of the machine that saved it
+    everywhere = NamedSharding(local_mesh(), PartitionSpec())  # the machine that saved it had other devices
     with default_flags():
         params = jax.eval_shape(model.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), params)
@@ -173,16 +174,16 @@ def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -
 def gather_model(
     folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]
 ) -> Custom:
-    """Gather what weights are used with: a run's own model, if it was trained with one.
+    """Return the custom model of a run, if it was trained with one; a loss or an optimizer is not needed.
 
     Args:
         folder: The run.
-        model: As it was given; None: nothing was.
-        again: The function to give it to.
-        tell: Called with a line if its code has changed.
+        model: The model that the caller gave, or None.
+        again: The function that takes it, for messages.
+        tell: Called with a line if the code of the model has changed.
 
     Raises:
-        EsjaxError: The run was trained with one that is missing, or is another one.
+        EsjaxError: The custom model is missing, or it is another one.
     """
     custom = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
     folder.check_custom(custom.names(), again, ("model",))

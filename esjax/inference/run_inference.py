@@ -1,4 +1,4 @@
-"""What can be done with a run's weights, while they are trained and once they are loaded."""
+"""Generation, evaluation and plots, for a run in training and for a loaded run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 
 class RunInference(ABC):
-    """A model that writes, is scored, and whose run is drawn.
+    """Base class of `Trainer` and `LoadedRun`.
 
     Attributes:
-        baselines: Nats per token of the n-gram models over the held-out documents of its own text; empty if they are
-            not known yet.
+        baselines: Nats per token of the n-gram models over the held-out documents of the run's text; empty if not
+            computed yet.
     """
 
     baselines: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def _now(self) -> tuple[LanguageModel, Params]:
-        """Return the weights as they are now, and what uses them."""
+        """Return the language model and the current parameters."""
 
     @abstractmethod
     def _text(self, text: str | None) -> Corpus:
-        """Read a text, as the setting data.text names it, with the run's vocabulary; None: its own."""
+        """Read a text, named as in the setting data.text, with the run's vocabulary. None: the run's text."""
 
     @abstractmethod
     def _training_text(self, text: Corpus) -> Corpus:
-        """Return the text that the run was trained on: the one given, if it is that.
+        """Return the text that the run was trained on; `text` is returned if it is that text.
 
         Raises:
-            EsjaxError: It cannot be found, or has changed.
+            EsjaxError: The text is missing or has changed.
         """
 
     @abstractmethod
@@ -58,16 +58,17 @@ class RunInference(ABC):
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> list[Written]:
-        """Sample continuations of a prompt, each until the model ends the document or `max_tokens` are reached.
+        """Sample continuations of a prompt, each until the end of the document or `max_tokens`.
 
         Args:
-            prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            max_tokens: Most tokens to write, at least 1.
+            prompt: Start of a document. Characters outside the vocabulary are read as UNK.
+            max_tokens: Most tokens to generate, at least 1.
             count: Number of texts, at least 1.
-            seed: Names the texts: equal seeds, equal texts.
-            temperature: At least 0; 0 takes the most probable token each time.
-            top_k: Choose among so many most probable tokens; 0: among all.
-            top_p: Choose among the most probable tokens that reach this probability together, in (0, 1].
+            seed: Random seed, from 0 to 2^32 - 1. Equal seeds give equal texts.
+            temperature: Divides the logits, at least 0; 0 takes the most probable token each time.
+            top_k: Sample from this many most probable tokens; 0 is no limit.
+            top_p: Sample from the most probable tokens whose probabilities add up to this, in (0, 1]: nucleus
+                sampling (Holtzman et al. 2020, section 3.1).
 
         Raises:
             EsjaxError: A number is out of range.
@@ -88,9 +89,12 @@ class RunInference(ABC):
         """Find the most probable continuations of a prompt by beam search, best first.
 
         Args:
-            prompt: Start of a document; characters outside the vocabulary are read as UNK.
-            beams: Continuations kept at every length, at least 1.
-            max_tokens: Most tokens to write, at least 1.
+            prompt: Start of a document. Characters outside the vocabulary are read as UNK.
+            beams: Number of continuations to keep at every length, at least 1.
+            max_tokens: Most tokens to generate, at least 1.
+
+        Returns:
+            At most `beams` texts, each with its log probability in nats.
 
         Raises:
             EsjaxError: A number is out of range.
@@ -99,22 +103,22 @@ class RunInference(ABC):
         return language_model.search(params, prompt, beams=beams, max_tokens=max_tokens)
 
     def evaluate(self, text: str | None = None, split: Split = "held_out") -> Evaluation:
-        """Score whole documents, beside n-gram models fitted to the training split of the run's own text.
+        """Score whole documents, and n-gram models on the same documents.
 
-        So an n-gram model knows as much of another text as the model itself does. Where the run's own text cannot be
-        found, or has changed, they are left out, and the `note` of what is returned says so.
+        The n-gram models are fitted to the training documents of the run, as the model is. If the run's text is missing
+        or has changed, they are left out, and `note` in the result says so.
 
         Args:
-            text: As the setting data.text; None: the run's own.
-            split: Which of the text's documents.
+            text: Another text, named as in the setting data.text. None: the run's text.
+            split: Documents to score: "train", "held_out" or "all".
 
         Raises:
-            EsjaxError: The text cannot be used, or the split holds no document.
+            EsjaxError: The text cannot be read, or the split holds no document.
         """
         language_model, params = self._now()
         corpus = self._text(text)
         documents, size = corpus.split(split)
-        baselines = self.baselines if text is None and split == "held_out" else {}  # they take seconds
+        baselines = self.baselines if text is None and split == "held_out" else {}  # computing them takes seconds
         note = ""
         if not baselines:
             try:
@@ -132,17 +136,17 @@ class RunInference(ABC):
         log_y: bool = False,
         smoothing: float = 0.0,
     ) -> "Figure":
-        """Draw the run's curves, as far as they go.
+        """Draw the run's loss curves.
 
         Args:
-            out: File to write, .png, .svg or .pdf. None: none is written.
-            over: What the curves are drawn over.
-            log_x: Whether that axis is logarithmic.
-            log_y: Whether the loss is.
-            smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
+            out: File to write, .png, .svg or .pdf. None: no file.
+            over: Horizontal axis: "steps", "seconds" or "member-tokens".
+            log_x: Whether the horizontal axis is logarithmic.
+            log_y: Whether the axis of the loss is logarithmic.
+            smoothing: Steps over which the loss of the population is averaged exponentially; 0 is no smoothing.
 
         Raises:
-            EsjaxError: No step is finished, matplotlib is missing, or the file cannot be written.
+            EsjaxError: No step is finished, no loss is finite, matplotlib is missing, or the file cannot be written.
         """
         from esjax.watch.plotting import plot
 

@@ -1,4 +1,4 @@
-"""The loss of one set of parameters over whole documents."""
+"""The mean loss of a model over whole documents."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,16 @@ Score = Callable[[Params, Int[Array, "lanes length"], Bool[Array, "lanes length"
 
 
 def make_score(model: Model) -> Score:
-    """Make the function `(params, tokens, scored) -> loss`: mean nats per scored token; jit it.
+    """Make the function `(params, tokens, scored) -> loss`, the mean nats per scored token; it can be jitted.
 
-    Every lane starts at the start of a document and carries the state along, anew after each STOP, see
-    `esjax.data.packing.Lanes`.
+    `tokens` and `scored` are those of `esjax.data.packing.Lanes`. A lane starts with a document; the state is reset
+    after each STOP.
     """
 
     def score(
         params: Params, tokens: Int[Array, "lanes length"], scored: Bool[Array, "lanes length"]
     ) -> Float[Array, ""]:
-        # All losses are kept and then summed: added up one by one, millions of float32 would lose a part of the sum.
+        # Keep all losses and sum them at the end: adding millions of float32 one by one loses precision.
         nats = jax.vmap(Member(model, params).nats)(tokens)
         totals = jnp.sum(jnp.where(scored, nats, 0), axis=1)
         return jnp.sum(totals) / jnp.sum(scored, dtype=jnp.float32)

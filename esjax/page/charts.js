@@ -1,11 +1,11 @@
-// The curves of the page: one of four charts for each metric that is drawn. It uses what page.js holds.
+// The four charts of the page, one for each metric. Uses functions and variables of page.js.
 "use strict";
 
 const COLORS = ["#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d"];
-const DASHES = ["solid", "dash", "dashdot", "dot"]; // in turn, once all colors are used, as in esjax.plot_layout
-const STROKES = { solid: "", dash: "6 3", dashdot: "6 2 2 2", dot: "2 2" }; // of the same in SVG
+const DASHES = ["solid", "dash", "dashdot", "dot"]; // the next one begins after each round of colors, as in esjax/watch/plot_layout.py
+const STROKES = { solid: "", dash: "6 3", dashdot: "6 2 2 2", dot: "2 2" }; // the same line styles in SVG
 const N_GRAM_DASHES = ["dot", "dash", "longdash", "dashdot"];
-const UNIT_LINES = /.{1,38}(?: |$)|.{1,38}/g; // a long unit is broken at blanks if it has some
+const UNIT_LINES = /.{1,38}(?: |$)|.{1,38}/g; // breaks a long unit, at spaces if possible
 const CHARTS = [
   { column: "held_out", title: "Held-out loss", loss: true },
   { column: "loss", title: "Training loss, mean of the population", loss: true },
@@ -13,12 +13,12 @@ const CHARTS = [
   { column: "update_norm", title: "Size of the update", unit: "norm", small: true },
 ];
 
-// Color and line style of the run that was chosen at that place.
+// Color and line style for the index of a run.
 function styleAt(place) {
   return { color: COLORS[place % COLORS.length], dash: DASHES[Math.floor(place / COLORS.length) % DASHES.length] };
 }
 
-// The chosen runs, one by one, or those together whose settings differ in nothing but the seed.
+// The selected runs in groups: each alone, or together if their settings differ only in the seed.
 function groups() {
   const found = new Map();
   for (const run of chosen()) {
@@ -29,7 +29,7 @@ function groups() {
   return [...found.values()];
 }
 
-// Average exponentially over `span` steps back, see esjax.curves.smooth.
+// Average exponentially over `span` earlier steps, see `smooth` in esjax/watch/downsampling.py.
 function smooth(steps, values, span) {
   if (!span) return values;
   let total = 0, weight = 0;
@@ -41,7 +41,7 @@ function smooth(steps, values, span) {
   });
 }
 
-// Values of a curve at rising points between its ends; between its own points it is a straight line.
+// Interpolate a curve linearly at increasing points between its ends.
 function interpolate(points, x, y) {
   let i = 0;
   return points.map((point) => {
@@ -50,7 +50,7 @@ function interpolate(points, x, y) {
   });
 }
 
-// Mean and range of curves as far as all of them go, see esjax.curves.mean_and_range.
+// Mean and range of curves where all of them have values, see `mean_and_range` in esjax/watch/downsampling.py.
 function meanAndRange(curves) {
   const first = Math.max(...curves.map(({ x }) => x[0])), last = Math.min(...curves.map(({ x }) => x.at(-1)));
   const x = [...new Set(curves.flatMap((curve) => curve.x))].filter((point) => point >= first && point <= last).sort((a, b) => a - b);
@@ -95,7 +95,7 @@ function traces(chart, dark) {
 
 const shorten = (name) => (name.length <= 24 ? name : `${name.slice(0, 12)}…${name.slice(-11)}`);
 
-// The n-gram models: once for each text, named after the run if there are several.
+// The n-gram lines, once for each text; with several texts, labeled with the name of a run.
 function baselines() {
   const texts = new Map();
   for (const run of chosen()) {
@@ -112,16 +112,16 @@ function baselines() {
   );
 }
 
-// What losses are in: nats per token, or what a run has in their place.
+// Units of the losses: nats per token, or the custom loss or reward of a run.
 const units = () => [...new Set(chosen().map((run) => run.unit))].sort().join(", ");
 
-const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly reads some HTML
+const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly interprets some HTML
 
 function drawCharts() {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--quiet").trim(), line = style.getPropertyValue("--line").trim();
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  if (!CHARTS[0].box) { // all of them first: a chart takes the width that its box has
+  if (!CHARTS[0].box) { // all boxes first, since they set the width of the charts
     for (const chart of CHARTS) {
       chart.box = make("div", { id: "chart-" + chart.column });
       chart.card = make("div", { className: chart.small ? "chart small" : "chart" }, make("h2", {}, chart.title), chart.box);
@@ -129,11 +129,11 @@ function drawCharts() {
     }
   }
   for (const chart of CHARTS) {
-    const lines = traces(chart, dark), height = chart.box.clientHeight; // 0: it was hidden
+    const lines = traces(chart, dark), height = chart.box.clientHeight; // 0 if it was hidden
     chart.card.hidden = !lines.length;
     const marks = chart.column === "held_out" && lines.length ? baselines() : [];
     chart.box.style.setProperty("--legend", `${marks.length * 15}px`);
-    const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // a reward's are not
+    const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // minus a reward is not
     const unit = ((chart.loss ? units() : chart.unit).match(UNIT_LINES) ?? []).map(escapeText).join("<br>");
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { color: ink } };
     Plotly.react(
@@ -147,7 +147,7 @@ function drawCharts() {
         showlegend: marks.length > 0, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", traceorder: "normal", font: { size: 11 } }, hovermode: "x unified",
         hoverlabel: { namelength: -1, bgcolor: style.getPropertyValue("--card").trim(), bordercolor: line, font: { color: style.getPropertyValue("--ink").trim() } },
         shapes: marks.map(({ value, text, color, dash }) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, name: escapeText(text), showlegend: true, line: { color: color ?? ink, dash, width: 1 }, layer: "below" })),
-        uirevision: [view.over, view.logX, view.logY].join(), // a zoom outlives updates
+        uirevision: [view.over, view.logX, view.logY].join(), // keeps the zoom over updates
       },
       { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] },
     );

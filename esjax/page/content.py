@@ -1,4 +1,4 @@
-"""What the page is made of, and what it is told about a run."""
+"""Files of the page, and the data about a run that it shows."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -15,22 +15,22 @@ COLUMNS = ("held_out", "loss", "member_tokens_per_second", "update_norm")
 """Metrics that the page draws."""
 
 LAST = ("step", "seconds", "member_tokens", "loss", "held_out", "member_tokens_per_second", "population", "void_pairs")
-"""Metrics that it lists, as they were last."""
+"""Metrics whose last values the page lists."""
 
 SAMPLES = 3
-"""Newest samples of a run that it shows."""
+"""Most samples of a run that the page shows, the newest ones."""
 
 
 def page_file(name: str) -> str:
-    """Read one of the files beside this one."""
+    """Read a file of the page from the package."""
     return (files("esjax.page") / name).read_text(encoding="utf-8")
 
 
 def plotly_script(extra: str) -> str:
-    """Read the chart library, which its package brings along.
+    """Read the JavaScript of the chart library from the package plotly.
 
     Args:
-        extra: What to install if it is missing.
+        extra: Extra of esjax that installs plotly, for the error message.
 
     Raises:
         EsjaxError: The package is missing.
@@ -42,11 +42,11 @@ def plotly_script(extra: str) -> str:
 
 
 def summary(view: RunView, run: str) -> dict[str, Any]:
-    """Tell in short how a run stands.
+    """Return the name, state and last metrics of a run.
 
     Args:
         view: The run.
-        run: What the page calls it when it asks for more.
+        run: Identifier of the run in requests of the page.
     """
     return {
         "run": run,
@@ -59,7 +59,7 @@ def summary(view: RunView, run: str) -> dict[str, Any]:
 
 
 def details(view: RunView) -> dict[str, Any]:
-    """Tell what there is of a run beside its curves."""
+    """Return the settings, baselines, samples and notes of a run."""
     return {
         "settings": {name: _plain(value) for name, value in view.settings.items()},
         "baselines": dict(view.baselines),
@@ -69,35 +69,36 @@ def details(view: RunView) -> dict[str, Any]:
 
 
 def curves(view: RunView, known: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
-    """Return the points of the curves that the page does not know yet.
+    """Return the points of the curves that the page does not have yet.
 
     Args:
         view: The run.
-        known: For each column, the stride of the points that it has and how many they are.
+        known: For each column, the stride and the number of the points that the page has.
 
     Returns:
-        For each column `stride`, `start`, the number of the first point told, and a list for `value` and each axis.
+        A dict for each column, with `stride`, `start` (the index of the first new point), and a list for `value` and
+        for each axis.
     """
-    told: dict[str, Any] = {}
+    points: dict[str, Any] = {}
     for column in COLUMNS:
         curve = make_curve(view.metrics, column)
         stride, count = (known or {}).get(column, (0, 0))
         start = count if stride == curve.stride and 0 <= count <= len(curve.value) else 0
-        told[column] = {
+        points[column] = {
             "stride": curve.stride,
             "start": start,
             **{name: _numbers(getattr(curve, name)[start:]) for name in (*COLUMN_OF.values(), "value")},
         }
-    return told
+    return points
 
 
 def _numbers(values: ndarray) -> list[float | None]:
-    """Round to what a screen can show."""
+    """Round to seven digits; None for NaN and infinity."""
     return [float(f"{value:.7g}") if np.isfinite(value) else None for value in values.tolist()]
 
 
 def _plain(value: Any) -> Any:
-    """Make a setting one that JSON has: infinity and NaN become words."""
+    """Make a setting a JSON value: infinity and NaN become strings."""
     if isinstance(value, bool | int | str) or value is None or (isinstance(value, float) and np.isfinite(value)):
         return value
     return str(value)

@@ -1,4 +1,4 @@
-"""The runs below a folder, followed as they go on."""
+"""Follows the runs below a folder while they are trained."""
 
 import secrets
 from pathlib import Path
@@ -12,7 +12,7 @@ from esjax.runs.reader import Metrics, RunView, distinct_names, find_runs, is_ru
 
 
 class _Followed:
-    """A run, and what was read of it."""
+    """A run and what was read of it so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class _Followed:
         self._renew_mark()
 
     def view(self, name: str) -> RunView:
-        """Read what is new; a run at rest is not read again."""
+        """Read new metrics. A run that has ended and not changed is not read again."""
         steps = len(self._metrics)
         anew = self._metrics.read()
         if anew:
@@ -34,17 +34,17 @@ class _Followed:
         return view
 
     def _renew_mark(self) -> None:
-        self.mark = secrets.token_hex(4)  # what a page was told under another mark does not hold any more
+        self.mark = secrets.token_hex(4)  # invalidates the points that pages have
 
 
 class Follower:
-    """Tells about the runs below a folder, as often as it is asked, from any thread."""
+    """Answers questions about the runs below a folder; its methods may be called from any thread."""
 
     def __init__(self, folder: Path) -> None:
-        """Look for runs.
+        """Find the runs below a folder.
 
         Raises:
-            EsjaxError: There is no such folder.
+            EsjaxError: The folder does not exist.
         """
         self.folder = given_path(folder)
         self._lock = Lock()
@@ -53,9 +53,9 @@ class Follower:
         self._find()
 
     def runs(self) -> list[dict[str, Any]]:
-        """Tell of every run how it stands, the newest first.
+        """Return a summary of every run, the newest first.
 
-        One that cannot be read tells why in `error`.
+        If a run cannot be read, its summary holds the reason in `error`.
         """
         with self._lock:
             self._find()
@@ -63,27 +63,27 @@ class Follower:
             return [self._summary(run) for run in order]
 
     def run(self, run: str, mark: str = "", known: dict[str, tuple[int, int]] | None = None) -> dict[str, Any]:
-        """Tell what is new of a run.
+        """Return the details of a run, and the points of its curves that the page does not have.
 
         Args:
-            run: As `runs` calls it.
-            mark: What was told with it last; "": nothing.
-            known: Points known since then, see `curves`.
+            run: Identifier of the run, from `runs`.
+            mark: The mark of the last answer; "" if there was none.
+            known: Points that the page has, see `curves`; ignored if the mark has changed.
 
         Raises:
-            EsjaxError: There is no such run, or it cannot be read.
+            EsjaxError: The run does not exist or cannot be read.
         """
         with self._lock:
             followed = self._followed(run)
             view = followed.view(self._names[run])
-            told = curves(view, known if mark == followed.mark else None)
-            return {**summary(view, run), **details(view), "mark": followed.mark, "curves": told}
+            points = curves(view, known if mark == followed.mark else None)
+            return {**summary(view, run), **details(view), "mark": followed.mark, "curves": points}
 
     def path(self, run: str) -> Path:
         """Return the folder of a run.
 
         Raises:
-            EsjaxError: There is no such run.
+            EsjaxError: The run does not exist.
         """
         with self._lock:
             return self._followed(run).path
@@ -91,7 +91,7 @@ class Follower:
     def _followed(self, run: str) -> _Followed:
         if run not in self._runs:
             self._find()
-        if run not in self._runs:  # only what was found is looked at, whatever the name says
+        if run not in self._runs:  # only folders that were found are read, whatever path the name holds
             raise EsjaxError(f"there is no run {run!r} in {str(self.folder)!r}")
         return self._runs[run]
 

@@ -1,29 +1,29 @@
-// The page of esjax: with what it is told, it shows runs; if it was told nothing, it asks, again and again.
+// The page of esjax: it shows runs from embedded data, or polls the server if there are none.
 "use strict";
 
-const told = JSON.parse(document.getElementById("told").textContent || "null");
-const INTERVAL = 1500; // milliseconds between two looks
+const embedded = JSON.parse(document.getElementById("embedded").textContent || "null");
+const INTERVAL = 1500; // milliseconds between two requests
 const AXES = { steps: "step", seconds: "seconds", "member-tokens": "member_tokens" };
-const TICKS = ["logX", "logY", "seeds"]; // what is on or off
-const FIRST = 4; // runs that are chosen when the page opens, if nothing is said
+const TICKS = ["logX", "logY", "seeds"]; // options that are on or off
+const FIRST = 4; // runs that are selected at first, unless the address names some
 
-const view = { over: "steps", logX: false, logY: false, seeds: false, span: 0, filter: "", ...told?.view };
-const runs = new Map(); // by the name that the server knows: what was told of it, `curves` among it
-const colors = new Map(); // chosen runs, in the order of choice, with the index of their color
+const view = { over: "steps", logX: false, logY: false, seeds: false, span: 0, filter: "", ...embedded?.view };
+const runs = new Map(); // details of each run, `curves` included, by its identifier
+const colors = new Map(); // selected runs in order of selection, with the index of their color
 let list = [];
 let all = false;
-let sorted = { column: "", falling: false }; // the table of runs; "": in the order of choice
+let sorted = { column: "", falling: false }; // of the table of runs; "": the order of selection
 
 const byId = (id) => document.getElementById(id);
 
-// Make an element; children are elements or plain text, which is never read as HTML.
+// Make an element; children are elements or plain text, never parsed as HTML.
 function make(tag, attributes = {}, ...children) {
   const element = Object.assign(document.createElement(tag), attributes);
   element.append(...children);
   return element;
 }
 
-// Make a short piece of a run's line.
+// Make a short sample of the line of a run.
 function swatch(run) {
   const mark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   mark.setAttribute("class", "swatch");
@@ -35,7 +35,7 @@ function swatch(run) {
   return mark;
 }
 
-// A run of a group has the style of the first one.
+// All runs of a group have the style of the first one.
 function styleOf(run) {
   const group = view.seeds ? groups().find((found) => found.some((one) => one.run === run)) : null;
   return styleAt(colors.get(group ? group[0].run : run));
@@ -44,7 +44,7 @@ function styleOf(run) {
 const matches = ({ name }) => view.filter.toLowerCase().split(/\s+/).every((word) => name.toLowerCase().includes(word));
 const chosen = () => [...colors.keys()].map((run) => runs.get(run)).filter((run) => run?.curves && matches(run));
 
-// Fill a box again if what it shows has changed.
+// Rebuild a box if its content has changed.
 function renew(box, shows, children) {
   const print = JSON.stringify(shows);
   if (box.dataset.print === print) return;
@@ -62,15 +62,15 @@ function choose(run, on) {
   }
 }
 
-// Choose all runs that are listed, or none of them.
+// Select or deselect all listed runs.
 function chooseListed(on) {
   for (const run of list.filter(matches)) choose(run.run, on);
   writeAddress();
   draw();
-  if (!told) look();
+  if (!embedded) look();
 }
 
-// What is chosen stands in the address, so that it can be kept and loaded again.
+// The address holds the selection, so that it can be bookmarked.
 
 function readAddress() {
   const words = new URLSearchParams(location.hash.slice(1));
@@ -91,7 +91,7 @@ function writeAddress() {
   history.replaceState(null, "", "#" + words);
 }
 
-// Words and numbers.
+// Formatting.
 
 function clock(seconds) {
   if (seconds == null) return "";
@@ -109,7 +109,7 @@ function shown(value) {
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-// The list of runs. Rows stay in place, so that a click is never lost to an update.
+// The list of runs. Rows are reused, so that an update never swallows a click.
 
 function drawRuns() {
   const box = byId("runs");
@@ -123,7 +123,7 @@ function drawRuns() {
         choose(run.run, tick.checked);
         writeAddress();
         draw();
-        if (!told) look();
+        if (!embedded) look();
       });
       row = make("li", {}, make("label", {}, tick));
       row.dataset.run = run.run;
@@ -169,7 +169,7 @@ function drawSettings() {
   ]);
 }
 
-// The table of runs: what differs, and how far each has come; a click on a head sorts.
+// The table of runs: progress, and settings that differ; a click on a head sorts.
 
 function columnsOf(among) {
   return [
@@ -185,7 +185,7 @@ function columnsOf(among) {
   ];
 }
 
-// What is missing comes last, whichever way it is sorted.
+// Missing values come last, in both directions.
 function compare(a, b) {
   if (a == null || b == null) return (a == null) - (b == null);
   const order = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
@@ -247,16 +247,16 @@ function drawHosts() {
             ].map((cell) => make("td", {}, cell))),
           ),
         ),
-        make("p", { className: "quiet" }, run.hosts.hosts.some((host) => host.anchor) ? "* its state is the one that is kept" : ""),
+        make("p", { className: "quiet" }, run.hosts.hosts.some((host) => host.anchor) ? "* checkpoints save the state of this host" : ""),
       );
     }),
   );
 }
 
 function hint() {
-  if (!list.length) return "There is no run yet; one appears here when it begins.";
+  if (!list.length) return "There is no run yet. New runs appear here.";
   if (!list.some(matches)) return `No run has "${view.filter.trim()}" in its name.`;
-  return "Choose runs to see them side by side.";
+  return "Select runs to see them side by side.";
 }
 
 function draw() {
@@ -274,7 +274,7 @@ function draw() {
   document.title = among.length === 1 ? `${among[0].name} - esjax` : "esjax";
 }
 
-// Asking. Only what is new is told: points are added to those that are there.
+// Requests. The server sends only new points, which are appended to the known ones.
 
 async function ask(path, words = {}) {
   const response = await fetch(`api/${path}?${new URLSearchParams(words)}`);
@@ -319,7 +319,7 @@ async function look() {
     trouble("");
     draw();
     if (list.some((run) => run.state === "running" && colors.has(run.run))) {
-      Promise.all([...colors.keys()].map(askHosts)).then(drawHosts, () => {}); // a slow coordinator holds up nothing else
+      Promise.all([...colors.keys()].map(askHosts)).then(drawHosts, () => {}); // not awaited: a coordinator may be slow
     }
   } catch (error) {
     trouble(error instanceof TypeError ? "The dashboard does not answer; is it still running?" : error.message);
@@ -362,8 +362,8 @@ function begin() {
   byId("show").addEventListener("click", () => chooseListed(true));
   byId("hide").addEventListener("click", () => chooseListed(false));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  if (told) {
-    list = told.runs;
+  if (embedded) {
+    list = embedded.runs;
     for (const run of list) runs.set(run.run, run);
     for (const { run } of list) if (!named.length || named.includes(run)) choose(run, true);
     draw();

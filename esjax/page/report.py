@@ -1,4 +1,4 @@
-"""The page as one file: the curves, settings and samples of some runs, without anything from the network."""
+"""The page as one file, with curves, settings and samples of runs; it loads nothing from the network."""
 
 import json
 from html import escape
@@ -23,21 +23,21 @@ def report(
     smoothing: float = 0.0,
     mean_over_seeds: bool = False,
 ) -> None:
-    """Write a page that shows runs side by side, and needs nothing but a browser.
+    """Write a page that shows runs side by side and needs only a browser.
 
     Args:
         runs: Run folders, folders of run folders, or runs as `esjax.runs.reader.read_run` returns them.
-        out: File to write, .html; about 5 MB, most of them the chart library.
-        over: What the curves are drawn over at first; the reader may change that, and the rest.
-        log_x: Whether that axis is logarithmic.
-        log_y: Whether the loss is.
-        smoothing: Steps over which curves are averaged, exponentially; 0: none.
-        mean_over_seeds: Whether runs whose settings differ in nothing but the seed are drawn as one line, see
-            `esjax.plot`.
+        out: File to write, .html; about 5 MB, most of it the chart library.
+        over: Horizontal axis at first: "steps", "seconds" or "member-tokens". The page can change this option and
+            those below.
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the axis of the loss is logarithmic.
+        smoothing: Steps over which curves are averaged exponentially; 0 is no smoothing.
+        mean_over_seeds: Whether runs whose settings differ only in the seed are drawn as one line, see `esjax.plot`.
 
     Raises:
-        EsjaxError: There is no such run, none of them has done a step, no loss is above 0 for its logarithm,
-            plotly is missing, or the file cannot be written.
+        EsjaxError: A run does not exist, no run has a finished step, `log_y` is set and no loss is above 0, plotly is
+            missing, or the file cannot be written.
     """
     out = given_path(out)
     if out.suffix != ".html":
@@ -45,22 +45,22 @@ def report(
     views = open_runs(runs)
     if log_y:
         check_log_y(views)
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         "view": {"over": over, "logX": log_x, "logY": log_y, "seeds": mean_over_seeds, "span": smoothing},
         "runs": [{**summary(view, str(i)), **details(view), "curves": curves(view)} for i, view in enumerate(views)],
     }
     try:
-        write_durably(out, _alone(", ".join(view.name for view in views), told))
+        write_durably(out, _standalone(", ".join(view.name for view in views), content))
     except OSError as error:
         raise EsjaxError(f"cannot write {str(out)!r}: {error.strerror}") from error
 
 
-def _alone(title: str, told: dict[str, Any]) -> str:
-    """Put everything that the page asks for into it."""
+def _standalone(title: str, content: dict[str, Any]) -> str:
+    """Return the page with its scripts, styles and data inlined."""
     page = page_file("page.html")
-    begin, end = '<script id="told" type="application/json">', "</script>"
-    data = json.dumps(told, allow_nan=False).replace("<", "\\u003c")  # no text of a run ends the script
-    for asked, given in {
+    begin, end = '<script id="embedded" type="application/json">', "</script>"
+    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")  # so that no text of a run ends the script
+    for reference, inlined in {
         "<title>esjax</title>": f"<title>{escape(title)} - esjax</title>",
         '<link rel="stylesheet" href="page.css">': f"<style>{page_file('page.css')}</style>",
         '<script src="plotly.js"></script>': f"<script>{plotly_script('plot')}</script>",
@@ -68,6 +68,6 @@ def _alone(title: str, told: dict[str, Any]) -> str:
         '<script src="charts.js"></script>': f"<script>{page_file('charts.js')}</script>",
         '<script src="page.js"></script>': f"<script>{page_file('page.js')}</script>",
     }.items():
-        assert page.count(asked) == 1, asked
-        page = page.replace(asked, given)
+        assert page.count(reference) == 1, reference
+        page = page.replace(reference, inlined)
     return page

@@ -1,4 +1,4 @@
-"""The page, served on this machine alone and kept up to date."""
+"""Serves the page on the loopback address, with data that follow the runs."""
 
 import math
 import socket
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 HOST = "127.0.0.1"
-"""Nobody but this machine is served."""
+"""Only this machine is served."""
 
 NAMES = ["127.0.0.1", "localhost"]
-"""What a browser may call it: a page of somebody else whose name points here calls it otherwise."""
+"""Host names that are answered. This prevents DNS rebinding: a foreign site whose name resolves to this address."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -32,15 +32,15 @@ HEADERS = {
 }
 
 PATIENCE = 2.0
-"""Seconds that a coordinator has for its answer."""
+"""Seconds to wait for the answer of a coordinator."""
 
 
 class Known(msgspec.Struct, forbid_unknown_fields=True):
-    """What a page was told of a run.
+    """Data of a run that a page has.
 
     Attributes:
-        mark: That came with it.
-        points: By column, the stride of the points and how many they are.
+        mark: The mark of the last answer.
+        points: For each column, the stride and the number of points.
     """
 
     mark: str = ""
@@ -55,10 +55,10 @@ def make_app(folder: Path) -> "Starlette":
     """Make the application.
 
     Args:
-        folder: Where runs are.
+        folder: Folder of run folders.
 
     Raises:
-        EsjaxError: There is no such folder, or a package is missing.
+        EsjaxError: The folder does not exist, or a package is missing.
     """
     try:
         from starlette.applications import Starlette
@@ -77,15 +77,15 @@ def make_app(folder: Path) -> "Starlette":
         headers = HEADERS | ({"Cache-Control": "max-age=86400"} if len(text) > 1_000_000 else {})
         return lambda request: Response(text, media_type=kind, headers=headers)
 
-    def answer(tell: Callable[["Request"], Any]) -> Callable[["Request"], Response]:
+    def answer(make: Callable[["Request"], Any]) -> Callable[["Request"], Response]:
         def respond(request: "Request") -> Response:
             try:
-                told, status = tell(request), 200
+                content, status = make(request), 200
             except EsjaxError as error:
-                told, status = {"error": str(error)}, 404
+                content, status = {"error": str(error)}, 404
             except msgspec.MsgspecError as error:
-                told, status = {"error": str(error)}, 400
-            return Response(msgspec.json.encode(told), status, HEADERS, "application/json")
+                content, status = {"error": str(error)}, 400
+            return Response(msgspec.json.encode(content), status, HEADERS, "application/json")
 
         return respond
 
@@ -112,13 +112,13 @@ def make_app(folder: Path) -> "Starlette":
 
 
 def ask_hosts(run: Path) -> dict[str, Any]:
-    """Ask the coordinator of a run how its hosts do.
+    """Ask the coordinator of a run for the status of its hosts.
 
     Args:
         run: Run folder.
 
     Returns:
-        `hosts`, and in `note` why there are none.
+        `hosts`, a list, and `note`, the reason if the list is empty.
     """
     from esjax.hosts.status import fetch_status
     from esjax.runs.folder import RunFolder
@@ -141,13 +141,13 @@ def ask_hosts(run: Path) -> dict[str, Any]:
 
 
 def open_port(port: int) -> socket.socket:
-    """Listen on this machine alone.
+    """Listen on the loopback address.
 
     Args:
-        port: 0: any that is free.
+        port: The port; 0 takes any free port.
 
     Raises:
-        EsjaxError: Somebody else does.
+        EsjaxError: The port is out of range, taken, or needs more rights.
     """
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,12 +164,12 @@ def serve_page(folder: Path, port: int, tell: Callable[[str], None]) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Args:
-        folder: Where runs are.
-        port: To listen at; 0: any that is free.
-        tell: Called with the address.
+        folder: Folder of run folders.
+        port: The port; 0 takes any free port.
+        tell: Called with the address of the page.
 
     Raises:
-        EsjaxError: There is no such folder, the port is taken, or a package is missing.
+        EsjaxError: The folder does not exist, the port is taken, or a package is missing.
     """
     app = make_app(folder)
     import uvicorn
@@ -178,5 +178,5 @@ def serve_page(folder: Path, port: int, tell: Callable[[str], None]) -> None:
         tell(f"http://{HOST}:{listening.getsockname()[1]}/")
         patience = math.ceil(PATIENCE) + 1
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=patience))
-        with stop_on_signals():  # the server stops at one by itself, and then raises it once more
+        with stop_on_signals():  # uvicorn stops at a signal and then raises it again
             server.run(sockets=[listening])

@@ -1,10 +1,10 @@
-"""Training states on disk; the only file that knows orbax.
+"""Training states on disk; the only module that imports orbax.
 
     checkpoints/120/seal.json    progress of the run, and a hash of every file of the state
     checkpoints/120/state/       the state, as orbax writes it
 
-A checkpoint gets its step's number as a name when it is complete. One whose files do not agree with its seal is
-damaged: reading passes over it for the one before, and writing sets it aside.
+A checkpoint is written under a temporary name and renamed to its step when it is complete. A checkpoint whose files do
+not match the hashes in its seal is damaged: readers skip it and take the one before; writers rename it.
 """
 
 import errno
@@ -38,22 +38,22 @@ STATE = "state"
 ROOM = "room"
 
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-"""What a system says of a file that is missing, is none, or lies in a bad place of the disk."""
+"""Error numbers for a file that is missing, is a folder, or lies on a bad block: the checkpoint is damaged."""
 
 LEAF_BYTES, MORE_BYTES = 512, 2**17
-"""What a checkpoint takes on disk beside its numbers at most: for each leaf, and in all."""
+"""Bytes on disk beside the arrays themselves, at most: for each leaf, and for the whole checkpoint."""
 
 PLAIN = re.compile(r"[\w/ .,=+@-]*")
-"""A path in which every character stands for itself, for orbax too."""
+"""A path in which orbax gives no character a special meaning."""
 
 
 class Restored(NamedTuple):
-    """A state read back.
+    """A state read from a checkpoint.
 
     Attributes:
-        state: As it was saved.
-        seconds: Training time until then, from the first finished step.
-        member_tokens: Tokens evaluated until then, times members.
+        state: The training state, as it was saved.
+        seconds: Training time at that step.
+        member_tokens: Tokens scored up to that step, times members.
     """
 
     state: TrainState
@@ -62,12 +62,12 @@ class Restored(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The part of a state that a model is used with, whatever it was trained by.
+    """The part of a training state that does not depend on the optimizer.
 
     Attributes:
-        step: Steps done, int32.
+        step: Steps done, an int32 scalar.
         params: The parameters around which members are perturbed.
-        average: The parameters to evaluate and generate with.
+        average: The averaged parameters, for evaluation and generation.
     """
 
     step: PyTree
@@ -76,14 +76,22 @@ class Weights(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, the newest few of them kept."""
+    """Writes the checkpoints of a run and keeps the newest ones."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder for writing; make it if it is not there, and set damaged checkpoints aside."""
+        """Open the folder for writing; make it if it is missing, and rename damaged checkpoints.
+
+        Args:
+            folder: Folder of the checkpoints.
+            keep: Number of checkpoints to keep, at least 1.
+
+        Raises:
+            EsjaxError: No path to the folder suits orbax, see `_plain_path`.
+        """
         self._folder = folder
         self._keep = keep
         folder.mkdir(exist_ok=True)
-        with _plain_path(folder):  # see now, not after the first minute of training, that there is one
+        with _plain_path(folder):  # fail now, not after the first minute of training
             pass
         for path in folder.glob("*.partial"):
             shutil.rmtree(path)
@@ -98,10 +106,15 @@ class Checkpoints:
         return max(kept_steps(self._folder), default=0)
 
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
-        """Write a state; a step that is there already is not written again.
+        """Write a state, unless its step has a checkpoint already.
+
+        Args:
+            state: The training state.
+            seconds: Training time so far.
+            member_tokens: Tokens scored so far, times members.
 
         Raises:
-            DiskError: The disk is full, or cannot be written; the checkpoints before stay as they are.
+            DiskError: The disk is full or cannot be written. Older checkpoints are not touched.
         """
         step = int(state.step)
         path = self._folder / str(step)
@@ -124,16 +137,16 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
         for old in kept_steps(self._folder)[self._keep :]:
-            doomed = self._folder / f"{old}.partial"  # a deletion that is cut off leaves no damaged checkpoint
+            doomed = self._folder / f"{old}.partial"  # an interrupted deletion leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
             shutil.rmtree(doomed)
 
 
 def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
-    """Read the newest checkpoint that is whole, see `find_newest`.
+    """Read the newest undamaged checkpoint, see `find_newest`.
 
     Raises:
-        EsjaxError: There is none, or it holds the state of another model.
+        EsjaxError: There is no undamaged checkpoint, or it holds the state of another model.
     """
     restored = find_newest(folder, like, tell)
     if restored is None:
@@ -142,15 +155,15 @@ def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) 
 
 
 def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:
-    """Read the newest checkpoint that is whole; None: there is none.
+    """Read the newest undamaged checkpoint, or return None if there is none.
 
     Args:
         folder: The run's checkpoints.
         like: A state of the same structure, shapes and dtypes, with the shardings to restore to.
-        tell: Called with a line for each checkpoint that is passed over.
+        tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: It holds the state of another model.
+        EsjaxError: The checkpoint holds the state of another model.
     """
     path = _newest_whole(folder, tell)
     if path is None:
@@ -162,15 +175,15 @@ def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> 
 
 
 def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> Weights:
-    """Read the weights of the newest checkpoint that is whole; the state of the optimizer is left alone.
+    """Read the weights of the newest undamaged checkpoint, without the state of the optimizer.
 
     Args:
         folder: The run's checkpoints.
         like: Parameters of the same structure, shapes and dtypes, with the shardings to restore to.
-        tell: Called with a line for each checkpoint that is passed over.
+        tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: There is none, or it holds the weights of another model.
+        EsjaxError: There is no undamaged checkpoint, or it holds the weights of another model.
     """
     path = _newest_whole(folder, tell)
     if path is None:
@@ -198,7 +211,7 @@ def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
         if not damage:
             return path
         passed.add(steps[0])
-        if path.exists():  # or a run that goes on has deleted it, and written a newer one
+        if path.exists():  # otherwise a running process has just replaced it with a newer one
             tell(f"checkpoint {path} is damaged and passed over ({damage})")
     return None
 
@@ -212,7 +225,11 @@ def _nothing_whole(folder: Path) -> EsjaxError:
 
 
 def digest(state: TrainState) -> str:
-    """Hash every bit of a state: equal digests, equal states."""
+    """Hash the dtypes, shapes and bits of all leaves of a state, with BLAKE2b.
+
+    Returns:
+        32 hexadecimal digits; equal digests mean equal states.
+    """
     summary = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(state):
         array = np.asarray(leaf)
@@ -222,7 +239,7 @@ def digest(state: TrainState) -> str:
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:
-    """Open orbax for this process alone: of several that compute as one, a single one writes."""
+    """Open orbax for this process only: in a process group, only the first process writes."""
     return ocp.StandardCheckpointer(multiprocessing_options=_alone())
 
 
@@ -232,10 +249,12 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _see_room(partial: Path, state: TrainState) -> None:
-    """See that a state can be written, for a moment: where a write fails, orbax's threads print hundreds of lines.
+    """Reserve the space that a state needs, and free it again.
+
+    If a write inside orbax failed, its threads would print hundreds of lines.
 
     Raises:
-        OSError: It cannot: the disk is full, or read-only, or files may not grow so large.
+        OSError: The disk is full or read-only, or a limit on the size of files is too low.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
@@ -249,9 +268,10 @@ def _see_room(partial: Path, state: TrainState) -> None:
 
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    r"""Yield a path to a folder that orbax reads letter by letter.
+    r"""Yield a path to a folder in which orbax gives no character a special meaning.
 
-    It takes `[`, `*` and `?` for a pattern, `\` for `/`, and `gs:` for storage elsewhere; a link stands for such names.
+    Orbax reads `[`, `*` and `?` as a pattern, `\` as `/`, and `gs:` as cloud storage. For such a name, this yields a
+    temporary symbolic link.
 
     Raises:
         EsjaxError: The folder for temporary files has such a name, too.
@@ -272,15 +292,27 @@ def _plain_path(folder: Path) -> Iterator[Path]:
 
 
 def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> dict[str, Any]:
-    """See that a checkpoint holds arrays like some, of those that count by their names; return its seal."""
+    """Compare the dtypes and shapes of a checkpoint with those of `like`.
+
+    Args:
+        path: The checkpoint.
+        like: The expected state.
+        counts: Returns whether the leaf of a name is compared.
+
+    Returns:
+        The seal of the checkpoint.
+
+    Raises:
+        EsjaxError: They differ.
+    """
     seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
     expected, kept = leaf_types(like), seal["leaves"]
     strange = [name for name in {**expected, **kept} if counts(name) and expected.get(name) != kept.get(name)]
     if strange:
         raise EsjaxError(
             f"{str(path)!r} does not hold the state of the model that its run's settings describe: {strange[0]} is "
-            f"{kept.get(strange[0])}, not {expected.get(strange[0])}; give a model of one's own "
-            "again, or use the esjax that wrote it"
+            f"{kept.get(strange[0])}, not {expected.get(strange[0])}; give the "
+            "custom model again, or use the esjax that wrote it"
         )
     return seal
 
@@ -293,10 +325,11 @@ def kept_steps(folder: Path) -> list[int]:
 
 
 def _damage(path: Path) -> str:
-    """Say what is wrong with a checkpoint, or "".
+    """Return what is wrong with a checkpoint, or "" if it is whole.
 
     Raises:
-        EsjaxError: It may be whole, and cannot be looked at: a permission, too many open files, a network's mistake.
+        EsjaxError: The checkpoint cannot be examined and may be whole: no permission, too many open files, a network
+            error.
     """
     try:
         seal = json.loads((path / SEAL).read_text(encoding="utf-8"))

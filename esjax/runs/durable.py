@@ -1,4 +1,4 @@
-"""Small files that are written as a whole."""
+"""Durable, atomic writes of small files, and file locks."""
 
 import errno
 import fcntl
@@ -12,11 +12,11 @@ from typing import IO
 from esjax.errors import DiskError, EsjaxError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a system says of a disk, or of a person's share of it, that is full."""
+"""Error numbers for a full disk and for an exceeded quota."""
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a file: it is on the disk when this returns, and whoever reads it sees the old or the new one."""
+    """Replace a file atomically: readers see the old or the new content, which is on the disk when this returns."""
     swap = path.with_name(f"{path.name}.swap")
     with ExitStack() as undo:
         with swap.open("wb") as file:
@@ -34,24 +34,24 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def write_new_folder(path: Path, files: Mapping[str, str]) -> bool:
-    """Make a folder with files in it, or fill an empty one; of several processes that try, one succeeds.
+    """Make a folder with files in it, or fill an empty one. If several processes try, one of them succeeds.
 
     Args:
         path: The folder.
         files: Contents by name.
 
     Returns:
-        Whether there was no folder, not even an empty one.
+        True if the folder was made; False if an empty one was filled.
 
     Raises:
-        FileExistsError: Something is there, or another process was faster.
-        OSError: It cannot be written; what was made so far is removed.
+        FileExistsError: The path exists and is not an empty folder, or another process was faster.
+        OSError: The folder cannot be written; what was made so far is removed.
     """
     claim, is_made = path / ".new", True
     with ExitStack() as undo:
         try:
             path.mkdir(parents=True)
-            undo.callback(lambda: None if any(path.iterdir()) else path.rmdir())  # what a faster process made stays
+            undo.callback(lambda: None if any(path.iterdir()) else path.rmdir())  # keep what a faster process made
         except FileExistsError:
             if not path.is_dir() or any(path.iterdir()):
                 raise
@@ -68,15 +68,15 @@ def write_new_folder(path: Path, files: Mapping[str, str]) -> bool:
 
 
 def write_new_files(files: Mapping[Path, str | bytes]) -> None:
-    """Write files that are not there yet, durably; of several processes that try, one succeeds.
+    """Write new files durably. If several processes try, one of them succeeds.
 
     Raises:
-        FileExistsError: One of them is there.
-        OSError: One cannot be written; none is left behind.
+        FileExistsError: One of the files exists.
+        OSError: A file cannot be written; all files made so far are removed.
     """
     with ExitStack() as undo:
         for path in files:
-            path.open("xb").close()  # an empty file holds the place
+            path.open("xb").close()  # an empty file reserves the name
             undo.callback(path.unlink)
         for path, content in files.items():
             write_durably(path, content)
@@ -84,17 +84,17 @@ def write_new_files(files: Mapping[Path, str | bytes]) -> None:
 
 
 def try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
-    """Claim the lock of an open file, without waiting.
+    """Try to lock an open file, without waiting.
 
     Args:
-        file: The file; closing it gives the lock free.
-        how: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`, which several may hold at once.
+        file: The file; closing it releases the lock.
+        how: `fcntl.LOCK_EX`, or `fcntl.LOCK_SH`, which several processes may hold at once.
 
     Returns:
-        Whether it was free; if not, another process holds it.
+        True if this process has the lock now; False if another process holds it.
 
     Raises:
-        EsjaxError: The file system has no locks, or fails.
+        EsjaxError: The file system has no locks, or locking failed.
     """
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
@@ -110,10 +110,10 @@ def try_lock(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file in what goes wrong while it is written.
+    """Turn an OSError in the body into a DiskError that names the file.
 
     Raises:
-        DiskError: Whatever the system said.
+        DiskError: The body raised an OSError.
     """
     try:
         yield
@@ -122,11 +122,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_error(what: str, error: OSError | ValueError) -> DiskError:
-    """Make the error for something that cannot be written.
+    """Make the error for a failed write.
 
     Args:
-        what: Such as "cannot write x".
-        error: From the system, or from TensorStore, in whose words the system's number stands.
+        what: Start of the message, such as "cannot write x".
+        error: An error of the system, or of TensorStore, whose message holds the error number of the system.
     """
     found = re.search(r"OS error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
@@ -135,5 +135,5 @@ def disk_error(what: str, error: OSError | ValueError) -> DiskError:
 
 
 def remedy(number: int | None) -> str:
-    """Say what a person does about an error of the system, by its number, before going on."""
-    return "make room" if number in FULL else "mend that"
+    """Return what the user has to do about an error number before resuming."""
+    return "make room" if number in FULL else "fix that"

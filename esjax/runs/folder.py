@@ -1,18 +1,18 @@
-"""What a run leaves on disk, except the checkpoints' own format.
+"""The layout of a run folder.
 
-config.yaml       the settings; they start the same run again, but for what run.json names
-run.json          version of this layout, name of the run, hash of the text; names of a model, loss, reward or
-                  optimizer of its own, and of code in a file its path, function and hash
+config.yaml       the settings; with the custom code that run.json names, they start the same run again
+run.json          version of this layout, name of the run, hash of the text; names of a custom model, loss, reward or
+                  optimizer, and for code in a file its path, function and hash
 vocabulary.json   the symbols, ids 2 and up in order
-metrics.jsonl     one line a step
+metrics.jsonl     one line for each step
 baselines.json    nats per token of the n-gram models over the held-out documents
-samples.txt       text written on the way
-tensorboard/      event files, and wandb/ those of Weights & Biases, if the run is shown there
+samples.txt       texts that the model wrote during training
+tensorboard/      event files of TensorBoard, if the run is tracked there; wandb/ for Weights & Biases
 checkpoints/      see `esjax.runs.checkpoint`
-ledger            every update, if the run keeps them, see `esjax.runs.ledger`
-epoch             how often a coordinator was started
-address           where the coordinator listens, while it does, and the file that lets a host in
-keys/             who may join, see `esjax.hosts.transport.keys`
+ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`
+epoch             number of starts of the coordinator
+address           address of the running coordinator, and its token file
+keys/             keys of the hosts that may join, see `esjax.hosts.transport.keys`
 """
 
 import json
@@ -39,36 +39,35 @@ from esjax.runs.reader import find_runs
 from esjax.version import __version__
 
 RUN = "run.json"
-"""What makes a folder a run folder."""
+"""Name of the file that marks a run folder."""
 
 FORMAT = 2
-"""Version of the layout, and of the noise and the arithmetic of a run: folders of one format are replayed to the
-bit."""
+"""Version of the layout, of the noise and of the arithmetic: runs of the same format are replayed bit for bit."""
 
 READABLE = (1, 2)
-"""Versions whose weights can be used."""
+"""Versions whose weights can be read."""
 
 LOCK_TRIES = 5
-"""How often a run is claimed: whoever looks at it from outside holds the lock for a moment, see `esjax.runs.reader`."""
+"""Attempts to lock a run: a reader that checks the lock holds it for a moment, see `esjax.runs.reader.is_running`."""
 
 LONGEST_PATH = 768 if sys.platform == "darwin" else 3840
-"""Bytes of a run folder's path: a system takes 1024 or 4096, and checkpoints need 160 of them below it."""
+"""Most bytes in the path of a run folder: systems allow 1024 or 4096, and checkpoints add up to 160."""
 
 MOST_NAMED = 4
-"""Runs that are named where a folder of runs was given for one of them."""
+"""Most runs that an error message names if a folder of runs was given in place of a run."""
 
 LOCK_PAUSE = 0.02
-"""Seconds between two tries."""
+"""Seconds between two attempts."""
 
 
 class RunFolder:
-    """A run on disk, open for reading; `lock` it before writing."""
+    """A run on disk, open for reading; call `lock` before writing."""
 
     def __init__(self, path: Path) -> None:
         """Open an existing run.
 
         Raises:
-            EsjaxError: It is not a run folder, or one of another version.
+            EsjaxError: The path is not a run folder, is damaged, or has an unknown format.
         """
         self.path = path
         try:
@@ -106,17 +105,15 @@ class RunFolder:
         """Make a new run folder.
 
         Args:
-            path: Where.
+            path: Path of the folder. If several processes make it at the same time, one of them succeeds.
             config: Settings.
             vocabulary: Symbols.
-            text_digest: Hash of the text; "": there is none.
-            custom: Names of what the run was given beside its settings: model, loss, reward, optimizer.
-            code: Where those of them are that are code in a file.
-
-        Of several processes that make the same folder at the same time, one succeeds.
+            text_digest: Hash of the text; "" for a run without a text.
+            custom: Names of the custom model, loss, reward and optimizer, by kind.
+            code: Path, function and hash of custom parts that are code in a file, by kind.
 
         Raises:
-            EsjaxError: Something is there already, or it cannot be written; then nothing is left behind.
+            EsjaxError: The path exists and is not an empty folder, or it cannot be written; nothing is left behind.
         """
         if len(os.fsencode(path)) > LONGEST_PATH:
             raise EsjaxError(f"the path of the run folder is longer than {LONGEST_PATH} bytes; give a shorter --out")
@@ -131,7 +128,7 @@ class RunFolder:
         files = {
             "config.yaml": to_yaml(config),
             "vocabulary.json": json.dumps(vocabulary.stored(), ensure_ascii=False) + "\n",
-            RUN: json.dumps(run) + "\n",  # the last: it makes the folder a run
+            RUN: json.dumps(run) + "\n",  # last, since this file marks a run folder
         }
         try:
             is_made = write_new_folder(path, files)
@@ -146,17 +143,17 @@ class RunFolder:
         return folder
 
     def remove(self) -> None:
-        """Take back what `create` made, and all that came into it since; nobody else may be at it."""
+        """Remove what `create` made, and everything in it. No other process may use the folder."""
         for inside in list(self.path.iterdir()):
             shutil.rmtree(inside) if inside.is_dir() else inside.unlink()
         if self._is_made:
             self.path.rmdir()
 
     def check_goes_on(self) -> None:
-        """See that this esjax makes the same updates as the one that began the run.
+        """Check that this version of esjax makes the same updates as the version that began the run.
 
         Raises:
-            EsjaxError: It makes others.
+            EsjaxError: The updates differ, so the run cannot be resumed or replayed.
         """
         if self._format != FORMAT:
             raise EsjaxError(
@@ -166,7 +163,7 @@ class RunFolder:
             )
 
     def check_custom(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
-        """See that what the run was given beside its settings is given again, see `check_custom`."""
+        """Check that the custom parts of the run are given again, see the function `check_custom`."""
         check_custom(str(self.path), {kind: name for kind, name in self.custom.items() if kind in kinds}, given, again)
 
     @property
@@ -181,12 +178,12 @@ class RunFolder:
 
     @property
     def address(self) -> str | None:
-        """Where the coordinator listens that has the run; None if there is none. A killed one leaves its last."""
+        """Address of the run's coordinator; None if none runs. A killed coordinator leaves its last address."""
         return self._where()[0]
 
     @property
     def token(self) -> Path | None:
-        """What lets a host in there; None if nothing does, or if there are no keys."""
+        """Token file with which a host joins there; None without keys, or if the coordinator made no token."""
         path = self._where()[1]
         return Path(path) if path else None
 
@@ -197,18 +194,18 @@ class RunFolder:
             return None, None
         except (OSError, UnicodeDecodeError) as error:
             raise EsjaxError(f"cannot read {self.path / 'address'}: {error}") from error
-        return address or None, token.removesuffix("\n") or None  # the name of a file may hold a new line, too
+        return address or None, token.removesuffix("\n") or None  # a file name may hold a newline
 
     @contextmanager
     def keep_address(self, address: str, token: Path | None = None) -> Iterator[None]:
-        """Record where the coordinator listens, for as long as it does.
+        """Record the address of the coordinator while the context is open.
 
         Args:
-            address: There.
-            token: File that lets a host in; None: there are no keys, or only others have one.
+            address: Address at which the coordinator listens.
+            token: Token file with which a host joins; None without keys, or if the coordinator made no token.
 
         Raises:
-            EsjaxError: It cannot be written.
+            EsjaxError: The file cannot be written.
         """
         path = self.path / "address"
         try:
@@ -221,10 +218,10 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def next_epoch(self) -> int:
-        """Count a start of a coordinator, durably, and return its number, from 1 on.
+        """Count a start of the coordinator durably, and return its number, 1 for the first.
 
         Raises:
-            EsjaxError: It cannot be read or written.
+            EsjaxError: The file cannot be read or written.
         """
         path = self.path / "epoch"
         try:
@@ -235,10 +232,10 @@ class RunFolder:
         return epoch
 
     def lock(self) -> None:
-        """Claim the run for this process, until it ends or `unlock` is called.
+        """Lock the run for this process, until the process ends or calls `unlock`.
 
         Raises:
-            EsjaxError: Another process trains it, or it cannot be written or locked.
+            EsjaxError: Another process trains the run, or the folder cannot be written or locked.
         """
         try:
             lock = (self.path / ".lock").open("w")
@@ -254,17 +251,17 @@ class RunFolder:
         self._lock = lock
 
     def unlock(self) -> None:
-        """Give the run free."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def open_metrics(self, step: int, tell: Callable[[str], None]) -> IO[str]:
-        """Open the metrics for appending, without the lines of steps after `step`: they will be done again.
+        """Open the metrics for appending, and drop the lines of steps after `step`, which will be done again.
 
         Args:
             step: Steps done.
-            tell: Called with a line if there is none for some of them: it was torn, or never written.
+            tell: Called with a line if lines of earlier steps are missing: they were torn or never written.
         """
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -278,13 +275,13 @@ class RunFolder:
         return path.open("a", encoding="utf-8", buffering=1)  # a killed run loses no line
 
     def keep_baselines(self, baselines: Mapping[str, float]) -> None:
-        """Record what the held-out loss is read against, for whoever looks at the run later.
+        """Record the losses of the n-gram models, for plots and for evaluation.
 
         Args:
             baselines: Nats per token over the held-out documents, by n-gram model.
 
         Raises:
-            EsjaxError: It cannot be written.
+            EsjaxError: The file cannot be written.
         """
         path = self.path / "baselines.json"
         if not baselines or path.exists():
@@ -295,10 +292,10 @@ class RunFolder:
             raise EsjaxError(f"cannot write {path}: {error.strerror}") from error
 
     def keep_config(self) -> None:
-        """Record the settings as they are now.
+        """Write the current settings.
 
         Raises:
-            DiskError: They cannot be written.
+            DiskError: The file cannot be written.
         """
         path = self.path / "config.yaml"
         with writing(path):
@@ -347,22 +344,21 @@ class RunFolder:
 
 
 def check_custom(path: str, kept: Mapping[str, str], given: Mapping[str, str], again: str) -> None:
-    """See that what weights were trained with beside their settings is given again.
+    """Check that the custom parts that weights were trained with are given again.
 
-    Functions are known by their names alone, without the place where they were made; a lambda has none, so of those any
-    will do. An optimizer is known by what it consists of, see `name_of_optimizer`; earlier runs kept only
-    its type.
+    Functions are compared by name, without their module; a lambda has no name, so any function matches it. Optimizers
+    are compared by their parts, see `name_of_optimizer`; earlier runs kept only the type.
 
     Args:
-        path: Where the weights are.
-        kept: Names of what they were trained with, by kind.
-        given: Names of what there is now.
-        again: The function to give it to.
+        path: Path of the weights, for messages.
+        kept: Names of the custom parts that the weights were trained with, by kind.
+        given: Names of the custom parts given now, by kind.
+        again: The function that takes them, for messages.
 
     Raises:
-        EsjaxError: Something is missing, is another one, or was none of its own.
+        EsjaxError: A part is missing, differs, or was not custom.
     """
-    missing = [f"{a_or_an(kind)} of its own, {name}" for kind, name in kept.items() if kind not in given]
+    missing = [f"a custom {kind}, {name}" for kind, name in kept.items() if kind not in given]
     if missing:
         words = ", ".join(f"{kind}=..." for kind in kept)
         options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in kept)
@@ -384,19 +380,14 @@ def check_custom(path: str, kept: Mapping[str, str], given: Mapping[str, str], a
             raise EsjaxError(f"{path!r} was trained with the {kind} {was}, not {now}; give that one, or train anew")
 
 
-def a_or_an(kind: str) -> str:
-    """Put the article before what a run was given."""
-    return f"an {kind}" if kind == "optimizer" else f"a {kind}"
-
-
 def json_line(numbers: Mapping[str, float]) -> str:
-    """Write named numbers as one line of JSON, which has no NaN and no infinity: they become null."""
+    """Return named numbers as one line of JSON; NaN and infinity become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return json.dumps(finite, allow_nan=False)
 
 
 def _step_of(line: str) -> float:
-    """Read the step of a metrics line; a torn line counts as never written."""
+    """Return the step of a line of the metrics; infinity for a torn line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

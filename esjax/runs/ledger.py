@@ -1,13 +1,13 @@
-r"""The append-only record of every update: with the first state, enough to replay the run.
+r"""The append-only record of every update; with the first state, it is enough to replay the run.
 
-    "esjax ledger 1\n", then records, each of them, little-endian:
+The file is "esjax ledger 1\n" and then records, little-endian:
     magic, CRC-32 of all that follows, kind (uint8), step (uint32), bytes of the payload (uint32), the payload
 
-Kinds are 1 for an update, 2 for a digest, and 3 for an update with the run's clock: its payload begins with the
-training time in seconds (float64). Runs write kind 3; older ledgers, whose updates are of kind 1, are read as well.
+Kinds are 1 for an update, 2 for a digest, and 3 for an update with the training time: its payload begins with the
+seconds (float64). Runs write kind 3; older ledgers hold updates of kind 1 and can be read.
 
-A record is on the disk before `append` returns, so a crash can tear the last one only. Opening checks every CRC, not
-the headers alone: that takes seconds for a million records, and damage is found before a host asks for what it hit.
+A record is on the disk before `append` returns, so a crash can tear the last record only. Opening a ledger checks every
+CRC: this takes seconds for a million records, and finds damage before a host downloads the damaged record.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from esjax.errors import EsjaxError
 from esjax.runs.durable import remedy
 
 UPDATE: Final = 1
-"""Kind of the record of an update, which took the run from `step` to `step + 1`."""
+"""Kind of a record of an update, which takes the run from `step` to `step + 1`."""
 
 DIGEST: Final = 2
-"""Kind of the record of the digest, in ASCII, of the state after `step` steps."""
+"""Kind of a record of the digest, in ASCII, of the state after `step` steps."""
 
 MAX_PAYLOAD = 2**26
-"""Bytes of a payload at most: four for each of the 16 million pairs whose sum is exact."""
+"""Most bytes of a payload: four for each of 16 million pairs, the most whose sum is exact."""
 
 _HEAD = b"esjax ledger 1\n"
 _MAGIC = b"\xe5JX\n"
 _HEADER = struct.Struct("<4sIBII")
-_TIMED = 3  # kind of the record of an update with its seconds, which come first in its payload
+_TIMED = 3  # kind of an update with its training time, which comes first in the payload
 _SECONDS = struct.Struct("<d")
-_SUMMED = 8  # the CRC is of everything from this byte of the header on
+_SUMMED = 8  # the CRC covers the record from this byte on
 _STRIDE = 2**20
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
@@ -47,9 +47,9 @@ class Record(NamedTuple):
 
     Attributes:
         kind: `UPDATE` or `DIGEST`.
-        step: Steps that the run had made before the update, or when the digest was taken.
+        step: Steps done before the update, or when the digest was taken.
         payload: Any bytes, at most `MAX_PAYLOAD`.
-        seconds: Training time of the run when the update was recorded; None: it was not written down.
+        seconds: Training time when the update was recorded; None if it is not in the record.
     """
 
     kind: int
@@ -59,32 +59,32 @@ class Record(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the record in the file."""
         return _HEADER.size + (0 if self.seconds is None else _SECONDS.size) + len(self.payload)
 
 
 class Ledger:
-    """A ledger open for appending; the lock of its run folder keeps other writers away."""
+    """A ledger open for appending. The lock of the run folder excludes other writers."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        """Take over an open file; `Ledger.open` opens one."""
+        """Wrap an open file; use `Ledger.open`."""
         self._path = path
         self._descriptor = descriptor
         self._end = len(_HEAD)
         self._first = 0
         self._seconds = 0.0
-        self._offsets = array("Q")  # where the update of each step begins
+        self._offsets = array("Q")  # of the update of each step
 
     @classmethod
     def open(cls, path: Path, tell: Callable[[str], None]) -> "Ledger":
-        """Open a ledger, make it if it is not there, and cut off a torn or damaged end.
+        """Open a ledger, or make a new one, and cut off a torn or damaged last record.
 
         Args:
             path: The file.
-            tell: Called with a line if something is cut off.
+            tell: Called with a line if a record is cut off.
 
         Raises:
-            EsjaxError: It cannot be opened, is no ledger of this version, or is damaged before its end.
+            EsjaxError: The file cannot be opened, is no ledger of this version, or is damaged before its end.
         """
         try:
             ledger = cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
@@ -99,36 +99,36 @@ class Ledger:
         return ledger
 
     def close(self) -> None:
-        """Close the file; nothing is left to be written."""
+        """Close the file; all records are on the disk already."""
         os.close(self._descriptor)
 
     @property
     def first(self) -> int:
-        """Step of the first update; 0 while there is none."""
+        """Step of the first update; 0 if there is none."""
         return self._first
 
     @property
     def next(self) -> int:
-        """Step that the next update must have; 0 while there is none, and then it may have any."""
+        """Step of the next update; 0 for an empty ledger, whose first update may have any step."""
         return self._first + len(self._offsets)
 
     @property
     def seconds(self) -> float:
-        """Training time at the last update that has one; 0.0 if none has."""
+        """Training time of the last update that records it; 0.0 if none does."""
         return self._seconds
 
     def append(self, kind: Literal[1, 2], step: int, payload: bytes, seconds: float | None = None) -> None:
-        """Write a record; it is on the disk when this returns.
+        """Append a record; it is on the disk when this returns.
 
         Args:
             kind: `UPDATE` or `DIGEST`.
             step: See `Record`; below 2^32.
             payload: Any bytes, at most `MAX_PAYLOAD`.
-            seconds: Training time at an update; None: it is not written down.
+            seconds: Training time at an update; None leaves it out.
 
         Raises:
-            EsjaxError: The disk is full or fails, the payload is too long, or an update does not follow the one
-                before. The ledger stays as it was.
+            EsjaxError: The disk is full or fails, the payload is too long, or an update does not follow the last
+                one. The ledger is unchanged.
         """
         if kind == UPDATE and self._offsets and step != self.next:
             raise EsjaxError(
@@ -145,7 +145,7 @@ class Ledger:
             _write(self._descriptor, _to_bytes(record), self._end)
             _sync(self._descriptor)
         except OSError as error:
-            with contextlib.suppress(OSError):  # then it is cut off when the ledger is opened again
+            with contextlib.suppress(OSError):  # otherwise `open` cuts it off
                 os.ftruncate(self._descriptor, self._end)
             raise EsjaxError(
                 f"cannot write the ledger {str(self._path)!r}: {error.strerror}; training stops, nothing is lost; "
@@ -157,11 +157,11 @@ class Ledger:
         """Read the payloads of consecutive updates.
 
         Args:
-            from_step: Step of the first one. If the ledger does not hold it, none are returned.
-            limit_bytes: Bytes of all payloads together at most; but the first one is returned however long it is.
+            from_step: Step of the first update. If the ledger does not hold it, the result is empty.
+            limit_bytes: Most bytes of all payloads together. The first payload is returned whatever its length.
 
         Raises:
-            EsjaxError: A record has changed since it was written.
+            EsjaxError: A record is damaged.
         """
         payloads: list[bytes] = []
         if from_step < self._first:
@@ -177,14 +177,14 @@ class Ledger:
         return payloads
 
     def _begin(self) -> None:
-        """Write the head of a new file, or of one that was torn when it was new."""
+        """Write the head of a new file, or complete a torn head."""
         head = os.pread(self._descriptor, len(_HEAD), 0)
         if head != _HEAD and _HEAD.startswith(head):
             _write(self._descriptor, _HEAD, 0)
             os.fsync(self._descriptor)
             folder = os.open(self._path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the file's name is to be on the disk too
+                os.fsync(folder)  # so that the name of the file is on the disk, too
             finally:
                 os.close(folder)
 
@@ -211,10 +211,10 @@ class Ledger:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Read a ledger from its beginning, also while another process writes it; a torn or damaged end is left out.
+    """Read a ledger from its start, up to a torn or damaged end. Another process may be writing it.
 
     Raises:
-        EsjaxError: It cannot be read, is no ledger of this version, or is damaged before its end.
+        EsjaxError: The file cannot be read, is no ledger of this version, or is damaged before its end.
     """
     try:
         with path.open("rb") as file:
@@ -248,7 +248,7 @@ def _records(path: Path, descriptor: int, size: int) -> Iterator[Record]:
 
 
 def _record_at(descriptor: int, offset: int, size: int) -> Record | None:
-    """Read the record at an offset of a file of `size` bytes; None: there is no whole one."""
+    """Read the record at an offset of a file of `size` bytes; None if there is no whole record."""
     header = os.pread(descriptor, _HEADER.size, offset)
     if len(header) < _HEADER.size:
         return None
@@ -264,7 +264,7 @@ def _record_at(descriptor: int, offset: int, size: int) -> Record | None:
 
 
 def _any_record_after(descriptor: int, offset: int, size: int) -> bool:
-    """Tell whether a whole record begins anywhere after an offset."""
+    """Return whether a whole record begins anywhere after an offset."""
     for start in range(offset + 1, size, _STRIDE):
         data = os.pread(descriptor, _STRIDE + len(_MAGIC) - 1, start)
         found = data.find(_MAGIC)
@@ -284,7 +284,7 @@ def _to_bytes(record: Record) -> bytes:
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data`; a disk that is filling up takes a part of it first."""
+    """Write all of `data`; a nearly full disk may take only a part at first."""
     rest = memoryview(data)
     while rest:
         written = os.pwrite(descriptor, rest, offset)

@@ -1,9 +1,9 @@
-"""Runs on disk as others see them: read while they go on, without disturbing them.
+"""Reads run folders, also while another process trains there, without locking it out.
 
     for view in read_runs(find_runs("runs")):
         print(view.name, view.state, view.last("held_out"))
 
-A view is what was on disk at one moment. `Metrics` follows a run that goes on: it reads only what is new.
+A view is what was on disk at one moment. `Metrics` follows a running run: each call reads only the new lines.
 """
 
 import fcntl
@@ -28,16 +28,16 @@ from esjax.runs.durable import try_lock
 from esjax.runs.step_info import Limits
 
 State = Literal["running", "finished", "stopped"]
-"""running: a process holds the folder's lock. finished: it reached the limits of its settings. stopped: neither."""
+"""running: a process holds the lock. finished: the run reached the limits of its settings. stopped: neither."""
 
 DEPTH = 4
-"""Folders below the one that is searched."""
+"""Levels of folders that are searched for runs."""
 
 SAMPLE_BYTES = 2**16
-"""End of samples.txt that is read."""
+"""Bytes at the end of samples.txt that are read."""
 
 NEARLY = 0.99
-"""Part of a limit of seconds at which it is reached: a run stops at its own clock, not at that of its metrics."""
+"""Part of the limit in seconds that counts as reached: the last line of the metrics is a little older than the stop."""
 
 _SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)
 
@@ -60,15 +60,15 @@ class RunView:
 
     Attributes:
         path: The folder.
-        name: Its name; with as many folders before it as tell it from the runs it was read with.
-        state: Whether it goes on.
-        settings: By dotted name, `es.sigma`. Custom parts are `custom.model`, `custom.loss`, `custom.optimizer`;
-            `code.model` and so on are the first digits of the hash of their file, if they are code in one.
-        metrics: A column of float64 for each name of `StepInfo`, all of them of one length, NaN where a step has no
-            such number, 1 and 0 for true and false. Empty before the first step.
+        name: Name of the folder, with parent folders where runs that are read together share it.
+        state: "running", "finished" or "stopped", see `State`.
+        settings: Settings by dotted name, such as `es.sigma`. Names of custom parts are `custom.model`, `custom.loss`
+            and so on; `code.model` and so on are the first digits of the hash of the file, for code in a file.
+        metrics: An array of float64 [steps] for each name of `StepInfo`, NaN where a step has no such number, 1 and 0
+            for true and false. Empty before the first step.
         baselines: Nats per token over the held-out documents, by n-gram model, worst first; empty if not recorded.
-        samples: What the model wrote last, oldest first.
-        notes: What could not be read, a line each.
+        samples: Newest texts that the model wrote, oldest first.
+        notes: A line for each part of the folder that could not be read.
     """
 
     path: Path
@@ -87,13 +87,13 @@ class RunView:
 
     @property
     def unit(self) -> str:
-        """What its losses are in: nats per token, or its own loss, or its own reward with the sign turned."""
+        """Unit of the losses: "nats per token", the name of the custom loss, or "minus" and the name of the reward."""
         signs = {"custom.loss": "", "custom.reward": "minus "}
         custom = [f"{sign}{self.settings[key]}" for key, sign in signs.items() if key in self.settings]
         return custom[0] if custom else "nats per token"
 
     def last(self, column: str) -> float | None:
-        """Return the newest number of a column; None if there is none."""
+        """Return the newest number of a column that is not NaN; None if there is none."""
         values = self.metrics.get(column)
         if values is None:
             return None
@@ -101,7 +101,7 @@ class RunView:
         return float(there[-1]) if len(there) else None
 
     def seconds_at(self, step: int) -> float:
-        """Return the training time after so many steps; 0.0 if none was recorded."""
+        """Return the training time in seconds after `step` steps; 0.0 if it is not recorded."""
         steps = self.metrics.get("step", np.zeros(0))
         seconds = self.metrics.get("seconds", np.zeros(len(steps)))
         return float(np.fmax.reduce(seconds[steps <= step], initial=0.0))
@@ -115,14 +115,14 @@ class RunView:
 
 
 class Metrics:
-    """The metrics of a run, read bit by bit as they are written.
+    """The metrics of a run, read piece by piece as they are written.
 
     Attributes:
-        damaged: Lines that could not be read, and were left out.
+        damaged: Number of lines that could not be read and are left out.
     """
 
     def __init__(self, run: Path) -> None:
-        """Read nothing yet.
+        """Prepare; nothing is read yet.
 
         Args:
             run: Run folder.
@@ -131,7 +131,7 @@ class Metrics:
         self._path = run / "metrics.jsonl"
         self._columns: dict[str, array[float]] = {}
         self._rows = 0
-        self._line = b""  # the last one read; it ends at the offset
+        self._line = b""  # the last line read, which ends at the offset
         self._offset = 0
 
     def __len__(self) -> int:
@@ -139,22 +139,22 @@ class Metrics:
         return self._rows
 
     def read(self) -> bool:
-        """Read the whole lines that were added since.
+        """Read the complete lines that were added since the last call.
 
-        A line supersedes those before it of the same step and of later ones: the run lost them, and does them again.
+        A line replaces earlier lines of the same and of later steps: a resumed run does lost steps again.
 
         Returns:
-            Whether steps that were read before are not there any more, or are others.
+            Whether steps that were read before have changed or are gone.
 
         Raises:
-            EsjaxError: It cannot be read.
+            EsjaxError: The file cannot be read.
         """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset - len(self._line))
                 data = file.read()
                 anew = not data.startswith(self._line)
-                if anew:  # a resumed run puts another file in place, without the steps that it does again
+                if anew:  # a resumed run replaces the file, without the steps that it does again
                     file.seek(0)
                     data = file.read()
         except FileNotFoundError:
@@ -165,7 +165,7 @@ class Metrics:
             self._columns, self._rows, self._offset, self.damaged = {}, 0, 0, 0
         else:
             data = data[len(self._line) :]
-        whole = data.rfind(b"\n") + 1  # the rest is being written
+        whole = data.rfind(b"\n") + 1  # the rest is still being written
         lines = data[:whole].splitlines(keepends=True)
         self._offset += whole
         self._line = lines[-1] if lines else b"" if anew else self._line
@@ -176,15 +176,15 @@ class Metrics:
         """Return the numbers read so far, by name.
 
         Args:
-            since: Steps to leave out at the beginning.
+            since: Number of steps to leave out at the start.
 
         Returns:
-            Columns of float64, NaN where a step has no such number.
+            An array of float64 [steps] for each name, NaN where a step has no such number.
         """
         return {name: np.array(values[since:], np.float64) for name, values in self._columns.items()}
 
     def _add(self, line: bytes) -> bool:
-        """Add a step; tell whether it supersedes others."""
+        """Add a step; return whether it replaces earlier lines."""
         try:
             row = msgspec.json.decode(line, type=dict[str, float | bool | None])
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -209,13 +209,16 @@ class Metrics:
 
 
 def find_runs(path: str | Path) -> list[Path]:
-    """Find the run folders at or below a folder, sorted; none is no error.
+    """Find the run folders at or below a folder, at most four levels deep.
 
     Args:
-        path: A run folder, or a folder of them.
+        path: A run folder, or a folder of run folders.
+
+    Returns:
+        Their paths, sorted; empty if there are none.
 
     Raises:
-        EsjaxError: There is no such folder, or it cannot be read.
+        EsjaxError: The folder does not exist or cannot be read.
     """
     path = given_path(path)
     try:
@@ -239,11 +242,11 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
 
     Args:
         path: Run folder.
-        metrics: What was read of its metrics, by whoever follows them. None: they are read now.
-        name: What to call it. "": as its folder.
+        metrics: Metrics of the run that were read already. None: read them now.
+        name: Name of the view. "": the name of the folder.
 
     Raises:
-        EsjaxError: It is no run folder, or cannot be read. A damaged part is no error, but a note.
+        EsjaxError: The path is not a run folder, or it cannot be read. A damaged file gives a note, not an error.
     """
     path = given_path(path)
     try:
@@ -284,13 +287,13 @@ def read_run(path: str | Path, metrics: Metrics | None = None, name: str = "") -
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[RunView]:
-    """Read several runs, which get names that differ.
+    """Read several runs and give them distinct names.
 
     Args:
-        paths: Run folders; one that is named twice counts once.
+        paths: Run folders; duplicates are left out.
 
     Raises:
-        EsjaxError: One is no run folder, or cannot be read.
+        EsjaxError: A path is not a run folder, or it cannot be read.
     """
     chosen = list({path.resolve(): path for path in map(given_path, paths)}.values())
     names = distinct_names(chosen)
@@ -298,39 +301,38 @@ def read_runs(paths: Iterable[str | Path]) -> list[RunView]:
 
 
 def is_running(path: Path) -> bool:
-    """Tell whether a process holds a run folder's lock.
+    """Return whether a process holds the lock of a run folder.
 
-    It is asked for in the way that leaves other readers alone, and for a moment only: `RunFolder.lock` asks again
-    before it gives up.
+    This takes a shared lock for a moment, so readers do not disturb each other; `RunFolder.lock` tries several times.
     """
     try:
         with (path / ".lock").open() as lock:
             return not try_lock(lock, fcntl.LOCK_SH)
-    except (FileNotFoundError, PermissionError):  # no lock was ever taken here, or it is closed to us
+    except (FileNotFoundError, PermissionError):  # the run was never locked, or this user may not open the lock
         return False
-    except EsjaxError:  # where there are no locks, no run was begun
+    except EsjaxError:  # no run can start on a file system without locks
         return False
 
 
 def has_reached(limits: Limits, step: float, seconds: float) -> bool:
-    """Tell whether a run has come to its limits, by the last line of its metrics.
+    """Return whether a run has reached its limits, by the last line of its metrics.
 
     Args:
-        limits: Of the whole run.
-        step: Steps done; the limit of these is exact.
-        seconds: Training time.
+        limits: Limits of the whole run.
+        step: Steps done; this limit is compared exactly.
+        seconds: Training time; 99% of this limit is enough.
     """
     return step > 0 and limits.reached(step, seconds / NEARLY)
 
 
 def differing(runs: Sequence[RunView]) -> list[str]:
-    """Name the settings in which runs differ, sorted; one that a run does not have counts as different."""
+    """Return the names of the settings in which runs differ, sorted. A setting that a run lacks counts as different."""
     names = sorted({name for run in runs for name in run.settings})
     return [name for name in names if len({_key(run.settings, name) for run in runs}) > 1]
 
 
 def group_by_seed(runs: Sequence[RunView]) -> list[list[RunView]]:
-    """Group the runs whose settings differ in nothing but `seed`; groups and runs stay in order."""
+    """Group the runs whose settings differ only in `seed`; the order of groups and runs is kept."""
     groups: dict[str, list[RunView]] = {}
     for run in runs:
         others = {name: value for name, value in run.settings.items() if name != "seed"}
@@ -339,7 +341,7 @@ def group_by_seed(runs: Sequence[RunView]) -> list[list[RunView]]:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Name runs by the shortest ends of their paths that tell each from all others: `x`, or `a/x` and `b/x`."""
+    """Name runs by the shortest distinct ends of their paths: `x`, or `a/x` and `b/x`."""
     parts = [path.resolve().parts for path in paths]
     ends = []
     for mine in parts:
@@ -381,7 +383,7 @@ def _read(path: Path, notes: list[str]) -> str:
 
 
 def _mapping(text: str, name: str, notes: list[str]) -> dict[str, Any]:
-    """Read a file of JSON, or of YAML, which holds JSON, too."""
+    """Parse JSON or YAML; JSON is valid YAML."""
     try:
         value = read_yaml(text) if text else {}
     except ValueError:
@@ -405,7 +407,7 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
     _, *found = _SAMPLE.split(text)
     samples: list[Sample] = []
     for step, text in zip(found[::2], found[1::2], strict=True):
-        # What was written after steps that the run had lost, and did again, counts no more.
+        # A resumed run did lost steps again: samples of those steps are outdated.
         samples = [sample for sample in samples if sample.step < int(step)]
         samples.append(Sample(int(step), text.strip("\n")))
     return samples

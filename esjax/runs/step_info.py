@@ -1,4 +1,4 @@
-"""What a step did, and where iteration ends."""
+"""Information about a step, the limits of a run, and its clock."""
 
 from typing import NamedTuple
 
@@ -6,45 +6,47 @@ from esjax.errors import EsjaxError
 
 
 class Limits(NamedTuple):
-    """Where iteration ends.
+    """The limits at which iteration ends; None is no limit.
 
     Attributes:
-        steps: Steps of the whole run, or None.
-        seconds: Seconds after the first step finished in this iteration, or None.
+        steps: Steps of the whole run.
+        seconds: Seconds from the end of the first step of this iteration.
     """
 
     steps: int | None
     seconds: float | None
 
     def reached(self, step: float, seconds: float) -> bool:
-        """Tell whether iteration ends after so many steps of the run, and seconds of this iteration."""
+        """Return whether iteration ends after `step` steps of the run and `seconds` of this iteration."""
         return (self.steps is not None and step >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
 
     def check(self, step: int) -> None:
-        """See that there is a step to do.
+        """Check that a step is left to do.
 
         Raises:
-            EsjaxError: The run has done as many as it may.
+            EsjaxError: The run has reached its limit of steps.
         """
         if self.steps is not None and step >= self.steps:
             raise EsjaxError(
-                f"the run has done {step} steps, and its limit is {self.steps}; raise steps to go on (in Python: "
+                f"the run has done {step} steps, and its limit is {self.steps}; raise steps to continue (in Python: "
                 "run.limits)"
             )
 
 
 class Clock:
-    """Training time of a run. It begins with the first step that a session finishes, and never goes back.
+    """Training time of a run; it never decreases.
+
+    In each start of the run, time counts from the end of the first step, so compilation is left out.
 
     Attributes:
-        session: Seconds of this session.
+        session: Seconds since this start.
     """
 
     def __init__(self, before: float) -> None:
-        """Begin to count where the run stood.
+        """Continue from an earlier training time.
 
         Args:
-            before: Training time of the sessions before, in seconds.
+            before: Training time of all earlier starts, in seconds.
         """
         self.session = 0.0
         self._before = before
@@ -52,14 +54,14 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all sessions."""
+        """Training time of all starts, in seconds."""
         return self._before + self.session
 
     def set_finished(self, now: float) -> None:
-        """Hear that a step is finished.
+        """Record that a step is finished.
 
         Args:
-            now: Seconds of a clock that never jumps.
+            now: Seconds of a monotonic clock.
         """
         if self._began_at is None:
             self._began_at = now
@@ -71,19 +73,21 @@ class StepInfo(NamedTuple):
 
     Attributes:
         step: Steps done so far, this one included.
-        seconds: Training time when the losses of this step were in, from the first finished step of each session on.
-        loss: Mean of the finite losses of the population, in nats per token; of a reward of one's own, the negative.
-        population: Members evaluated, both signs counted.
-        void_pairs: Pairs left out because a loss of theirs is not finite.
-        applied: Whether the update was made: not if most losses are not finite, or all pairs are equal.
-        gradient_norm: Euclidean norm of the estimate, in units of each weight's typical size.
-        update_norm: Euclidean norm of the change of the weights, in the same units. With hosts, both norms are those
-            of the update before, which is the last that was heard of.
+        seconds: Training time, see `Clock`, when all losses of this step were known.
+        loss: Mean of the finite losses of the population: nats per token, the custom loss, or minus the reward. NaN if
+            none is finite.
+        population: Members that were scored, two for each pair.
+        void_pairs: Pairs that were left out because one of their losses is not finite.
+        applied: Whether the update was made. It is not made if most pairs are void, all losses are equal, or the
+            update is not finite.
+        gradient_norm: Euclidean norm of the estimate, in units of each leaf.
+        update_norm: Euclidean norm of the change of the parameters, in units of each leaf. With hosts, both norms are
+            those of the previous update, the last one that hosts reported.
         member_tokens: Tokens scored so far, times members.
-        member_tokens_per_second: Rate of this step.
-        held_out: Nats per token over the held-out documents, with the averaged weights; with a loss or reward of one's
-            own, the same kind of number as `loss`, over windows of them. None if not measured.
-        hosts: Hosts that scored a part of this step; None without hosts.
+        member_tokens_per_second: Speed of this step.
+        held_out: Nats per token over the held-out documents, with the averaged parameters; with a custom loss or
+            reward, the same quantity as `loss`, over windows of these documents. None if not measured.
+        hosts: Hosts that scored pairs of this step; None without hosts.
     """
 
     step: int
@@ -100,5 +104,5 @@ class StepInfo(NamedTuple):
     hosts: int | None = None
 
     def row(self) -> dict[str, float]:
-        """Return what there is, by name."""
+        """Return the fields that are not None, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}

@@ -1,4 +1,4 @@
-"""Steps on one machine: score a population, conclude, record, update. Hosts do the same by messages, to the bit."""
+"""Training steps on one machine: score a population, conclude, record, update. With hosts, the bits are the same."""
 
 import math
 import time
@@ -17,18 +17,18 @@ from esjax.replica.notices import Notices
 from esjax.replica.replica import Replica
 
 SLICE = 0.25
-"""Seconds of a time budget that the devices are given at a time, so that their speed is known before it ends."""
+"""Seconds of work in one call of the devices, if a step has a time budget; their speed is measured after each call."""
 
 
 class StepDone(NamedTuple):
-    """A step that was taken.
+    """Result of a step.
 
     Attributes:
-        concluded: What the population's values say.
+        concluded: The population's losses or gradient sums, concluded.
         pairs: Pairs that were scored.
-        notice: A line for a person, or "".
-        gradient_norm: Norm of the estimate; 0 for a void step.
-        update_norm: Norm of the update; 0 for a void step, not finite if it was not made.
+        notice: A line for the user, or "".
+        gradient_norm: Norm of the estimate in units; 0 for a void step.
+        update_norm: Norm of the update in units; 0 for a void step, not finite if the update was not made.
     """
 
     concluded: Conclusion
@@ -39,7 +39,7 @@ class StepDone(NamedTuple):
 
 
 class LocalSteps:
-    """Takes steps."""
+    """Takes training steps of a replica on this machine."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class LocalSteps:
 
         Args:
             config: Settings.
-            replica: Scores pairs and applies updates.
-            custom: Names of the run's custom parts, by kind.
-            record: Called with the step and the bytes of an update before it is made.
-            blocks: Gives blocks of tokens, if the text is too large for the replica.
+            replica: The replica, which scores pairs and applies updates.
+            custom: Names of the custom parts of the run, by kind.
+            record: Called with the step and the bytes of an update before it is applied.
+            blocks: Source of token blocks, if the replica does not hold the whole text.
         """
         self._config, self._replica, self._record, self._blocks = config, replica, record, blocks
         self._exchange = make_exchange(replica.numbers, replica.scale)
@@ -67,7 +67,7 @@ class LocalSteps:
         self._speed = 0.0  # pairs a second
 
     def take(self) -> StepDone:
-        """Score a population and make the update.
+        """Score a population and apply the update.
 
         Raises:
             EsjaxError: The devices failed, or the update cannot be recorded.
@@ -99,7 +99,7 @@ class LocalSteps:
         return [(0, pairs)], self._exchange.merge(parts)
 
     def _score_for(self, budget: float) -> tuple[list[Span], Values]:
-        """Score as many pairs as the devices can in so many seconds."""
+        """Score as many pairs as the devices can in `budget` seconds, in whole device batches."""
         device_batch = self._replica.device_batch
         parts: list[Values] = []
         done, spent = 0, 0.0

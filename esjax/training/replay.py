@@ -1,4 +1,4 @@
-"""Rebuilds a run's weights from its first parameters and its ledger alone."""
+"""Rebuilds the weights of a run from its first parameters and its ledger."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,14 @@ from esjax.runs.ledger import DIGEST, UPDATE, read
 
 
 class Replayed(NamedTuple):
-    """What came of a replay.
+    """Result of a replay.
 
     Attributes:
-        state: At the end of the ledger.
-        digest: Of that state.
-        compared: Digests in the ledger, and of the newest checkpoint, that were compared.
-        differs_at: First step at which one differs, or None.
-        compared_step: Step of the last one that was compared; 0 if there was none.
+        state: The rebuilt state at the end of the ledger.
+        digest: Digest of that state.
+        compared: Number of digests, in the ledger and of the newest checkpoint, that were compared.
+        differs_at: First step at which the digests differ, or None.
+        compared_step: Step of the last digest that was compared; 0 if there was none.
     """
 
     state: TrainState
@@ -39,11 +39,11 @@ class Replayed(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether there is a digest to compare, and every one is the one that was rebuilt."""
+        """Whether at least one digest was compared, and all of them are equal."""
         return self.compared > 0 and self.differs_at is None
 
     def summary(self) -> str:
-        """Say it in one line."""
+        """Return the result in one line."""
         step = int(self.state.step)
         if self.differs_at is not None:
             verdict = f"the state differs at step {self.differs_at:,}"
@@ -65,18 +65,19 @@ def replay(
     optimizer: optax.GradientTransformation | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Replayed:
-    """Make every update of a run again.
+    """Apply every update in the ledger of a run to its first parameters, and compare digests.
 
     Args:
         path: Run folder.
-        model: The run's own model, if it was given one, see `esjax.resume`.
-        loss: The same of its own loss.
-        reward: The same of its own reward.
-        optimizer: The same of its own optimizer.
-        tell: Called with each line that a person should see.
+        model: The custom model of the run, if it has one, see `esjax.resume`.
+        loss: The custom loss of the run, likewise.
+        reward: The custom reward of the run, likewise.
+        optimizer: The custom optimizer of the run, likewise.
+        tell: Called with each line for the user.
 
     Raises:
-        EsjaxError: It is no run folder, or has no ledger from its first step on, or its code has changed.
+        EsjaxError: The path is not a run folder, it has no ledger from step 0 on, or custom code is missing or has
+            changed.
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()

@@ -1,4 +1,4 @@
-"""Joins everything: a run is an object to iterate over, one step at a time."""
+"""Training on one machine: a run is an object to iterate over, one step at a time."""
 
 import math
 import secrets
@@ -46,24 +46,24 @@ SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
 
 SAMPLE_TOKENS = 200
-"""Most tokens of each."""
+"""Most tokens of each of these documents."""
 
 
 class Trainer(RunInference):
-    """A run: iterate over it to train, and write or score with it at any time.
+    """A run on this machine: iterate over it to train; generate and evaluate at any time.
 
-    Iteration ends at the limits of the settings, or after the step during which Ctrl-C or SIGTERM came. With a run
-    folder, it leaves a checkpoint however it ends, and going on is iterating again.
+    Iteration ends at the limits, or after the step in which Ctrl-C or SIGTERM came. Iterating again continues. With a
+    run folder, every end of the iteration, errors included, leaves a checkpoint.
 
     Attributes:
         config: Settings.
         corpus: The text.
-        limits: Where iteration ends; may be changed.
-        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
-            loss or reward of its own.
-        folder: Where the run is kept, or None.
-        on_start: Called when an iteration has opened all that it needs, before its first step.
-        trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
+        limits: Limits of the iteration; may be changed.
+        baselines: Nats per token of the n-gram models over the held-out documents; empty without held-out documents,
+            and with a custom loss or reward.
+        folder: The run folder, or None.
+        on_start: Called after an iteration has opened its files, before its first step.
+        trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
     """
@@ -94,7 +94,7 @@ class Trainer(RunInference):
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         if flags := changed_flags():
             self.tell(flags)
-        # A text that is used block by block comes with its first block.
+        # With token blocks, the first block is set before the first step.
         stream = None if config.data.block_tokens else corpus.stream()
         self._replica = Replica(config, built, stream, whole_mesh(), objective, custom.optimizer)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
@@ -113,13 +113,13 @@ class Trainer(RunInference):
         self._history = History()
 
     def __repr__(self) -> str:
-        """Say what the run is, and where it stands."""
+        """Show the settings and the progress in one line."""
         where = f" in {str(self.folder.path)!r}" if self.folder else ""
         loss = f", loss {self.last.loss:.3f}" if self.last else ""
         return f"<esjax run{where}: {self.summary()}; {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
 
     def summary(self) -> str:
-        """Say in one line what is trained on what, and how much a step is."""
+        """Return one line with the devices, the text, the model and the population."""
         devices = describe_kinds(self._replica.devices)
         return describe_run(devices, self.config, self.corpus, self._replica.state.params, self._custom.names())
 
@@ -130,11 +130,11 @@ class Trainer(RunInference):
 
     @property
     def params(self) -> Params:
-        """The weights to use: the average that the settings ask for."""
+        """The averaged parameters, for evaluation and generation."""
         return here(self._replica.state.average)
 
     def sample(self) -> str:
-        """Write a few documents, a line of dashes between two of them; what they are follows from the step."""
+        """Generate four documents, separated by lines of dashes; the step is the seed."""
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
         return "\n---\n".join(written.text for written in texts)
 
@@ -150,19 +150,19 @@ class Trainer(RunInference):
         return self.corpus
 
     def _view(self) -> RunView:
-        """Return what its folder holds, or without one what was measured since `train` was called."""
+        """Read the run folder; without a folder, return what was measured since `train` was called."""
         if self.folder:
             return read_run(self.folder.path)
         values = {f"custom.{kind}": name for kind, name in self._custom.names().items()}
         return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
     def __iter__(self) -> Iterator[StepInfo]:
-        """Train, and yield what each step did."""
+        """Train, and yield the info of each step."""
         config = self.config
         self.limits.check(self.step)
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
-            # Left after all the rest, so that a tracker that hangs delays nothing that matters.
+            # Closed last, so that a hanging tracker delays nothing else.
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             record = self._open_folder(stack)
             watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
@@ -170,7 +170,7 @@ class Trainer(RunInference):
             steps = self._set_up(record.ledger if record else None, clock)
             self.on_start()
             has_begun = False
-            # Where there is a held-out loss already, the next one can wait.
+            # If a held-out loss is known already, the next one is measured later.
             evaluate_after = config.evaluate_time if self._is_measured() else 0.0
             evaluate_at = checkpoint_at = 0.0
             while True:
@@ -180,7 +180,7 @@ class Trainer(RunInference):
                 if not has_begun:
                     has_begun, evaluate_at, checkpoint_at = True, now + evaluate_after, now + config.checkpoint_time
                 self._seconds = clock.seconds
-                # Clocks and signals differ between processes; what follows from them must not.
+                # Clocks and signals differ between processes, but all of them must decide the same.
                 self.stopped = asked.is_set()
                 if self.stopped:
                     self.tell(STOPPING)
@@ -219,14 +219,14 @@ class Trainer(RunInference):
         def save() -> None:
             checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
 
-        stack.callback(save)  # however the iteration ends, what is trained is kept
+        stack.callback(save)  # whatever ends the iteration
         ledger = self._open_ledger(stack, self.folder)
         if ledger is not None and not checkpoints.newest:
-            save()  # the state that the ledger begins with: initial weights may be any
+            save()  # a replay starts from it: the first weights may come from custom code
         return _Record(self.folder, checkpoints, ledger)
 
     def _is_measured(self) -> bool:
-        """Tell whether a held-out loss is kept, or remembered."""
+        """Return whether a held-out loss of this run is known."""
         if self.folder is not None:
             return read_run(self.folder.path).last("held_out") is not None
         return not np.isnan(self._history.columns()["held_out"]).all()
@@ -245,7 +245,7 @@ class Trainer(RunInference):
         return ledger
 
     def _catch_up(self) -> None:
-        """Make the updates that the ledger holds beyond the checkpoint."""
+        """Apply the updates of the ledger that are later than the checkpoint."""
         assert self.folder is not None
         if not self.folder.ledger.exists():
             return
@@ -313,23 +313,27 @@ def train(
 ) -> Trainer:
     """Begin a run; iterate over the result to train.
 
+    Each of `model`, `loss`, `reward` and `optimizer` may be given as "PATH.py:FUNCTION". The run folder records this
+    place, so `resume`, `load` and the command line find the code again.
+
     Args:
         config: Settings; None: the defaults.
         out: Run folder to make. None: nothing is written.
-        model: Builds a model of one's own, in place of the one that the settings name.
-        loss: A loss of one's own, in place of cross entropy: `(member, tokens, key) -> float32`, lower is better, see
-            `esjax.models.member`.
-        reward: The same with higher is better; `loss` and `held_out` of an info are its negative.
-        optimizer: Any optax transformation that needs no more than gradients, parameters and `value`, the mean loss of
-            the step; in place of the one that the settings name.
-            Each of the four may be a text, PATH.py:FUNCTION: then the run folder knows where it is, and resume, load
-            and the command line find it again. The function for an optimizer takes nothing, and returns it.
-        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
-        tell: Called with each line that a person should see. None: they go to standard error.
+        model: A custom model in place of the one in the settings: a function from the number of token ids to an
+            `esjax.Model`.
+        loss: A custom loss in place of cross entropy: `(member, tokens, key) -> float32 scalar`, lower is better; see
+            `esjax.Member`.
+        reward: A custom reward, `(member, tokens, key) -> float32 scalar`, higher is better; `loss` and `held_out` of
+            an info are minus the reward.
+        optimizer: A custom optimizer in place of the one in the settings: an optax transformation that needs only
+            gradients, parameters and `value`, the mean loss of the step. In a file, a function without arguments that
+            returns it.
+        trackers: Trackers, see `esjax.Tracker`, or names: "tensorboard", "wandb", "trackio".
+        tell: Called with each line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, there are a
-            loss and a reward, or one that does not return one float32, or the optimizer needs more than there is.
+        EsjaxError: The text cannot be used, the folder exists, the package of a tracker is missing, both a loss and a
+            reward are given, one of them does not return a float32 scalar, or the optimizer needs other arguments.
     """
     config, out = locate_text(config or Config()), None if out is None else given_path(out)
     custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
@@ -355,28 +359,28 @@ def resume(
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
-    """Go on with a run from its newest checkpoint; iterate over the result to train.
+    """Continue a run from its newest undamaged checkpoint; iterate over the result to train.
 
-    If the run keeps a ledger, the updates since that checkpoint are made again. Where no checkpoint is whole, the state
+    If the run keeps a ledger, the updates after that checkpoint are applied again. If no checkpoint is whole, the state
     is rebuilt from the seed and the ledger.
 
     Args:
         path: Run folder.
-        steps: Stop when the run has done so many steps in all.
-        seconds: Stop so many seconds after the first step finished from now. With neither of the two, the limits of
-            the run's settings hold.
-        text: Where the run's text is now, as the setting data.text; None: where it was.
-        model: The run's own model, if it was given one. What was named as PATH.py:FUNCTION is found again without it;
-            a text of that form says where the same file is now.
-        loss: The same of its own loss.
-        reward: The same of its own reward.
-        optimizer: The same of its own optimizer.
-        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
-        tell: Called with each line that a person should see. None: they go to standard error.
+        steps: Total number of steps at which to stop.
+        seconds: Seconds to train, from the end of the first step. If `steps` and `seconds` are both None, the limits in
+            the settings of the run hold.
+        text: New place of the run's text, as in the setting data.text. None: the place in the settings.
+        model: The custom model of the run, if it has one. Code that was given as "PATH.py:FUNCTION" is found without
+            this argument; such a text names the new place of the file.
+        loss: The custom loss of the run, likewise.
+        reward: The custom reward of the run, likewise.
+        optimizer: The custom optimizer of the run, likewise.
+        trackers: Trackers, see `esjax.Tracker`, or names: "tensorboard", "wandb", "trackio".
+        tell: Called with each line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text or its code has changed, neither a checkpoint nor a ledger from its
-            first step on is whole, or a model, loss or optimizer of its own is missing.
+        EsjaxError: The path is not a run folder, its text or its code has changed, it has neither an undamaged
+            checkpoint nor a ledger from step 0 on, or a custom part is missing.
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
@@ -390,7 +394,7 @@ def resume(
     trainer._replica.state = restored.state
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()
-    # Older ledgers have no clock; the metrics have.
+    # Older ledgers do not record the training time; the metrics do.
     trainer._seconds = max(trainer._seconds, read_run(folder.path).seconds_at(trainer.step))
     if steps is not None or seconds is not None:
         trainer.limits = Limits(steps, seconds)

@@ -1,1 +1,1 @@
-"""Sweeps over settings, and the choice of sigma by the gradient's cosine."""
+"""Sweeps over settings, and the choice of sigma by the cosine with the exact gradient."""

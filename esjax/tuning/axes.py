@@ -1,4 +1,4 @@
-"""A grid of settings: every combination of the values of some axes, around base settings."""
+"""A grid of settings: every combination of the values of some settings, the axes."""
 
 import itertools
 import re
@@ -11,15 +11,15 @@ from esjax.config.settings import MODELS, VARIANTS, Config, replace
 from esjax.errors import EsjaxError
 
 LONGEST_NAME = 200
-"""Characters of a trial's name: it is the name of a folder."""
+"""Most characters of the name of a trial, which is the name of its folder."""
 
 
 class Trial(NamedTuple):
-    """One combination.
+    """One combination of values.
 
     Attributes:
-        name: Tells it from the others of its grid, and can be the name of a folder: `es.sigma=0.1,seed=3`.
-        values: By axis, as the settings hold them.
+        name: Unique in the grid and usable as the name of a folder: `es.sigma=0.1,seed=3`.
+        values: Values by axis, with the types of the settings.
         config: All settings.
     """
 
@@ -29,10 +29,10 @@ class Trial(NamedTuple):
 
 
 def parse_axis(words: str) -> tuple[str, list[str]]:
-    """Cut `es.sigma=0.05,0.1` into a name and values.
+    """Parse `es.sigma=0.05,0.1` into a name and values.
 
     Raises:
-        EsjaxError: It is of another form.
+        EsjaxError: The text has another form.
     """
     name, equals, values = words.partition("=")
     parts = [part.strip() for part in values.split(",")]
@@ -42,10 +42,10 @@ def parse_axis(words: str) -> tuple[str, list[str]]:
 
 
 def parse_axes(all_words: Sequence[str]) -> dict[str, list[str]]:
-    """Cut several, see `parse_axis`.
+    """Parse several axes, see `parse_axis`.
 
     Raises:
-        EsjaxError: One is of another form, or names the setting of another.
+        EsjaxError: A text has another form, or two axes have the same name.
     """
     axes: dict[str, list[str]] = {}
     for words in all_words:
@@ -57,15 +57,15 @@ def parse_axes(all_words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def make_grid(base: Config, axes: Mapping[str, Sequence[Any]]) -> list[Trial]:
-    """Combine the values of all axes, the last one varying fastest.
+    """Combine the values of all axes; the last axis varies fastest.
 
     Args:
-        base: Settings of what is no axis.
-        axes: Values by the name of a setting, `es.sigma`, or `model`, whose values are names of models. A text stands
-            for what it would on the command line.
+        base: Settings that are not axes.
+        axes: Values by the name of a setting, such as `es.sigma`, or by `model`, whose values are names of models. A
+            string is parsed as on the command line.
 
     Raises:
-        EsjaxError: There is no such setting, a value or a combination is not allowed, or two come to the same.
+        EsjaxError: A setting does not exist, a value or a combination is not allowed, or two trials have the same name.
     """
     if not axes:
         raise EsjaxError("there is no axis; give at least one, such as es.sigma=0.05,0.1")
@@ -103,20 +103,20 @@ def _make_trial(base: Config, wanted: Mapping[str, Any], shared: str) -> Trial:
     try:
         config = change(base, values)
     except EsjaxError as error:
-        said = ", ".join(f"{name}={value}" for name, value in wanted.items())
-        raise EsjaxError(f"{said}: {error}") from error
+        combination = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        raise EsjaxError(f"{combination}: {error}") from error
     typed = {name: value_of(config, name) for name in wanted}
     name = ",".join(f"{name}={_plain(str(value).removeprefix(shared))}" for name, value in typed.items())
     return Trial(name, typed, config)
 
 
 def _shared_folders(texts: Sequence[Any]) -> str:
-    """Return the beginning of absolute paths that a trial's name can do without: the folders that all of them share."""
+    """Return the folders that all absolute paths share; names of trials leave them out."""
     folders = [text.rpartition("/")[0].split("/") for text in texts if isinstance(text, str) and text.startswith("/")]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
     return "".join(f"{part}/" for part, *_ in shared)
 
 
 def _plain(value: str) -> str:
-    """Write a value so that it can be in the name of a folder."""
+    """Replace characters that do not belong in the name of a folder."""
     return re.sub(r"[^\w.+-]+", "_", value)

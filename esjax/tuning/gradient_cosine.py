@@ -1,7 +1,7 @@
-"""How well the estimate of a step points along the exact gradient, which backpropagation knows, of the same windows.
+"""The cosine of the angle between an estimate and the exact gradient, by backpropagation, on the same windows.
 
-It needs no training, so settings of the estimator can be compared in seconds: the cosine of the two is what counts,
-since Adam takes no notice of a gradient's size.
+It compares settings of the estimator within seconds, without training. Only the direction counts, since Adam divides by
+the size of a gradient (Kingma & Ba 2015, section 2.1).
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ from esjax.replica.streams import WINDOWS
 from esjax.training.local_steps import LocalSteps
 
 AT_ONCE = 256
-"""Windows whose exact gradient is computed at a time."""
+"""Windows in one call of backpropagation."""
 
 
 class GradientCosine(NamedTuple):
-    """How an estimate lies to the exact gradient, both in units of each leaf.
+    """An estimate compared with the exact gradient, both in units of each leaf.
 
     Attributes:
-        cosine: Of the two as a whole.
-        leaves: Of each leaf by its name; NaN where either is 0.
-        dispersion: Mean square of single windows' gradients over the square of their mean, about how many windows it
-            takes to tell the gradient from the windows' differences.
+        cosine: Cosine over all parameters.
+        leaves: Cosine of each leaf, by name; NaN if either is 0.
+        dispersion: Mean squared norm of the gradients of single windows, divided by the squared norm of their mean:
+            roughly the number of windows after which the mean gradient exceeds its noise.
     """
 
     cosine: float
@@ -47,12 +47,12 @@ class GradientCosine(NamedTuple):
 def gradient_cosines(
     config: Config, model: Model, params: Params, stream: Integer[np.ndarray, " length"], mesh: Mesh, steps: int = 1
 ) -> Iterator[GradientCosine]:
-    """Compare estimates with exact gradients, at the same parameters, with new windows and noise each step.
+    """Compare estimates with exact gradients at the same parameters, with new windows and noise in each step.
 
     Args:
-        config: Settings; a fixed population is scored.
+        config: Settings; `es.time_per_step`, `optim.average` and `data.carry` are ignored.
         model: The architecture.
-        params: Where the gradient is taken.
+        params: Parameters at which the gradient is taken.
         stream: Packed training documents.
         mesh: Devices that share the population.
         steps: Number of comparisons.
@@ -60,7 +60,7 @@ def gradient_cosines(
     es = replace(config.es, time_per_step=None)
     optim = replace(config.optim, average=0.0)
     config = replace(config, es=es, optim=optim, data=replace(config.data, carry=False))
-    # With this rule the change of the parameters is the estimate itself.
+    # With this optimizer the change of the parameters is the estimate itself.
     replica = Replica(config, model, stream, mesh, optimizer=optax.sgd(1.0))
     local = LocalSteps(config, replica, custom={})
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
@@ -94,7 +94,7 @@ def _mean(count: int, *parts: Array) -> Array:
 def _gradient(
     model: Model, burn_in: int, params: Params, units: PyTree, windows: Int[Array, "windows length"]
 ) -> tuple[Params, Array]:
-    """Return the sum of the windows' gradients, in units, and that of their squares."""
+    """Return the sum of the gradients of all windows, in units, and the sum of their squared norms."""
 
     def loss(params: Params, window: Int[Array, " length"]) -> Array:
         return Member(model, params).cross_entropy(window, burn_in)

@@ -1,7 +1,7 @@
-"""Which of several candidates is best, as far as repeats show it.
+"""Finds the best of several candidates by paired differences with confidence intervals.
 
-Every candidate is measured under the same conditions, such as the same windows or the same seeds. So what the
-conditions differ in cancels in the difference of two candidates, and its interval is by far the narrower one.
+Every candidate is measured under the same conditions, such as the same windows or the same seeds. The effect of the
+conditions cancels in the difference of two candidates, so the interval of a difference is much narrower.
 """
 
 import math
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE = 0.95
-"""Probability with which an interval holds the true mean."""
+"""Probability that an interval contains the true mean."""
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Return half of the interval that holds the mean of independent normal values, by Student's t distribution.
+    """Return half of the 95% interval of a mean, by Student's t distribution.
 
     Args:
-        values: Measurements of one thing.
+        values: Independent measurements of the same quantity, assumed to be normal.
 
     Returns:
-        At least 0; infinity for less than two values.
+        At least 0; infinity for fewer than two values.
     """
-    from scipy.special import stdtrit  # takes most of a second
+    from scipy.special import stdtrit  # importing it takes most of a second
 
     if len(values) < 2:
         return math.inf
@@ -31,14 +31,14 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def front_runners(candidates: Sequence[Sequence[float]]) -> list[int]:
-    """Find the candidate of the highest mean, and those that are not seen to differ from it.
+    """Find the candidate with the highest mean, and those that do not differ from it significantly.
 
     Args:
-        candidates: Values of each, higher is better, one for each condition; the conditions are the same, in order.
+        candidates: Values of each candidate, higher is better, one for each condition; all in the same order.
 
     Returns:
-        Positions, that of the highest mean first; then, in order, those where the interval of the paired difference
-        from it includes 0. A candidate with a value that is not finite is none of them.
+        Positions of candidates: first that of the highest mean; then, in order, those for which the 95% interval of
+        the paired difference includes 0. Candidates with a value that is not finite are left out.
     """
     finite = [i for i, values in enumerate(candidates) if np.isfinite(values).all()]
     if not finite:

@@ -1,4 +1,4 @@
-"""A sweep's settings compared over its seeds."""
+"""Compares the settings of a sweep by their means over the seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ SEED = "seed"
 
 
 class SeedMean(NamedTuple):
-    """What the runs of one combination of settings came to, over the seeds.
+    """The mean held-out loss of one combination of settings over the seeds.
 
     Attributes:
-        values: By axis, without that of seeds.
+        values: Values by axis, without the seed.
         held_out: Mean of the held-out losses, nats per token.
-        interval: Half of the 95% interval of the mean; infinity for a single seed.
+        interval: Half of the 95% interval of the mean (Student's t); infinity for a single seed.
         seeds: Number of seeds.
-        ahead: Whether it is the best of all combinations, or is not seen to differ from it: the 95% interval of the
-            difference, seed by seed, includes 0.
+        ahead: Whether this combination is the best one, or does not differ from it significantly: the 95% interval of
+            the difference, paired by seed, includes 0.
     """
 
     values: Mapping[str, Any]
@@ -31,13 +31,14 @@ class SeedMean(NamedTuple):
 
 
 def seed_means(outcomes: Sequence[Outcome]) -> list[SeedMean]:
-    """Compare combinations of settings over the seeds for which all of them have finished, best first.
+    """Compare combinations of settings over the seeds that all of them have finished.
 
     Args:
-        outcomes: Of one sweep.
+        outcomes: Outcomes of one sweep.
 
     Returns:
-        A mean for each combination that has a finished run; none without an axis of seeds, or a seed in common.
+        A mean for each combination with a finished run, best first. Empty if the sweep has no axis of seeds, or no
+        seed is finished in all combinations.
     """
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for one in outcomes:

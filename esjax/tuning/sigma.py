@@ -1,4 +1,4 @@
-"""Finds sigma and the discount for a run's weights as they are, by the cosine with the exact gradient."""
+"""Chooses sigma and the discount for the current weights of a run, by the cosine with the exact gradient."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,32 +18,32 @@ from esjax.tuning.gradient_cosine import gradient_cosines
 from esjax.tuning.intervals import front_runners, half_width
 
 SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
-"""Sizes of the noise that are tried, unless others are named."""
+"""Default values of sigma to try."""
 
 DISCOUNTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
-"""Discounts that are tried, unless others are named."""
+"""Default discounts to try."""
 
 REPEATS = 8
 """Steps over which a cosine is averaged."""
 
 
 class Tried(NamedTuple):
-    """What a setting came to.
+    """Cosines of one setting of the estimator.
 
     Attributes:
-        sigma: Size of the noise.
-        discount: Discount, or None where there is none.
-        cosines: Cosine of the estimate with the exact gradient in each repeat. The windows and the signs of the noise
-            of a repeat are the same for all settings.
-        leaves: Mean cosine of each leaf.
-        custom: Whether these are the settings of the run.
+        sigma: Size of the perturbations, in units of each leaf; with noise on activations, as it is.
+        discount: Discount; None for noise on weights.
+        cosines: Cosine of the estimate with the exact gradient in each repeat. A repeat has the same windows and the
+            same signs of the noise for all settings.
+        leaves: Mean cosine of each leaf, by name.
+        current: Whether these are the settings of the run.
     """
 
     sigma: float
     discount: float | None
     cosines: tuple[float, ...]
     leaves: dict[str, float]
-    custom: bool
+    current: bool
 
     @property
     def cosine(self) -> float:
@@ -57,14 +57,14 @@ class Tried(NamedTuple):
 
 
 def not_told_apart(tried: Sequence[Tried]) -> list[Tried]:
-    """List the setting of the highest mean cosine, and those that are not seen to differ from it.
+    """Return the setting with the highest mean cosine, and those that do not differ from it significantly.
 
     Args:
-        tried: What `tune` gave, at the same repeats.
+        tried: Results of one call of `tune`.
 
     Returns:
-        The highest first. The others are those for which the 95% interval of the difference of cosines, over the
-        repeats, includes 0.
+        First the highest mean; then the settings for which the 95% interval of the difference of cosines, paired by
+        repeat (Student's t), includes 0.
     """
     return [tried[i] for i in front_runners([one.cosines for one in tried])]
 
@@ -80,22 +80,23 @@ def tune(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
-    """Try sizes of noise, then, in space activation, discounts with one of them.
+    """Measure the cosine for each sigma; with noise on activations, then for each discount at one sigma.
 
-    That one is the run's own size, if it is not seen to differ from the best, see `not_told_apart`; else the best.
+    That sigma is the run's, if it does not differ significantly from the best, see `not_told_apart`; otherwise the
+    best. Nothing is trained, and the run is not changed.
 
     Args:
-        path: Run folder; its newest weights are used, and nothing is trained.
-        sigmas: Sizes of the noise.
-        discounts: Discounts.
-        space: Another space than the run's.
-        repeats: Steps over which a cosine is averaged, at least 1; differences are told from 2 on.
-        text: Where the run's text is now, as the setting data.text; None: where it was.
-        model: The run's own model, if it was trained with one, see `esjax.load`.
+        path: Run folder; its newest weights are used.
+        sigmas: Values of sigma to try.
+        discounts: Discounts to try.
+        space: Value of `es.space` in place of the run's.
+        repeats: Steps over which a cosine is averaged, at least 1; differences need at least 2.
+        text: New place of the run's text, as in the setting data.text. None: the place in the settings.
+        model: The custom model of the run, see `esjax.load`.
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Raises:
-        EsjaxError: It is no run folder, its text has changed, it has a loss or a reward of its own, or no
+        EsjaxError: The path is not a run folder, its text has changed, the run has a custom loss or reward, or no
             checkpoint is whole.
     """
     if repeats < 1:
@@ -104,7 +105,7 @@ def tune(
     for kind in ("loss", "reward"):
         if kind in folder.custom:
             raise EsjaxError(
-                f"{str(path)!r} was trained with a {kind} of its own, {folder.custom[kind]}, and tune knows only cross "
+                f"{str(path)!r} was trained with a custom {kind}, {folder.custom[kind]}, and tune supports only cross "
                 "entropy; compare settings with esjax.sweep"
             )
     custom = gather_model(folder, model, "esjax.tuning.sigma.tune", tell)
@@ -131,7 +132,7 @@ def tune(
     ahead = not_told_apart(tried)
     if not ahead or ahead[0].discount is None:
         return
-    base = next((one for one in ahead if one.custom), ahead[0])
+    base = next((one for one in ahead if one.current), ahead[0])
     for discount in discounts:
         if discount != base.discount:
             yield attempt(sigma=base.sigma, discount=discount)

@@ -1,9 +1,11 @@
-"""A grid of runs, one after another, each in a folder of its own.
+"""Trains a grid of runs one after another.
 
-sweep.yaml   the axes and the settings of what is no axis
-sweep.csv    a line for each run, by held-out loss
+The folder of a sweep holds:
+
+sweep.yaml   the axes, and the settings that are not axes
+sweep.csv    a line for each run, sorted by held-out loss
 NAME/        a run folder for each combination, such as es.sigma=0.1,seed=3
-keys/        who may join, if hosts take part, see `esjax.hosts.transport.keys`
+keys/        keys of the hosts that may join, if hosts train, see `esjax.hosts.transport.keys`
 """
 
 import csv
@@ -47,19 +49,19 @@ RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
 ANY_PORT = "tcp://127.0.0.1:0"
 
 State = Literal["finished", "stopped", "failed", "waiting"]
-"""finished: it reached its limits. stopped: it can be gone on with. failed: it could not. waiting: it has not begun."""
+"""finished: the run reached its limits. stopped: it can be resumed. failed: an error ended it. waiting: not begun."""
 
 STATES: tuple[State, ...] = ("finished", "stopped", "failed", "waiting")
 
 
 class Outcome(NamedTuple):
-    """How far a run of a sweep has come.
+    """Progress of a run of a sweep.
 
     Attributes:
-        name: Its folder in that of the sweep.
-        values: By axis.
-        state: See `State`.
-        held_out: Nats per token over the held-out documents, by its last evaluation; None if there was none.
+        name: Name of its folder in the folder of the sweep.
+        values: Values by axis.
+        state: "finished", "stopped", "failed" or "waiting".
+        held_out: Held-out loss of its last evaluation, in nats per token; None if there was none.
         seconds: Training time.
         member_tokens: Tokens scored, times members.
         step: Steps done.
@@ -77,15 +79,15 @@ class Outcome(NamedTuple):
 
 
 class Hosts(NamedTuple):
-    """Who trains, in place of this process.
+    """Hosts that train the runs of a sweep in place of this process.
 
     Attributes:
-        workers: Processes of this machine; 0: hosts that join.
-        bind: Where hosts join, see `esjax.serve`; each run in turn is served there.
+        workers: Number of worker processes on this machine; 0: hosts join over the network.
+        bind: Address at which hosts join, see `esjax.serve`; the runs are served there one after another.
         keys: See `esjax.serve`. None: `keys` in the folder of the sweep, and no keys on a loopback address.
         plain_text_anywhere: See `esjax.serve`.
-        announce: Called when hosts may join.
-        oversubscribe: Let there be more workers than cores.
+        announce: Called for each run when hosts may join.
+        oversubscribe: Allow more workers than cores.
     """
 
     workers: int = 0
@@ -97,14 +99,14 @@ class Hosts(NamedTuple):
 
 
 class Sweep:
-    """A grid of runs: iterate over it to train those that are not finished.
+    """A grid of runs: iterate over it to train the runs that are not finished.
 
-    Iteration ends with the last run, or after the step during which Ctrl-C or SIGTERM came. Iterating again, now or in
-    another process, goes on from there. A run that fails is told of, and does not stop the others.
+    Iteration ends after the last run, or after the step in which Ctrl-C or SIGTERM came. Iterating again, also in
+    another process, continues from there. A run that fails is reported and does not stop the others.
 
     Attributes:
         path: Folder of the sweep.
-        trials: The runs, in the order in which they are trained.
+        trials: The runs, in the order of training.
         stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
     """
 
@@ -120,7 +122,7 @@ class Sweep:
         """Set up; use `sweep` or `resume_sweep` to get one.
 
         Raises:
-            EsjaxError: There are more workers than cores, or they cannot be given what the runs are given.
+            EsjaxError: There are more workers than cores, or a custom part cannot be passed to them.
         """
         if hosts is not None and hosts.workers:
             check_workers(hosts.workers, hosts.oversubscribe)
@@ -135,15 +137,15 @@ class Sweep:
         self._failed: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        """Say how far it is."""
+        """Show the number of runs in each state."""
         states = [outcome.state for outcome in self.outcomes()]
         counted = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
         return f"<esjax sweep in {str(self.path)!r}: {counted}>"
 
     def outcomes(self) -> list[Outcome]:
-        """Say how far each run has come, sorted by held-out loss, finished ones before others.
+        """Return the progress of each run, sorted by state, finished runs first, and then by held-out loss.
 
-        See `esjax.tuning.seed_means` for which settings are better, as far as that can be told.
+        `esjax.tuning.seed_means.seed_means` compares settings over seeds.
         """
         found = map(self._outcome, self.trials)
         return sorted(
@@ -152,7 +154,7 @@ class Sweep:
         )
 
     def __iter__(self) -> Iterator[Outcome]:
-        """Train each run that is not finished, and yield what came of it."""
+        """Train each run that is not finished, and yield its outcome."""
         self.stopped = False
         self._failed.clear()
         with _claim(self.path):
@@ -168,7 +170,7 @@ class Sweep:
                     if not asked.is_set():
                         self._show(run)
                     self.stopped = asked.is_set() or run.stopped
-                except Exception as error:  # of any kind: the other runs do not depend on this one
+                except Exception as error:  # of any kind, since the other runs do not depend on this one
                     kind = "" if isinstance(error, EsjaxError) else f"{type(error).__name__}: "
                     note = f"{kind}{error}".strip().splitlines()[0][:200]
                     self._failed[trial.name] = note
@@ -183,16 +185,16 @@ class Sweep:
         given: Any = {
             kind: str(custom.code[kind]) if kind in custom.code else getattr(custom, kind) for kind in custom.names()
         }
-        gather(custom.code, **given)  # its files must not change between two runs
+        gather(custom.code, **given)  # raises if the files of custom parts have changed
         kept, has_ledger = kept_steps(path / CHECKPOINTS), (path / "ledger").exists()
         if not kept and not has_ledger:
             if path.exists():
-                with _claim(path):  # or a process that goes on with this run alone would lose it
-                    shutil.rmtree(path)  # killed before its first checkpoint: there is nothing to go on from
+                with _claim(path):  # fails if another process trains this run
+                    shutil.rmtree(path)  # killed before its first checkpoint, so nothing can be resumed
             return self._begin(limits, path, given)
         run = read_run(path)
         before = run.seconds_at(run.step if has_ledger else max(kept))
-        # A run stops at its own clock: what is left of it may be less than nothing.
+        # The clock of the run may be past the limit by a little.
         seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
         if self._hosts is None:
             return resume(path, steps=limits.steps, seconds=seconds, tell=self._tell, **given)
@@ -236,7 +238,7 @@ class Sweep:
         failed = self._failed.get(trial.name, "")
         try:
             run = read_run(path)
-        except EsjaxError:  # it has no folder yet, or not much of one
+        except EsjaxError:  # the folder is missing or incomplete
             return Outcome(trial.name, trial.values, "failed" if failed else "waiting", None, 0.0, 0, 0, failed)
         state: State = "failed" if failed else "finished" if _is_finished(run, trial.config) else "stopped"
         return Outcome(
@@ -273,28 +275,29 @@ def sweep(
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Begin a grid of runs, or go on with it; iterate over the result to train them.
+    """Begin or continue a grid of runs; iterate over the result to train them.
 
     Args:
         axes: Values by the name of a setting, such as `{"es.sigma": [0.05, 0.1]}`; `model` takes names of models.
-        config: Settings of what is no axis; None: the defaults.
-        out: Folder of the sweep. One that is there already has to be of the same axes, in any order, and settings.
-        hosts: Who trains. None: this process.
-        model: A model for all runs, see `esjax.train`; workers need it, and the three below, as PATH.py:FUNCTION.
-        loss: A loss for all runs.
-        reward: A reward for all runs.
-        optimizer: An optimizer for all runs.
-        show: Trains a run, by iterating over it. None: that, and nothing else.
-        tell: Called with each line that a person should see. None: they go to standard error.
+        config: Settings that are not axes; None: the defaults.
+        out: Folder of the sweep. An existing sweep must have the same settings and axes, in any order.
+        hosts: Hosts that train. None: this process trains.
+        model: A custom model for all runs, see `esjax.train`. Workers need it as "PATH.py:FUNCTION", like the three
+            below.
+        loss: A custom loss for all runs.
+        reward: A custom reward for all runs.
+        optimizer: A custom optimizer for all runs.
+        show: Called with each run; it has to iterate over the run to train it. None: iterate and print nothing.
+        tell: Called with each line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: An axis is not allowed, a run would have no end, a text cannot be used, or the folder is of
+        EsjaxError: An axis is not allowed, a run has no limit, a text cannot be used, or the folder exists and holds
             something else.
     """
     config, path = locate_text(config or Config()), given_path(out)
     custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     for name in unused_settings(custom.names(), axes):
-        raise EsjaxError(f"{name} would change nothing with a model or an optimizer of its own; leave that axis out")
+        raise EsjaxError(f"{name} would change nothing with a custom model or optimizer; leave that axis out")
     trials = make_grid(config, axes)
     for trial in trials:
         if trial.config.steps is None and trial.config.seconds is None:
@@ -304,7 +307,7 @@ def sweep(
     typed = {name: list(dict.fromkeys(trial.values[name] for trial in trials)) for name in axes}
     if "data.text" in typed:
         typed["data.text"] = [locate(text) for text in typed["data.text"]]
-    # The folders are called by the axes in the order in which they were first given.
+    # Names of the folders keep the order of the axes in which the sweep was begun.
     found = Sweep(path, trials, hosts, show, tell, custom)
     found.trials = make_grid(config, _record(path, _Record(typed, config, custom.names(), custom.code)))
     return found
@@ -321,20 +324,20 @@ def resume_sweep(
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Sweep:
-    """Go on with a grid of runs; iterate over the result to train those that are not finished.
+    """Continue a grid of runs; iterate over the result to train the runs that are not finished.
 
     Args:
         path: Folder of the sweep.
         hosts: See `sweep`.
-        model: The model of its runs, if they were given one, see `esjax.resume`.
-        loss: The same of their loss.
-        reward: The same of their reward.
-        optimizer: The same of their optimizer.
+        model: The custom model of the runs, if they have one, see `esjax.resume`.
+        loss: The custom loss of the runs, likewise.
+        reward: The custom reward of the runs, likewise.
+        optimizer: The custom optimizer of the runs, likewise.
         show: See `sweep`.
         tell: See `sweep`.
 
     Raises:
-        EsjaxError: It is no sweep's folder, or is damaged, or what its runs were given is missing or has changed.
+        EsjaxError: The path is not the folder of a sweep, it is damaged, or custom code is missing or has changed.
     """
     path = given_path(path)
     record = _read_record(path)
@@ -344,7 +347,7 @@ def resume_sweep(
 
 
 class _Record(NamedTuple):
-    """What a sweep is of."""
+    """Contents of sweep.yaml."""
 
     axes: Mapping[str, Sequence[Any]]
     config: Config
@@ -353,7 +356,7 @@ class _Record(NamedTuple):
 
 
 def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
-    """Write down what a sweep is of, or see that it is the same as before; return the axes as they are recorded."""
+    """Write sweep.yaml, or check that the existing one is the same; return the axes as they are recorded."""
     axes, config = wanted.axes, wanted.config
     record = {"axes": axes, "settings": to_plain(config)}
     if wanted.custom:
@@ -370,12 +373,12 @@ def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
     before, settings, custom, code = _read_record(path)
     if before != axes:
         there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
-        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or go on with that one")
+        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or continue that one")
     if settings != config:
         old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
         raise EsjaxError(
             f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
-            "go on with that one"
+            "continue that one"
         )
     check_custom(str(path), custom, wanted.custom, "esjax.sweep")
     digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
@@ -414,19 +417,19 @@ def _first_difference(old: Any, new: Any, name: str = "") -> str:
 def _claim(path: Path) -> Iterator[None]:
     with (path / ".lock").open("w") as lock:
         if not try_lock(lock):
-            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first")
+            raise EsjaxError(f"another process is working in {str(path)!r}; stop that one first")
         yield
 
 
 def _is_finished(run: RunView, config: Config) -> bool:
-    """Tell whether a run has reached its limits, and its state is kept."""
+    """Return whether a run has reached its limits and its last state is on disk."""
     if max(kept_steps(run.path / CHECKPOINTS), default=0) < run.step and not (run.path / "ledger").exists():
         return False
     return has_reached(Limits(config.steps, config.seconds), run.step, run.last("seconds") or 0.0)
 
 
 def _trouble(run: RunView) -> str:
-    """Say that a run has come to nothing more."""
+    """Return a note if the last steps of a run made no update, or ""."""
     applied = run.metrics.get("applied")
     if applied is None or not len(applied) or applied[-1]:
         return ""

@@ -1,4 +1,4 @@
-"""A picture of a sweep: held-out loss over one axis, a line for each value of the others."""
+"""Plots a sweep: held-out loss over one axis, a line for each combination of the others."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 WIDE = 8
-"""Largest over smallest number from which on they are drawn in logarithms."""
+"""Ratio of the largest to the smallest number from which on an axis is logarithmic."""
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draw what was measured; whoever looks meanwhile sees the old picture or the new one.
+    """Draw the held-out losses, and replace the file atomically.
 
     Args:
-        outcomes: Of one sweep.
+        outcomes: Outcomes of one sweep.
         path: File to write, in the format of its suffix.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was a held-out loss to draw.
 
     Raises:
         EsjaxError: matplotlib is missing.
@@ -39,10 +39,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
 
 
 def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
-    """Draw what was measured.
+    """Draw the held-out losses.
 
     Args:
-        outcomes: Of one sweep, at least one of them with a held-out loss.
+        outcomes: Outcomes of one sweep, at least one of them with a held-out loss.
 
     Raises:
         EsjaxError: matplotlib is missing.
@@ -50,7 +50,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError(f"no picture without matplotlib ({error}): pip install 'esjax[plot]'") from error
+        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -69,7 +69,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions), **LITERAL)
     if _is_wide([held_out for line in lines.values() for _, held_out in line]):
-        plot.set_yscale("log")  # one of them went astray
+        plot.set_yscale("log")  # one of the runs diverged
     plot.tick_params(axis="x", which="minor", bottom=False)
     plot.set_xlabel(axis)
     plot.set_ylabel("held-out loss, nats/token")
@@ -82,7 +82,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
 
 
 def choose_axis(outcomes: Sequence[Outcome]) -> str:
-    """Choose what to draw over: the axis of numbers that has the most values, else the first one."""
+    """Return the axis of numbers with the most values, or else the first axis."""
     names = list(outcomes[0].values)
     columns = {name: [one.values[name] for one in outcomes] for name in names}
     return max(names, key=lambda name: (_are_numbers(columns[name]), len(set(map(str, columns[name])))))
@@ -93,7 +93,7 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 
 
 def _positions(values: Sequence[Any]) -> dict[str, float]:
-    """Place values on a line: numbers where they are, others side by side."""
+    """Return positions on the horizontal axis: numbers by value, others side by side."""
     if _are_numbers(values):
         return {str(value): float(value) for value in sorted(values)}
     return {name: float(i) for i, name in enumerate(dict.fromkeys(map(str, values)))}

@@ -1,4 +1,4 @@
-"""From the metrics of a run to the points that are drawn: few enough, over an axis, smoothed, averaged over seeds."""
+"""Turns the metrics of a run into points to draw: downsampled, smoothed, and averaged over seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,24 @@ import numpy as np
 from numpy import ndarray
 
 Axis = Literal["steps", "seconds", "member-tokens"]
-"""What curves are drawn over."""
+"""The horizontal axis of a plot."""
 
 COLUMN_OF: dict[Axis, str] = {"steps": "step", "seconds": "seconds", "member-tokens": "member_tokens"}
-"""Names of the axes among the metrics."""
+"""The column of the metrics for each axis."""
 
 POINTS = 2000
-"""Points of a curve at most: more than a screen has columns."""
+"""Most points of a curve: more than a screen has columns."""
 
 
 class Curve(NamedTuple):
-    """Points of one column of the metrics; arrays of float64 of one length.
+    """Points of one column of the metrics; arrays of float64 [points].
 
     Attributes:
         step: Steps done at each point.
         seconds: Training time at each point.
         member_tokens: Member-tokens scored at each point.
-        value: Mean of the column over the measurements that a point stands for.
-        stride: Measurements that a point stands for, a power of two.
+        value: Mean of the column over the `stride` measurements of a point.
+        stride: Measurements for each point, a power of two.
     """
 
     step: ndarray
@@ -35,20 +35,20 @@ class Curve(NamedTuple):
     stride: int
 
     def over(self, axis: Axis) -> ndarray:
-        """Return where the points are on an axis."""
+        """Return the positions of the points on an axis."""
         return getattr(self, COLUMN_OF[axis])
 
 
 def make_curve(metrics: Mapping[str, ndarray], column: str, points: int = POINTS) -> Curve:
-    """Draw a column of the metrics with not more than so many points.
+    """Reduce a column of the metrics to at most `points` points.
 
-    A point stands for `stride` measurements that follow each other; the last ones, too few for a point, are left out.
-    So the points of a run that goes on stay as they are until the stride doubles.
+    A point is the mean of `stride` consecutive measurements; a remainder shorter than `stride` is left out. So the
+    points of a growing run do not change until the stride doubles.
 
     Args:
         metrics: Columns, see `esjax.runs.reader.RunView`.
-        column: Which; NaN, and steps without it, are left out.
-        points: How many points at most, at least 1.
+        column: Name of the column; steps where it is missing or not finite are left out.
+        points: Most points, at least 1.
     """
     none = np.zeros(0)
     values = metrics.get(column, none)
@@ -90,14 +90,14 @@ class Average:
 
 
 def smooth(step: ndarray, value: ndarray, span: float) -> ndarray:
-    """Average exponentially over what came before: what is `span` steps back weighs 1/e of the newest.
+    """Average exponentially over earlier points: a value `span` steps back has 1/e of the weight of the newest.
 
-    It goes by steps, not by points, so that it looks the same however many points are drawn.
+    Distances are in steps, not in points, so the result does not depend on the number of points.
 
     Args:
-        step: Steps done at each point, rising.
-        value: At each point.
-        span: Memory in steps; 0: nothing is changed.
+        step: Steps done at each point, increasing.
+        value: Value at each point.
+        span: Memory in steps; 0 returns `value` unchanged.
     """
     if span <= 0:
         return value
@@ -107,10 +107,10 @@ def smooth(step: ndarray, value: ndarray, span: float) -> ndarray:
 
 
 class Band(NamedTuple):
-    """The mean of several curves and the range between them; arrays of float64 of one length.
+    """The mean and the range of several curves; arrays of float64 [points].
 
     Attributes:
-        x: Where the points are on the axis, rising.
+        x: Positions on the axis, increasing.
         mean: Mean of the curves.
         low: Smallest value of the curves.
         high: Largest value of the curves.
@@ -123,13 +123,13 @@ class Band(NamedTuple):
 
 
 def mean_and_range(x: Sequence[ndarray], y: Sequence[ndarray]) -> Band:
-    """Return the mean and the range of curves, at every point of any of them, as far as all of them go.
+    """Return the mean and the range of curves at all of their points, on the part of the axis that all curves cover.
 
-    Between its points a curve is a straight line. Where one curve begins later or ends earlier than another, the band
-    does too, since the mean would jump there. Curves that have no part of the axis in common have an empty band.
+    Curves are interpolated linearly. Beyond the end of one curve the mean would jump, so the band ends there. If the
+    curves share no part of the axis, the band is empty.
 
     Args:
-        x: Where the points of each curve are on the axis, rising; at least one curve, of at least one point.
+        x: Positions of the points of each curve, increasing; at least one curve of at least one point.
         y: Values of each curve at these points.
     """
     points = np.unique(np.concatenate(x))

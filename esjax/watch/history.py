@@ -1,4 +1,4 @@
-"""What is remembered of a run that has no folder: enough to draw it, in bounded memory."""
+"""The metrics of a run without a folder, in bounded memory."""
 
 import math
 
@@ -8,24 +8,24 @@ from numpy import ndarray
 from esjax.runs.step_info import StepInfo
 
 MOST = 4096
-"""Rows that are kept at most."""
+"""Most rows that are kept."""
 
 
 class History:
-    """The infos of a run; once there are many, a row stands for several steps that follow each other.
+    """Step infos of a run. In a long run, a row stands for several consecutive steps.
 
-    A row is the info of the last of its steps, with the mean of their losses and the newest of their held-out losses.
+    A row is the info of its last step, with the mean of the losses and the newest held-out loss of its steps.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start without a step."""
         self._rows: list[StepInfo] = []
-        self._open: StepInfo | None = None  # a row that does not have all its steps
+        self._open: StepInfo | None = None  # a row that is not complete yet
         self._steps = 0  # of the open row
         self._stride = 1
 
     def add(self, info: StepInfo) -> None:
-        """Remember a step."""
+        """Add a step."""
         self._open = info if self._open is None else _join(self._open, info, self._steps)
         self._steps += 1
         if self._steps < self._stride:
@@ -37,14 +37,14 @@ class History:
             self._stride *= 2
 
     def columns(self) -> dict[str, ndarray]:
-        """Return a column of float64 for each name of `StepInfo`, NaN where a row has no such number."""
+        """Return an array of float64 [rows] for each name of `StepInfo`, NaN where a row has no such number."""
         rows = self._rows if self._open is None else [*self._rows, self._open]
         values = np.array([[math.nan if value is None else value for value in row] for row in rows], np.float64)
         return dict(zip(StepInfo._fields, values.reshape(-1, len(StepInfo._fields)).T, strict=True))
 
 
 def _join(first: StepInfo, then: StepInfo, weight: int) -> StepInfo:
-    """Join rows; the first counts for so many of the second."""
+    """Join two rows; `weight` is the number of steps of the first, in steps of the second."""
     losses = [(first.loss, weight), (then.loss, 1)]
     finite = [(loss, parts) for loss, parts in losses if math.isfinite(loss)]
     count = sum(parts for _, parts in finite)

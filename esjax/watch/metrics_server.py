@@ -1,4 +1,4 @@
-"""Numbers and health of a run for Prometheus, over HTTP, on this machine alone."""
+"""Prometheus metrics and a health check of a run, over HTTP, on the loopback address."""
 
 import json
 import statistics
@@ -18,41 +18,41 @@ from esjax.watch.tracking import TrackedRun, Tracker
 HOST = "127.0.0.1"
 
 SHORTEST_STALL, STALL = 60.0, 10.0
-"""Steps no longer finish when the last is so many seconds ago, and so many times as long as usual."""
+"""A run has stalled if the last step finished more than both of these ago: seconds, and usual step times."""
 
 CLOSING = 0.1
-"""Seconds until the server notices that it is to end."""
+"""Seconds between two checks of whether the server has to end."""
 
 HELP = {
     "step": "Steps done.",
     "seconds": "Training time, in seconds.",
-    "loss": "Mean over the population: nats per token, or the run's own loss, or minus its own reward.",
+    "loss": "Mean over the population: nats per token, or the custom loss, or minus the custom reward.",
     "population": "Members evaluated in a step.",
     "applied": "1 if the last update was made, else 0.",
-    "gradient_norm": "Euclidean norm of the estimate, in units of each weight's typical size.",
-    "update_norm": "Euclidean norm of the change of the weights, in the same units.",
+    "gradient_norm": "Euclidean norm of the estimate, in units of each leaf.",
+    "update_norm": "Euclidean norm of the change of the parameters, in units of each leaf.",
     "member_tokens": "Tokens scored, times members.",
-    "member_tokens_per_second": "Rate of a step.",
-    "held_out": "The same over the held-out documents, as last measured.",
-    "hosts": "Hosts that scored a part of the last step.",
+    "member_tokens_per_second": "Speed of a step.",
+    "held_out": "The same quantity over the held-out documents, as last measured.",
+    "hosts": "Hosts that scored pairs of the last step.",
 }
 
 
 class MetricsServer(Tracker):
-    """Serves /metrics for Prometheus, and /healthz, which answers 200 as long as steps finish and 503 otherwise.
+    """A tracker that serves /metrics for Prometheus, and /healthz: status 200 while steps finish, 503 otherwise.
 
     Attributes:
-        port: Where it listens on the loopback address.
+        port: Port on the loopback address.
     """
 
     def __init__(self, port: int) -> None:
-        """Claim the port.
+        """Open the port.
 
         Args:
-            port: From 0 to 65535; 0: any that is free.
+            port: From 0 to 65535; 0 takes any free port.
 
         Raises:
-            EsjaxError: It is out of range, taken, or not for everybody.
+            EsjaxError: The port is out of range, taken, or needs more rights.
         """
         if not 0 <= port <= 65535:
             raise EsjaxError(f"a port for metrics is from 0 to 65535, not {port}")
@@ -63,25 +63,25 @@ class MetricsServer(Tracker):
         self._listen()
 
     def __repr__(self) -> str:
-        """Say where it is."""
+        """Show the address."""
         return f"<metrics at http://{HOST}:{self.port}/metrics>"
 
     def start(self, run: TrackedRun) -> None:
-        """Answer from now on."""
+        """Start to answer requests."""
         self._vitals.begin(run)
         server = self._server or self._listen()
         self._thread = threading.Thread(target=server.serve_forever, args=(CLOSING,), name="metrics", daemon=True)
         self._thread.start()
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Show the numbers of a step."""
+        """Take the numbers of a step."""
         self._vitals.take(row)
 
     def close(self) -> None:
-        """Give the port free."""
+        """Stop, and free the port."""
         if self._server is None:
             return
-        if self._thread is not None:  # without it, shutdown would wait for ever
+        if self._thread is not None:  # without the thread, shutdown would never return
             self._server.shutdown()
             self._thread = None
         self._server.server_close()
@@ -92,7 +92,7 @@ class MetricsServer(Tracker):
 
         class Handler(MetricsHandler):
             registry = vitals.registry
-            timeout = 10  # seconds that a silent connection is kept
+            timeout = 10  # seconds until a silent connection is closed
 
             def do_GET(self) -> None:  # noqa: N802 - named so by the standard library
                 path = urlsplit(self.path).path
@@ -103,8 +103,8 @@ class MetricsServer(Tracker):
                 else:
                     self._answer(False, {"error": "there are /metrics and /healthz"}, 404)
 
-            def _answer(self, well: bool, told: Mapping[str, Any], code: int = 503) -> None:
-                body = json.dumps(told).encode() + b"\n"
+            def _answer(self, well: bool, content: Mapping[str, Any], code: int = 503) -> None:
+                body = json.dumps(content).encode() + b"\n"
                 self.send_response(200 if well else code)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -122,29 +122,34 @@ class MetricsServer(Tracker):
 
 
 class _Vitals:
-    """The numbers of a run, as Prometheus wants them, and when its steps finished.
+    """The metrics of a run for Prometheus, and the times at which its steps finished.
 
     Attributes:
-        registry: What is served.
+        registry: The metrics that are served.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._gauges: dict[str, Gauge] = {}  # made with their first number: nothing is shown as 0 that is not known
+        self._gauges: dict[str, Gauge] = {}  # made with their first number, so that an unknown number is absent, not 0
         self._void_pairs = Counter(
-            "esjax_void_pairs", "Pairs left out because a loss of theirs is not finite.", registry=self.registry
+            "esjax_void_pairs", "Pairs left out because one of their losses is not finite.", registry=self.registry
         )
         self._baselines = Gauge(
-            "esjax_baseline", "Nats per token of a model to compare with.", ["model"], registry=self.registry
+            "esjax_baseline",
+            "Nats per token of an n-gram model over the held-out documents.",
+            ["model"],
+            registry=self.registry,
         )
         self._info = Info("esjax_run", "The run.", registry=self.registry)
-        since = Gauge("esjax_seconds_since_step", "Seconds since a step finished; NaN before.", registry=self.registry)
+        since = Gauge(
+            "esjax_seconds_since_step", "Seconds since a step finished; NaN before the first.", registry=self.registry
+        )
         since.set_function(lambda: float("nan") if self._last is None else time.monotonic() - self._last[0])
-        self._last: tuple[float, int] | None = None  # when a step finished, and which
+        self._last: tuple[float, int] | None = None  # time and number of the last step
         self._seconds_a_step: deque[float] = deque(maxlen=20)
 
     def begin(self, run: TrackedRun) -> None:
-        """Hear of a run, or that it goes on."""
+        """Start, or continue, with a run."""
         self._last = None
         self._seconds_a_step.clear()
         self._info.info({"id": run.id, "title": run.title, "folder": str(run.folder or "")})
@@ -166,7 +171,7 @@ class _Vitals:
             self._gauges[name].set(value)
 
     def health(self) -> tuple[bool, dict[str, Any]]:
-        """Tell whether steps still finish, and since when they do not."""
+        """Return whether steps still finish, and the body of the answer."""
         if self._last is None:
             return False, {"state": "no step has finished yet"}
         finished, step = self._last

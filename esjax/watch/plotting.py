@@ -1,4 +1,4 @@
-"""The curves of runs as a picture, with matplotlib."""
+"""Plots the curves of runs with matplotlib."""
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 PICTURES = (".png", ".svg", ".pdf")
-"""Endings of the files that `plot` writes."""
+"""Suffixes of the files that `plot` writes."""
 
 FEW = 50
-"""Points of a curve up to which each is marked."""
+"""Most points of a curve with a marker at each point."""
 
 UNIT_WIDTH = 54
-"""Characters of a unit in a line beside its axis."""
+"""Characters in a line of the label of the vertical axis."""
 
 NAME_WIDTH = 24
-"""Characters of a run's name beside an n-gram line; the legend has all of them."""
+"""Characters of a run's name beside an n-gram line; the legend shows the whole name."""
 
 
 def plot(
@@ -42,27 +42,27 @@ def plot(
     smoothing: float = 0.0,
     mean_over_seeds: bool = False,
 ) -> "Figure":
-    """Draw the curves of runs: held-out loss beside the n-gram models, and loss of the population.
+    """Draw the curves of runs: held-out loss with the n-gram lines, and loss of the population.
 
-    Where no run has a held-out loss, the loss of the population is drawn alone. Colors and line styles tell 40 runs
-    apart. In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows them.
+    If no run has a held-out loss, only the loss of the population is drawn. Colors and line styles distinguish up to
+    40 runs. In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows the figure.
 
     Args:
         runs: Run folders, folders of run folders, or runs as `esjax.runs.reader.read_run` returns them.
-        out: File to write, .png, .svg or .pdf. None: none is written.
-        over: What the curves are drawn over.
-        log_x: Whether that axis is logarithmic.
-        log_y: Whether the loss is.
-        smoothing: Steps over which the loss of the population is averaged, exponentially; 0: none.
-        mean_over_seeds: Whether runs whose settings differ in nothing but the seed are drawn as one line, their mean,
-            in a band from the lowest to the highest of them, as far as all of them go.
+        out: File to write, .png, .svg or .pdf. None: no file.
+        over: Horizontal axis: "steps", "seconds" or "member-tokens".
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the axis of the loss is logarithmic.
+        smoothing: Steps over which the loss of the population is averaged exponentially; 0 is no smoothing.
+        mean_over_seeds: Whether runs whose settings differ only in the seed are drawn as one line, their mean, with a
+            band from the lowest to the highest, where all of them have values.
 
     Returns:
-        The figure, which pyplot does not know.
+        The figure; it is not registered with pyplot.
 
     Raises:
-        EsjaxError: There is no such run, none of them has done a step or has a loss that is finite, no loss is above 0
-            for its logarithm, matplotlib is missing, or the file cannot be written.
+        EsjaxError: A run does not exist, no run has a finished step or a finite loss, `log_y` is set and no loss is
+            above 0, matplotlib is missing, or the file cannot be written.
     """
     out = None if out is None else given_path(out)
     if out is not None and out.suffix not in PICTURES:
@@ -73,7 +73,7 @@ def plot(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EsjaxError(f"a picture needs matplotlib ({error}): pip install 'esjax[plot]'") from error
+        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     titles = {
         "held_out": "held-out text",
         "loss": "population, training text" + (f"\naveraged over {smoothing:g} steps" if smoothing else ""),
@@ -87,7 +87,7 @@ def plot(
     lines: list[Line2D] = []
     drawn = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     for group, style in zip(groups, styles, strict=True):
-        by_label: dict[str, Line2D] = {}  # both panels have the same lines
+        by_label: dict[str, Line2D] = {}  # both panels have lines of the same labels
         for column, axes in drawn.items():
             by_label |= _draw(axes, group, column, style, over, smoothing if column == "loss" else 0.0)
         lines += by_label.values()
@@ -111,10 +111,10 @@ def plot(
 
 
 def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
-    """Read runs that are named, or below a named folder; those that are read already are taken as they are.
+    """Read the runs at or below the given folders; runs that are read already are returned as they are.
 
     Raises:
-        EsjaxError: There is no such run, or none of them has done a step.
+        EsjaxError: A run does not exist, or no run has a finished step.
     """
     views: list[RunView] = []
     paths: list[Path] = []
@@ -135,10 +135,10 @@ def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
 
 
 def check_log_y(views: Sequence[RunView]) -> None:
-    """See that there is something to draw on an axis of logarithms.
+    """Check that losses can be drawn on a logarithmic axis.
 
     Raises:
-        EsjaxError: Of the losses of one kind, held-out or not, none is above 0, as with a reward that is.
+        EsjaxError: No held-out loss, or no loss of the population, is above 0, as with a positive reward.
     """
     for column, what in (("held_out", "held-out loss"), ("loss", "loss")):
         values = np.concatenate([view.metrics.get(column, np.zeros(0)) for view in views])
@@ -151,7 +151,7 @@ def check_log_y(views: Sequence[RunView]) -> None:
 def _draw(
     axes: "Axes", group: Sequence[RunView], column: str, style: dict[str, Any], over: Axis, span: float
 ) -> "dict[str, Line2D]":
-    """Draw a run, or the mean and the range of several; return the lines by their labels."""
+    """Draw one run, or the mean and range of several; return the lines by their labels."""
     found = [(view.name, make_curve(view.metrics, column)) for view in group]
     found = [(name, curve) for name, curve in found if len(curve.value)]
     curves = [(name, curve.over(over), smooth(curve.step, curve.value, span)) for name, curve in found]
@@ -174,7 +174,7 @@ def _draw(
 def _draw_baselines(
     axes: "Axes", groups: Sequence[Sequence[RunView]], styles: Sequence[dict[str, Any]]
 ) -> "list[Annotation]":
-    """Draw the n-gram lines, once for each text; of several texts, each in the color of its first run."""
+    """Draw the n-gram lines once for each text; if there are several texts, in the color of the first run of each."""
     texts: dict[tuple[float, ...], tuple[RunView, str]] = {}
     for group, style in zip(groups, styles, strict=True):
         for view in group:

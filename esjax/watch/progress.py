@@ -1,4 +1,4 @@
-"""The progress of a run in a terminal: one line that stays in place, or plain lines where there is no terminal."""
+"""The progress of a run: one line that is updated in place in a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from esjax.runs.step_info import Limits, StepInfo
 
 PLAIN_SECONDS = 5.0
-"""Time between plain lines."""
+"""Seconds between plain lines."""
 
 SHORTEST_WAIT, WAIT = 10.0, 3.0
-"""Steps no longer finish when the last is so many seconds ago, and so many times as long as the one before took."""
+"""A run has stalled if the last step finished more than both of these ago: seconds, and times of the step before."""
 
 SMOOTHING = 0.9
-"""Memory of the shown rate and loss, a step."""
+"""Weight of the earlier steps in the shown speed and loss, for each step."""
 
 GAP = "  "
-"""Between the parts of a line."""
+"""Text between the parts of a line."""
 
 FEWEST_DIGITS, MOST_DIGITS = 2, 6
-"""After the point, of a baseline: so many as tell it from the held-out loss."""
+"""Decimals of a baseline: as many as distinguish it from the held-out loss."""
 
 
 class Part(NamedTuple):
     """A part of the line.
 
     Attributes:
-        rank: What is of lower rank goes first where the line is too long.
-        text: What is shown.
-        shorter: What is shown in its place when it has to go, or None.
+        rank: Importance; if the line is too long, the part of the lowest rank is left out first.
+        text: Text of the part.
+        shorter: A shorter part that replaces it before it is left out, or None.
     """
 
     rank: int
@@ -46,12 +46,12 @@ class Part(NamedTuple):
 
 
 def fit(parts: Sequence[Part], width: int, ascii_only: bool = False) -> Text:
-    """Leave out, or shorten, what matters least until the rest fits.
+    """Shorten or leave out the least important parts until the line fits.
 
     Args:
-        parts: In the order in which they are shown, at least one.
-        width: Columns, at least 1; the last part that is left is cut off if need be.
-        ascii_only: Whether the window cannot show the sign for that.
+        parts: Parts in the order of the line, at least one.
+        width: Columns, at least 1; the last remaining part is cut off if it is longer.
+        ascii_only: Whether the terminal cannot show an ellipsis.
     """
     while len(text := join(parts)) > width and (len(parts) > 1 or parts[0].shorter):
         least = min(range(len(parts)), key=lambda index: parts[index].rank)
@@ -62,27 +62,27 @@ def fit(parts: Sequence[Part], width: int, ascii_only: bool = False) -> Text:
 
 
 def join(parts: Sequence[Part]) -> Text:
-    """Show everything."""
+    """Join all parts to a line."""
     return Text(GAP, no_wrap=True, end="").join(part.text for part in parts)
 
 
 class Progress:
-    """Show infos as they come; a context manager."""
+    """Shows the infos of a run; a context manager."""
 
     def __init__(self, console: Console, baselines: Mapping[str, float], limits: "Limits") -> None:
         """Prepare.
 
         Args:
-            console: Where to write.
-            baselines: Nats per token by name, worst first, that the held-out loss is read against.
-            limits: Where the run ends.
+            console: Console to write to.
+            baselines: Nats per token of the n-gram models over the held-out documents, by name, worst first.
+            limits: Limits of the run, for the time left.
         """
         self._console = console
         self._baselines = baselines
         self._limits = limits
         self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
-        self._last: tuple[StepInfo, float] | None = None  # and when it came
-        self._step_seconds = 0.0  # between the last two
+        self._last: tuple[StepInfo, float] | None = None  # and when it arrived
+        self._step_seconds = 0.0  # time between the last two steps
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss, self._rate = Average(), Average()
         self._mean_loss = self._mean_rate = 0.0
@@ -91,7 +91,7 @@ class Progress:
         self._plain_at = 0.0
 
     def __enter__(self) -> "Progress":
-        """Start to show."""
+        """Start the line."""
         if self._live:
             self._live.start()
         return self
@@ -99,12 +99,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last line as it is."""
+        """Stop; the last line stays."""
         if self._live:
             self._live.stop()
 
     def tell(self, line: str) -> None:
-        """Print a line above the progress."""
+        """Print a line above the line of progress."""
         self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def update(self, info: "StepInfo") -> None:
@@ -124,7 +124,7 @@ class Progress:
             self._console.print(join(self._parts(info, now, now)), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Sequence[Text]:
-        """Show the last step, in a line that fits; made anew each time, since the window may be narrower by then."""
+        """Return the line of the last step, fitted to the current width of the terminal."""
         if self._last is None:
             return []
         return [fit(self._parts(*self._last, time.monotonic()), options.max_width, options.ascii_only)]
@@ -140,13 +140,13 @@ class Progress:
         if age >= 1:
             parts.append(Part(0, Text(f"{_clock(age)} ago", "dim")))
         waited = now - came
-        if waited > max(SHORTEST_WAIT, WAIT * self._step_seconds):  # the rate would be that of a step long ago
+        if waited > max(SHORTEST_WAIT, WAIT * self._step_seconds):  # the speed would be outdated
             parts.append(Part(4, Text(f"no step for {_clock(waited)}", "yellow")))
         else:
             parts.append(Part(4, Text(f"{_count(self._mean_rate)}/s")))
-        if not (info.applied and math.isnan(info.update_norm)):  # of hosts' first update nothing is known yet
+        if not (info.applied and math.isnan(info.update_norm)):  # hosts have not reported the first update yet
             parts.append(Part(0, Text(f"|update| {info.update_norm:.3g}")))
-        if self._void_pairs:  # those of the session; red while there are more
+        if self._void_pairs:  # since the start; red if the last step had some
             parts.append(Part(6, Text(f"void pairs {self._void_pairs:,}", "red" if info.void_pairs else "dim")))
         if info.hosts is not None:
             parts.append(Part(2, Text(f"hosts {info.hosts}")))
@@ -156,7 +156,7 @@ class Progress:
         return parts
 
     def _against_baselines(self) -> Part:
-        """Read the held-out loss against all baselines; where there is less room against the next one; or alone."""
+        """Return the held-out loss beside all baselines; shortened, beside the next one to beat, or alone."""
         if self._held_out is None:
             return Part(9, Text("held-out -"))
         held_out, _ = self._held_out
@@ -189,13 +189,13 @@ class Progress:
 
 
 def _digits(value: float, other: float) -> int | None:
-    """Count the digits after the point that tell two numbers apart; None: they are as good as equal."""
+    """Return the decimals that distinguish two numbers; None if six do not."""
     enough = (d for d in range(FEWEST_DIGITS, MOST_DIGITS + 1) if f"{value:.{d}f}" != f"{other:.{d}f}")
     return next(enough, None)
 
 
 def _count(number: float) -> str:
-    """Write a large number in short: 950, 12.3 k, 3.08 M."""
+    """Abbreviate a large number: 950, 12.3 k, 3.08 M."""
     if number < 1e3:
         return f"{number:.0f}"
     if number < 1e5:

@@ -1,4 +1,4 @@
-"""What a run is, in one line."""
+"""A description of a run in one line."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,14 +10,14 @@ from esjax.models.model import Params
 
 
 def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, custom: Mapping[str, str]) -> str:
-    """Name the devices, the text and its tokens, the vocabulary, the model, the population and the tokens of a step.
+    """Return one line with the devices, the text, the vocabulary, the model, custom parts, and the population.
 
     Args:
-        devices: Who computes, "2 x cpu".
+        devices: Description of the devices, such as "2 x cpu".
         config: Settings of the run.
-        corpus: Its text.
-        params: Its parameters.
-        custom: Names of what it was given beside its settings, by kind.
+        corpus: Text of the run.
+        params: Parameters of the run.
+        custom: Names of custom parts, by kind.
     """
     es, data = config.es, config.data
     tokens, held_out = (
@@ -42,6 +42,6 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
 
 
 def describe_kinds(devices: Sequence[jax.Device]) -> str:
-    """Count devices by what they are, "2 x cpu"."""
+    """Count devices by kind: "2 x cpu"."""
     kinds = [device.device_kind for device in devices]
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))

@@ -1,4 +1,4 @@
-"""Trackers that need no more than a name: the run folder's own record, TensorBoard, Weights & Biases, and Trackio.
+"""Trackers: the run folder's metrics and samples, TensorBoard, Weights & Biases, and Trackio.
 
 The packages of the last three are extras, imported when a run starts; none of them needs an account.
 """
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 PROJECT = "esjax"
-"""What runs are listed under, where a tracker has projects."""
+"""Name of the project in trackers that have projects."""
 
 
 class JsonLines(Tracker):
-    """metrics.jsonl and samples.txt of a run folder: every step, as soon as it is done."""
+    """Writes metrics.jsonl and samples.txt of a run folder: every step, as soon as it is done."""
 
     def __init__(self, folder: RunFolder, tell: Callable[[str], None]) -> None:
-        """Prepare to write into a run folder; `tell` is called with a line that a person should see."""
+        """Prepare; `tell` is called with each line for the user."""
         self._folder, self._tell = folder, tell
         self._metrics: IO[str] | None = None
 
     def start(self, run: TrackedRun) -> None:
-        """Open the metrics, without the lines of steps that will be done again."""
+        """Open the metrics and drop the lines of steps that will be done again."""
         with self._writing_metrics():
             self._metrics = self._folder.open_metrics(run.step, self._tell)
 
@@ -60,7 +60,7 @@ class JsonLines(Tracker):
 
 
 class TensorBoard(Tracker):
-    """Event files in the folder `tensorboard` of the run folder."""
+    """Writes event files in the folder `tensorboard` of the run folder."""
 
     def __init__(self) -> None:
         """Prepare; nothing is written before a run starts."""
@@ -68,23 +68,23 @@ class TensorBoard(Tracker):
         self._baselines: Mapping[str, float] = {}
 
     def start(self, run: TrackedRun) -> None:
-        """Write the settings, as text; events of steps that will be done again are withdrawn."""
+        """Write the settings as text; TensorBoard drops the events of steps that will be done again."""
         from tensorboardX import SummaryWriter
 
         if run.folder is None:
-            raise EsjaxError("it writes into the run folder, and there is none; give out=")
+            raise EsjaxError("TensorBoard files go into the run folder, and the run has none; give out=")
         self._writer = SummaryWriter(
             str(run.folder / "tensorboard"),
             purge_step=run.step + 1,
             flush_secs=10,
-            filename_suffix=f".{run.step}",  # files of one second have one name otherwise, and replace each other
+            filename_suffix=f".{run.step}",  # otherwise files of the same second have the same name
         )
         self._baselines = run.baselines
         settings = msgspec.yaml.encode(run.settings).decode()
         self._writer.add_text("settings", _indented(settings), run.step)
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Write each number under its name, and beside a held-out loss the baselines."""
+        """Write each number under its name, and the baselines with each held-out loss."""
         assert self._writer is not None
         numbers = dict(row)
         step = int(numbers.pop("step"))
@@ -99,24 +99,24 @@ class TensorBoard(Tracker):
         self._writer.add_text("sample", _indented(text), step)
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write what is buffered, and close the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
 class WandB(Tracker):
-    """Weights & Biases: on disk, in the run folder, unless a person has logged in or set WANDB_MODE."""
+    """Weights & Biases: offline, in the run folder, unless the user has logged in or set WANDB_MODE."""
 
     def __init__(self) -> None:
         """Prepare; nothing is written before a run starts."""
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> None:
-        """Begin a run of the same id, or go on with it."""
+        """Begin a run with the run's id, or continue it."""
         import wandb
 
-        # None: as WANDB_MODE says, or online.
+        # None: the mode in WANDB_MODE, or online.
         mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -126,10 +126,10 @@ class WandB(Tracker):
             config={**run.settings, "baselines": dict(run.baselines)},
             mode=mode,
             resume="allow",
-            reinit="create_new",  # a run beside another one in this process is another run
+            reinit="create_new",  # several runs of one process are separate
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Its own steps only rise; ours go back when a killed run goes on from its checkpoint.
+        # Steps of wandb only increase; those of a run decrease if it was killed and resumed from its checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -143,21 +143,21 @@ class WandB(Tracker):
         self._run.log({"step": step, "sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self) -> None:
-        """Finish, so that nothing is left in memory."""
+        """Send or write what is buffered, and finish."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
 class Trackio(Tracker):
-    """Trackio: a local database, which `trackio show` looks at."""
+    """Trackio: a local database, shown by `trackio show`."""
 
     def __init__(self) -> None:
         """Prepare; nothing is written before a run starts."""
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> None:
-        """Begin a run of the same name, or go on with it."""
+        """Begin a run with the run's name, or continue it."""
         import trackio
 
         self._run = trackio.init(
@@ -182,14 +182,14 @@ class Trackio(Tracker):
         self._run.log({"sample": trackio.Markdown(_indented(text))}, step=step)
 
     def close(self) -> None:
-        """Finish, so that nothing is left in memory."""
+        """Send or write what is buffered, and finish."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
 def _indented(text: str) -> str:
-    """Write a text as Markdown shows it unchanged: a block of code."""
+    """Make a text a block of code in Markdown, so that it is shown unchanged."""
     return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
@@ -206,13 +206,13 @@ _NAMED: dict[str, tuple[str, Callable[[], Tracker]]] = {
 
 
 def find_trackers(trackers: Sequence[Tracker | str]) -> list[Tracker]:
-    """Make the trackers that are named; the others stay as they are.
+    """Make a tracker for each name; trackers are returned as they are.
 
     Args:
-        trackers: Trackers, or "tensorboard", "wandb", "trackio"; a name that comes twice counts once.
+        trackers: Trackers, or "tensorboard", "wandb", "trackio"; duplicates are left out.
 
     Raises:
-        EsjaxError: There is none of that name, its package is not installed, or something is no tracker.
+        EsjaxError: A name is unknown, its package is not installed, or an object is not a tracker.
     """
     found: dict[object, Tracker] = {}
     for tracker in trackers:

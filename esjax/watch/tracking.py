@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it, and how that is kept from stopping or slowing the run."""
+"""The interface of trackers, and their threads: a tracker can neither stop nor slow a run."""
 
 import queue
 import threading
@@ -10,25 +10,25 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from esjax.runs.step_info import StepInfo
 
 SECONDS_A_ROW = 1.0
-"""Time between the rows that trackers get; one with a held-out loss is always handed on."""
+"""Seconds between the rows that trackers get; a row with a held-out loss is always passed on."""
 
 MOST_WAITING = 256
-"""Rows and samples that may wait for a tracker: whose do not fit is left out."""
+"""Most rows and samples that may wait for a tracker; a tracker that is slower is dropped."""
 
 CLOSING_SECONDS = 30.0
-"""Time that all trackers together have at the end to write what still waits."""
+"""Seconds that all trackers together have at the end to write what still waits."""
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told at the start.
+    """The run that a tracker follows, as passed to `Tracker.start`.
 
     Attributes:
-        id: Names the run for ever, also when it is resumed; letters and digits.
-        title: What a person calls it: the name of its folder, or "esjax".
-        folder: Where the run is kept, or None.
+        id: Permanent name of the run, also after a resume; letters and digits.
+        title: Name of the run folder, or "esjax".
+        folder: The run folder, or None.
         settings: All settings as plain dicts, lists, numbers, strings and None.
-        baselines: Nats per token by name, worst first, that the held-out loss is read against.
-        step: Steps done before: 0, or where the run goes on. Rows of later steps that were told before do not count.
+        baselines: Nats per token of the n-gram models over the held-out documents, by name, worst first.
+        step: Steps done before this start, 0 for a new run. Earlier rows of later steps are outdated.
     """
 
     id: str
@@ -41,22 +41,22 @@ class TrackedRun(NamedTuple):
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Something that a run is shown to. Inherit from it and write those methods that there is a use for.
+    """Base class of trackers. Inherit from it and override the methods that you need.
 
-    The methods are called one after another in a thread of the tracker's own. If one raises, a line is told, and the
-    tracker is closed and left out. A run that goes on starts it again.
+    Each tracker has its own thread, which calls the methods one after another. If a method raises, the run prints a
+    line, closes the tracker and calls it no more. A resumed run starts it again.
     """
 
     def start(self, run: TrackedRun) -> None:
-        """Begin, or go on with, a run."""
-        return  # this, here and below: a body, so that whoever inherits may leave the method out
+        """Begin a run, or continue it."""
+        return  # a body, here and below, so that subclasses may leave the method out
 
     def log(self, row: Mapping[str, float]) -> None:
         """Take the numbers of a step.
 
         Args:
-            row: Fields of `StepInfo` by name, those that are None left out. A loss may be NaN. Steps that follow fast
-                are thinned to one row a second; then `void_pairs` are those of all steps since the row before.
+            row: Fields of `StepInfo` by name, without those that are None. A loss may be NaN. If steps are fast, there
+                is one row a second; `void_pairs` then counts those of all steps since the last row.
         """
         return
 
@@ -65,23 +65,23 @@ class Tracker(Protocol):
         return
 
     def close(self) -> None:
-        """Write what is left: the run ends here, or pauses. Called after a failure, too, that of `start` included."""
+        """Write what is buffered: the run ends or pauses. Called after a failure of a method, too."""
         return
 
 
 class Watch:
-    """The trackers of a run, a context manager: between `start` and its end they hear of every step.
+    """The trackers of a run, as a context manager.
 
-    What keeps the run's own record is called at once, and its errors are the run's. Everybody else is handed things
-    through a queue.
+    The tracker that writes the run folder is called directly, and its errors stop the run. Each other tracker gets its
+    calls through a queue.
     """
 
     def __init__(self, trackers: Sequence[Tracker], tell: Callable[[str], None]) -> None:
-        """Prepare; nobody is told anything yet.
+        """Prepare; no tracker is called yet.
 
         Args:
-            trackers: Whom to tell.
-            tell: Called, from any thread, with each line that a person should see.
+            trackers: Trackers to call through queues.
+            tell: Called, from any thread, with each line for the user.
         """
         self._trackers, self._tell = trackers, tell
         self._record: Tracker | None = None
@@ -91,25 +91,25 @@ class Watch:
         self._next_at = 0.0
 
     def __enter__(self) -> "Watch":
-        """Begin."""
+        """Return self."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Hand on what waits, and give the trackers a moment to finish."""
+        """Pass on the last row, and wait for the trackers to finish."""
         try:
             if self._record is not None:
                 self._record.close()
         finally:
             if self._waiting is not None:
-                self._hand_on(self._waiting)
-            self._see_off()
+                self._pass_on(self._waiting)
+            self._finish()
 
     def start(self, run: TrackedRun, record: Tracker | None) -> None:
-        """Tell everybody what run it is.
+        """Start all trackers.
 
         Args:
             run: The run.
-            record: What keeps the run's own record, or None.
+            record: The tracker that writes the run folder, or None.
         """
         if record is not None:
             record.start(run)
@@ -117,7 +117,7 @@ class Watch:
         self._followers = [_Follower(tracker, run, self._tell) for tracker in self._trackers]
 
     def log(self, info: StepInfo) -> None:
-        """Tell what a step did."""
+        """Pass on the info of a step."""
         row = info.row()
         if self._record is not None:
             self._record.log(row)
@@ -128,22 +128,22 @@ class Watch:
         if info.held_out is None and time.monotonic() < self._next_at:
             self._waiting = row
         else:
-            self._hand_on(row)
+            self._pass_on(row)
 
     def sample(self, step: int, text: str) -> None:
-        """Tell what the model wrote after a step."""
+        """Pass on a text that the model wrote after a step."""
         if self._record is not None:
             self._record.sample(step, text)
         for follower in self._followers:
             follower.put(lambda tracker: tracker.sample(step, text))
 
-    def _hand_on(self, row: dict[str, float]) -> None:
+    def _pass_on(self, row: dict[str, float]) -> None:
         self._waiting, self._void_pairs = None, 0
         self._next_at = time.monotonic() + SECONDS_A_ROW
         for follower in self._followers:
             follower.put(lambda tracker: tracker.log(row))
 
-    def _see_off(self) -> None:
+    def _finish(self) -> None:
         until = time.monotonic() + CLOSING_SECONDS
         for follower in self._followers:
             follower.put(None)
@@ -157,7 +157,7 @@ class _Follower(threading.Thread):
     """The thread that calls one tracker.
 
     Attributes:
-        dropped: Whether the tracker hears no more of the run.
+        dropped: Whether the tracker gets no more calls.
     """
 
     def __init__(self, tracker: Tracker, run: TrackedRun, tell: Callable[[str], None]) -> None:
@@ -169,7 +169,7 @@ class _Follower(threading.Thread):
         self.start()
 
     def put(self, call: Callable[[Tracker], None] | None) -> None:
-        """Have the tracker called when it is free; None: closed."""
+        """Queue a call of the tracker; None closes it."""
         if self.dropped:
             return
         try:
@@ -178,7 +178,7 @@ class _Follower(threading.Thread):
             self._drop("it does not keep up")
 
     def run(self) -> None:
-        """Call the tracker until it is to be closed, or is dropped."""
+        """Call the tracker until it is closed or dropped."""
         try:
             self._tracker.start(self._run)
             while not self.dropped and (call := self._calls.get()) is not None:

@@ -1,1 +1,1 @@
-"""Weights in files for other programs, out and in."""
+"""Export and import of weights as files."""

@@ -1,4 +1,4 @@
-"""Weights out of a run folder into a file for others, and back; the suffix tells which kind."""
+"""Export of weights from a run folder to a file, and import; the suffix of the file is its format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from esjax.weights.npy import export_npy, import_npy
 from esjax.weights.safetensors import export_safetensors, import_safetensors
 
 Format = Literal["safetensors", "npy"]
-"""safetensors: any model, with its settings and vocabulary. npy: the original program's, of the model `rnn`."""
+"""safetensors: any model, with its settings and vocabulary. npy: the original program's format, for the model `rnn`."""
 
 
 def export(
@@ -25,20 +25,21 @@ def export(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Write the weights of a run's newest checkpoint to a file: the average, which `evaluate` and `generate` use.
+    """Write the averaged weights of a run's newest checkpoint to a file; `evaluate` and `generate` use the same.
 
     Args:
         path: Run folder.
-        out: File to write, whose suffix is the format. None: beside the run folder, and called like it.
-        format: None: as the suffix of `out` says, or else safetensors.
-        model: The run's own model, if it was trained with one, see `esjax.load`.
+        out: File to write; its suffix is the format. None: the path of the run folder plus the suffix.
+        format: "safetensors" or "npy". None: the suffix of `out`, or safetensors.
+        model: The custom model of the run, see `esjax.load`.
         tell: Called with a line for each damaged checkpoint, and if the code of the model has changed.
 
     Returns:
-        The files written, one of them, or for npy the weights and the table of characters.
+        Paths of the files, for npy those of the weights and of the table of characters.
 
     Raises:
-        EsjaxError: It is no run folder or holds no checkpoint, the format does not suit its model, or a file is there.
+        EsjaxError: The path is not a run folder, no checkpoint is whole, the format does not suit the model, or a file
+            exists.
     """
     path = given_path(path)
     if out is None:
@@ -48,7 +49,7 @@ def export(
     kinds = get_args(Format)
     if out.suffix[1:] not in kinds or (format and out.suffix[1:] != format):
         wanted = f".{format}" if format else " or ".join(f".{kind}" for kind in kinds)
-        raise EsjaxError(f"{str(out)!r} would not tell what it is; call it something that ends in {wanted}")
+        raise EsjaxError(f"the name {str(out)!r} does not give the format; use a name that ends in {wanted}")
     table = table_of(out)
     files = [out] if out.suffix == ".safetensors" else [out, table]
     for file in files:
@@ -60,7 +61,7 @@ def export(
         contents = [export_safetensors(loaded.config, loaded.vocabulary, loaded.params, loaded.step, loaded.custom)]
     else:
         if not isinstance(loaded.params, RnnParams):
-            raise EsjaxError(f"{str(path)!r} holds another model than rnn, which npy is for; use safetensors")
+            raise EsjaxError(f"npy is for the model rnn, and {str(path)!r} holds another one; use safetensors")
         contents = list(export_npy(loaded.params, loaded.vocabulary))
     try:
         write_new_files(dict(zip(files, contents, strict=True)))
@@ -78,17 +79,17 @@ def import_weights(
     characters: str | Path | None = None,
     model: ModelFactory | str | None = None,
 ) -> None:
-    """Make a run folder, at step 0, of a file of weights.
+    """Make a run folder, at step 0, from a file of weights.
 
     Args:
-        weights: What `export` wrote, or a .npy file of the original program.
+        weights: A file that `export` wrote, or a .npy file of the original program.
         out: Run folder to make.
-        characters: The table of characters of a .npy file, see `esjax.weights.npy.import_npy`. None: the file of its
-            name that ends in .chars.json.
-        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
+        characters: The table of characters of a .npy file, see `esjax.weights.npy.import_npy`. None: the file beside
+            it with the same name and the suffix .chars.json.
+        model: The custom model of the weights, if there is one: the function, or "PATH.py:FUNCTION".
 
     Raises:
-        EsjaxError: A file cannot be read or does not fit, or the folder exists.
+        EsjaxError: A file cannot be read, the weights do not fit the model, or the folder exists.
     """
     weights, out = given_path(weights), given_path(out)
     if weights.suffix == ".npy":
@@ -103,9 +104,9 @@ def import_weights(
             raise EsjaxError(f"{str(weights)!r} holds its vocabulary; leave --chars out")
         import_safetensors(weights, out, model)
     else:
-        raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy; give it the suffix of what it is")
+        raise EsjaxError(f"{str(weights)!r} ends neither in .safetensors nor in .npy; rename it by its format")
 
 
 def table_of(weights: Path) -> Path:
-    """Name the table of characters beside a .npy file."""
+    """Return the path of the table of characters beside a .npy file."""
     return weights.with_suffix(".chars.json")

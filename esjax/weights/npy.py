@@ -1,4 +1,4 @@
-"""Weights of the original program, in and out: a flat float32 vector and a table of characters.
+"""The original program's format: a flat float32 vector and a table of characters.
 
 The vector holds three numbers (D, V, L) and then, row by row: s0; U_i and E_i of each layer; W1; W2.
 """
@@ -23,16 +23,16 @@ from esjax.weights.start import begin_with
 
 
 def import_npy(weights: Path, characters: Path, out: Path) -> None:
-    """Make a run folder, at step 0, of a weight file and its character table.
+    """Make a run folder, at step 0, from a file of weights and its table of characters.
 
     Args:
         weights: A .npy vector.
-        characters: JSON: a list of characters, or of [character, count] pairs; ids 2 and up in that order. Characters
-            beyond the vocabulary of the weights are left out, as the original did.
+        characters: JSON: a list of characters, or of [character, count] pairs; token ids 2 and up in this order.
+            Characters beyond the vocabulary of the weights are left out, as in the original program.
         out: Run folder to make.
 
     Raises:
-        EsjaxError: A file cannot be read or does not fit the other, or the folder exists.
+        EsjaxError: A file cannot be read, the two files do not fit each other, or the folder exists.
     """
     config, params = _read_weights(weights)
     symbols = _read_characters(characters)
@@ -47,17 +47,17 @@ def import_npy(weights: Path, characters: Path, out: Path) -> None:
 
 
 def export_npy(params: RnnParams, vocabulary: Vocabulary) -> tuple[bytes, str]:
-    """Write what `import_npy` reads.
+    """Return the two files that `import_npy` reads.
 
     Args:
         params: Weights.
-        vocabulary: Their characters.
+        vocabulary: Characters of the weights.
 
     Returns:
-        The weight file, and the character table as JSON.
+        The bytes of the .npy file, and the table of characters as JSON.
 
     Raises:
-        EsjaxError: The symbols are bytes, which the table cannot name.
+        EsjaxError: The vocabulary is of bytes, which the table cannot hold.
     """
     if vocabulary.kind != "char":
         raise EsjaxError("the original's layout is for characters, and this run is of bytes; use safetensors")
@@ -91,7 +91,14 @@ def _read_weights(path: Path) -> tuple[Config, RnnParams]:
 
 
 def unflatten(flat: Float32[ndarray, " weights"], hidden: int, vocab: int, layers: int) -> RnnParams:
-    """Cut the original's flat weights into parameters."""
+    """Cut the flat vector into parameters.
+
+    Args:
+        flat: The weights after D, V and L.
+        hidden: Width of the state, D.
+        vocab: Number of token ids, V.
+        layers: Number of layers, L.
+    """
     rest = flat
 
     def take(*shape: int) -> jnp.ndarray:

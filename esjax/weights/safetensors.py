@@ -1,13 +1,13 @@
-"""Weights of any model in a safetensors file: a tensor for each leaf, and what else is needed to use them.
+"""Weights of any model in a safetensors file: a tensor for each leaf, and metadata to use them.
 
-Tensors are called by where they are in the parameters, `layers.0.recurrent`. The metadata, all of them texts:
+The name of a tensor is its path in the parameters, such as `layers.0.recurrent`. The metadata are strings:
 
 esjax        version of this layout
-settings     of the run, as YAML
-vocabulary   as a run folder holds it, JSON
-own          JSON: under "model", the name of a model of its own
+settings     settings of the run, as YAML
+vocabulary   as in a run folder, JSON
+own          JSON: under "model", the name of a custom model
 step         steps of training
-weights      which of the run's: "average", those that are evaluated
+weights      "average": the averaged weights, which are evaluated
 """
 
 import json
@@ -35,7 +35,7 @@ FORMAT = "1"
 
 
 def name_tensors(params: Params) -> dict[str, Any]:
-    """Name each leaf by where it is in the parameters."""
+    """Return the leaves by their paths in the parameters, joined by dots."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -43,17 +43,17 @@ def name_tensors(params: Params) -> dict[str, Any]:
 def export_safetensors(
     config: Config, vocabulary: Vocabulary, params: Params, step: int, custom: Mapping[str, str]
 ) -> bytes:
-    """Write weights.
+    """Return weights and metadata as the bytes of a safetensors file.
 
     Args:
         config: Settings of the run.
-        vocabulary: Its symbols.
+        vocabulary: Symbols of the run.
         params: The averaged weights.
-        step: Steps they were trained for.
-        custom: Name of a model of its own, under "model".
+        step: Steps of training.
+        custom: Names of custom parts by kind; only that of a model is kept.
 
     Raises:
-        EsjaxError: safetensors is missing.
+        EsjaxError: The package safetensors is missing.
     """
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in name_tensors(params).items()}
     metadata = {
@@ -68,15 +68,15 @@ def export_safetensors(
 
 
 def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None = None) -> None:
-    """Make a run folder, at step 0, of what `export_safetensors` wrote.
+    """Make a run folder, at step 0, from a file that `export_safetensors` wrote.
 
     Args:
         path: The file.
         out: Run folder to make.
-        model: The run's own model, if it was trained with one: the function, or PATH.py:FUNCTION.
+        model: The custom model of the weights, if there is one: the function, or "PATH.py:FUNCTION".
 
     Raises:
-        EsjaxError: The file cannot be read, is not of esjax, or does not fit the model; or the folder exists.
+        EsjaxError: The file cannot be read, was not written by esjax, or does not fit the model; or the folder exists.
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
@@ -98,7 +98,7 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None =
 
 
 class _Read(NamedTuple):
-    """What a file holds."""
+    """Contents of a file."""
 
     config: Config
     vocabulary: Vocabulary
@@ -121,7 +121,7 @@ def _read(path: Path) -> _Read:
         vocabulary = parse_vocabulary(json.loads(metadata["vocabulary"]))
         custom = {str(kind): str(name) for kind, name in json.loads(metadata.get("own", "{}")).items()}
     except (KeyError, ValueError, AttributeError) as error:
-        raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it anew") from error
+        raise EsjaxError(f"the metadata of {str(path)!r} are damaged; export it again") from error
     return _Read(config, vocabulary, custom, tensors)
 
 

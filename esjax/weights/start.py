@@ -1,4 +1,4 @@
-"""A run folder that begins with somebody else's weights."""
+"""A run folder that starts from given weights."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -25,22 +25,22 @@ def begin_with(
     custom: Mapping[str, str] = MappingProxyType({}),
     code: Mapping[str, Code] = MappingProxyType({}),
 ) -> None:
-    """Make a run folder, at step 0 and without a text, of weights.
+    """Make a run folder from weights, at step 0 and without a text.
 
     Args:
         params: The weights.
         out: Run folder to make.
         config: Settings.
         vocabulary: Symbols.
-        custom: Name of a model of its own, under "model".
-        code: Where it is, if it is code in a file.
+        custom: Name of a custom model, under "model".
+        code: Path, function and hash of the model, if it is code in a file.
 
     Raises:
-        EsjaxError: The folder exists, or cannot be written; then it is not left behind.
+        EsjaxError: The folder exists or cannot be written; nothing is left behind.
     """
     state = init_state(params, make_optimizer(config.optim, config.steps))
     folder = RunFolder.create(out, config, vocabulary, text_digest="", custom=custom, code=code)
     with ExitStack() as undo:
-        undo.callback(folder.remove)  # without a checkpoint it would be of no use
+        undo.callback(folder.remove)  # a folder without a checkpoint is useless
         Checkpoints(folder.checkpoints, config.keep_checkpoints).save(state, 0.0, 0)
         undo.pop_all()

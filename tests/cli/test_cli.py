@@ -265,7 +265,7 @@ def test_imported_weights_are_scored(work: Path) -> None:
     path = work / "again"
     assert again.out.startswith(f"esjax evaluate {path} --data.text ")
     assert f"kept in {path}; " in again.err
-    assert f" esjax generate {path} writes, and esjax export {path} " in again.err
+    assert f" esjax generate {path} generates text, and esjax export {path} " in again.err
     assert again.err.endswith("resumed\n")
     words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
     scores = json.loads(succeed(*words).out)

@@ -144,7 +144,7 @@ def test_a_filter_and_two_buttons_choose_runs_by_name(browser: Browser, dashboar
     listed = tab.locator("#runs .name")
     tab.fill("#filter", "LO b")
     assert listed.all_text_contents() == ["b long"]
-    assert tab.locator("#hint").text_content() == "Choose runs to see them side by side."
+    assert tab.locator("#hint").text_content() == "Select runs to see them side by side."
     tab.get_by_role("button", name="show all").click()
     wait_until(lambda: [line["name"] for line in page.lines("loss")] == ["b long"])
     tab.reload()

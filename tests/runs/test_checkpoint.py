@@ -243,8 +243,8 @@ IN_TENSORSTORE = (
         (OSError(errno.ENOSPC, "full"), os.strerror(errno.ENOSPC), "make room"),
         (OSError(errno.EDQUOT, "full"), os.strerror(errno.EDQUOT), "make room"),
         (ValueError(IN_TENSORSTORE), os.strerror(errno.ENOSPC), "make room"),
-        (OSError(errno.EROFS, "read"), os.strerror(errno.EROFS), "mend that"),
-        (ValueError("a strange leaf\nmore"), "a strange leaf", "mend that"),
+        (OSError(errno.EROFS, "read"), os.strerror(errno.EROFS), "fix that"),
+        (ValueError("a strange leaf\nmore"), "a strange leaf", "fix that"),
     ],
 )
 def test_room_helps_a_full_disk_alone(error: OSError | ValueError, said: str, remedy: str) -> None:

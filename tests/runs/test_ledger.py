@@ -377,7 +377,7 @@ def test_row_31_the_kernel_refuses_to_let_the_file_grow(tmp_path: Path) -> None:
     output, _ = run(FILL, path).communicate(timeout=60)
     fitting = (10_000 - len(HEAD)) // len(packed(Record(UPDATE, 0, bytes(300))))
     assert output.splitlines() == [
-        f"cannot write the ledger {str(path)!r}: File too large; training stops, nothing is lost; mend that and resume",
+        f"cannot write the ledger {str(path)!r}: File too large; training stops, nothing is lost; fix that and resume",
         f"{fitting} {fitting} {len(HEAD) + fitting * 317} {fitting}",
     ]
     assert [record.payload for record in read(path)] == [bytes([step]) * 300 for step in range(fitting)]

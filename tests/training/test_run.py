@@ -238,7 +238,7 @@ def test_a_run_that_keeps_nothing_to_go_on_from_says_what_to_do(config: Config, 
     with pytest.raises(EsjaxError, match="ended before its first one: resume it"):
         esjax.load(run)
     assert str(caught.value) == (
-        f"{str(run)!r} has no whole checkpoint, and no ledger: there is nothing to go on from; restore what is missing "
+        f"{str(run)!r} has no whole checkpoint, and no ledger: nothing can be resumed; restore what is missing "
         f"from a copy, or train anew: esjax train --config '{tmp_path}/it'\"'\"'s killed/config.yaml' --out NEW"
     )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -563,7 +563,7 @@ def test_what_a_run_was_given_must_be_given_again(config: Config, tmp_path: Path
     whole = train(config, **given)
     list(whole)
     list(train(replace(config, steps=3), tmp_path / "run", **given))
-    with pytest.raises(EsjaxError, match=f"{kind} of its own"):
+    with pytest.raises(EsjaxError, match=f"custom {kind}, "):
         resume(tmp_path / "run", steps=6)
     again = resume(tmp_path / "run", steps=6, **given)
     list(again)

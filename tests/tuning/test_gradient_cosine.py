@@ -94,17 +94,17 @@ def test_tuning_tries_sigmas_and_then_discounts(run: Path) -> None:
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
     assert [(one.sigma, one.discount) for one in tried] == [(0.05, 0.7), (5.0, 0.7), (0.05, 0.3)]
     assert tried[1].cosine < tried[0].cosine
-    assert not any(one.custom for one in tried)  # the run has sigma 0.2
+    assert not any(one.current for one in tried)  # the run has sigma 0.2
 
 
 def test_discounts_are_tried_with_the_runs_own_sigma_unless_another_is_seen_to_be_better(run: Path) -> None:
     tried = [*tune(run, sigmas=(0.19, 0.2), discounts=(0.3,), repeats=2)]
-    assert [one.custom for one in tried] == [False, True, False]
+    assert [one.current for one in tried] == [False, True, False]
     assert tried[2].sigma == 0.2  # nobody sees a difference of 5% of sigma in two steps
 
 
-def tried(sigma: float, *cosines: float, custom: bool = False) -> Tried:
-    return Tried(sigma, None, cosines, {}, custom)
+def tried(sigma: float, *cosines: float, current: bool = False) -> Tried:
+    return Tried(sigma, None, cosines, {}, current)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def tried(sigma: float, *cosines: float, custom: bool = False) -> Tried:
         # Differences of 0.0100 and 0.0101: what both repeats have in common is larger, and cancels.
         ([tried(0.1, 0.1, 0.2), tried(0.2, 0.09, 0.1899)], "best: --es.sigma 0.1"),
         (
-            [tried(0.1, 0.0154, 0.0150), tried(0.2, 0.0140, 0.0163, custom=True), tried(0.4, 0.001, 0.0006)],
+            [tried(0.1, 0.0154, 0.0150), tried(0.2, 0.0140, 0.0163, current=True), tried(0.4, 0.001, 0.0006)],
             "no difference seen between --es.sigma 0.1, --es.sigma 0.2; the run's own, --es.sigma 0.2, is among them; "
-            "more --repeats tell smaller differences",
+            "more --repeats show smaller differences",
         ),
         ([tried(0.1, 0.3, 0.3)], "nothing to compare --es.sigma 0.1 with; name another --sigma"),
         ([tried(0.1, float("nan"))], "no setting has a cosine with the exact gradient: an estimate is 0 or not finite"),
@@ -139,5 +139,5 @@ def test_a_run_for_something_else_than_cross_entropy_is_not_tuned(run: Path, tmp
     shutil.copytree(run, tmp_path / "run")
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**about, "own": {kind: "right"}}))
-    with pytest.raises(EsjaxError, match=f"with an? {kind} of its own, right, and tune knows only cross entropy"):
+    with pytest.raises(EsjaxError, match=f"with a custom {kind}, right, and tune supports only cross entropy"):
         next(tune(tmp_path / "run"))

@@ -218,7 +218,7 @@ def test_seeds_without_a_common_part_are_drawn_one_by_one(tmp_path: Path) -> Non
 
 
 def told(page: str) -> dict:
-    (found,) = re.findall(r'<script id="told" type="application/json">(.*?)</script>', page)
+    (found,) = re.findall(r'<script id="embedded" type="application/json">(.*?)</script>', page)
     return json.loads(found)
 
 

@@ -125,11 +125,11 @@ def own_model(vocab_size: int) -> Model:
 def test_a_model_of_ones_own_is_given_again(runs: Callable[[str], Path], tmp_path: Path) -> None:
     config = load(runs("gru")).config
     list(train(config, tmp_path / "own", model=own_model, tell=lambda line: None))
-    with pytest.raises(EsjaxError, match="a model of its own, own_model; give it again"):
+    with pytest.raises(EsjaxError, match="a custom model, own_model; give it again"):
         export(tmp_path / "own")
     (file,) = export(tmp_path / "own", model=own_model)
     assert file == tmp_path / "own.safetensors"
-    with pytest.raises(EsjaxError, match="a model of its own, own_model; give it again"):
+    with pytest.raises(EsjaxError, match="a custom model, own_model; give it again"):
         import_weights(file, tmp_path / "back")
     import_weights(file, tmp_path / "back", model=own_model)
     jax.tree.map(
@@ -148,7 +148,7 @@ def test_a_model_of_ones_own_is_given_again(runs: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize(
     ("name", "out", "format", "said"),
     [
-        ("gru", "w.npy", None, "holds another model than rnn"),
+        ("gru", "w.npy", None, "npy is for the model rnn, and"),
         ("bytes", "w.npy", None, "this run is of bytes"),
         ("rnn", "w.npz", None, "ends in .safetensors or .npy"),
         ("rnn", "w", "npy", "ends in .npy"),
