@@ -1,10 +1,10 @@
-r"""Evolution strategies for JAX: no backpropagation, only seeds and losses travel.
+r"""Evolution strategies for JAX: training without backpropagation, on one machine or on hosts that exchange losses.
 
-Any JAX model is trained by the functions of the core, see `esjax.core`:
+The functions of the core train any JAX model, see `esjax.core`:
 
     value, grads = esjax.value_and_grad(loss, esjax.low_rank(sigma=0.1), pairs=2048)(params, seed, batch)
 
-A language model on a text of yours, on one machine or many, is a run:
+A run trains a language model on your text, on one machine or many:
 
     run = esjax.train(esjax.Config(seconds=60))
     for info in run:
@@ -163,7 +163,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # JAX takes a second to import; `esjax --help` and settings do without it.
+    # Importing JAX takes a second, and `esjax --help` and the settings do not need it.
     if name not in __all__:
         raise AttributeError(f"module 'esjax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"esjax.{_HOME.get(name, 'config.settings')}"), name)

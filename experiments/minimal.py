@@ -2,9 +2,9 @@
 
     python experiments/minimal.py [TEXT_FILE] [SECONDS]
 
-Each step, 2,048 pairs of perturbed copies of the weights are scored on a window of text each; the losses become one
-small integer a pair; the noise is grown again from the seeds, summed with those integers, and given to Adam (Salimans
-et al. 2017; the perturbations are of low rank: Sarkar et al. 2025). Nothing is differentiated.
+Each step scores 2,048 pairs of perturbed copies of the weights, each pair on one window of text. The losses become one
+small integer per pair. The noise is drawn again from the seeds and summed with these integers as weights; the sum goes
+to Adam (Salimans et al. 2017; the perturbations are of low rank: Sarkar et al. 2025). Nothing is differentiated.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # one thread for each device, of which each core is one
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"  # one thread per device, one device per core
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import optax
 import esjax
 
 HIDDEN, HEAD = 32, 64
-WINDOW = 32  # tokens that a pair is scored on, after one that is only read
+WINDOW = 32  # tokens that a pair is scored on, after a first one that is only read
 PAIRS = 2048
 SIGMA = 0.2  # standard deviation of the noise, in units of each leaf
 LEARNING_RATE = 0.1  # in units of each leaf, too; falls as 1 / sqrt(1 + step / 100)
@@ -51,7 +51,7 @@ def first_params(key: jax.Array, vocab: int) -> dict:
 
 
 def unit(path: str, leaf: jax.Array) -> float:
-    """Choose the size of a typical entry of a leaf: noise and updates are multiples of it."""
+    """Return the unit of a leaf, the size of a typical entry: noise and updates are multiples of it."""
     if path == "embedding":
         return 1.0
     return 0.3 if leaf.ndim == 1 else leaf.shape[0] ** -0.5
@@ -123,7 +123,7 @@ def main(text: str, seconds: float) -> float:
     measure = jax.jit(lambda params: jax.vmap(loss, (None, 0))(params, windows).mean())
     state, number, shown, started = optimizer.init(params), 0, 0.0, time.perf_counter()
     while (now := time.perf_counter() - started) < seconds or number < 10:
-        # CPU devices that run ahead of each other wait for each other for ever: finish one step before the next.
+        # CPU devices can block each other forever if one runs ahead: finish each step before the next.
         params, state, value = jax.block_until_ready(step(params, state, number))
         number += 1
         if now >= shown:
@@ -131,7 +131,7 @@ def main(text: str, seconds: float) -> float:
             shown = now + 10
     result = float(measure(params))
     prompt = tokens[:20]
-    print(f"held-out {result:.3f} nats a character after {number} steps; it writes:")
+    print(f"held-out {result:.3f} nats a character after {number} steps; a sample:")
     print("".join(symbols[int(token)] for token in jax.jit(write)(params, prompt, jax.random.key(1))))
     return result
 

@@ -1,4 +1,4 @@
-"""Train, resume, score and sample from a checkout: the command `esjax` under another name, and its benchmarks."""
+"""The command `esjax` for a checkout, with the benchmarks as an extra subcommand."""
 
 from esjax.__main__ import set_up
 

@@ -1,10 +1,10 @@
-"""Trains with hosts that are killed, stopped and cut off at random, and replays what came of it.
+"""Soak test: trains with hosts that are killed, stopped and cut off at random, then replays the run.
 
     python experiments/soak.py --seconds 120 --seed 1
 
-Real processes on this machine: a coordinator, which is killed and started again, too, and hosts that reach it through
-a relay that drops connections or one direction of them. At the end the digest of the last checkpoint must equal that
-of one process that replays the ledger (fault 42). Linux only.
+It starts real processes on this machine: a coordinator, which is killed and restarted as well, and hosts that connect
+through a relay, which drops connections or one direction of them. At the end one process replays the ledger; its digest
+must equal that of the last checkpoint (fault 42). Linux only.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from pathlib import Path
 import tyro
 
 COORDINATOR, RELAY = "127.0.0.1", "127.0.0.2"
-"""Addresses of this machine: the relay listens at the coordinator's ports on the other one."""
+"""Loopback addresses. The relay listens on the same ports as the coordinator, at the second address."""
 
 SMALL = [
     "gru",
@@ -38,33 +38,33 @@ SMALL = [
 
 
 STEPS_AFTER = 10
-"""Steps that are to follow the last fault."""
+"""Steps that must follow the last fault."""
 
 PATIENCE = 120.0
-"""Seconds that the run has to recover from the last fault, and to end."""
+"""Most seconds for the run to recover from the last fault, and to end."""
 
 
 @dataclass(frozen=True)
 class Soak:
-    """Train with hosts that come and go, and check that the ledger is true."""
+    """Train with hosts that come and go, and check that the ledger rebuilds the weights."""
 
     seconds: float = 120.0
-    """For how long there are faults."""
+    """Seconds during which faults happen."""
 
     hosts: int = 3
-    """Hosts at a time."""
+    """Number of hosts at a time."""
 
     seed: int = 0
-    """Names the course of the faults."""
+    """Seed of the sequence of faults."""
 
     text: str = "builtin:pydoc"
     """Text to train on."""
 
     folder: Path | None = None
-    """Where to keep the run; None: nowhere."""
+    """Folder for the run. None: a temporary one."""
 
     def run(self) -> dict[str, object]:
-        """Do it; returns what happened."""
+        """Run the test; return its counts and whether the replay agrees."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             return _soak(self, self.folder)
@@ -129,11 +129,11 @@ FAULTS = {
     "lose one direction": 1,
     "kill the coordinator": 1,
 }
-"""What happens, and how often in proportion."""
+"""The faults and their relative frequencies."""
 
 
 class _Coordinator:
-    """`esjax serve`, begun and begun again."""
+    """`esjax serve` as a process that can be restarted."""
 
     def __init__(self, folder: Path, text: str) -> None:
         self._run, self._log = folder / "run", (folder / "coordinator.log").open("ab")
@@ -159,7 +159,7 @@ class _Coordinator:
         self.process = self._start("--resume", str(self._run), port=self.port)
 
     def goes_on(self) -> None:
-        """Wait until it has done some more steps than by now."""
+        """Wait until `STEPS_AFTER` more steps are done."""
         enough, ends = self.steps() + STEPS_AFTER, time.monotonic() + PATIENCE
         while self.steps() < enough:
             if time.monotonic() > ends:
@@ -167,14 +167,14 @@ class _Coordinator:
             time.sleep(0.1)
 
     def finish(self) -> int:
-        """Stop it in good order; returns the steps that it did."""
+        """Stop the coordinator by a signal; return the number of steps."""
         self.process.terminate()
         self.process.wait(PATIENCE)
         assert self.process.returncode == 0, f"the coordinator ended with {self.process.returncode}"
         return self.steps()
 
     def steps(self) -> int:
-        """Count the steps that are done."""
+        """Count the steps done so far."""
         whole, _, _ = (self._run / "metrics.jsonl").read_text().rpartition("\n")
         return int(json.loads(whole.splitlines()[-1])["step"]) if whole else 0
 
@@ -185,7 +185,7 @@ class _Coordinator:
 
 
 class _Host:
-    """`esjax join`."""
+    """`esjax join` as a process."""
 
     def __init__(self, folder: Path, port: int, number: int) -> None:
         self._log = (folder / f"host-{number}.log").open("ab")
@@ -212,7 +212,7 @@ class _Host:
 
 
 class _Relay:
-    """Passes bytes between hosts and the coordinator, or does not."""
+    """Passes bytes between hosts and the coordinator, except during a fault."""
 
     def __init__(self, port: int) -> None:
         self._loop = asyncio.new_event_loop()
@@ -251,7 +251,7 @@ class _Relay:
             writer.close()
 
     def cut(self, seconds: float) -> None:
-        """Drop all connections, and take none for a while."""
+        """Drop all connections and refuse new ones for some seconds."""
         self._closed_until = time.monotonic() + seconds
         self._loop.call_soon_threadsafe(self._drop)
 
@@ -260,7 +260,7 @@ class _Relay:
             link.close()
 
     def deafen(self, seconds: float) -> None:
-        """Pass nothing to the hosts for a while."""
+        """Pass nothing to the hosts for some seconds."""
         self._deaf_until = time.monotonic() + seconds
 
     def heal(self) -> None:
@@ -271,7 +271,7 @@ class _Relay:
 
 
 def _free_port() -> int:
-    """Find a port that is free, and the next one, too: at a place of its own for most processes."""
+    """Find a free port whose next port is free as well, starting at a number that differs between processes."""
     for port in range(20_000 + os.getpid() % 10_000, 65_000, 2):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for at in (port, port + 1):

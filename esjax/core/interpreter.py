@@ -1,4 +1,4 @@
-"""Runs an unmodified JAX function on arguments of which some are `PerturbedArray`s.
+"""Runs an unmodified JAX function on arguments of which some are of type `PerturbedArray`.
 
 The function is traced with plain arrays, and its operations are applied one by one: those with a perturbed input by the
 rules of `esjax.core.rules`, all others unchanged. This happens while JAX traces, so it costs nothing at run time.

@@ -203,7 +203,7 @@ class Layout:
         return [jnp.sum(factor * shift, axis=len(leaf.shape))]
 
     def sample(self, seeds: UInt32[Array, "*pairs 2"]) -> list[list[Array]]:
-        """Draw the noise of pairs from seeds [*pairs, 2].
+        """Draw the noise of pairs.
 
         Returns:
             For each perturbed leaf [ε] or [left factor, right factor]. The axes of pairs come last.
@@ -236,7 +236,7 @@ class Layout:
     def member(
         self, params: Params, drawn: list[list[Any]], sign: Float[Array, ""], precision: Precision = "float32"
     ) -> Params:
-        """Make the parameters of a member: `params + sign * sigma * unit * ε`.
+        """Make the parameters of a member, `params + sign * sigma * unit * ε`.
 
         Args:
             params: The parameters.
@@ -245,7 +245,7 @@ class Layout:
             precision: Type to which matrices are rounded for products.
 
         Returns:
-            A pytree like `params`; matrices with low-rank noise are `PerturbedArray`s.
+            A pytree like `params`, in which a matrix with low-rank noise is a `PerturbedArray`.
         """
         noise, leaves = self.noise, jax.tree.leaves(params)
         one = jnp.float32(1)

@@ -1,1 +1,1 @@
-"""Benchmarks, one a file: `experiments/run.py bench`."""
+"""Benchmarks, one per file: `experiments/run.py bench`."""

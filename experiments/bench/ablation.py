@@ -1,4 +1,4 @@
-"""What each choice is worth: held-out loss after the same number of member-tokens, one choice changed at a time."""
+"""Ablation: held-out loss after the same number of member-tokens, with one choice changed at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ Maker = Callable[[Config, Corpus], Learner]
 
 
 def changed(section: str, **changes: Any) -> Maker:
-    """Change some settings."""
+    """Return a function that changes some settings."""
     return lambda config, corpus: ours(
         replace(config, **{section: replace(getattr(config, section), **changes)}), corpus
     )
@@ -57,7 +57,7 @@ CHOICES: dict[str, dict[str, Maker]] = {
     "schedule": {"constant": changed("optim", schedule="constant")},
     "average": {"none": changed("optim", average=0.0)},
 }
-"""By the name of the choice, and of what is taken in place of the default."""
+"""Keys: the name of the choice, and of the alternative to its default."""
 
 
 def run(settings: Ablation) -> Report:
@@ -83,11 +83,11 @@ def run(settings: Ablation) -> Report:
 
 
 def compared(found: Mapping[tuple[str, str], Sequence[float]], tokens: int) -> Report:
-    """Set each choice beside the defaults, seed by seed.
+    """Compare each choice with the defaults, seed by seed.
 
     Args:
-        found: Held-out losses, one a seed, by choice and by what it is in place of the default.
-        tokens: Member-tokens that each was trained for.
+        found: Held-out losses, one per seed, by choice and alternative.
+        tokens: Member-tokens of each run.
     """
     defaults = np.array(found[DEFAULTS, ""])
     rows = [
@@ -104,7 +104,7 @@ def compared(found: Mapping[tuple[str, str], Sequence[float]], tokens: int) -> R
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw what each choice loses."""
+    """Draw how much each choice loses."""
     figure.set_size_inches(9, 2 + 0.25 * len(rows))
     axes = figure.add_subplot()
     losses = [row["worse by"] for row in rows]

@@ -1,6 +1,6 @@
 """Member-tokens a second of a step with noise on activations, against a plain forward pass of as many tokens.
 
-The forward pass is of the best of several batch sizes. Only the noisy copies of the state are counted.
+The forward pass uses the fastest of several batch sizes. Only the noisy copies of the state count as members.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command `bench`: runs benchmarks, and keeps what they found."""
+"""The command `bench`: runs benchmarks and stores their results."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ TARGETS = "targets"
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed and learning beside rivals.
+    """Measure speed and learning, in comparison with other libraries.
 
-    Each benchmark leaves NAME.json, a table NAME.md and a plot NAME.png. At last all that the folder holds is set
-    beside what must be reached; the name `targets` does only that.
+    Each benchmark writes NAME.json, a table NAME.md and a plot NAME.png. At the end all results in the folder are
+    compared with the targets; the name `targets` does only that.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ()
@@ -51,7 +51,7 @@ class Bench:
     coordinator: settings.Coordinator = field(default_factory=settings.Coordinator)
 
     def run(self, console: Console) -> None:
-        """Run them one after another."""
+        """Run the benchmarks one after another."""
         for name in self.names:
             if name not in (*SHORT, TARGETS):
                 raise EsjaxError(f"there is no benchmark {name!r}; there are {', '.join((*SHORT, TARGETS))}")

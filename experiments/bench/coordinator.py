@@ -1,9 +1,9 @@
-"""What a step costs the coordinator, by the number of hosts: its own time, and bytes up and down.
+"""Cost of a step for the coordinator by the number of hosts: processor time, and bytes sent and received.
 
-First the state machine alone, every message as bytes, then a real coordinator with real sockets and a ledger on disk;
-hosts are simulated: real state machines whose devices make up losses. `own ms` is the processor time of the
-coordinator's thread, `process ms` that of its whole process, the network's threads included; hosts on the same cores
-do not count.
+It measures first the state machine alone, with every message as bytes, then a coordinator with real sockets and a
+ledger on disk. Hosts are simulated: real state machines with made-up losses. `own ms` is the processor time of the
+coordinator's thread, `process ms` that of its whole process with the threads of the network. Hosts on the same cores do
+not count.
 """
 
 import multiprocessing
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTUM = 32
-"""Pairs that are never split between hosts."""
+"""Lease quantum: pairs that stay together on one host."""
 
 HOSTS_A_PROCESS = 64
-"""Simulated hosts that share a process."""
+"""Number of simulated hosts in one process."""
 
 
 def run(settings: Settings) -> Report:
@@ -52,7 +52,7 @@ def run(settings: Settings) -> Report:
 
 
 class Step(NamedTuple):
-    """What a step took with one setting."""
+    """Cost of a step with one setting."""
 
     how: str
     hosts: int
@@ -64,7 +64,7 @@ class Step(NamedTuple):
 
 
 class FakeDevices:
-    """Does tasks at once, with made-up losses."""
+    """Answers tasks immediately with made-up losses."""
 
     def __init__(self, seed: int) -> None:
         """Begin with nothing."""
@@ -86,7 +86,7 @@ class FakeDevices:
 
 
 def config_of(settings: Settings) -> Config:
-    """Choose a run whose rounds beside the steps never come."""
+    """Make the settings of a run without audits, checkpoints and evaluations."""
     return Config(
         es=EsConfig(population_size=settings.members, chunk_pairs=QUANTUM),
         data=DataConfig(text="builtin:pydoc"),
@@ -98,7 +98,7 @@ def config_of(settings: Settings) -> Config:
 
 
 def machine_alone(settings: Settings, hosts: int) -> Step:
-    """Measure the state machine and the making and reading of bytes."""
+    """Measure the state machine, and packing and unpacking of messages."""
     config = config_of(settings)
     terms = Terms("bench", 1, QUANTUM, 100, {"rademacher": ""}, {}, 1, 1)
     text = PackedText(b"text", 4, "digest")
@@ -110,11 +110,11 @@ def machine_alone(settings: Settings, hosts: int) -> Step:
         for i in range(hosts)
     ]
     devices = [FakeDevices(i) for i in range(hosts)]
-    custom, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
+    thread, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
     first = None
     while first is None or coordinator.step < first + settings.steps:
         if first is None and coordinator.step >= 5:
-            first, custom, started = coordinator.step, 0.0, time.perf_counter()
+            first, thread, started = coordinator.step, 0.0, time.perf_counter()
             bytes_of.clear()
         published: list[list[bytes]] = []
         for worker, fake in zip(workers, devices, strict=True):
@@ -128,7 +128,7 @@ def machine_alone(settings: Settings, hosts: int) -> Step:
                 for action in coordinator.drain():
                     if isinstance(action, Publish):
                         published.append(wire.encode(action.envelope))
-                custom += time.perf_counter() - began
+                thread += time.perf_counter() - began
                 worker.receive(wire.decode(reply, "reply"), now)
         now += 0.01
         began = time.perf_counter()
@@ -136,30 +136,30 @@ def machine_alone(settings: Settings, hosts: int) -> Step:
         for action in coordinator.drain():
             if isinstance(action, Publish):
                 published.append(wire.encode(action.envelope))
-        custom += time.perf_counter() - began
+        thread += time.perf_counter() - began
         for frames in published:
             bytes_of["down"] += sum(map(len, frames))
             for worker in workers:
                 worker.receive(wire.decode(frames, "broadcast"), now)
-    return _step("machine", settings, hosts, custom, custom, time.perf_counter() - started, bytes_of)
+    return _step("machine", settings, hosts, thread, thread, time.perf_counter() - started, bytes_of)
 
 
 def with_sockets(settings: Settings, hosts: int) -> Step:
-    """Measure a coordinator with a ledger on disk and hosts at the loopback interface."""
+    """Measure a coordinator with a ledger on disk and hosts on the loopback interface."""
     with tempfile.TemporaryDirectory() as folder:
         server = serve(config_of(settings), Path(folder) / "run", bind="tcp://127.0.0.1:0", tell=lambda line: None)
         server.while_open = lambda: simulated_hosts(server.address, hosts)
-        first, custom, process, started = None, 0.0, 0.0, 0.0
+        first, thread, process, started = None, 0.0, 0.0, 0.0
         for info in server:
             ready = sum(host.state == "ready" for host in server.status().hosts) if first is None else hosts
             if first is None and ready == hosts:
-                first, custom, process, started = info.step, *_clocks()
+                first, thread, process, started = info.step, *_clocks()
             elif first is not None and info.step == first + settings.steps:
-                custom, process, wall = (
-                    now - then for now, then in zip(_clocks(), (custom, process, started), strict=True)
+                thread, process, wall = (
+                    now - then for now, then in zip(_clocks(), (thread, process, started), strict=True)
                 )
                 break
-    return _step("sockets", settings, hosts, custom, process, wall, None)
+    return _step("sockets", settings, hosts, thread, process, wall, None)
 
 
 def _clocks() -> tuple[float, float, float]:
@@ -168,7 +168,7 @@ def _clocks() -> tuple[float, float, float]:
 
 @contextmanager
 def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
-    """Run hosts with made-up losses, in a few processes."""
+    """Run simulated hosts in a few processes."""
     context = multiprocessing.get_context("spawn")
     sizes = [min(HOSTS_A_PROCESS, hosts - first) for first in range(0, hosts, HOSTS_A_PROCESS)]
     processes = [
@@ -186,7 +186,7 @@ def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
 
 
 def run_hosts(address: str, first: int, count: int) -> None:
-    """Be some hosts until killed."""
+    """Run some simulated hosts until the process is killed."""
     fingerprints = noise_fingerprints()
     limits = Limits(wire.MAX_BODY, wire.FRAMES)
     line = []
@@ -213,21 +213,21 @@ def run_hosts(address: str, first: int, count: int) -> None:
 
 
 def _step(
-    how: str, settings: Settings, hosts: int, custom: float, process: float, wall: float, sent: Counter[str] | None
+    how: str, settings: Settings, hosts: int, thread: float, process: float, wall: float, sent: Counter[str] | None
 ) -> Step:
     up = down = None
     if sent is not None:
         up = sent["up"] / settings.steps / settings.members
         down = sent["down"] / settings.steps / (settings.members / 2)
-    custom, process, wall = (1e3 * seconds / settings.steps for seconds in (custom, process, wall))
-    return Step(how, hosts, custom, process, wall, up, down)
+    thread, process, wall = (1e3 * seconds / settings.steps for seconds in (thread, process, wall))
+    return Step(how, hosts, thread, process, wall, up, down)
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw the coordinator's own time."""
+    """Draw the processor time of the coordinator."""
     axes = figure.add_subplot()
     for how in dict.fromkeys(row["how"] for row in rows):
         mine = [row for row in rows if row["how"] == how]
         axes.plot([row["hosts"] for row in mine], [row["own_ms"] for row in mine], "o-", label=how)
-    axes.set(xlabel="hosts", ylabel="the coordinator's own ms a step", xscale="log", ylim=(0, None))
+    axes.set(xlabel="hosts", ylabel="the coordinator's ms per step", xscale="log", ylim=(0, None))
     axes.legend()

@@ -1,8 +1,8 @@
-"""The cosine of an estimate with the exact gradient, against the population, for the spaces.
+"""The cosine between an estimate and the exact gradient by population, for each value of `es.space`.
 
-It is taken at the weights of a short run with noise on activations. Beside it, for noise on weights, the law
-1 / sqrt(1 + n r / K) for n parameters, K pairs of a window each, and the dispersion r of the windows' gradients (with
-r = 1, all windows alike, it is that of Dust, 2026).
+It is measured at the weights of a short run with noise on activations. For noise on weights the table adds the
+prediction 1 / sqrt(1 + n r / K) for n parameters, K pairs with one window each, and the dispersion r of the windows'
+gradients. (With r = 1, equal windows, it is that of Dust, 2026.)
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def run(settings: Cosines) -> Report:
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw cosines, and the law as crosses."""
+    """Draw the cosines, and the predictions as crosses."""
     axes = figure.add_subplot()
     for space in dict.fromkeys(row["space"] for row in rows):
         mine = [row for row in rows if row["space"] == space]

@@ -1,8 +1,8 @@
-"""What a step costs a host when it exchanges losses, and when it exchanges sums, by the number of hosts.
+"""Cost of a step for a host that exchanges losses, or gradient sums, by the number of hosts.
 
-With losses, a host scores its share of the pairs and then grows the noise of all of them again. With sums, it grows
-that of its share alone, and sends and gets a number for each weight. Noise on weights; one process is timed, as one
-host of many with an equal share.
+With losses, a host scores its share of the pairs, then draws the noise of all pairs again. With gradient sums, it draws
+the noise of its share alone, and sends and receives one number for each weight. Noise is on weights. One process is
+timed, as one of several hosts with equal shares.
 """
 
 from collections.abc import Sequence

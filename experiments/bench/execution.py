@@ -1,4 +1,4 @@
-"""How an evaluation is run on the machine: devices or threads, the size of a chunk, and the type of its products."""
+"""Speed of an evaluation with devices or threads, by the size of a chunk and the type of its products."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.measure import Candidate, all_threads, alternate, elsewhere, spread
 from bench.ours import evaluation, replica_of
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.settings import Execution
 from bench.throughput import Size, sizes
 from esjax.config.settings import Config, replace
@@ -25,12 +25,12 @@ THREADS = "one device, a thread a core"
 
 def run(settings: Execution) -> Report:
     """Measure every size."""
-    rows = [told(row) for size in sizes(settings) for row in measure(size, settings)]
+    rows = [print_row(row) for size in sizes(settings) for row in measure(size, settings)]
     return Report(rows, partial(plot, rows), ["Evaluations; chunks are multiples of the default number of pairs."])
 
 
 def measure(size: Size, settings: Execution) -> list[Row]:
-    """Measure one size: everything in turns."""
+    """Measure one size: all candidates in turns."""
     config = size.config
     pairs = replica_of(config, local_mesh()).chunk_pairs
     chunks = {factor: max(2, round(factor * pairs)) for factor in settings.chunks}
@@ -63,12 +63,12 @@ def evaluate(config: Config) -> Candidate:
 
 
 def with_threads(config: Config) -> Mapping[str, Candidate]:
-    """Make an evaluation in a process whose one device has all threads: JAX as it comes."""
+    """Make an evaluation in a process with one device that has all threads, the default of JAX."""
     return {THREADS: evaluate(config)}
 
 
 def plot(rows: Sequence[Row], figure: "Figure") -> None:
-    """Draw the rates beside those of the defaults."""
+    """Draw the rates relative to those of the defaults."""
     axes = figure.add_subplot()
     models = list(dict.fromkeys("{model} {hidden}, {sequences}".format(**row) for row in rows))
     for model in models:

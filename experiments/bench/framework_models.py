@@ -1,4 +1,4 @@
-"""Language models as people write them in flax and equinox; none of them knows this library."""
+"""Language models in the usual style of flax and equinox, with no code for this library."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,7 +17,7 @@ Tokens = Int[Array, " length"]
 
 
 class Made(NamedTuple):
-    """A model with its first weights.
+    """A model with its initial weights.
 
     Attributes:
         params: The weights.
@@ -41,7 +41,7 @@ class LinenGru(nn.Module):
 
 
 class LinenAttention(nn.Module):
-    """One block of attention, whose kernels have three axes, and an embedding that is the head, too."""
+    """One attention block, whose kernels have three axes, with an embedding that is also the head."""
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Logits:
@@ -57,12 +57,12 @@ class LinenBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        """Change what the blocks hand on."""
+        """Apply the block to the residual stream."""
         return x + nn.Dense(32)(nn.relu(nn.Dense(64)(nn.LayerNorm()(x)))), None
 
 
 class LinenStacked(nn.Module):
-    """Four blocks, whose weights `nn.scan` keeps in one array each."""
+    """Four blocks; `nn.scan` stacks each of their weights in one array."""
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Logits:
@@ -82,7 +82,7 @@ class NnxBlock(nnx.Module):
         self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Change what the blocks hand on."""
+        """Apply the block to the residual stream."""
         normed, mask = self.before(x), jnp.tril(jnp.ones((len(x), len(x)), bool))
         query, key, value = (layer(normed).reshape(1, len(x), 4, -1) for layer in (self.query, self.key, self.value))
         x = x + self.out(nnx.dot_product_attention(query, key, value, mask=mask).reshape(x.shape))

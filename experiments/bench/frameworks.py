@@ -1,7 +1,7 @@
-"""Evaluation of unmodified models of flax and equinox, against their own plain forward pass of as many tokens.
+"""Evaluation of unmodified models of flax and equinox, against a plain forward pass of as many tokens.
 
-Both are of the best of several numbers of pairs at a time. Beside the ratio: the operations for which a low-rank
-member's matrix was added up, and how far losses are from those of members that are added up outright.
+Each uses the fastest of several numbers of pairs at a time. The table also lists the operations for which a low-rank
+member's matrix was added up, and the largest difference from the losses of members with added-up weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from bench.framework_models import MODELS, Made
 from bench.measure import Candidate, alternate, fastest, spread
 from bench.ours import random_tokens
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.rivals import spread_out
 from bench.settings import Frameworks
 from esjax.core import Noise, evaluate, explain, initial_units, low_rank, pair_seeds
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 SIGMA = 0.1
 
 COMPARED = 64
-"""Pairs whose losses are compared with those of members that are added up."""
+"""Pairs whose losses are compared with those of members with added-up weights."""
 
 Loss = Callable[[Params, Int[Array, " length"]], Float[Array, ""]]
 
 
 def run(settings: Frameworks) -> Report:
     """Measure every model."""
-    rows = [told(measure(name, settings)) for name in settings.models]
+    rows = [print_row(measure(name, settings)) for name in settings.models]
     notes = [
         "M/s are millions of member-tokens a second; the difference is the largest, in nats, between losses and those "
         f"of members whose weights are added up, of {min(COMPARED, settings.pairs)} pairs."
@@ -91,7 +91,7 @@ def mean_nats(made: Made) -> Loss:
 def largest_difference(
     loss: Loss, noise: Noise, params: Params, seeds: UInt32[Array, "pairs 2"], tokens: Int[Array, "pairs length"]
 ) -> float:
-    """Compare losses with those of members whose weights are added up outright."""
+    """Return the largest difference from the losses of members with added-up weights."""
     layout = noise.lay_out(params)
 
     def added_up(seed: Array, tokens: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Ways to train a model from the same first weights on the same text, one step at a time."""
+"""Methods that train a model from the same initial weights on the same text, one step at a time."""
 
 import time
 from collections.abc import Callable
@@ -32,20 +32,20 @@ from esjax.replica.streams import INIT, WINDOWS
 from esjax.training.run import Trainer
 
 NEVER = 1e9
-"""Seconds between evaluations of a run that is evaluated from outside."""
+"""Setting `evaluate_time` of a run that the benchmark evaluates: so long that the run never does."""
 
 
 Name = TypeVar("Name")
-"""What learners are told apart by."""
+"""Key of a learner."""
 
 
 class Learner(NamedTuple):
-    """A run that may be stopped and looked at after any step.
+    """A run that can be paused and evaluated after any step.
 
     Attributes:
-        step: `(done) -> tokens` takes a step, or a few, waits for it, and returns how many (member-)tokens it read;
-            `done` is the part of the run that is over, for schedules that need an end.
-        params: Gives the weights to evaluate.
+        step: `(done) -> tokens` does a few steps, waits for them, and returns how many (member-)tokens they read.
+            `done` is the fraction of the run that is over, for schedules with an end.
+        params: Returns the weights to evaluate.
     """
 
     step: Callable[[float], int]
@@ -53,7 +53,7 @@ class Learner(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point of a curve: seconds of training alone, and tokens, until then; held-out nats a token."""
+    """A point of a learning curve: seconds of training (evaluations excluded), tokens, and held-out nats per token."""
 
     seconds: float
     tokens: int
@@ -63,7 +63,7 @@ class Point(NamedTuple):
 def train_in_turns(
     learners: dict[Name, Learner], held_out: Callable[[Params], float], seconds: float, every: float
 ) -> dict[Name, list[Point]]:
-    """Train all in turns of `every` seconds, and evaluate each after its turn; evaluations and first steps are free."""
+    """Train all in turns of `every` seconds, each followed by an evaluation; only training steps are timed."""
     clocks = {name: [0.0, learner.step(0.0)] for name, learner in learners.items()}
     curves: dict[Name, list[Point]] = {name: [] for name in learners}
     for turn in range(1, max(1, round(seconds / every)) + 1):
@@ -86,7 +86,7 @@ def train_for_tokens(learner: Learner, held_out: Callable[[Params], float], toke
 
 
 def scorer(config: Config, corpus: Corpus) -> Callable[[Params], float]:
-    """Make the function that scores weights on the held-out documents, in nats a token."""
+    """Make the function that scores weights on the held-out documents, in nats per token."""
     trained = LanguageModel(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
     lanes = trained.lanes(corpus.held_out)
     return lambda params: trained.loss(params, lanes)
@@ -106,7 +106,7 @@ def ours(config: Config, corpus: Corpus) -> Learner:
 
 
 class _Setting(NamedTuple):
-    """What the other ways of training begin with."""
+    """Model, weights, data and devices, which all methods begin with."""
 
     model: Model
     params: Params
@@ -132,8 +132,8 @@ def _set(config: Config, corpus: Corpus) -> _Setting:
 def mean_gradient(model: Model, mesh: Mesh, burn_in: int) -> Callable[[Params, Int[Array, "windows length"]], Params]:
     """Make `(params, windows) -> gradient` of the mean loss; jit it.
 
-    Each device takes the gradient of its share by itself, and they meet once. Left to the compiler, they would meet at
-    every token of the backward pass.
+    Each device computes the gradient of its share, and the devices synchronise once. The compiler alone would
+    synchronise them at every token of the backward pass.
     """
 
     def mean_loss(params: Params, windows: Array) -> Array:
@@ -150,9 +150,9 @@ def mean_gradient(model: Model, mesh: Mesh, burn_in: int) -> Callable[[Params, I
 
 
 def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_a_time: int = 10) -> Learner:
-    """Train with exact gradients and Adam; the rate falls to 0 as a cosine over the run, `at_a_time` steps a call.
+    """Train with exact gradients and Adam, whose rate falls to 0 as a cosine over the run; `at_a_time` steps per call.
 
-    The batch is rounded up to as many windows for every device.
+    The batch is rounded up to a multiple of the number of devices.
     """
     model, params, _, mesh, windows_of = _set(config, corpus)
     rule, gradient_of = optax.scale_by_adam(), mean_gradient(model, mesh, config.data.burn_in)
@@ -178,7 +178,7 @@ def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_
 
 
 def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, at_once: int) -> Learner:
-    """Train with evosax's OpenES: the run's optimizer and average, windows that all members share."""
+    """Train with OpenES of evosax, with the run's optimizer and average; all members share their windows."""
     model, params, _, mesh, windows_of = _set(config, corpus)
     rival = evosax_open_es(
         model,
@@ -210,7 +210,7 @@ def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, a
 
 
 def mean_of_peers(losses: np.ndarray, members_a_window: int) -> np.ndarray:
-    """Give each member the mean loss of those that share its window, or of all, if it has one alone."""
+    """Return, for each member, the mean loss of the members with its window, or of all if windows are not shared."""
     if members_a_window == 1:
         return np.full_like(losses, losses.mean())
     windows = np.arange(len(losses)) // members_a_window
@@ -218,13 +218,13 @@ def mean_of_peers(losses: np.ndarray, members_a_window: int) -> np.ndarray:
 
 
 def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_window: int = 1) -> Learner:
-    """Train with the library's functions in another arrangement.
+    """Train with the library's functions in a different arrangement.
 
     Args:
         config: Settings.
         corpus: The text.
-        paired: False: every member has noise of its own and its loss is compared with a mean, not with a twin's: of
-            those that share its window, which else would count how hard the window is; of all, if it has one alone.
+        paired: False: every member has different noise, and its loss is compared with a mean, see `mean_of_peers`, in
+            place of the loss of the other member of a pair.
         pairs_a_window: Pairs (or members, unpaired) that share a window.
     """
     model, _, _, mesh, windows_of = _set(config, corpus)
@@ -246,7 +246,7 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
 
     def step(_: float) -> int:
         losses = np.array(losses_of(replica.state.params, replica.state.step))
-        if not paired:  # the other sign is scored as well, and not looked at: what counts here are tokens, not seconds
+        if not paired:  # -ε is scored, too, and ignored: tokens are compared here, not seconds
             losses[:, 1] = mean_of_peers(losses[:, 0], pairs_a_window)
         shaped = shape(losses, es.shaping, es.sigma)
         replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale)

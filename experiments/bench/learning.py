@@ -1,10 +1,9 @@
-"""Held-out loss over seconds and over tokens, from the same first weights on the same text, all trained in turns.
+"""Held-out loss by seconds and by tokens, from the same initial weights on the same text; all methods train in turns.
 
-Noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, evosax's OpenES with the same
-optimizer, and backpropagation with Adam. The step size of each is searched by the held-out loss after trials that are
-short and taken in turns; for evosax together with the windows that its members share, for backpropagation with those
-of a batch, of which both have none that is usual. A schedule with an end, which backpropagation has, ends with the
-trial, and with the run.
+The methods: noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, OpenES of evosax with
+the same optimizer, and backpropagation with Adam. Short trials, taken in turns, find the step size of each method by
+the held-out loss; also the number of windows that members of evosax share, and the batch size of backpropagation, since
+these have no usual value. The schedule of backpropagation ends with the trial or the run.
 """
 
 import math
@@ -13,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer, train_in_turns
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.search import Choice, best_of, search
 from bench.settings import Learning
 from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
@@ -24,18 +23,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TURNS = 4
-"""Turns that a trial is cut into."""
+"""Number of turns of a trial."""
 
 BACKPROPAGATION_RATE = 0.005
 """Adam's usual rate for backpropagation with such models."""
 
 
 class Method(NamedTuple):
-    """A way to train.
+    """A method of training.
 
     Attributes:
         make: `(choice) -> learner`.
-        rate: Its usual step size.
+        rate: Usual step size.
         windows: Numbers of windows that are tried, the usual one first.
     """
 
@@ -64,7 +63,7 @@ def run(settings: Learning) -> Report:
             try_out = partial(_try_out, method, held_out, seconds)
             trials[name] = search(try_out, rates, method.windows, settings.extensions)
             chosen[name] = best_of(trials[name])
-            told({"method": name, **chosen[name]._asdict(), "held-out": trials[name][chosen[name]]})
+            print_row({"method": name, **chosen[name]._asdict(), "held-out": trials[name][chosen[name]]})
     learners = {name: makers[name].make(chosen[name]) for name in settings.methods}
     curves = train_in_turns(learners, held_out, settings.seconds, settings.every)
     rows = [_row(name, chosen[name], trials[name], curve, settings.targets) for name, curve in curves.items()]

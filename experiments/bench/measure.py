@@ -1,6 +1,6 @@
-"""Times candidates for the same work in turns, so that whatever else the machine does meets all of them alike.
+"""Times candidates for the same work in turns, so that other load on the machine affects all of them alike.
 
-Every figure that is reported is a ratio of two rates of the same round; its spread is over the rounds.
+Every reported figure is a ratio of two rates of the same round; its spread is over the rounds.
 """
 
 import math
@@ -16,19 +16,19 @@ import jax
 import numpy as np
 
 LEAST_SECONDS = 0.2
-"""A candidate is called as often in a round as takes so long."""
+"""Seconds of a turn: a candidate is called until they are over."""
 
 
 FINALISTS = 3
-"""Of several settings of a rival, those that are timed more than once."""
+"""Number of the fastest settings of a rival that are timed more than once."""
 
 
 class Candidate(NamedTuple):
-    """One way of doing some work.
+    """One way to do some work.
 
     Attributes:
-        call: Does it; what it returns is waited for.
-        work: Amount that a call does: member-tokens, or floating-point operations.
+        call: Does the work; the caller waits for the result.
+        work: Amount of work of a call: member-tokens, or floating-point operations.
     """
 
     call: Callable[[], Any]
@@ -44,23 +44,23 @@ class Spread(NamedTuple):
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Tell the median and the extremes."""
+    """Return the median and the extremes."""
     return Spread(float(np.median(values)), float(np.min(values)), float(np.max(values)))
 
 
 def alternate(candidates: Mapping[str, Candidate], rounds: int, least: float = LEAST_SECONDS) -> dict[str, np.ndarray]:
-    """Time all candidates in turns; the first call of each, which may compile, does not count, nor does a second.
+    """Time all candidates in turns. The first two calls of each do not count, since they may compile.
 
-    Each round begins with another one, and every other round goes backwards: what one leaves behind, in caches or in
-    the processor's clock, does not always meet the same next one.
+    Each round starts with a different candidate, and every other round runs backwards, so that effects of one candidate
+    on the next, through caches or the processor's clock, even out.
 
     Args:
-        candidates: By name.
-        rounds: How often it is each one's turn, at least 1.
-        least: Seconds that a turn takes at least. 0: a turn is a call, and the first one counts.
+        candidates: Candidates by name.
+        rounds: Number of turns of each, at least 1.
+        least: Least seconds of a turn. 0: a turn is one call, and the first one counts.
 
     Returns:
-        Work a second of each candidate and round.
+        Work per second of each candidate and round.
     """
     calls = dict.fromkeys(candidates, 1)
     for name, candidate in candidates.items() if least else ():
@@ -81,14 +81,14 @@ def _order(names: list[str], number: int) -> list[str]:
 
 
 def fastest(candidates: Mapping[str, Candidate], seconds: float = 60.0, rounds: int = 3) -> str:
-    """Name the fastest of a few candidates, so that a rival is measured at its best setting.
+    """Return the name of the fastest of several candidates, so that a rival is measured at its best setting.
 
-    One call of each finds the few that may be the fastest; of these the median over some rounds decides.
+    One call of each selects a few fast ones; the median over some rounds decides between these.
 
     Args:
-        candidates: By name, the most promising first.
-        seconds: After these no further ones are tried, but for a second one.
-        rounds: Turns of those that may be the fastest.
+        candidates: Candidates by name, the most promising first.
+        seconds: After this time no further candidates are tried; at least two are.
+        rounds: Turns of the few fast ones.
     """
     if len(candidates) == 1:
         return next(iter(candidates))
@@ -117,13 +117,13 @@ def elsewhere(
     environment: Mapping[str, str],
     processes: int = 1,
 ) -> Iterator[dict[str, Candidate]]:
-    """Make candidates in processes of their own, whose libraries start with other settings.
+    """Make candidates that run in separate processes, whose libraries start with other settings.
 
     Args:
-        make: `(*arguments) -> candidates`, a function of a module; called in each process.
-        arguments: What it is given.
-        environment: Variables that are set when the processes start.
-        processes: How many work at the same time; together they do so many times the work.
+        make: `(*arguments) -> candidates`, a module-level function; called in each process.
+        arguments: Its arguments.
+        environment: Environment variables of the processes.
+        processes: Number of processes that work at the same time; the work is multiplied by it.
     """
     spawn = multiprocessing.get_context("spawn")
     before = dict(os.environ)
@@ -166,7 +166,7 @@ def _serve(line: Connection, make: Callable[..., Mapping[str, Candidate]], argum
 
 
 def all_threads() -> dict[str, str]:
-    """Environment for one CPU device with a thread a core: JAX as it comes."""
+    """Environment for one CPU device with one thread per core, the default of JAX."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_cpu_multi_thread_eigen=false", "")
     cache = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
     return {"XLA_FLAGS": flags.strip(), "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": cache}

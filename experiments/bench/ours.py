@@ -1,4 +1,4 @@
-"""The library's own evaluation and step, ready to be timed, on a text without meaning."""
+"""Evaluation and step of this library as candidates to be timed, on random tokens."""
 
 import jax
 import numpy as np
@@ -12,16 +12,16 @@ from esjax.replica.replica import Replica
 from esjax.training.local_steps import LocalSteps
 
 VOCAB = 83
-"""Token ids, as many as Shakespeare's."""
+"""Number of token ids, that of builtin:shakespeare."""
 
 
 def random_tokens(shape: int | tuple[int, ...]) -> np.ndarray:
-    """Draw tokens of documents without end."""
+    """Draw random tokens without STOP."""
     return np.random.default_rng(0).integers(2, VOCAB, shape).astype(np.uint8)
 
 
 def first_devices(count: int) -> Mesh:
-    """Line up the first few devices."""
+    """Make a mesh of the first few devices."""
     return jax.make_mesh((count,), (PAIRS_AXIS,), (AxisType.Auto,), devices=jax.local_devices()[:count])
 
 
@@ -36,13 +36,13 @@ def member_tokens(config: Config) -> int:
 
 
 def evaluation(config: Config, replica: Replica) -> Candidate:
-    """Score the whole population once: its noise is grown, its windows are drawn, and losses come back."""
+    """Score the whole population once: draw its noise and windows, and return the losses."""
     pairs = np.arange(config.es.pairs, dtype=np.uint32)
     return Candidate(lambda: replica.losses(pairs), member_tokens(config))
 
 
 def step(config: Config, replica: Replica) -> Candidate:
-    """Take a whole step: evaluation, shaping, the noise once more, Adam."""
+    """Do a whole step: evaluation, shaping, the sum of the noise, Adam."""
     steps = LocalSteps(config, replica, custom={})
 
     def call() -> object:

@@ -1,4 +1,4 @@
-"""What a benchmark found: as JSON, as a table in Markdown, and as a plot."""
+"""Writes the results of a benchmark as JSON, as a Markdown table and as a plot."""
 
 import json
 import math
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-"""A line of a table by its columns: text, numbers, spreads; lists and mappings are for JSON alone."""
+"""A row of a table by column: text, numbers and spreads; lists and mappings go to the JSON file alone."""
 
 
 class Report(NamedTuple):
-    """What a benchmark found.
+    """The results of a benchmark.
 
     Attributes:
-        rows: Lines of the table.
-        plot: Draws them; None: there is nothing to draw.
-        notes: Lines under the table.
+        rows: Rows of the table.
+        plot: Draws them. None: no plot.
+        notes: Lines below the table.
     """
 
     rows: Sequence[Row]
@@ -33,7 +33,7 @@ class Report(NamedTuple):
 
 
 def machine() -> dict[str, Any]:
-    """Tell on what a benchmark ran."""
+    """Describe the machine and the versions."""
     import jax
 
     devices = jax.devices()
@@ -56,7 +56,7 @@ def _processor() -> str:
 
 
 def write(folder: Path, name: str, settings: Any, report: Report) -> str:
-    """Write `name`.json, .md and .png, and return the table."""
+    """Write `name`.json, .md and .png; return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     table = to_table(report)
     found = {
@@ -76,8 +76,8 @@ def write(folder: Path, name: str, settings: Any, report: Report) -> str:
     return table
 
 
-def told(row: Row) -> Row:
-    """Print a row as soon as it is there, since the whole table may take an hour, and give it back."""
+def print_row(row: Row) -> Row:
+    """Print a row at once, since the whole table may take an hour; return the row."""
     shown = (f"{column} {_word(value)}" for column, value in row.items() if value is not None and _is_shown(value))
     print(", ".join(shown), file=sys.stderr, flush=True)
     return row
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_table(report: Report) -> str:
-    """Write rows as a table in Markdown; a spread is its median, and its extremes in brackets."""
+    """Return the Markdown table of a report; a spread is shown as median [least, greatest]."""
     columns = list(dict.fromkeys(key for row in report.rows for key, value in row.items() if _is_shown(value)))
     lines = [columns, ["---"] * len(columns)]
     lines += [[_word(row.get(column)) for column in columns] for row in report.rows]

@@ -1,7 +1,7 @@
-"""What a user would take instead: numpy, evosax, low-rank noise drawn as normals, and a plain forward pass.
+"""Alternatives to compare with: numpy, evosax, low-rank noise drawn as normals, and a plain forward pass.
 
-All score the library's own models with its own loss, numpy apart, which is written out. On several devices each takes
-a share of the members, `at_once` of them at a time, as the library's own evaluation does.
+All but numpy score this library's models with its loss; the numpy model is written out here. On several devices each
+scores a share of the members, `at_once` at a time, as this library's evaluation does.
 """
 
 import math
@@ -30,11 +30,11 @@ from esjax.models.member import cross_entropy, over_sequences
 from esjax.models.model import Model, Params
 
 WEIGHED = 512
-"""Pairs whose noise a device draws again and sums at a time, at most, as in this library."""
+"""Most pairs whose noise a device draws again and sums at a time, as in this library."""
 
 
 class Rival(NamedTuple):
-    """An evolution strategy of another kind.
+    """An evolution strategy of another library or method.
 
     Attributes:
         init: `(params) -> state`.
@@ -70,10 +70,10 @@ def evosax_open_es(
     at_once: int,
     precision: Precision = "float32",
 ) -> Rival:
-    """Make evosax's OpenES: dense normal noise, antithetic, and centred ranks over the whole population.
+    """Make OpenES of evosax (Salimans et al. 2017): dense normal noise, antithetic pairs, centered ranks.
 
     All members score the same sequences, tokens [sequences, length]. It searches in units of each leaf, so that one
-    sigma and one step size serve all leaves, as they do here. Products are of the precision's type.
+    sigma and one step size suit all leaves, as in this library. Products round to `precision`.
     """
     try:
         from evosax.algorithms import Open_ES
@@ -115,24 +115,24 @@ def normal_low_rank(
     kept: bool,
     precision: Precision = "float32",
 ) -> Rival:
-    """Make low-rank evolution strategies whose factors are drawn by `jax.random.normal`, a key a member and leaf.
+    """Make an evolution strategy with low-rank noise by `jax.random.normal`, one key per pair and leaf.
 
-    Each pair has sequences of its own, tokens [pairs, sequences, length]; shaping is by the standard deviation of the
-    pairs' differences.
+    Each pair has different sequences, tokens [pairs, sequences, length]. Shaping divides by the standard deviation of
+    the pairs' differences.
 
     Args:
         model: The architecture.
         mesh: Devices that share the pairs.
         burn_in: Tokens of a sequence that are read and not scored.
-        pairs: Pairs a step.
+        pairs: Pairs of a step.
         sigma: Standard deviation of the noise, in units of each leaf.
         rank: Rank of the noise of a matrix.
-        optimizer: From the estimate, in units of each leaf, to the update.
+        optimizer: Turns the estimate, in units of each leaf, into the update.
         at_once: Pairs that a device scores at a time.
-        kept: Whether a step draws its noise once and keeps all of it for the update, the faster way, which takes memory
-            by the population; or draws it with each group of pairs and once more, from the same keys, in the update,
-            as it is published ("Evolution Strategies at the Hyperscale", Sarkar et al. 2025).
-        precision: Type of what matrix products multiply while members are scored.
+        kept: True: draw the noise of a step once and keep it for the update, which is faster and takes memory in
+            proportion to the population. False: draw it again in the update, from the same keys, as published (Sarkar
+            et al. 2025).
+        precision: Type to which operands of matrix products are rounded while members are scored.
     """
     example = model.init(jax.random.key(0))
     units, loss = model.units(example), _loss(model, burn_in)
@@ -209,7 +209,7 @@ class _Factors(NamedTuple):
 
 
 _Noise = Any
-"""A pytree like the parameters; in place of each matrix, or layer, `_Factors`. Pairs come first."""
+"""A pytree like the parameters, with `_Factors` in place of each matrix or layer. The axis of pairs comes first."""
 
 
 def _is_layer(node: Any) -> bool:
@@ -242,13 +242,13 @@ def _weigh(noise: _Noise, weights: Float[Array, " pairs"]) -> Params:
 
 
 def _loss(model: Model, burn_in: int) -> Callable[[Params, Int[Array, "sequences length"]], Float[Array, ""]]:
-    """Make the mean loss over some sequences, of weights that may be perturbed or rounded."""
+    """Make the mean loss over some sequences for weights that may be perturbed or rounded."""
     loss, key = over_sequences(model, cross_entropy(burn_in)), jax.random.key(0)
     return interpret(lambda params, tokens: loss(params, tokens, key))
 
 
 def spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_once: int) -> Array:
-    """Map over the first axis, a share for each device, so many at a time."""
+    """Map over the first axis: a share for each device, a fixed number at a time."""
     axis = PartitionSpec(PAIRS_AXIS)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)
@@ -259,10 +259,10 @@ def spread_out(mesh: Mesh, function: Callable[[Any], Array], inputs: Any, at_onc
 
 
 class NumpyRnn:
-    """The loop of the `rnn` in numpy, one member at a time, its sequences as one batch."""
+    """The `rnn` in numpy: scores one member at a time, its sequences as one batch."""
 
     def __init__(self, params: Sequence[np.ndarray], sigma: float, burn_in: int) -> None:
-        """Set up.
+        """Store the weights.
 
         Args:
             params: The leaves in order: s0, U_1, E_1, ..., U_L, E_L, W1, W2.
@@ -280,7 +280,7 @@ class NumpyRnn:
         return self.loss(plus, tokens), self.loss(minus, tokens)
 
     def loss(self, params: Sequence[np.ndarray], tokens: np.ndarray) -> float:
-        """Mean nats a token."""
+        """Return mean nats per token."""
         start, *layers, hidden, output = params
         rows = np.arange(len(tokens))
         state = np.repeat(start[None], len(tokens), axis=0)

@@ -1,6 +1,6 @@
-"""What is lost when the population, the width or the batch is four times as large or small, other settings untouched.
+"""Held-out loss with the population, the width or the batch four times as large or small, other settings unchanged.
 
-Held-out loss after the same number of member-tokens, seed by seed.
+Losses are compared after the same number of member-tokens, seed by seed.
 """
 
 from bench.ablation import DEFAULTS, compared

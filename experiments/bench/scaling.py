@@ -1,4 +1,4 @@
-"""How a step's rate goes with devices, population, window and model size; and the memory that a population takes."""
+"""Rate of a step by devices, population, window and model size; and memory by population."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.settings import Scaling
 from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def run(settings: Scaling) -> Report:
-    """Measure each axis by itself, its values in turns."""
-    rows = [told(row) for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
-    notes = ["Memory is the most that the process, or an accelerator, has held so far; rates are against the first."]
+    """Measure one axis after another, the values of each in turns."""
+    rows = [print_row(row) for name, values in axes(settings).items() for row in measure(name, values, settings.rounds)]
+    notes = ["Memory is the peak so far of the process, or of an accelerator; rates are relative to the first."]
     return Report(rows, partial(plot, rows), notes)
 
 
 def axes(settings: Scaling) -> dict[str, dict[int, tuple[Config, int]]]:
-    """List settings and devices by the axis and the value on it.
+    """List settings and devices by axis and value.
 
-    All exchange losses: left to itself a large population would exchange sums, and a curve would join two estimators.
+    All exchange losses. With `auto`, large populations would exchange gradient sums, and a curve would mix the two.
     """
     es = EsConfig(population_size=settings.population, exchange="losses")
     base = Config(es=es)
@@ -62,7 +62,7 @@ def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> It
             yield {"axis": axis, "value": value, "step M/s": "out of memory"}
             continue
         candidates[str(value)], memory[str(value)] = candidate, _peak_memory()
-    if not candidates:  # nothing had room, or nothing was asked for
+    if not candidates:  # nothing fitted into memory, or no values were given
         return
     rates = alternate(candidates, rounds)
     first = next(iter(rates.values()))
@@ -77,7 +77,7 @@ def measure(axis: str, values: dict[int, tuple[Config, int]], rounds: int) -> It
 
 
 def _peak_memory() -> float:
-    """Tell the most megabytes that were held so far: by the first device, or, on CPUs, by the process."""
+    """Return the peak memory so far in megabytes: of the first device, or on CPUs of the process."""
     stats: dict[str, Any] | None = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e6

@@ -1,18 +1,18 @@
-"""Searches the step size of a method, and the windows of a step, by short trials: the same for every method."""
+"""Searches the step size of a method, and the windows of a step, by short trials; the same way for every method."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 FACTOR = 3.0
-"""From one step size to the next one outward."""
+"""Ratio of a step size to the next one outward."""
 
 
 class Choice(NamedTuple):
-    """What is tried.
+    """A choice that is tried.
 
     Attributes:
         rate: Step size.
-        windows: Those of a step, or of a member.
+        windows: Windows of a step, or of a member.
     """
 
     rate: float
@@ -20,20 +20,20 @@ class Choice(NamedTuple):
 
 
 Trials = Callable[[Sequence[Choice]], dict[Choice, float]]
-"""`(choices) -> losses` trains with each for a short while; infinite where a loss is not finite."""
+"""`(choices) -> losses` trains with each for a short time; a loss that is not finite is returned as infinite."""
 
 
 def search(trials: Trials, rates: Sequence[float], windows: Sequence[int], extensions: int) -> dict[Choice, float]:
-    """Try every step size with every number of windows, then go outward until the best step size lies between others.
+    """Try every step size with every number of windows, then further step sizes until the best lies between others.
 
     Args:
-        trials: Tries some.
+        trials: Function that runs trials.
         rates: Step sizes to begin with.
         windows: Numbers of windows.
-        extensions: How often a further step size is tried, at most, where the best one is at an end.
+        extensions: Most further step sizes.
 
     Returns:
-        The loss of everything that was tried.
+        The loss of every choice that was tried.
     """
     found = trials([Choice(rate, number) for number in windows for rate in rates])
     for _ in range(extensions):
@@ -47,5 +47,5 @@ def search(trials: Trials, rates: Sequence[float], windows: Sequence[int], exten
 
 
 def best_of(found: dict[Choice, float]) -> Choice:
-    """Name what lost least."""
+    """Return the choice with the lowest loss."""
     return min(found, key=lambda choice: found[choice])

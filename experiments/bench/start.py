@@ -1,7 +1,7 @@
-"""Seconds from the start of a process to the first line of training, to the help, and to the library's import.
+"""Seconds from the start of a process to the first line of training, to the help, and to the import of the library.
 
-The first line comes when the first step is finished and evaluated. Cold: no compiled program is kept; warm: all are.
-Beside them the same for Python alone, and for a first product in JAX. All in turns, each in a process of its own.
+The first line is printed after the first step and its evaluation. Cold: the compilation cache is empty; warm: it holds
+all programs. For comparison: the start of Python, and a first product in JAX. All in turns, each in a new process.
 """
 
 import os
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 JAX = "import jax; jax.block_until_ready(jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))))"
-"""What any program that uses JAX has to wait for."""
+"""A program that only multiplies in JAX: the least time of any program that uses JAX."""
 
 
 def run(settings: Start) -> Report:
-    """Start everything in turns."""
+    """Start all candidates in turns."""
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder) / "warm"
         train = [sys.executable, "-m", "esjax", "train", *settings.words]
@@ -59,7 +59,7 @@ def _finish(command: list[str]) -> None:
 
 
 def _first_line(command: list[str], cache: Path) -> None:
-    """Train until a line shows a step, with compiled programs kept in `cache`."""
+    """Train until the first line of a step, with the compilation cache in `cache`."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Sets what must be reached beside what benchmarks found; it reads the files that they leave."""
+"""Compares the results of benchmarks, read from their JSON files, with the targets."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +11,14 @@ Rows = list[dict[str, Any]]
 
 
 class Target(NamedTuple):
-    """A figure to reach.
+    """A target.
 
     Attributes:
-        benchmark: Which finds it.
-        what: What it is, in words.
-        bound: What must be reached.
-        is_most: Whether the figure must be at most so large; else at least.
-        find: `(rows) -> figures` of which the worst counts; none: it was not measured, or not reached at all.
+        benchmark: Name of the benchmark that measures it.
+        what: Description of the figure.
+        bound: Value to reach.
+        is_most: True: the figure must be at most `bound`; False: at least.
+        find: `(rows) -> figures`, of which the worst counts. Empty if it was not measured, or never reached.
     """
 
     benchmark: str
@@ -29,19 +29,19 @@ class Target(NamedTuple):
 
 
 def column(name: str, **chosen: Any) -> Callable[[Rows], Iterable[float | None]]:
-    """Take a column of the rows whose other columns are as given."""
+    """Select a column of the rows that have given values in other columns."""
     return lambda rows: [
         _middle(row.get(name)) for row in rows if all(row.get(key) == value for key, value in chosen.items())
     ]
 
 
 def rnn(hidden: int, sequences: int) -> dict[str, Any]:
-    """Choose the row of one of the original's models."""
+    """Select the row of one rnn."""
     return {"model": "rnn", "hidden": hidden, "sequences": sequences}
 
 
 def reached_below(loss: float, methods: Iterable[str]) -> Callable[[Rows], Iterable[float | None]]:
-    """Take the seconds that the quickest of some methods needed."""
+    """Select the seconds of the fastest of some methods to a loss."""
 
     def quickest(rows: Rows) -> Iterable[float | None]:
         found = [row.get(f"below {loss}: s") for row in rows if row["method"] in methods]
@@ -52,7 +52,7 @@ def reached_below(loss: float, methods: Iterable[str]) -> Callable[[Rows], Itera
 
 
 RNNS = ((16, 8, 75, 1.7), (32, 32, 23, 1.4), (64, 8, 25, 1.4), (256, 32, 4.5, 1.2))
-"""Hidden size and sequences a member, how many times as fast as numpy evaluation must be, and the step as a rival's."""
+"""Hidden size, sequences per member, and target ratios: evaluation to numpy, and step to the best rival."""
 
 WEIGHTS = "low rank 1", "low rank 4", "full"
 
@@ -88,7 +88,7 @@ TARGETS = (
 
 
 def compare(folder: Path) -> Report:
-    """Compare all that was found in a folder; the worst row counts."""
+    """Compare all results in a folder with the targets; the worst row counts."""
     files = {target.benchmark: folder / f"{target.benchmark}.json" for target in TARGETS}
     found = {name: json.loads(file.read_text())["rows"] for name, file in files.items() if file.exists()}
     return Report([_row(target, found) for target in TARGETS])

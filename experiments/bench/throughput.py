@@ -1,9 +1,9 @@
-"""Member-tokens a second of evaluation and of a whole step, beside what a user would take instead.
+"""Member-tokens per second of evaluation and of a whole step, in comparison with alternatives.
 
-Rivals in JAX are tried with one device a core and with one device and a thread a core, and with several numbers of
-members at a time; the fastest of these takes part in the turns, with products in float32 and in bfloat16. numpy runs
-as one process with its own threads, and as a process a core with a thread each, where the model is an rnn. The peak
-is a large float32 matrix product, the faster of JAX's and numpy's.
+Rivals in JAX are tried with one device per core, with one device and a thread per core, and with several numbers of
+members at a time. The fastest setting is timed in turns, with products in float32 and in bfloat16. For an rnn, numpy
+runs as one process with all threads, and as one process per core with one thread each. The peak is a large float32
+matrix product, the faster of JAX's and numpy's.
 """
 
 import os
@@ -19,7 +19,7 @@ import optax
 
 from bench.measure import Candidate, Spread, all_threads, alternate, elsewhere, fastest, one_thread, spread
 from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_of, step
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
 from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DENSE_BYTES = 2**29, 2**33
-"""Bytes of a dense population that a rival is given at most, on CPUs and on an accelerator: fewer members, then."""
+"""Most bytes of a dense population of a rival, on CPUs and on an accelerator; it limits the number of members."""
 
 AT_ONCE = (512, 256, 1024, 128), (2**15, 2**17)
-"""Sequences that a device has at a time, over all members, of which rivals try each; on CPUs, and on an accelerator."""
+"""Sequences of all members at a time that rivals try on each device, on CPUs and on an accelerator."""
 
 FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**15, 2**17, 2**18)
-"""The same for the forward pass, which has no noise to keep."""
+"""The same for the forward pass, which stores no noise."""
 
 
 class Size(NamedTuple):
@@ -50,7 +50,7 @@ class Size(NamedTuple):
 
     @property
     def config(self) -> Config:
-        """Settings of a run. With sums, which large populations exchange by themselves, no losses could be timed."""
+        """Settings of a run that exchanges losses; with gradient sums, there would be no losses to time."""
         return Config(
             es=EsConfig(population_size=self.population, exchange="losses"),
             model=self.model,
@@ -68,7 +68,7 @@ class Size(NamedTuple):
 
 def run(settings: Throughput) -> Report:
     """Measure every size."""
-    rows = [told(measure(size, settings)) for size in sizes(settings)]
+    rows = [print_row(measure(size, settings)) for size in sizes(settings)]
     notes = [
         "M/s are millions of member-tokens a second; a ratio is the median of those of each round, and their extremes.",
     ]
@@ -76,7 +76,7 @@ def run(settings: Throughput) -> Report:
 
 
 def sizes(settings: Models) -> list[Size]:
-    """List what is measured."""
+    """List the sizes to measure."""
     scale = settings.scale or (1 if _on_cpu() else 16)
     rnns = [
         Size(RnnConfig(hidden_size=hidden, n_layers=layers), sequences, scale * members)
@@ -111,7 +111,7 @@ def measure(size: Size, settings: Throughput) -> Row:
             of_kind = {name: one for name, one in candidates.items() if name.startswith(f"{kind}:")}
             best[kind] = fastest(of_kind, settings.choose_seconds)
             turns[kind] = candidates[best[kind]]
-            # What suits float32 suits bfloat16: trying all once more would take as long again.
+            # Use the best setting of float32 for bfloat16: a second search would take as long again.
             if kind in settings.rivals:
                 turns[f"bfloat16 {kind}"] = candidates[f"bfloat16 {best[kind]}"]
         if isinstance(size.model, RnnConfig):
@@ -129,7 +129,7 @@ def measure(size: Size, settings: Throughput) -> Row:
 
 
 def row_of(size: Size, rates: Mapping[str, np.ndarray], rivals: Sequence[str]) -> dict[str, Any]:
-    """Compare the rates of each round."""
+    """Make the row of ratios, round by round."""
     rate = {**rates}
     if rivals:
         rate["best rival"] = np.max([rates[name] for name in rivals], axis=0)
@@ -162,7 +162,7 @@ def row_of(size: Size, rates: Mapping[str, np.ndarray], rivals: Sequence[str]) -
 
 
 def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
-    """Make the rivals in JAX, with several numbers of members at a time, and the peak; nothing is compiled yet."""
+    """Make the rivals in JAX, with several numbers of members at a time; nothing is compiled yet."""
     config, mesh, es = size.config, local_mesh(), size.config.es
     model, burn_in = build_model(config.model, VOCAB), config.data.burn_in
     params = model.init(jax.random.key(0))
@@ -194,7 +194,7 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
 
 
 def _step_of(make: Callable[[], Rival], params: object, tokens: jax.Array, work: int) -> Candidate:
-    """Make the rival when it is first called: of most settings it never is."""
+    """Make the rival at its first call, since most settings are never called."""
     step, state, number = None, None, 0
 
     def call() -> object:
@@ -210,7 +210,7 @@ def _step_of(make: Callable[[], Rival], params: object, tokens: jax.Array, work:
 
 
 def in_numpy(size: Size, tokens_a_call: int) -> dict[str, Candidate]:
-    """Make the loop in numpy, of so many member-tokens a call, or those of a pair."""
+    """Make the numpy candidate, with a number of member-tokens per call, at least those of a pair."""
     config = size.config
     model = build_model(config.model, VOCAB)
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(model.init(jax.random.key(0)))]

@@ -1,7 +1,7 @@
-"""What the update costs beside the evaluation: the whole population's noise grown again and summed, on every host.
+"""Cost of the update relative to the evaluation. Every host draws the noise of the whole population again and sums it.
 
-One setting changes at a time, for a gru; beside them are the rnns of `bench throughput`. With several hosts, the
-evaluation is one host's share of the pairs; the update is of all pairs, whatever the hosts.
+One setting of a gru changes at a time; then follow the rnns of `bench throughput`. With several hosts, the evaluation
+is one host's share of the pairs; the update is always of all pairs.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
-from bench.report import Report, Row, told
+from bench.report import Report, Row, print_row
 from bench.settings import Update
 from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
 from esjax.devices.mesh import local_mesh
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 RNN = "model"
-"""What is changed in rows of rnns."""
+"""Entry of the column `changed` for rnns."""
 
 
 def run(settings: Update) -> Report:
@@ -37,7 +37,7 @@ def run(settings: Update) -> Report:
         "sequences": settings.sequences,
     }
     rows: list[Row] = [
-        told({"changed": name, **measure(gru(**base | {name: value}), settings.rounds)})
+        print_row({"changed": name, **measure(gru(**base | {name: value}), settings.rounds)})
         for name, values in tried.items()
         for value in values
     ]
@@ -45,12 +45,12 @@ def run(settings: Update) -> Report:
         rnn = RnnConfig(hidden_size=hidden, n_layers=layers)
         for hosts in settings.rnn_hosts:
             row = measure(Setting(rnn, population, hosts, 1, sequences), settings.rounds)
-            rows.append(told({"changed": RNN, **row}))
+            rows.append(print_row({"changed": RNN, **row}))
     return Report(rows, partial(plot, rows), ["A step is a host's share of the evaluation, and the update."])
 
 
 class Setting(NamedTuple):
-    """What is measured."""
+    """A setting to measure."""
 
     model: ModelConfig
     population: int

@@ -1,12 +1,11 @@
-"""What watching costs: the rate of one run while it is shown to everything there is, and while it is shown to nothing.
+"""Cost of watching: the rate of one run in watched phases and in unwatched ones.
 
-One run goes on all the time. In watched phases each step is written to a run folder, shown in a terminal's line of
-progress, served to Prometheus (and read there every second), and handed to the trackers. Neighbouring phases are
-compared, so that what else the machine does meets both alike, and many short ones, so that the median is sure where
-single pairs are not; as a control, phases that nobody watches are compared with each other in the same way. This
-process's processor time per member-token is compared as well: what of it is more while the run is watched is told as a
-share of all processors of the machine. (Watching is work a second, not work a step: a ratio of times would say more of
-it, the slower the run is.)
+One run trains throughout. In watched phases each step is written to a run folder, shown in the progress line of a
+terminal, served to Prometheus (and read there every second), and passed to the trackers. Neighbouring phases are
+compared, so that other load on the machine affects both alike; many short phases make the median certain. As a control,
+unwatched phases are compared with each other in the same way. The processor time per member-token is compared as well:
+the additional time of watched phases is given as a share of all processors of the machine. (Watching is work per
+second, not per step: a ratio of times would depend on the speed of the run.)
 """
 
 import math
@@ -40,21 +39,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARED = {"watched": True, "alone": False}
-"""What is compared with phases that nobody watches, and whether it is watched."""
+"""Phases that are compared with unwatched ones, and whether they are watched."""
 
 CERTAIN = 1.96
-"""Standard deviations on either side of a normal's middle that hold 95% of it."""
+"""95% of a normal distribution lie within this number of standard deviations of its mean."""
 
 SKIPPED = 2
-"""Steps at the start of a phase that are not counted: what the phase before left to do falls into them."""
+"""Steps at the start of a phase that are not counted: they may contain remaining work of the phase before."""
 
 
 class Phase(NamedTuple):
-    """What was counted in a phase.
+    """Measurements of a phase.
 
     Attributes:
         rate: Member-tokens a second.
-        processor: Nanoseconds of this process's processors per member-token.
+        processor: Processor time of this process per member-token, in nanoseconds.
         steps: Number of steps.
     """
 
@@ -64,7 +63,7 @@ class Phase(NamedTuple):
 
 
 def count(steps: Iterator[StepInfo], seconds: float, watch: Watch | None, progress: Progress | None) -> Phase:
-    """Train for a while, and tell of each step, or not."""
+    """Train for some seconds, with or without watching each step."""
     until = time.perf_counter() + seconds
     marks: list[tuple[float, float, int]] = []
     while time.perf_counter() < until or len(marks) < SKIPPED + 2:
@@ -79,7 +78,7 @@ def count(steps: Iterator[StepInfo], seconds: float, watch: Watch | None, progre
 
 
 def read_metrics(server: MetricsServer, over: threading.Event) -> None:
-    """Do as Prometheus does, but more often."""
+    """Read the metrics as Prometheus does, but more often."""
     while not over.wait(1.0):
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics").read()
 
@@ -100,7 +99,7 @@ def run(settings: Watching) -> Report:
         )
         steps = iter(trainer)
         with Progress(terminal, trainer.baselines, trainer.limits) as progress:
-            count(steps, settings.warm_up, watch, progress)  # compiled, all trackers begun, all that they need imported
+            count(steps, settings.warm_up, watch, progress)  # compiles, starts the trackers and imports what they need
         rates: dict[str, list[float]] = {name: [] for name in COMPARED}
         shares: dict[str, list[float]] = {name: [] for name in COMPARED}
 
@@ -138,10 +137,10 @@ def run(settings: Watching) -> Report:
 
 
 def median_of(values: Sequence[float]) -> Spread:
-    """Tell the median, and the interval that holds the true one with a certainty of 95%.
+    """Return the median and its 95% confidence interval.
 
-    The number of values below the true median is binomial, so the interval ends 1.96 √n / 2 values before and behind
-    the middle one of n in order.
+    The number of values below the true median is binomial, so the interval ends 1.96 √n / 2 values before and after the
+    middle one of n sorted values.
     """
     ordered = sorted(values)
     rank = max(1, math.floor((len(ordered) - CERTAIN * math.sqrt(len(ordered))) / 2))
@@ -149,7 +148,7 @@ def median_of(values: Sequence[float]) -> Spread:
 
 
 def plot(rates: Mapping[str, Sequence[float]], shares: Mapping[str, Sequence[float]], figure: "Figure") -> None:
-    """Draw what came of all pairs of phases."""
+    """Draw the ratios of all pairs of phases."""
     above, below = figure.subplots(2, sharex=True)
     for name in rates:
         above.plot(rates[name], "o", label=name)

@@ -1,6 +1,6 @@
-"""How fast several processes of this machine train together, compared with one that has all its cores.
+"""Rate of several processes of this machine that train together, compared with one process that has all cores.
 
-Runs take turns; of each, member-tokens a second are counted from the tenth step on.
+Runs take turns; the rate of each, in member-tokens per second, counts from the tenth step.
 """
 
 import json
@@ -44,7 +44,7 @@ def run(settings: Workers) -> Report:
 
 
 def rate(workers: int, settings: Workers) -> float:
-    """Train, and return member-tokens a second; 0 workers: one process with all cores."""
+    """Train and return member-tokens per second; 0 workers: one process with all cores."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["--seconds", str(settings.seconds), "--evaluate-time", "1000", "--out", str(out), *settings.words]
