@@ -51,13 +51,13 @@ def steps_per_nat(tokens: int) -> float:
     return min(FINEST, 2.0 ** math.floor(math.log2(room / (HEADROOM * tokens))))
 
 
-def may_be(total: Int[ndarray, " numbers"], pairs: int) -> bool:
+def may_be(total: Int[ndarray, " vector_length"], pairs: int) -> bool:
     """Tell whether a sum over so many pairs is one that an honest host may come to, as far as its tail shows it."""
     counted, _, differences = map(int, total[-TAIL:])  # losses may be below 0: a reward's are
     return 0 <= counted <= pairs and differences >= 0
 
 
-def conclude(total: Int[ndarray, " numbers"], pairs: int, scale: float) -> Concluded:
+def conclude(total: Int[ndarray, " vector_length"], pairs: int, scale: float) -> Concluded:
     """Read what a step's sum says.
 
     Args:

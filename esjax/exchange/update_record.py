@@ -39,7 +39,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         applied: False for a step that was found void: it is counted, and changes nothing.
         loss: Mean of the finite losses; None: there is none.
         void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
-        numbers: Length of the sum over all pairs, see `gradient_sums` beside this; 0: there is a weight for each pair.
+        vector_length: Length of the gradient sum; 0: there is a weight for each pair.
         dtype: Of the weights, or of the gradient in the sum.
         halves: Weights of each pair: 2 if its members have one half of their noise in common.
     """
@@ -50,7 +50,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     applied: bool
     loss: float | None
     void_pairs: Whole
-    numbers: Whole = 0
+    vector_length: Whole = 0
     dtype: Integers = "|i1"
     halves: Literal[1, 2] = 1
 
@@ -59,7 +59,7 @@ class Update(NamedTuple):
     """An update: a header, and weights for each pair or the sum over all of them; no numbers if it is not applied."""
 
     header: UpdateHeader
-    weights: Int[np.ndarray, " numbers *halves"]
+    weights: Int[np.ndarray, " vector_length *halves"]
 
     def pairs(self) -> UInt32[np.ndarray, " pairs"]:
         """List the pairs' numbers, in the order of the weights."""
@@ -74,7 +74,7 @@ _LENGTH = struct.Struct("<I")
 def pack_update(update: Update) -> bytes:
     """Turn an update into bytes: length of the header, header, weights or packed sum."""
     header, body = update.header, update.weights.tobytes()
-    if header.numbers and header.applied:
+    if header.vector_length and header.applied:
         dtype, body = pack_sums(update.weights[None])
         header = msgspec.structs.replace(header, dtype=dtype)
     packed = _ENCODER.encode(header)
@@ -96,11 +96,11 @@ def unpack_update(data: bytes) -> Update:
         header = _DECODER.decode(memoryview(data)[_LENGTH.size : end])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise UpdateError(str(error)[:200]) from error
-    if header.numbers and header.applied:
-        sums = sums_of(data[end:], 1, header.numbers, header.dtype)
+    if header.vector_length and header.applied:
+        sums = sums_of(data[end:], 1, header.vector_length, header.dtype)
         if sums is None:
             raise UpdateError(
-                f"an update has {len(data) - end} bytes for {header.numbers} numbers of type {header.dtype}"
+                f"an update has {len(data) - end} bytes for {header.vector_length} numbers of type {header.dtype}"
             )
         return Update(header, sums[0])
     pairs = sum(count for _, count in header.spans) if header.applied else 0
@@ -125,7 +125,7 @@ def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
     )
 
 
-def pack_sums(sums: Int[np.ndarray, "spans numbers"]) -> tuple[Integers, bytes]:
+def pack_sums(sums: Int[np.ndarray, "spans vector_length"]) -> tuple[Integers, bytes]:
     """Turn sums into bytes: the gradients in the smallest type that holds them, which is returned, then the tails."""
     gradients, tails = sums[:, :-TAIL], sums[:, -TAIL:]
     size = int(np.abs(gradients).max(initial=0))
@@ -133,13 +133,13 @@ def pack_sums(sums: Int[np.ndarray, "spans numbers"]) -> tuple[Integers, bytes]:
     return dtype, gradients.astype(dtype).tobytes() + tails.astype("<i4").tobytes()
 
 
-def sums_of(body: bytes, spans: int, numbers: int, dtype: str) -> Int32[np.ndarray, "spans numbers"] | None:
+def sums_of(body: bytes, spans: int, vector_length: int, dtype: str) -> Int32[np.ndarray, "spans vector_length"] | None:
     """Read sums that were packed; None if the bytes are not those of so many of the stated type."""
-    if dtype not in get_args(Integers) or numbers < TAIL:
+    if dtype not in get_args(Integers) or vector_length < TAIL:
         return None
-    end = np.dtype(dtype).itemsize * spans * (numbers - TAIL)
+    end = np.dtype(dtype).itemsize * spans * (vector_length - TAIL)
     if len(body) != end + 4 * spans * TAIL:
         return None
-    gradients = np.frombuffer(body[:end], dtype).reshape(spans, numbers - TAIL)
+    gradients = np.frombuffer(body[:end], dtype).reshape(spans, vector_length - TAIL)
     tails = np.frombuffer(body[end:], "<i4").reshape(spans, TAIL)
     return np.concatenate([gradients, tails], axis=1, dtype=np.int32)

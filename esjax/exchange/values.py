@@ -40,7 +40,7 @@ AGREE_STEPS = 2
 Losses = Float32[ndarray, "_ 2"]
 Sums = Int[ndarray, "_ _"]
 Values = Losses | Sums
-"""The losses of pairs, [pairs, 2], or a gradient sum for each span of them, [spans, numbers]."""
+"""The losses of pairs, [pairs, 2], or a gradient sum for each span of them, [spans, vector_length]."""
 
 
 class Conclusion(NamedTuple):
@@ -54,7 +54,7 @@ class Conclusion(NamedTuple):
         trouble: Why no update is made, or "".
     """
 
-    weights: Int[ndarray, " numbers *halves"]
+    weights: Int[ndarray, " vector_length *halves"]
     scale: float
     loss: float | None
     void_pairs: int
@@ -66,13 +66,13 @@ class Exchange(Protocol):
     """One of the two kinds of values.
 
     Attributes:
-        numbers: Length of a gradient sum; 0: losses are handed in.
+        vector_length: Length of a gradient sum; 0: losses are handed in.
         most_pairs: Pairs that are scored, and handed in, at a time at most.
         most_spans: The same in spans.
         adds_up: Whether the values of a span are one row, which is added to those of other spans.
     """
 
-    numbers: int
+    vector_length: int
     most_pairs: int
     most_spans: int
     adds_up: bool
@@ -120,7 +120,7 @@ class Exchange(Protocol):
 class LossExchange:
     """Hosts hand in two losses a pair; the coordinator shapes them."""
 
-    numbers = 0
+    vector_length = 0
     most_pairs = MAX_REQUEST // 8
     most_spans = SPAN_LIMIT
     adds_up = False
@@ -178,24 +178,24 @@ class SumExchange:
     most_pairs = MOST_SUMMED_PAIRS
     adds_up = True
 
-    def __init__(self, numbers: int, scale: float = 0.0) -> None:
+    def __init__(self, vector_length: int, scale: float = 0.0) -> None:
         """Begin.
 
         Args:
-            numbers: Length of a sum.
+            vector_length: Length of a sum.
             scale: Factor that makes the sum over a step the estimate, times the number of pairs that count.
         """
-        self.numbers = numbers
-        self.most_spans = max(1, MAX_REQUEST // (4 * numbers))
+        self.vector_length = vector_length
+        self.most_spans = max(1, MAX_REQUEST // (4 * vector_length))
         self._scale = scale
 
     def pack(self, values: Sums) -> tuple[str, bytes]:
         """See `Exchange.pack`."""
         return pack_sums(values)
 
-    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans numbers"] | None:
+    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans vector_length"] | None:
         """See `Exchange.unpack`."""
-        sums = sums_of(body, len(spans), self.numbers, dtype)
+        sums = sums_of(body, len(spans), self.vector_length, dtype)
         if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, spans, strict=True)):
             return None
         return sums
@@ -220,7 +220,7 @@ class SumExchange:
         """See `Exchange.joined`: as long as the sum is sure to fit into 32 bits."""
         return values + next_values if span[1] + next_span[1] <= self.most_pairs else None
 
-    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 numbers"]:
+    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 vector_length"]:
         """See `Exchange.merge`."""
         return np.concatenate(parts).sum(axis=0, dtype=np.int64, keepdims=True)
 
@@ -239,14 +239,16 @@ class SumExchange:
         return Conclusion(total[:0] if trouble else total, scale, loss, void_pairs, trouble)
 
 
-def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers: int, halves: Literal[1, 2]) -> bytes:
+def pack_conclusion(
+    step: int, spans: list[Span], concluded: Conclusion, vector_length: int, halves: Literal[1, 2]
+) -> bytes:
     """Turn what a step's values say into the bytes of its update.
 
     Args:
         step: Number of the step.
         spans: Pairs that were scored, in the order of their weights.
         concluded: What their values say.
-        numbers: Length of a gradient sum; 0: there are weights.
+        vector_length: Length of a gradient sum; 0: there are weights.
         halves: Weights of each pair.
     """
     header = UpdateHeader(
@@ -256,15 +258,15 @@ def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers
         not concluded.trouble,
         concluded.loss,
         concluded.void_pairs,
-        numbers,
+        vector_length,
         halves=halves,
     )
     return pack_update(Update(header, concluded.weights))
 
 
-def make_exchange(numbers: int, scale: float = 0.0) -> Exchange:
+def make_exchange(vector_length: int, scale: float = 0.0) -> Exchange:
     """Choose the kind: sums of this length, or losses if it is 0; `scale` as for `SumExchange`."""
-    return SumExchange(numbers, scale) if numbers else LossExchange()
+    return SumExchange(vector_length, scale) if vector_length else LossExchange()
 
 
 def cut(values: Values, rows: Sequence[int]) -> list[Values]:

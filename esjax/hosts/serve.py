@@ -246,7 +246,7 @@ class Server:
                 custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                exchange=make_exchange(replica.numbers, replica.scale),
+                exchange=make_exchange(replica.vector_length, replica.scale),
             ),
             step=first + len(since),
             now=now,
@@ -296,13 +296,13 @@ def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:
     """
     model = custom.build(config.model, corpus.vocabulary.size)
     replica = Replica(config, model, None, cpu_mesh(), custom.objective, custom.optimizer)
-    if 4 * replica.numbers > MAX_REQUEST:
+    if 4 * replica.vector_length > MAX_REQUEST:
         raise EsjaxError(
-            f"hosts would hand in sums of {replica.numbers:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
+            f"hosts would hand in sums of {replica.vector_length:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
             "choose a smaller model, or es.exchange losses with noise on weights"
         )
     weights = config.es.pairs * config.es.weights_per_pair
-    if config.es.time_per_step is None and not replica.numbers and weights > wire.MOST_WEIGHTS:
+    if config.es.time_per_step is None and not replica.vector_length and weights > wire.MOST_WEIGHTS:
         raise EsjaxError(
             f"an update would hold {weights:,} weights, and {wire.MOST_WEIGHTS:,} are the most; lower "
             "es.population_size"

@@ -46,7 +46,7 @@ def states_of(model: Model, params: Params, carried: Carried, pairs: UInt32[Arra
 
 def among_zeros(
     states: State, finite: Bool[Array, " windows"], carried: Carried, pairs: UInt32[Array, " pairs"]
-) -> Int[Array, " numbers"]:
+) -> Int[Array, " vector_length"]:
     """Put the states that some pairs' windows end with among zeros for all others, as integers.
 
     A window that does not count leaves zeros, too.
@@ -59,6 +59,6 @@ def among_zeros(
     return jnp.zeros(carried.shape, jnp.int32).at[pairs].add(whole).reshape(-1)
 
 
-def take(total: Int[Array, " numbers"], carried: Carried) -> Carried:
+def take(total: Int[Array, " vector_length"], carried: Carried) -> Carried:
     """Read the states of the next step's windows from a step's sum."""
     return jax.tree.map(lambda leaf: total.reshape(leaf.shape).astype(jnp.float32) / STEPS, carried)

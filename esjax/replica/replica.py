@@ -46,7 +46,7 @@ class Replica:
         chunk_pairs: Pairs that a device evaluates at a time. A pair's losses are the same to the last bit, whatever the
             call and the devices, as long as it comes with the same others in a whole chunk.
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some are idle.
-        numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
+        vector_length: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: Factor that makes a sum the estimate, times the number of pairs that count.
         halves: (2,) if each pair has two weights, see `EsConfig.pairing`; else ().
     """
@@ -100,7 +100,7 @@ class Replica:
         self.units = units
         self.chunk_pairs = chunk_pairs
         self.device_batch = chunk_pairs * mesh.size
-        self.numbers = estimator.numbers
+        self.vector_length = estimator.vector_length
         self.scale = estimator.scale
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
@@ -119,7 +119,7 @@ class Replica:
             )
             self._no_totals = self._on_every_device(estimator.zeros)
         else:
-            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.numbers, mesh)
+            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
 
         def skip(state: TrainState) -> TrainState:
@@ -160,9 +160,9 @@ class Replica:
         """Go on from these parameters, with everything else as it is."""
         self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
 
-    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]:
+    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans vector_length"]:
         """Return what hosts exchange of some spans of pairs: the losses, or a sum for each span."""
-        if self.numbers:
+        if self.vector_length:
             return np.stack([self.sums(pairs_of([span])) for span in spans])
         return self.losses(pairs_of(spans))
 
@@ -187,11 +187,13 @@ class Replica:
             return None, None
         if update.weights.shape[1:] != self.halves:
             raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
-        if update.header.numbers != self.numbers:
-            raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {self.numbers}")
+        if update.header.vector_length != self.vector_length:
+            raise EsjaxError(
+                f"update {step} is of another model: {update.header.vector_length} numbers, not {self.vector_length}"
+            )
         # Not measured here, but read from the update: the same bits on every host, and when the run is replayed.
         loss = math.nan if update.header.loss is None else update.header.loss
-        if self.numbers:
+        if self.vector_length:
             info = self.apply_sum(update.weights, update.header.scale, loss)
         else:
             info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
@@ -201,7 +203,7 @@ class Replica:
         """Run everything once, so that the first step is as fast as the others."""
         first = self.state
         pairs = np.arange(self.device_batch, dtype=np.uint32)
-        if self.numbers:
+        if self.vector_length:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
             self.losses(pairs)
@@ -223,14 +225,14 @@ class Replica:
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
 
     @default_flags()
-    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
+    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " vector_length"]:
         """Add up what some pairs of the present step say, see `esjax.exchange.gradient_sums`.
 
         Args:
             pairs: Indices, as for `losses`; whole chunks, as they are cut, but for the last.
         """
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
-        total = np.zeros(self.numbers, np.int32)
+        total = np.zeros(self.vector_length, np.int32)
         done = 0
         for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32)):
             left = np.int32(len(pairs) - done)
@@ -239,7 +241,7 @@ class Replica:
         return total
 
     @default_flags()
-    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
+    def apply_sum(self, total: Int32[np.ndarray, " vector_length"], scale: float, loss: float = math.nan) -> UpdateInfo:
         """Update with the sum of what the step's pairs say; see `apply`."""
         return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
 
@@ -348,7 +350,7 @@ def _for_losses(
     return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
 
 
-def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mesh: Mesh) -> Callable[..., Array]:
+def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], vector_length: int, mesh: Mesh) -> Callable[..., Array]:
     """Compile what a step consists of where sums are exchanged."""
 
     def add(
@@ -365,7 +367,7 @@ def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mes
         count: Array, pairs: Array, state: TrainState, tokens: Array, streams: _Streams, left: Array
     ) -> Array:
         chunks = -(-count // pairs.shape[1])
-        return add_all(chunks, jnp.zeros(numbers, jnp.int32), state, tokens, streams, pairs, left)
+        return add_all(chunks, jnp.zeros(vector_length, jnp.int32), state, tokens, streams, pairs, left)
 
     return jax.jit(sum_pairs)
 

@@ -11,10 +11,10 @@ from hosts_simulation import (
     DELAY,
     FINGERPRINTS,
     FIRST_STATE,
-    NUMBERS,
     QUANTUM,
     RUN,
     SCALE,
+    VECTOR_LENGTH,
     Device,
     Simulation,
     check_updates,
@@ -65,7 +65,15 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, d
     config = msgspec.structs.replace(config, data=data)
     coordinator = Coordinator(
         config,
-        Terms("", 1, QUANTUM, 0, {}, {}, exchange=make_exchange(NUMBERS if config.es.exchange == "sums" else 0, SCALE)),
+        Terms(
+            "",
+            1,
+            QUANTUM,
+            0,
+            {},
+            {},
+            exchange=make_exchange(VECTOR_LENGTH if config.es.exchange == "sums" else 0, SCALE),
+        ),
         step=0,
         now=0.0,
         rng=np.random.default_rng(0),

@@ -18,11 +18,11 @@ import pytest
 from hosts_simulation import (
     DELAY,
     FIRST_STATE,
-    NUMBERS,
     QUANTUM,
     RUN,
     STATE_BYTES,
     TEXT,
+    VECTOR_LENGTH,
     Device,
     Host,
     Simulation,
@@ -110,7 +110,7 @@ def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -
     step = sim.server.step
     assert host.device.step == step
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
-    dtype = "<i4" if joined.numbers else "<f4"
+    dtype = "<i4" if joined.vector_length else "<f4"
     message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
     body = body_of(values_of(sim.config, host.device.state, message.spans))
     return msgspec.structs.replace(message, **changes), body
@@ -567,7 +567,7 @@ def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: boo
 def test_row_13_a_sum_that_cannot_be_is_rejected(config: Config, tail: list[int]) -> None:
     sim = run_with(config, "a", "b")
     message, _ = losses_message(sim, sim.hosts["a"], QUANTUM)
-    body = np.array([0] * (NUMBERS - TAIL) + tail, np.int32).tobytes()
+    body = np.array([0] * (VECTOR_LENGTH - TAIL) + tail, np.int32).tobytes()
     assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Rejected)
     assert sim.server.counters["messages no honest host sends"] == 1
     sim.run_steps(3)

@@ -241,7 +241,7 @@ class Coordinator:
             quantum=terms.quantum,
             block_interval=self.config.data.new_tokens_interval,
             budget=self.config.es.time_per_step,
-            numbers=terms.exchange.numbers,
+            vector_length=terms.exchange.vector_length,
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:

@@ -61,7 +61,7 @@ class Scoring:
         self.step = step
         self._exchange = exchange
         self._most_pairs = max(quantum, exchange.most_pairs // quantum * quantum)
-        self._quantum, self._granule, self._budget = quantum, device_batch, budget
+        self._quantum, self._device_batch, self._budget = quantum, device_batch, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
         self._offered = 0  # parts in the request under way
@@ -88,8 +88,8 @@ class Scoring:
             speed: Pairs that the devices score a second; 0 if that is not known.
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
-        device_batches = max(1, int(seconds * speed / self._granule))
-        left = min(device_batches * self._granule, self._most_pairs)
+        device_batches = max(1, int(seconds * speed / self._device_batch))
+        left = min(device_batches * self._device_batch, self._most_pairs)
         taken: list[Span] = []
         for first, count in self._spans:
             if left <= 0 or len(taken) == self._exchange.most_spans:
@@ -113,7 +113,7 @@ class Scoring:
         self._cut_at = end if is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
-        if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
+        if self._budget is not None and speed and self._spent + self._device_batch / speed > self._budget:
             self._spans, self._is_over = [], True
 
     def _joined(self, one: Scored, next_one: Scored) -> Scored | None:

@@ -207,7 +207,7 @@ class Steps:
         concluded = self._terms.exchange.conclude(result, spans, self._config.es)
         self.loss = concluded.loss
         payload = pack_conclusion(
-            self.step, spans, concluded, self._terms.exchange.numbers, self._config.es.weights_per_pair
+            self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
         self._emit(Record(self.step, payload))
         self.step += 1

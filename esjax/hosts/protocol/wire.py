@@ -226,7 +226,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
         quantum: Pairs that are never split between hosts.
         block_interval: Steps for which a block of tokens is used.
         budget: Seconds to score for in a step, or None: all pairs of a lease.
-        numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
+        vector_length: Length of the sum that is handed in for each span; 0: losses are handed in.
     """
 
     run: Short
@@ -244,7 +244,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     quantum: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
     block_interval: Positive
     budget: float | None
-    numbers: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
+    vector_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
 
 
 class Part(Message, frozen=True, tag="part"):

@@ -107,7 +107,7 @@ class Worker:
         self._hello = wire.Join(
             name[:128], device, kind, list(fingerprints.items()), list(custom.items()), "", instance, 0
         )
-        self._built, self._granule, self._text = built, device_batch, text
+        self._built, self._device_batch, self._text = built, device_batch, text
         self._is_astray = False  # the state is not the right one
         self._block: int | None = None
         self._note = ""
@@ -206,7 +206,7 @@ class Worker:
             self.failed = self._note = result.reason[:1000]
             self.leave(self.failed)
         elif isinstance(task, Build) and isinstance(result, Built):
-            self._built, self._granule = True, max(1, result.device_batch)
+            self._built, self._device_batch = True, max(1, result.device_batch)
             self._text, self._supplies.text = task.text_digest, None
             self._begin_step()
         elif isinstance(task, Score) and isinstance(result, Scored):
@@ -401,10 +401,10 @@ class Worker:
         self._is_told = False
         if self.joined:
             joined = self.joined
-            exchange = make_exchange(joined.numbers)
-            self._scoring = Scoring(self._newest, joined.quantum, self._granule, joined.budget, exchange)
+            exchange = make_exchange(joined.vector_length)
+            self._scoring = Scoring(self._newest, joined.quantum, self._device_batch, joined.budget, exchange)
         else:
-            self._scoring = Scoring(self._newest, 1, self._granule, None, LossExchange())
+            self._scoring = Scoring(self._newest, 1, self._device_batch, None, LossExchange())
 
     def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
         if isinstance(request, wire.Losses):
