@@ -554,7 +554,7 @@ def test_a_host_that_comes_in_the_middle_of_a_step_takes_its_share() -> None:
 
 
 def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "SPAN_LIMIT", 3)
+    monkeypatch.setattr("esjax.hosts.protocol.steps.SPAN_LIMIT", 3)
     config = config_of(spot_check=0.5, population=200)
     sim = Simulation(config)
     for name in ("a", "b", "c", "d"):

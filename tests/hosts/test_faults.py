@@ -434,7 +434,7 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     "changes",
     [
         pytest.param({"step": 50}, id="future"),
-        pytest.param({"spans": [(2**25 + PAIRS, QUANTUM)]}, id="never assigned"),
+        pytest.param({"spans": [(2**25 + PAIRS, QUANTUM)]}, id="never leased"),
         pytest.param({"spans": [(2**31 - 1, QUANTUM)]}, id="beyond everything"),
     ],
 )
@@ -765,7 +765,7 @@ def test_row_23_what_the_run_has_of_its_own_is_needed() -> None:
     sim = Simulation(FIXED)
     host = sim.add("a", custom={"model": "mine"})
     sim.run(1)
-    assert "no part of its own" in host.worker.refused
+    assert "no custom parts" in host.worker.refused
 
 
 @both_exchanges
@@ -1049,7 +1049,7 @@ def test_row_28_a_damaged_snapshot_is_taken_again(what: str) -> None:
     sim.add("a")
     sim.run_steps(10)
     assert damaged == 1
-    assert sim.told("came in damaged") == (what == "upload")
+    assert sim.told("arrived damaged") == (what == "upload")
     assert len(sim.checkpoints) > 2
     check_run(sim)
     check_checkpoints(sim)
