@@ -1,18 +1,21 @@
-"""The exceptions that stand for what a person can mend."""
+"""Exceptions for problems that the user can solve."""
 
 
 class EsjaxError(Exception):
-    """Name what is wrong and the way out, in one line; the command line prints it and exits with 2."""
+    """A problem that the user can solve.
+
+    The message is one line that names the problem and the way out. The command line prints it and exits with 2.
+    """
 
 
 class DiskError(EsjaxError):
-    """A file of a run cannot be written: the disk is full, or fails.
+    """A file of a run cannot be written: the disk is full or broken.
 
     Attributes:
-        remedy: What a person does about it before going on.
+        remedy: What to do before resuming the run.
     """
 
     def __init__(self, message: str, remedy: str) -> None:
-        """Say what cannot be written and why, and what helps."""
+        """Set the message (which file cannot be written, and why) and the remedy."""
         super().__init__(message)
         self.remedy = remedy

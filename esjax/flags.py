@@ -1,7 +1,7 @@
-"""The flags of JAX under which a run computes, whatever the process sets: its numbers follow from its settings.
+"""A run computes with JAX's default flags, whichever flags the process sets, so that settings alone decide its results.
 
-Hosts of one run have to get the same numbers, and one who goes on with it next month, too. Flags are set for a thread
-and for the time of a call alone, so that code outside the run keeps its own.
+All hosts of a run must get the same numbers, and so must a process that resumes the run later. The flags are set for
+one thread and for the time of a call, so other code of the process keeps its flags.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,19 +20,19 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "numpy_dtype_promotion": "standard",
         "numpy_rank_promotion": "allow",
         "disable_jit": False,
-        # A loss that is not finite makes a pair void; it does not end the run.
+        # A loss that is not finite makes its pair void and must not end the run.
         "debug_nans": False,
         "debug_infs": False,
     }
 )
-"""What JAX sets by itself, of those flags that change numbers or forbid what is allowed by default."""
+"""JAX's defaults of the flags that change numbers, or that forbid what is allowed by default."""
 
 _GUARDS = ("transfer_guard_host_to_device", "transfer_guard_device_to_device", "transfer_guard_device_to_host")
 
 
 @contextmanager
 def default_flags() -> Iterator[None]:
-    """Compute with JAX's defaults until the block, or the function that this decorates, ends."""
+    """Compute with JAX's default flags until the block or the decorated function ends."""
     with ExitStack() as stack:
         for name in _changed():
             stack.enter_context(getattr(jax, name)(DEFAULTS.get(name, "allow")))
@@ -40,13 +40,13 @@ def default_flags() -> Iterator[None]:
 
 
 def changed_flags() -> str:
-    """Say in a line which flags of this process a run does not use, or ""."""
+    """Name in one line the flags of this process that a run ignores; "" if there are none."""
     names = ", ".join(f"jax_{name}" for name in _changed())
-    return f"this process sets {names}; a run computes with JAX's defaults all the same" if names else ""
+    return f"this process sets {names}; runs ignore that and use JAX's defaults" if names else ""
 
 
 def _changed() -> list[str]:
-    """Name the flags that stand otherwise; a thread that has them already at their defaults enters nothing."""
+    """List the flags that differ from their defaults in this thread."""
     changed = [name for name, value in DEFAULTS.items() if _value(name) != value]
     return changed + [name for name in _GUARDS if _value(name) not in (None, "allow")]
 

@@ -1,4 +1,4 @@
-"""Paths as a person gives them, on the command line and in Python."""
+"""Paths that users give on the command line and in Python."""
 
 import os
 import re
@@ -8,20 +8,20 @@ from esjax.errors import EsjaxError
 
 
 def given_path(path: str | Path) -> Path:
-    """Make a path absolute, so that a later change of the working folder moves nothing.
+    """Make a path absolute, so that it stays valid when the working folder changes.
 
-    `~` and `~NAME` at its beginning stand for a home folder, as in a shell. Every other character stands for itself.
+    `~` and `~NAME` at the beginning are expanded to a home folder, as in a shell. All other characters are kept.
 
     Raises:
-        EsjaxError: The path is empty, is a URL, holds a character that no name can have, or begins with `~` and no home
-            folder is known.
+        EsjaxError: The path is empty, is a URL, holds a character that file names cannot have, or begins with `~` while
+            no home folder is known.
     """
     given = os.fspath(path)
     if not given:
         raise EsjaxError("a path is empty; give the name of a file or folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
         raise EsjaxError(f"{given!r} is a URL, not a path; give a file or folder of this machine")
-    expanded = os.path.expanduser(given)  # from the text as it was given: Path("./~") forgets its "./"
+    expanded = os.path.expanduser(given)  # from the text as given: Path("./~") would drop "./"
     if expanded.split("/", 1)[0] == "~":
         raise EsjaxError(f"no home folder is known for {given!r}; set HOME, or give the whole path")
     if "\0" in expanded:
@@ -39,5 +39,5 @@ def given_path(path: str | Path) -> Path:
 
 
 def legible(name: str) -> str:
-    r"""Write a name that was found on disk so that it can be printed: bytes that are no UTF-8 become `\udcff`."""
+    r"""Make a file name printable: bytes that are not UTF-8 become escapes such as `\udcff`."""
     return name.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the end of a program that has nothing to lose yet, and a wish to stop at the next step."""
+"""Ctrl-C and SIGTERM: end the program at once before training, and stop at the next step during training."""
 
 import os
 import signal
@@ -14,17 +14,18 @@ from esjax.terminal import has_cursor
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 STOPPING = "stopping, which takes a moment; a second Ctrl-C ends at once"
-"""What a person is told after the first signal."""
+"""Printed after the first signal."""
 
 SHOW_CURSOR = "\x1b[?25h"
-"""To a terminal whose cursor a line of progress may have hidden."""
+"""Shows the cursor again, which a progress line may have hidden."""
 
 
 def end_on_signals() -> None:
-    """Have Ctrl-C and SIGTERM end the program at once, with one line; for its entry, before the slow imports.
+    """Let Ctrl-C and SIGTERM print one line and end the program at once; call it first, before the slow imports.
 
-    An exception would not always end it: one that is raised in a callback, such as those that JAX has in the garbage
-    collector, is printed and forgotten, and one raised while an extension module is imported can crash the interpreter.
+    The exit status is 128 plus the number of the signal. An exception would not always end the program: Python prints
+    and drops one that is raised in a callback of the garbage collector, where JAX has some, and one that is raised
+    while an extension module is imported can crash the interpreter.
     """
     for number in SIGNALS:
         signal.signal(number, _end)
@@ -34,7 +35,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     line = f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}\n"
     stderr = sys.__stderr__
     try:
-        if stderr is not None:  # by its number: the signal may have come in the middle of a print
+        if stderr is not None:  # written by its descriptor: the signal may interrupt a print
             os.write(stderr.fileno(), (f"{SHOW_CURSOR}\n{line}" if has_cursor(stderr) else line).encode())
     finally:
         os._exit(128 + number)
@@ -42,9 +43,9 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Set an event at the first signal; a second one acts as it did before.
+    """Set an event at the first signal; a second signal goes to the handler that was there before.
 
-    Outside the main thread, where Python hands out no signals, the event is never set.
+    Python delivers signals to the main thread only; in another thread the event is never set.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -57,7 +58,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         if not (over or asked.is_set()):
             asked.set()
             return
-        # Not ours: it may still come here if another run beside this one ended later and put this handler back.
+        # The block may be over: a run that ended later than this one may have put this handler back.
         handler = before[number]
         if callable(handler):
             handler(number, frame)

@@ -55,7 +55,7 @@ TEXT = b"all the text"
 FINGERPRINTS = {"rademacher": "1234"}
 STATE_BYTES = 40
 FIRST_STATE = b"\0" * STATE_BYTES
-NUMBERS = 3 + TAIL
+VECTOR_LENGTH = 3 + TAIL
 """Length of a sum."""
 
 SCALE = 0.25
@@ -166,7 +166,7 @@ def check_updates(
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
             scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
-            assert (header.loss, header.numbers) == (loss, NUMBERS)
+            assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
@@ -375,7 +375,7 @@ class Simulation:
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,
-                exchange=make_exchange(NUMBERS if self.config.es.exchange == "sums" else 0, SCALE),
+                exchange=make_exchange(VECTOR_LENGTH if self.config.es.exchange == "sums" else 0, SCALE),
             ),
             step=len(self.ledger),
             now=self.now,

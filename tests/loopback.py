@@ -89,7 +89,7 @@ class Loopback:
             vocab_size=0,
             fingerprints={},
             custom=custom,
-            exchange=make_exchange(replica.numbers, replica.scale),
+            exchange=make_exchange(replica.vector_length, replica.scale),
         )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(

@@ -114,7 +114,7 @@ def test_a_run_is_the_same_under_other_flags(tmp_path: Path, monkeypatch: pytest
     assert found == expected
     assert more[0] == (
         "this process sets jax_enable_x64, jax_threefry_partitionable, jax_default_prng_impl, jax_disable_jit, "
-        "jax_debug_nans, jax_debug_infs, jax_numpy_dtype_promotion; a run computes with JAX's defaults all the same"
+        "jax_debug_nans, jax_debug_infs, jax_numpy_dtype_promotion; runs ignore that and use JAX's defaults"
     )
     assert more[1:] == lines
 

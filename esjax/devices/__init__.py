@@ -1,1 +1,1 @@
-"""The devices of this host, and processes that compute as one."""
+"""The devices of this host, and process groups that compute together."""

@@ -1,4 +1,4 @@
-"""The devices of this host, and the settings of XLA that have to be made before JAX starts."""
+"""The devices of this host, and the settings of XLA that must be made before JAX starts."""
 
 import os
 from pathlib import Path
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def prepare_devices(cache: Path | None = None) -> None:
-    """Give JAX one CPU device per core, each with one thread, and a folder to keep compiled programs in.
+    """Give JAX one CPU device per core, with one thread each, and a folder that keeps compiled programs.
 
-    That is about twice as fast for populations of small networks as one device with all threads. Only a program's
-    entry may call this, before the first use of JAX; what the environment already sets is left alone.
+    Populations of small networks are about twice as fast on these as on one device with all threads. Call this at the
+    start of a program, before the first use of JAX. Settings in the environment (`XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`,
+    `JAX_COMPILATION_CACHE_DIR`) take precedence.
 
     Args:
         cache: Folder for compiled programs. None: they are not kept.
@@ -36,8 +37,8 @@ def prepare_devices(cache: Path | None = None) -> None:
             jax.config.update("jax_num_cpu_devices", _cores())
         except RuntimeError as error:
             raise EsjaxError(
-                "JAX has been used already, and has its devices; call prepare_devices() before anything else uses JAX "
-                "(in a notebook, restart the kernel first), or leave it out: training is slower then, and the same"
+                "JAX has been used already, so its devices are fixed; call prepare_devices() before anything else uses "
+                "JAX (in a notebook, restart the kernel first), or leave it out: training gives the same, but slower"
             ) from error
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(given_path(cache)))
@@ -45,16 +46,16 @@ def prepare_devices(cache: Path | None = None) -> None:
 
 
 def start_devices() -> None:
-    """Have JAX find its devices, which it does once.
+    """Let JAX find its devices; it does so once in a process.
 
     Raises:
-        EsjaxError: There are none of the kind that the environment asks for, or they do not work.
+        EsjaxError: The machine has no devices of the kind that the environment asks for, or they do not work.
     """
     import jax
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # without the plugin of a platform JAX asserts, and says nothing
+    except (RuntimeError, AssertionError) as error:  # AssertionError without text: the plugin of a platform is missing
         asked = os.environ.get("JAX_PLATFORMS")
         which = f" of JAX_PLATFORMS={asked}" if asked else ""
         said = str(error).strip().splitlines() or ["it knows of none"]
@@ -65,27 +66,27 @@ def start_devices() -> None:
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores this process may use, not all there are
+    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_mesh() -> "Mesh":
-    """Take one CPU, for a process that computes next to nothing."""
+    """Return a mesh of one CPU device, for a process that computes little."""
     import jax
 
     return _line_up(jax.devices("cpu")[:1])
 
 
 def local_mesh() -> "Mesh":
-    """Line up the devices of this process along the population's axis."""
+    """Return a mesh of this process's devices along the axis of pairs."""
     import jax
 
     return _line_up(jax.local_devices())
 
 
 def whole_mesh() -> "Mesh":
-    """Line up the devices of all processes that compute as one, see `esjax.devices.process_group`."""
+    """Return a mesh of the devices of the whole process group, see `esjax.devices.process_group`."""
     import jax
 
     return _line_up(jax.devices())

@@ -1,1 +1,1 @@
-"""What hosts hand in for pairs that they scored, and what becomes of it: values, conclusions, updates as bytes."""
+"""What hosts send for the pairs that they scored, how the coordinator combines it, and updates as bytes."""

@@ -1,7 +1,8 @@
-"""What hosts send in place of losses: their part of the gradient, as integers, which add up the same in any order.
+"""Gradient sums: the integer vectors that hosts send in place of losses.
 
-A vector of int32: the part of the sum for each parameter, then three numbers of `TAIL`. What a step's vectors add up to
-does not depend on who computed which of them, as long as each is of the same whole chunks of pairs.
+A gradient sum is a vector of int32: one number for each parameter, one for each entry of the carried state, then the
+`TAIL`. Integers add up to the same total in any order, so the total of a step does not depend on which host computed
+which vector, as long as each vector covers whole chunks of pairs.
 """
 
 import math
@@ -11,32 +12,32 @@ from jaxtyping import Int
 from numpy import ndarray
 
 TAIL = 3
-"""Numbers after the gradient: pairs that count, their losses, and the sizes of their differences."""
+"""Numbers after the gradient: the count of finite pairs, their summed losses, and their summed absolute differences."""
 
 LARGEST = 2**31 - 1
-"""Largest sum; no part is larger either."""
+"""Largest number in a gradient sum or in a part of one."""
 
 LOSS_STEPS = 2**10
-"""Resolution of a pair's loss: steps a nat."""
+"""Resolution of a pair's loss, in steps per nat."""
 
 DIFFERENCE_STEPS = 2**13
-"""Resolution of the size of a pair's difference: steps a nat."""
+"""Resolution of a pair's absolute difference, in steps per nat."""
 
 FINEST = 64.0
-"""Steps a nat at most: the cosine with the exact gradient falls by a ten-thousandth, and sums fit into 16 bits."""
+"""Most steps per nat: the cosine with the exact gradient falls by a ten-thousandth, and sums fit into 16 bits."""
 
 HEADROOM = 64
-"""How large a token's part of a gradient may be, in nats a unit, before sums are cut off."""
+"""Largest gradient of one token that fits, in nats per unit of its leaf; larger ones are clipped."""
 
 
 class Concluded(NamedTuple):
-    """What comes of a step's sum.
+    """The result of a step's total gradient sum.
 
     Attributes:
-        scale: Factor that makes the sum the estimate of the gradient.
-        loss: Mean loss of the pairs that count, or None.
-        void_pairs: Pairs that do not count, since a loss of theirs is not finite.
-        trouble: Why the step must not be applied, or "".
+        scale: Factor that turns the sum into the estimate of the gradient.
+        loss: Mean loss of the finite pairs, in nats per token if the loss is not custom; None: none is finite.
+        void_pairs: Number of pairs with a loss that is not finite.
+        trouble: Why the step is void, or "".
     """
 
     scale: float
@@ -46,24 +47,28 @@ class Concluded(NamedTuple):
 
 
 def steps_per_nat(tokens: int) -> float:
-    """Choose the resolution of a gradient: a power of two, as fine as is of use, with room for so many tokens."""
-    room = LARGEST * (1 - 2.0**-20)  # the bounds of parts are rounded to float32
+    """Choose the resolution of a gradient over `tokens` tokens.
+
+    Returns:
+        Steps per nat, a power of two of at most `FINEST`, so that `HEADROOM` nats per token fit into 32 bits.
+    """
+    room = LARGEST * (1 - 2.0**-20)  # the bounds of the parts are rounded to float32
     return min(FINEST, 2.0 ** math.floor(math.log2(room / (HEADROOM * tokens))))
 
 
-def may_be(total: Int[ndarray, " numbers"], pairs: int) -> bool:
-    """Tell whether a sum over so many pairs is one that an honest host may come to, as far as its tail shows it."""
-    counted, _, differences = map(int, total[-TAIL:])  # losses may be below 0: a reward's are
+def may_be(total: Int[ndarray, " vector_length"], pairs: int) -> bool:
+    """Return whether the tail of a sum over `pairs` pairs is possible: no more pairs than that, no negative sizes."""
+    counted, _, differences = map(int, total[-TAIL:])  # losses may be negative: those of a reward are
     return 0 <= counted <= pairs and differences >= 0
 
 
-def conclude(total: Int[ndarray, " numbers"], pairs: int, scale: float) -> Concluded:
-    """Read what a step's sum says.
+def conclude(total: Int[ndarray, " vector_length"], pairs: int, scale: float) -> Concluded:
+    """Read the loss, the void pairs and the scale from a step's total.
 
     Args:
-        total: The sum of the vectors of all its pairs.
-        pairs: Number of its pairs.
-        scale: Factor that makes the sum the estimate, times the number of pairs that count.
+        total: The sum of the vectors of all pairs of the step.
+        pairs: Number of pairs of the step.
+        scale: Factor that turns the sum into the estimate, times the number of finite pairs.
     """
     counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
     void_pairs = pairs - counted

@@ -1,4 +1,4 @@
-"""An update as bytes: what is published, kept in the ledger and handed out again is the same everywhere."""
+"""An update as bytes: hosts receive the same bytes that the ledger holds."""
 
 import struct
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Int, Int32, UInt32
 from esjax.exchange.gradient_sums import TAIL
 
 SPAN_LIMIT = 2**12
-"""Spans of pairs in one update, or message, at most."""
+"""Most spans of pairs in one update or message."""
 
 Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 Pair = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -22,26 +22,26 @@ Span = tuple[Pair, Positive]
 Spans = Annotated[list[Span], msgspec.Meta(max_length=SPAN_LIMIT)]
 
 Integers = Literal["|i1", "<i2", "<i4"]
-"""Types of a gradient's integers; the smallest that holds them is kept."""
+"""Types of a gradient sum's integers as bytes; `pack_sums` takes the smallest that holds all of them."""
 
 
 class UpdateError(ValueError):
-    """Bytes that are no update."""
+    """Bytes that are not an update."""
 
 
 class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What leads from one step to the next.
+    """Header of an update.
 
     Attributes:
-        step: Whose losses it follows from.
+        step: Step whose losses the update is made from.
         spans: Pairs that were scored, in the order of their weights.
-        scale: Factor of the sum, see `esjax.core.Shaped`.
-        applied: False for a step that was found void: it is counted, and changes nothing.
-        loss: Mean of the finite losses; None: there is none.
-        void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
-        numbers: Length of the sum over all pairs, see `gradient_sums` beside this; 0: there is a weight for each pair.
-        dtype: Of the weights, or of the gradient in the sum.
-        halves: Weights of each pair: 2 if its members have one half of their noise in common.
+        scale: Factor of the weighted sum, see `esjax.core.Shaped`.
+        applied: False for a void step, which is counted and leaves the parameters as they are.
+        loss: Mean of the finite losses, in nats per token if the loss is not custom; None: none is finite.
+        void_pairs: Number of pairs of weight 0, with a loss that is not finite.
+        vector_length: Length of the gradient sum; 0: the body holds a weight for each pair.
+        dtype: Type of the weights, or of the gradient in the sum.
+        halves: Weights of each pair: 2 for split pairs, else 1.
     """
 
     step: Whole
@@ -50,19 +50,19 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     applied: bool
     loss: float | None
     void_pairs: Whole
-    numbers: Whole = 0
+    vector_length: Whole = 0
     dtype: Integers = "|i1"
     halves: Literal[1, 2] = 1
 
 
 class Update(NamedTuple):
-    """An update: a header, and weights for each pair or the sum over all of them; no numbers if it is not applied."""
+    """An update: a header, and the weights of all pairs or the gradient sum; empty if it is not applied."""
 
     header: UpdateHeader
-    weights: Int[np.ndarray, " numbers *halves"]
+    weights: Int[np.ndarray, " vector_length *halves"]
 
     def pairs(self) -> UInt32[np.ndarray, " pairs"]:
-        """List the pairs' numbers, in the order of the weights."""
+        """Return the indices of the pairs, in the order of the weights."""
         return pairs_of(self.header.spans)
 
 
@@ -72,9 +72,9 @@ _LENGTH = struct.Struct("<I")
 
 
 def pack_update(update: Update) -> bytes:
-    """Turn an update into bytes: length of the header, header, weights or packed sum."""
+    """Turn an update into bytes: the header's length (4 bytes), the header, the weights or the packed sum."""
     header, body = update.header, update.weights.tobytes()
-    if header.numbers and header.applied:
+    if header.vector_length and header.applied:
         dtype, body = pack_sums(update.weights[None])
         header = msgspec.structs.replace(header, dtype=dtype)
     packed = _ENCODER.encode(header)
@@ -85,7 +85,7 @@ def unpack_update(data: bytes) -> Update:
     """Turn bytes into an update.
 
     Raises:
-        UpdateError: They are none.
+        UpdateError: They are not an update.
     """
     if len(data) < _LENGTH.size:
         raise UpdateError("an update is cut off")
@@ -96,11 +96,11 @@ def unpack_update(data: bytes) -> Update:
         header = _DECODER.decode(memoryview(data)[_LENGTH.size : end])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
         raise UpdateError(str(error)[:200]) from error
-    if header.numbers and header.applied:
-        sums = sums_of(data[end:], 1, header.numbers, header.dtype)
+    if header.vector_length and header.applied:
+        sums = sums_of(data[end:], 1, header.vector_length, header.dtype)
         if sums is None:
             raise UpdateError(
-                f"an update has {len(data) - end} bytes for {header.numbers} numbers of type {header.dtype}"
+                f"an update has {len(data) - end} bytes for {header.vector_length} numbers of type {header.dtype}"
             )
         return Update(header, sums[0])
     pairs = sum(count for _, count in header.spans) if header.applied else 0
@@ -111,7 +111,7 @@ def unpack_update(data: bytes) -> Update:
 
 
 def is_update(data: bytes, step: int) -> bool:
-    """Tell whether bytes are the update of a step."""
+    """Return whether bytes are the update of a step."""
     try:
         return unpack_update(data).header.step == step
     except UpdateError:
@@ -119,27 +119,31 @@ def is_update(data: bytes, step: int) -> bool:
 
 
 def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
-    """List the pairs of spans, one after another."""
+    """Return the indices of the pairs of all spans, one span after another."""
     return np.concatenate(
         [np.zeros(0, np.uint32), *(np.arange(first, first + count, dtype=np.uint32) for first, count in spans)]
     )
 
 
-def pack_sums(sums: Int[np.ndarray, "spans numbers"]) -> tuple[Integers, bytes]:
-    """Turn sums into bytes: the gradients in the smallest type that holds them, which is returned, then the tails."""
+def pack_sums(sums: Int[np.ndarray, "spans vector_length"]) -> tuple[Integers, bytes]:
+    """Turn gradient sums into bytes: all gradients in the smallest type that holds them, then all tails as int32.
+
+    Returns:
+        The type of the gradients, and the bytes.
+    """
     gradients, tails = sums[:, :-TAIL], sums[:, -TAIL:]
     size = int(np.abs(gradients).max(initial=0))
     dtype: Integers = "|i1" if size < 2**7 else "<i2" if size < 2**15 else "<i4"
     return dtype, gradients.astype(dtype).tobytes() + tails.astype("<i4").tobytes()
 
 
-def sums_of(body: bytes, spans: int, numbers: int, dtype: str) -> Int32[np.ndarray, "spans numbers"] | None:
-    """Read sums that were packed; None if the bytes are not those of so many of the stated type."""
-    if dtype not in get_args(Integers) or numbers < TAIL:
+def sums_of(body: bytes, spans: int, vector_length: int, dtype: str) -> Int32[np.ndarray, "spans vector_length"] | None:
+    """Read what `pack_sums` wrote for `spans` sums; None if type, length and number of bytes do not match."""
+    if dtype not in get_args(Integers) or vector_length < TAIL:
         return None
-    end = np.dtype(dtype).itemsize * spans * (numbers - TAIL)
+    end = np.dtype(dtype).itemsize * spans * (vector_length - TAIL)
     if len(body) != end + 4 * spans * TAIL:
         return None
-    gradients = np.frombuffer(body[:end], dtype).reshape(spans, numbers - TAIL)
+    gradients = np.frombuffer(body[:end], dtype).reshape(spans, vector_length - TAIL)
     tails = np.frombuffer(body[end:], "<i4").reshape(spans, TAIL)
     return np.concatenate([gradients, tails], axis=1, dtype=np.int32)

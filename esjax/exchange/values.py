@@ -1,4 +1,4 @@
-"""What hosts hand in for the pairs that they scored: losses, or gradient sums; the rest of `hosts` serves both."""
+"""What hosts send for the pairs that they scored: losses or gradient sums, as two classes of one protocol."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -22,39 +22,40 @@ from esjax.exchange.update_record import (
 )
 
 MAX_REQUEST = 2**22
-"""Bytes of a frame of a request at most: a stranger may hold the memory of a few of them."""
+"""Most bytes of one frame of a request; an unknown sender can occupy memory for a few of them."""
 
 SLOT_PAIRS = 2**20
-"""Pairs of a host's own range in a step with a time budget."""
+"""Pairs in the range of one host, in a step with a time budget."""
 
 AGREE = 1e-4
-"""Nats by which two hosts' losses of one pair may differ: different hardware differs by far less."""
+"""Largest difference in nats between two hosts' losses of one pair; different hardware differs by far less."""
 
 AGREE_SUMS = 0.05
-"""The same for the gradients of two sums over a unit, as a part of the largest number: the weight of a pair that is at
-the edge of two of them may be either. And for what follows the gradient, as a part of itself."""
+"""Largest relative difference between two hosts' gradient sums of a lease quantum. A weight near the middle between two
+integers may be rounded to either. Gradients are compared relative to their largest number, each number of the tail
+relative to itself."""
 
 AGREE_STEPS = 2
-"""The same in steps, which is what rounding may make of small numbers."""
+"""Difference that two numbers of a gradient sum may have in any case: rounding changes small numbers by as much."""
 
 Losses = Float32[ndarray, "_ 2"]
 Sums = Int[ndarray, "_ _"]
 Values = Losses | Sums
-"""The losses of pairs, [pairs, 2], or a gradient sum for each span of them, [spans, numbers]."""
+"""The losses of pairs, [pairs, 2], or a gradient sum for each span of them, [spans, vector_length]."""
 
 
 class Conclusion(NamedTuple):
-    """What a step's result says.
+    """What the update of a step is made from.
 
     Attributes:
-        weights: Integer weights of the pairs, or the gradient sum; none where no update is made.
-        scale: Factor of their sum, see `esjax.core.Shaped`.
-        loss: Mean of the finite losses; None: there is none.
-        void_pairs: Pairs that weigh 0 because a loss of theirs is not finite.
-        trouble: Why no update is made, or "".
+        weights: Integer weights of the pairs, or the gradient sum; empty for a void step.
+        scale: Factor of the weighted sum, see `esjax.core.Shaped`.
+        loss: Mean of the finite losses, in nats per token if the loss is not custom; None: none is finite.
+        void_pairs: Number of pairs of weight 0, with a loss that is not finite.
+        trouble: Why the step is void, or "".
     """
 
-    weights: Int[ndarray, " numbers *halves"]
+    weights: Int[ndarray, " vector_length *halves"]
     scale: float
     loss: float | None
     void_pairs: int
@@ -63,16 +64,16 @@ class Conclusion(NamedTuple):
 
 @runtime_checkable
 class Exchange(Protocol):
-    """One of the two kinds of values.
+    """What losses and gradient sums do differently.
 
     Attributes:
-        numbers: Length of a gradient sum; 0: losses are handed in.
-        most_pairs: Pairs that are scored, and handed in, at a time at most.
-        most_spans: The same in spans.
-        adds_up: Whether the values of a span are one row, which is added to those of other spans.
+        vector_length: Length of a gradient sum; 0: hosts send losses.
+        most_pairs: Most pairs that a host scores and sends at a time.
+        most_spans: Most spans that a host scores and sends at a time.
+        adds_up: Whether a span has one row of values, which can be added to the rows of other spans.
     """
 
-    numbers: int
+    vector_length: int
     most_pairs: int
     most_spans: int
     adds_up: bool
@@ -81,46 +82,46 @@ class Exchange(Protocol):
         """Turn values into bytes.
 
         Returns:
-            Their type, as `Losses.dtype` in `esjax.hosts.protocol.wire` has it, and the bytes.
+            The type, for `Losses.dtype` in `esjax.hosts.protocol.wire`, and the bytes.
         """
 
     def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Values | None:
-        """Read the values of some spans; None if the bytes are not theirs, or no honest host may come to them."""
+        """Read the values of some spans; None if the bytes have another size or type, or hold impossible values."""
 
     def rows(self, spans: Sequence[Span]) -> list[int]:
         """Return how many rows of the values belong to each span."""
 
-    def portions(self, units: Sequence[Sequence[int]], values: Values) -> list[tuple[list[int], Values]]:
-        """Cut the values of some spans into the smallest parts that can be told apart.
+    def portions(self, quanta: Sequence[Sequence[int]], values: Values) -> list[tuple[list[int], Values]]:
+        """Split the values of some spans into the smallest parts that can be separated.
 
         Args:
-            units: Number of pairs of each unit of each span.
+            quanta: Number of pairs of each lease quantum, span by span.
             values: Values of these spans.
 
         Returns:
-            For each part: the places of its units in the list of all units, and its values.
+            For each part, the indices of its quanta in the list of all quanta, and its values.
         """
 
     def without_first(self, values: Values, pairs: int) -> Values | None:
-        """Leave out the first pairs of a span's values; None if that cannot be done."""
+        """Leave out the first pairs of a span's values; None if they cannot be separated."""
 
     def joined(self, span: Span, values: Values, next_span: Span, next_values: Values) -> Values | None:
-        """Make one value of two whose spans follow each other; None if they stay apart."""
+        """Join the values of two consecutive spans to those of one span; None if they stay separate."""
 
     def merge(self, parts: Sequence[Values]) -> Values:
-        """Put the values of several spans together, in this order."""
+        """Combine the values of several spans, in this order."""
 
     def agree(self, one: Values, two: Values) -> bool:
-        """Return whether two hosts' values of the same pairs differ by no more than hardware explains."""
+        """Return whether two hosts' values of the same pairs are equal up to rounding on different hardware."""
 
     def conclude(self, values: Values, spans: Sequence[Span], es: EsConfig) -> Conclusion:
-        """Make of all values of a step what its update needs."""
+        """Compute what the update needs from all values of a step."""
 
 
 class LossExchange:
-    """Hosts hand in two losses a pair; the coordinator shapes them."""
+    """Hosts send two losses for each pair, and the coordinator shapes them."""
 
-    numbers = 0
+    vector_length = 0
     most_pairs = MAX_REQUEST // 8
     most_spans = SPAN_LIMIT
     adds_up = False
@@ -140,9 +141,9 @@ class LossExchange:
         """See `Exchange.rows`."""
         return [count for _, count in spans]
 
-    def portions(self, units: Sequence[Sequence[int]], values: Losses) -> list[tuple[list[int], Losses]]:
-        """See `Exchange.portions`: every unit has its own."""
-        sizes = [size for span in units for size in span]
+    def portions(self, quanta: Sequence[Sequence[int]], values: Losses) -> list[tuple[list[int], Losses]]:
+        """See `Exchange.portions`: one part for each quantum."""
+        sizes = [size for span in quanta for size in span]
         return [([i], part) for i, part in enumerate(cut(values, sizes))]
 
     def without_first(self, values: Losses, pairs: int) -> Losses:
@@ -158,7 +159,7 @@ class LossExchange:
 
     def agree(self, one: Losses, two: Losses) -> bool:
         """See `Exchange.agree`."""
-        # Mostly they are the same bytes, which is found out much faster.
+        # Mostly the bytes are equal, and comparing bytes is much faster.
         same = one.tobytes() == two.tobytes()
         return same or bool(np.allclose(one, two, rtol=0, atol=AGREE, equal_nan=True))
 
@@ -173,29 +174,29 @@ class LossExchange:
 
 
 class SumExchange:
-    """Hosts hand in a gradient sum for each span, see `esjax.exchange.gradient_sums`; the coordinator adds them up."""
+    """Hosts send a gradient sum for each span, see `esjax.exchange.gradient_sums`, and the coordinator adds them up."""
 
     most_pairs = MOST_SUMMED_PAIRS
     adds_up = True
 
-    def __init__(self, numbers: int, scale: float = 0.0) -> None:
-        """Begin.
+    def __init__(self, vector_length: int, scale: float = 0.0) -> None:
+        """Set up.
 
         Args:
-            numbers: Length of a sum.
-            scale: Factor that makes the sum over a step the estimate, times the number of pairs that count.
+            vector_length: Length of a gradient sum.
+            scale: Factor that turns the sum over a step into the estimate, times the number of finite pairs.
         """
-        self.numbers = numbers
-        self.most_spans = max(1, MAX_REQUEST // (4 * numbers))
+        self.vector_length = vector_length
+        self.most_spans = max(1, MAX_REQUEST // (4 * vector_length))
         self._scale = scale
 
     def pack(self, values: Sums) -> tuple[str, bytes]:
         """See `Exchange.pack`."""
         return pack_sums(values)
 
-    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans numbers"] | None:
+    def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans vector_length"] | None:
         """See `Exchange.unpack`."""
-        sums = sums_of(body, len(spans), self.numbers, dtype)
+        sums = sums_of(body, len(spans), self.vector_length, dtype)
         if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, spans, strict=True)):
             return None
         return sums
@@ -204,12 +205,12 @@ class SumExchange:
         """See `Exchange.rows`."""
         return [1] * len(spans)
 
-    def portions(self, units: Sequence[Sequence[int]], values: Sums) -> list[tuple[list[int], Sums]]:
-        """See `Exchange.portions`: the units of a span have one."""
-        ends = np.cumsum([len(span) for span in units]).tolist()
+    def portions(self, quanta: Sequence[Sequence[int]], values: Sums) -> list[tuple[list[int], Sums]]:
+        """See `Exchange.portions`: one part for each span."""
+        ends = np.cumsum([len(span) for span in quanta]).tolist()
         return [
             (list(range(end - len(span), end)), values[row : row + 1])
-            for row, (span, end) in enumerate(zip(units, ends, strict=True))
+            for row, (span, end) in enumerate(zip(quanta, ends, strict=True))
         ]
 
     def without_first(self, values: Sums, pairs: int) -> Sums | None:
@@ -217,10 +218,10 @@ class SumExchange:
         return None if pairs else values
 
     def joined(self, span: Span, values: Sums, next_span: Span, next_values: Sums) -> Sums | None:
-        """See `Exchange.joined`: as long as the sum is sure to fit into 32 bits."""
+        """See `Exchange.joined`: up to `most_pairs`, so that the sum fits into 32 bits."""
         return values + next_values if span[1] + next_span[1] <= self.most_pairs else None
 
-    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 numbers"]:
+    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 vector_length"]:
         """See `Exchange.merge`."""
         return np.concatenate(parts).sum(axis=0, dtype=np.int64, keepdims=True)
 
@@ -239,15 +240,17 @@ class SumExchange:
         return Conclusion(total[:0] if trouble else total, scale, loss, void_pairs, trouble)
 
 
-def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers: int, halves: Literal[1, 2]) -> bytes:
-    """Turn what a step's values say into the bytes of its update.
+def pack_conclusion(
+    step: int, spans: list[Span], concluded: Conclusion, vector_length: int, halves: Literal[1, 2]
+) -> bytes:
+    """Turn the conclusion of a step into the bytes of its update.
 
     Args:
         step: Number of the step.
         spans: Pairs that were scored, in the order of their weights.
-        concluded: What their values say.
-        numbers: Length of a gradient sum; 0: there are weights.
-        halves: Weights of each pair.
+        concluded: The conclusion.
+        vector_length: Length of a gradient sum; 0: the update has a weight for each pair.
+        halves: Weights of each pair: 2 for split pairs, else 1.
     """
     header = UpdateHeader(
         step,
@@ -256,17 +259,17 @@ def pack_conclusion(step: int, spans: list[Span], concluded: Conclusion, numbers
         not concluded.trouble,
         concluded.loss,
         concluded.void_pairs,
-        numbers,
+        vector_length,
         halves=halves,
     )
     return pack_update(Update(header, concluded.weights))
 
 
-def make_exchange(numbers: int, scale: float = 0.0) -> Exchange:
-    """Choose the kind: sums of this length, or losses if it is 0; `scale` as for `SumExchange`."""
-    return SumExchange(numbers, scale) if numbers else LossExchange()
+def make_exchange(vector_length: int, scale: float = 0.0) -> Exchange:
+    """Return `SumExchange` for gradient sums of this length, `LossExchange` for 0; `scale` as for `SumExchange`."""
+    return SumExchange(vector_length, scale) if vector_length else LossExchange()
 
 
 def cut(values: Values, rows: Sequence[int]) -> list[Values]:
-    """Cut values into parts of so many rows each."""
+    """Split values into consecutive parts of the given numbers of rows."""
     return np.split(values, np.cumsum(rows, dtype=int))[: len(rows)]

@@ -1,1 +1,1 @@
-"""Hosts that train together: what they say, how it travels, and who may take part."""
+"""Training over hosts: `serve`, `join` and `status`, the protocol between them, and the transport of its messages."""

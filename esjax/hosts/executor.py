@@ -1,4 +1,4 @@
-"""Does a host's tasks with its devices: at once or in a thread, and in all processes of the host alike."""
+"""The executor of a host's device tasks: in the calling thread or a background thread, in all processes of the host."""
 
 import queue
 import threading
@@ -42,14 +42,14 @@ from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.runs.checkpoint import digest
 
 IDLE = 5.0
-"""Seconds after which the other processes hear that there is nothing to do: collectives give up on a silent one."""
+"""Seconds without a task after which process 0 sends the others a sign of life: collectives time out without one."""
 
 TASKS = "esjax-tasks"
-"""Name of the thread that keeps the devices busy."""
+"""Name of the thread that runs the tasks."""
 
 CLOSE, CLOSE_TOGETHER = 1.0, 60.0
-"""Seconds that the devices have to finish what they are at, when all is over; those of several processes must, since
-none of them can end well before the others."""
+"""Seconds that the running task has to finish at the end: of a single process, and of a process group, whose processes
+must end together."""
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Task)
@@ -57,7 +57,7 @@ _NOTHING, _END = b"nothing", b"end"
 
 
 class Executor:
-    """A replica, once it is built, and what it is asked to do."""
+    """Runs tasks on a replica."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class Executor:
         custom: Custom = NOTHING_CUSTOM,
         tell: Callable[[str], None],
     ) -> None:
-        """Begin with a replica, or with none until `Build`.
+        """Set up with a replica, or without one until the task `Build`.
 
         Args:
-            replica: The replica, if there is one already.
-            vocab_size: Its number of token ids.
-            custom: Of a replica that is still to be built.
-            tell: Called with each line that a person should see.
+            replica: The replica, if it is built already.
+            vocab_size: Number of token ids of the replica.
+            custom: Model, loss, reward and optimizer for `Build`.
+            tell: Prints a line for the user.
         """
         self._replica = replica
         self._vocab_size = vocab_size
@@ -83,12 +83,12 @@ class Executor:
 
     @property
     def replica(self) -> Replica:
-        """The replica, which has to be there."""
+        """The replica, which must be built."""
         assert self._replica is not None
         return self._replica
 
     def do(self, task: Task) -> Result:
-        """Do a task; what fails comes back as `Failed`, with the reason in one line."""
+        """Run a task. Errors of the run and of the devices are returned as `Failed`, with a reason of one line."""
         try:
             return self._build(task) if isinstance(task, Build) else self._do(task)
         except EsjaxError as error:
@@ -97,14 +97,14 @@ class Executor:
             return Failed(f"the devices failed: {str(error).splitlines()[0][:300]}")
 
     def follow(self) -> None:
-        """Do what the process that leads does, until it ends; every other process of a host calls it."""
+        """Run the tasks that process 0 of the host runs, until it ends; all other processes call this."""
         while (word := share(b"")) != _END:
             if word != _NOTHING:
                 self.do(_DECODER.decode(word))
 
     @contextmanager
     def in_background(self, wake: Callable[[], None]) -> Iterator["Background"]:
-        """Do tasks in a thread until the block ends, and with all processes of the host.
+        """Run tasks in a thread, in all processes of the host, until the block ends.
 
         Args:
             wake: Called from the thread after each task.
@@ -150,7 +150,7 @@ class Executor:
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
         stream = text.stream
-        if config.data.block_tokens:  # no text yet, but the programs can be compiled
+        if config.data.block_tokens:  # tokens come later; zeros are enough to compile the programs
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
             replica = Replica(config, model, stream, mesh, self._custom.objective, self._custom.optimizer)
@@ -172,33 +172,33 @@ class Executor:
 
 
 class Background:
-    """A thread that does tasks one at a time, so that the host can go on talking meanwhile."""
+    """A thread that runs one task after another, so that the host answers messages meanwhile."""
 
     def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
-        """Begin; see `Executor.in_background`."""
+        """Start the thread, see `Executor.in_background`."""
         self._executor, self._wake = executor, wake
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._leases, daemon=True, name=TASKS)
+        self._thread = threading.Thread(target=self._run, daemon=True, name=TASKS)
         self._thread.start()
 
     def give(self, task: Task) -> None:
-        """Have a task done."""
+        """Queue a task."""
         self._tasks.put(task)
 
     def results(self) -> list[Result]:
-        """Return what came of tasks since the last call."""
+        """Return the results of the tasks that finished since the last call."""
         found = []
         while not self._results.empty():
             found.append(self._results.get())
         return found
 
     def close(self) -> None:
-        """Let the thread end after the task that it is at, if it is at one."""
+        """End the thread after its running task; wait `CLOSE` or `CLOSE_TOGETHER` for it."""
         self._tasks.put(None)
         self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)
 
-    def _leases(self) -> None:
+    def _run(self) -> None:
         while True:
             try:
                 task = self._tasks.get(timeout=IDLE)

@@ -1,4 +1,4 @@
-"""A host that takes part in a run somewhere else."""
+"""`join`: a host that takes part in the run of a coordinator."""
 
 import platform
 import random
@@ -30,20 +30,20 @@ from esjax.signals import STOPPING, stop_on_signals
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
 POLL = 0.1
-"""Seconds between looks at the clock."""
+"""Seconds to wait for messages before time limits are checked."""
 
 FAREWELL = 10.0
-"""Seconds to hand in what is scored and to say goodbye."""
+"""Seconds that a leaving host has to send its scored losses and a goodbye."""
 
 QUIET = 5.0
-"""Seconds without a word from the coordinator after which a person is told, and nobody is left to say goodbye to."""
+"""Seconds without a message from the coordinator after which the host prints that, and leaves without a goodbye."""
 
 DOING: dict[wire.Phase, str] = {"joining": "fetching the run's state", "compiling": "compiling", "ready": "ready"}
-"""What a host does in each phase, for people."""
+"""What a host prints in each phase."""
 
 
 class _SilenceError(EsjaxError):
-    """A coordinator that was never heard said nothing for longer than the host is patient."""
+    """No message came from the coordinator within `patience`, and the host had not joined before."""
 
 
 def join(
@@ -64,23 +64,23 @@ def join(
 
     Args:
         address: tcp://HOST:PORT of the coordinator.
-        token_file: What the coordinator's keys let this host in with, if it has keys.
-        name: What this host is called; of two of one name the newer counts. None: made up.
-        lifetime: Seconds after which the host leaves. None: no such limit.
-        patience: Seconds to wait for a coordinator that says nothing.
-        stay: When the run has ended, wait for the next one at the address, and take part in that.
-        model: The run's own model, if it was given one: the function, or PATH.py:FUNCTION. Of the latter the file has
-            to be the same as the coordinator's; code is never sent.
-        loss: The same of its own loss.
-        reward: The same of its own reward.
-        optimizer: The same of its own optimizer.
-        tell: Called with each line that a person should see.
+        token_file: Token file that lets this host in. None: the coordinator has no keys.
+        name: Name of this host; of two hosts with one name the newer one counts. None: a random name.
+        lifetime: Seconds after which the host leaves. None: no limit.
+        patience: Seconds to wait for a coordinator that does not answer.
+        stay: Whether to wait for the next run at the address when a run has ended, and take part in that, too.
+        model: The custom model, if the run has one: the function, or PATH.py:FUNCTION with a copy of the coordinator's
+            file. Code is never sent.
+        loss: The custom loss, if the run has one; given like the model.
+        reward: The custom reward, if the run has one; given like the model.
+        optimizer: The custom optimizer, if the run has one: an optax transformation, or PATH.py:FUNCTION.
+        tell: Prints a line for the user.
 
     Raises:
-        EsjaxError: The coordinator turned the host away, or is not to be reached, or the devices failed.
+        EsjaxError: The coordinator refuses the host or cannot be reached, or the devices failed.
     """
     if stay and jax.process_count() > 1:
-        raise EsjaxError("several processes that are one host take part in one run; leave stay out")
+        raise EsjaxError("a host of several processes takes part in a single run; leave out stay")
     token = None if token_file is None else load_token(given_path(token_file))
     custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
@@ -109,7 +109,7 @@ def _take_part(
     """Take part in one run, see `join`.
 
     Returns:
-        Whether the run is over, and not only for this host.
+        Whether the run has ended for all hosts.
     """
     devices = jax.devices()
     now = time.monotonic()
@@ -124,7 +124,7 @@ def _take_part(
     )
     executor = Executor(custom=custom, tell=tell)
     if not leads():
-        with stop_on_signals():  # the process that leads hears of it, too
+        with stop_on_signals():  # process 0 gets the signal, too, and ends the others
             executor.follow()
         return False
     tell(f"{name}: joining {address}")
@@ -151,7 +151,7 @@ def _take_part(
                 background.give(task)
             if worker.reconnect:
                 if not is_alone:
-                    tell(f"{name}: only one of the coordinator's two ports is heard; connecting anew")
+                    tell(f"{name}: only one of the coordinator's two ports answers; reconnecting")
                 transport.reconnect()
                 listening = 0
                 worker.reconnected(now)
@@ -172,7 +172,7 @@ def _take_part(
                 break
             if now - worker.silent_since > patience:
                 failure = EsjaxError if was_in else _SilenceError
-                raise failure(f"no word from {address} for {patience:.0f} s; see that the coordinator runs there")
+                raise failure(f"no word from {address} for {patience:.0f} s; check that the coordinator runs there")
             received = transport.poll(POLL)
             if received.refused:
                 raise EsjaxError(received.refused)
@@ -182,7 +182,7 @@ def _take_part(
             if received.reply is not None:
                 _hand_over(worker, received.reply, "reply", now)
             if worker.refused:
-                if stay and was_in:  # the goodbye was lost, and this is the next run
+                if stay and was_in:  # the goodbye got lost, and the next run has begun
                     return True
                 raise EsjaxError(worker.refused)
         if worker.failed:
@@ -192,7 +192,7 @@ def _take_part(
 
 
 def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
-    """Say how the host does, or "" while there is nothing to say."""
+    """Return the line that describes the host's phase; "" if there is nothing to print."""
     if worker.leaving:
         return STOPPING
     if is_alone:

@@ -1,4 +1,4 @@
-"""Hosts that are processes of this machine, its cores divided among them."""
+"""Hosts as processes of this machine, which share its cores."""
 
 import os
 import subprocess
@@ -10,20 +10,20 @@ from pathlib import Path
 from esjax.errors import EsjaxError
 
 PATIENCE = 60.0
-"""Seconds after which a process ends whose coordinator says nothing."""
+"""Seconds without a message from the coordinator after which a process ends."""
 
 WORKER_BYTES = 600_000_000
-"""Memory that a process takes with a small model; most of it is JAX."""
+"""Bytes of memory of a process with a small model, most of them for JAX."""
 
 FAREWELL, LAST_WORD = 5.0, 15.0
-"""Seconds that processes have to end by themselves, and once they are asked: what still compiles hears nothing."""
+"""Seconds that a process has to end by itself, and then after a signal: while it compiles, it notices neither."""
 
 
 def check_workers(count: int, oversubscribe: bool = False) -> None:
-    """See that so many processes have a core each, or that more of them are wanted.
+    """Check that each process has a core, unless `oversubscribe` is set.
 
     Raises:
-        EsjaxError: There are fewer cores; it says what memory the processes would take.
+        EsjaxError: There are fewer cores than processes, or `count` is negative.
     """
     if count < 0:
         raise EsjaxError(f"workers must be at least 0, got {count}")
@@ -32,12 +32,12 @@ def check_workers(count: int, oversubscribe: bool = False) -> None:
         raise EsjaxError(
             f"{count} workers on {cores} {'core' if cores == 1 else 'cores'} would take about "
             f"{count * WORKER_BYTES / 1e9:.1f} GB of memory, of {_memory() / 1e9:.1f} GB, and be no faster than "
-            f"{cores}; give --workers {cores}, or --oversubscribe (from Python oversubscribe=True) for so many"
+            f"{cores}; give --workers {cores}, or --oversubscribe (in Python oversubscribe=True) to allow it"
         )
 
 
 def _memory() -> int:
-    """Return the bytes of memory of this machine."""
+    """Return the size of this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -45,14 +45,14 @@ def _memory() -> int:
 def local_workers(
     address: str, count: int, logs: Path, *, given: Sequence[str] = (), oversubscribe: bool = False
 ) -> Iterator[None]:
-    """Run processes that join a run, and end them.
+    """Run processes that join a run, and end them when the block ends.
 
     Args:
         address: tcp://HOST:PORT of the coordinator.
         count: Number of processes.
-        logs: Folder for what they print.
-        given: Options of `join` that name code, see `esjax.models.custom.Custom.words`.
-        oversubscribe: Start more processes than there are cores.
+        logs: Folder for their log files, worker-0.log and so on.
+        given: Options of `join` that name custom code, see `esjax.models.custom.Custom.words`.
+        oversubscribe: Allow more processes than cores.
 
     Raises:
         EsjaxError: There are fewer cores, and `oversubscribe` is not set.
@@ -73,14 +73,14 @@ def local_workers(
 
 
 def available_cores() -> list[int]:
-    """List the cores that this process may use."""
+    """Return the indices of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def divide(cores: Sequence[int], count: int) -> list[list[int]]:
-    """Deal cores to processes: as equally as can be, at least one each, so that some share one if there are few."""
+    """Divide cores among processes as equally as possible; with more processes than cores, some share a core."""
     if count >= len(cores):
         return [[cores[number % len(cores)]] for number in range(count)]
     return [list(cores[number::count]) for number in range(count)]
@@ -90,7 +90,7 @@ def _start(words: list[str], cores: list[int], log: int) -> subprocess.Popen[byt
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(len(cores))}
     pin = hasattr(os, "sched_setaffinity")
     before = os.sched_getaffinity(0) if pin else set()
-    if pin:  # the child inherits it before it runs a line
+    if pin:  # the child inherits the affinity from its start
         os.sched_setaffinity(0, cores)
     try:
         return subprocess.Popen(
@@ -99,7 +99,7 @@ def _start(words: list[str], cores: list[int], log: int) -> subprocess.Popen[byt
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for the coordinator, which tells them
+            start_new_session=True,  # Ctrl-C reaches the coordinator alone, which then ends its hosts
         )
     finally:
         if pin:

@@ -1,4 +1,4 @@
-"""A run whose hosts join over the network."""
+"""`serve` and `resume_serving`: the coordinator of a run whose hosts join over the network."""
 
 import re
 import socket
@@ -50,17 +50,17 @@ from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
 from esjax.watch.tracking import Tracker, Watch
 
 REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
-"""What a host may send at a time."""
+"""Largest message that a host may send."""
 
 ADDRESS = "tcp://127.0.0.1:5555"
-"""Where a coordinator listens, unless told otherwise."""
+"""Default address of a coordinator."""
 
 FIRST_TOKEN = "hosts"
-"""Name of the token that is made with the keys."""
+"""Name of the token that is made together with the keys."""
 
 
 class _Listen(NamedTuple):
-    """Where the coordinator listens, and to whom, see `serve`."""
+    """Address and keys of the coordinator, see `serve`."""
 
     address: str
     keys: Path | None
@@ -74,21 +74,21 @@ class _Listen(NamedTuple):
 class Server:
     """A run that hosts take part in: iterate over it to coordinate them.
 
-    Iteration ends at the limits of the settings, or when Ctrl-C or SIGTERM comes, with a last checkpoint and a last
-    evaluation by one of the hosts.
+    Iteration ends at the limits of the settings, or at Ctrl-C or SIGTERM. One of the hosts then makes a last checkpoint
+    and a last evaluation.
 
     Attributes:
         config: Settings.
-        custom: What hosts have to be given, too, beside the settings.
-        folder: Where the run is kept.
-        limits: Where iteration ends; may be changed.
-        baselines: Nats per token of the n-gram models over the held-out documents; empty if there are none, and with a
-            loss or reward of its own.
-        address: Where hosts join; its port is known once iteration has begun.
+        custom: Custom model, loss, reward and optimizer, which every host needs, too.
+        folder: Folder of the run.
+        limits: When iteration ends; may be changed.
+        baselines: Held-out losses of the n-gram models, in nats per token; empty without held-out documents, and with a
+            custom loss or reward.
+        address: Address that hosts join at; the port is known when iteration has begun.
         token: Token file that hosts need, or None.
-        on_start: Called when an iteration has opened all that it needs, before hosts may join.
+        on_start: Called when an iteration has opened port and files, before hosts may join.
         while_open: Makes a context that is entered when hosts may join, and left at the end.
-        trackers: Whom the run is shown to, beside its folder; may be changed between iterations.
+        trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
     """
@@ -105,7 +105,7 @@ class Server:
         *,
         is_new: bool,
     ) -> None:
-        """Set up; use `serve` or `resume_serving` to get one."""
+        """Set up; call `serve` or `resume_serving` instead."""
         self.config = folder.config
         self.custom = custom
         self.folder = folder
@@ -121,38 +121,38 @@ class Server:
         self.stopped = False
         self.tell = tell or (lambda line: print(line, file=sys.stderr))
         self._corpus, self._listen = corpus, listen
-        self._replica = replica  # tells the shapes of what hosts send, and computes nothing
+        self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
         self._is_new = is_new
 
     def __repr__(self) -> str:
-        """Say where it is, and what."""
+        """Name folder and address, and summarize the run."""
         return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}: {self.summary()}>"
 
     def summary(self) -> str:
-        """Say in one line what is trained on what, and how much a step is."""
+        """Describe model, text and step size in one line."""
         return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.custom.names())
 
     @property
     def is_local(self) -> bool:
-        """Whether it listens to this machine alone."""
+        """Whether only this machine can reach it."""
         return is_loopback(self._listen.address)
 
     def status(self) -> wire.Status:
-        """Say how the run and its hosts do.
+        """Return the status of the run and its hosts.
 
         Raises:
             EsjaxError: Iteration has not begun.
         """
         if self._coordinator is None:
-            raise EsjaxError("nobody can have joined: iterate over the run first")
+            raise EsjaxError("the run has no status yet; iterate over it first")
         return self._coordinator.status(time.monotonic())
 
     def __iter__(self) -> Iterator[StepInfo]:
-        """Coordinate the hosts, and yield what each step did."""
+        """Coordinate the hosts, and yield an info for each step."""
         with ExitStack() as stack:
             asked = stack.enter_context(stop_on_signals())
-            # Left after all the rest, so that a tracker that hangs delays nothing that matters.
+            # Closed last, so that a tracker that hangs delays nothing else.
             watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
             coordinator, server_loop = self._open(stack)
             self.limits.check(coordinator.step)
@@ -189,13 +189,13 @@ class Server:
         return info
 
     def _open(self, stack: ExitStack) -> tuple[Coordinator, ServerLoop]:
-        """Claim the folder and the port, and find out where the run stands."""
+        """Lock the folder, open the port, and restore the state of the run."""
         folder = self.folder
         folder.lock()
         stack.callback(folder.unlock)
         with ExitStack() as undo:
             if self._is_new and not folder.checkpoints.exists():
-                undo.callback(folder.remove)  # a port that is taken leaves no run that never was
+                undo.callback(folder.remove)  # a port in use must not leave an empty run folder
             opened = self._begin(stack)
             undo.pop_all()
         self._is_new = False
@@ -246,7 +246,7 @@ class Server:
                 custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                exchange=make_exchange(replica.numbers, replica.scale),
+                exchange=make_exchange(replica.vector_length, replica.scale),
             ),
             step=first + len(since),
             now=now,
@@ -268,7 +268,7 @@ class Server:
             checkpoints,
             replica.state,
             keys=keys,
-            # Older ledgers have no clock; the metrics have.
+            # Ledgers of older versions have no clock, but the metrics have.
             seconds=max(restored.seconds, ledger.seconds, run.seconds_at(coordinator.step)),
             member_tokens=restored.member_tokens + members * a_member,
             tell=self.tell,
@@ -276,7 +276,7 @@ class Server:
         return coordinator, server_loop
 
     def _keys(self) -> ServerKeys | None:
-        """Open the keys, if there are to be any; with new ones comes a first token."""
+        """Open the keys if the address needs them; new keys come with a first token."""
         listen = self._listen
         if not _has_keys(listen):
             return None
@@ -288,21 +288,21 @@ class Server:
 
 
 def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:
-    """Set up the run's own copy, on one CPU.
+    """Set up a replica on one CPU, which checks custom code and sizes.
 
     Raises:
-        EsjaxError: A loss or model of one's own does not do what it has to, or sums or updates would be too large for
-            a message.
+        EsjaxError: A custom model, loss or reward does not keep its contract, or gradient sums or updates would be too
+            large for a message.
     """
     model = custom.build(config.model, corpus.vocabulary.size)
     replica = Replica(config, model, None, cpu_mesh(), custom.objective, custom.optimizer)
-    if 4 * replica.numbers > MAX_REQUEST:
+    if 4 * replica.vector_length > MAX_REQUEST:
         raise EsjaxError(
-            f"hosts would hand in sums of {replica.numbers:,} numbers, and {MAX_REQUEST // 4:,} are the most; "
-            "choose a smaller model, or es.exchange losses with noise on weights"
+            f"a gradient sum of this model has {replica.vector_length:,} numbers, and hosts can send at most "
+            f"{MAX_REQUEST // 4:,}; choose a smaller model, or es.exchange losses with noise on weights"
         )
     weights = config.es.pairs * config.es.weights_per_pair
-    if config.es.time_per_step is None and not replica.numbers and weights > wire.MOST_WEIGHTS:
+    if config.es.time_per_step is None and not replica.vector_length and weights > wire.MOST_WEIGHTS:
         raise EsjaxError(
             f"an update would hold {weights:,} weights, and {wire.MOST_WEIGHTS:,} are the most; lower "
             "es.population_size"
@@ -311,10 +311,10 @@ def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:
 
 
 def _has_keys(listen: _Listen) -> bool:
-    """Tell whether hosts need keys.
+    """Return whether hosts need keys.
 
     Raises:
-        EsjaxError: They do, and connections cannot be encrypted; or the address is none.
+        EsjaxError: They do, and connections cannot be encrypted; or the address is not valid.
     """
     if listen.keys is None and (listen.plain_text_anywhere or is_loopback(listen.address)):
         return False
@@ -323,7 +323,7 @@ def _has_keys(listen: _Listen) -> bool:
 
 
 def _for_others(address: str) -> str:
-    """Name this machine in the address of all its interfaces, which means nothing elsewhere."""
+    """Replace the address of all interfaces, which has no meaning elsewhere, by this machine's name."""
     return re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", f"//{socket.gethostname()}:", address)
 
 
@@ -351,29 +351,30 @@ def serve(
     """Begin a run that hosts take part in; iterate over the result to coordinate them.
 
     Args:
-        config: Settings; None: the defaults.
-        out: Run folder to make.
-        bind: tcp://HOST:PORT to listen at; broadcasts are at the next port. Port 0: any two that are free.
-        keys: Folder of the keys. None: `keys` in the run folder, and no keys on a loopback address.
-        plain_text_anywhere: Listen on any address without keys: whoever reaches it can read along and take part.
-        model: Builds a model of one's own, which every host has to bring along, too.
-        loss: A loss of one's own, which every host has to bring along, too.
-        reward: A reward of one's own in place of a loss, which every host has to bring along, too.
-        optimizer: Any optax transformation, which every host has to bring along, too. Each of the four may be a text,
-            PATH.py:FUNCTION, see `esjax.train`; hosts have to bring the same file.
-        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
-        tell: Called with each line that a person should see. None: they go to standard error.
+        config: Settings. None: the defaults.
+        out: Folder of the new run.
+        bind: Address to listen at, tcp://HOST:PORT; broadcasts use the next port. Port 0: any two free ports.
+        keys: Folder of the keys. None: `keys` in the run folder, or no keys on a loopback address.
+        plain_text_anywhere: Listen on any address without keys: every machine that reaches it can read all messages and
+            take part.
+        model: A function that builds a custom model. Every host needs each custom part, too: the same function, or, for
+            a text PATH.py:FUNCTION, a copy of the same file, see `esjax.train`.
+        loss: A custom loss.
+        reward: A custom reward, in place of a loss.
+        optimizer: A custom optimizer: any optax transformation.
+        trackers: Trackers of the run, see `esjax.Tracker`, or names: tensorboard, wandb, trackio.
+        tell: Prints a line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, a loss or
-            reward does not return one float32, or the optimizer needs more than there is. Iteration raises it, and
-            removes the folder, if the address cannot be listened at.
+        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, a custom
+            loss or reward does not return one float32, or the optimizer needs more arguments than it gets. Iteration
+            raises it, and removes the folder, if it cannot listen at the address.
     """
     config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
     found = find_trackers(trackers)
     custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
-    replica = _make_replica(config, corpus, custom)  # says what is wrong before there is a folder
+    replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
@@ -399,26 +400,25 @@ def resume_serving(
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Server:
-    """Go on with a run, with hosts: from its newest checkpoint, or its first state, and every update since.
+    """Resume a run with hosts, from its newest whole checkpoint (or its first state) and the ledger since.
 
     Args:
         path: Run folder.
         bind: See `serve`.
         keys: See `serve`.
         plain_text_anywhere: See `serve`.
-        model: The run's own model, if it was given one, see `esjax.resume`.
-        loss: The same of its own loss.
-        reward: The same of its own reward.
-        optimizer: The same of its own optimizer.
+        model: The custom model, if the run has one, see `esjax.resume`.
+        loss: The custom loss, if the run has one.
+        reward: The custom reward, if the run has one.
+        optimizer: The custom optimizer, if the run has one.
         steps: End when the run has done so many steps in all.
-        seconds: End so many seconds after the first step finished from now. With neither of the two, the limits of the
-            run's settings hold.
-        text: Where the run's text is now, as the setting data.text; None: where it was.
-        trackers: Whom to show the run to, see `esjax.Tracker`; also by name: tensorboard, wandb, trackio.
-        tell: Called with each line that a person should see. None: they go to standard error.
+        seconds: End so many seconds after the next step finishes. If both are None, the limits of the settings hold.
+        text: New place of the run's text, as in the setting data.text. None: it has not moved.
+        trackers: Trackers of the run, see `esjax.Tracker`, or names: tensorboard, wandb, trackio.
+        tell: Prints a line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: It is no run folder, its text or its code has changed, or a part of its own is missing.
+        EsjaxError: The path is not a run folder, its text or code has changed, or a custom part is missing.
     """
     folder = RunFolder(given_path(path))
     folder.check_goes_on()

@@ -1,4 +1,4 @@
-"""The coordinator at work: between its state machine, the network and the disk."""
+"""The server loop: passes messages between network and state machine, and carries out the coordinator's actions."""
 
 import time
 from collections import deque
@@ -19,25 +19,25 @@ from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, StepInfo
 
 POLL = 0.05
-"""Seconds between looks at the clock."""
+"""Seconds to wait for requests before time limits are checked."""
 
 TICK = 0.02
-"""Seconds between looks at the hosts."""
+"""Seconds between calls of the state machine's `tick`."""
 
 CHECK = 0.2
-"""Seconds between looks at the connections."""
+"""Seconds between checks of the connections."""
 
 BULK = 8
-"""Parts of texts and snapshots that are sent in one go, so that who joins does not hold up who trains."""
+"""Parts of texts and snapshots that are sent in one turn, so that joining hosts do not delay those that train."""
 
 
 class ServerLoop:
-    """Answers hosts, and writes down what has to be written.
+    """Answers hosts, and writes ledger and checkpoints.
 
     Attributes:
         seconds: Training time so far, see `StepInfo`.
-        member_tokens: Tokens scored so far, times members.
-        working_seconds: Time spent on anything but waiting.
+        member_tokens: Member-tokens scored so far.
+        working_seconds: Time spent working, without waiting for requests.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ServerLoop:
         member_tokens: int,
         tell: Callable[[str], None],
     ) -> None:
-        """Sit down.
+        """Set up.
 
         Args:
             config: Settings.
@@ -62,11 +62,11 @@ class ServerLoop:
             transport: The network.
             ledger: Where updates are written.
             checkpoints: Where states are kept.
-            like: A state of the run's structure, shapes and dtypes.
-            keys: Who is let in; None: everybody.
-            seconds: Training time before.
-            member_tokens: Tokens scored before, times members.
-            tell: Called with each line that a person should see.
+            like: A state with the run's structure, shapes and dtypes.
+            keys: Keys that are let in. None: there are none, and every host is let in.
+            seconds: Training time before this start.
+            member_tokens: Member-tokens scored before this start.
+            tell: Prints a line for the user.
         """
         self.seconds, self.member_tokens = seconds, member_tokens
         self.working_seconds = 0.0
@@ -78,10 +78,10 @@ class ServerLoop:
         self._held_out: float | None = None
         self._tick_at = self._check_at = 0.0
         self._bulk: deque[tuple[Request, Envelope]] = deque()
-        self._marks: dict[int, tuple[float, int]] = {}  # seconds and member-tokens at steps whose state is to come
+        self._marks: dict[int, tuple[float, int]] = {}  # seconds and member-tokens at the step of an expected state
 
     def turn(self) -> list[StepInfo]:
-        """Wait a moment for requests, answer them, let time pass, and return what the steps did that were closed."""
+        """Wait up to `POLL` seconds for requests, answer them, and return the infos of the steps that were closed."""
         requests = self._transport.poll(0.0 if self._bulk else POLL)
         began = now = time.monotonic()
         closed: list[StepInfo] = []
@@ -102,7 +102,7 @@ class ServerLoop:
         return closed
 
     def _count(self) -> None:
-        """Have the status tell what does not reach the coordinator."""
+        """Add the transport's counters to those of the status."""
         counters, transport = self._coordinator.counters, self._transport
         counters["connections without a handshake"] = transport.strangers
         counters["messages without an envelope"] = transport.rejected
@@ -125,7 +125,7 @@ class ServerLoop:
                     self._bulk.append((request, envelope))
                     return []
                 reply = coordinator.receive(envelope, now, request.key)
-        closed = self._carry_out(now)  # what a reply tells of must have been written before
+        closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it
         self._transport.reply(request.peer, wire.encode(reply))
         return closed
 
@@ -176,7 +176,7 @@ class ServerLoop:
         )
 
     def new_held_out(self) -> float | None:
-        """Return the last held-out loss, once."""
+        """Return the held-out loss if it changed since the last call, else None."""
         before, self._held_out = self._held_out, self._coordinator.audits.held_out
         return None if self._held_out == before else self._held_out
 
@@ -189,7 +189,7 @@ class ServerLoop:
                 raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
             self._checkpoints.save(state, seconds, tokens)
         except EsjaxError as error:
-            # The one before stays, and the ledger has every step since: nothing is lost.
+            # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
             self._tell(f"no checkpoint at step {snapshot.step}: {error}")
             return
         self._coordinator.audits.stored(snapshot)

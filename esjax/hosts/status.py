@@ -1,4 +1,4 @@
-"""Asks a coordinator how things stand."""
+"""Asks a coordinator for the status of its run."""
 
 import time
 from pathlib import Path
@@ -16,15 +16,15 @@ PATIENCE = 10.0
 
 
 def fetch_status(address: str, token_file: str | Path | None = None, patience: float = PATIENCE) -> wire.Status:
-    """Ask a coordinator how things stand.
+    """Ask a coordinator for the status of its run and hosts.
 
     Args:
-        address: tcp://HOST:PORT.
-        token_file: What the coordinator's keys let this host in with, if it has keys.
+        address: tcp://HOST:PORT of the coordinator.
+        token_file: Token file for a coordinator with keys. None: it has no keys.
         patience: Seconds to wait for an answer.
 
     Raises:
-        EsjaxError: It does not answer, or refuses to.
+        EsjaxError: The coordinator does not answer in time, or refuses the request.
     """
     token = None if token_file is None else load_token(given_path(token_file))
     until = time.monotonic() + patience
@@ -36,16 +36,19 @@ def fetch_status(address: str, token_file: str | Path | None = None, patience: f
                 raise EsjaxError(received.refused)
             if received.reply is not None:
                 return _read(received.reply, address)
-    raise EsjaxError(f"no answer from {address} within {patience:.0f} s; see that the coordinator runs there")
+    raise EsjaxError(f"no answer from {address} within {patience:.0f} s; check that the coordinator runs there")
 
 
 def _read(frames: list[bytes], address: str) -> wire.Status:
     try:
         message = wire.decode(frames, "reply").message
     except wire.WireError as error:
-        raise EsjaxError(f"{address} answered with no message of this version of esjax: {error}") from error
+        raise EsjaxError(
+            f"the answer from {address} cannot be read ({error}); check that a coordinator of this version of esjax "
+            "runs there"
+        ) from error
     if isinstance(message, wire.Refused):
         raise EsjaxError(message.reason)
     if not isinstance(message, wire.Status):
-        raise EsjaxError(f"{address} answered something else")
+        raise EsjaxError(f"{address} answered with a {type(message).__name__}; check that it is a coordinator")
     return message

@@ -46,7 +46,7 @@ def states_of(model: Model, params: Params, carried: Carried, pairs: UInt32[Arra
 
 def among_zeros(
     states: State, finite: Bool[Array, " windows"], carried: Carried, pairs: UInt32[Array, " pairs"]
-) -> Int[Array, " numbers"]:
+) -> Int[Array, " vector_length"]:
     """Return the end states of the windows of some pairs as integers, with zeros for all other and for void windows."""
     if not isinstance(carried, Array):
         return jnp.zeros(0, jnp.int32)
@@ -56,6 +56,6 @@ def among_zeros(
     return jnp.zeros(carried.shape, jnp.int32).at[pairs].add(whole).reshape(-1)
 
 
-def take(total: Int[Array, " numbers"], carried: Carried) -> Carried:
+def take(total: Int[Array, " vector_length"], carried: Carried) -> Carried:
     """Read the states for the next step from the gradient sum of a step."""
     return jax.tree.map(lambda leaf: total.reshape(leaf.shape).astype(jnp.float32) / STEPS, carried)

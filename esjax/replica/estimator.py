@@ -39,7 +39,7 @@ class LossEstimator(NamedTuple):
     noise_bytes: int
 
     @property
-    def numbers(self) -> int:
+    def vector_length(self) -> int:
         """Length of a gradient sum: 0, since there is none."""
         return 0
 
@@ -61,7 +61,7 @@ class SumEstimator(NamedTuple):
         sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.partial_sums`.
         gradient: `(totals, scale, params) -> gradient`.
         zeros: Totals of 0, an array for each perturbed leaf.
-        numbers: Length of the vectors.
+        vector_length: Length of the vectors.
         scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
         most_pairs: Most pairs of a chunk.
         pair_bytes: Bytes that the noise of a pair takes while it is evaluated.
@@ -70,7 +70,7 @@ class SumEstimator(NamedTuple):
     sum_chunk: SumChunk
     gradient: Callable[[Totals, Float[Array, ""], Params], Params]
     zeros: Totals
-    numbers: int
+    vector_length: int
     scale: float
     most_pairs: int
     pair_bytes: int
@@ -110,11 +110,11 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
     carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
-    numbers = size + carried + TAIL if es.sums(size) else 0
+    vector_length = size + carried + TAIL if es.sums(size) else 0
     if loss is not None and es.exchange == "auto":
-        numbers = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
+        vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
     if es.space == "activation":
-        return _on_activations(config, model, params, units, loss, numbers, packed)
+        return _on_activations(config, model, params, units, loss, vector_length, packed)
     noise = Noise(
         sigma=es.sigma,
         rank=es.rank if es.space == "low_rank" else 0,
@@ -134,17 +134,17 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
-    if not numbers:
+    if not vector_length:
         return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes)
     is_sign = es.shaping == "sign"
     sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
-    return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), numbers, scale, most_pairs, pair_bytes)
+    return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)
 
 
 def _on_activations(
-    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, numbers: int, packed: bool
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, vector_length: int, packed: bool
 ) -> Estimator:
     es, data = config.es, config.data
     if loss is not None:
@@ -186,7 +186,7 @@ def _on_activations(
     noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
     pair_bytes = 4 * data.batch_size * noise
     scale = 1 / (steps * tokens)
-    return SumEstimator(sum_chunk, gradient, zeros, numbers, scale, MOST_SUMMED_PAIRS, pair_bytes)
+    return SumEstimator(sum_chunk, gradient, zeros, vector_length, scale, MOST_SUMMED_PAIRS, pair_bytes)
 
 
 def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:

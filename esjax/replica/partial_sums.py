@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     are_there: Bool[Array, " pairs"]
 
 
-SumChunk = Callable[[TrainState, Chunk], Int[Array, " numbers"]]
+SumChunk = Callable[[TrainState, Chunk], Int[Array, " vector_length"]]
 """`(state, chunk) -> vector`, int32."""
 
 
@@ -57,7 +57,7 @@ def make_sum_of_activations(
         steps: Resolution of the sums, see `steps_per_nat`.
     """
 
-    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
+    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " vector_length"]:
         here, sequences, length = chunk.windows.shape
         of_sequences = fold(chunk.seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
         are_all_there = jnp.repeat(chunk.are_there, sequences)
@@ -91,7 +91,7 @@ def make_sum_of_weights(
     """
     weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
 
-    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " numbers"]:
+    def sum_chunk(state: TrainState, chunk: Chunk) -> Int[Array, " vector_length"]:
         assert len(chunk.pairs) <= noise.exact_pairs  # float32 holds every integer up to 2^24
         losses = evaluate_chunk(state.params, chunk.seeds, chunk.windows)
         finite = is_finite(losses) & chunk.are_there
@@ -115,7 +115,7 @@ def _join(
     losses: Float[Array, " pairs"],
     differences: Float[Array, " pairs"],
     room: int,
-) -> Int[Array, " numbers"]:
+) -> Int[Array, " vector_length"]:
     def sum_up(values: Float[Array, " pairs"], steps: int) -> Int[Array, ""]:
         whole = jnp.rint(jnp.clip(jnp.where(finite, values, 0.0) * steps, -(2.0**30), 2.0**30)).astype(jnp.int32)
         most = LARGEST // room  # per pair, so that no sum over a step overflows

@@ -46,7 +46,7 @@ class Replica:
         chunk_pairs: Pairs that a device evaluates at a time. A pair has the same losses to the last bit on any devices
             and in any call, as long as its chunk holds the same pairs.
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
-        numbers: Length of the vectors of `sums`; 0 if the run exchanges losses.
+        vector_length: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: The estimate is `scale` times the gradient sum, over the number of pairs that are not void.
         halves: (2,) for split pairs, which have two weights each; else ().
     """
@@ -100,7 +100,7 @@ class Replica:
         self.units = units
         self.chunk_pairs = chunk_pairs
         self.device_batch = chunk_pairs * mesh.size
-        self.numbers = estimator.numbers
+        self.vector_length = estimator.vector_length
         self.scale = estimator.scale
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
@@ -119,7 +119,7 @@ class Replica:
             )
             self._no_totals = self._on_every_device(estimator.zeros)
         else:
-            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.numbers, mesh)
+            self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
 
         def skip(state: TrainState) -> TrainState:
@@ -160,9 +160,9 @@ class Replica:
         """Replace the parameters; the rest of the state stays."""
         self.state = dataclasses.replace(self.state, params=self._on_every_device(params))
 
-    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans numbers"]:
+    def score(self, spans: Sequence[Span]) -> Float[np.ndarray, "pairs 2"] | Int32[np.ndarray, "spans vector_length"]:
         """Return what hosts exchange for spans of pairs: the losses, or one gradient sum for each span."""
-        if self.numbers:
+        if self.vector_length:
             return np.stack([self.sums(pairs_of([span])) for span in spans])
         return self.losses(pairs_of(spans))
 
@@ -187,11 +187,13 @@ class Replica:
             return None, None
         if update.weights.shape[1:] != self.halves:
             raise EsjaxError(f"update {step} was made with another es.pairing; take the settings of its run")
-        if update.header.numbers != self.numbers:
-            raise EsjaxError(f"update {step} is of another model: {update.header.numbers} numbers, not {self.numbers}")
+        if update.header.vector_length != self.vector_length:
+            raise EsjaxError(
+                f"update {step} is of another model: {update.header.vector_length} numbers, not {self.vector_length}"
+            )
         # The loss comes from the update record: the same bits on every host and in a replay.
         loss = math.nan if update.header.loss is None else update.header.loss
-        if self.numbers:
+        if self.vector_length:
             info = self.apply_sum(update.weights, update.header.scale, loss)
         else:
             info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
@@ -201,7 +203,7 @@ class Replica:
         """Run every function once to compile it; the state stays unchanged."""
         first = self.state
         pairs = np.arange(self.device_batch, dtype=np.uint32)
-        if self.numbers:
+        if self.vector_length:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
             self.losses(pairs)
@@ -223,14 +225,14 @@ class Replica:
         return np.concatenate(calls).reshape(-1, 2)[: len(pairs)]
 
     @default_flags()
-    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " numbers"]:
+    def sums(self, pairs: Integer[np.ndarray, " pairs"]) -> Int32[np.ndarray, " vector_length"]:
         """Return the part of some pairs in the gradient sum of the present step, see `esjax.exchange.gradient_sums`.
 
         Args:
             pairs: Numbers of pairs, as for `losses`; all chunks but the last are whole.
         """
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
-        total = np.zeros(self.numbers, np.int32)
+        total = np.zeros(self.vector_length, np.int32)
         done = 0
         for count, part in chunking.calls(self._scored_at_once, pairs.astype(np.uint32)):
             left = np.int32(len(pairs) - done)
@@ -239,7 +241,7 @@ class Replica:
         return total
 
     @default_flags()
-    def apply_sum(self, total: Int32[np.ndarray, " numbers"], scale: float, loss: float = math.nan) -> UpdateInfo:
+    def apply_sum(self, total: Int32[np.ndarray, " vector_length"], scale: float, loss: float = math.nan) -> UpdateInfo:
         """Update with the gradient sum over all pairs of the step; see `apply`."""
         return self._take(*self._apply_sum(self.state, total, np.float32(scale), np.float32(loss)))
 
@@ -352,7 +354,7 @@ def _for_losses(
     return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
 
 
-def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mesh: Mesh) -> Callable[..., Array]:
+def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], vector_length: int, mesh: Mesh) -> Callable[..., Array]:
     """Compile the function of a step that exchanges gradient sums."""
 
     def add(
@@ -369,7 +371,7 @@ def _for_sums(sum_chunk: SumChunk, draw: Callable[..., Array], numbers: int, mes
         count: Array, pairs: Array, state: TrainState, tokens: Array, streams: _Streams, left: Array
     ) -> Array:
         chunks = -(-count // pairs.shape[1])
-        return add_all(chunks, jnp.zeros(numbers, jnp.int32), state, tokens, streams, pairs, left)
+        return add_all(chunks, jnp.zeros(vector_length, jnp.int32), state, tokens, streams, pairs, left)
 
     return jax.jit(sum_pairs)
 

@@ -98,7 +98,9 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
 
 def make_apply_sum(
     apply: Apply, gradient: Callable[[Totals, Float[Array, ""], Params], Params], zeros: Totals
-) -> Callable[[TrainState, Int[Array, " numbers"], Float[Array, ""], Float[Array, ""]], tuple[TrainState, UpdateInfo]]:
+) -> Callable[
+    [TrainState, Int[Array, " vector_length"], Float[Array, ""], Float[Array, ""]], tuple[TrainState, UpdateInfo]
+]:
     """Make the function that turns a gradient sum, see `esjax.exchange.gradient_sums`, into the next state.
 
     Args:
@@ -112,7 +114,7 @@ def make_apply_sum(
     flat, unravel = ravel_pytree(zeros)
 
     def apply_sum(
-        state: TrainState, total: Int[Array, " numbers"], scale: Float[Array, ""], loss: Float[Array, ""]
+        state: TrainState, total: Int[Array, " vector_length"], scale: Float[Array, ""], loss: Float[Array, ""]
     ) -> tuple[TrainState, UpdateInfo]:
         state, info = apply(state, gradient(unravel(total[: flat.size]), scale, state.params), loss)
         counted, _, differences = total[-TAIL:].astype(jnp.float32)

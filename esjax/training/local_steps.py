@@ -60,7 +60,7 @@ class LocalSteps:
             blocks: Source of token blocks, if the replica does not hold the whole text.
         """
         self._config, self._replica, self._record, self._blocks = config, replica, record, blocks
-        self._exchange = make_exchange(replica.numbers, replica.scale)
+        self._exchange = make_exchange(replica.vector_length, replica.scale)
         self._most_pairs = max(1, self._exchange.most_pairs // replica.chunk_pairs) * replica.chunk_pairs
         self._notices = Notices(config, custom)
         self._block: int | None = None
@@ -79,7 +79,7 @@ class LocalSteps:
             spans, values = self._score_for(es.time_per_step) if es.time_per_step else self._score(es.pairs)
             pairs = sum(count for _, count in spans)
             concluded = self._exchange.conclude(values, spans, es)
-            payload = pack_conclusion(step, spans, concluded, self._exchange.numbers, es.weights_per_pair)
+            payload = pack_conclusion(step, spans, concluded, self._exchange.vector_length, es.weights_per_pair)
             self._record(step, payload)
             gradient_norm, update_norm = replica.update(payload)
         except jax.errors.JaxRuntimeError as error:

@@ -178,7 +178,7 @@ def test_losses_can_be_timed_at_the_populations_of_an_accelerator() -> None:
     sizes = Throughput().sizes[:3]  # larger models have more weights than pairs, and exchange losses anyhow
     for size in throughput.sizes(Throughput(sizes=sizes, scale=16)):
         replica = replica_of(size.config, mesh_of(1))
-        assert replica.numbers == 0, size  # else it adds up, and `losses` finds no function to score with
+        assert replica.vector_length == 0, size  # else it adds up, and `losses` finds no function to score with
         step(size.config, replica)
 
 

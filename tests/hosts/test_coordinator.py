@@ -11,10 +11,10 @@ from hosts_simulation import (
     DELAY,
     FINGERPRINTS,
     FIRST_STATE,
-    NUMBERS,
     QUANTUM,
     RUN,
     SCALE,
+    VECTOR_LENGTH,
     Device,
     Simulation,
     check_updates,
@@ -65,7 +65,15 @@ def test_a_host_alone_needs_no_time_to_pass(config: Config, block: int | None, d
     config = msgspec.structs.replace(config, data=data)
     coordinator = Coordinator(
         config,
-        Terms("", 1, QUANTUM, 0, {}, {}, exchange=make_exchange(NUMBERS if config.es.exchange == "sums" else 0, SCALE)),
+        Terms(
+            "",
+            1,
+            QUANTUM,
+            0,
+            {},
+            {},
+            exchange=make_exchange(VECTOR_LENGTH if config.es.exchange == "sums" else 0, SCALE),
+        ),
         step=0,
         now=0.0,
         rng=np.random.default_rng(0),
@@ -546,7 +554,7 @@ def test_a_host_that_comes_in_the_middle_of_a_step_takes_its_share() -> None:
 
 
 def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "SPAN_LIMIT", 3)
+    monkeypatch.setattr("esjax.hosts.protocol.steps.SPAN_LIMIT", 3)
     config = config_of(spot_check=0.5, population=200)
     sim = Simulation(config)
     for name in ("a", "b", "c", "d"):

@@ -18,11 +18,11 @@ import pytest
 from hosts_simulation import (
     DELAY,
     FIRST_STATE,
-    NUMBERS,
     QUANTUM,
     RUN,
     STATE_BYTES,
     TEXT,
+    VECTOR_LENGTH,
     Device,
     Host,
     Simulation,
@@ -110,7 +110,7 @@ def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -
     step = sim.server.step
     assert host.device.step == step
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
-    dtype = "<i4" if joined.numbers else "<f4"
+    dtype = "<i4" if joined.vector_length else "<f4"
     message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
     body = body_of(values_of(sim.config, host.device.state, message.spans))
     return msgspec.structs.replace(message, **changes), body
@@ -434,7 +434,7 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     "changes",
     [
         pytest.param({"step": 50}, id="future"),
-        pytest.param({"spans": [(2**25 + PAIRS, QUANTUM)]}, id="never assigned"),
+        pytest.param({"spans": [(2**25 + PAIRS, QUANTUM)]}, id="never leased"),
         pytest.param({"spans": [(2**31 - 1, QUANTUM)]}, id="beyond everything"),
     ],
 )
@@ -567,7 +567,7 @@ def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: boo
 def test_row_13_a_sum_that_cannot_be_is_rejected(config: Config, tail: list[int]) -> None:
     sim = run_with(config, "a", "b")
     message, _ = losses_message(sim, sim.hosts["a"], QUANTUM)
-    body = np.array([0] * (NUMBERS - TAIL) + tail, np.int32).tobytes()
+    body = np.array([0] * (VECTOR_LENGTH - TAIL) + tail, np.int32).tobytes()
     assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Rejected)
     assert sim.server.counters["messages no honest host sends"] == 1
     sim.run_steps(3)
@@ -765,7 +765,7 @@ def test_row_23_what_the_run_has_of_its_own_is_needed() -> None:
     sim = Simulation(FIXED)
     host = sim.add("a", custom={"model": "mine"})
     sim.run(1)
-    assert "no part of its own" in host.worker.refused
+    assert "no custom parts" in host.worker.refused
 
 
 @both_exchanges
@@ -1049,7 +1049,7 @@ def test_row_28_a_damaged_snapshot_is_taken_again(what: str) -> None:
     sim.add("a")
     sim.run_steps(10)
     assert damaged == 1
-    assert sim.told("came in damaged") == (what == "upload")
+    assert sim.told("arrived damaged") == (what == "upload")
     assert len(sim.checkpoints) > 2
     check_run(sim)
     check_checkpoints(sim)

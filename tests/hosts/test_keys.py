@@ -144,7 +144,7 @@ def test_nobody_is_let_in_by_an_allow_list_that_cannot_be_read(folder: Path, dam
 def test_a_name_that_is_none_is_refused(folder: Path, keys: ServerKeys, name: str) -> None:
     before = sorted(folder.parent.rglob("*"))
     for use in (lambda: keys.new_token(name, ADDRESS), lambda: keys.revoke_token(name)):
-        with pytest.raises(EsjaxError, match="no name for a token") as caught:
+        with pytest.raises(EsjaxError, match="cannot be the name of a token") as caught:
             use()
         line(caught)
     assert sorted(folder.parent.rglob("*")) == before

@@ -188,13 +188,13 @@ def test_the_first_answer_counts() -> None:
 @pytest.mark.parametrize(
     ("spans", "reason"),
     [
-        ([(1, QUANTUM)], "no whole units"),
-        ([(0, 1)], "no whole units"),
-        ([(0, 3 * QUANTUM)], "no whole units"),
-        ([(8, 3)], "no whole units"),
-        ([(0, QUANTUM), (0, QUANTUM)], "named twice"),
-        ([(4, QUANTUM)], "never assigned"),
-        ([(2**31 - QUANTUM, QUANTUM)], "no whole units"),
+        ([(1, QUANTUM)], "not whole lease quanta"),
+        ([(0, 1)], "not whole lease quanta"),
+        ([(0, 3 * QUANTUM)], "not whole lease quanta"),
+        ([(8, 3)], "not whole lease quanta"),
+        ([(0, QUANTUM), (0, QUANTUM)], "listed twice"),
+        ([(4, QUANTUM)], "never leased"),
+        ([(2**31 - QUANTUM, QUANTUM)], "not whole lease quanta"),
     ],
 )
 def test_what_was_not_asked_for_is_not_taken(spans: list[Span], reason: str) -> None:
@@ -252,7 +252,7 @@ def test_the_result_does_not_depend_on_who_scored_what(
         hand_in_all(work, work.lease(dict.fromkeys(range(5), 1.0)))
         for slot in range(5):
             assert not hand_in(work, slot, work.open_spans(slot))
-    assert not work.liars(None)
+    assert not work.wrong_hosts(None)
     spans, losses = work.result()
     assert spans == [(0, pairs)]
     np.testing.assert_array_equal(losses, losses_of([(0, pairs)]))
@@ -273,7 +273,7 @@ def test_a_checked_quantum_is_scored_by_two_hosts() -> None:
     assert set(holders.values()) == {2}
     hand_in_all(work, leases)
     assert work.complete
-    assert not work.liars(0)
+    assert not work.wrong_hosts(0)
 
 
 def test_only_what_is_checked_is_scored_twice() -> None:
@@ -314,8 +314,8 @@ def test_the_odd_one_of_three_is_a_liar() -> None:
         assert work.waits
         hand_in_all(work, work.lease({0: 1.0, 1: 1.0, 2: 1.0}), {liar: 1.0})
         assert work.complete
-        assert work.liars(None) == {liar}
-        assert work.liars(liar) == {liar}  # two others outvote whoever is trusted
+        assert work.wrong_hosts(None) == {liar}
+        assert work.wrong_hosts(liar) == {liar}  # two others outvote whoever is trusted
         work.revoke(liar)
         assert work.complete
         assert not work.waits
@@ -326,14 +326,14 @@ def test_the_odd_one_of_three_is_a_liar() -> None:
 def test_of_two_hosts_the_trusted_one_is_right() -> None:
     work = checked(2)
     hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: 1.0})
-    assert work.liars(1) == {0}
-    assert work.liars(0) == {1}
-    assert work.liars(None) == set()
-    assert work.liars(7) == set()
+    assert work.wrong_hosts(1) == {0}
+    assert work.wrong_hosts(0) == {1}
+    assert work.wrong_hosts(None) == set()
+    assert work.wrong_hosts(7) == set()
     work.revoke(0)
     assert work.complete
     assert not work.waits
-    assert not work.liars(1)
+    assert not work.wrong_hosts(1)
     np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * QUANTUM)]))
 
 
@@ -341,7 +341,7 @@ def test_what_only_a_liar_scored_is_scored_again() -> None:
     work = FixedPopulation(4 * QUANTUM, QUANTUM, LossExchange(), [0])
     leases = work.lease({0: 1.0, 1: 1.0})
     hand_in_all(work, leases, {1: 1.0})
-    assert work.liars(0) == {1}
+    assert work.wrong_hosts(0) == {1}
     work.revoke(1)
     assert not work.complete
     hand_in_all(work, work.lease({0: 1.0}))
@@ -353,13 +353,13 @@ def test_what_only_a_liar_scored_is_scored_again() -> None:
 def test_other_hardware_is_no_liar(error: float, is_lie: bool) -> None:
     work = checked(1)
     hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {1: error})
-    assert work.liars(0) == ({1} if is_lie else set())
+    assert work.wrong_hosts(0) == ({1} if is_lie else set())
 
 
 def test_losses_that_are_no_numbers_agree_with_each_other() -> None:
     work = checked(1)
     hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: np.nan, 1: np.nan})
-    assert not work.liars(0)
+    assert not work.wrong_hosts(0)
 
 
 # A time budget.
@@ -387,9 +387,9 @@ def test_every_host_has_a_range_of_its_own() -> None:
     [
         ([(SLOT_PAIRS + 11, 2)], "missing"),
         ([(SLOT_PAIRS + 10, 2), (SLOT_PAIRS + 13, 1)], "missing"),
-        ([(SLOT_PAIRS - 1, 2)], "never assigned"),
-        ([(2 * SLOT_PAIRS - 1, 2)], "never assigned"),
-        ([(0, 2)], "never assigned"),
+        ([(SLOT_PAIRS - 1, 2)], "never leased"),
+        ([(2 * SLOT_PAIRS - 1, 2)], "never leased"),
+        ([(0, 2)], "never leased"),
     ],
 )
 def test_a_range_has_no_gaps(spans: list[Span], reason: str) -> None:
@@ -544,7 +544,7 @@ def test_every_pair_is_in_the_sum_once_whoever_added_what(
             assert not add(work, lease.slot, [(lease.first, lease.pairs)])
         for slot in range(5):
             assert not add(work, slot, work.open_spans(slot))
-    assert not work.liars(None)
+    assert not work.wrong_hosts(None)
     check_total(work)
     assert work.result()[0] == [(0, pairs)]
     if not checked_quanta:
@@ -623,7 +623,7 @@ def test_the_odd_sum_of_three_is_a_lie() -> None:
         while leases:
             add_all(work, leases, {liar: 10_000})
             leases = work.lease(speeds)
-        assert work.liars(None) == {liar}
+        assert work.wrong_hosts(None) == {liar}
         work.revoke(liar)
         check_total(work)
 
@@ -649,7 +649,7 @@ def test_sums_of_other_hardware_are_no_lies(change: list[float], is_lie: bool) -
     work.lease({0: 1.0, 1: 1.0})
     for slot, total in enumerate([honest, honest + np.array(change).astype(np.int64)]):
         assert not work.accept(slot, [(0, 128)], total.astype(np.int32)[None], True)
-    assert work.liars(0) == ({1} if is_lie else set())
+    assert work.wrong_hosts(0) == ({1} if is_lie else set())
 
 
 @settings(deadline=None)
@@ -685,7 +685,7 @@ def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int
         ([(SLOT_PAIRS + 8, 4)], "summed twice"),
         ([(SLOT_PAIRS + 10, 2), (SLOT_PAIRS + 11, 2)], "summed twice"),
         ([(SLOT_PAIRS + 11, 2)], "missing"),
-        ([(SLOT_PAIRS - 1, 2)], "never assigned"),
+        ([(SLOT_PAIRS - 1, 2)], "never leased"),
     ],
 )
 def test_a_sum_of_a_range_has_no_gap_and_no_overlap(spans: list[Span], reason: str) -> None:

@@ -242,7 +242,7 @@ def test_row_18_what_is_no_coordinator_is_refused(keys: ServerKeys, secret: bool
 
         threading.Thread(target=answer_all, daemon=True).start()
         with ClientTransport(address, token=token_of(keys) if secret else None, limits=LIMITS) as client:
-            until(lambda: "no coordinator" in client.poll(0.1).refused)
+            until(lambda: "not a coordinator" in client.poll(0.1).refused)
         place.shutdown(socket.SHUT_RDWR)
 
 

@@ -160,7 +160,7 @@ def test_another_version_is_named() -> None:
 # Updates.
 
 SPANS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 20)), max_size=5)
-HEADERS = messages(update_record.UpdateHeader, spans=SPANS, numbers=st.just(0), dtype=st.just("|i1"))
+HEADERS = messages(update_record.UpdateHeader, spans=SPANS, vector_length=st.just(0), dtype=st.just("|i1"))
 
 
 @settings(deadline=None)
@@ -231,7 +231,7 @@ def test_sums_are_read_by_their_number() -> None:
     assert dtype == "|i1"
     assert len(body) == 2 * (3 + 4 * TAIL)
     np.testing.assert_array_equal(update_record.sums_of(body, 2, 6, dtype), sums)
-    for spans, numbers, other in (
+    for spans, vector_length, other in (
         (0, 6, "|i1"),
         (2, 5, "|i1"),
         (3, 6, "|i1"),
@@ -241,7 +241,7 @@ def test_sums_are_read_by_their_number() -> None:
         (2, 6, "<f4"),
         (2, 6, "O"),
     ):
-        assert update_record.sums_of(body, spans, numbers, other) is None
+        assert update_record.sums_of(body, spans, vector_length, other) is None
 
 
 def test_sums_of_nothing_are_none_at_all() -> None:

@@ -330,7 +330,7 @@ def score_all(scoring: Scoring, speed: float) -> list[list[Span]]:
     return slices
 
 
-def test_slices_are_whole_granules_that_fill_a_slice_of_time() -> None:
+def test_slices_are_whole_device_batches_that_fill_a_slice_of_time() -> None:
     scoring = Scoring(3, 4, 8, None, LossExchange())
     scoring.add([(0, 100)])
     assert scoring.next_slice(0.0) == [(0, 8)]
@@ -377,7 +377,7 @@ def test_a_budget_is_kept() -> None:
         scoring = Scoring(0, 4, 4, 1.0, LossExchange())
         scoring.add([(0, SLOT_PAIRS)])
         pairs = sum(count for spans in score_all(scoring, speed) for _, count in spans)
-        assert pairs / speed <= max(1.0, 4 / speed) + 1e-9  # at least one granule
+        assert pairs / speed <= max(1.0, 4 / speed) + 1e-9  # at least one device batch
         assert (pairs + 4) / speed > 1.0
         scoring.add([(0, SLOT_PAIRS)])  # what an answer to an older question says
         assert not scoring.has_work

@@ -293,13 +293,13 @@ def test_a_held_out_text_shorter_than_a_window_is_said(config: Config) -> None:
 def test_losses_are_exchanged_unless_sums_are_asked_for() -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(params_of(MODEL)))
 
-    def numbers(loss: Any, **es: Any) -> int:
+    def vector_length(loss: Any, **es: Any) -> int:
         config = Config(es=EsConfig(population_size=2 * size + 2, **es))
-        return make_estimator(config, MODEL, params_of(MODEL), MODEL.unit, loss).numbers
+        return make_estimator(config, MODEL, params_of(MODEL), MODEL.unit, loss).vector_length
 
-    assert numbers(None) == size + TAIL
-    assert numbers(start_near_two) == 0
-    assert numbers(start_near_two, exchange="sums") == size + TAIL
+    assert vector_length(None) == size + TAIL
+    assert vector_length(start_near_two) == 0
+    assert vector_length(start_near_two, exchange="sums") == size + TAIL
 
 
 def test_sums_of_a_reward_may_be_below_zero(config: Config) -> None:

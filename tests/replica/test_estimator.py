@@ -19,22 +19,22 @@ MODEL = gru(7, 4, 6)
 SIZE = sum(leaf.size for leaf in jax.tree.leaves(MODEL.init(jax.random.key(0))))
 
 
-def numbers(model: Model = MODEL, loss: Loss | None = None, **es: Any) -> int:
+def vector_length(model: Model = MODEL, loss: Loss | None = None, **es: Any) -> int:
     params = model.init(jax.random.key(0))
-    return make_estimator(Config(es=EsConfig(**es)), model, params, model.units(params), loss).numbers
+    return make_estimator(Config(es=EsConfig(**es)), model, params, model.units(params), loss).vector_length
 
 
 def test_losses_are_exchanged_but_where_sums_are_smaller() -> None:
-    assert numbers(population_size=2 * SIZE) == 0
-    assert numbers(population_size=2 * SIZE + 2) == SIZE + TAIL
-    assert numbers(population_size=2 * SIZE + 2, exchange="losses") == 0
-    assert numbers(population_size=64, exchange="sums") == SIZE + TAIL
-    assert numbers(space="activation", population_size=64) == SIZE + TAIL
+    assert vector_length(population_size=2 * SIZE) == 0
+    assert vector_length(population_size=2 * SIZE + 2) == SIZE + TAIL
+    assert vector_length(population_size=2 * SIZE + 2, exchange="losses") == 0
+    assert vector_length(population_size=64, exchange="sums") == SIZE + TAIL
+    assert vector_length(space="activation", population_size=64) == SIZE + TAIL
 
 
 @pytest.mark.parametrize("es", [{"noise": "gaussian"}, {"shaping": "raw"}, {"time_per_step": 1.0}])
 def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
-    assert numbers(population_size=2 * SIZE + 2, **es) == 0
+    assert vector_length(population_size=2 * SIZE + 2, **es) == 0
 
 
 @pytest.mark.parametrize(
@@ -69,25 +69,25 @@ def test_the_largest_rank_leaves_room_for_every_sum() -> None:
 
 def test_no_more_pairs_at_a_time_than_sums_are_exact_for() -> None:
     """Reference: 127 * 128 * 1032 is below 2^24, and 127 * 128 * 1033 above."""
-    assert numbers(exchange="sums", rank=128, chunk_pairs=1032) == SIZE + TAIL
+    assert vector_length(exchange="sums", rank=128, chunk_pairs=1032) == SIZE + TAIL
     with pytest.raises(EsjaxError, match="chunk_pairs must be at most 1032, so that sums are exact, got 1033"):
-        numbers(exchange="sums", rank=128, chunk_pairs=1033)
-    assert numbers(exchange="losses", rank=128, chunk_pairs=1033) == 0
+        vector_length(exchange="sums", rank=128, chunk_pairs=1033)
+    assert vector_length(exchange="losses", rank=128, chunk_pairs=1033) == 0
     with pytest.raises(EsjaxError, match="chunk_pairs must be at most 131072"):
-        numbers(space="activation", population_size=64, chunk_pairs=2**17 + 1)
+        vector_length(space="activation", population_size=64, chunk_pairs=2**17 + 1)
     config = Config(es=EsConfig(exchange="sums", rank=8192, population_size=2**12))
     assert Replica(config, gru(7, 1, 1), None, mesh_of(1)).chunk_pairs == 2**24 // (127 * 8192)
 
 
 def test_layers_that_the_model_does_not_have_are_named() -> None:
     with pytest.raises(EsjaxError, match="layer_sigma names 'nwe'; the model has reset, update, new, hidden, logits"):
-        numbers(space="activation", layer_sigma={"nwe": 0.1})
+        vector_length(space="activation", layer_sigma={"nwe": 0.1})
     with pytest.raises(EsjaxError, match="layer_discount names 'hidden'; the model has reset, update, new"):
-        numbers(space="activation", layer_discount={"hidden": 0.1})
+        vector_length(space="activation", layer_discount={"hidden": 0.1})
 
 
 def test_a_model_without_taps_and_a_loss_of_ones_own_are_refused() -> None:
     with pytest.raises(EsjaxError, match="no taps"):
-        numbers(MODEL._replace(tapped=False), space="activation")
+        vector_length(MODEL._replace(tapped=False), space="activation")
     with pytest.raises(EsjaxError, match="a loss of one's own"):
-        numbers(loss=cross_entropy(1), space="activation")
+        vector_length(loss=cross_entropy(1), space="activation")

@@ -198,7 +198,7 @@ def test_sums_come_to_the_same_in_any_leases_on_any_devices(es: EsConfig, device
     config = replace(CONFIG, es=es)
     whole = make(config=config).sums(np.arange(30))
     host = make(devices, config=config)
-    assert len(whole) == host.numbers == sum(leaf.size for leaf in jax.tree.leaves(host.state.params)) + TAIL
+    assert len(whole) == host.vector_length == sum(leaf.size for leaf in jax.tree.leaves(host.state.params)) + TAIL
     assert whole[-TAIL] == 30
     assert whole[:-TAIL].any()
     parts = [host.sums(np.arange(*part)) for part in [(28, 30), (0, 4), (16, 28), (4, 16)]]
@@ -260,7 +260,7 @@ def test_after_a_void_step_carried_states_start_anew_and_windows_go_on() -> None
     for step in range(4):
         is_void = step == 2
         total = host.sums(np.arange(6))
-        header = update_record.UpdateHeader(step, [(0, 6)], host.scale / 6, not is_void, 1.0, 0, host.numbers)
+        header = update_record.UpdateHeader(step, [(0, 6)], host.scale / 6, not is_void, 1.0, 0, host.vector_length)
         payload = update_record.pack_update(update_record.Update(header, total[:0] if is_void else total))
         before = jax.tree.map(np.asarray, host.state)
         for one in (host, replaying) if step < 3 else (host, replaying, late):

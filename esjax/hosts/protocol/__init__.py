@@ -1,1 +1,1 @@
-"""The coordinator and its hosts as state machines, and the messages between them."""
+"""Coordinator and worker as state machines, and the messages between them."""

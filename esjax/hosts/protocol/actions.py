@@ -1,4 +1,4 @@
-"""What the coordinator is given, and what it wants done."""
+"""The inputs of the coordinator, and the actions that it asks its caller to carry out."""
 
 import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -10,18 +10,18 @@ from esjax.hosts.protocol.wire import Envelope, Join
 
 @runtime_checkable
 class History(Protocol):
-    """The updates so far."""
+    """The recorded updates of the run."""
 
     @property
     def first(self) -> int:
-        """Number of the first update."""
+        """Step of the first update."""
 
     def updates(self, from_step: int, limit_bytes: int) -> list[bytes]:
-        """Return consecutive updates as they were recorded, at least one if there is one."""
+        """Return consecutive updates as recorded, up to `limit_bytes` in all, but at least one if there is one."""
 
 
 class Snapshot(NamedTuple):
-    """A state as bytes, and the step at which it was taken."""
+    """A training state as bytes, its step, and the hash of the bytes."""
 
     step: int
     data: bytes
@@ -29,19 +29,19 @@ class Snapshot(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a run asks of every host.
+    """What is fixed for all hosts of a run.
 
     Attributes:
         run: Name of the run.
         epoch: Number of this start of the coordinator.
-        quantum: Pairs that are never split between hosts.
+        quantum: Pairs of a lease quantum, which is never split between hosts.
         vocab_size: Number of token ids.
-        fingerprints: Hashes of known noise by kind of noise.
-        custom: Names of the run's own model, loss or reward, and optimizer, and hashes of their code, see
+        fingerprints: Noise fingerprints, by kind of noise.
+        custom: Names of the custom model, loss or reward, and optimizer, and hashes of their code, see
             `esjax.config.custom_names.identities`.
         publish_port: Port of the broadcasts.
-        state_bytes: Size of a snapshot.
-        exchange: What hosts hand in.
+        state_bytes: Size of a snapshot in bytes.
+        exchange: Whether hosts send losses or gradient sums.
     """
 
     run: str
@@ -55,8 +55,8 @@ class Terms(NamedTuple):
     exchange: Exchange = LossExchange()
 
     def objection(self, join: Join, noise: str) -> str:
-        """Say why a host cannot take part, or ""; `noise` is the kind that the run draws."""
-        if not (join.name + join.device).isprintable():  # a terminal would obey it
+        """Return why a host cannot take part, or ""; `noise` is the run's kind of noise."""
+        if not (join.name + join.device).isprintable():  # control characters would reach the terminal
             return "the name of this host holds characters that cannot be shown; join with another --name"
         if join.run not in ("", self.run):
             return f"this is run {self.run}, not {join.run}; start the host anew"
@@ -69,10 +69,13 @@ class Terms(NamedTuple):
         return self._objection_to(dict(join.custom))
 
     def _objection_to(self, custom: dict[str, str]) -> str:
-        """Say why a host of such parts cannot take part; code of which one side has no hash is known by its name."""
+        """Return why a host with these custom parts cannot take part, or "".
+
+        Parts are compared by name, and by the hash of their file where both sides have one.
+        """
         wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.custom, custom))
         if names != wanted:
-            needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no part of its own"
+            needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no custom parts"
             options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
             return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
         for kind, name in wanted.items():
@@ -86,33 +89,33 @@ class Terms(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """Send to everybody."""
+    """Send a message to all hosts."""
 
     envelope: Envelope
 
 
 class Record(NamedTuple):
-    """Write an update to the ledger before anything else is done."""
+    """Write an update to the ledger, before any later action."""
 
     step: int
     payload: bytes
 
 
 class RecordDigest(NamedTuple):
-    """Write down the digest of the state at a step."""
+    """Write the digest of the state at a step to the ledger."""
 
     step: int
     digest: str
 
 
 class Store(NamedTuple):
-    """Write a checkpoint, then call `Coordinator.stored`."""
+    """Write a checkpoint, then call `Audits.stored`."""
 
     snapshot: Snapshot
 
 
 class Tell(NamedTuple):
-    """Say a line to the person who watches."""
+    """Print a line for the user."""
 
     line: str
 
@@ -121,13 +124,13 @@ class Closed(NamedTuple):
     """A step is finished.
 
     Attributes:
-        step: Steps done so far.
+        step: Number of steps done so far.
         loss: Mean of the finite losses, or NaN.
-        population: Members scored.
-        void_pairs: Pairs left out because a loss of theirs is not finite.
-        trouble: Why no update is made, or "".
-        hosts: Hosts that scored a part of it.
-        notice: What a person should be told of it, or "".
+        population: Number of members scored.
+        void_pairs: Number of pairs with a loss that is not finite.
+        trouble: Why the step is void, or "".
+        hosts: Number of hosts that scored some of its pairs.
+        notice: Line about the step for the user, or "".
     """
 
     step: int
@@ -143,5 +146,5 @@ Action = Publish | Record | RecordDigest | Store | Tell | Closed
 
 
 def hash_bytes(data: bytes) -> str:
-    """Hash what is sent in parts."""
+    """Return the hash, in hex digits, by which data sent in parts is checked."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""Now and then, beside the steps: states are compared and one is kept, and the held-out loss is measured.
+"""Audits: the side tasks that hosts do beside the steps (digests, checkpoints, held-out loss), and their judgement.
 
-All of it is done by hosts, at the opening of a step. One of them is the anchor: its state is the one that is kept and
-that the others are compared with. No state is kept before the hosts' digests have shown it to be right.
+Hosts do side tasks when a step opens. One host is the anchor: its state is kept as the checkpoint, and the other states
+are compared with it. A state is kept only after the digests of the hosts have confirmed it.
 """
 
 import math
@@ -18,11 +18,11 @@ GRACE = 30.0
 """Seconds to wait for the next digest, or the next part of a snapshot."""
 
 PATIENCE = 300.0
-"""Seconds to wait for an evaluation."""
+"""Seconds to wait for a held-out loss."""
 
 
 class Plan(NamedTuple):
-    """What a step asks of the hosts beside losses, see `wire.Step`."""
+    """The side tasks of a step, see `wire.Step`."""
 
     digest: bool = False
     upload: int | None = None
@@ -33,7 +33,7 @@ NOTHING_ELSE = Plan()
 
 
 class _Audit:
-    """Digests of the hosts' states at one step, and the state of one of them, on their way in."""
+    """The digests of all hosts at one step, and the state of one of them, while they arrive."""
 
     def __init__(self, step: int, hosts: list[Host], uploader: Host | None, now: float) -> None:
         self.step, self.heard_at = step, now
@@ -49,7 +49,7 @@ class _Audit:
 
 
 class _Measuring(NamedTuple):
-    """An evaluation under way."""
+    """A measurement of the held-out loss that is not finished."""
 
     host: Host
     step: int
@@ -57,13 +57,13 @@ class _Measuring(NamedTuple):
 
 
 class Audits:
-    """State machine of what happens beside the steps.
+    """State machine of the audits.
 
     Attributes:
-        held_out: Loss of the last evaluation, in nats per token, or None.
-        measure_seconds: Time that it took.
+        held_out: Last held-out loss, in nats per token if the loss is not custom, or None.
+        measure_seconds: Time that this measurement took.
         anchor: The host whose state is kept, or None.
-        snapshots: The newest states, for hosts that join; at most two.
+        snapshots: The newest states for hosts that join, the newest last; at most two.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class Audits:
         is_on: bool,
         measured: bool,
     ) -> None:
-        """Begin.
+        """Set up.
 
         Args:
             config: Settings.
             registry: All hosts.
-            state_bytes: Size of a snapshot.
-            snapshot: The newest state.
-            emit: Has something done.
-            put_aside: Gives a host no more work, for a reason.
-            resync: Has a host fetch the newest state; with whether its own is wrong.
-            now: The time.
-            is_on: Whether hosts are asked for anything.
-            measured: Whether the run has a held-out loss already: the next one can wait.
+            state_bytes: Size of a snapshot in bytes.
+            snapshot: The newest state, or None.
+            emit: Queues an action.
+            put_aside: Gives a host no more work; called with the host and the reason.
+            resync: Lets a host fetch the newest state; called with the host and whether its state is wrong.
+            now: The time in seconds.
+            is_on: Whether hosts get side tasks at all.
+            measured: Whether the run has a held-out loss already, so that the next one can wait.
         """
         self.held_out: float | None = None
         self.measure_seconds = 0.0
@@ -103,27 +103,27 @@ class Audits:
         self._round: _Audit | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
         self._checkpoint_at = now + config.checkpoint_time
-        self._drifted: list[Host] = []  # to fetch the state that is being stored
+        self._drifted: list[Host] = []  # hosts that fetch the state once it is stored
         self._measuring: _Measuring | None = None
         self._measured_step = -1
         self._measure_at = now + config.evaluate_time if measured else now
 
     @property
     def under_way(self) -> bool:
-        """Whether something is still to come in."""
+        """Whether an answer is still missing."""
         return self._round is not None or self._measuring is not None
 
     def is_measuring(self, host: Host) -> bool:
-        """Tell whether a host is to hand in the held-out loss."""
+        """Return whether a host is measuring the held-out loss."""
         return self._measuring is not None and self._measuring.host is host
 
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
-        """Decide what a step asks of the hosts.
+        """Choose the side tasks of a step.
 
         Args:
             step: The step.
-            now: The time.
-            last: Whether everything is due that was not done at this step, since training ends.
+            now: The time in seconds.
+            last: Whether training ends, so that checkpoint and held-out loss of this step are due now.
         """
         hosts = self._registry.workers(now)
         if self.anchor not in hosts:
@@ -149,7 +149,7 @@ class Audits:
         return Plan(digest or upload, anchor.slot if upload else None, anchor.slot if measure else None)
 
     def owed(self, host: Host, step: int) -> list[wire.SideTask]:
-        """List what a host still has to hand in, at this step."""
+        """List the side tasks that a host has not finished at this step."""
         owed: list[wire.SideTask] = []
         if self._round and self._round.step == step:
             if self._round.digests.get(host, "") is None:
@@ -161,7 +161,7 @@ class Audits:
         return owed
 
     def let_go(self, host: Host) -> None:
-        """Expect nothing more of a host."""
+        """Wait no longer for answers of a host."""
         if self.anchor is host:
             self.anchor = None
         if self.is_measuring(host):
@@ -173,13 +173,13 @@ class Audits:
             self._give_up_state(self._round)
 
     def take_digest(self, host: Host, message: wire.Digest, now: float) -> None:
-        """Take in the digest of a host's state."""
+        """Store the digest of a host's state."""
         if self._round and message.step == self._round.step and host in self._round.digests:
             self._round.digests[host] = host.digest = message.digest
             self._round.heard_at = now
 
     def take_measure(self, host: Host, message: wire.Measured, now: float) -> None:
-        """Take in a held-out loss; it may be of a later step, if the host heard late that it was asked for."""
+        """Store a held-out loss; it is of a later step if the request for it reached the host late."""
         if self._measuring and self.is_measuring(host) and message.step >= self._measuring.step:
             self.measure_seconds = now - self._measuring.since
             self._measuring = None
@@ -189,10 +189,10 @@ class Audits:
                 self.held_out = message.held_out
 
     def take_part(self, host: Host, message: wire.Upload, body: bytes, now: float) -> str:
-        """Take in a part of a snapshot; return why not, or ""."""
+        """Store a part of a snapshot; return why it is rejected, or ""."""
         round = self._round
         if round is None or round.uploader is not host or message.step != round.step:
-            return "nobody asked for this snapshot"
+            return "this snapshot was not asked for"
         if message.size != self._state_bytes:
             return f"a snapshot of {message.size} bytes, not {self._state_bytes}"
         if not 0 < len(body) <= min(wire.PART, message.size - message.offset):
@@ -202,7 +202,7 @@ class Audits:
             round.digest = message.digest
         if message.digest != round.digest or message.offset > len(round.data):
             return "the parts of this snapshot do not fit together"
-        if message.offset < len(round.data) or not round.awaits_state:  # handed in before
+        if message.offset < len(round.data) or not round.awaits_state:  # received before
             return ""
         round.heard_at = now
         round.data += body
@@ -212,19 +212,19 @@ class Audits:
             if hash_bytes(data) == message.digest:
                 round.snapshot = Snapshot(message.step, data, message.digest)
             else:
-                self._emit(Tell(f"the snapshot of {host.name} came in damaged; another one is taken"))
+                self._emit(Tell(f"the snapshot of {host.name} arrived damaged; another one is requested"))
                 self._give_up_state(round)
         return ""
 
     def stored(self, snapshot: Snapshot) -> None:
-        """Hear that a snapshot was kept, so that hosts may have it."""
+        """Offer a snapshot to hosts; called when it is written as a checkpoint."""
         self.snapshots = [*self.snapshots[-1:], snapshot]
         for host in self._drifted:
             self._resync(host, False)
         self._drifted = []
 
     def check(self, now: float) -> None:
-        """Judge states when all is in, and give up on what does not come."""
+        """Judge the states when all answers are in, and stop waiting for late ones."""
         if self._measuring and now - self._measuring.since > PATIENCE:
             self._give_up_on(self._measuring.host, "held-out loss")
             self._measuring = None
@@ -244,12 +244,12 @@ class Audits:
         self._checkpoint_at = -math.inf
 
     def _give_up_on(self, host: Host, what: str) -> None:
-        """Let another host be the anchor, until this one gets something done."""
+        """Choose another anchor, until this host makes progress again."""
         host.hung = True
-        self._emit(Tell(f"no {what} comes from {host.name}; another host is asked"))
+        self._emit(Tell(f"{host.name} sent no {what} in time; another host is asked"))
 
     def _judge(self, round: _Audit) -> None:
-        """Compare states: the right one is kept, and hosts that differ from it fetch it."""
+        """Compare the digests: keep the right state, and let hosts with another state fetch it."""
         digests = {host: digest for host, digest in round.digests.items() if digest is not None}
         right = ""
         if digests:
@@ -269,17 +269,17 @@ class Audits:
             elif host.kind in kinds:
                 self._astray(host, round.step)
             elif kept:
-                # Other hardware rounds differently, which is no fault; so it never drifts far.
+                # Other hardware rounds differently, which is not a fault; a new state now and then limits the drift.
                 self._drifted.append(host)
 
     def _right_one(self, digests: dict[Host, str]) -> str:
-        """Find the state of most hosts of the anchor's kind; the anchor decides between equals."""
+        """Return the most frequent digest among hosts of the anchor's kind; in a tie, the anchor's."""
         anchor = self.anchor if self.anchor in digests else next(iter(digests))
         votes = Counter(digest for host, digest in digests.items() if host.kind == anchor.kind)
         return max(votes, key=lambda digest: (votes[digest], digest == digests[anchor]))
 
     def _astray(self, host: Host, step: int) -> None:
-        """Have a host fetch the right state; put it aside if it needs that again and again."""
+        """Let a host fetch the right state, or put it aside after `STRIKES` wrong states in a row."""
         host.resyncs += 1
         if host.resyncs >= STRIKES:
             self._put_aside(host, "its state differs from the others' again and again")

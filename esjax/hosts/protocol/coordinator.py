@@ -1,8 +1,8 @@
-"""The coordinator as a state machine: requests and the time in; replies and effects out.
+"""The coordinator as a state machine: it takes requests and the time, and returns replies and actions.
 
-It answers hosts and keeps account of them; `steps.py` and `audits.py` beside it are its parts. It touches no weight and
-knows no clock, socket or file: the caller hands in `now` in seconds of a clock that never jumps, and carries out the
-effects in their order, so that an update is in the ledger before anybody hears of it.
+It answers hosts and tracks them; `steps.py` and `audits.py` hold its other parts. It holds no parameters, and uses no
+clock, socket or file: the caller passes `now`, in seconds of a monotonic clock, and carries out the actions in their
+order, so that an update is in the ledger before any host receives it.
 """
 
 import math
@@ -23,22 +23,22 @@ from esjax.hosts.protocol.steps import Steps
 from esjax.hosts.protocol.wire import Envelope, Message
 
 PULSE = 2.0
-"""Seconds between signs of life."""
+"""Seconds between pulses, the coordinator's signs of life."""
 
 LAST_ROUND = 2 * GRACE
-"""Seconds for the last checkpoint and the last evaluation."""
+"""Seconds that hosts have for the last checkpoint and the last held-out loss."""
 
 
 class Coordinator:
-    """The state machine.
+    """The state machine of the coordinator.
 
     Attributes:
-        terms: What the run asks of every host.
-        counters: How often something was turned down, by reason.
-        gradient_norm: Norm of the last estimate that the anchor told, or NaN.
-        update_norm: Norm of the last update that the anchor told, or NaN.
-        audits: Checkpoints, digests and evaluations.
-        finished: Whether everything was said and done after `stop`.
+        terms: What is fixed for all hosts of the run.
+        counters: Number of rejected requests, by reason.
+        gradient_norm: Norm of the last estimate, as the anchor reported it, or NaN.
+        update_norm: Norm of the last update, as the anchor reported it, or NaN.
+        audits: Checkpoints, digests and held-out losses.
+        finished: Whether the goodbye was sent after `stop`.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class Coordinator:
         with_audits: bool = True,
         measured: bool = False,
     ) -> None:
-        """Begin, or begin again, at a step.
+        """Start at a step of a new or resumed run.
 
         Args:
             config: Settings.
-            terms: What the run asks of every host.
-            step: Updates made so far.
-            now: Seconds of a clock that never jumps.
-            rng: Draws session numbers, and which pairs are scored twice.
-            text: The text as it is sent.
+            terms: What is fixed for all hosts of the run.
+            step: Number of updates made so far.
+            now: The time, in seconds of a monotonic clock.
+            rng: Draws session numbers, and the pairs that two hosts score.
+            text: The packed text.
             snapshot: Newest state, for hosts that join.
-            history: The updates so far, for hosts that missed some.
-            last_update: The last one, to be published once more: it may never have left the coordinator before.
-            block: Gives a block of tokens as bytes, if the text is sent in blocks.
-            with_audits: Whether to ask hosts for checkpoints, digests and evaluations.
+            history: The recorded updates, for hosts that missed some.
+            last_update: The last update, which is published again: the coordinator may have died before it did so.
+            block: Returns a block of tokens as bytes, by its number. None: the text holds all tokens.
+            with_audits: Whether hosts get side tasks: checkpoints, digests and held-out losses.
             measured: Whether the run has a held-out loss already.
         """
         self.config, self.terms = config, terms
@@ -100,23 +100,23 @@ class Coordinator:
         self._stopping: bool | None = None  # whether training has ended
         self._stop_at = math.inf
 
-    # What the shell calls.
+    # What the server loop calls.
 
     @property
     def step(self) -> int:
-        """Step that is being scored: so many updates were made."""
+        """Step that is being scored, which is the number of updates made."""
         return self._steps.step
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
-        """Take in a request.
+        """Answer a request.
 
         Args:
             envelope: The request.
-            now: The time.
-            key: Public key that the sender proved to have, if connections are encrypted.
+            now: The time in seconds.
+            key: Public key that the sender proved to own. None: connections are not encrypted.
 
         Returns:
-            The one reply.
+            The reply.
         """
         message = envelope.message
         if isinstance(message, wire.AskStatus):
@@ -143,7 +143,7 @@ class Coordinator:
         )
 
     def refuse_key(self, key: str | None, now: float) -> Envelope:
-        """Answer a host whose key was revoked, and drop every host that has it."""
+        """Answer a host whose key was revoked, and drop all hosts with this key."""
         self.counters["revoked key"] += 1
         for host in self._registry:
             if host.key == key and not host.dropped:
@@ -152,7 +152,7 @@ class Coordinator:
         return self._refused("the key of this host was revoked; ask for a new token")
 
     def tick(self, now: float) -> None:
-        """Let time pass: notice who is silent, hung or late."""
+        """Do what is due at this time: find silent, hung and late hosts, check audits, send a pulse."""
         for host in self._registry:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
@@ -170,25 +170,25 @@ class Coordinator:
             self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
 
     def drain(self) -> list[Action]:
-        """Return what is to be done, in this order, since the last call."""
+        """Return the actions since the last call, in the order in which to carry them out."""
         actions, self._actions = self._actions, []
         return actions
 
     def stop(self, now: float, done: bool) -> None:
-        """End: with a last checkpoint, a last evaluation and a goodbye.
+        """Begin to stop: a last checkpoint, a last held-out loss and a goodbye.
 
-        The step under way is given up; it is done again by whoever resumes the run.
+        The open step is dropped; a resumed run scores it again.
 
         Args:
-            now: The time.
-            done: Whether training has ended; if not, hosts wait for the coordinator to come back.
+            now: The time in seconds.
+            done: Whether training has ended. If not, hosts wait for the coordinator to restart.
         """
         self._stopping, self._stop_at = done, now + LAST_ROUND
         self._steps.stop()
         self._steps.announce(self.audits.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
-        """Say how things stand."""
+        """Return the status of the run and its hosts."""
         members = self.config.es.members_per_pair
         hosts = [
             host.status(now, 3 * PULSE, members) for host in self._registry if not (host.superseded or host.dropped)
@@ -222,7 +222,7 @@ class Coordinator:
         host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
         if host is None:
             self.counters["too many hosts"] += 1
-            return self._refused(f"{MAX_HOSTS} hosts are here already").message
+            return self._refused(f"the run has {MAX_HOSTS} hosts, and takes no more").message
         self._tell(f"{host.name} joins: {host.device}")
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
@@ -241,7 +241,7 @@ class Coordinator:
             quantum=terms.quantum,
             block_interval=self.config.data.new_tokens_interval,
             budget=self.config.es.time_per_step,
-            numbers=terms.exchange.numbers,
+            vector_length=terms.exchange.vector_length,
         )
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
@@ -289,7 +289,7 @@ class Coordinator:
             self.counters["losses for an old step"] += 1
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
-            return self._rejected("the state of this host is not the right one")
+            return self._rejected("the state of this host is wrong; it must fetch the anchor's first")
         fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
@@ -302,13 +302,13 @@ class Coordinator:
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
         host.made_progress(now)
         self.audits.take_digest(host, message, now)
-        self.audits.check(now)  # before any host's losses of this step: they come after its digest
+        self.audits.check(now)  # a host sends its digest before its losses, so a wrong state is found in time
         return self._ok(host)
 
     def _measured(self, host: Host, message: wire.Measured, body: bytes, now: float) -> Message:
         host.made_progress(now)
         if self.audits.is_measuring(host):
-            host.leased_at = now  # only now could it begin
+            host.leased_at = now  # the host begins to score only now
         self.audits.take_measure(host, message, now)
         return self._ok(host)
 
@@ -343,7 +343,7 @@ class Coordinator:
     # Hosts.
 
     def _supersede(self, former: Host, message: wire.Join) -> None:
-        """Let a newer host of the same name count in place of a former one."""
+        """Replace a former host by a newer one of the same name."""
         for host in self._registry:
             if host.superseded and host.name == former.name:
                 self._drop(host)
@@ -356,7 +356,7 @@ class Coordinator:
         self._let_go(former)
 
     def _let_go(self, host: Host) -> None:
-        """Take a host's work from it; if it was lost, its name stays listed for a while."""
+        """Take all work from a host; it stays listed until its session ends."""
         host.is_gone = True
         self._steps.release(host)
         self.audits.let_go(host)
@@ -365,7 +365,7 @@ class Coordinator:
         """End a host's session."""
         host.dropped = True
         self._let_go(host)
-        # A slot may go to another host only when nothing in this step came from the old one.
+        # The slot must stay taken while values of this step came from it.
         if not self._steps.took_part(host):
             self._registry.remove(host)
 
@@ -375,7 +375,7 @@ class Coordinator:
         self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
-        """Have a host fetch the newest snapshot; until then its losses do not count, nor before if it is wrong."""
+        """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""
         host.resync = True
         if is_wrong:
             self._steps.revoke(host)
@@ -385,12 +385,12 @@ class Coordinator:
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._registry.workers(now)
         if self._paused and not before:
-            self._tell("no host is ready; everything is kept, and training goes on when one joins")
+            self._tell("no host is ready; training is paused until one joins, and nothing is lost")
 
-    # Its own doing.
+    # The end.
 
     def _try_to_finish(self, now: float) -> None:
-        """Say goodbye when everything is in; ask again for what a host that was lost did not hand in."""
+        """Send the goodbye when the last audit is done; repeat its requests to another host if one was lost."""
         if now < self._stop_at:
             if self.audits.under_way:
                 return

@@ -1,4 +1,4 @@
-"""What hosts may fetch: the text, blocks of it, snapshots, and the updates so far."""
+"""Downloads of hosts: the text, blocks of tokens, snapshots, and the recorded updates."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -9,11 +9,11 @@ from esjax.hosts.protocol.actions import History, Snapshot, hash_bytes
 from esjax.hosts.protocol.wire import Envelope
 
 FAR = 1024
-"""Updates behind beyond which a newer snapshot is the faster way."""
+"""Missing updates above which a host gets a newer snapshot instead, which is faster."""
 
 
 class Downloads:
-    """Hands out parts."""
+    """Answers requests for parts and updates."""
 
     def __init__(
         self, text: PackedText, block: Callable[[int], bytes] | None, interval: int, history: History | None
@@ -21,26 +21,26 @@ class Downloads:
         """Set up.
 
         Args:
-            text: The text as it is sent.
-            block: Gives a block of tokens as bytes, if the text is sent in blocks.
-            interval: Steps for which a block is used.
-            history: The updates so far, if they are kept.
+            text: The packed text.
+            block: Returns a block of tokens as bytes, by its number. None: the text holds all tokens.
+            interval: Number of steps that use the same block.
+            history: The recorded updates, or None.
         """
         self.text = text
         self._block, self._interval, self._history = block, interval, history
         self._hash_block = lru_cache(maxsize=3)(lambda number: hash_bytes(block(number)) if block else "")
 
     def block_bytes(self, step: int) -> int:
-        """Return the size of a block; 0: the text holds all of them."""
+        """Return the size of a block in bytes; 0: the text holds all tokens."""
         return len(self._block(step // self._interval)) if self._block else 0
 
     def part(self, message: wire.Fetch, step: int, snapshots: Sequence[Snapshot]) -> Envelope | str:
-        """Return a part of what is asked for, or why not.
+        """Return the requested part, or why there is none.
 
         Args:
             message: The request.
             step: Step that is being scored.
-            snapshots: The newest states, the newest one last.
+            snapshots: The newest states, the newest last.
         """
         if message.what == "text":
             if message.digest != self.text.digest:
@@ -54,15 +54,15 @@ class Downloads:
         for snapshot in reversed(snapshots):
             if message.digest in ("", snapshot.digest):
                 return _part(snapshot.data, snapshot.digest, message.offset, snapshot.step)
-        return "this snapshot is gone; take the newest"
+        return "this snapshot is no longer kept; fetch the newest"
 
     def updates(self, first: int, step: int, snapshots: Sequence[Snapshot]) -> Envelope | None:
-        """Return updates from a step on, as many as fit, or None: a snapshot is the way.
+        """Return updates from a step on, as many as fit into a part; None: the host needs a snapshot instead.
 
         Args:
-            first: Step of the first one.
+            first: Step of the first update.
             step: Step that is being scored.
-            snapshots: The newest states, the newest one last.
+            snapshots: The newest states, the newest last.
         """
         if self._history is None or not self._history.first <= first <= step:
             return None

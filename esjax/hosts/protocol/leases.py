@@ -1,8 +1,8 @@
-"""Who scores which pairs of one step, and what has come of it.
+"""Leases: which host scores which pairs of one step, and the values that came back.
 
-A fixed population is cut into units, as many pairs as a device evaluates at a time, and units are leased to hosts in
-proportion to their speed; it does not matter to the result who scored what. With a time budget every host has a range
-of pairs of its own, and the population is what came back.
+A fixed population is divided into lease quanta, the pairs that one device evaluates at a time, which are never split
+between hosts. Each host gets quanta in proportion to its speed; the result does not depend on which host scored which.
+With a time budget each host scores its range of pairs, and the population is what came back in time.
 """
 
 import heapq
@@ -16,13 +16,13 @@ from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
 
 IN_TOTAL: Values = np.zeros((0, 0), np.int32)
-"""Stands for the answer of a unit that is in its host's total."""
+"""Marks the answer of a quantum whose values are part of its host's total."""
 
 NO_DELAYS: Mapping[int, float] = {}
 
 
 class Lease(NamedTuple):
-    """Pairs that a host is to score."""
+    """Consecutive pairs that one host scores."""
 
     slot: int
     first: int
@@ -31,63 +31,63 @@ class Lease(NamedTuple):
 
 @runtime_checkable
 class Leases(Protocol):
-    """One step's pairs."""
+    """The leases of one step; hosts are named by their slots."""
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """Give out what nobody is at, and what idle hosts would be done with sooner than those who are at it.
+        """Lease pairs that no host has, and move pairs from busy hosts to idle ones that finish them sooner.
 
         Args:
-            speeds: Pairs a second of the hosts to give it to, by slot.
-            delays: Seconds before some of them can begin.
+            speeds: Pairs per second of the hosts that may get leases, by slot.
+            delays: Seconds before a host can begin, by slot; a missing slot has none.
         """
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """Take in values of spans, see `Exchange`; return why not, or ""."""
+        """Store the values of spans, see `Exchange`; return why they are rejected, or ""."""
 
     def release(self, slot: int) -> None:
-        """Take a host's open pairs from it; what it still hands in may count."""
+        """Take the open pairs from a host; values that it still sends may count."""
 
     def revoke(self, slot: int) -> None:
-        """Take a host's open pairs from it, and forget what it handed in."""
+        """Take the open pairs from a host, and drop the values that it sent."""
 
     def busy(self, slot: int) -> bool:
-        """Tell whether a host still has pairs to hand in."""
+        """Return whether a host has open pairs."""
 
     def open_spans(self, slot: int) -> list[Span]:
-        """List the pairs that a host still has to hand in."""
+        """List a host's open pairs: leased, without values."""
 
     def count(self, slot: int) -> int:
-        """Count the pairs whose losses a host handed in."""
+        """Return the number of pairs whose values a host sent."""
 
     def took_part(self, slot: int) -> bool:
-        """Tell whether a host was ever given pairs."""
+        """Return whether a host had a lease in this step."""
 
     @property
     def waits(self) -> bool:
-        """Whether there are pairs to give out in the middle of a step."""
+        """Whether pairs wait for a host in the middle of the step."""
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more is to be waited for."""
+        """Whether all values are in."""
 
     def result(self) -> tuple[list[Span], Values]:
-        """Return the pairs and what they come to, which does not depend on who scored what."""
+        """Return the pairs and their values, which do not depend on which host scored which."""
 
-    def liars(self, trusted: int | None) -> set[int]:
-        """List the hosts whose losses of a pair that was scored twice were wrong."""
+    def wrong_hosts(self, trusted: int | None) -> set[int]:
+        """Return the slots with wrong values of a pair that several hosts scored; `trusted` is the anchor's slot."""
 
 
 class _Quantum:
-    """Pairs that stay together."""
+    """A lease quantum: pairs that stay together."""
 
     def __init__(self, rows: slice) -> None:
-        """Begin with nobody at work."""
+        """Set up without a host."""
         self.rows = rows
-        self.opinions = 1
+        self.wanted_answers = 1
         self.is_checked = False
         self.given: set[int] = set()
         self.holders: set[int] = set()
-        self.answers: dict[int, Values] = {}  # `IN_TOTAL` where it was added to others
+        self.answers: dict[int, Values] = {}  # by slot; `IN_TOTAL` if the values were added to the host's total
 
     @property
     def size(self) -> int:
@@ -96,32 +96,32 @@ class _Quantum:
 
     @property
     def lacking(self) -> int:
-        """How many hosts more should be at it."""
-        return self.opinions - len(self.answers) - len(self.holders)
+        """How many more hosts should score it."""
+        return self.wanted_answers - len(self.answers) - len(self.holders)
 
     @property
     def is_settled(self) -> bool:
-        """Whether no more answers are wanted."""
-        return len(self.answers) >= self.opinions
+        """Whether it has all wanted answers."""
+        return len(self.answers) >= self.wanted_answers
 
     def verdict(self, exchange: Exchange) -> Values | None:
-        """Return the answer that two hosts agree on, or None."""
+        """Return an answer that two hosts agree on, or None."""
         answers = list(self.answers.values())
         pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
         return next((one for one, two in pairs if exchange.agree(one, two)), None)
 
 
 class FixedPopulation:
-    """Pairs 0 to `pairs - 1`, in units."""
+    """Leases of the pairs 0 to `pairs - 1`, in quanta."""
 
     def __init__(self, pairs: int, quantum: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
-        """Begin with nobody at work.
+        """Set up without leases.
 
         Args:
-            pairs: Pairs of the population.
-            quantum: Pairs of a unit; the last one may be smaller.
-            exchange: What is handed in.
-            checked: Units that two hosts are to score, and a third one where they disagree.
+            pairs: Number of pairs of the population.
+            quantum: Pairs of a lease quantum; the last one may be smaller.
+            exchange: Whether hosts send losses or gradient sums.
+            checked: Indices of the quanta that two hosts score, and a third host if they disagree.
         """
         self._pairs, self._quantum, self._exchange = pairs, quantum, exchange
         self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
@@ -129,13 +129,13 @@ class FixedPopulation:
         self._lacking = set(range(len(self._quanta)))
         self._held: dict[int, set[int]] = {}
         self._counts: Counter[int] = Counter()
-        self._totals: dict[int, Values] = {}  # what a host's sums over units that are not checked come to
+        self._totals: dict[int, Values] = {}  # by slot: total of a host's sums over quanta that are not checked
         self._checked = [self._quanta[i] for i in checked]
         for checked_quantum in self._checked:
-            checked_quantum.opinions, checked_quantum.is_checked = 2, True
+            checked_quantum.wanted_answers, checked_quantum.is_checked = 2, True
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Leases.lease`: each unit to the host that would be done with it first."""
+        """See `Leases.lease`: each quantum goes to the host that would finish it first."""
         if not speeds:
             return []
         self._make_room(speeds, delays)
@@ -144,17 +144,17 @@ class FixedPopulation:
         taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
         fresh = sorted(i for i in self._lacking if not self._quanta[i].given)
         shares = Counter(queue.take(()) for _ in fresh)
-        neighbours = (slot for slot in taken for _ in range(shares[slot]))  # they go to one host
+        neighbours = (slot for slot in taken for _ in range(shares[slot]))  # a host gets consecutive quanta
         for i, slot in zip(fresh, neighbours, strict=True):
             taken[slot].append(i)
             self._give(i, slot)
         for i in sorted(self._lacking):
             quantum = self._quanta[i]
             while quantum.lacking > 0:
-                at_it = quantum.holders | quantum.answers.keys()
-                found = queue.take(at_it | quantum.given)
-                if found is None:  # nobody else is there: ask again one who was too slow
-                    found = queue.take(at_it)
+                involved = quantum.holders | quantum.answers.keys()
+                found = queue.take(involved | quantum.given)
+                if found is None:  # no other host is left: a host that lost it for being slow gets it again
+                    found = queue.take(involved)
                 if found is None:
                     break
                 taken[found].append(i)
@@ -162,38 +162,38 @@ class FixedPopulation:
         return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
 
     def _make_room(self, speeds: Mapping[int, float], delays: Mapping[int, float]) -> None:
-        """Take from hosts what is more than their share now that others are idle."""
+        """Take from busy hosts what exceeds their share, if others are idle."""
         if all(self._held.get(slot) for slot in speeds):
             return
         queue = _Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
         shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)
         for slot, numbers in self._held.items():
-            for i in sorted(numbers)[shares[slot] :]:  # those that it comes to last
+            for i in sorted(numbers)[shares[slot] :]:  # the host scores these last
                 self._drop(i, slot)
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """See `Leases.accept`: whole units that the host was given; a unit that is there already is taken as read."""
+        """See `Leases.accept`: whole quanta that were leased to the host; a quantum that has its values is ignored."""
         groups: list[range] = []
         for first, count in spans:
             end = first + count
             if first % self._quantum or end > self._pairs or (end % self._quantum and end != self._pairs):
-                return f"pairs {first} to {end - 1} are no whole units"
+                return f"pairs {first} to {end - 1} are not whole lease quanta"
             groups.append(range(first // self._quantum, -(-end // self._quantum)))
         numbers = [i for group in groups for i in group]
         if len(numbers) != len(set(numbers)):
-            return "a pair is named twice"
+            return "a pair is listed twice"
         if any(slot not in self._quanta[i].given for i in numbers):
-            return "these pairs were never assigned to this host"
+            return "these pairs were never leased to this host"
         sizes = [[self._quanta[i].size for i in group] for group in groups]
         portions = [([numbers[i] for i in at], part) for at, part in self._exchange.portions(sizes, values)]
         if any(self._quanta[i].is_checked for together, _ in portions if len(together) > 1 for i in together):
-            return "pairs that are scored twice are summed with others"
+            return "pairs of a spot check are summed with others"
         for together, part in portions:
             self._answer_together(together, slot, part)
         return ""
 
     def _answer_together(self, numbers: Sequence[int], slot: int, values: Values) -> None:
-        """Take in what a host found of some units: as a whole, or not at all if one of them is in already."""
+        """Store the values of some quanta: of all, or of none if one of them has its values already."""
         quanta = [self._quanta[i] for i in numbers]
         if any(quantum.is_settled or slot in quantum.answers for quantum in quanta):
             for i in numbers:
@@ -218,7 +218,7 @@ class FixedPopulation:
         self._totals.pop(slot, None)
         for i, quantum in enumerate(self._quanta):
             if quantum.answers.pop(slot, None) is not None:
-                quantum.opinions = max(1, len(quantum.answers))
+                quantum.wanted_answers = max(1, len(quantum.answers))
                 if not quantum.answers:
                     self._missing += 1
                 self._see(i)
@@ -246,7 +246,7 @@ class FixedPopulation:
 
     @property
     def complete(self) -> bool:
-        """See `Leases.complete`: every unit is in, and no second opinion is under way."""
+        """See `Leases.complete`: every quantum has values, and no check is running."""
         return not self._missing and not any(quantum.holders for quantum in self._checked)
 
     def result(self) -> tuple[list[Span], Values]:
@@ -256,11 +256,11 @@ class FixedPopulation:
             next(iter(quantum.answers.values())) if answer is None else answer
             for quantum, answer in zip(self._quanta, agreed, strict=True)
         )
-        alone = (answer for answer in chosen if answer is not IN_TOTAL)
-        return [(0, self._pairs)], self._exchange.merge([*self._totals.values(), *alone])
+        separate = (answer for answer in chosen if answer is not IN_TOTAL)
+        return [(0, self._pairs)], self._exchange.merge([*self._totals.values(), *separate])
 
-    def liars(self, trusted: int | None) -> set[int]:
-        """See `Leases.liars`: the odd one of three; of those that all disagree, whoever is not trusted."""
+    def wrong_hosts(self, trusted: int | None) -> set[int]:
+        """See `Leases.wrong_hosts`: those that differ from what two agree on, else from the trusted host."""
         found: set[int] = set()
         for quantum in self._checked:
             right = quantum.verdict(self._exchange)
@@ -271,7 +271,7 @@ class FixedPopulation:
         return found
 
     def _answer(self, i: int, slot: int, answer: Values) -> None:
-        """Take in what a host found of a unit."""
+        """Store a host's values of a quantum."""
         quantum = self._quanta[i]
         self._drop(i, slot)
         if slot in quantum.answers or quantum.is_settled:
@@ -280,9 +280,9 @@ class FixedPopulation:
             self._missing -= 1
         self._counts[slot] += quantum.size
         quantum.answers[slot] = answer
-        if quantum.opinions == len(quantum.answers) == 2 and quantum.verdict(self._exchange) is None:
-            quantum.opinions = 3
-        if len(quantum.answers) == quantum.opinions:
+        if quantum.wanted_answers == len(quantum.answers) == 2 and quantum.verdict(self._exchange) is None:
+            quantum.wanted_answers = 3
+        if len(quantum.answers) == quantum.wanted_answers:
             for other in list(quantum.holders):
                 self._drop(i, other)
         self._see(i)
@@ -299,24 +299,24 @@ class FixedPopulation:
         self._see(i)
 
     def _see(self, i: int) -> None:
-        """Note whether more hosts should be at a unit."""
+        """Note whether more hosts should score a quantum."""
         if self._quanta[i].lacking > 0:
             self._lacking.add(i)
         else:
             self._lacking.discard(i)
 
     def _seconds(self, speeds: Mapping[int, float]) -> dict[int, float]:
-        """Return how long each host takes for a unit."""
+        """Return the seconds that each host takes for a quantum."""
         return {slot: self._quantum / speed for slot, speed in speeds.items()}
 
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
-        """Join neighbouring units; but those whose sums are to be compared stay alone."""
+        """Join consecutive quanta to spans; those whose sums are compared stay separate."""
         spans: list[Span] = []
-        alone = True
+        separate = True
         for i in numbers:
-            rows, was_alone = self._quanta[i].rows, alone
-            alone = self._exchange.adds_up and self._quanta[i].is_checked
-            if spans and sum(spans[-1]) == rows.start and not (alone or was_alone):
+            rows, was_separate = self._quanta[i].rows, separate
+            separate = self._exchange.adds_up and self._quanta[i].is_checked
+            if spans and sum(spans[-1]) == rows.start and not (separate or was_separate):
                 spans[-1] = (spans[-1][0], rows.stop - spans[-1][0])
             else:
                 spans.append((rows.start, rows.stop - rows.start))
@@ -324,16 +324,16 @@ class FixedPopulation:
 
 
 class _Queue:
-    """Hosts, by when they would be done with one unit more."""
+    """Hosts in the order in which they would finish one more quantum."""
 
     def __init__(self, load: dict[int, int], seconds: Mapping[int, float], delays: Mapping[int, float]) -> None:
-        """Begin with the units that each host is at, and the seconds of a unit."""
+        """Set up with the number of quanta of each host, its seconds for one, and its delay; all by slot."""
         self._load, self._seconds, self._delays = load, seconds, delays
         self._heap = [self._entry(slot) for slot in load]
         heapq.heapify(self._heap)
 
     def take(self, barred: Collection[int]) -> int | None:
-        """Find the host that would be done first, and count a unit more for it; None: all are barred."""
+        """Return the host that would finish first, and count one more quantum for it; None: all are barred."""
         passed = []
         found = None
         while self._heap and found is None:
@@ -353,17 +353,17 @@ class _Queue:
 
 
 class TimeBudget:
-    """Every host's own range, from `slot * SLOT_PAIRS` on, as far as it comes."""
+    """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
 
     def __init__(self, budget: float, exchange: Exchange) -> None:
-        """Begin with nobody at work; `budget` are the seconds of evaluation, `exchange` is what is handed in."""
+        """Set up without leases; `budget` is the time to score in seconds, `exchange` as in `FixedPopulation`."""
         self._budget, self._exchange = budget, exchange
         self._parts: dict[int, list[Values]] = {}
         self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Leases.lease`: to every host that would not hold up the others; the rest wait for the next step."""
+        """See `Leases.lease`: to every host that would not delay the others; the rest wait for the next step."""
         if not self.waits:
             return []
         prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
@@ -373,15 +373,15 @@ class TimeBudget:
         return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in prompt]
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """See `Leases.accept`: the host's own range without gaps; what is there already is taken as read."""
+        """See `Leases.accept`: the host's range without gaps; pairs that have values already are ignored."""
         if slot not in self._parts:
-            return "these pairs were never assigned to this host"
+            return "these pairs were never leased to this host"
         start = slot * SLOT_PAIRS
         at = start + self._counts[slot]
         new: list[Values] = []
         for (first, count), found in zip(spans, cut(values, self._exchange.rows(spans)), strict=True):
             if first < start or first + count > start + SLOT_PAIRS:
-                return "these pairs were never assigned to this host"
+                return "these pairs were never leased to this host"
             if first > at:
                 return f"pair {at} is missing before pair {first}"
             if first + count > at:
@@ -391,7 +391,7 @@ class TimeBudget:
                 new.append(rest)
                 at = first + count
         self._parts[slot] += new
-        if self._exchange.adds_up and new:  # so that they take no more room, however many they are
+        if self._exchange.adds_up and new:  # added up at once, so that memory does not grow
             self._parts[slot] = [self._exchange.merge(self._parts[slot])]
         self._counts[slot] = at - start
         if final:
@@ -428,7 +428,7 @@ class TimeBudget:
 
     @property
     def waits(self) -> bool:
-        """See `Leases.waits`: only if nobody is at it, since who starts late would hold up the others."""
+        """See `Leases.waits`: only while no host scores, since a late start would delay the others."""
         return not self._open and not self.complete
 
     @property
@@ -437,11 +437,11 @@ class TimeBudget:
         return not self._open and any(self._counts.values())
 
     def result(self) -> tuple[list[Span], Values]:
-        """See `Leases.result`: range by range."""
+        """See `Leases.result`: in the order of the slots."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
 
-    def liars(self, trusted: int | None) -> set[int]:
-        """See `Leases.liars`: nothing is scored twice."""
+    def wrong_hosts(self, trusted: int | None) -> set[int]:
+        """See `Leases.wrong_hosts`: no pair is scored twice."""
         return set()

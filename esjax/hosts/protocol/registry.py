@@ -1,54 +1,54 @@
-"""Who takes part, and how each host does."""
+"""The registry of all hosts: phase, speed, and when each was last heard."""
 
 from collections.abc import Iterator, Sequence
 
 from esjax.hosts.protocol import wire
 
 SILENT = 20.0
-"""Seconds without a word after which a host counts as lost."""
+"""Seconds without a message after which a host counts as lost."""
 
 FORGET = 120.0
-"""Seconds after which a lost host is no longer listed."""
+"""Seconds without a message after which a lost host is removed and its session ends."""
 
 PROBE, PROBE_LONGEST = 10.0, 300.0
-"""Seconds after which a host that was too slow gets work again, doubled each time."""
+"""Seconds after which a host that was too slow gets work again: at first, and at most; doubled each time."""
 
 STRIKES = 3
-"""Messages that an honest host never sends, or states that differ, after which a host is put aside."""
+"""Messages that no correct host sends, or wrong states in a row, after which a host is put aside."""
 
 MAX_HOSTS = 1024
-"""Hosts at a time at most."""
+"""Most hosts at a time."""
 
 SHORTEST = 1e-6
-"""Seconds that scoring takes at least: a speed is finite."""
+"""Shortest time of scoring in seconds, so that speeds are finite."""
 
 
 class Host:
-    """What the coordinator knows of one host.
+    """What the coordinator knows about one host. Times are seconds of the coordinator's clock.
 
     Attributes:
-        key: Public key that it proved to have, or None.
-        instance: Tells it from another host of its name.
-        attempt: Which of its requests to join took it in.
-        seen: When it last said something.
-        progress_at: When it last got anything done.
-        speed: Pairs a second, or None.
-        leased_at: When it was given its pairs.
-        expected: Seconds that they should take, by its speed.
-        slowness: How many times as long those of this step took, or None while it has none or is at them.
-        late: Whether it took much longer than the others; `probe_at` says when it gets work again.
-        hung: Whether it lives and gets nothing done; until it does.
-        is_gone: Whether it counts as lost, until its next sign of life, or its session has ended.
-        resyncs: How often in a row its state differed from the anchor's.
-        resync: Whether it has yet to be told to fetch the anchor's state.
-        aside: Why it gets no more work, or "".
-        superseded: Whether another host came under its name.
-        dropped: Whether it is only listed because something in this step came from it.
-        share: Part of the last finished step's pairs that it scored.
+        key: Public key that the host proved to own, or None.
+        instance: Random number that distinguishes it from another host of its name.
+        attempt: Number of the request by which it joined.
+        seen: Time of its last message.
+        progress_at: Time of its last progress.
+        speed: Pairs per second, or None before its first values.
+        leased_at: Time at which it got its pairs.
+        expected: Seconds that these pairs should take at its speed.
+        slowness: Time of this step's pairs divided by `expected`; None before they are finished.
+        late: Whether it took much longer than the others; it gets work again at `probe_at`.
+        hung: Whether it sends messages but makes no progress.
+        is_gone: Whether it is lost (until its next message), or its session has ended.
+        resyncs: How often in a row its state differed from the right one.
+        resync: Whether it must fetch the anchor's state.
+        aside: Why it is put aside, or "".
+        superseded: Whether a newer host has its name.
+        dropped: Whether its session has ended; it stays in the registry while this step has values of it.
+        share: Part of the last finished step's pairs that it scored, 0 to 1.
     """
 
     def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, now: float) -> None:
-        """Take in a host that has just joined."""
+        """Register a host that joins."""
         self.name, self.device, self.kind = join.name, join.device, join.kind
         self.instance, self.attempt = join.instance, join.attempt
         self.session, self.slot, self.key = session, slot, key
@@ -64,47 +64,45 @@ class Host:
         self.share = 0.0
 
     def can_work(self, now: float) -> bool:
-        """Tell whether it may be given pairs, if need be."""
-        usable = self.phase == "ready" and not (
-            self.is_gone or self.aside or self.superseded or self.resync or self.hung
-        )
-        return usable and now - self.seen < SILENT
+        """Return whether it can score pairs."""
+        is_excluded = self.is_gone or self.aside or self.superseded or self.resync or self.hung
+        return self.phase == "ready" and not is_excluded and now - self.seen < SILENT
 
     def in_time(self, now: float) -> bool:
-        """Tell whether it is worth being given pairs."""
+        """Return whether it was in time, or is due for another try."""
         return not self.late or now >= self.probe_at
 
     def made_progress(self, now: float) -> None:
-        """Hear that it got something done."""
+        """Note progress."""
         self.progress_at, self.hung = now, False
 
     def took(self, pairs: int, seconds: float) -> None:
-        """Hear how fast it was."""
+        """Update the speed: it scored `pairs` pairs in `seconds`."""
         if pairs:
             speed = pairs / max(seconds, SHORTEST)
             self.speed = speed if self.speed is None else 0.7 * self.speed + 0.3 * speed
 
     def set_leased(self, expected: float, now: float) -> None:
-        """Give it pairs."""
+        """Note that it got pairs, which should take `expected` seconds."""
         self.leased_at, self.expected, self.slowness = now, max(expected, SHORTEST), None
 
     def set_finished(self, now: float) -> None:
-        """Hear that it is done with its pairs, so that its speed is trusted again."""
+        """Note that it finished its pairs; it is not late any more."""
         self.slowness = (now - self.leased_at) / self.expected
         self.late, self.probe_after = False, PROBE
 
     def set_late(self, now: float) -> None:
-        """Give it no pairs for a while, each time longer."""
+        """Note that it is late: it gets no pairs for a while, each time twice as long."""
         self.late = True
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
 
     def status(self, now: float, quiet: float, members: int) -> wire.HostStatus:
-        """Describe it to a person.
+        """Return its row of the status.
 
         Args:
-            now: The time.
-            quiet: Seconds without a word after which it is called silent.
-            members: Of a pair.
+            now: The time in seconds.
+            quiet: Seconds without a message after which its state is "silent".
+            members: Members per pair.
         """
         state: str = self.phase
         if self.aside:
@@ -130,28 +128,28 @@ class Host:
 
 
 class Registry:
-    """All hosts, by session, the longest here first."""
+    """All hosts by session, in the order in which they joined."""
 
     def __init__(self) -> None:
-        """Begin with nobody."""
+        """Set up without hosts."""
         self._hosts: dict[int, Host] = {}
         self._by_slot: dict[int, Host] = {}
 
     def __iter__(self) -> Iterator[Host]:
-        """Go through a copy, so that hosts may be removed."""
+        """Iterate over a copy, so that hosts may be removed meanwhile."""
         return iter(list(self._hosts.values()))
 
     def get(self, session: int) -> Host | None:
-        """Find a host by its session."""
+        """Return the host of a session, or None."""
         return self._hosts.get(session)
 
     def called(self, name: str) -> Host | None:
-        """Find the host that counts of those of a name."""
+        """Return the host of a name that is not superseded or dropped, or None."""
         hosts = self._hosts.values()
         return next((host for host in hosts if host.name == name and not (host.superseded or host.dropped)), None)
 
     def add(self, join: wire.Join, session: int, key: str | None, now: float) -> Host | None:
-        """Take in a host; None: there is no room."""
+        """Register a host in a free slot; None if there is no free slot."""
         slot = next((slot for slot in range(MAX_HOSTS) if slot not in self._by_slot), None)
         if slot is None:
             return None
@@ -159,30 +157,30 @@ class Registry:
         return host
 
     def remove(self, host: Host) -> None:
-        """Forget a host; its slot is free."""
+        """Remove a host and free its slot."""
         if self._hosts.pop(host.session, None):
             del self._by_slot[host.slot]
 
     def in_slot(self, slot: int) -> Host | None:
-        """Find a host by its slot."""
+        """Return the host in a slot, or None."""
         return self._by_slot.get(slot)
 
     def workers(self, now: float) -> list[Host]:
-        """List the hosts to give pairs to, the longest here first; who was late only if there is nobody else."""
-        usable = [host for host in self._hosts.values() if host.can_work(now)]
-        return [host for host in usable if host.in_time(now)] or usable
+        """List the hosts that get pairs, in the order in which they joined; late ones only if there are no others."""
+        able = [host for host in self._hosts.values() if host.can_work(now)]
+        return [host for host in able if host.in_time(now)] or able
 
     def usual_slowness(self) -> float | None:
-        """Return the median slowness of the hosts that are done with their pairs of this step, or None."""
+        """Return the median slowness of the hosts that finished their pairs of this step, or None."""
         return median([host.slowness for host in self._hosts.values() if host.slowness is not None])
 
 
 def speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
-    """Return the speed of hosts by slot; who has none yet gets the median of the others'."""
+    """Return the speeds of hosts by slot, in pairs per second; a new host gets the median of the others."""
     usual = median([host.speed for host in hosts if host.speed]) or 1.0
     return {host.slot: host.speed or usual for host in hosts}
 
 
 def median(values: Sequence[float]) -> float | None:
-    """Return the upper median, or None of nothing."""
+    """Return the upper median; None if there are no values."""
     return sorted(values)[len(values) // 2] if values else None

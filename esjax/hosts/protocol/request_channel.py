@@ -1,40 +1,40 @@
-"""A host's line to the coordinator: one request at a time, and how long nothing was heard."""
+"""A host's request channel to the coordinator: one request at a time, with time limits."""
 
 from esjax.hosts.protocol.wire import Envelope, Message
 
 TIMEOUT = 4.0
-"""Seconds after which a request that was not answered is made again."""
+"""Seconds after which a request without a reply is sent again."""
 
 DEAF = 20.0
-"""Seconds without a broadcast, or without a reply, after which the connections are made anew."""
+"""Seconds without a broadcast, or without a reply, after which the host reconnects."""
 
 
 class RequestChannel:
-    """The line.
+    """The channel. Times are seconds of the host's clock.
 
     Attributes:
-        request: What was asked and not yet answered, or None.
-        sent_at: When it was sent last.
-        heard_at: When the coordinator last said anything.
-        failures: Requests in a row that were not answered in time.
-        is_dead: Whether the connections should be made anew.
+        request: The request that waits for its reply, or None.
+        sent_at: When it was last sent.
+        heard_at: When the last message came from the coordinator.
+        failures: Number of requests in a row without a reply in time.
+        is_dead: Whether the host should reconnect.
     """
 
     def __init__(self, now: float) -> None:
-        """Begin with nothing asked."""
+        """Set up without a request."""
         self.request: Envelope | None = None
         self.sent_at = self.heard_at = now
         self.failures = 0
         self.is_dead = False
-        # Of the last reply and the last broadcast, or of the last connections.
+        # Times of the last reply and the last broadcast, or of the last reconnection.
         self._reply_at = self._broadcast_at = now
 
     def is_waiting(self, now: float) -> bool:
-        """Tell whether a reply may still come."""
+        """Return whether a request still has time for its reply."""
         return self.request is not None and now - self.sent_at < TIMEOUT
 
     def give_up(self, now: float) -> Envelope | None:
-        """Wait no more for a reply, and return what was asked, or None."""
+        """Stop waiting for a reply; return the request that got none, or None."""
         request, self.request = self.request, None
         if request is not None:
             self.failures += 1
@@ -43,12 +43,12 @@ class RequestChannel:
         return request
 
     def send(self, request: Envelope, now: float) -> Envelope:
-        """Ask something."""
+        """Note a request as sent, and return it."""
         self.request, self.sent_at = request, now
         return request
 
     def take_reply(self, now: float) -> Message | None:
-        """Hear a reply, and return what it answers; None: nothing was asked."""
+        """Note a reply, and return the request that it answers; None: no request was open."""
         request, self.request = self.request, None
         if request is None:
             return None
@@ -57,15 +57,15 @@ class RequestChannel:
         return request.message
 
     def take_broadcast(self, now: float) -> None:
-        """Hear a broadcast, or begin to listen for some."""
+        """Note a broadcast, or the start of listening."""
         self._broadcast_at = self.heard_at = now
 
     def listen(self, now: float) -> None:
-        """Notice that the broadcasts have stopped."""
+        """Check whether the broadcasts have stopped."""
         if now - self._broadcast_at > DEAF:
             self.is_dead, self._broadcast_at = True, now
 
     def mended(self) -> None:
-        """Hear that the connections were made anew: what was asked is to be asked again."""
+        """Note that the host reconnected, which drops the open request."""
         self.is_dead = False
         self.request = None

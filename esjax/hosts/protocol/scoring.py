@@ -1,4 +1,4 @@
-"""One host's pairs of one step: to be scored, and scored but not yet handed in."""
+"""One host's pairs of one step: those to score, and those scored but not yet sent."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import MAX_REQUEST, Exchange, Values
 
 SLICE = 0.25
-"""Seconds of work that the devices are given at a time, so that progress shows and work can be given up."""
+"""Seconds of work in one device task, so that progress is visible and work can be dropped."""
 
 HAND_IN = 1.0
-"""Seconds after which losses are handed in though there are more to come."""
+"""Seconds after which losses are sent although pairs are left to score."""
 
 
 class Scored(NamedTuple):
-    """Losses of pairs, or a sum for each span of them, and the seconds that they took."""
+    """Losses of pairs, or a gradient sum for each span, and the seconds of scoring."""
 
     spans: list[Span]
     values: Values
@@ -24,14 +24,14 @@ class Scored(NamedTuple):
 
 
 class HandIn(NamedTuple):
-    """What is handed in at a time.
+    """The content of one message of losses or gradient sums.
 
     Attributes:
         spans: The pairs.
-        body: Their losses, two float32 a pair, or their sums.
-        dtype: Of the body.
-        seconds: Time that scoring them took.
-        final: Whether nothing more comes for this step.
+        body: Losses, two float32 for each pair, or a gradient sum for each span.
+        dtype: Type of the numbers in the body.
+        seconds: Time of scoring them.
+        final: Whether this is the last message of the step.
     """
 
     spans: list[Span]
@@ -42,29 +42,29 @@ class HandIn(NamedTuple):
 
 
 class Scoring:
-    """The pairs.
+    """The pairs of one host in one step.
 
     Attributes:
         step: The step.
     """
 
     def __init__(self, step: int, quantum: int, device_batch: int, budget: float | None, exchange: Exchange) -> None:
-        """Begin with nothing to do.
+        """Set up without pairs.
 
         Args:
             step: The step.
-            quantum: Pairs that are never split.
-            device_batch: Pairs that the devices like to score at a time.
-            budget: Seconds to score for, or None: all pairs that come.
-            exchange: What is handed in.
+            quantum: Pairs of a lease quantum, which is never split.
+            device_batch: Pairs that the devices score at a time.
+            budget: Time to score in seconds. None: all leased pairs are scored.
+            exchange: Whether losses or gradient sums are sent.
         """
         self.step = step
         self._exchange = exchange
         self._most_pairs = max(quantum, exchange.most_pairs // quantum * quantum)
-        self._quantum, self._granule, self._budget = quantum, device_batch, budget
+        self._quantum, self._device_batch, self._budget = quantum, device_batch, budget
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
-        self._offered = 0  # parts in the request under way
+        self._offered = 0  # parts in the open request
         self._since = 0.0  # when the first of the parts was scored
         self._spent = 0.0
         self._is_over = False  # the budget is spent
@@ -72,24 +72,24 @@ class Scoring:
 
     @property
     def has_work(self) -> bool:
-        """Whether there are pairs to be scored."""
+        """Whether pairs are left to score."""
         return bool(self._spans)
 
     def add(self, spans: Sequence[Span]) -> None:
-        """Take pairs; those that are there already are not taken twice."""
+        """Add leased pairs; pairs that were added before are ignored."""
         if not self._is_over:
             have = [*self._spans, *(span for part in self._parts for span in part.spans)]
             self._spans = (self._spans + without(spans, have))[:SPAN_LIMIT]
 
     def next_slice(self, speed: float) -> list[Span]:
-        """Choose pairs to be scored next: as many as fill a slice of time.
+        """Choose the pairs of the next device task: whole device batches for about `SLICE` seconds.
 
         Args:
-            speed: Pairs that the devices score a second; 0 if that is not known.
+            speed: Pairs that the devices score per second; 0: not known yet.
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
-        device_batches = max(1, int(seconds * speed / self._granule))
-        left = min(device_batches * self._granule, self._most_pairs)
+        device_batches = max(1, int(seconds * speed / self._device_batch))
+        left = min(device_batches * self._device_batch, self._most_pairs)
         taken: list[Span] = []
         for first, count in self._spans:
             if left <= 0 or len(taken) == self._exchange.most_spans:
@@ -100,7 +100,7 @@ class Scoring:
         return taken
 
     def take(self, scored: Scored, speed: float, now: float) -> None:
-        """Take in losses of a slice; `speed` as above."""
+        """Store the values of a slice; `speed` as in `next_slice`."""
         if not self._parts:
             self._since = now
         end = sum(scored.spans[-1])
@@ -113,11 +113,11 @@ class Scoring:
         self._cut_at = end if is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
-        if self._budget is not None and speed and self._spent + self._granule / speed > self._budget:
+        if self._budget is not None and speed and self._spent + self._device_batch / speed > self._budget:
             self._spans, self._is_over = [], True
 
     def _joined(self, one: Scored, next_one: Scored) -> Scored | None:
-        """Make one part of the last span of a slice and of the rest of that span, if the exchange can."""
+        """Join a slice with the one that continues its last span; None if the exchange keeps them separate."""
         (*spans, last), (rest,) = one.spans, next_one.spans
         row = len(one.values) - self._exchange.rows([last])[0]
         both = self._exchange.joined(last, one.values[row:], rest, next_one.values)
@@ -128,11 +128,11 @@ class Scoring:
         return Scored([*spans, span], values, one.seconds + next_one.seconds)
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
-        """Return what is to be handed in now, or None.
+        """Return what to send now, or None.
 
         Args:
-            now: The time.
-            everything: Whether to wait for nothing more.
+            now: The time in seconds.
+            everything: Whether to send all values at once, although more will come.
         """
         final = not self._spans
         if not self._parts or not (final or everything or now - self._since > HAND_IN):
@@ -155,13 +155,13 @@ class Scoring:
         )
 
     def handed_in(self) -> None:
-        """Hear that what was handed in has arrived."""
+        """Drop the values that the coordinator has received."""
         self._parts = self._parts[self._offered :]
         self._offered = 0
 
 
 def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
-    """Return what is left of spans."""
+    """Return the spans without the pairs in `taken`."""
     left = list(spans)
     for first, count in taken:
         end = first + count

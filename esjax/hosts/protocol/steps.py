@@ -1,4 +1,4 @@
-"""The steps of a run, one after another: pairs are leased, losses taken in, and updates made of them."""
+"""The steps of a run: the coordinator leases pairs, collects their values, and makes the update."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from esjax.replica.notices import Notices
 from esjax.watch.downsampling import Average
 
 STUCK = 30.0
-"""Seconds with work and without progress after which a host counts as hung, unless the others are as slow."""
+"""Seconds without progress after which a host with work counts as hung, unless the others are as slow."""
 
 DEADLINE_FLOOR = 1.0
-"""Seconds that every host gets for its pairs at least."""
+"""Seconds that every host has for its pairs at least."""
 
 DEADLINE_FACTOR = 3.0
-"""How many times as long as the others a host may take."""
+"""Time that a host may take for its pairs, as a multiple of the other hosts' usual time."""
 
 RATE_MEMORY = 0.9
-"""Weight of a step in the mean rate, against that of the step after it."""
+"""Weight of a step in the mean rate, relative to the step after it."""
 
 
 class Steps:
@@ -51,18 +51,18 @@ class Steps:
         emit: Callable[[Action], None],
         put_aside: Callable[[Host, str], None],
     ) -> None:
-        """Begin, or begin again, at a step.
+        """Start at a step of a new or resumed run.
 
         Args:
             config: Settings.
-            terms: What the run asks of every host.
-            step: Updates made so far.
-            last_update: The last one, to be published once more, or b"".
-            rng: Draws which pairs are scored twice.
+            terms: What is fixed for all hosts of the run.
+            step: Number of updates made so far.
+            last_update: The last update, which is published again, or b"".
+            rng: Draws the pairs that two hosts score.
             registry: All hosts.
-            audits: What happens beside the steps.
-            emit: Has something done.
-            put_aside: Gives a host no more work, for a reason.
+            audits: Digests, checkpoints and held-out losses.
+            emit: Queues an action.
+            put_aside: Gives a host no more work; called with the host and the reason.
         """
         self.step = step
         self.loss: float | None = None
@@ -77,7 +77,7 @@ class Steps:
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
-        """Take in what a host hands in; return why not, or ""."""
+        """Store the values that a host sends; return why they are rejected, or ""."""
         was_busy = self._leases.busy(host.slot)
         fault = self._leases.accept(host.slot, message.spans, values, message.final)
         if was_busy and not self._leases.busy(host.slot):
@@ -85,50 +85,50 @@ class Steps:
         return fault
 
     def release(self, host: Host) -> None:
-        """Take a host's open pairs from it."""
+        """Take the open pairs from a host."""
         self._leases.release(host.slot)
 
     def revoke(self, host: Host) -> None:
-        """Take a host's open pairs from it, and forget what it handed in."""
+        """Take the open pairs from a host, and drop the values that it sent."""
         self._leases.revoke(host.slot)
 
     def took_part(self, host: Host) -> bool:
-        """Tell whether a host was ever given pairs of this step."""
+        """Return whether a host had a lease in this step."""
         return self._leases.took_part(host.slot)
 
     def open_spans(self, host: Host) -> list[Span]:
-        """List the pairs that a host still has to hand in."""
+        """List the pairs that a host has not sent values of."""
         return self._leases.open_spans(host.slot)
 
     def stop(self) -> None:
-        """Give up the step under way."""
+        """Drop the open step."""
         self._is_stopped = True
         for host in self._registry:
             self.release(host)
 
     def check(self, now: float) -> None:
-        """Take their pairs from hosts that are hung, or take much longer than the others."""
+        """Take the pairs from hosts that are hung or much slower than the others."""
         usual = self._registry.usual_slowness()
         for host in self._registry:
             if self._leases.busy(host.slot):
                 self._check_deadline(host, usual, now)
 
-    def go_on(self, now: float, is_somebody_new: bool = False) -> None:
-        """Close the step if everything is in; else give out pairs that nobody is at, to whoever is there."""
+    def go_on(self, now: float, is_host_new: bool = False) -> None:
+        """Close the step if all values are in; else lease the pairs that wait for a host."""
         if self._is_stopped:
             return
-        if self._leases.waits or is_somebody_new:
+        if self._leases.waits or is_host_new:
             self._give_out(now)
         if self._leases.complete:
             anchor = self._audits.anchor
-            liars = self._leases.liars(anchor.slot if anchor else None)
-            for slot in liars:
-                self._catch(slot)
-            if not liars:
+            wrong = self._leases.wrong_hosts(anchor.slot if anchor else None)
+            for slot in wrong:
+                self._exclude(slot)
+            if not wrong:
                 self._close(now)
 
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
-        """Open the step to everybody, with the update that leads to it."""
+        """Publish the opening of the step, with the update that leads to it."""
         some = list(leases[:SPAN_LIMIT])
         self._publish(wire.Step(self._terms.run, self._terms.epoch, self.step, [*some], *plan), update)
         self._announce_more(leases[SPAN_LIMIT:])
@@ -167,12 +167,12 @@ class Steps:
             host.set_late(now)
             self.release(host)
 
-    def _catch(self, slot: int) -> None:
-        """Put a liar aside; nothing that it said counts."""
+    def _exclude(self, slot: int) -> None:
+        """Put a host with wrong losses aside, and drop its values of this step."""
         self._leases.revoke(slot)
-        liar = self._registry.in_slot(slot)
-        if liar and not liar.aside:
-            self._put_aside(liar, "its losses differ from those of other hosts")
+        host = self._registry.in_slot(slot)
+        if host and not host.aside:
+            self._put_aside(host, "its losses differ from those of other hosts")
 
     def _give_out(self, now: float) -> None:
         leases = self._lease(now)
@@ -195,7 +195,7 @@ class Steps:
         return leases
 
     def _close(self, now: float) -> None:
-        """Make an update of what came in, and open the next step."""
+        """Make the update from all values, and open the next step."""
         spans, result = self._leases.result()
         pairs = sum(count for _, count in spans)
         for host in self._registry:
@@ -207,13 +207,13 @@ class Steps:
         concluded = self._terms.exchange.conclude(result, spans, self._config.es)
         self.loss = concluded.loss
         payload = pack_conclusion(
-            self.step, spans, concluded, self._terms.exchange.numbers, self._config.es.weights_per_pair
+            self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
         self._emit(Record(self.step, payload))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, pairs, concluded)
-        # Before the next step is opened: a state that it asks for is that after this one.
+        # Closed before the next step is opened: a state that the next step asks for is the one after this step.
         self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
         self._leases = self._new_leases()
         plan = self._audits.plan(self.step, now)

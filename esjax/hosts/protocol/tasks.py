@@ -1,6 +1,6 @@
-"""What a host's devices are asked to do, and what comes of it.
+"""Device tasks of a host, and their results.
 
-Tasks are messages too, since a host may be several processes that all do the same, see `esjax.hosts.executor`.
+Tasks are messages: a host may be several processes, which all run the same tasks, see `esjax.hosts.executor`.
 """
 
 import math
@@ -17,14 +17,14 @@ from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
-    """Make the replica, and compile.
+    """Build the replica and compile its programs.
 
     Attributes:
-        config: Settings, as YAML.
+        config: Settings as YAML.
         vocab_size: Number of token ids.
-        text: The text as it was sent.
-        text_digest: Hash of its plain bytes.
-        text_bytes: Their number.
+        text: The packed text.
+        text_digest: Hash of the unpacked bytes.
+        text_bytes: Number of unpacked bytes.
     """
 
     config: str
@@ -35,26 +35,26 @@ class Build(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Take over a snapshot."""
+    """Replace the replica's state by a snapshot."""
 
     snapshot: bytes
 
 
 class UseBlock(msgspec.Struct, frozen=True, tag=True):
-    """Score on a block of tokens from now on."""
+    """Use a block of tokens from now on."""
 
     block: int
     tokens: bytes
 
 
 class Apply(msgspec.Struct, frozen=True, tag=True):
-    """Make consecutive updates, each as it is recorded."""
+    """Apply consecutive updates, as recorded."""
 
     updates: list[bytes]
 
 
 class Score(msgspec.Struct, frozen=True, tag=True):
-    """Score pairs with the present parameters."""
+    """Score pairs with the current parameters."""
 
     spans: list[Span]
 
@@ -75,13 +75,13 @@ Task = Build | Load | UseBlock | Apply | Score | TakeDigest | TakeSnapshot | Mea
 
 
 class Built(msgspec.Struct, frozen=True):
-    """Of `Build`: pairs that the devices like to score at a time."""
+    """Result of `Build`: the pairs that the devices score at a time."""
 
     device_batch: int
 
 
 class Done(msgspec.Struct, frozen=True):
-    """Of `Load`, `UseBlock` and `Apply`: step of the parameters, and norms of the last update, if one was made."""
+    """Result of `Load`, `UseBlock` and `Apply`: the step of the parameters, and the norms of the last update if any."""
 
     step: int
     gradient_norm: float | None = None
@@ -89,20 +89,20 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Scored(msgspec.Struct, frozen=True):
-    """Of `Score`: the values of the spans, see `esjax.exchange.values`, and the seconds that they took."""
+    """Result of `Score`: the values of the spans, see `esjax.exchange.values`, and the seconds of scoring."""
 
     values: Values
     seconds: float
 
 
 class Value(msgspec.Struct, frozen=True):
-    """Of the others: a digest, a snapshot's bytes, or a loss (None: there is nothing to measure)."""
+    """Result of a side task: a digest, the bytes of a snapshot, or a held-out loss (None: no held-out documents)."""
 
     value: Any
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """Of any task that cannot be done."""
+    """Result of a task that failed, with the reason."""
 
     reason: str
 
@@ -118,10 +118,10 @@ _TASKS: dict[SideTask, type[TakeDigest | TakeSnapshot | Measure]] = {
 
 
 class SideTasks:
-    """What is asked for, each with the step whose parameters it is due at, and what came of it."""
+    """A host's side tasks, each with the step whose parameters it needs, and their results until they are sent."""
 
     def __init__(self) -> None:
-        """Begin with nothing to do."""
+        """Set up without tasks."""
         self._due: dict[SideTask, int] = {}
         self._doing: SideTask | None = None
         self._digest: tuple[int, str] | None = None  # with its step
@@ -129,14 +129,14 @@ class SideTasks:
         self._sending: Sending | None = None
 
     def add(self, side_tasks: Sequence[SideTask], step: int) -> None:
-        """Note what is asked for at a step, but for what is under way."""
+        """Add side tasks that are due at a step, except those that are running or have a result to send."""
         under_way = {"digest": self._digest, "measure": self._held_out, "upload": self._sending}
         for side_task in side_tasks:
             if side_task != self._doing and under_way[side_task] is None:
                 self._due[side_task] = step
 
     def next(self, step: int) -> Task | None:
-        """Return what the devices should do at a step, or None."""
+        """Return the device task that is due at a step, or None."""
         self._due = {side_task: due for side_task, due in self._due.items() if due >= step}
         for side_task, due in self._due.items():
             if due == step:
@@ -146,11 +146,11 @@ class SideTasks:
         return None
 
     def first_due(self, before: int) -> int:
-        """Return the step at which something is due next, if it is before another one; else that one."""
+        """Return the first step at which a side task is due, but at most `before`."""
         return min([before, *self._due.values()])
 
     def done(self, step: int, value: object) -> None:
-        """Hear what came of it."""
+        """Store the result of the running side task."""
         side_task, self._doing = self._doing, None
         if side_task == "digest" and isinstance(value, str):
             self._digest = (step, value)
@@ -160,17 +160,17 @@ class SideTasks:
             self._sending = Sending(step, value)
 
     def report(self, session: int) -> Envelope | None:
-        """Hand in what is found out, or None."""
+        """Return a message with a digest or a held-out loss to send, or None."""
         if self._digest:
             return Envelope(wire.Digest(session, *self._digest))
         return Envelope(wire.Measured(session, *self._held_out)) if self._held_out else None
 
     def part(self, session: int) -> Envelope | None:
-        """Hand in the next part of the state, or None."""
+        """Return a message with the next part of the state, or None."""
         return self._sending.request(session) if self._sending else None
 
     def answered(self, request: Message, is_taken: bool) -> None:
-        """Hear that a request was answered, and whether what it handed in was taken."""
+        """Drop a result that was sent: the coordinator answered, and accepted it or not."""
         if isinstance(request, wire.Digest):
             self._digest = None
         elif isinstance(request, wire.Measured):
@@ -179,6 +179,6 @@ class SideTasks:
             self._sending = None
 
     def clear(self) -> None:
-        """Forget all but what the devices are at."""
+        """Drop all side tasks except the running one."""
         self._due.clear()
         self._digest = self._held_out = self._sending = None

@@ -1,8 +1,9 @@
 """Messages and their bytes.
 
-A message is one frame, or two: a header (a mark, the version of this protocol, and msgpack of a typed struct) and a
-body of raw little-endian bytes whose meaning the struct states. Nothing is ever unpickled or evaluated, and everything
-a struct declares is checked against its type and bounds before anything is allocated for it.
+A message is one or two frames: a header (a mark, the version of the protocol, and msgpack of a typed struct), and a
+body of raw little-endian bytes that the struct describes. Nothing is unpickled or evaluated. Every field is checked
+against its type and bounds before memory is allocated for it. Structs are arrays on the wire, so the order of fields is
+a part of the protocol.
 """
 
 from collections.abc import Sequence
@@ -14,31 +15,31 @@ from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whol
 from esjax.exchange.values import MAX_REQUEST
 
 VERSION = 3
-"""Version of the protocol: hosts of another one are refused."""
+"""Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
 """Start of every header."""
 
 MAX_HEADER = 2**22
-"""Bytes of a header at most: of the longest, that of `Status`."""
+"""Most bytes of a header; that of `Status` is the longest."""
 
 MAX_REQUEST_HEADER = 2**18
-"""Bytes of the header of a request at most."""
+"""Most bytes of the header of a request."""
 
 MAX_BODY = 2**24
-"""Bytes of a body at most; what is larger travels in parts."""
+"""Most bytes of a body; larger data is sent in parts."""
 
 MOST_WEIGHTS = MAX_BODY - 2**8
-"""Weights of a fixed population's update, a byte each, at most: its header takes the rest of the body."""
+"""Most weights, of one byte each, in the update of a fixed population; its header takes the rest of the body."""
 
 PART = 2**18
-"""Bytes of a part at most: small, so that one who loads does not hold up the others."""
+"""Most bytes of a part; small, so that a download does not delay other hosts."""
 
 FRAMES = 2
-"""Frames of a message at most."""
+"""Most frames of a message."""
 
 NOTE = 200
-"""Characters of a note in `Status` at most."""
+"""Most characters of a note in `Status`."""
 
 Long = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Short = Annotated[str, msgspec.Meta(max_length=128)]
@@ -49,18 +50,18 @@ Leases = Annotated[list[tuple[Whole, Pair, Positive]], msgspec.Meta(max_length=S
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
 Phase = Literal["joining", "compiling", "ready"]
 SideTask = Literal["digest", "upload", "measure"]
-"""What a host may be asked for beside losses: the digest of its state, its state, its held-out loss."""
+"""Side tasks of a host: send the digest of its state, its state, or the held-out loss."""
 
 
 class WireError(ValueError):
-    """Bytes that are no message."""
+    """Bytes that are not a message."""
 
 
 class VersionError(WireError):
     """A message of another version of the protocol."""
 
     def __init__(self, version: int) -> None:
-        """Name the version."""
+        """Set the other side's version."""
         super().__init__(f"protocol version {version}")
         self.version = version
 
@@ -76,14 +77,14 @@ class Join(Message, frozen=True, tag="join"):
     """Ask to take part.
 
     Attributes:
-        name: What the host calls itself; of two of one name the newer counts.
-        device: What it computes on, for people.
-        kind: Hardware and software whose floats should agree to the last bit.
-        fingerprints: Hashes of known noise by kind of noise, see `esjax.hosts.noise_fingerprint`.
-        custom: Names of its own model, loss and optimizer, and hashes of their code, see `esjax.config.custom_names`.
-        run: Run it took part in before, or "".
-        instance: Random number that tells it from another host of its name.
-        attempt: How often it has asked; a lower number is an old request.
+        name: Name of the host; of two hosts with one name the newer one counts.
+        device: Description of its devices, for the status.
+        kind: Hardware and version of JAX; floats of hosts of one kind should agree to the last bit.
+        fingerprints: Noise fingerprints by kind of noise, see `esjax.hosts.noise_fingerprint`.
+        custom: Names of its custom parts, and hashes of their code, see `esjax.config.custom_names`.
+        run: Run that it took part in before, or "".
+        instance: Random number that distinguishes it from another host of its name.
+        attempt: Number of this request; a request with a lower number is old.
     """
 
     name: Short
@@ -97,12 +98,12 @@ class Join(Message, frozen=True, tag="join"):
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
-    """Ask for a part of something large.
+    """Ask for a part of a download.
 
     Attributes:
         what: The text, a snapshot, or a block of tokens.
-        digest: Of the thing; "" for the newest snapshot.
-        offset: Bytes had already.
+        digest: Hash of the whole; "" for the newest snapshot.
+        offset: Bytes before this part.
         block: Number of the block of tokens.
     """
 
@@ -121,12 +122,12 @@ class CatchUp(Message, frozen=True, tag="catch_up"):
 
 
 class Beat(Message, frozen=True, tag="beat"):
-    """Say that one is alive, and how far.
+    """Send a sign of life.
 
     Attributes:
-        step: Step of one's parameters.
-        progress: Number that grows with every piece of work done.
-        note: Something for a person to know, or "".
+        step: Step of the host's parameters.
+        progress: Number of device tasks finished so far.
+        note: Line for the user, or "".
     """
 
     session: Long
@@ -138,14 +139,14 @@ class Beat(Message, frozen=True, tag="beat"):
 
 
 class Losses(Message, frozen=True, tag="losses"):
-    """Hand in what scoring gave: two float32 a pair, span after span; or a gradient sum for each span.
+    """Send losses, two float32 for each pair, span after span, or a gradient sum for each span; the body.
 
     Attributes:
         spans: The pairs.
-        seconds: Time that scoring them took.
-        final: Whether nothing more comes from this host for this step.
-        dtype: "<f4" for losses, one of `esjax.exchange.update_record.Integers` for sums.
-        gradient_norm: Norm of the estimate of the update before this step, or None.
+        seconds: Time of scoring them.
+        final: Whether this is the host's last message of losses in this step.
+        dtype: "<f4" for losses; one of `esjax.exchange.update_record.Integers` for gradient sums.
+        gradient_norm: Norm of the estimate in the update before this step, or None.
         update_norm: Norm of that update, or None.
     """
 
@@ -161,7 +162,7 @@ class Losses(Message, frozen=True, tag="losses"):
 
 
 class Digest(Message, frozen=True, tag="digest"):
-    """Hand in the digest of one's state at a step."""
+    """Send the digest of the host's state at a step."""
 
     session: Long
     step: Whole
@@ -169,7 +170,7 @@ class Digest(Message, frozen=True, tag="digest"):
 
 
 class Measured(Message, frozen=True, tag="measured"):
-    """Hand in the held-out loss at a step, in nats per token."""
+    """Send the held-out loss at a step."""
 
     session: Long
     step: Whole
@@ -177,12 +178,12 @@ class Measured(Message, frozen=True, tag="measured"):
 
 
 class Upload(Message, frozen=True, tag="upload"):
-    """Hand in a part of a snapshot, the body.
+    """Send a part of a snapshot, the body.
 
     Attributes:
         step: Step of the state.
-        digest: Hash of all the bytes.
-        size: Number of all the bytes.
+        digest: Hash of all bytes.
+        size: Number of all bytes.
         offset: Bytes before this part.
     """
 
@@ -194,39 +195,39 @@ class Upload(Message, frozen=True, tag="upload"):
 
 
 class Leave(Message, frozen=True, tag="leave"):
-    """Say goodbye."""
+    """Leave the run."""
 
     session: Long
     reason: Reason
 
 
 class AskStatus(Message, frozen=True, tag="ask_status"):
-    """Ask how things stand; needs no session."""
+    """Ask for the status; needs no session."""
 
 
 # From the coordinator to a host, in reply.
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Take a host in.
+    """Let a host join.
 
     Attributes:
         run: Name of the run.
-        epoch: Number of this start of the coordinator; a lower one is out of date.
-        session: To be named in every request.
-        slot: Short name of the host in broadcasts.
-        config: Settings, as YAML.
+        epoch: Number of this start of the coordinator; messages with a lower one are old.
+        session: Number that every request of the host must carry.
+        slot: Number of the host in broadcasts.
+        config: Settings as YAML.
         vocab_size: Number of token ids.
-        text_digest: Hash of the text's plain bytes.
-        text_bytes: Size of the text's plain bytes.
-        state_bytes: Size of a snapshot.
-        block_bytes: Size of a block of tokens; 0: the text holds all of them.
+        text_digest: Hash of the text's unpacked bytes.
+        text_bytes: Number of the text's unpacked bytes.
+        state_bytes: Size of a snapshot in bytes.
+        block_bytes: Size of a block of tokens in bytes; 0: the text holds all tokens.
         publish_port: Port of the broadcasts.
         step: Step that is being scored.
-        quantum: Pairs that are never split between hosts.
-        block_interval: Steps for which a block of tokens is used.
-        budget: Seconds to score for in a step, or None: all pairs of a lease.
-        numbers: Length of the sum that is handed in for each span; 0: losses are handed in.
+        quantum: Pairs of a lease quantum, which is never split between hosts.
+        block_interval: Number of steps that use the same block of tokens.
+        budget: Seconds to score in a step. None: all leased pairs are scored.
+        vector_length: Length of the gradient sum that hosts send for each span; 0: hosts send losses.
     """
 
     run: Short
@@ -244,17 +245,17 @@ class Welcome(Message, frozen=True, tag="welcome"):
     quantum: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
     block_interval: Positive
     budget: float | None
-    numbers: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
+    vector_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
 
 
 class Part(Message, frozen=True, tag="part"):
-    """A part of something large, the body.
+    """A part of a download, the body.
 
     Attributes:
-        digest: Of the whole thing.
-        size: Bytes of the whole thing as it is sent.
+        digest: Hash of the whole.
+        size: Bytes of the whole, packed.
         offset: Bytes before this part.
-        step: Step of a snapshot, number of a block.
+        step: Step of a snapshot, or number of a block.
     """
 
     digest: Short
@@ -267,8 +268,8 @@ class Updates(Message, frozen=True, tag="updates"):
     """Consecutive updates, the body.
 
     Attributes:
-        step: Of the first one.
-        sizes: Bytes of each.
+        step: Step of the first update.
+        sizes: Number of bytes of each update.
     """
 
     step: Whole
@@ -276,13 +277,13 @@ class Updates(Message, frozen=True, tag="updates"):
 
 
 class Ok(Message, frozen=True, tag="ok"):
-    """Acknowledge.
+    """Accept a request.
 
     Attributes:
         step: Step that is being scored.
-        spans: Pairs of that step that this host still has to hand in.
-        side_tasks: What else it still has to hand in, should the broadcast that said so have been lost.
-        resync: Whether to fetch the newest snapshot.
+        spans: Leased pairs of that step that the host has not sent values of.
+        side_tasks: Side tasks that it has not finished; the broadcast that asked for them may have been lost.
+        resync: Whether the host must fetch the newest snapshot.
     """
 
     epoch: Whole
@@ -293,12 +294,12 @@ class Ok(Message, frozen=True, tag="ok"):
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
-    """Turn a request down; the host goes on.
+    """Reject a request; the host stays in the run.
 
     Attributes:
         reason: Why.
         step: Step that is being scored.
-        rejoin: Whether the session has ended, so that only a new `Join` helps.
+        rejoin: Whether the session has ended, so that the host must join again.
     """
 
     reason: Reason
@@ -308,21 +309,21 @@ class Rejected(Message, frozen=True, tag="rejected"):
 
 
 class Refused(Message, frozen=True, tag="refused"):
-    """Turn a host away for good."""
+    """Refuse a host for good."""
 
     reason: Reason
 
 
 class HostStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How one host does.
+    """Status of one host.
 
     Attributes:
-        state: joining, compiling, ready, straggling, silent, lost or put aside. A host that said goodbye is not listed.
-        members_per_second: Rate at which it scores; 0 for one that is lost.
+        state: joining, compiling, ready, straggling, silent, lost or put aside. A host that has left is not listed.
+        members_per_second: Members that it scores per second; 0 for a lost host.
         last_seen: Seconds since its last message.
-        digest: Of its state, as last handed in.
-        share: Part of the last finished step's pairs that it scored.
-        note: Why it is put aside, or something it said.
+        digest: Last digest of its state.
+        share: Part of the last finished step's pairs that it scored, 0 to 1.
+        note: Why it is put aside, or its last note.
     """
 
     name: str
@@ -338,15 +339,15 @@ class HostStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Status(Message, frozen=True, tag="status"):
-    """How things stand.
+    """Status of the run.
 
     Attributes:
         loss: Mean loss of the last finished step, or None.
-        held_out: Loss over the held-out documents as last measured, or None.
-        member_tokens_per_second: Rate over the last steps; 0 while the run is paused.
-        paused: Whether nobody is there to go on.
+        held_out: Last held-out loss, or None.
+        member_tokens_per_second: Speed over the last steps; 0 while the run is paused.
+        paused: Whether no host is ready.
         anchor: Slot of the host whose state is kept, or None.
-        counters: How often something was turned down, by reason.
+        counters: Number of rejected requests, by reason.
     """
 
     run: str
@@ -361,18 +362,18 @@ class Status(Message, frozen=True, tag="status"):
     counters: dict[str, int]
 
 
-# From the coordinator to everybody.
+# From the coordinator to all hosts.
 
 
 class Step(Message, frozen=True, tag="step"):
-    """Open a step; the body is the update that leads to it, as the ledger has it, or empty.
+    """Open a step; the body is the update that leads to it, as in the ledger, or empty.
 
     Attributes:
-        step: To be scored, with the parameters after update number `step - 1`.
-        leases: Pairs of every host with work.
-        digest: Whether every host should hand in the digest of its state at this step.
-        upload: Slot of the host that should hand in its state at this step, or None.
-        measure: Slot of the host that should hand in its held-out loss at this step, or None.
+        step: Step to score, with the parameters after update number `step - 1`.
+        leases: Leases of all hosts.
+        digest: Whether every host should send the digest of its state at this step.
+        upload: Slot of the host that should send its state at this step, or None.
+        measure: Slot of the host that should send the held-out loss at this step, or None.
     """
 
     run: Short
@@ -385,7 +386,7 @@ class Step(Message, frozen=True, tag="step"):
 
 
 class Extra(Message, frozen=True, tag="extra"):
-    """Give out more work within a step."""
+    """Add leases to the open step."""
 
     run: Short
     epoch: Whole
@@ -394,7 +395,7 @@ class Extra(Message, frozen=True, tag="extra"):
 
 
 class Pulse(Message, frozen=True, tag="pulse"):
-    """Say that one is alive, and which step is being scored."""
+    """Send a sign of life with the step that is being scored."""
 
     run: Short
     epoch: Whole
@@ -402,10 +403,10 @@ class Pulse(Message, frozen=True, tag="pulse"):
 
 
 class Bye(Message, frozen=True, tag="bye"):
-    """Say goodbye.
+    """The coordinator stops.
 
     Attributes:
-        done: Whether training has ended; if not, the coordinator will be back.
+        done: Whether training has ended; if not, the coordinator will restart.
     """
 
     run: Short
@@ -443,8 +444,8 @@ def decode(frames: Sequence[bytes], kind: Kind) -> Envelope:
     """Turn frames into a message.
 
     Raises:
-        WireError: They are none of this kind.
-        VersionError: They are of another version of the protocol.
+        WireError: They are not a message of this kind.
+        VersionError: They are a message of another version of the protocol.
     """
     if not 1 <= len(frames) <= FRAMES:
         raise WireError(f"{len(frames)} frames")

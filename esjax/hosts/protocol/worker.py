@@ -1,7 +1,7 @@
-"""A host as a state machine: replies, broadcasts, results of its devices and the time in; requests and tasks out.
+"""A host as a state machine: it takes messages, results of its devices and the time; it returns requests and tasks.
 
-It knows no clock, socket or device: the caller hands in `now` in seconds of a clock that never jumps, sends what
-`request` gives (one at a time), and has the devices do what `task` gives (one at a time).
+It uses no clock, socket or device: the caller passes `now`, in seconds of a monotonic clock, sends what `request`
+returns, and lets the devices run what `task` returns; one of each at a time.
 """
 
 import math
@@ -33,34 +33,34 @@ from esjax.hosts.protocol.transfers import Backlog, Download, Supplies
 from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 BEAT = 2.0
-"""Seconds between signs of life."""
+"""Seconds between beats, a host's signs of life."""
 
 BACK_OFF, BACK_OFF_LONGEST = 0.5, 10.0
-"""Seconds between attempts to join, doubled each time, each times a random factor around 1."""
+"""Seconds between attempts to join: at first, and at most; doubled each time, and times a random factor around 1."""
 
 MISSED = 0.3
-"""Seconds to wait for an update that is known to be published before asking for it."""
+"""Seconds to wait for a broadcast update before asking for it."""
 
 BATCH = 64
-"""Updates made in one task at most."""
+"""Most updates in one device task."""
 
 PACKING = 1024
-"""Bytes by which a compressed text may be larger than the text."""
+"""Bytes by which a compressed text may be larger than the text, beside 1/64 of it."""
 
 
 class Worker:
-    """The state machine.
+    """The state machine of a host.
 
     Attributes:
-        name: What the host calls itself.
+        name: Name of the host.
         phase: joining, compiling or ready.
-        step: Step of the parameters, or -1 before there are any.
-        joined: What the coordinator said when it took the host in, or None.
-        refused: Why the coordinator turned the host away for good, or "".
-        failed: Why the devices cannot go on, or "".
-        left: Whether everything is handed in and said after `leave`, or training has ended.
-        run_ended: Whether training has ended, for all hosts.
-        coordinator_stopped: Whether the last thing that the coordinator said is that it stops, and will be back.
+        step: Step of the parameters; -1 without parameters.
+        joined: The coordinator's reply that let the host join, or None.
+        refused: Why the coordinator refused the host for good, or "".
+        failed: Why the devices failed, or "".
+        left: Whether the host has left after `leave`, or training has ended.
+        run_ended: Whether training has ended for all hosts.
+        coordinator_stopped: Whether the coordinator stopped and announced that it will restart.
     """
 
     def __init__(
@@ -78,20 +78,20 @@ class Worker:
         text: str = "",
         device_batch: int = 1,
     ) -> None:
-        """Begin outside.
+        """Start as a host that has not joined.
 
         Args:
-            name: What the host calls itself.
-            device: What it computes on, for people.
-            kind: Hardware and software whose floats should agree to the last bit.
-            fingerprints: Hashes of known noise by kind of noise.
-            custom: Names of its own model, loss or reward, and optimizer.
-            now: The time.
-            jitter: Gives random numbers in [0, 1).
-            built: Whether the replica is there already.
+            name: Name of the host.
+            device: Description of its devices, for the status.
+            kind: Hardware and version of JAX; floats of hosts of one kind should agree to the last bit.
+            fingerprints: Noise fingerprints by kind of noise.
+            custom: Names of its custom parts, and hashes of their code.
+            now: The time in seconds.
+            jitter: Returns random numbers in [0, 1).
+            built: Whether the replica is built already.
             step: Step of its parameters.
             text: Digest of the text that it has.
-            device_batch: Pairs that its devices like to score at a time.
+            device_batch: Pairs that its devices score at a time.
         """
         self.name = name
         self.phase: wire.Phase = "joining"
@@ -107,30 +107,30 @@ class Worker:
         self._hello = wire.Join(
             name[:128], device, kind, list(fingerprints.items()), list(custom.items()), "", instance, 0
         )
-        self._built, self._granule, self._text = built, device_batch, text
-        self._is_astray = False  # the state is not the right one
+        self._built, self._device_batch, self._text = built, device_batch, text
+        self._is_astray = False  # the coordinator reported that the state is wrong
         self._block: int | None = None
         self._note = ""
         self._progress = 0
         self._leaving: str | None = None
-        self._epoch = 0  # the highest one
+        self._epoch = 0  # highest epoch seen
         # The step that is being scored.
         self._newest = step
         self._newest_at = now
         self._backlog = Backlog()
         self._scoring = self._scored_for = Scoring(step, 1, device_batch, None, LossExchange())
-        self._is_told = False  # which pairs of this step are ours
+        self._knows_leases = False  # the leases of this step have arrived
         self._speed = 0.0
         self._norms: tuple[float | None, float | None] = (None, None)
         self._side_tasks = SideTasks()
         self._supplies = Supplies()
-        # What is under way, and when something is due.
+        # What is running, and when something is due.
         self._task: Task | None = None
         self._channel = RequestChannel(now)
         self._beat_at = now
         self._join_at = now
 
-    # What the shell calls.
+    # What the caller uses.
 
     @property
     def leaving(self) -> str:
@@ -139,21 +139,21 @@ class Worker:
 
     @property
     def silent_since(self) -> float:
-        """When the coordinator last said anything to this host."""
+        """Time of the coordinator's last message."""
         return self._channel.heard_at
 
     @property
     def reconnect(self) -> bool:
-        """Whether the connections should be made anew; the caller then calls `reconnected`."""
+        """Whether the caller should reconnect, and then call `reconnected`."""
         return self._channel.is_dead
 
     def leave(self, reason: str) -> None:
-        """Hand in what is scored, say goodbye and end."""
+        """Begin to leave: send what is scored, then a goodbye."""
         if self._leaving is None:
             self._leaving = reason[:1000]
 
     def request(self, now: float) -> Envelope | None:
-        """Return the next request, or None; it takes the place of one that was not answered."""
+        """Return the next request, or None; it replaces one that got no reply."""
         if self.joined is None and self._leaving is not None:
             self.left = True
         if self.refused or self.left or self._channel.is_waiting(now):
@@ -165,13 +165,13 @@ class Worker:
         return self._channel.send(request, now) if request else None
 
     def receive(self, envelope: Envelope, now: float) -> None:
-        """Take in a reply or a broadcast."""
+        """Process a reply or a broadcast."""
         message = envelope.message
         if isinstance(message, wire.Step | wire.Extra | wire.Pulse | wire.Bye):
             self._hear(message, envelope.body, now)
             return
         if getattr(message, "epoch", self._epoch) < self._epoch:
-            return  # an old coordinator is nobody
+            return  # from an earlier start of the coordinator
         sent = self._channel.take_reply(now)
         if sent is None:
             return
@@ -192,21 +192,21 @@ class Worker:
             self._acknowledged(message, sent, now)
 
     def task(self) -> Task | None:
-        """Return what the devices should do next, or None; `finished` is to be called with the result."""
+        """Return the next device task, or None; the caller passes its result to `finished`."""
         if self._task is not None or self.refused or self.left:
             return None
         self._task = self._next_task()
         return self._task
 
     def finished(self, result: Result, now: float) -> None:
-        """Hear what came of the task."""
+        """Process the result of the device task."""
         task, self._task = self._task, None
         self._progress += 1
         if isinstance(result, Failed):
             self.failed = self._note = result.reason[:1000]
             self.leave(self.failed)
         elif isinstance(task, Build) and isinstance(result, Built):
-            self._built, self._granule = True, max(1, result.device_batch)
+            self._built, self._device_batch = True, max(1, result.device_batch)
             self._text, self._supplies.text = task.text_digest, None
             self._begin_step()
         elif isinstance(task, Score) and isinstance(result, Scored):
@@ -218,11 +218,11 @@ class Worker:
         self._settle()
 
     def reconnected(self, now: float) -> None:
-        """Hear that the connections were made anew: what was asked is asked again."""
+        """Note that the caller has reconnected; the open request is made again."""
         self._channel.mended()
 
     def tick(self, now: float) -> None:
-        """Let time pass: notice that the broadcasts have stopped."""
+        """Do what is due at this time: check whether the broadcasts have stopped."""
         if self.joined:
             self._channel.listen(now)
 
@@ -267,7 +267,7 @@ class Worker:
     def _take_losses(self, task: Score, result: Scored, now: float) -> None:
         speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
         self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
-        if self._scored_for is self._scoring:  # else the step was closed meanwhile
+        if self._scored_for is self._scoring:  # else the step was closed in the meantime
             self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
 
     # Requests.
@@ -294,7 +294,7 @@ class Worker:
         return part
 
     def _misses_update(self, now: float) -> bool:
-        """Tell whether the next update was published, and is not to be expected any more."""
+        """Return whether the broadcast of the next update was probably lost."""
         if not self._built or self._wants_state or self._supplies.snapshot or self.step in self._backlog:
             return False
         missed = self.phase == "joining" or self.step + 1 < self._newest or now - self._newest_at > MISSED
@@ -317,7 +317,7 @@ class Worker:
         return longest * (0.5 + self._jitter())
 
     def _wanted(self, joined: wire.Welcome) -> Download | None:
-        """Choose what to fetch, or None."""
+        """Return the download that the host needs next, or None."""
         if not self._built:
             if self._supplies.text is not None:
                 return None
@@ -330,7 +330,7 @@ class Worker:
             return Download("block", joined.block_bytes, block=block)
         return None
 
-    # What comes in.
+    # Messages from the coordinator.
 
     def _welcome(self, welcome: wire.Welcome, now: float) -> None:
         if self._built and welcome.text_digest != self._text:
@@ -351,7 +351,7 @@ class Worker:
             return
         self._channel.take_broadcast(now)
         self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
-        if message.epoch > joined.epoch:  # the coordinator has begun anew
+        if message.epoch > joined.epoch:  # the coordinator has restarted
             self._rejoin(now)
         elif isinstance(message, wire.Bye):
             if message.done:
@@ -368,8 +368,8 @@ class Worker:
     def _open_step(self, joined: wire.Welcome, message: wire.Step, body: bytes) -> None:
         if message.step > self.step:
             self._backlog.hear(message.step - 1, body)
-        if not self._is_told:
-            self._is_told = True
+        if not self._knows_leases:
+            self._knows_leases = True
             self._take_leases(joined, message)
         asked: dict[SideTask, bool] = {
             "digest": message.digest,
@@ -382,12 +382,12 @@ class Worker:
         self._scoring.add([(first, count) for slot, first, count in message.leases if slot == joined.slot])
 
     def _learn(self, step: int, now: float) -> None:
-        """Hear which step is being scored."""
+        """Note the step that is being scored."""
         if step > self._newest:
             self._set_newest(step, now)
 
     def _learn_from_reply(self, step: int, now: float) -> None:
-        """Hear it from a reply: what was heard before it was asked for, and goes beyond, was not true."""
+        """Note the step that a reply names; it corrects a higher step that came before the request was sent."""
         if step > self._newest or self._newest_at < self._channel.sent_at:
             self._set_newest(step, now)
 
@@ -398,13 +398,13 @@ class Worker:
 
     def _begin_step(self) -> None:
         """Drop what belongs to the step before."""
-        self._is_told = False
+        self._knows_leases = False
         if self.joined:
             joined = self.joined
-            exchange = make_exchange(joined.numbers)
-            self._scoring = Scoring(self._newest, joined.quantum, self._granule, joined.budget, exchange)
+            exchange = make_exchange(joined.vector_length)
+            self._scoring = Scoring(self._newest, joined.quantum, self._device_batch, joined.budget, exchange)
         else:
-            self._scoring = Scoring(self._newest, 1, self._granule, None, LossExchange())
+            self._scoring = Scoring(self._newest, 1, self._device_batch, None, LossExchange())
 
     def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
         if isinstance(request, wire.Losses):
@@ -418,8 +418,8 @@ class Worker:
             self._begin_step()
         self._learn_from_reply(message.step, now)
         if isinstance(request, wire.Beat) and message.step == self._newest:
-            # The broadcasts that said so may have been lost.
-            self._is_told = True
+            # The broadcasts with these leases and side tasks may have been lost.
+            self._knows_leases = True
             self._scoring.add(message.spans)
             self._side_tasks.add(message.side_tasks, message.step)
         self._settle()
@@ -436,7 +436,7 @@ class Worker:
         self._learn_from_reply(message.step, now)
 
     def _rejoin(self, now: float) -> None:
-        """Begin anew with the coordinator; what the replica holds, and what is on its way in, is kept."""
+        """Join again; the replica and the running download are kept."""
         self.joined = None
         self._channel.request = None
         self._join_at = now + self._back_off()
@@ -448,13 +448,13 @@ class Worker:
 
     @property
     def _wants_state(self) -> bool:
-        """Whether the state is none that the run has been through."""
+        """Whether the state is missing, wrong, or ahead of the run."""
         is_wrong = self._is_astray or self.step < 0 or self.step > self._newest
         return self._built and is_wrong and self._supplies.snapshot is None
 
     @property
     def _wanted_block(self) -> int | None:
-        """Number of the block of tokens of the step that is being scored; None: the text holds all of them."""
+        """Number of the block of tokens for the step that is being scored; None: the text holds all tokens."""
         return self._newest // self.joined.block_interval if self.joined and self.joined.block_bytes else None
 
     def _take_updates(self, message: wire.Updates, body: bytes, request: Message, now: float) -> None:
@@ -469,7 +469,7 @@ class Worker:
                 self._learn_from_reply(step, now)
 
     def _settle(self) -> None:
-        """See which phase this is."""
+        """Update the phase."""
         before = self.phase
         if self.joined is None:
             self.phase = "joining"

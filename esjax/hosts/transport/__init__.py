@@ -1,1 +1,1 @@
-"""How messages travel: ZeroMQ, its keys and its limits, or memory."""
+"""The transport of messages over ZeroMQ: sockets, keys and limits."""

@@ -11,40 +11,40 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Address(NamedTuple):
-    """A host, by name or IP address, and a port; port 0: any free one."""
+    """A host (name or IP address) and a port; port 0: any free port."""
 
     host: str
     port: int
 
 
 def parse_address(address: str) -> Address:
-    """Take tcp://HOST:PORT apart; an IPv6 host stands in brackets, and * is any free port.
+    """Parse tcp://HOST:PORT; an IPv6 address is in brackets, and the port * means any free port.
 
     Raises:
-        EsjaxError: It is no such address.
+        EsjaxError: The address has another form.
     """
     match = re.fullmatch(r"tcp://(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]+)):(\*|\d{1,5})", address, re.ASCII)
     port = 0 if match is None or match[3] == "*" else int(match[3])
     if match is None or port >= 2**16:
-        raise EsjaxError(f"{address!r} is no address; give tcp://HOST:PORT, such as tcp://127.0.0.1:5555")
+        raise EsjaxError(f"{address!r} is not an address; give tcp://HOST:PORT, such as tcp://127.0.0.1:5555")
     return Address(match[1] or match[2], port)
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether tcp://HOST:PORT is reached from this machine alone.
+    """Return whether only this machine can reach tcp://HOST:PORT.
 
     Raises:
-        EsjaxError: It is no address, or its host is not found.
+        EsjaxError: The address has another form, or its host is not found.
     """
     host, _ = parse_address(address)
     return host != "*" and resolve(host).is_loopback
 
 
 def resolve(host: str) -> IPAddress:
-    """Find the address of a host; of several, one of IPv4.
+    """Return the IP address of a host; IPv4 is preferred.
 
     Raises:
-        EsjaxError: It has none.
+        EsjaxError: The host has no address.
     """
     try:
         return ipaddress.ip_address(host)

@@ -1,7 +1,7 @@
-"""A host's side of ZeroMQ: it asks with a REQ and listens with a SUB.
+"""A host's side of the transport: a REQ socket for requests and a SUB socket for broadcasts.
 
-What the frames say is none of this file's business. A request may get lost, and so may its reply: ask again. A newer
-request takes the place of an unanswered one.
+Frames are passed on unread. A request or its reply may get lost; the caller sends it again. A newer request replaces
+one without a reply.
 """
 
 import errno
@@ -32,16 +32,16 @@ from esjax.hosts.transport.sockets import (
 )
 
 REFUSALS = 5
-"""Handshakes in a row that the other side breaks off, before that counts as a refusal."""
+"""Handshakes in a row that the other side breaks off before this counts as a refusal."""
 
 
 class Received(NamedTuple):
-    """What came from the coordinator.
+    """Messages from the coordinator.
 
     Attributes:
-        reply: To the newest request; None: not yet.
-        broadcasts: In the order of their publication.
-        refused: Why this host will never be let in, in one line; "": it may be.
+        reply: Reply to the newest request; None: none so far.
+        broadcasts: Broadcasts, in the order in which they were published.
+        refused: Why the coordinator refuses this host for good, in one line, or "".
     """
 
     reply: list[bytes] | None
@@ -50,28 +50,29 @@ class Received(NamedTuple):
 
 
 class ClientTransport:
-    """A host's side. Only `poll` and `close` wait. A connection that breaks is opened again, ever more slowly."""
+    """A host's side. Only `poll` and `close` block. A broken connection is opened again, at growing intervals."""
 
     def __init__(self, address: str, *, token: Token | None, limits: Limits) -> None:
-        """Begin to connect; a coordinator that is not there yet is waited for.
+        """Begin to connect; the coordinator may start later.
 
         Args:
             address: tcp://HOST:PORT.
-            token: Lets this host in; None: the coordinator speaks plain text.
-            limits: Of messages from the coordinator.
+            token: Token that lets this host in. None: the coordinator uses plain text.
+            limits: Limits of messages from the coordinator.
 
         Raises:
-            EsjaxError: The address is none, or its host has no address; or the token holds no keys.
+            EsjaxError: The address has another form or names no port, its host is not found, or the token holds no
+                valid keys.
         """
         self._address = address
         self._host, port = parse_address(address)
         if port == 0:
-            raise EsjaxError(f"{address} names no port")
+            raise EsjaxError(f"{address} names no port; give that of the coordinator, such as 5555")
         self._ipv6 = resolve(self._host).version == 6
         self._ports: dict[int, int] = {zmq.REQ: port}
         self._token = token
         self._limits = limits
-        self._request: list[bytes] | None = None  # what is not sent yet
+        self._request: list[bytes] | None = None  # not sent yet
         self._shaking: set[int] = set()
         self._breaks, self._let_in, self._refused = 0, False, ""
         self._waker, self._woken = socket.socketpair()
@@ -92,35 +93,37 @@ class ClientTransport:
         self.close()
 
     def request(self, frames: Sequence[bytes]) -> None:
-        """Ask, once the coordinator is there; an unanswered request is forgotten, and so is its reply."""
+        """Send a request when the coordinator is connected; it replaces one without a reply."""
         self._request = list(frames)
         self._send_request()
 
     def subscribe(self, port: int) -> None:
-        """Listen to the broadcasts at a port of the coordinator's host, and no longer at the one before.
+        """Listen to broadcasts at a port of the coordinator's host, in place of an earlier port.
 
         Raises:
-            EsjaxError: It is no port.
+            EsjaxError: The port is not between 1 and 65,535.
         """
         if not 0 < port < 2**16:
-            raise EsjaxError(f"{self._address} publishes at {port}, which is no port; is it a coordinator?")
+            raise EsjaxError(
+                f"{self._address} publishes at {port}, which is no port; check that a coordinator runs there"
+            )
         self._ports[zmq.SUB] = port
         self._connect(zmq.SUB)
 
     def reconnect(self) -> None:
-        """Connect anew, as if for the first time; a request on its way is forgotten.
+        """Replace all connections by new ones; the open request is dropped.
 
-        Call it when nothing was heard for long: libzmq does not open a connection again that brought it nonsense.
+        Call this after a long silence: libzmq does not reopen a connection that it closed for a protocol error.
         """
         self._breaks, self._let_in, self._refused = 0, False, ""
         for kind in self._ports:
             self._connect(kind)
 
     def poll(self, timeout: float) -> Received:
-        """Take what is there, `BATCH` broadcasts at most.
+        """Return the messages that have arrived, at most `BATCH` broadcasts.
 
         Args:
-            timeout: Seconds to wait for the first thing at most, or for `wake`.
+            timeout: Most seconds to wait for the first message or for `wake`.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -141,12 +144,12 @@ class ClientTransport:
                 return Received(reply, broadcasts, self._refused)
 
     def wake(self) -> None:
-        """Have `poll` return, from any thread; now, or the next time it is called."""
-        with suppress(OSError):  # as full as it gets, or closed
+        """Let `poll` return, now or at its next call; may be called from any thread."""
+        with suppress(OSError):  # full, which wakes as well, or closed
             self._waker.send(b"\0")
 
     def close(self) -> None:
-        """Disconnect; what was sent last has `LINGER` to leave."""
+        """Disconnect; the last messages have `LINGER` milliseconds to leave."""
         for link in self._links.values():
             link.close()
         self._links.clear()
@@ -155,7 +158,7 @@ class ClientTransport:
         self._woken.close()
 
     def _wait(self, seconds: float) -> bool:
-        """Wait until there is something to do, or to send; say whether `wake` was called."""
+        """Wait until a message arrives or can be sent; return whether `wake` was called."""
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
         for kind, link in self._links.items():
@@ -168,14 +171,14 @@ class ClientTransport:
         return False
 
     def _connect(self, kind: int) -> None:
-        """Open the connection of a kind, in the place of the one before."""
+        """Open the connection of a kind of socket, in place of an earlier one."""
         if kind in self._links:
             self._links.pop(kind).close()
         self._shaking.discard(kind)
-        first = random.randint(100, 300)  # a hundred hosts do not come back at the same moment
+        first = random.randint(100, 300)  # random, so that many hosts do not reconnect at the same moment
         options: dict[int, int] = {zmq.IPV6: self._ipv6, zmq.RECONNECT_IVL: first, zmq.RECONNECT_IVL_MAX: 16 * first}
         if kind == zmq.REQ:
-            # IMMEDIATE: requests wait here, where a newer one replaces them, until the coordinator is there.
+            # IMMEDIATE: requests wait here, where a newer one replaces them, until the coordinator is connected.
             options |= {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.SNDHWM: 1}
         else:
             options |= {zmq.RCVHWM: QUEUE}
@@ -191,7 +194,7 @@ class ClientTransport:
                 connected.setsockopt_string(zmq.CURVE_PUBLICKEY, self._token.public_key)
                 connected.setsockopt_string(zmq.CURVE_SECRETKEY, self._token.secret_key)
             except zmq.ZMQError as error:
-                raise EsjaxError(f"the token {self._token.name!r} holds no keys; get a new one") from error
+                raise EsjaxError(f"the token {self._token.name!r} holds no keys; get a new token") from error
         host = f"[{self._host}]" if ":" in self._host else self._host
         connected.connect(f"tcp://{host}:{self._ports[kind]}")
 
@@ -202,14 +205,14 @@ class ClientTransport:
                 self._request = None
 
     def _receive(self, kind: int) -> list[bytes] | None:
-        """Take a message; None: there is none, or one of too many frames."""
+        """Return a message; None if there is none, or if it has too many frames."""
         if kind not in self._links or not self._links[kind].socket.poll(0):  # a REQ without a request must not be read
             return None
         frames = take_message(self._links[kind].socket, self._limits.frames)
         return None if frames is None or len(frames) > self._limits.frames else [frame.bytes for frame in frames]
 
     def _shake_hands(self, kind: int, event: int, value: int) -> None:
-        """Follow the handshakes by libzmq's events, and find out whether they are refused for good."""
+        """Track the handshakes by libzmq's events, to detect a refusal."""
         match event:
             case zmq.EVENT_CONNECTED:
                 self._shaking.add(kind)
@@ -220,26 +223,28 @@ class ClientTransport:
                 self._refuse("does not know this token's key: it was revoked, or is not for it; get a new token")
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
                 if self._token is None:
-                    self._refuse("lets nobody in without a token; get a token file, and give it")
+                    self._refuse("requires a token; get a token file from there, and give it")
                 else:
-                    self._refuse("speaks plain text, which a token forbids; leave the token out, or mend the address")
+                    self._refuse(
+                        "uses plain text, and a token requires encryption; correct the address or leave it out"
+                    )
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._shaking.discard(kind)
                 self._breaks = self._breaks + 1 if value in (errno.EPIPE, errno.ECONNRESET) else 0
-                if self._breaks >= REFUSALS and not self._let_in:  # where it was let in before, it will be again
-                    why = "wants a token" if self._token is None else "has another key or none"
-                    self._refuse(f"breaks off every handshake: it {why}, or is no coordinator; get a token for it")
+                if self._breaks >= REFUSALS and not self._let_in:  # after one success it is not a refusal
+                    why = "requires a token" if self._token is None else "has another key or none"
+                    self._refuse(f"breaks off every handshake: it {why}, or is not a coordinator; get a token for it")
             case zmq.EVENT_CLOSED:
-                self._breaks = 0  # nobody is there, which may change
+                self._breaks = 0  # nothing listens there yet
             case zmq.EVENT_DISCONNECTED if kind in self._shaking:
-                self._refuse("is no coordinator; mend the address")  # libzmq gave up, and does not say why
+                self._refuse("is not a coordinator; correct the address")  # libzmq gave up without a reason
 
     def _refuse(self, reason: str) -> None:
         self._refused = self._refused or f"{self._address} {reason}"
 
 
 class _Link(NamedTuple):
-    """A connected socket, and the events of its connections."""
+    """A connected socket, and the socket with the events of its connections."""
 
     socket: zmq.SyncSocket
     monitor: zmq.SyncSocket

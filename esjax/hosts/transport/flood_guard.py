@@ -1,8 +1,8 @@
-"""Connections that send more than anybody takes.
+"""Closes connections that send more than a message of unread data.
 
-libzmq limits the size of a frame, but keeps the frames of an unfinished message however many they are, and messages
-that nobody took yet. So the bytes of each connection are counted here, and one that has sent more than a message since
-all of its messages were taken is closed.
+libzmq limits the size of a frame, but neither the number of frames in an unfinished message nor the number of unread
+messages. This guard counts the bytes of each connection. It closes a connection that has sent more than one message's
+size since all of its messages were read.
 """
 
 import os
@@ -16,24 +16,24 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 SCAN_SECONDS = 1.0
-"""How often the bytes of every connection are counted at least."""
+"""Most seconds between two counts of all connections' bytes."""
 
 SCAN_GROWTH = 8192
-"""KiB more than ever before in the process's memory that have them counted at once."""
+"""Growth of the process's peak memory, in KiB, that causes a count at once."""
 
 IDLE_BYTES = 16_384
-"""What a connection may send beside messages: handshake, subscriptions."""
+"""Bytes that a connection may send besides messages, for handshake and subscriptions."""
 
 TCP_INFO_BYTES = 136
-"""Size of Linux's struct tcp_info up to and with tcpi_bytes_received."""
+"""Size of Linux's struct tcp_info up to and including tcpi_bytes_received."""
 
 
 class _Connection(NamedTuple):
-    """A connection when all of its messages were taken.
+    """A connection at the time when all of its messages had been read.
 
     Attributes:
-        peer: Its other end.
-        received: Bytes that it had brought.
+        peer: Address of the other end.
+        received: Bytes received from it until then.
     """
 
     peer: tuple
@@ -41,21 +41,21 @@ class _Connection(NamedTuple):
 
 
 class FloodGuard:
-    """Counts the bytes of a port's connections, which somebody else opens and closes at any moment.
+    """Counts the bytes of a port's connections, which libzmq opens and closes in its threads.
 
-    The kernel does the counting, and only Linux tells the result; elsewhere no connection is closed.
+    The counts come from the Linux kernel; on other systems no connection is closed.
 
     Attributes:
         cut_off: Connections closed so far.
     """
 
     def __init__(self, port: int, message: int, tell: Callable[[str], None]) -> None:
-        """Begin with no connection.
+        """Set up without connections.
 
         Args:
-            port: The local one.
-            message: Bytes of a message at most, as they are sent.
-            tell: Called with a line for each connection that is closed.
+            port: The local port.
+            message: Most bytes of a message on the wire.
+            tell: Prints a line for each connection that is closed.
         """
         self.cut_off = 0
         self._port = port
@@ -67,16 +67,16 @@ class FloodGuard:
         self._peak = 0
 
     def accepted(self, fd: int) -> None:
-        """Note a new connection, by its file descriptor; it may have sent a flood before anybody heard of it."""
+        """Note a new connection by its file descriptor; all bytes that it has sent so far count."""
         self._connections.pop(fd, None)
         self._count(fd, begun=0)
 
     def emptied(self, fds: Iterable[int]) -> None:
-        """Note that connections sent messages, and that all of these were taken."""
+        """Note that all messages of these connections have been read."""
         self._emptied.update(fds)
 
     def look(self) -> None:
-        """Count the bytes of all connections if it is time, or if the process has grown."""
+        """Count the bytes of all connections if `SCAN_SECONDS` are over, or if the process's memory has grown."""
         now = time.monotonic()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if now >= self._scanned + SCAN_SECONDS or peak >= self._peak + SCAN_GROWTH:
@@ -86,11 +86,11 @@ class FloodGuard:
             self._emptied.clear()
 
     def _count(self, fd: int, begun: int | None = None) -> None:
-        """Count the bytes of a connection, and close it if they are too many; forget it if it is gone.
+        """Count the unread bytes of a connection, and close it if there are too many; drop it if it is closed.
 
         Args:
             fd: Its file descriptor.
-            begun: Bytes of one that is not known yet which do not count. None: all that it has brought by now.
+            begun: Bytes of an unknown connection that do not count. None: all bytes so far.
         """
         connection = self._connections.pop(fd, None)
         if sys.platform != "linux":
@@ -98,7 +98,7 @@ class FloodGuard:
         with suppress(OSError), _borrowed(fd) as tcp:
             peer = tcp.getpeername()
             if tcp.getsockname()[1:2] != (self._port,):
-                return  # the number has come to stand for something else
+                return  # the descriptor now belongs to another file
             info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
             (received,) = struct.unpack_from("=Q", info, TCP_INFO_BYTES - 8)
             if fd in self._emptied:
@@ -109,7 +109,7 @@ class FloodGuard:
             if waiting <= self._message + IDLE_BYTES:
                 self._connections[fd] = connection
                 return
-            # With a reset when its owner closes it, so that the other side does not go on trying.
+            # LINGER 0 sends a reset when libzmq closes the socket, so that the other side stops sending.
             tcp.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             tcp.shutdown(socket.SHUT_RDWR)
             self.cut_off += 1
@@ -118,16 +118,16 @@ class FloodGuard:
 
 @contextmanager
 def _borrowed(fd: int) -> Iterator[socket.socket]:
-    """Look at a socket of somebody else's, who may close it meanwhile.
+    """Open a duplicate of libzmq's socket, which stays valid if libzmq closes the original.
 
     Raises:
-        OSError: The number stands for none.
+        OSError: The descriptor is not an open socket.
     """
-    custom = os.dup(fd)
+    duplicate = os.dup(fd)
     try:
-        tcp = socket.socket(fileno=custom)
+        tcp = socket.socket(fileno=duplicate)
     except OSError:
-        os.close(custom)
+        os.close(duplicate)
         raise
     with tcp:
         yield tcp

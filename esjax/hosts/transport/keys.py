@@ -1,8 +1,8 @@
-"""Who may take part: the coordinator's key pair, the keys it lets in, and the token files that hosts join with.
+"""The folder of keys: the coordinator's key pair, the keys that are let in, and the token files of hosts.
 
-    coordinator.json   the coordinator's own key pair
+    coordinator.json   the coordinator's key pair
     allowed.json       public keys that are let in, and the names of their tokens
-    NAME.token         what a host needs to join: copy it there, readable by its owner alone
+    NAME.token         what a host needs to join; copy it there, readable by its owner alone
 
 Keys are CURVE keys in Z85, 40 characters. Every file is readable by its owner alone and replaced as a whole.
 """
@@ -23,10 +23,10 @@ import msgspec
 from esjax.errors import EsjaxError
 
 FORMAT = 1
-"""Version of the three kinds of file."""
+"""Format version of the three kinds of file."""
 
 FILE_LIMIT = 2**24
-"""Bytes of a file at most."""
+"""Most bytes of a file."""
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -34,15 +34,15 @@ Key = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$
 
 
 class Token(msgspec.Struct, frozen=True, tag="esjax token", tag_field="kind"):
-    """What a host needs to join.
+    """A token: what a host needs to join.
 
     Attributes:
-        format: Version of the file.
-        name: Name that the token is revoked by.
-        address: Of the coordinator, tcp://HOST:PORT.
+        format: Format version of the file.
+        name: Name by which the token is revoked.
+        address: Address of the coordinator, tcp://HOST:PORT.
         server_key: The coordinator's public key.
         public_key: The token's public key.
-        secret_key: The token's secret key: who has it may join.
+        secret_key: The token's secret key, which lets a host join.
     """
 
     format: int
@@ -69,14 +69,14 @@ class _Allowed(msgspec.Struct, frozen=True, tag="esjax allow-list", tag_field="k
 
 Stored = TypeVar("Stored", Token, _Pair, _Allowed)
 
-# Made here, not where they are used: see the end of `esjax.config.settings`.
+# Made at import, not at first use: see the end of `esjax.config.settings`.
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in (Token, _Pair, _Allowed)
 }
 
 
 class ServerKeys:
-    """The keys of a coordinator, in a folder of its own."""
+    """The keys of a coordinator, in one folder."""
 
     def __init__(
         self,
@@ -85,16 +85,16 @@ class ServerKeys:
         tell: Callable[[str], None],
         first_token: tuple[str, str] | None = None,
     ) -> None:
-        """Open the folder; make it, and the coordinator's key pair, if they are not there.
+        """Open the folder; make it, and the coordinator's key pair, if they do not exist.
 
         Args:
-            folder: Where; nobody but its owner may look into it.
+            folder: The folder; only its owner may have access.
             new_keypair: Makes a public and a secret key.
-            tell: Called with a line, in any thread, when the allow-list turns unreadable; nobody is let in then.
-            first_token: Name and address of a token to make with a new key pair, see `new_token`. None: none is made.
+            tell: Prints a line, from any thread, when the allow-list cannot be read; no host is let in then.
+            first_token: Name and address of a token to make with a new key pair, see `new_token`. None: no token.
 
         Raises:
-            EsjaxError: The folder or a file in it cannot be read or written, is open to others, or damaged.
+            EsjaxError: The folder or a file in it cannot be read or written, is open to others, or is damaged.
         """
         self._folder = folder
         self._new_keypair = new_keypair
@@ -118,9 +118,9 @@ class ServerKeys:
 
     @property
     def allowed(self) -> Mapping[str, str]:
-        """Public keys that are let in at this moment, with the names of their tokens; never raises.
+        """Public keys that are let in now, with the names of their tokens; never raises.
 
-        Safe in any thread, and cheap: the file is read only after it was replaced.
+        May be called from any thread. It reads the file only after a change.
         """
         signature, allowed = self._known
         now = self._signature()
@@ -134,17 +134,17 @@ class ServerKeys:
         return allowed
 
     def new_token(self, name: str, address: str) -> Path:
-        """Let one more key in, and write the token that holds it.
+        """Make a token, and let its key in.
 
         Args:
-            name: Letters, digits, "-", "_" and ".".
-            address: Where hosts reach the coordinator, tcp://HOST:PORT.
+            name: Name of the token: up to 64 letters, digits, "-", "_" and ".".
+            address: Address at which hosts reach the coordinator, tcp://HOST:PORT.
 
         Returns:
             The token file.
 
         Raises:
-            EsjaxError: The name is taken or no name, or the folder cannot be written.
+            EsjaxError: The name is taken or not valid, or the folder cannot be written.
         """
         with self._locked():
             return self._add_token(name, address)
@@ -159,7 +159,7 @@ class ServerKeys:
         return path
 
     def revoke_token(self, name: str) -> None:
-        """Let a token's key in no more, and delete its file.
+        """Revoke a token: its key is no longer let in, and its file is deleted.
 
         Raises:
             EsjaxError: There is no such token, or the folder cannot be written.
@@ -180,13 +180,13 @@ class ServerKeys:
     def _token_path(self, name: str) -> Path:
         if not NAME.fullmatch(name):
             raise EsjaxError(
-                f"{name!r} is no name for a token: up to 64 letters, digits, '-', '_' and '.', starting with none of "
-                "'-' and '.'"
+                f"{name!r} cannot be the name of a token; give up to 64 letters, digits, '-', '_' and '.', and do not "
+                "begin with '-' or '.'"
             )
         return self._path(f"{name}.token")
 
     def _signature(self) -> tuple[int, ...]:
-        """Tell one version of the allow-list from the next; empty: it is not there."""
+        """Return a value that changes when the allow-list file is replaced; empty if there is no file."""
         try:
             found = self._path("allowed.json").stat()
         except OSError:
@@ -198,7 +198,7 @@ class ServerKeys:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from changing the folder meanwhile."""
+        """Keep other processes from changing the folder until the block ends."""
         try:
             with self._path(".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -211,7 +211,7 @@ def load_token(path: Path) -> Token:
     """Read a token file.
 
     Raises:
-        EsjaxError: It is missing, unreadable, open to others, no token, or one of another version.
+        EsjaxError: The file is missing, unreadable, open to others, not a token, or of another format version.
     """
     return _read(path, Token)
 
@@ -244,7 +244,7 @@ def _check_private(path: Path, found: os.stat_result, mode: str) -> None:
 
 
 def _write(path: Path, content: Token | _Pair | _Allowed) -> None:
-    """Replace a file as a whole, and for good; readable by its owner alone from its first byte."""
+    """Replace a file as a whole and durably; only its owner can read it, from its first byte on."""
     swap = path.with_name(f"{path.name}.swap")
     swap.unlink(missing_ok=True)
     with open(os.open(swap, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

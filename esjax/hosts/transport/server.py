@@ -1,12 +1,12 @@
-"""The coordinator's side of ZeroMQ: lists of frames come in on a ROUTER and go out on a PUB.
+"""The coordinator's side of the transport: a ROUTER socket for requests and a PUB socket for broadcasts.
 
-What the frames say is none of this file's business.
+Frames are passed on unread.
 
-- A broadcast is dropped without a word for a host that is not connected or has `QUEUE` of them waiting: number them, so
-  that it sees the gap.
-- With keys both sockets are CURVE servers, and only keys that `ServerKeys.allowed` names at that moment are let in.
-  While nobody authenticates, ZAP_ENFORCE_DOMAIN has libzmq refuse everybody.
-- libzmq limits the size of a frame, but not what it keeps of unfinished messages; `FloodGuard` does.
+- A broadcast is dropped silently for a host that is not connected, or that has `QUEUE` broadcasts waiting. The caller
+  numbers broadcasts, so that a host notices a gap.
+- With keys, both sockets are CURVE servers that let in the keys of `ServerKeys.allowed`. While the authenticator does
+  not run, ZAP_ENFORCE_DOMAIN makes libzmq refuse all connections.
+- libzmq limits the size of a frame, but not the memory of unfinished messages; `FloodGuard` limits that.
 """
 
 import errno
@@ -38,16 +38,16 @@ from esjax.hosts.transport.sockets import (
 )
 
 LOOK_SECONDS = 0.02
-"""How often connections are looked at while `poll` waits."""
+"""Seconds between checks of the connections while `poll` waits."""
 
 
 class Request(NamedTuple):
     """A message from a host.
 
     Attributes:
-        peer: Where its reply goes; different for every request.
+        peer: Address of its reply; different for every request.
         key: Public key of the sender, in Z85; None in plain text.
-        frames: What it says; 1 to `Limits.frames`.
+        frames: The message, 1 to `Limits.frames` frames.
     """
 
     peer: bytes
@@ -56,12 +56,12 @@ class Request(NamedTuple):
 
 
 class ServerTransport:
-    """The coordinator's side. Only `poll` and `close` wait, and nothing raises for what others send.
+    """The coordinator's side. Only `poll` and `close` block, and no message from outside raises an error.
 
     Attributes:
-        address: Where requests are taken, with the real port.
-        publish_port: Where broadcasts are published, on the same host.
-        rejected: Messages so far without the envelope of a request, or with too many frames.
+        address: Address of requests, with the actual port.
+        publish_port: Port of broadcasts, on the same host.
+        rejected: Number of messages so far without the envelope of a request, or with too many frames.
     """
 
     def __init__(
@@ -73,27 +73,28 @@ class ServerTransport:
         tell: Callable[[str], None],
         plain_text_anywhere: bool = False,
     ) -> None:
-        """Take requests at a port, and publish at the next one.
+        """Listen for requests at a port, and publish at the next one.
 
         Args:
-            address: tcp://HOST:PORT; host 0.0.0.0 or [::]: on every interface; port 0 or *: at any two free ports.
-            keys: Who is let in; None: anybody, in plain text.
-            limits: Of messages from hosts.
-            tell: Called with a line that a person should read.
-            plain_text_anywhere: Allow plain text beyond this machine.
+            address: tcp://HOST:PORT; host 0.0.0.0 or [::]: every interface; port 0 or *: any two free ports.
+            keys: Keys that are let in. None: every connection, in plain text.
+            limits: Limits of messages from hosts.
+            tell: Prints a line for the user.
+            plain_text_anywhere: Allow plain text at addresses that other machines reach.
 
         Raises:
-            EsjaxError: The address is none, not of this machine, or in use; or plain text is not allowed there.
+            EsjaxError: The address has another form, is not of this machine, or is in use; or plain text is not allowed
+                there.
         """
         host, port = parse_address(address)
         interface = resolve("0.0.0.0" if host == "*" else host)
         if keys is None and not interface.is_loopback and not plain_text_anywhere:
             raise EsjaxError(
-                f"{address} can be reached from other machines, where without keys anybody may read along and take "
-                "part; give a folder of keys, or allow plain text explicitly"
+                f"{address} can be reached from other machines, which without keys can all read along and take part; "
+                "give a folder of keys, or allow plain text explicitly"
             )
         if port == 2**16 - 1:
-            raise EsjaxError(f"{address} leaves no port after it to publish at; give a lower one")
+            raise EsjaxError(f"{address} leaves no port after it for broadcasts; give a lower port")
         self.rejected = 0
         self._keys = keys
         self._limits = limits
@@ -101,11 +102,11 @@ class ServerTransport:
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._listeners: list[_Listener] = []
-        self._senders: set[int] = set()  # since no request was left
+        self._senders: set[int] = set()  # connections that sent requests since the queue was last empty
         try:
             self._start_authenticator()
-            # Nobody reads more than the reply to one request. What comes in is limited by the guard: where it waits for
-            # room (RCVHWM), a heartbeat that a stranger sends along would abort the process, too, see `OPTIONS`.
+            # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the flood guard limits what comes in; with a limit
+            # here, a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
             self._router = self._listen(zmq.ROUTER, interface, port, {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
             self._publisher = self._listen(zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: QUEUE, zmq.RCVHWM: 0})
         except BaseException:
@@ -122,19 +123,19 @@ class ServerTransport:
 
     @property
     def strangers(self) -> int:
-        """Connections so far that have not finished the handshake."""
+        """Number of connections so far that have not finished the handshake."""
         return sum(listener.accepted - listener.succeeded for listener in self._listeners)
 
     @property
     def cut_off(self) -> int:
-        """Connections so far that were closed for what they sent."""
+        """Number of connections so far that the flood guard closed."""
         return sum(listener.guard.cut_off for listener in self._listeners)
 
     def poll(self, timeout: float) -> list[Request]:
-        """Take the requests that are there, `BATCH` at most.
+        """Return the requests that have arrived, at most `BATCH`.
 
         Args:
-            timeout: Seconds to wait for the first one at most.
+            timeout: Most seconds to wait for the first request.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -146,24 +147,24 @@ class ServerTransport:
                 return requests
 
     def reply(self, peer: bytes, frames: Sequence[bytes]) -> None:
-        """Answer a request; nothing happens if its sender has left, or reads no replies."""
+        """Answer a request; the reply is dropped if its sender has left or does not read replies."""
         with suppress(zmq.Again):
             self._router.socket.send_multipart([peer[:-4], peer[-4:], b"", *frames], zmq.NOBLOCK)
 
     def publish(self, frames: Sequence[bytes]) -> None:
-        """Send to every host that listens."""
+        """Send a broadcast to all connected hosts."""
         self._publisher.socket.send_multipart(frames, zmq.NOBLOCK)
 
     def check(self) -> None:
-        """See that the door is kept; call it every 100 ms to 1 s, however long a step takes."""
+        """Restart the authenticator if it died, and check the connections; call it every 100 ms to 1 s."""
         if self._authenticator is not None and not self._authenticator.is_alive():
-            self._tell("the thread that lets hosts in had died; nobody was let in meanwhile, and it is started again")
+            self._tell("the thread that authenticates hosts died and was restarted; no host could connect meanwhile")
             self._stop_authenticator()
             self._start_authenticator()
         self._look()
 
     def close(self) -> None:
-        """Stop listening; what was sent last has `LINGER` to leave."""
+        """Stop listening; the last messages have `LINGER` milliseconds to leave."""
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
@@ -171,12 +172,12 @@ class ServerTransport:
         self._context.destroy(linger=LINGER)
 
     def _listen(self, kind: int, interface: IPAddress, port: int, options: Mapping[int, int]) -> "_Listener":
-        """Open a socket at a port; port 0: at any free one."""
+        """Open a socket at a port; port 0: any free port."""
         opened = open_socket(self._context, kind, self._limits, {**options, zmq.IPV6: interface.version == 6})
         if self._keys is not None:
             opened.setsockopt(zmq.CURVE_SERVER, 1)
             opened.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret_key)
-            opened.setsockopt_string(zmq.ZAP_DOMAIN, _Door.DOMAIN)
+            opened.setsockopt_string(zmq.ZAP_DOMAIN, _KeyCheck.DOMAIN)
             opened.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         at = f"[{interface}]" if interface.version == 6 else str(interface)
         message = self._limits.frames * (self._limits.frame + OVERHEAD) if kind == zmq.ROUTER else 0
@@ -186,7 +187,7 @@ class ServerTransport:
             if error.errno == errno.EADDRINUSE:
                 raise EsjaxError(f"port {port} is in use; stop what uses it, or give another port") from error
             if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-                raise EsjaxError(f"{at} is no address of this machine; give one that is, or 0.0.0.0") from error
+                raise EsjaxError(f"{at} is not an address of this machine; give one of its, or 0.0.0.0") from error
             raise EsjaxError(f"cannot listen at port {port} of {at}: {error.strerror}") from error
         self._listeners.append(listener)
         return listener
@@ -195,11 +196,11 @@ class ServerTransport:
         if self._keys is not None:
             check_curve()
             self._authenticator = ThreadAuthenticator(self._context)
-            self._authenticator.configure_curve_callback(_Door.DOMAIN, _Door(self._keys))
+            self._authenticator.configure_curve_callback(_KeyCheck.DOMAIN, _KeyCheck(self._keys))
             self._authenticator.start()
 
     def _stop_authenticator(self) -> None:
-        """Stop the authenticator, dead or alive; its own `stop` would wait for a dead one for ever."""
+        """Stop the authenticator; its method `stop` would wait forever for a thread that died."""
         authenticator, self._authenticator = self._authenticator, None
         if authenticator is None or authenticator.thread is None:
             return
@@ -208,7 +209,7 @@ class ServerTransport:
         authenticator.thread.join(timeout=1)
         authenticator.pipe.close()
         authenticator.pipe = None  # type: ignore[assignment]
-        authenticator.zap_socket.unbind("inproc://zeromq.zap.01")  # now: closing leaves that for later
+        authenticator.zap_socket.unbind("inproc://zeromq.zap.01")  # at once; closing would free the name later
         authenticator.stop()
 
     def _take_requests(self) -> list[Request]:
@@ -222,7 +223,7 @@ class ServerTransport:
             source = source_of(frames[0])
             if source is not None:
                 self._senders.add(source)
-            # ROUTER puts the connection first; a REQ sends its request's number, an empty frame, and what it says.
+            # ROUTER adds the connection in front; a REQ sends the number of its request, an empty frame, the message.
             enveloped = 4 <= len(frames) <= 3 + self._limits.frames and len(frames[1]) == 4 and len(frames[2]) == 0
             if source is None or not enveloped:
                 self.rejected += 1
@@ -237,8 +238,8 @@ class ServerTransport:
             listener.look()
 
 
-class _Door:
-    """Says which keys are let in."""
+class _KeyCheck:
+    """Decides for libzmq which keys are let in."""
 
     DOMAIN = "esjax"
 
@@ -250,14 +251,14 @@ class _Door:
 
 
 class _Listener:
-    """A bound socket, and what is known of its connections.
+    """A bound socket, and counts of its connections.
 
     Attributes:
         socket: The socket.
-        port: Where it is bound.
+        port: Its port.
         guard: Closes connections that send too much.
-        accepted: Connections so far.
-        succeeded: Handshakes so far.
+        accepted: Number of connections so far.
+        succeeded: Number of finished handshakes so far.
     """
 
     def __init__(self, bound: zmq.SyncSocket, endpoint: str, message: int, tell: Callable[[str], None]) -> None:
@@ -265,9 +266,9 @@ class _Listener:
 
         Args:
             bound: The socket.
-            endpoint: Where; the port may be *.
-            message: Bytes of a message at most.
-            tell: Called with a line for each connection that is closed.
+            endpoint: ZeroMQ endpoint; the port may be *.
+            message: Most bytes of a message.
+            tell: Prints a line for each connection that is closed.
 
         Raises:
             zmq.ZMQError: It cannot be bound.
@@ -280,7 +281,7 @@ class _Listener:
         self.accepted = self.succeeded = 0
 
     def look(self) -> None:
-        """Note what happened to connections, and close those that send too much."""
+        """Count new connections and handshakes, and close connections that send too much."""
         for event, value in take_events(self._monitor):
             if event == zmq.EVENT_ACCEPTED:
                 self.accepted += 1
@@ -290,5 +291,5 @@ class _Listener:
         self.guard.look()
 
     def close(self) -> None:
-        """Take no more connections; what was sent last has `LINGER` to leave."""
+        """Accept no more connections; the last messages have `LINGER` milliseconds to leave."""
         close_watched(self.socket, self._monitor)

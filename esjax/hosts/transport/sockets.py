@@ -1,6 +1,6 @@
-"""What the sockets of both sides have in common: options, limits, events, frames.
+"""Options, limits, events and frames of the sockets on both sides.
 
-This file and those of the two transports are the only ones that import zmq.
+Only this file, `client.py` and `server.py` import zmq.
 """
 
 import uuid
@@ -14,41 +14,41 @@ from zmq.utils.monitor import parse_monitor_message
 from esjax.errors import EsjaxError
 
 QUEUE = 1000
-"""Broadcasts that wait for one host at most, on either side."""
+"""Most broadcasts that wait for one host, on either side."""
 
 BATCH = 256
-"""Messages of a kind that one call of `poll` hands over at most."""
+"""Most messages of a kind that one call of `poll` returns."""
 
 OVERHEAD = 64
-"""Bytes that ZMTP and CURVE add to a frame at most."""
+"""Most bytes that ZMTP and CURVE add to a frame."""
 
 EVENTS = 4096
-"""Events of connections that are taken at once at most."""
+"""Most events of connections that are read at once."""
 
 LINGER = 500
 """Milliseconds that the last messages have to leave when a transport is closed."""
 
 OPTIONS = {
-    # The kernel notices within 20 s that the other side has vanished. ZMTP's own heartbeats stay off: libzmq 4.3.5
-    # aborts the process when one is due on a connection that broke while its input waited for room.
+    # The kernel notices within 20 s that the other side has vanished. ZMTP's heartbeats stay off: libzmq 4.3.5 aborts
+    # the process when a heartbeat is due on a connection that broke while its input waited for room.
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 10,
     zmq.TCP_KEEPALIVE_INTVL: 3,
     zmq.TCP_KEEPALIVE_CNT: 3,
     zmq.TCP_MAXRT: 15_000,
-    zmq.HANDSHAKE_IVL: 5_000,  # as long as a silent stranger is borne
+    zmq.HANDSHAKE_IVL: 5_000,  # a connection without a handshake is closed after this
     zmq.BACKLOG: 512,
 }
-"""Options of every socket, in milliseconds; those of TCP_KEEPALIVE in seconds."""
+"""Options of every socket; times in milliseconds, those of TCP_KEEPALIVE in seconds."""
 
 
 class Limits(NamedTuple):
-    """How large a message from the other side may be.
+    """Limits of messages from the other side.
 
     Attributes:
-        frame: Bytes of a frame at most.
-        frames: Frames of a message at most. One connection can have a server hold `frame` times `frames` bytes; without
-            keys up to 32 times that, in frames of no bytes, each of which costs 64.
+        frame: Most bytes of a frame.
+        frames: Most frames of a message. One connection can make a server hold `frame` times `frames` bytes; without
+            keys up to 32 times as much, in empty frames, which take 64 bytes each.
     """
 
     frame: int
@@ -56,15 +56,15 @@ class Limits(NamedTuple):
 
 
 def check_curve() -> None:
-    """See that connections can be encrypted.
+    """Check that connections can be encrypted.
 
     Raises:
         EsjaxError: ZeroMQ was built without CURVE.
     """
     if not zmq.has("curve"):
         raise EsjaxError(
-            "keys need CURVE, without which this machine's ZeroMQ was built; install a pyzmq that has it, such as pip "
-            "install --force-reinstall --only-binary :all: pyzmq"
+            "keys need CURVE, and this machine's ZeroMQ was built without it; install a pyzmq that has it: pip install "
+            "--force-reinstall --only-binary :all: pyzmq"
         )
 
 
@@ -80,7 +80,7 @@ def new_keypair() -> tuple[str, str]:
 
 
 def open_socket(context: zmq.Context, kind: int, limits: Limits, options: Mapping[int, int]) -> zmq.SyncSocket:
-    """Open a socket with the options of all, and with its own."""
+    """Open a socket with `OPTIONS`, `options` and `limits`."""
     opened = context.socket(kind)
     for option, value in {**OPTIONS, **options, zmq.MAXMSGSIZE: limits.frame + OVERHEAD}.items():
         opened.setsockopt(option, value)
@@ -88,10 +88,10 @@ def open_socket(context: zmq.Context, kind: int, limits: Limits, options: Mappin
 
 
 def take_message(receiver: zmq.SyncSocket, most: int) -> list[zmq.Frame] | None:
-    """Take a message without waiting; None: there is none. Of one with more frames, the first `most` + 1 are kept."""
+    """Return a message without waiting; None if there is none. Of a longer message, the first `most` + 1 frames."""
     frames: list[zmq.Frame] = []
     with suppress(zmq.Again):
-        while True:  # all frames of a message are there, or none is
+        while True:  # libzmq delivers all frames of a message together
             frame = receiver.recv(zmq.NOBLOCK, copy=False)
             if len(frames) <= most:
                 frames.append(frame)
@@ -101,7 +101,7 @@ def take_message(receiver: zmq.SyncSocket, most: int) -> list[zmq.Frame] | None:
 
 
 def source_of(frame: zmq.Frame) -> int | None:
-    """Find the file descriptor of the connection that brought a frame; None: of a peer of ZMTP 1, which has no name."""
+    """Return the file descriptor of the connection that sent a frame; None for a peer of ZMTP 1, which has none."""
     try:
         return int(frame.get(zmq.SRCFD))
     except zmq.ZMQError:
@@ -109,19 +109,19 @@ def source_of(frame: zmq.Frame) -> int | None:
 
 
 def watch(watched: zmq.SyncSocket, events: int) -> zmq.SyncSocket:
-    """Open a socket that receives the events of another one."""
+    """Open a socket that receives the events of another socket."""
     return watched.get_monitor_socket(events, f"inproc://{uuid.uuid4()}")
 
 
 def close_watched(watched: zmq.SyncSocket, monitor: zmq.SyncSocket) -> None:
-    """Close a socket and the one that receives its events; what was sent last has `LINGER` to leave."""
-    watched.disable_monitor()  # before its reader goes: libzmq would wait for one for ever
+    """Close a socket and the one that receives its events; the last messages have `LINGER` milliseconds to leave."""
+    watched.disable_monitor()  # before its reader is closed: libzmq would wait for a reader forever
     monitor.close(linger=0)
     watched.close(linger=LINGER)
 
 
 def take_events(monitor: zmq.SyncSocket) -> Iterator[tuple[int, int]]:
-    """Take the events that are there, and their values; `EVENTS` at most."""
+    """Return the events that have arrived, with their values; at most `EVENTS`."""
     with suppress(zmq.Again):
         for _ in range(EVENTS):
             event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
