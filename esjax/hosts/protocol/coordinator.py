@@ -127,7 +127,7 @@ class Coordinator:
         if host is None or host.dropped or host.key != key:
             return Envelope(self._rejected("the session has ended", rejoin=True))
         if host.superseded:
-            return self._refused(f"another host joined as {host.name!r}; give each host a --name of its own")
+            return self._refused(f"another host joined as {host.name!r}; give each host a different --name")
         if host.aside:
             return self._refused(f"put aside: {host.aside}")
         host.seen = now
