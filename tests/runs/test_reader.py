@@ -55,7 +55,7 @@ def test_a_run_without_a_step_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "unit"),
+    ("custom", "unit"),
     [
         ({}, "nats per token"),
         ({"model": "bigram"}, "nats per token"),
