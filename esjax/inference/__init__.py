@@ -1,1 +1,1 @@
-"""What a trained model can do: write text, and be scored."""
+"""Loaded runs: generation and evaluation of text."""

@@ -1,1 +1,1 @@
-"""A page that shows runs side by side: as a file that stands alone, or served and kept up to date."""
+"""A page that shows runs side by side: as one file, or served and updated."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it is read, resumed and replayed."""
+"""Run folders: layout, checkpoints, ledger, and readers."""

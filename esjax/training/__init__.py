@@ -1,1 +1,1 @@
-"""The loop that trains on one machine."""
+"""The training loop on one machine, and the replay of a run."""

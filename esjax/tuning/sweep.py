@@ -417,7 +417,7 @@ def _first_difference(old: Any, new: Any, name: str = "") -> str:
 def _claim(path: Path) -> Iterator[None]:
     with (path / ".lock").open("w") as lock:
         if not try_lock(lock):
-            raise EsjaxError(f"another process is working in {str(path)!r}; stop that one first")
+            raise EsjaxError(f"another process is at work in {str(path)!r}; stop that one first")
         yield
 
 

@@ -104,7 +104,7 @@ def import_weights(
             raise EsjaxError(f"{str(weights)!r} holds its vocabulary; leave --chars out")
         import_safetensors(weights, out, model)
     else:
-        raise EsjaxError(f"{str(weights)!r} ends neither in .safetensors nor in .npy; rename it by its format")
+        raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy; rename it by its format")
 
 
 def table_of(weights: Path) -> Path:

@@ -69,7 +69,7 @@ def test_a_run_of_a_framework_model_is_resumed_replayed_loaded_and_exported(
     esjax.import_weights(file, tmp_path / "imported", model=model)
     copy = esjax.load(tmp_path / "imported", model=model)
     jax.tree.map(np.testing.assert_array_equal, copy.params, loaded.params)
-    with pytest.raises(EsjaxError, match="was trained with a model of its own"):
+    with pytest.raises(EsjaxError, match="was trained with a custom model"):
         esjax.load(tmp_path / "run")
 
 

@@ -332,13 +332,13 @@ def test_all_that_a_run_was_given_is_asked_for_at_once(config: Config, tmp_path:
         with pytest.raises(EsjaxError) as caught:
             begin(path)
         assert str(caught.value) == (
-            f"{str(path)!r} was trained with a model of its own, small_model, and a reward of its own, "
-            f"start_not_near_two, and an optimizer of its own, {custom.names()['optimizer']}; give them again: "
+            f"{str(path)!r} was trained with a custom model, small_model, and a custom reward, "
+            f"start_not_near_two, and a custom optimizer, {custom.names()['optimizer']}; give them again: "
             "--model PATH.py:FUNCTION --reward.function PATH.py:FUNCTION --optim.custom PATH.py:FUNCTION, or from "
             f"Python esjax.{function}({str(path)!r}, model=..., reward=..., optimizer=...)"
         )
     with pytest.raises(
-        EsjaxError, match=r"own, small_model; give it again: --model [^-]*, or .*load\(.*, model=...\)$"
+        EsjaxError, match=r"custom model, small_model; give it again: --model [^-]*, or .*load\(.*, model=...\)$"
     ):
         esjax.load(path)  # of all three, weights need but the model
 

@@ -194,7 +194,7 @@ def test_changed_code_is_said_and_refused_where_bits_matter(code: Path) -> None:
             "--optim.beta1 changes nothing in the",
         ),
         (["train", "--model"], "--model needs a value"),
-        (["sweep", "--axis", "model=rnn,gru", "--model", "mine.py:zeros"], "model would change nothing with a model"),
+        (["sweep", "--axis", "model=rnn,gru", "--model", "mine.py:zeros"], "model would change nothing with a custom"),
     ],
 )
 def test_what_goes_with_no_code_is_one_line(code: Path, words: list[str], message: str) -> None:

@@ -199,7 +199,7 @@ def spoil(tensors: dict[str, Array]) -> None:
         (lambda t, m: m.update(vocabulary='{"kind": "char", "symbols": ["a", "a"]}'), "metadata"),
         (lambda t, m: m.update(vocabulary="{"), "metadata"),
         (lambda t, m: m.pop("vocabulary"), "metadata"),
-        (lambda t, m: m.update(custom="[]"), "metadata"),
+        (lambda t, m: m.update(own="[]"), "metadata"),
     ],
 )
 def test_a_file_that_does_not_fit_is_one_line_and_no_run_is_made(
@@ -254,7 +254,7 @@ def test_weights_are_used_without_the_optimizer_they_were_trained_by(
     import_weights(*export(tmp_path / "run"), tmp_path / "back")
     assert_same(tmp_path / "run", tmp_path / "back")
     assert next(tune(tmp_path / "run", repeats=1)).sigma == 0.025
-    with pytest.raises(EsjaxError, match=r"with an optimizer of its own, scale_by_adam.*; give it again: --optim\.cus"):
+    with pytest.raises(EsjaxError, match=r"with a custom optimizer, scale_by_adam.*; give it again: --optim\.cus"):
         resume(tmp_path / "run")
 
 
