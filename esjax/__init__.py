@@ -15,8 +15,6 @@ A run trains a language model on your text, on one machine or many:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from esjax.version import __version__ as __version__
-
 if TYPE_CHECKING:
     from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
     from esjax.core import (
@@ -51,6 +49,8 @@ if TYPE_CHECKING:
     from esjax.watch.plotting import plot
     from esjax.watch.tracking import TrackedRun, Tracker
     from esjax.weights.files import export, import_weights
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Config",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import tyro
 from rich.console import Console
 
+from esjax import __version__
 from esjax.cli.hosts import Join, Replay, Serve, Status, Token
 from esjax.cli.infer import Evaluate, Generate, Tune
 from esjax.cli.plot import Dashboard, Plot
@@ -22,7 +23,6 @@ from esjax.cli.sweep import Sweep
 from esjax.cli.train import Resume, Train
 from esjax.cli.weights import Export, Import, ImportNpy
 from esjax.errors import EsjaxError
-from esjax.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from esjax import __version__
 from esjax.errors import DiskError, EsjaxError
 from esjax.paths import given_path
 from esjax.terminal import has_cursor
-from esjax.version import __version__
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server

@@ -90,7 +90,7 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         chunk_pairs: See `weigh`.
 
     Returns:
-        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`: the mean
+        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`, the mean
         of (shaped value * ε / unit) over the pairs that are not void; frozen leaves get 0. With ±1 noise it is the same
         to the last bit in any order and on any number of devices. `count` and `totals` are as for `weigh`.
     """

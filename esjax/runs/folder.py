@@ -30,13 +30,13 @@ from typing import IO, Any
 
 import msgspec
 
+from esjax import __version__
 from esjax.config.custom_names import MARK, OPTIONS, Code
 from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.runs.durable import try_lock, write_durably, write_new_folder, writing
 from esjax.runs.reader import find_runs
-from esjax.version import __version__
 
 RUN = "run.json"
 """Name of the file that marks a run folder."""

@@ -1,6 +1,7 @@
 """A description of a run in one line."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 
@@ -33,12 +34,18 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
     )
     parts = [
         devices,
-        f"text {data.text}: {tokens:,} tokens, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
+        f"text {_short(data.text)}: {tokens:,} tokens, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
         f"model {custom.get('model', named)}: {parameters:,} parameters",
         *(f"{kind} {name}" for kind, name in custom.items() if kind != "model"),
         population,
     ]
     return "; ".join(parts)
+
+
+def _short(text: str) -> str:
+    """Name a text from the working folder, if it is below it."""
+    path = Path(text)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else text
 
 
 def describe_kinds(devices: Sequence[jax.Device]) -> str:

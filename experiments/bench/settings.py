@@ -409,7 +409,7 @@ SHORT: dict[str, Any] = {
         steps=2, population=64, populations=(64,), spaces=("low_rank", "activation"), repeats=2, hidden=4, text=PYDOC
     ),
     "execution": Execution(sizes=((8, 1, 2, 64),), grus=(), chunks=(2,), rounds=1),
-    "workers": Workers(workers=(2,), rounds=1, seconds=2.0, words=SMALL_RUN),
+    "workers": Workers(workers=(2,), rounds=1, seconds=8.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
     "coordinator": Coordinator(hosts=(2,), members=128, steps=5),
 }

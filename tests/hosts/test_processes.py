@@ -147,7 +147,7 @@ def test_row_38_a_stopped_host_does_not_stop_the_others(fleet: Fleet, lenient_pr
 
 
 def test_row_31_training_stops_before_a_step_that_cannot_be_recorded(fleet: Fleet, lenient_promotion: None) -> None:
-    server = fleet.serve("--checkpoint-time", "1000", "--es.population-size", "1024", file_blocks=12)
+    server = fleet.serve("--checkpoint-time", "1000", "--es.population-size", "16384", file_blocks=300)
     fleet.join("one")
     assert server.ends() == 2
     assert "cannot write the ledger" in server.output

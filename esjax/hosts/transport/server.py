@@ -247,7 +247,10 @@ class _KeyCheck:
         self._keys = keys
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return key.decode("ascii", "replace") in self._keys.allowed
+        try:
+            return key.decode("ascii", "replace") in self._keys.allowed
+        except Exception:  # would end the thread that asks
+            return False
 
 
 class _Listener:
