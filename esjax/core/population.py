@@ -152,7 +152,7 @@ def deal(mesh: Mesh | None, work: Callable[..., Gathered]) -> Callable[..., Gath
         work: `(chunk, gathered, *arguments) -> gathered` adds the result of chunk number `chunk` to `gathered`.
 
     Returns:
-        `(count, zeros, *arguments) -> gathered`: the sum over `count` chunks, with a whole copy on every device.
+        `(count, zeros, *arguments) -> gathered`, the sum over `count` chunks, with a whole copy on every device.
         `count` may be traced, so one program serves any number of chunks. Each device starts from `zeros`.
     """
     if mesh is None:

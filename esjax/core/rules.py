@@ -57,7 +57,7 @@ def _thin_product(
     Axes have names: ("value", i) for axis i of the perturbed array, ("x", i) for a free axis of x, and "rank".
 
     Returns:
-        The product: first the batch axes, then the free axes of x, then those of the value. None if both factors vary
+        The product, first the batch axes, then the free axes of x, then those of the value. None if both factors vary
         along a contracted axis.
     """
     contracted, batch = of_value

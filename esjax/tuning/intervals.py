@@ -37,7 +37,7 @@ def front_runners(candidates: Sequence[Sequence[float]]) -> list[int]:
         candidates: Values of each candidate, higher is better, one for each condition; all in the same order.
 
     Returns:
-        Positions of candidates: first that of the highest mean; then, in order, those for which the 95% interval of
+        Positions of candidates, first that of the highest mean; then, in order, those for which the 95% interval of
         the paired difference includes 0. Candidates with a value that is not finite are left out.
     """
     finite = [i for i, values in enumerate(candidates) if np.isfinite(values).all()]

@@ -174,6 +174,7 @@ def of_environment(work: float) -> dict[str, Candidate]:
     return {os.environ["BENCH_TEST"]: Candidate(list, work)}
 
 
+@pytest.mark.nightly
 def test_losses_can_be_timed_at_the_populations_of_an_accelerator() -> None:
     sizes = Throughput().sizes[:3]  # larger models have more weights than pairs, and exchange losses anyhow
     for size in throughput.sizes(Throughput(sizes=sizes, scale=16)):
@@ -262,6 +263,7 @@ def cosine_with_gradient(model: Model, params: Params, after: Params, windows: j
 
 
 @pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.nightly
 def test_rivals_go_along_the_gradient() -> None:
     """With n parameters and K pairs on the same windows the cosine is about 1 / sqrt(1 + n / K): 0.95 here."""
     model, pairs = MODELS["gru"], 2048
@@ -288,6 +290,7 @@ def test_rivals_go_along_the_gradient() -> None:
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=0, atol=1e-4), *after)
 
 
+@pytest.mark.nightly
 def test_a_gradient_of_shares_is_that_of_the_whole_and_devices_meet_once() -> None:
     """Means of equal shares; sums in another order differ in the last bits of numbers of size 1."""
     model, mesh = MODELS["gru"], mesh_of(4)
@@ -312,6 +315,7 @@ def test_members_are_compared_with_those_that_share_their_window() -> None:
 
 
 @pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.nightly
 def test_the_own_arrangement_of_pairs_is_that_of_training() -> None:
     config = Config(
         data=DataConfig(text="builtin:pydoc", window=8),

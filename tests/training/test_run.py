@@ -461,6 +461,7 @@ def test_nothing_is_compiled_after_the_first_step(
     assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
+@pytest.mark.nightly
 def test_memory_is_flat_over_a_thousand_steps(config: Config, tmp_path: Path) -> None:
     config = replace(config, steps=1100, evaluate_time=0.05, checkpoint_time=0.5)
     steps = iter(train(config, tmp_path / "run"))
