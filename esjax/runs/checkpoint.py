@@ -142,18 +142,6 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
 
-def restore_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored:
-    """Read the newest undamaged checkpoint, see `find_newest`.
-
-    Raises:
-        EsjaxError: There is no undamaged checkpoint, or it holds the state of another model.
-    """
-    restored = find_newest(folder, like, tell)
-    if restored is None:
-        raise _nothing_whole(folder)
-    return restored
-
-
 def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:
     """Read the newest undamaged checkpoint, or return None if there is none.
 

@@ -20,7 +20,7 @@ import pytest
 from esjax.errors import DiskError, EsjaxError
 from esjax.replica.update import TrainState, init_state
 from esjax.runs import checkpoint
-from esjax.runs.checkpoint import Checkpoints, digest, restore_newest
+from esjax.runs.checkpoint import Checkpoints, Restored, digest, find_newest, restore_weights
 from esjax.runs.durable import disk_error
 
 
@@ -47,10 +47,16 @@ def save(folder: Path, *steps: int, keep: int = 3) -> None:
         checkpoints.save(state_at(step), step / 4, step * 1000)
 
 
+def newest(folder: Path, like: TrainState, tell: Callable[[str], Any]) -> Restored:
+    found = find_newest(folder, like, tell)
+    assert found is not None
+    return found
+
+
 def restore(folder: Path) -> tuple[int, list[str]]:
     """Read the newest whole checkpoint and see that it is what was saved: its step, and what was told."""
     told: list[str] = []
-    restored = restore_newest(folder, state_at(0), told.append)
+    restored = newest(folder, state_at(0), told.append)
     step = int(restored.state.step)
     assert digest(restored.state) == digest(state_at(step))
     assert (restored.seconds, restored.member_tokens) == (step / 4, step * 1000)
@@ -91,7 +97,7 @@ def add_a_file(checkpoint: Path) -> None:
 
 def test_a_state_comes_back_bit_by_bit(tmp_path: Path) -> None:
     save(tmp_path, 7)
-    restored = restore_newest(tmp_path, state_at(0), pytest.fail)
+    restored = newest(tmp_path, state_at(0), pytest.fail)
     saved = state_at(7)
     structures: list[Any] = [jax.tree.structure(state) for state in (restored.state, saved)]
     assert structures[0] == structures[1]
@@ -104,7 +110,7 @@ def test_a_state_comes_back_bit_by_bit(tmp_path: Path) -> None:
 def test_shapes_alone_are_enough_to_read_a_state(tmp_path: Path) -> None:
     save(tmp_path, 7)
     like = jax.eval_shape(lambda: state_at(0))
-    assert digest(restore_newest(tmp_path, like, pytest.fail).state) == digest(state_at(7))
+    assert digest(newest(tmp_path, like, pytest.fail).state) == digest(state_at(7))
 
 
 def test_the_digest_sees_every_bit_and_every_leaf() -> None:
@@ -275,7 +281,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         forge_the_seal(tmp_path / step)
     told: list[str] = []
     with pytest.raises(EsjaxError, match="damaged") as caught:
-        restore_newest(tmp_path, state_at(0), told.append)
+        restore_weights(tmp_path, state_at(0).params, told.append)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [str(tmp_path / step) in line for step, line in zip("21", told, strict=True)] == [True, True]
@@ -285,7 +291,8 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
 def test_no_checkpoint_is_an_error(tmp_path: Path, exists: bool) -> None:
     folder = tmp_path if exists else tmp_path / "none"
     with pytest.raises(EsjaxError, match="no checkpoint"):
-        restore_newest(folder, state_at(0), pytest.fail)
+        restore_weights(folder, state_at(0).params, pytest.fail)
+    assert find_newest(folder, state_at(0), pytest.fail) is None
 
 
 def test_a_half_written_checkpoint_is_ignored_and_cleared_away(tmp_path: Path) -> None:
@@ -304,7 +311,7 @@ def test_a_state_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     other = state_at(0)
     wider = replace(other, params={**other.params, "vector": jnp.zeros(6)})
     with pytest.raises(EsjaxError, match="does not hold the state of the model"):
-        restore_newest(tmp_path, wider, pytest.fail)
+        newest(tmp_path, wider, pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "back\\slash", "st*r", "gs:", "q?", "new\nline", "%s {x} é"])
