@@ -4,6 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+# Compiling is most of the work of the tests. Processes that tests start inherit this. 0 compiles as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
 import typechecker
