@@ -65,6 +65,11 @@ def start_devices() -> None:
         ) from error
 
 
+def device_failure(error: Exception) -> str:
+    """Describe an error of the devices in one line."""
+    return f"the devices failed: {str(error).splitlines()[0][:300]}"
+
+
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         return len(os.sched_getaffinity(0))

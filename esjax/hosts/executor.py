@@ -13,7 +13,7 @@ import numpy as np
 from esjax.config.settings import from_yaml, replace
 from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
-from esjax.devices.mesh import local_mesh, whole_mesh
+from esjax.devices.mesh import device_failure, local_mesh, whole_mesh
 from esjax.devices.process_group import here, share, share_number
 from esjax.errors import EsjaxError
 from esjax.flags import changed_flags
@@ -94,7 +94,7 @@ class Executor:
         except EsjaxError as error:
             return Failed(str(error))
         except jax.errors.JaxRuntimeError as error:
-            return Failed(f"the devices failed: {str(error).splitlines()[0][:300]}")
+            return Failed(device_failure(error))
 
     def follow(self) -> None:
         """Run the tasks that process 0 of the host runs, until it ends; all other processes call this."""

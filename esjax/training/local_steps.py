@@ -9,6 +9,7 @@ import jax
 
 from esjax.config.settings import Config
 from esjax.data.delivery import Blocks
+from esjax.devices.mesh import device_failure
 from esjax.devices.process_group import share_number
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span
@@ -83,7 +84,7 @@ class LocalSteps:
             self._record(step, payload)
             gradient_norm, update_norm = replica.update(payload)
         except jax.errors.JaxRuntimeError as error:
-            raise EsjaxError(f"the devices failed: {str(error).splitlines()[0][:300]}") from error
+            raise EsjaxError(device_failure(error)) from error
         notice = self._notices.line(step + 1, pairs, concluded)
         return StepDone(concluded, pairs, notice, gradient_norm or 0.0, update_norm or 0.0)
 

@@ -315,7 +315,7 @@ def test_the_odd_one_of_three_is_a_liar() -> None:
         hand_in_all(work, work.lease({0: 1.0, 1: 1.0, 2: 1.0}), {liar: 1.0})
         assert work.complete
         assert work.wrong_hosts(None) == {liar}
-        assert work.wrong_hosts(liar) == {liar}  # two others outvote whoever is trusted
+        assert work.wrong_hosts(liar) == {liar}  # the two other hosts outvote it, even if it is the trusted one
         work.revoke(liar)
         assert work.complete
         assert not work.waits
