@@ -240,9 +240,9 @@ class EsConfig(Section):
     layer_discount: dict[str, float] = {}
     """space activation: a different discount for some pre-activations, by name."""
 
-    exact_logits: bool = False
-    """space activation: no noise on the logits; use the exact gradient of the loss with respect to them (softmax minus
-    one-hot target)."""
+    output_layer: Literal["auto", "exact", "noise"] = "auto"
+    """Whether the output layer gets noise or its exact gradient: softmax minus one-hot target, times the layer's input,
+    which needs no backward pass. auto: exact with cross entropy, if the model says which layer is its output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -85,4 +85,6 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
         update = jax.nn.sigmoid(tap("update", x_update + y_update))
         return update * state + (1 - update) * jnp.tanh(tap("new", x_new + reset * y_new))
 
-    return Model(init, initial_state, predict, consume, unit=unit, tapped=True)
+    return Model(
+        init, initial_state, predict, consume, unit=unit, tapped=True, embedding="embedding", output_layer="head_output"
+    )

@@ -45,6 +45,12 @@ class Model(NamedTuple):
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
+        embedding: Path of the parameters whose rows are looked up by token and used for nothing else, such as
+            `embedding` or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
+            Empty: no such parameters.
+        output_layer: Path of the parameters of the last layer, which makes the logits and is used for nothing else.
+            With cross entropy this layer then gets its exact gradient in place of noise, see `es.output_layer`. Empty:
+            the model does not say.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -55,6 +61,8 @@ class Model(NamedTuple):
     tapped: bool = False
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
+    embedding: str = ""
+    output_layer: str = ""
 
     def units(self, first: Params) -> Params:
         """Return the unit of each leaf: `unit`, or units made from the initial parameters `first`."""

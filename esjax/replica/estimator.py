@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from esjax.config.settings import MOST_SUMMED_PAIRS, Config
+from esjax.core.leaves import is_below
 from esjax.core.noise import Noise, Totals
 from esjax.core.population import evaluate
 from esjax.core.shaping import STEPS_PER_DEVIATION
@@ -30,6 +31,8 @@ class LossEstimator(NamedTuple):
         zeros: Totals of 0, see `Layout.zeros`.
         pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
+        embedding: Path of the parameters whose rows a pair reads by token, see `Model.embedding`, or "".
+        is_output_exact: Whether the output layer has no noise and gets its exact gradient.
     """
 
     noise: Noise
@@ -37,6 +40,8 @@ class LossEstimator(NamedTuple):
     zeros: Totals
     pair_bytes: int
     noise_bytes: int
+    embedding: str
+    is_output_exact: bool
 
     @property
     def vector_length(self) -> int:
@@ -115,12 +120,14 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
         vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
     if es.space == "activation":
         return _on_activations(config, model, params, units, loss, vector_length, packed)
+    is_output_exact = _is_output_exact(config, model, loss, vector_length)
     noise = Noise(
         sigma=es.sigma,
         rank=es.rank if es.space == "low_rank" else 0,
         gaussian=es.noise == "gaussian",
         split=es.pairing == "split",
         units=units,
+        where=(lambda path, leaf: not is_below(path, model.output_layer)) if is_output_exact else None,
         packed=packed,
     )
     layout = noise.lay_out(params)
@@ -135,12 +142,35 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
     if not vector_length:
-        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes)
+        embedding = "" if loss is not None or data.block_tokens is not None else model.embedding
+        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embedding, is_output_exact)
     is_sign = es.shaping == "sign"
     sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
     return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)
+
+
+def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_length: int) -> bool:
+    """Return whether the output layer gets its exact gradient, with noise on weights.
+
+    Raises:
+        EsjaxError: The settings ask for it and it is impossible.
+    """
+    if config.es.output_layer == "noise":
+        return False
+    reason = ""
+    if loss is not None:
+        reason = "the gradient of a custom loss or reward is not known"
+    elif not model.output_layer:
+        reason = "the model does not say which layer is its output (Model.output_layer)"
+    elif vector_length:
+        reason = "it needs es.exchange losses"
+    elif config.data.block_tokens is not None:
+        reason = "it needs the whole text on every host, and data.block_tokens sends parts"
+    if reason and config.es.output_layer == "exact":
+        raise EsjaxError(f"es.output_layer exact: {reason}; set es.output_layer to noise")
+    return not reason
 
 
 def _on_activations(
@@ -168,7 +198,7 @@ def _on_activations(
         discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
         copies=es.copies,
         burn_in=data.tokens_before,
-        exact_logits=es.exact_logits,
+        exact_logits=es.output_layer != "noise",
         precision=es.precision,
         packed=packed,
     )

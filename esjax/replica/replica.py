@@ -14,22 +14,24 @@ from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
 from esjax.config.settings import Config
 from esjax.core.gradient import estimate, weigh
-from esjax.core.noise import Noise, Totals
+from esjax.core.noise import Rows, Totals
 from esjax.core.population import deal, evaluate
 from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
 from esjax.core.shaping import Shaped
 from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
+from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span, pairs_of, unpack_update
 from esjax.flags import default_flags
 from esjax.models.check import check_float32
-from esjax.models.member import Loss, PairLoss
+from esjax.models.member import Loss
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
 from esjax.replica.carried_state import first_states
 from esjax.replica.estimator import LossEstimator, make_estimator
 from esjax.replica.optimizer import make_optimizer
+from esjax.replica.output_layer import OutputGradient, make_output_gradient
 from esjax.replica.partial_sums import Chunk, SumChunk
 from esjax.replica.streams import INIT, WINDOWS
 from esjax.replica.transformation import fit_optimizer
@@ -114,10 +116,23 @@ class Replica:
             self._weighed_at_once = chunking.shape_of_call(
                 chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
             )
+            output_gradient = (
+                make_output_gradient(model, units, draw, data.burn_in, es.sigma, es.pairs_a_window, mesh)
+                if estimator.is_output_exact
+                else None
+            )
             self._score, self._weigh, self._weigh_and_apply = _for_losses(
-                estimator.noise, estimator.loss, draw, apply, config, mesh, chunk_pairs, weighed_pairs
+                estimator,
+                draw,
+                apply,
+                output_gradient,
+                config,
+                mesh,
+                chunk_pairs,
+                weighed_pairs,
             )
             self._no_totals = self._on_every_device(estimator.zeros)
+            self._reads_tokens = bool(estimator.embedding) or estimator.is_output_exact
         else:
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
@@ -196,7 +211,7 @@ class Replica:
         if self.vector_length:
             info = self.apply_sum(update.weights, update.header.scale, loss)
         else:
-            info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
+            info = self.apply(update.pairs(), update.weights, update.header.scale, update.header.slope, loss)
         return float(info.gradient_norm), float(info.update_norm)
 
     def warm_up(self) -> None:
@@ -207,7 +222,7 @@ class Replica:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
             self.losses(pairs)
-            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0)
+            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
         self.state = first
 
     @default_flags()
@@ -251,6 +266,7 @@ class Replica:
         pairs: Integer[np.ndarray, " pairs"],
         weights: Int8[np.ndarray, " pairs *halves"],
         scale: float,
+        slope: float = 0.0,
         loss: float = math.nan,
     ) -> UpdateInfo:
         """Update with the shaped weights of the step's pairs; a missing pair counts as weight 0.
@@ -261,15 +277,17 @@ class Replica:
             pairs: Numbers of pairs.
             weights: int8 weights, see `esjax.core.Shaped`.
             scale: Scale of the weights.
+            slope: Shaped value for each unit of difference, see `esjax.core.Shaped`, for an exact output layer.
             loss: Mean loss of the step, for optimizers that take a `value`.
         """
-        totals = self._no_totals
+        tokens, totals = self._tokens if self._reads_tokens else (), self._no_totals
+        assert tokens is not None, "there is no text before use_tokens"
         *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
         for part in calls:
-            totals = self._weigh(self.state, self._streams, totals, *part)
+            totals = self._weigh(self.state, tokens, self._streams, totals, *part)
         # One program for both: a call to the devices costs as much as the noise of hundreds of pairs.
-        scalars = np.float32(scale), np.float32(loss)
-        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, *scalars, *last))
+        scalars = np.float32(scale), np.float32(slope), np.float32(loss)
+        return self._take(*self._weigh_and_apply(self.state, tokens, self._streams, totals, *scalars, *last))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
@@ -299,10 +317,10 @@ class Replica:
 
 
 def _for_losses(
-    noise: Noise,
-    loss: PairLoss,
+    estimator: LossEstimator,
     draw: Callable[..., Array],
     apply: Apply,
+    output_gradient: OutputGradient | None,
     config: Config,
     mesh: Mesh,
     chunk_pairs: int,
@@ -313,8 +331,9 @@ def _for_losses(
     def pair_loss(params: Params, example: _Example, key: Array) -> Array:
         # Draw the windows of a pair here. Outside, every device would draw the windows of all pairs.
         tokens, streams, step, pair = example
-        return loss(params, draw(tokens, streams, step, pair[None])[0], key)
+        return estimator.loss(params, draw(tokens, streams, step, pair[None])[0], key)
 
+    noise = estimator.noise
     losses = evaluate(
         pair_loss,
         noise,
@@ -328,28 +347,42 @@ def _for_losses(
         seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
         return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
 
+    def rows(tokens: Array, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
+        """Return the tokens of each pair's windows: the rows of the embedding that its members read."""
+        if not estimator.embedding:
+            return None
+        windows = draw(tokens, streams, step, pairs).reshape(len(pairs), -1)
+        return {estimator.embedding: jnp.pad(windows, [(0, 0), (0, 1)], constant_values=STOP)}
+
     sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
     gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)
 
     def weigh_pairs(
-        state: TrainState, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
+        state: TrainState, tokens: Array, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
     ) -> Totals:
-        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
-        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals)
+        pairs = pairs.reshape(-1)
+        seeds, read = pair_seeds(streams.perturbations, state.step, pairs), rows(tokens, streams, state.step, pairs)
+        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals, read)
 
     def weigh_and_apply(
         state: TrainState,
+        tokens: Array,
         streams: _Streams,
         totals: Totals,
         scale: Array,
+        slope: Array,
         loss: Array,
         count: Array,
         pairs: Array,
         weights: Array,
     ) -> tuple[TrainState, UpdateInfo]:
-        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        pairs = pairs.reshape(-1)
+        seeds, read = pair_seeds(streams.perturbations, state.step, pairs), rows(tokens, streams, state.step, pairs)
         shaped = Shaped(weights.reshape(pairs.size, *weights.shape[2:]), scale, 0)
-        return apply(state, gradient(state.params, seeds, shaped, count, totals), loss)
+        found = gradient(state.params, seeds, shaped, count, totals, read)
+        if output_gradient is not None:
+            found = output_gradient(found, state.params, slope, tokens, streams, state.step)
+        return apply(state, found, loss)
 
     return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
 

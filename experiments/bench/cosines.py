@@ -29,7 +29,7 @@ SPACES = {
     "full": EsConfig(space="full"),
     "low_rank": EsConfig(space="low_rank"),
     "activation": EsConfig(space="activation"),
-    "activation, exact logits": EsConfig(space="activation", exact_logits=True),
+    "activation, exact logits": EsConfig(space="activation", output_layer="exact"),
 }
 
 

@@ -249,7 +249,7 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
         if not paired:  # -ε is scored, too, and ignored: tokens are compared here, not seconds
             losses[:, 1] = mean_of_peers(losses[:, 0], pairs_a_window)
         shaped = shape(losses, es.shaping, es.sigma)
-        replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale)
+        replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale, shaped.slope)
         return es.population_size * data.batch_size * data.window
 
     return Learner(step, lambda: replica.state.average)
