@@ -125,7 +125,7 @@ def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
 
 
 def sum_of(losses: np.ndarray) -> np.ndarray:
-    """Add up some pairs, as `esjax.replica.partial_sums` does; three numbers are the gradient."""
+    """Add up some pairs, as `esjax.replica.estimators.partial_sums` does; three numbers are the gradient."""
     losses = losses[(np.abs(losses) < LARGEST_LOSS).all(axis=1)].astype(np.float64)
     difference = losses[:, 0] - losses[:, 1]
     columns = [np.sign(difference), 1e5 * difference, 1e5 * (losses[:, 0] - 2.5), np.ones(len(losses))]

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from esjax.config.settings import Config
-from esjax.replica.estimator import Estimator, LossEstimator
+from esjax.replica.estimators.estimator import Estimator, LossEstimator
 
 CPU_SEQUENCES = 256
 """Most sequences, each with two members, that a CPU core evaluates at a time, so that their states fit its cache."""

@@ -28,11 +28,11 @@ from esjax.models.check import check_float32
 from esjax.models.member import Loss
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
-from esjax.replica.carried_state import first_states
-from esjax.replica.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.carried_state import first_states
+from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.output_layer import OutputGradient, make_output_gradient
+from esjax.replica.estimators.partial_sums import Chunk, SumChunk
 from esjax.replica.optimizer import make_optimizer
-from esjax.replica.output_layer import OutputGradient, make_output_gradient
-from esjax.replica.partial_sums import Chunk, SumChunk
 from esjax.replica.streams import INIT, WINDOWS
 from esjax.replica.transformation import fit_optimizer
 from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum

@@ -16,7 +16,7 @@ from esjax.core.noise import Totals
 from esjax.core.units import in_units
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, TAIL
 from esjax.models.model import Params
-from esjax.replica.carried_state import Carried, take
+from esjax.replica.estimators.carried_state import Carried, take
 
 NORMAL_DEVIATION = (math.pi / 2) ** 0.5
 """Standard deviation of a normal variable whose mean size is 1."""

@@ -43,7 +43,7 @@ from esjax.exchange.values import Conclusion
 from esjax.models import Model, gru
 from esjax.models.custom import Custom
 from esjax.models.member import Member, over_sequences
-from esjax.replica.estimator import make_estimator
+from esjax.replica.estimators.estimator import make_estimator
 from esjax.replica.notices import Notices
 from esjax.runs.checkpoint import digest
 from esjax.runs.folder import RunFolder, check_custom
@@ -205,7 +205,7 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
     with pytest.raises(EsjaxError, match="returns bool") as caught:
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
     shown = "".join(traceback.format_exception(caught.value))
-    assert "esjax/replica/estimator.py" in shown
+    assert "esjax/replica/estimators/estimator.py" in shown
     assert "esjax/core/" not in shown
     assert "esjax/models/member.py" not in shown
     assert "esjax/models/custom.py" not in shown

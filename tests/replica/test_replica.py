@@ -20,7 +20,7 @@ from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 from esjax.models import build_model
 from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.replica import chunking
-from esjax.replica.carried_state import STEPS
+from esjax.replica.estimators.carried_state import STEPS
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import WINDOWS

@@ -12,7 +12,7 @@ from esjax.errors import EsjaxError
 from esjax.exchange.gradient_sums import LARGEST, TAIL
 from esjax.models import Model, gru
 from esjax.models.member import Loss, cross_entropy
-from esjax.replica.estimator import make_estimator
+from esjax.replica.estimators.estimator import make_estimator
 from esjax.replica.replica import Replica
 
 MODEL = gru(7, 4, 6)

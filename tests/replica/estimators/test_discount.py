@@ -14,7 +14,7 @@ from esjax.data.tokens import STOP
 from esjax.models import Model, gru, rnn
 from esjax.models.member import Member
 from esjax.models.model import Params, Tap, untouched
-from esjax.replica.activation import Estimate, Taps, _later, find_taps, make_estimate_chunk
+from esjax.replica.estimators.discount import Estimate, Taps, _later, find_taps, make_estimate_chunk
 
 VOCAB = 6
 TOKENS = jnp.array([2, 3, STOP, 5, 2, 4, 4, 3])

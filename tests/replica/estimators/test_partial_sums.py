@@ -15,8 +15,8 @@ from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, Optim
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.exchange.gradient_sums import LARGEST, TAIL, conclude, steps_per_nat
 from esjax.models import build_model
-from esjax.replica.activation import Estimate
-from esjax.replica.partial_sums import Chunk, make_sum_of_activations
+from esjax.replica.estimators.discount import Estimate
+from esjax.replica.estimators.partial_sums import Chunk, make_sum_of_activations
 from esjax.replica.replica import Replica
 from esjax.replica.update import init_state
 

@@ -18,8 +18,8 @@ from esjax.core.seeds import fold
 from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 from esjax.models.model import Model
-from esjax.replica.activation import EstimateChunk
-from esjax.replica.carried_state import among_zeros, states_of
+from esjax.replica.estimators.carried_state import among_zeros, states_of
+from esjax.replica.estimators.discount import EstimateChunk
 from esjax.replica.update import TrainState
 
 
@@ -50,7 +50,7 @@ def make_sum_of_activations(
 
     Args:
         model: The architecture.
-        estimate_chunk: See `esjax.replica.activation`.
+        estimate_chunk: See `esjax.replica.estimators.discount`.
         units: Unit of each leaf, see `Model.units`; the sum is in these units.
         pairs: Most pairs of a step, for which sums must have room.
         tokens: Tokens that a pair is scored on.

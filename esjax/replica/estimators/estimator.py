@@ -17,9 +17,9 @@ from esjax.errors import EsjaxError
 from esjax.exchange.gradient_sums import TAIL, steps_per_nat
 from esjax.models.member import Loss, PairLoss, cross_entropy, over_sequences
 from esjax.models.model import Model, Params
-from esjax.replica.activation import Taps, find_taps, make_estimate_chunk
-from esjax.replica.carried_state import first_states
-from esjax.replica.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
+from esjax.replica.estimators.carried_state import first_states
+from esjax.replica.estimators.discount import Taps, find_taps, make_estimate_chunk
+from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
 
 
 class LossEstimator(NamedTuple):
@@ -63,7 +63,7 @@ class SumEstimator(NamedTuple):
     """Noise on weights or on activations, where hosts exchange gradient sums.
 
     Attributes:
-        sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.partial_sums`.
+        sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.estimators.partial_sums`.
         gradient: `(totals, scale, params) -> gradient`.
         zeros: Totals of 0, an array for each perturbed leaf.
         vector_length: Length of the vectors.
