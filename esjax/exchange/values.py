@@ -168,7 +168,7 @@ class LossExchange:
     def conclude(self, values: Losses, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
         windows = pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
-        shaped = shape(values, es.shaping, sigma=es.sigma, examples=windows)
+        shaped = shape(values, es.shaping, sigma=es.deviation, examples=windows)
         finite = values[np.abs(values) < LARGEST_LOSS] if shaped.void_pairs else values
         loss = float(finite.mean()) if finite.size else None
         weights = shaped.weights[:0] if shaped.trouble else shaped.weights

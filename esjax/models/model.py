@@ -1,7 +1,7 @@
 """The interface of a language model, for training, scoring and generation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -16,13 +16,26 @@ State = Any
 Logits = Float[Array, " vocabulary"]
 Token = Int[Array, ""]
 
-Tap = Callable[[str, Array], Array]
-"""`(name, pre-activation) -> pre-activation`: a model calls it on its pre-activations, so that noise can be added."""
+Activation = Callable[[Array], Array]
+"""An elementwise function."""
 
 
-def untouched(name: str, value: Array) -> Array:
-    """Return a pre-activation unchanged: the tap of a plain forward pass."""
-    return value
+class Tap(Protocol):
+    """What a model calls on its pre-activations, so that noise can be added to them."""
+
+    def __call__(self, name: str, value: Array, activation: Activation = ...) -> Array:
+        """Return `activation(value)`, with noise on the value or without.
+
+        Args:
+            name: Name of the pre-activation, unique in the model.
+            value: The pre-activation.
+            activation: Elementwise function that comes next; left out: none.
+        """
+
+
+def untouched(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
+    """Return the activation of a pre-activation without noise: the tap of a plain forward pass."""
+    return activation(value)
 
 
 class Model(NamedTuple):
@@ -42,12 +55,14 @@ class Model(NamedTuple):
         tapped: Whether `predict` and `consume` take a last argument `tap: Tap = untouched` and call it on each
             pre-activation, under a unique name, before any other use. Needed for `es.space activation` alone, which
             trains the parameters that enter some pre-activation.
+        state_taps: For `es.credit gates`: names of taps in `consume` on its result, one for each leaf of the state of
+            floating type, in their order. The recurrence must be elementwise: with the other taps given, an entry of a
+            new leaf depends on the same entry of the old leaf alone. Empty: it is not, or the model does not say.
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
-        embedding: Path of the parameters whose rows are looked up by token and used for nothing else, such as
-            `embedding` or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
-            Empty: no such parameters.
+        embeddings: Paths of parameters whose rows are looked up by token and used for nothing else, such as `embedding`
+            or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
         output_layer: Path of the parameters of the last layer, which makes the logits and is used for nothing else.
             With cross entropy this layer then gets its exact gradient in place of noise, see `es.output_layer`. Empty:
             the model does not say.
@@ -59,9 +74,10 @@ class Model(NamedTuple):
     consume: Callable[..., State]
     unit: Params | None = None
     tapped: bool = False
+    state_taps: tuple[str, ...] = ()
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
-    embedding: str = ""
+    embeddings: tuple[str, ...] = ()
     output_layer: str = ""
 
     def units(self, first: Params) -> Params:

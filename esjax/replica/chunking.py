@@ -28,6 +28,9 @@ CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 CPU_WEIGHED_BYTES = 2**23
 """Most bytes of that noise on a CPU, so that it fits a core's cache."""
 
+CPU_GATED_SEQUENCES = 32
+"""Sequences that a CPU core reads at a time with credit by gates. Their tokens are scored in smaller blocks."""
+
 ACTIVATION_ROOM = 4
 """Cache that a noisy copy takes, relative to a member: its noise is drawn token by token."""
 
@@ -73,6 +76,10 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
         sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
     )
     pairs = 2 * pairs // config.es.members_per_pair
+    if config.es.is_gated:
+        pairs = (CPU_GATED_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES) // config.data.batch_size
+        pairs = min(pairs, config.es.pairs if on_cpu else -(-config.es.pairs // mesh.size))
+        return max(min(pairs, estimator.most_pairs), 2)
     if config.es.space == "activation":
         pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:

@@ -117,7 +117,7 @@ class Replica:
                 chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
             )
             output_gradient = (
-                make_output_gradient(model, units, draw, data.burn_in, es.sigma, es.pairs_a_window, mesh)
+                make_output_gradient(model, units, draw, data.burn_in, es.deviation, es.pairs_a_window, mesh)
                 if estimator.is_output_exact
                 else None
             )
@@ -132,7 +132,7 @@ class Replica:
                 weighed_pairs,
             )
             self._no_totals = self._on_every_device(estimator.zeros)
-            self._reads_tokens = bool(estimator.embedding) or estimator.is_output_exact
+            self._reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
         else:
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
@@ -142,7 +142,8 @@ class Replica:
             return dataclasses.replace(state, step=state.step + 1, carried=carried)
 
         self._skip = jax.jit(skip)
-        first = init_state(params, in_units(optimizer, units), first_states(config, model, params))
+        feedback = () if isinstance(estimator, LossEstimator) else estimator.feedback
+        first = init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
         self.state: TrainState = self._on_every_device(first)
         # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
@@ -349,10 +350,11 @@ def _for_losses(
 
     def rows(tokens: Array, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
         """Return the tokens of each pair's windows: the rows of the embedding that its members read."""
-        if not estimator.embedding:
+        if not estimator.embeddings:
             return None
         windows = draw(tokens, streams, step, pairs).reshape(len(pairs), -1)
-        return {estimator.embedding: jnp.pad(windows, [(0, 0), (0, 1)], constant_values=STOP)}
+        read = jnp.pad(windows, [(0, 0), (0, 1)], constant_values=STOP)  # a model may begin with it
+        return dict.fromkeys(estimator.embeddings, read)
 
     sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
     gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)

@@ -123,7 +123,7 @@ def tune(
         cosines = tuple(compared.cosine for compared in found)
         leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
         discount = chosen.es.discount if chosen.es.space == "activation" else None
-        return Tried(chosen.es.sigma, discount, cosines, leaves, chosen.es == folder.config.es)
+        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == folder.config.es)
 
     tried = []
     for sigma in sigmas:

@@ -19,7 +19,7 @@ from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 from esjax.models.model import Model
 from esjax.replica.estimators.carried_state import among_zeros, states_of
-from esjax.replica.estimators.discount import EstimateChunk
+from esjax.replica.estimators.taps import EstimateChunk
 from esjax.replica.update import TrainState
 
 
@@ -62,15 +62,19 @@ def make_sum_of_activations(
         of_sequences = fold(chunk.seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
         are_all_there = jnp.repeat(chunk.are_there, sequences)
         begin = states_of(model, state.params, state.carried, chunk.pairs)
-        found = estimate_chunk(state.params, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin)
+        found = estimate_chunk(
+            state.params, state.feedback.matrices, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin
+        )
         # Clipped at this size, the parts of all chunks add up to at most `LARGEST`.
         most = jnp.minimum(steps * HEADROOM * tokens * jnp.sum(chunk.are_there, dtype=jnp.float32), 2.0**30)
-        whole = jax.tree.map(
-            lambda leaf, unit: jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most), found.gradient, units
-        )
+
+        def whole(leaf: Array, unit: float | Array) -> Array:
+            return jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most)
+
+        total = jax.tree.map(whole, found.gradient, units), [whole(part, 1.0) for part in found.feedback]
         finite, losses = found.finite.reshape(here, sequences), found.losses.reshape(here, sequences)
         ends = among_zeros(found.end, found.finite, state.carried, chunk.pairs)
-        return _join(whole, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
+        return _join(total, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
 
     return sum_chunk
 
