@@ -237,14 +237,14 @@ class EsConfig(Section):
     credit gates reach the width of a layer, their noise is orthogonal. None: 2 for credit gates, 32 for discount."""
 
     credit: Literal["gates", "discount"] = "gates"
-    """space activation: how the state is credited with the losses of later tokens. gates: noise on the state acts on the
-    next prediction alone, and the gates of the cell say how much of its effect remains later; for an elementwise
+    """space activation: how the state is credited with the losses of later tokens. gates: noise on the state acts on
+    the next prediction alone, and the gates of the cell say how much of its effect remains later; for an elementwise
     recurrence (`Model.state_taps`), such as gru. discount: noise stays in the state, and later losses count less and
     less; for any recurrence."""
 
     feedback: Literal["learned", "none"] = "learned"
-    """credit gates: guess the error of a layer from that of the next one by learned feedback, so that noise must estimate
-    only the rest. It converges towards the transposed weights."""
+    """credit gates: guess the error of a layer from that of the next one by learned feedback, so that noise must
+    estimate only the rest. It converges towards the transposed weights."""
 
     discount: float = 0.7
     """credit discount: noise on the state is credited with the losses of all later tokens, each multiplied by this

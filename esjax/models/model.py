@@ -1,7 +1,7 @@
 """The interface of a language model, for training, scoring and generation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -20,17 +20,9 @@ Activation = Callable[[Array], Array]
 """An elementwise function."""
 
 
-class Tap(Protocol):
-    """What a model calls on its pre-activations, so that noise can be added to them."""
-
-    def __call__(self, name: str, value: Array, activation: Activation = ...) -> Array:
-        """Return `activation(value)`, with noise on the value or without.
-
-        Args:
-            name: Name of the pre-activation, unique in the model.
-            value: The pre-activation.
-            activation: Elementwise function that comes next; left out: none.
-        """
+Tap = Callable[..., Array]
+"""`(name, value, activation=identity) -> activation(value)`: a model calls it on its pre-activations, so that noise can
+be added to them."""
 
 
 def untouched(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
