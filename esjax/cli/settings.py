@@ -10,8 +10,9 @@ import tyro
 from esjax.cli.shared import PATHS, CustomOptions, Watching
 from esjax.config.custom_names import OPTIONS, is_code, unused_settings
 from esjax.config.errors import setting_names, wrong_name
+from esjax.config.models import MODELS
 from esjax.config.names import change, value_of
-from esjax.config.settings import MODELS, VARIANTS, Config, from_yaml, replace
+from esjax.config.settings import VARIANTS, Config, from_yaml, replace
 from esjax.data.text_files import read_text
 from esjax.errors import EsjaxError
 from esjax.paths import given_path

@@ -26,7 +26,8 @@ from rich.table import Table
 import esjax.training.run
 from esjax import cli
 from esjax.cli.shared import announce_to_hosts, open_console
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, from_yaml, replace
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts.local import available_cores, check_workers, local_workers

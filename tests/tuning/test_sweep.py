@@ -19,7 +19,8 @@ from processes import Fleet
 
 import esjax
 from esjax.cli.sweep import _table, conclusion
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.serve import Server
