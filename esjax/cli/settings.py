@@ -1,4 +1,7 @@
-"""Parses settings on the command line: a YAML file, the name of a model, and options."""
+"""Parses settings on the command line: a YAML file, the name of a model, and options.
+
+tyro parses the command's own options and prints the help. docs/design.md says why it does not parse the settings.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +10,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from esjax.cli.shared import PATHS, CustomOptions, Watching
+from esjax.cli.shared import PATHS
 from esjax.config.custom_names import OPTIONS, is_code, unused_settings
 from esjax.config.errors import setting_names, wrong_name
 from esjax.config.models import MODELS
@@ -24,31 +27,16 @@ class _Option(NamedTuple):
     Attributes:
         typed: The option as typed, with dashes.
         name: Name of the setting: es.exact_logits, also for --es.no-exact-logits.
-        words: Values of the option.
+        value: Its value; None: no word follows an option that there is not.
     """
 
     typed: str
     name: str
-    words: list[str]
-
-    def value(self, default: Any) -> Any:
-        """Return the value as strings; its kind is that of `default`."""
-        if isinstance(default, bool):
-            return _name(self.typed) == self.name
-        if len(self.words) < _fewest(default):
-            raise EsjaxError(f"{self.typed} needs {'a name and a number' if isinstance(default, dict) else 'a value'}")
-        if not isinstance(default, dict):
-            return self.words[0]
-        names = self.words[::2]
-        if len(set(names)) < len(names):
-            raise EsjaxError(f"{self.typed} names {max(names, key=names.count)} twice; leave one of them out")
-        return dict(zip(names, self.words[1::2], strict=True))
+    value: str | bool | dict[str, str] | None
 
 
 def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     """Read settings from a file, then the name of a model, then options; later ones override earlier ones.
-
-    Tyro parses the options of the command and prints the help. Settings are parsed here, so that an error is one line.
 
     Args:
         command: A dataclass whose field `settings` is a `Config`.
@@ -58,32 +46,30 @@ def parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     Raises:
         EsjaxError: An option does not exist, or its value is not allowed.
     """
-    of_command = _command_options(command)
-    options, loose = _cut(
-        words, {**of_command, **{key: value for one in VARIANTS for key, value in _defaults(one).items()}}
-    )
-    config = [option.value(None) for option in options if option.name == "config"]
-    settings = from_yaml(read_text(given_path(config[-1])), config[-1]) if config else Config()
-    settings, code = _choose_model(
-        settings, loose + [option.value(None) for option in options if option.name == "model"]
-    )
-    known = {**of_command, **_defaults(settings)}
-    values: dict[str, Any] = {}
-    rest: list[str] = []
+    own = {"h": False, "help": False, **_own_options(command)}
+    defaults = {setting: value_of(one, setting) for one in VARIANTS for setting in setting_names(one)}
+    options, loose = _split(words, {**own, **defaults})
+    file, models = ([str(option.value) for option in options if option.name == kind] for kind in ("config", "model"))
+    settings = from_yaml(read_text(given_path(file[-1])), file[-1]) if file else Config()
+    settings, code = _choose_model(settings, loose + models)
+    known = [*own, *setting_names(settings)]
     for option in options:
         if option.name not in known:
-            raise EsjaxError(wrong_name(option.name, [*known], VARIANTS, "option", _typed))
-        value = option.value(known[option.name])
-        if option.name not in of_command:
-            values[option.name] = value
-        elif option.name != "model":
-            rest.append(option.typed if isinstance(value, bool) else f"{option.typed}={value}")
+            raise EsjaxError(wrong_name(option.name, known, VARIANTS, "option", _typed))
+        if option.value == {}:
+            raise EsjaxError(f"{option.typed} needs a name and a number")
+    values = {option.name: option.value for option in options if option.name not in own}
+    rest = [
+        option.typed if isinstance(option.value, bool) else f"{option.typed}={option.value}"
+        for option in options
+        if option.name in own and option.name != "model"
+    ]
     rest += [f"{OPTIONS['model']}={word}" for word in code]
     custom = [kind for kind, typed in OPTIONS.items() if any(word.startswith(f"{typed}=") for word in rest)]
-    for name in unused_settings(custom, values):
-        kind = "model" if name.startswith("model.") else "optimizer"
-        raise EsjaxError(f"{_typed(name)} changes nothing in the {kind} of a file; set it there, or leave it out")
-    if not any(option.name in ("h", "help") for option in options):
+    for setting in unused_settings(custom, values):
+        kind = "model" if setting.startswith("model.") else "optimizer"
+        raise EsjaxError(f"{_typed(setting)} changes nothing in the {kind} of a file; set it there, or leave it out")
+    if not {"-h", "--help"} & set(rest):
         settings = change(settings, values)
     return tyro.cli(
         command,
@@ -110,58 +96,56 @@ def _choose_model(settings: Config, words: Sequence[str]) -> tuple[Config, list[
     return settings, [word for word in words if word not in MODELS]
 
 
-def _cut(words: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[_Option], list[str]]:
+def _split(words: Sequence[str], defaults: Mapping[str, Any]) -> tuple[list[_Option], list[str]]:
     """Split arguments into options with their values, and words that belong to no option.
 
     Args:
         words: The arguments.
-        defaults: Default values of all options, by name. An option with a Boolean default takes no value.
+        defaults: Default values of all options, by name. One that is true or false takes no word, a mapping takes pairs
+            of words, and all others take one.
+
+    Raises:
+        EsjaxError: An option lacks its value.
     """
     groups: list[list[str]] = [[""]]
     for word in words:
         if word.startswith("--") or word == "-h":
-            typed, *value = word.split("=", 1)
-            groups.append([typed, *value])
+            groups.append(word.split("=", 1))
         else:
             groups[-1].append(word)
     options, loose = [], groups[0][1:]
     for typed, *after in groups[1:]:
-        name = _name(typed)
+        name = typed.lstrip("-").replace("-", "_")
         positive = re.sub(r"(^|\.)no_", r"\1", name)
-        if isinstance(defaults.get(positive), bool):
-            name = positive
-        default = defaults.get(name)
-        most = len(after) // 2 * 2 if isinstance(default, dict) else _fewest(default)
-        options.append(_Option(typed, name, after[:most]))
-        loose += after[most:]
+        default = defaults.get(positive if isinstance(defaults.get(positive), bool) else name)
+        value: str | bool | dict[str, str] | None
+        if isinstance(default, bool):
+            taken, value, name = 0, name == positive, positive
+        elif isinstance(default, dict):
+            taken = len(after) // 2 * 2
+            value = dict(zip(after[:taken:2], after[1:taken:2], strict=True))
+            if len(value) < taken // 2:
+                twice = max(value, key=after[:taken:2].count)
+                raise EsjaxError(f"{typed} names {twice} twice; leave one of them out")
+        else:
+            taken, value = 1, after[0] if after else None
+            if value is None and name in defaults:
+                raise EsjaxError(f"{typed} needs a value")
+        options.append(_Option(typed, name, value))
+        loose += after[taken:]
     return options, loose
-
-
-def _fewest(default: Any) -> int:
-    """Return the number of values that an option needs."""
-    return 0 if isinstance(default, bool) else 2 if isinstance(default, dict) else 1
-
-
-def _name(typed: str) -> str:
-    return typed.lstrip("-").replace("-", "_")
 
 
 def _typed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _defaults(settings: Config) -> dict[str, Any]:
-    return {name: value_of(settings, name) for name in setting_names(settings)}
-
-
-def _command_options(command: Any) -> dict[str, Any]:
+def _own_options(command: Any) -> dict[str, Any]:
     """Return the options of a command that are not settings, with their defaults."""
-    options: dict[str, Any] = {"h": False, "help": False}
+    options: dict[str, Any] = {}
     for field in fields(command):
-        if field.name == "watching":
-            options |= {option.name: option.default for option in fields(Watching)}
-        elif field.name == "custom":
-            options |= {OPTIONS[option.name].lstrip("-"): option.default for option in fields(CustomOptions)}
+        if isinstance(field.default_factory, type):  # a group of options
+            options |= _own_options(field.default_factory)
         elif field.name != "settings":
-            options[field.name] = field.default
+            options[OPTIONS.get(field.name, field.name).lstrip("-")] = field.default
     return options

@@ -18,7 +18,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.protocol.actions import Terms
 from esjax.hosts.protocol.wire import Join
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.runs.reader import read_run
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -89,7 +89,7 @@ def test_code_has_one_form(value: object, expected: bool) -> None:
 def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     """Reference: hashlib over the file's bytes."""
     before = list(sys.path)
-    custom = gather(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
+    custom = load_custom(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
     assert sys.path == before
     digest = hashlib.sha256(code.read_bytes()).hexdigest()
     assert custom.code == {
@@ -254,7 +254,7 @@ def test_a_host_needs_the_same_code(host: dict[str, str], run: dict[str, str], r
 
 def test_other_processes_are_given_code_and_no_functions(code: Path) -> None:
     """What workers would need is asked for before anything is made."""
-    model: Callable[[int], Any] = gather(model="mine.py:zeros").model  # type: ignore[assignment]
+    model: Callable[[int], Any] = load_custom(model="mine.py:zeros").model  # type: ignore[assignment]
     with pytest.raises(EsjaxError, match="other processes cannot be given the model zeros; put it into a file"):
         esjax.sweep({"seed": [1, 2]}, config(steps=1), out="grid", model=model, hosts=esjax.Hosts(workers=1))
     assert not Path("grid").exists()
