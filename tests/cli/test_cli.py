@@ -386,7 +386,7 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
         raise EsjaxError("parsed")
 
     helps = {words: succeed(*words, "--help").out for words in (("train",), ("train", "rnn"), ("serve",), ("sweep",))}
-    monkeypatch.setattr("esjax.cli.settings.tyro.cli", parsed)
+    monkeypatch.setattr("esjax.cli.tyro.cli", parsed)
     for words, text in helps.items():
         options = re.findall(r"^│ (--[\w.-]+)(?:, (--[\w.-]+))?", text, re.MULTILINE)
         assert len(options) > 40
