@@ -50,8 +50,9 @@ def load_custom(
     """
     given: dict[str, Any] = {"model": model, "loss": loss, "reward": reward, "optimizer": optimizer}
     files = {kind: _File.read(kind, value) for kind, value in given.items() if is_code(value)}
-    for kind in given.keys() - files.keys():
-        check_given(kind, given[kind])
+    for kind, value in given.items():
+        if kind not in files:
+            check_given(kind, value)
     given |= {kind: file.load(kind) for kind, file in files.items()}
     return Custom(**given, code={kind: file.code for kind, file in files.items()})
 
