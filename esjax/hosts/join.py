@@ -21,7 +21,7 @@ from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -79,10 +79,27 @@ def join(
     Raises:
         EsjaxError: The coordinator refuses the host or cannot be reached, or the devices failed.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    join_with(
+        custom, address, token_file=token_file, name=name, lifetime=lifetime, patience=patience, stay=stay, tell=tell
+    )
+
+
+def join_with(
+    custom: Custom,
+    address: str,
+    *,
+    token_file: str | Path | None = None,
+    name: str | None = None,
+    lifetime: float | None = None,
+    patience: float = 600.0,
+    stay: bool = False,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """`join`, given all custom parts."""
     if stay and jax.process_count() > 1:
         raise EsjaxError("a host of several processes takes part in a single run; leave out stay")
     token = None if token_file is None else load_token(given_path(token_file))
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0

@@ -31,9 +31,9 @@ from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
-from esjax.inference.loaded_run import load_run_corpus, restore_run
+from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -370,9 +370,33 @@ def serve(
             loss or reward does not return one float32, or the optimizer needs more arguments than it gets. Iteration
             raises it, and removes the folder, if it cannot listen at the address.
     """
-    config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return serve_with(
+        custom,
+        config or Config(),
+        out,
+        bind=bind,
+        keys=keys,
+        plain_text_anywhere=plain_text_anywhere,
+        trackers=trackers,
+        tell=tell,
+    )
+
+
+def serve_with(
+    custom: Custom,
+    config: Config,
+    out: str | Path,
+    *,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """`serve`, given all custom parts."""
+    config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     listen = _Listen.at(bind, keys, plain_text_anywhere)
@@ -420,10 +444,38 @@ def resume_serving(
     Raises:
         EsjaxError: The path is not a run folder, its text or code has changed, or a custom part is missing.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return resume_serving_with(
+        custom,
+        path,
+        bind=bind,
+        keys=keys,
+        plain_text_anywhere=plain_text_anywhere,
+        steps=steps,
+        seconds=seconds,
+        text=text,
+        trackers=trackers,
+        tell=tell,
+    )
+
+
+def resume_serving_with(
+    custom: Custom,
+    path: str | Path,
+    *,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    steps: int | None = None,
+    seconds: float | None = None,
+    text: str | None = None,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """`resume_serving`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_custom(custom.names(), "esjax.resume_serving")
+    custom = complete_custom(folder, custom, "esjax.resume_serving")
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder, text)
     if text is not None:

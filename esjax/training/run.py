@@ -22,10 +22,10 @@ from esjax.exchange.update_record import unpack_update
 from esjax.flags import changed_flags
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
-from esjax.inference.loaded_run import load_run_corpus, restore_run
+from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
@@ -335,8 +335,20 @@ def train(
         EsjaxError: The text cannot be used, the folder exists, the package of a tracker is missing, both a loss and a
             reward are given, one of them does not return a float32 scalar, or the optimizer needs other arguments.
     """
-    config, out = locate_text(config or Config()), None if out is None else given_path(out)
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return train_with(custom, config or Config(), out, trackers=trackers, tell=tell)
+
+
+def train_with(
+    custom: Custom,
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """`train`, given all custom parts."""
+    config, out = locate_text(config), None if out is None else given_path(out)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if corpus.note:
@@ -382,10 +394,24 @@ def resume(
         EsjaxError: The path is not a run folder, its text or its code has changed, it has neither an undamaged
             checkpoint nor a ledger from step 0 on, or a custom part is missing.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return resume_with(custom, path, steps=steps, seconds=seconds, text=text, trackers=trackers, tell=tell)
+
+
+def resume_with(
+    custom: Custom,
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    text: str | None = None,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """`resume`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_custom(custom.names(), "esjax.resume")
+    custom = complete_custom(folder, custom, "esjax.resume")
     corpus = load_run_corpus(folder, text)
     if text is not None:
         folder.keep_config()

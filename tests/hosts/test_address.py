@@ -18,7 +18,8 @@ from transports import (
     token_of,
 )
 
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.serve import serve
 from esjax.hosts.transport.client import ClientTransport

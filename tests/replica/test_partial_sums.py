@@ -11,7 +11,8 @@ from conftest import mesh_of
 from small import MODELS, epsilons_of, params_of
 
 from esjax import core
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.exchange.gradient_sums import LARGEST, TAIL, conclude, steps_per_nat
 from esjax.models import build_model

@@ -25,7 +25,8 @@ from conftest import mesh_of
 from jaxtyping import Array
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.errors import EsjaxError
 from esjax.inference.language_model import Evaluation

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, to_plain
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, to_plain
 from esjax.errors import EsjaxError
 from esjax.runs.checkpoint import digest
 from esjax.runs.step_info import StepInfo
