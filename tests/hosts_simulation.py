@@ -18,7 +18,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
-from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL, conclude
+from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 from esjax.exchange.values import make_exchange
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
@@ -165,7 +165,8 @@ def check_updates(
         numbers: np.ndarray
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
-            scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
+            concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
+            _, scale, loss, void_pairs, trouble = concluded
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
@@ -334,7 +335,7 @@ class Simulation:
         self.store_fails = False
         self.revoked: set[str] = set()
         self.text = TEXT
-        self.epoch = 0
+        self.incarnation = 0
         self.measured = False  # whether a held-out loss is kept when it starts
         self.snapshot_bytes = snapshot_bytes
         self._seed = seed
@@ -361,14 +362,14 @@ class Simulation:
 
     def start(self) -> None:
         """Start the coordinator, or start it again from what was kept."""
-        self.epoch += 1
+        self.incarnation += 1
         data = self.config.data
         block = None if data.block_tokens is None else (lambda number: bytes([number % 256]) * 64)
         self.coordinator = Coordinator(
             self.config,
             Terms(
                 RUN,
-                self.epoch,
+                self.incarnation,
                 QUANTUM,
                 100,
                 FINGERPRINTS,
@@ -379,7 +380,7 @@ class Simulation:
             ),
             step=len(self.ledger),
             now=self.now,
-            rng=np.random.default_rng([self._seed, self.epoch]),
+            rng=np.random.default_rng([self._seed, self.incarnation]),
             text=PackedText(self.text, len(self.text), hash_bytes(self.text)),
             snapshot=self.checkpoints[-1],
             history=_History(self.ledger),

@@ -84,7 +84,7 @@ class Loopback:
         step = int(replica.state.step)
         terms = Terms(
             run="",
-            epoch=1,
+            incarnation=1,
             quantum=replica.chunk_pairs,
             vocab_size=0,
             fingerprints={},

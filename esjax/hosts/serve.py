@@ -239,7 +239,7 @@ class Server:
             config,
             Terms(
                 run=folder.name,
-                epoch=folder.next_epoch(),
+                incarnation=folder.next_incarnation(),
                 quantum=replica.chunk_pairs,
                 vocab_size=size,
                 fingerprints=noise_fingerprints(),

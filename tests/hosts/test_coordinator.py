@@ -575,7 +575,7 @@ def test_the_status_says_how_things_stand() -> None:
     sim.run_steps(20)
     reply = sim.server.receive(Envelope(wire.AskStatus()), sim.now).message
     assert isinstance(reply, wire.Status)
-    assert (reply.run, reply.epoch, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
+    assert (reply.run, reply.incarnation, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
     assert reply.loss == sim.closed[-1].loss
     assert reply.held_out == sim.server.audits.held_out
     fast, slow = reply.hosts
@@ -619,7 +619,7 @@ def mad_host(sim: Simulation) -> list[int]:
     join = wire.Join("mad", "", "other", list(FINGERPRINTS.items()), [], "", 5, 1)
     welcome = sim.server.receive(Envelope(join), sim.now).message
     assert isinstance(welcome, wire.Welcome)
-    ready = wire.Beat(welcome.session, welcome.epoch, 3, "ready", 1)
+    ready = wire.Beat(welcome.session, welcome.incarnation, 3, "ready", 1)
     sim.server.receive(Envelope(ready), sim.now)
     return [welcome.session, welcome.session, welcome.session + 1, 0]
 

@@ -111,7 +111,7 @@ def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -
     assert host.device.step == step
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
     dtype = "<i4" if joined.vector_length else "<f4"
-    message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
+    message = wire.Losses(joined.session, joined.incarnation, step, [(first, pairs)], 0.1, False, dtype)
     body = body_of(values_of(sim.config, host.device.state, message.spans))
     return msgspec.structs.replace(message, **changes), body
 
@@ -194,7 +194,7 @@ def test_row_02_a_restarted_coordinator_goes_on(config: Config) -> None:
     check_run(sim)
     for host in sim.hosts.values():
         assert host.worker.joined is not None
-        assert host.worker.joined.epoch == 2
+        assert host.worker.joined.incarnation == 2
         assert host.device.made == list(range(host.device.step))  # each update once, and no snapshot
         assert any(at > step for at, _ in host.device.scored)
 
@@ -418,12 +418,12 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
     old, body = losses_message(sim, host, QUANTUM, step=step - 1)
     reply = ask(sim, host, old, body)
     assert isinstance(reply, wire.Rejected)
-    assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, False)
+    assert (reply.step, reply.incarnation, reply.rejoin) == (step, 1, False)
     assert sim.server.counters["losses for an old step"] == 1
-    other, body = losses_message(sim, host, QUANTUM, epoch=0)
+    other, body = losses_message(sim, host, QUANTUM, incarnation=0)
     reply = ask(sim, host, other, body)
     assert isinstance(reply, wire.Rejected)
-    assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, True)
+    assert (reply.step, reply.incarnation, reply.rejoin) == (step, 1, True)
     assert sim.server.counters["messages no honest host sends"] == 0
     sim.run_steps(3)
     check_run(sim)
@@ -1113,7 +1113,7 @@ def test_row_35_an_old_coordinator_is_nobody() -> None:
         sim.run_steps(steps)
         for host in sim.hosts.values():
             assert host.worker.joined is not None
-            assert host.worker.joined.epoch == 2
+            assert host.worker.joined.incarnation == 2
     check_run(sim)
 
 

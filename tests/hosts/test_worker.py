@@ -222,7 +222,7 @@ def forgeries(host: Host, sim: Simulation) -> Strategy:
     leases = st.lists(st.tuples(other_slots, st.sampled_from([0, 4, 31]), st.sampled_from([1, 4, 32])), max_size=3)
     fields: dict[str, Strategy] = {
         "run": st.sampled_from([RUN, "", "other"]),
-        "epoch": st.sampled_from([0, 1, 2, 2**32 - 1]),
+        "incarnation": st.sampled_from([0, 1, 2, 2**32 - 1]),
         "step": near(step),
         "spans": st.just([]),
         "leases": leases,

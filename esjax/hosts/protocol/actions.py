@@ -33,7 +33,7 @@ class Terms(NamedTuple):
 
     Attributes:
         run: Name of the run.
-        epoch: Number of this start of the coordinator.
+        incarnation: Number of this start of the coordinator.
         quantum: Pairs of a lease quantum, which is never split between hosts.
         vocab_size: Number of token ids.
         fingerprints: Noise fingerprints, by kind of noise.
@@ -45,7 +45,7 @@ class Terms(NamedTuple):
     """
 
     run: str
-    epoch: int
+    incarnation: int
     quantum: int
     vocab_size: int
     fingerprints: dict[str, str]

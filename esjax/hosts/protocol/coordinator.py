@@ -167,7 +167,7 @@ class Coordinator:
             self._try_to_finish(now)
         if now >= self._pulse_at:
             self._pulse_at = now + PULSE
-            self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
+            self._publish(wire.Pulse(self.terms.run, self.terms.incarnation, self.step))
 
     def drain(self) -> list[Action]:
         """Return the actions since the last call, in the order in which to carry them out."""
@@ -196,7 +196,7 @@ class Coordinator:
         anchor = self.audits.anchor
         return wire.Status(
             run=self.terms.run,
-            epoch=self.terms.epoch,
+            incarnation=self.terms.incarnation,
             step=self.step,
             loss=self._steps.loss,
             held_out=self.audits.held_out,
@@ -227,7 +227,7 @@ class Coordinator:
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
             run=terms.run,
-            epoch=terms.epoch,
+            incarnation=terms.incarnation,
             session=host.session,
             slot=host.slot,
             config=self._settings,
@@ -254,11 +254,11 @@ class Coordinator:
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
         updates = self._downloads.updates(message.step, self.step, self.audits.snapshots)
-        return updates or wire.Ok(self.terms.epoch, self.step, [], resync=True)
+        return updates or wire.Ok(self.terms.incarnation, self.step, [], resync=True)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
-        if message.epoch != self.terms.epoch:
-            return self._rejected("an old epoch", rejoin=True)
+        if message.incarnation != self.terms.incarnation:
+            return self._rejected("a message to an earlier start of the coordinator", rejoin=True)
         is_new = host.is_gone or message.phase != host.phase
         if message.progress > host.progress or is_new:
             host.made_progress(now)
@@ -273,8 +273,8 @@ class Coordinator:
         return self._ok(host)
 
     def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
-        if message.epoch != self.terms.epoch:
-            return self._rejected("an old epoch", rejoin=True)
+        if message.incarnation != self.terms.incarnation:
+            return self._rejected("a message to an earlier start of the coordinator", rejoin=True)
         if message.step > self.step:
             return self._strike(host, f"losses for step {message.step}, which has not begun")
         pairs = sum(count for _, count in message.spans)
@@ -325,10 +325,10 @@ class Coordinator:
 
     def _ok(self, host: Host) -> wire.Ok:
         spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
-        return wire.Ok(self.terms.epoch, self.step, spans, self.audits.owed(host, self.step), host.resync)
+        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
-        return wire.Rejected(reason[:1000], self.terms.epoch, self.step, rejoin)
+        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin)
 
     def _refused(self, reason: str) -> Envelope:
         return Envelope(wire.Refused(reason[:1000]))
@@ -399,7 +399,7 @@ class Coordinator:
                 self._steps.announce(plan)
                 return
         self.finished = True
-        self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
+        self._publish(wire.Bye(self.terms.run, self.terms.incarnation, bool(self._stopping)))
 
     def _publish(self, message: Message) -> None:
         self._emit(Publish(Envelope(message)))

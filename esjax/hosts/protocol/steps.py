@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from esjax.averages import Average
 from esjax.config.settings import Config
 from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
@@ -15,7 +16,6 @@ from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudg
 from esjax.hosts.protocol.registry import Host, Registry, speeds_of
 from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.replica.notices import Notices
-from esjax.watch.downsampling import Average
 
 STUCK = 30.0
 """Seconds without progress after which a host with work counts as hung, unless the others are as slow."""
@@ -130,13 +130,13 @@ class Steps:
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
         """Publish the opening of the step, with the update that leads to it."""
         some = list(leases[:SPAN_LIMIT])
-        self._publish(wire.Step(self._terms.run, self._terms.epoch, self.step, [*some], *plan), update)
+        self._publish(wire.Step(self._terms.run, self._terms.incarnation, self.step, [*some], *plan), update)
         self._announce_more(leases[SPAN_LIMIT:])
 
     def _announce_more(self, leases: Sequence[Lease]) -> None:
         for at in range(0, len(leases), SPAN_LIMIT):
             some = leases[at : at + SPAN_LIMIT]
-            self._publish(wire.Extra(self._terms.run, self._terms.epoch, self.step, [*some]))
+            self._publish(wire.Extra(self._terms.run, self._terms.incarnation, self.step, [*some]))
 
     def _new_leases(self) -> Leases:
         es, exchange = self._config.es, self._terms.exchange

@@ -131,7 +131,7 @@ class Beat(Message, frozen=True, tag="beat"):
     """
 
     session: Long
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     phase: Phase
     progress: Long
@@ -151,7 +151,7 @@ class Losses(Message, frozen=True, tag="losses"):
     """
 
     session: Long
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     spans: Spans
     seconds: float
@@ -213,7 +213,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
     Attributes:
         run: Name of the run.
-        epoch: Number of this start of the coordinator; messages with a lower one are old.
+        incarnation: Number of this start of the coordinator; messages with a lower one are old.
         session: Number that every request of the host must carry.
         slot: Number of the host in broadcasts.
         config: Settings as YAML.
@@ -231,7 +231,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     """
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     session: Long
     slot: Whole
     config: Annotated[str, msgspec.Meta(max_length=2**16)]
@@ -286,7 +286,7 @@ class Ok(Message, frozen=True, tag="ok"):
         resync: Whether the host must fetch the newest snapshot.
     """
 
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     spans: Spans
     side_tasks: Annotated[list[SideTask], msgspec.Meta(max_length=3)] = []
@@ -303,7 +303,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
     """
 
     reason: Reason
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     rejoin: bool = False
 
@@ -351,7 +351,7 @@ class Status(Message, frozen=True, tag="status"):
     """
 
     run: str
-    epoch: int
+    incarnation: int
     step: int
     loss: float | None
     held_out: float | None
@@ -377,7 +377,7 @@ class Step(Message, frozen=True, tag="step"):
     """
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     leases: Leases
     digest: bool = False
@@ -389,7 +389,7 @@ class Extra(Message, frozen=True, tag="extra"):
     """Add leases to the open step."""
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     leases: Leases
 
@@ -398,7 +398,7 @@ class Pulse(Message, frozen=True, tag="pulse"):
     """Send a sign of life with the step that is being scored."""
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     step: Whole
 
 
@@ -410,7 +410,7 @@ class Bye(Message, frozen=True, tag="bye"):
     """
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     done: bool
 
 

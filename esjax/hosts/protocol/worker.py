@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import msgspec
 
+from esjax.averages import running_speed
 from esjax.exchange.values import LossExchange, make_exchange
 from esjax.hosts.protocol import scoring, wire
 from esjax.hosts.protocol.request_channel import RequestChannel
@@ -113,7 +114,7 @@ class Worker:
         self._note = ""
         self._progress = 0
         self._leaving: str | None = None
-        self._epoch = 0  # highest epoch seen
+        self._incarnation = 0  # the highest seen
         # The step that is being scored.
         self._newest = step
         self._newest_at = now
@@ -170,7 +171,7 @@ class Worker:
         if isinstance(message, wire.Step | wire.Extra | wire.Pulse | wire.Bye):
             self._hear(message, envelope.body, now)
             return
-        if getattr(message, "epoch", self._epoch) < self._epoch:
+        if getattr(message, "incarnation", self._incarnation) < self._incarnation:
             return  # from an earlier start of the coordinator
         sent = self._channel.take_reply(now)
         if sent is None:
@@ -265,8 +266,7 @@ class Worker:
         self._backlog.drop_before(self.step)
 
     def _take_losses(self, task: Score, result: Scored, now: float) -> None:
-        speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
-        self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+        self._speed = running_speed(self._speed, sum(count for _, count in task.spans), result.seconds)
         if self._scored_for is self._scoring:  # else the step was closed in the meantime
             self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
 
@@ -282,8 +282,8 @@ class Worker:
         hand_in = self._scoring.hand_in(now, self._leaving is not None)
         if hand_in is not None:
             spans, body, dtype, seconds, final = hand_in
-            step, epoch = self._scoring.step, self.joined.epoch
-            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, dtype, *self._norms), body)
+            step, incarnation = self._scoring.step, self.joined.incarnation
+            return Envelope(wire.Losses(session, incarnation, step, spans, seconds, final, dtype, *self._norms), body)
         if self._leaving is not None:
             return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
         if now >= self._beat_at:
@@ -310,7 +310,7 @@ class Worker:
     def _beat(self, joined: wire.Welcome, now: float) -> Envelope:
         self._beat_at = now + BEAT
         step = max(self.step, 0)
-        return Envelope(wire.Beat(joined.session, joined.epoch, step, self.phase, self._progress, self._note))
+        return Envelope(wire.Beat(joined.session, joined.incarnation, step, self.phase, self._progress, self._note))
 
     def _back_off(self) -> float:
         longest = min(BACK_OFF * 2 ** min(self._channel.failures, 10), BACK_OFF_LONGEST)
@@ -338,7 +338,7 @@ class Worker:
             return
         self.joined = welcome
         self._hello = msgspec.structs.replace(self._hello, run=welcome.run)
-        self._epoch = welcome.epoch
+        self._incarnation = welcome.incarnation
         self._newest = -1
         self._learn(welcome.step, now)
         self._beat_at = now
@@ -347,11 +347,11 @@ class Worker:
 
     def _hear(self, message: wire.Step | wire.Extra | wire.Pulse | wire.Bye, body: bytes, now: float) -> None:
         joined = self.joined
-        if joined is None or message.run != joined.run or message.epoch < joined.epoch:
+        if joined is None or message.run != joined.run or message.incarnation < joined.incarnation:
             return
         self._channel.take_broadcast(now)
         self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
-        if message.epoch > joined.epoch:  # the coordinator has restarted
+        if message.incarnation > joined.incarnation:  # the coordinator has restarted
             self._rejoin(now)
         elif isinstance(message, wire.Bye):
             if message.done:
