@@ -26,12 +26,12 @@ from esjax.exchange.values import SLOT_PAIRS, LossExchange, SumExchange
 from esjax.hosts.protocol import scoring as scoring_module
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import hash_bytes
-from esjax.hosts.protocol.request_channel import DEAF, TIMEOUT
+from esjax.hosts.protocol.request_channel import BACK_OFF, BACK_OFF_LONGEST, DEAF, TIMEOUT
 from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring, without
 from esjax.hosts.protocol.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.protocol.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.protocol.wire import Envelope
-from esjax.hosts.protocol.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
+from esjax.hosts.protocol.worker import BEAT, Worker
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -637,6 +637,11 @@ def update_of(step: int) -> bytes:
     return update_record.pack_update(update_record.Update(header, np.zeros(4, np.int8)))
 
 
+def in_one_body(*updates: bytes) -> tuple[list[int], bytes]:
+    """Return the sizes of updates, and the updates as one body."""
+    return [len(update) for update in updates], b"".join(updates)
+
+
 def test_updates_wait_for_their_turn() -> None:
     backlog = Backlog()
     backlog.hear(3, update_of(3))
@@ -645,7 +650,7 @@ def test_updates_wait_for_their_turn() -> None:
     assert 4 not in backlog
     assert backlog.run(3, 100) == [update_of(3)]
     assert backlog.run(4, 100) == []
-    assert backlog.fill(4, [update_of(4), update_of(5), update_of(6)]) == 7
+    assert backlog.fill(4, *in_one_body(update_of(4), update_of(5), update_of(6))) == 7
     assert backlog.run(3, 100) == list(map(update_of, (3, 4, 5, 6)))
     assert backlog.run(3, 5) == list(map(update_of, (3, 4)))
     backlog.drop_before(5)
@@ -658,7 +663,7 @@ def test_what_is_no_update_of_a_step_is_not_kept() -> None:
     backlog.hear(3, update_of(4))
     backlog.hear(3, b"junk")
     assert 3 not in backlog
-    assert backlog.fill(3, [update_of(3), update_of(5), update_of(6)]) == 4
+    assert backlog.fill(3, *in_one_body(update_of(3), update_of(5), update_of(6))) == 4
     assert backlog.run(3, 100) == [update_of(3)]
 
 

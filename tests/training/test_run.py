@@ -208,10 +208,12 @@ def test_row_62_a_coordinator_begins_again_from_a_ledger_alone(
     killed_at(train(replace(config, ledger=True), tmp_path / "whole"), 3, run)
     lose(run)
     lines: list[str] = []
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", tell=lines.append)
     with ExitStack() as stack:
-        coordinator, desk = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", tell=lines.append)._open(stack)
+        recorder = stack.enter_context(server._recording())
+        coordinator, _ = server._open(stack, recorder)
         last = rows(run)[-1]
-        assert (coordinator.step, desk.seconds, desk.member_tokens) == (3, last["seconds"], last["member_tokens"])
+        assert (coordinator.step, *recorder.progress) == (3, last["seconds"], last["member_tokens"])
     assert "rebuilt from the seed and the ledger" in lines[-1]
     assert (run / "checkpoints" / "0").is_dir()  # the first state, for hosts that join
 

@@ -142,7 +142,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(config: Config, fai
     run = esjax.train(config, trackers=[broken, well], tell=lines.append)
     # Without a folder there are no checkpoints, so no samples: tell them by hand.
     with Watch(run.trackers, lines.append) as watch:
-        watch.start(run._tracked(), None)
+        watch.start(run._tracked(0), None)
         for _ in range(4):
             watch.log(INFO._replace(held_out=2.0))
             watch.sample(1, "text")

@@ -15,11 +15,11 @@ from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Action, History, Publish, Snapshot, Tell, Terms
+from esjax.hosts.protocol.actions import Action, History, Outbox, Snapshot, Terms
 from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Audits
-from esjax.hosts.protocol.downloads import Downloads
 from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
 from esjax.hosts.protocol.steps import Steps
+from esjax.hosts.protocol.transfers import Downloads
 from esjax.hosts.protocol.wire import Envelope, Message
 
 PULSE = 2.0
@@ -80,21 +80,21 @@ class Coordinator:
         self._rng = rng
         self._settings = to_yaml(config)
         self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
-        self._actions: list[Action] = []
+        self._out = Outbox()
         self._registry = registry = Registry()
         self.audits = Audits(
             config,
             registry,
             terms.state_bytes,
             snapshot,
-            self._emit,
+            self._out,
             self._put_aside,
             self._resync,
             now=now,
             is_on=with_audits,
             measured=measured,
         )
-        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._emit, self._put_aside)
+        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
         self._pulse_at = now
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
@@ -147,7 +147,7 @@ class Coordinator:
         self.counters["revoked key"] += 1
         for host in self._registry:
             if host.key == key and not host.dropped:
-                self._tell(f"{host.name} is dropped: its key was revoked")
+                self._out.tell(f"{host.name} is dropped: its key was revoked")
                 self._drop(host)
         return self._refused("the key of this host was revoked; ask for a new token")
 
@@ -157,7 +157,7 @@ class Coordinator:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
             elif now - host.seen >= SILENT and not host.is_gone:
-                self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
+                self._out.tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
                 self._let_go(host)
         self._notice_pause(now)
         self._steps.check(now)
@@ -167,12 +167,11 @@ class Coordinator:
             self._try_to_finish(now)
         if now >= self._pulse_at:
             self._pulse_at = now + PULSE
-            self._publish(wire.Pulse(self.terms.run, self.terms.incarnation, self.step))
+            self._out.publish(wire.Pulse(self.terms.run, self.terms.incarnation, self.step))
 
     def drain(self) -> list[Action]:
         """Return the actions since the last call, in the order in which to carry them out."""
-        actions, self._actions = self._actions, []
-        return actions
+        return self._out.drain()
 
     def stop(self, now: float, done: bool) -> None:
         """Begin to stop: a last checkpoint, a last held-out loss and a goodbye.
@@ -223,7 +222,7 @@ class Coordinator:
         if host is None:
             self.counters["too many hosts"] += 1
             return self._refused(f"the run has {MAX_HOSTS} hosts, and takes no more").message
-        self._tell(f"{host.name} joins: {host.device}")
+        self._out.tell(f"{host.name} joins: {host.device}")
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
             run=terms.run,
@@ -267,7 +266,7 @@ class Coordinator:
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
         if message.note and message.note != host.note:
-            self._tell(f"{host.name}: {message.note}")
+            self._out.tell(f"{host.name}: {message.note}")
         host.note = message.note
         self._steps.go_on(now, is_new)
         return self._ok(host)
@@ -318,7 +317,7 @@ class Coordinator:
         return self._rejected(fault) if fault else self._ok(host)
 
     def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
-        self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
+        self._out.tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
         self._drop(host)
         self._steps.go_on(now)
         return self._ok(host)
@@ -351,7 +350,7 @@ class Coordinator:
             self._drop(former)
             return
         if former.seen > former.joined_at and not former.is_gone:
-            self._tell(f"two hosts are called {former.name}; the newer one counts")
+            self._out.tell(f"two hosts are called {former.name}; the newer one counts")
         former.superseded = True
         self._let_go(former)
 
@@ -371,7 +370,7 @@ class Coordinator:
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
-        self._tell(f"{host.name} is put aside: {reason}")
+        self._out.tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
@@ -385,7 +384,7 @@ class Coordinator:
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._registry.workers(now)
         if self._paused and not before:
-            self._tell("no host is ready; training is paused until one joins, and nothing is lost")
+            self._out.tell("no host is ready; training is paused until one joins, and nothing is lost")
 
     # The end.
 
@@ -399,16 +398,7 @@ class Coordinator:
                 self._steps.announce(plan)
                 return
         self.finished = True
-        self._publish(wire.Bye(self.terms.run, self.terms.incarnation, bool(self._stopping)))
-
-    def _publish(self, message: Message) -> None:
-        self._emit(Publish(Envelope(message)))
-
-    def _tell(self, line: str) -> None:
-        self._emit(Tell(line))
-
-    def _emit(self, action: Action) -> None:
-        self._actions.append(action)
+        self._out.publish(wire.Bye(self.terms.run, self.terms.incarnation, bool(self._stopping)))
 
 
 _HANDLERS: dict[type[Message], Callable[..., Envelope | Message]] = {

@@ -24,21 +24,13 @@ class Scored(NamedTuple):
 
 
 class HandIn(NamedTuple):
-    """The content of one message of losses or gradient sums.
+    """The content of one message of losses or gradient sums."""
 
-    Attributes:
-        spans: The pairs.
-        body: Losses, two float32 for each pair, or a gradient sum for each span.
-        dtype: Type of the numbers in the body.
-        seconds: Time of scoring them.
-        final: Whether this is the last message of the step.
-    """
-
-    spans: list[Span]
-    body: bytes
-    dtype: str
-    seconds: float
-    final: bool
+    spans: list[Span]  # the pairs
+    body: bytes  # losses, two float32 for each pair, or a gradient sum for each span
+    dtype: str  # type of the numbers in the body
+    seconds: float  # time of scoring them
+    final: bool  # whether this is the last message of the step
 
 
 class Scoring:

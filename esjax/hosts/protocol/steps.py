@@ -10,11 +10,11 @@ from esjax.config.settings import Config
 from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Action, Closed, Publish, Record, Tell, Terms
+from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
 from esjax.hosts.protocol.audits import NOTHING_ELSE, Audits, Plan
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudget
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases
 from esjax.hosts.protocol.registry import Host, Registry, speeds_of
-from esjax.hosts.protocol.wire import Envelope, Message
+from esjax.hosts.protocol.time_budget import TimeBudget
 from esjax.replica.notices import Notices
 
 STUCK = 30.0
@@ -48,28 +48,19 @@ class Steps:
         rng: np.random.Generator,
         registry: Registry,
         audits: Audits,
-        emit: Callable[[Action], None],
+        out: Outbox,
         put_aside: Callable[[Host, str], None],
     ) -> None:
-        """Start at a step of a new or resumed run.
+        """Start at a step of a new or resumed run; for `last_update` and `rng` see `Coordinator`.
 
-        Args:
-            config: Settings.
-            terms: What is fixed for all hosts of the run.
-            step: Number of updates made so far.
-            last_update: The last update, which is published again, or b"".
-            rng: Draws the pairs that two hosts score.
-            registry: All hosts.
-            audits: Digests, checkpoints and held-out losses.
-            emit: Queues an action.
-            put_aside: Gives a host no more work; called with the host and the reason.
+        `put_aside` gives a host no more work; it is called with the host and the reason.
         """
         self.step = step
         self.loss: float | None = None
         self.rate, self._mean_rate = 0.0, Average()
         self._config, self._terms, self._rng = config, terms, rng
         self._registry, self._audits = registry, audits
-        self._emit, self._put_aside = emit, put_aside
+        self._out, self._put_aside = out, put_aside
         self._last_update = last_update
         self._leases: Leases = self._new_leases()
         self._closed_at: float | None = None
@@ -130,13 +121,13 @@ class Steps:
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
         """Publish the opening of the step, with the update that leads to it."""
         some = list(leases[:SPAN_LIMIT])
-        self._publish(wire.Step(self._terms.run, self._terms.incarnation, self.step, [*some], *plan), update)
+        self._out.publish(wire.Step(self._terms.run, self._terms.incarnation, self.step, [*some], *plan), update)
         self._announce_more(leases[SPAN_LIMIT:])
 
     def _announce_more(self, leases: Sequence[Lease]) -> None:
         for at in range(0, len(leases), SPAN_LIMIT):
             some = leases[at : at + SPAN_LIMIT]
-            self._publish(wire.Extra(self._terms.run, self._terms.incarnation, self.step, [*some]))
+            self._out.publish(wire.Extra(self._terms.run, self._terms.incarnation, self.step, [*some]))
 
     def _new_leases(self) -> Leases:
         es, exchange = self._config.es, self._terms.exchange
@@ -154,7 +145,7 @@ class Steps:
         if idle > max(STUCK, by_others):
             if not is_measuring:
                 host.hung = True
-                self._emit(Tell(f"{host.name} is hung: no progress for {idle:.0f} s"))
+                self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
             self.release(host)
             return
         if usual is None or is_measuring:
@@ -163,7 +154,7 @@ class Steps:
         allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         if now - host.leased_at > allowed:
             if not host.late:
-                self._emit(Tell(f"{host.name} is late: it gets no pairs for a while"))
+                self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             host.set_late(now)
             self.release(host)
 
@@ -209,12 +200,12 @@ class Steps:
         payload = pack_conclusion(
             self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
-        self._emit(Record(self.step, payload))
+        self._out.add(Record(self.step, payload))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, pairs, concluded)
         # Closed before the next step is opened: a state that the next step asks for is the one after this step.
-        self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
+        self._out.add(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
         self._leases = self._new_leases()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
@@ -225,6 +216,3 @@ class Steps:
             rate = members * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
             self.rate = self._mean_rate.add(rate, RATE_MEMORY)
         self._closed_at = now
-
-    def _publish(self, message: Message, body: bytes = b"") -> None:
-        self._emit(Publish(Envelope(message, body)))

@@ -36,17 +36,11 @@ REFUSALS = 5
 
 
 class Received(NamedTuple):
-    """Messages from the coordinator.
+    """Messages from the coordinator."""
 
-    Attributes:
-        reply: Reply to the newest request; None: none so far.
-        broadcasts: Broadcasts, in the order in which they were published.
-        refused: Why the coordinator refuses this host for good, in one line, or "".
-    """
-
-    reply: list[bytes] | None
-    broadcasts: list[list[bytes]]
-    refused: str
+    reply: list[bytes] | None  # reply to the newest request; None: none so far
+    broadcasts: list[list[bytes]]  # broadcasts, in the order in which they were published
+    refused: str  # why the coordinator refuses this host for good, in one line, or ""
 
 
 class ClientTransport:

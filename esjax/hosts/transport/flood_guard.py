@@ -29,15 +29,10 @@ TCP_INFO_BYTES = 136
 
 
 class _Connection(NamedTuple):
-    """A connection at the time when all of its messages had been read.
+    """A connection at the time when all of its messages had been read."""
 
-    Attributes:
-        peer: Address of the other end.
-        received: Bytes received from it until then.
-    """
-
-    peer: tuple
-    received: int
+    peer: tuple  # address of the other end
+    received: int  # bytes received from it until then
 
 
 class FloodGuard:

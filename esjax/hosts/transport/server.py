@@ -42,17 +42,11 @@ LOOK_SECONDS = 0.02
 
 
 class Request(NamedTuple):
-    """A message from a host.
+    """A message from a host."""
 
-    Attributes:
-        peer: Address of its reply; different for every request.
-        key: Public key of the sender, in Z85; None in plain text.
-        frames: The message, 1 to `Limits.frames` frames.
-    """
-
-    peer: bytes
-    key: str | None
-    frames: list[bytes]
+    peer: bytes  # address of its reply; different for every request
+    key: str | None  # public key of the sender, in Z85; None in plain text
+    frames: list[bytes]  # the message, 1 to `Limits.frames` frames
 
 
 class ServerTransport:

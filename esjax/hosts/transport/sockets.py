@@ -43,15 +43,11 @@ OPTIONS = {
 
 
 class Limits(NamedTuple):
-    """Limits of messages from the other side.
+    """Limits of messages from the other side."""
 
-    Attributes:
-        frame: Most bytes of a frame.
-        frames: Most frames of a message. One connection can make a server hold `frame` times `frames` bytes; without
-            keys up to 32 times as much, in empty frames, which take 64 bytes each.
-    """
-
-    frame: int
+    frame: int  # most bytes of a frame
+    # Most frames of a message. One connection can make a server hold `frame` times `frames` bytes; without keys up to
+    # 32 times as much, in empty frames, which take 64 bytes each
     frames: int
 
 
