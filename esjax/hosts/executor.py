@@ -51,14 +51,7 @@ class Executor:
         custom: Custom = NOTHING_CUSTOM,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up with a replica, or without one until the task `Build`.
-
-        Args:
-            replica: The replica, if it is built already.
-            vocab_size: Number of token ids of the replica.
-            custom: Model, loss, reward and optimizer for `Build`.
-            tell: Prints a line for the user.
-        """
+        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`."""
         self._replica, self._vocab_size, self._custom, self._tell = replica, vocab_size, custom, tell
         self._measure: Callable[[], float | None] = lambda: None
 
@@ -85,11 +78,7 @@ class Executor:
 
     @contextmanager
     def in_background(self, wake: Callable[[], None]) -> Iterator["Background"]:
-        """Run tasks in a thread, in all processes of the host, until the block ends.
-
-        Args:
-            wake: Called from the thread after each task.
-        """
+        """Run tasks in a thread, in all processes of the host, until the block ends; call `wake` after each."""
         background = Background(self, wake)
         try:
             yield background

@@ -39,7 +39,7 @@ from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import to_bytes
 from esjax.runs.folder import RunFolder
-from esjax.runs.ledger import Ledger
+from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
 from esjax.runs.step_info import Limits, StepInfo
 from esjax.signals import STOPPING
@@ -188,8 +188,8 @@ class Server(RecordedRun):
                 f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
                 f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
             )
-        since = list(map(unpack_update, _all_updates(ledger, first)))
-        step = first + len(since)
+        records = [record for record in read(folder.ledger) if record.kind == UPDATE and record.step >= first]
+        step = first + len(records)
         self.limits.check(step)
         keys = self._keys()
         transport = stack.enter_context(
@@ -204,7 +204,7 @@ class Server(RecordedRun):
         self.address = _for_others(transport.address)
         stack.enter_context(folder.keep_address(self.address, self.token))
         run = read_run(folder.path)
-        pairs = sum(count for update in since for _, count in update.header.spans)
+        pairs = sum(count for record in records for _, count in unpack_update(record.payload).header.spans)
         recorder.start(
             step,
             # Ledgers of older versions have no clock, but the metrics have.
@@ -289,13 +289,6 @@ def _has_keys(listen: _Listen) -> bool:
 def _for_others(address: str) -> str:
     """Replace the address of all interfaces, which has no meaning elsewhere, by this machine's name."""
     return re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", f"//{socket.gethostname()}:", address)
-
-
-def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
-    while first < ledger.next:
-        updates = ledger.updates(first, wire.MAX_BODY)
-        yield from updates
-        first += len(updates)
 
 
 def serve(

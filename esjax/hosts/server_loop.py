@@ -43,17 +43,7 @@ class ServerLoop:
         keys: ServerKeys | None,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up.
-
-        Args:
-            config: Settings.
-            coordinator: The state machine.
-            transport: The network.
-            recorder: Ledger, checkpoints and clock of the run.
-            like: A state with the run's structure, shapes and dtypes.
-            keys: Keys that are let in. None: there are none, and every host is let in.
-            tell: Prints a line for the user.
-        """
+        """Set up; `like` is a state with the run's structure, and without `keys` every host is let in."""
         self._config, self._coordinator, self._transport = config, coordinator, transport
         self._recorder, self._like, self._keys, self._tell = recorder, like, keys, tell
         self._closed_at: float | None = None

@@ -38,8 +38,7 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
-from esjax.hosts.protocol import downloads as downloads
-from esjax.hosts.protocol import wire
+from esjax.hosts.protocol import transfers, wire
 from esjax.hosts.protocol.actions import Publish
 from esjax.hosts.protocol.registry import FORGET, SILENT, STRIKES
 from esjax.hosts.protocol.request_channel import DEAF
@@ -253,7 +252,7 @@ def test_row_04_after_a_cut_the_ledger_says_what_was_missed(config: Config, seco
 
 
 def test_row_04_after_a_long_cut_a_snapshot_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "FAR", 20)
+    monkeypatch.setattr(transfers, "FAR", 20)
     sim = run_with(config_of(checkpoint_time=10), "a", "b")
     cut = sim.hosts["b"]
     cut.cut = {"request", "reply", "broadcast"}

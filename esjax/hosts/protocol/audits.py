@@ -109,13 +109,7 @@ class Audits:
         return self._measuring is not None and self._measuring.host is host
 
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
-        """Choose the side tasks of a step.
-
-        Args:
-            step: The step.
-            now: The time in seconds.
-            last: Whether training ends, so that checkpoint and held-out loss of this step are due now.
-        """
+        """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
         hosts = self._registry.workers(now)
         if self.anchor not in hosts:
             self.anchor = hosts[0] if hosts else None

@@ -46,33 +46,18 @@ class Coordinator:
         config: Config,
         terms: Terms,
         *,
-        step: int,
+        step: int,  # updates made so far
         now: float,
-        rng: np.random.Generator,
+        rng: np.random.Generator,  # draws session numbers, and the pairs that two hosts score
         text: PackedText,
-        snapshot: Snapshot | None = None,
-        history: History | None = None,
-        last_update: bytes = b"",
-        block: Callable[[int], bytes] | None = None,
-        with_audits: bool = True,
-        measured: bool = False,
+        snapshot: Snapshot | None = None,  # the newest state, for hosts that join
+        history: History | None = None,  # the recorded updates, for hosts that missed some
+        last_update: bytes = b"",  # published again: the coordinator may have died before it did so
+        block: Callable[[int], bytes] | None = None,  # token blocks by number. None: the text holds all tokens
+        with_audits: bool = True,  # whether hosts get side tasks
+        measured: bool = False,  # whether the run has a held-out loss already
     ) -> None:
-        """Start at a step of a new or resumed run.
-
-        Args:
-            config: Settings.
-            terms: What is fixed for all hosts of the run.
-            step: Number of updates made so far.
-            now: The time, in seconds of a monotonic clock.
-            rng: Draws session numbers, and the pairs that two hosts score.
-            text: The packed text.
-            snapshot: Newest state, for hosts that join.
-            history: The recorded updates, for hosts that missed some.
-            last_update: The last update, which is published again: the coordinator may have died before it did so.
-            block: Returns a block of tokens as bytes, by its number. None: the text holds all tokens.
-            with_audits: Whether hosts get side tasks: checkpoints, digests and held-out losses.
-            measured: Whether the run has a held-out loss already.
-        """
+        """Start at a step of a new or resumed run."""
         self.config, self.terms = config, terms
         self.counters: Counter[str] = Counter()
         self.gradient_norm = self.update_norm = math.nan
@@ -108,16 +93,7 @@ class Coordinator:
         return self._steps.step
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
-        """Answer a request.
-
-        Args:
-            envelope: The request.
-            now: The time in seconds.
-            key: Public key that the sender proved to own. None: connections are not encrypted.
-
-        Returns:
-            The reply.
-        """
+        """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
         message = envelope.message
         if isinstance(message, wire.AskStatus):
             return Envelope(self.status(now))
@@ -176,11 +152,7 @@ class Coordinator:
     def stop(self, now: float, done: bool) -> None:
         """Begin to stop: a last checkpoint, a last held-out loss and a goodbye.
 
-        The open step is dropped; a resumed run scores it again.
-
-        Args:
-            now: The time in seconds.
-            done: Whether training has ended. If not, hosts wait for the coordinator to restart.
+        The open step is dropped; a resumed run scores it again. Unless training is done, hosts wait for a restart.
         """
         self._stopping, self._stop_at = done, now + LAST_ROUND
         self._steps.stop()
@@ -262,7 +234,7 @@ class Coordinator:
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
-            self._steps.release(host)
+            self._steps.leases.release(host.slot)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
         if message.note and message.note != host.note:
@@ -323,7 +295,7 @@ class Coordinator:
         return self._ok(host)
 
     def _ok(self, host: Host) -> wire.Ok:
-        spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
+        spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
         return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
@@ -357,7 +329,7 @@ class Coordinator:
     def _let_go(self, host: Host) -> None:
         """Take all work from a host; it stays listed until its session ends."""
         host.is_gone = True
-        self._steps.release(host)
+        self._steps.leases.release(host.slot)
         self.audits.let_go(host)
 
     def _drop(self, host: Host) -> None:
@@ -365,7 +337,7 @@ class Coordinator:
         host.dropped = True
         self._let_go(host)
         # The slot must stay taken while values of this step came from it.
-        if not self._steps.took_part(host):
+        if not self._steps.leases.took_part(host.slot):
             self._registry.remove(host)
 
     def _put_aside(self, host: Host, reason: str) -> None:
@@ -377,9 +349,9 @@ class Coordinator:
         """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""
         host.resync = True
         if is_wrong:
-            self._steps.revoke(host)
+            self._steps.leases.revoke(host.slot)
         else:
-            self._steps.release(host)
+            self._steps.leases.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._registry.workers(now)

@@ -33,6 +33,13 @@ class Lease(NamedTuple):
 class Leases(Protocol):
     """The leases of one step; hosts are named by their slots."""
 
+    _exchange: Exchange
+    _counts: Counter[int]  # pairs whose values a host sent, by slot
+
+    def __init__(self, exchange: Exchange) -> None:
+        """Set up without leases."""
+        self._exchange, self._counts = exchange, Counter()
+
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """Lease pairs that no host has, and move pairs from busy hosts to idle ones that finish them sooner.
 
@@ -58,6 +65,7 @@ class Leases(Protocol):
 
     def count(self, slot: int) -> int:
         """Return the number of pairs whose values a host sent."""
+        return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
         """Return whether a host had a lease in this step."""
@@ -75,6 +83,7 @@ class Leases(Protocol):
 
     def wrong_hosts(self, trusted: int | None) -> set[int]:
         """Return the slots with wrong values of a pair that several hosts scored; `trusted` is the anchor's slot."""
+        return set()
 
 
 class _Quantum:
@@ -111,24 +120,17 @@ class _Quantum:
         return next((one for one, two in pairs if exchange.agree(one, two)), None)
 
 
-class FixedPopulation:
+class FixedPopulation(Leases):
     """Leases of the pairs 0 to `pairs - 1`, in quanta."""
 
     def __init__(self, pairs: int, quantum: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
-        """Set up without leases.
-
-        Args:
-            pairs: Number of pairs of the population.
-            quantum: Pairs of a lease quantum; the last one may be smaller.
-            exchange: Whether hosts send losses or gradient sums.
-            checked: Indices of the quanta that two hosts score, and a third host if they disagree.
-        """
-        self._pairs, self._quantum, self._exchange = pairs, quantum, exchange
+        """Set up without leases. The last quantum may be smaller; two hosts score the quanta in `checked`."""
+        super().__init__(exchange)
+        self._pairs, self._quantum = pairs, quantum
         self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
         self._missing = len(self._quanta)
         self._lacking = set(range(len(self._quanta)))
         self._held: dict[int, set[int]] = {}
-        self._counts: Counter[int] = Counter()
         self._totals: dict[int, Values] = {}  # by slot: total of a host's sums over quanta that are not checked
         self._checked = [self._quanta[i] for i in checked]
         for checked_quantum in self._checked:
@@ -230,10 +232,6 @@ class FixedPopulation:
     def open_spans(self, slot: int) -> list[Span]:
         """See `Leases.open_spans`."""
         return self._spans(sorted(self._held.get(slot, ())))
-
-    def count(self, slot: int) -> int:
-        """See `Leases.count`."""
-        return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
         """See `Leases.took_part`."""

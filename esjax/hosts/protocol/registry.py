@@ -93,13 +93,7 @@ class Host:
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
 
     def status(self, now: float, quiet: float, members: int) -> wire.HostStatus:
-        """Return its row of the status.
-
-        Args:
-            now: The time in seconds.
-            quiet: Seconds without a message after which its state is "silent".
-            members: Members per pair.
-        """
+        """Return its row of the status; it is "silent" after `quiet` seconds without a message."""
         state: str = self.phase
         if self.aside:
             state = "put aside"

@@ -41,15 +41,7 @@ class Scoring:
     """
 
     def __init__(self, step: int, quantum: int, device_batch: int, budget: float | None, exchange: Exchange) -> None:
-        """Set up without pairs.
-
-        Args:
-            step: The step.
-            quantum: Pairs of a lease quantum, which is never split.
-            device_batch: Pairs that the devices score at a time.
-            budget: Time to score in seconds. None: all leased pairs are scored.
-            exchange: Whether losses or gradient sums are sent.
-        """
+        """Set up without pairs; for `quantum`, `budget` and `device_batch` see `wire.Welcome` and `Worker`."""
         self.step = step
         self._exchange = exchange
         self._most_pairs = max(quantum, exchange.most_pairs // quantum * quantum)
@@ -76,8 +68,7 @@ class Scoring:
     def next_slice(self, speed: float) -> list[Span]:
         """Choose the pairs of the next device task: whole device batches for about `SLICE` seconds.
 
-        Args:
-            speed: Pairs that the devices score per second; 0: not known yet.
+        `speed` is in pairs a second, 0 if it is not known yet.
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
         device_batches = max(1, int(seconds * speed / self._device_batch))
@@ -120,12 +111,7 @@ class Scoring:
         return Scored([*spans, span], values, one.seconds + next_one.seconds)
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
-        """Return what to send now, or None.
-
-        Args:
-            now: The time in seconds.
-            everything: Whether to send all values at once, although more will come.
-        """
+        """Return what to send now, or None; with `everything`, also if more will come."""
         final = not self._spans
         if not self._parts or not (final or everything or now - self._since > HAND_IN):
             return None

@@ -7,7 +7,7 @@ import numpy as np
 
 from esjax.averages import Average
 from esjax.config.settings import Config
-from esjax.exchange.update_record import SPAN_LIMIT, Span
+from esjax.exchange.update_record import SPAN_LIMIT
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
@@ -35,6 +35,7 @@ class Steps:
 
     Attributes:
         step: Step that is being scored.
+        leases: The leases of this step.
         loss: Mean of the finite losses of the last finished step, or None.
         rate: Member-tokens a second over the last steps.
     """
@@ -62,57 +63,41 @@ class Steps:
         self._registry, self._audits = registry, audits
         self._out, self._put_aside = out, put_aside
         self._last_update = last_update
-        self._leases: Leases = self._new_leases()
+        self.leases: Leases = self._new_leases()
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
-        was_busy = self._leases.busy(host.slot)
-        fault = self._leases.accept(host.slot, message.spans, values, message.final)
-        if was_busy and not self._leases.busy(host.slot):
+        was_busy = self.leases.busy(host.slot)
+        fault = self.leases.accept(host.slot, message.spans, values, message.final)
+        if was_busy and not self.leases.busy(host.slot):
             host.set_finished(now)
         return fault
-
-    def release(self, host: Host) -> None:
-        """Take the open pairs from a host."""
-        self._leases.release(host.slot)
-
-    def revoke(self, host: Host) -> None:
-        """Take the open pairs from a host, and drop the values that it sent."""
-        self._leases.revoke(host.slot)
-
-    def took_part(self, host: Host) -> bool:
-        """Return whether a host had a lease in this step."""
-        return self._leases.took_part(host.slot)
-
-    def open_spans(self, host: Host) -> list[Span]:
-        """List the pairs that a host has not sent values of."""
-        return self._leases.open_spans(host.slot)
 
     def stop(self) -> None:
         """Drop the open step."""
         self._is_stopped = True
         for host in self._registry:
-            self.release(host)
+            self.leases.release(host.slot)
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
         usual = self._registry.usual_slowness()
         for host in self._registry:
-            if self._leases.busy(host.slot):
+            if self.leases.busy(host.slot):
                 self._check_deadline(host, usual, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
         if self._is_stopped:
             return
-        if self._leases.waits or is_host_new:
+        if self.leases.waits or is_host_new:
             self._give_out(now)
-        if self._leases.complete:
+        if self.leases.complete:
             anchor = self._audits.anchor
-            wrong = self._leases.wrong_hosts(anchor.slot if anchor else None)
+            wrong = self.leases.wrong_hosts(anchor.slot if anchor else None)
             for slot in wrong:
                 self._exclude(slot)
             if not wrong:
@@ -146,7 +131,7 @@ class Steps:
             if not is_measuring:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
-            self.release(host)
+            self.leases.release(host.slot)
             return
         if usual is None or is_measuring:
             return
@@ -156,11 +141,11 @@ class Steps:
             if not host.late:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             host.set_late(now)
-            self.release(host)
+            self.leases.release(host.slot)
 
     def _exclude(self, slot: int) -> None:
         """Put a host with wrong losses aside, and drop its values of this step."""
-        self._leases.revoke(slot)
+        self.leases.revoke(slot)
         host = self._registry.in_slot(slot)
         if host and not host.aside:
             self._put_aside(host, "its losses differ from those of other hosts")
@@ -177,20 +162,20 @@ class Steps:
         hosts = self._registry.workers(now)
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
         speeds = speeds_of(hosts)
-        leases = self._leases.lease(speeds, delays)
+        leases = self.leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
         for host in hosts:
             if host.slot in given:
-                pairs = sum(count for _, count in self.open_spans(host))
+                pairs = sum(count for _, count in self.leases.open_spans(host.slot))
                 host.set_leased(pairs / speeds[host.slot], now)
         return leases
 
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
-        spans, result = self._leases.result()
+        spans, result = self.leases.result()
         pairs = sum(count for _, count in spans)
         for host in self._registry:
-            host.share = self._leases.count(host.slot) / pairs
+            host.share = self.leases.count(host.slot) / pairs
             host.slowness = None
         hosts = sum(host.share > 0 for host in self._registry)
         members = pairs * self._config.es.members_per_pair
@@ -206,7 +191,7 @@ class Steps:
         notice = self._notices.line(self.step, pairs, concluded)
         # Closed before the next step is opened: a state that the next step asks for is the one after this step.
         self._out.add(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
-        self._leases = self._new_leases()
+        self.leases = self._new_leases()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 

@@ -1,21 +1,20 @@
 """Leases with a time budget: each host scores its own range of pairs, and the population is what came back in time."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
-from esjax.hosts.protocol.leases import NO_DELAYS, Lease
+from esjax.hosts.protocol.leases import NO_DELAYS, Lease, Leases
 
 
-class TimeBudget:
+class TimeBudget(Leases):
     """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
 
     def __init__(self, budget: float, exchange: Exchange) -> None:
         """Set up without leases; `budget` is the time to score in seconds, `exchange` as in `FixedPopulation`."""
-        self._budget, self._exchange = budget, exchange
+        super().__init__(exchange)
+        self._budget = budget
         self._parts: dict[int, list[Values]] = {}
-        self._counts: Counter[int] = Counter()
         self._open: set[int] = set()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
@@ -74,10 +73,6 @@ class TimeBudget:
         done = self._counts[slot]
         return [(slot * SLOT_PAIRS + done, SLOT_PAIRS - done)] if slot in self._open and done < SLOT_PAIRS else []
 
-    def count(self, slot: int) -> int:
-        """See `Leases.count`."""
-        return self._counts[slot]
-
     def took_part(self, slot: int) -> bool:
         """See `Leases.took_part`."""
         return slot in self._parts
@@ -97,7 +92,3 @@ class TimeBudget:
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
-
-    def wrong_hosts(self, trusted: int | None) -> set[int]:
-        """See `Leases.wrong_hosts`: no pair is scored twice."""
-        return set()

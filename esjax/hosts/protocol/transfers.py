@@ -17,6 +17,9 @@ PENDING = 64
 FAR = 1024
 """Missing updates above which a host gets a newer snapshot instead, which is faster."""
 
+PACKING = 1024
+"""Bytes by which a compressed text may be larger than the text, beside 1/64 of it."""
+
 
 class Downloads:
     """Answers requests for parts and updates."""
@@ -61,6 +64,11 @@ class Downloads:
 
 def _part(data: bytes, digest: str, offset: int, step: int = 0) -> Envelope:
     return Envelope(wire.Part(digest, len(data), offset, step), data[offset : offset + wire.PART])
+
+
+def longest_text(size: int) -> int:
+    """Return the most bytes of a compressed text of `size` bytes."""
+    return size + size // 64 + PACKING
 
 
 class Download:
@@ -180,13 +188,7 @@ class Backlog:
             self._updates[step] = update
 
     def fill(self, step: int, sizes: Sequence[int], body: bytes) -> int:
-        """Keep consecutive updates from the ledger up to the first invalid one; return the step that they lead to.
-
-        Args:
-            step: Step of the first update.
-            sizes: Bytes of each update.
-            body: All updates.
-        """
+        """Keep consecutive updates from the ledger up to the first invalid one; return the step that they lead to."""
         for end, size in zip(accumulate(sizes), sizes, strict=True):
             update = body[end - size : end]
             if not is_update(update, step):

@@ -12,7 +12,7 @@ from esjax.exchange.values import make_exchange
 from esjax.hosts.protocol import scoring, tasks, wire
 from esjax.hosts.protocol.request_channel import Joining, RequestChannel
 from esjax.hosts.protocol.scoring import Scoring
-from esjax.hosts.protocol.transfers import Backlog, Download, Supplies
+from esjax.hosts.protocol.transfers import Backlog, Download, Supplies, longest_text
 from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 BEAT = 2.0
@@ -23,9 +23,6 @@ MISSED = 0.3
 
 BATCH = 64
 """Most updates in one device task."""
-
-PACKING = 1024
-"""Bytes by which a compressed text may be larger than the text, beside 1/64 of it."""
 
 
 class Worker:
@@ -269,8 +266,7 @@ class Worker:
         if not self._built:
             if self._supplies.text is not None:
                 return None
-            limit = joined.text_bytes + joined.text_bytes // 64 + PACKING
-            return Download("text", limit, joined.text_digest)
+            return Download("text", longest_text(joined.text_bytes), joined.text_digest)
         if self._wants_state:
             return Download("state", joined.state_bytes)
         block = self._wanted_block

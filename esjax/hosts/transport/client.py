@@ -23,12 +23,10 @@ from esjax.hosts.transport.sockets import (
     LINGER,
     QUEUE,
     Limits,
+    Watched,
     check_curve,
-    close_watched,
     open_socket,
-    take_events,
     take_message,
-    watch,
 )
 
 REFUSALS = 5
@@ -73,7 +71,7 @@ class ClientTransport:
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._context = zmq.Context()
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Watched] = {}
         try:
             self.reconnect()
         except BaseException:
@@ -114,17 +112,13 @@ class ClientTransport:
             self._connect(kind)
 
     def poll(self, timeout: float) -> Received:
-        """Return the messages that have arrived, at most `BATCH` broadcasts.
-
-        Args:
-            timeout: Most seconds to wait for the first message or for `wake`.
-        """
+        """Return the messages that have arrived, at most `BATCH` broadcasts; wait up to `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             left = 0.0 if self._refused else max(deadline - time.monotonic(), 0.0)
             woken = self._wait(left)
             for kind, link in self._links.items():
-                for event, value in take_events(link.monitor):
+                for event, value in link.events():
                     self._shake_hands(kind, event, value)
             self._send_request()
             reply = self._receive(zmq.REQ)
@@ -177,8 +171,7 @@ class ClientTransport:
         else:
             options |= {zmq.RCVHWM: QUEUE}
         connected = open_socket(self._context, kind, self._limits, options)
-        link = _Link(connected, watch(connected, zmq.EVENT_ALL))
-        self._links[kind] = link
+        self._links[kind] = Watched(connected, zmq.EVENT_ALL)
         if kind == zmq.SUB:
             connected.setsockopt(zmq.SUBSCRIBE, b"")
         if self._token is not None:
@@ -235,13 +228,3 @@ class ClientTransport:
 
     def _refuse(self, reason: str) -> None:
         self._refused = self._refused or f"{self._address} {reason}"
-
-
-class _Link(NamedTuple):
-    """A connected socket, and the socket with the events of its connections."""
-
-    socket: zmq.SyncSocket
-    monitor: zmq.SyncSocket
-
-    def close(self) -> None:
-        close_watched(self.socket, self.monitor)

@@ -28,13 +28,11 @@ from esjax.hosts.transport.sockets import (
     OVERHEAD,
     QUEUE,
     Limits,
+    Watched,
     check_curve,
-    close_watched,
     open_socket,
     source_of,
-    take_events,
     take_message,
-    watch,
 )
 
 LOOK_SECONDS = 0.02
@@ -126,11 +124,7 @@ class ServerTransport:
         return sum(listener.guard.cut_off for listener in self._listeners)
 
     def poll(self, timeout: float) -> list[Request]:
-        """Return the requests that have arrived, at most `BATCH`.
-
-        Args:
-            timeout: Most seconds to wait for the first request.
-        """
+        """Return the requests that have arrived, at most `BATCH`; wait `timeout` seconds for the first."""
         deadline = time.monotonic() + timeout
         while True:
             left = max(deadline - time.monotonic(), 0.0)
@@ -247,31 +241,16 @@ class _KeyCheck:
             return False
 
 
-class _Listener:
-    """A bound socket, and counts of its connections.
-
-    Attributes:
-        socket: The socket.
-        port: Its port.
-        guard: Closes connections that send too much.
-        accepted: Number of connections so far.
-        succeeded: Number of finished handshakes so far.
-    """
+class _Listener(Watched):
+    """A bound socket, and counts of its connections: all so far, and those that finished the handshake."""
 
     def __init__(self, bound: zmq.SyncSocket, endpoint: str, message: int, tell: Callable[[str], None]) -> None:
-        """Bind a socket.
-
-        Args:
-            bound: The socket.
-            endpoint: ZeroMQ endpoint; the port may be *.
-            message: Most bytes of a message.
-            tell: Prints a line for each connection that is closed.
+        """Bind a socket; the port of `endpoint` may be *, and `message` is the most bytes of a message.
 
         Raises:
             zmq.ZMQError: It cannot be bound.
         """
-        self.socket = bound
-        self._monitor = watch(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        super().__init__(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         bound.bind(endpoint)
         self.port = int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.guard = FloodGuard(self.port, message, tell)
@@ -279,14 +258,10 @@ class _Listener:
 
     def look(self) -> None:
         """Count new connections and handshakes, and close connections that send too much."""
-        for event, value in take_events(self._monitor):
+        for event, value in self.events():
             if event == zmq.EVENT_ACCEPTED:
                 self.accepted += 1
                 self.guard.accepted(value)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.succeeded += 1
         self.guard.look()
-
-    def close(self) -> None:
-        """Accept no more connections; the last messages have `LINGER` milliseconds to leave."""
-        close_watched(self.socket, self._monitor)
