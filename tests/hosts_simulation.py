@@ -114,7 +114,7 @@ def next_state(state: bytes, update: bytes) -> bytes:
 
 
 def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
-    """Score pairs, with numbers between 2 and 3 that nobody could guess."""
+    """Score pairs, with numbers between 2 and 3 that cannot be guessed."""
     start = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), "little")
     x: np.ndarray = (pairs.astype(np.uint64)[:, None] * 2 + np.arange(2, dtype=np.uint64)) + np.uint64(start)
     with np.errstate(over="ignore"):  # splitmix64
@@ -157,7 +157,7 @@ def body_of(values: np.ndarray) -> bytes:
 def check_updates(
     updates: Sequence[bytes], config: Config, twist: Twist | None = None, state: bytes = FIRST_STATE
 ) -> None:
-    """See that each update is what honest losses of the pairs that it names come to, beginning with a state."""
+    """Check that each update follows from honest losses of the pairs that it names, beginning with a state."""
     for step, payload in enumerate(updates, step_of(state)):
         header = update_record.unpack_update(payload).header
         assert header.step == step
@@ -311,7 +311,7 @@ class Simulation:
         ledger: What was recorded: steps and updates.
         digests: What was recorded beside: steps and digests.
         checkpoints: Every snapshot that was stored.
-        lines: What was told.
+        lines: What was printed.
         fate: What becomes of each message.
         log: Every message that was sent, with its time, direction and host.
     """
@@ -505,7 +505,7 @@ class Simulation:
         """List the messages of a kind that were sent, from or to a host."""
         return [message for _, _, name, message in self.log if isinstance(message, kind) and host in (None, name)]
 
-    def told(self, words: str) -> bool:
+    def printed(self, words: str) -> bool:
         return any(words in line for line in self.lines)
 
 

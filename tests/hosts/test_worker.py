@@ -105,7 +105,7 @@ def test_its_patience_is_not_renewed_by_connecting_anew() -> None:
 
 
 def test_one_request_is_under_way_at_a_time() -> None:
-    """A ROUTER cannot tell which of two requests it answers first."""
+    """A ROUTER does not determine which of two requests is answered first."""
     sim = Simulation(config_of(checkpoint_time=2, evaluate_time=2, digest_interval=2))
     under_way = 0
 
@@ -153,7 +153,7 @@ def test_who_compiles_does_not_wait_for_that() -> None:
     host.worker.leave("it was stopped")
     sim.run(1)
     assert host.worker.left
-    assert sim.told("a leaves: it was stopped")
+    assert sim.printed("a leaves: it was stopped")
 
 
 def test_what_fails_on_the_devices_is_said_to_both() -> None:
@@ -164,7 +164,7 @@ def test_what_fails_on_the_devices_is_said_to_both() -> None:
     sim.run(5)
     assert host.worker.failed.startswith("the devices failed")
     assert host.worker.left
-    assert sim.told("a leaves: the devices failed")
+    assert sim.printed("a leaves: the devices failed")
 
 
 def test_training_that_has_ended_ends_it_without_another_word() -> None:
@@ -214,7 +214,7 @@ def test_an_update_that_is_none_is_fetched(body: bytes) -> None:
 
 def forgeries(host: Host, sim: Simulation) -> Strategy:
     """Make what no coordinator says, but for what a host must believe: that it is turned away, that training has ended,
-    that a new coordinator has taken it in, or that pairs are its own."""
+    that a new coordinator has taken it in, or that pairs are leased to it."""
     joined = host.worker.joined
     assert joined is not None
     step = sim.server.step
@@ -570,7 +570,7 @@ def parts_of(data: bytes, digest: str, size: int = 10) -> list[tuple[wire.Part, 
     return [(wire.Part(digest, len(data), at), data[at : at + size]) for at in range(0, len(data), size)]
 
 
-def test_a_download_asks_for_what_it_has_not() -> None:
+def test_a_download_asks_for_the_missing_parts() -> None:
     data = bytes(range(35))
     download = Download("state", 35)
     for part, body in parts_of(data, hash_bytes(data)):
@@ -609,7 +609,7 @@ def test_a_download_is_not_longer_than_it_may_be(size: int, body: bytes) -> None
     assert not Download("state", 35).take(wire.Part("digest", size, 0), body)
 
 
-def test_a_download_that_is_not_what_its_hash_says_is_dropped() -> None:
+def test_a_download_with_another_hash_is_dropped() -> None:
     for what, is_taken in (("state", False), ("block", False), ("text", True)):  # that hash is of something else
         download = Download(what, 10)  # type: ignore[arg-type]
         assert download.take(wire.Part("no hash", 10, 0), bytes(10)) == is_taken
@@ -658,7 +658,7 @@ def test_updates_wait_for_their_turn() -> None:
     assert backlog.run(5, 100) == list(map(update_of, (5, 6)))
 
 
-def test_what_is_no_update_of_a_step_is_not_kept() -> None:
+def test_bytes_that_are_not_the_update_of_a_step_are_not_kept() -> None:
     backlog = Backlog()
     backlog.hear(3, update_of(4))
     backlog.hear(3, b"junk")
@@ -674,7 +674,7 @@ def test_not_every_update_is_kept() -> None:
     assert len(backlog.run(0, 10**9)) == PENDING
 
 
-def test_a_host_that_was_away_for_long_catches_up_by_and_by() -> None:
+def test_a_host_that_was_away_for_long_catches_up_in_parts() -> None:
     sim = Simulation(FIXED)
     sim.add("a", speed=2000.0)
     away = sim.add("b")

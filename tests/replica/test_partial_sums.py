@@ -66,7 +66,7 @@ def conclude(total: np.ndarray, pairs: int, scale: float) -> Conclusion:
     return SumExchange(len(total), scale).conclude(total[None], [(0, pairs)], EsConfig())
 
 
-def test_what_a_sum_says_by_hand() -> None:
+def test_loss_scale_and_void_pairs_of_a_sum_by_hand() -> None:
     """Two parameters; 4 pairs count; their losses, in steps of 1/1024, come to 9 nats; the scale is of one pair."""
     total = np.array([30, -7, 4, 9 * 1024, 77], np.int32)
     assert conclude(total, 5, 0.5)[1:] == (0.5 / 4, 9 / 4, 1, "")
@@ -74,7 +74,7 @@ def test_what_a_sum_says_by_hand() -> None:
     assert conclude(total, 8, 0.5)[1:] == (0.5 / 4, 9 / 4, 4, "")  # half of them still do
 
 
-def test_sums_that_say_nothing_by_hand() -> None:
+def test_sums_of_void_steps_by_hand() -> None:
     total = np.array([30, -7, 4, 9 * 1024, 77], np.int32)
     assert conclude(total, 9, 0.5)[1:] == (0.0, 9 / 4, 5, "5 of 9 pairs have a loss that is not finite")
     total[-TAIL:] = 0

@@ -1,4 +1,4 @@
-"""Points that are drawn: means by hand, few enough, and the same while a run goes on."""
+"""Points of curves: means by hand, bounded in number, and the same while a run continues."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_many_are_averaged_and_stand_at_their_last_step() -> None:
     assert curve.step.tolist() == [2.0, 4.0]
 
 
-def test_a_clock_that_went_back_draws_no_hook() -> None:
+def test_a_clock_that_went_back_does_not_bend_the_curve() -> None:
     """As in runs that a crash interrupted before the clock was in the ledger."""
     columns = metrics(5) | {"seconds": np.array([1.0, 5.0, 3.0, 4.0, 6.0])}
     assert make_curve(columns, "loss").over("seconds").tolist() == [1.0, 5.0, 5.0, 5.0, 6.0]
@@ -55,7 +55,7 @@ def test_points_stay_as_they_are_while_a_run_goes_on() -> None:
         before = curve
 
 
-def test_smoothing_is_a_mean_that_forgets() -> None:
+def test_smoothing_is_an_exponentially_weighted_mean() -> None:
     """Reference: the weighted mean written out."""
     value = np.array([4.0, 1.0, 3.0])
     half, eighth = math.exp(-1 / 2), math.exp(-3 / 2)  # one and two steps are between the points
