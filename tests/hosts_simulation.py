@@ -16,30 +16,13 @@ import numpy as np
 
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
-from esjax.data.delivery import PackedText
+from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 from esjax.exchange.values import make_exchange
-from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
+from esjax.hosts.protocol import tasks, wire
+from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms
 from esjax.hosts.protocol.coordinator import Coordinator
-from esjax.hosts.protocol.tasks import (
-    Apply,
-    Build,
-    Built,
-    Done,
-    Failed,
-    Load,
-    Measure,
-    Result,
-    Score,
-    Scored,
-    TakeDigest,
-    TakeSnapshot,
-    Task,
-    UseBlock,
-    Value,
-)
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
 
@@ -209,37 +192,37 @@ class Device:
     def step(self) -> int:
         return step_of(self.state)
 
-    def do(self, task: Task) -> tuple[Result, float]:
+    def do(self, task: tasks.Task) -> tuple[tasks.Result, float]:
         """Do a task; return the result and the seconds that it takes."""
-        if isinstance(task, Build):
+        if isinstance(task, tasks.Build):
             if task.text != TEXT or task.text_digest != hash_bytes(TEXT):
-                return Failed("the text has another hash"), 0.0
-            return Built(self.device_batch), self.compile_seconds
-        if isinstance(task, Load):
+                return tasks.Failed("the text has another hash"), 0.0
+            return tasks.Built(self.device_batch), self.compile_seconds
+        if isinstance(task, tasks.Load):
             self.state = task.snapshot[:STATE_BYTES]
             self.loaded.append(self.step)
-            return Done(self.step), self.load_seconds
-        if isinstance(task, UseBlock):
+            return tasks.Done(self.step), self.load_seconds
+        if isinstance(task, tasks.UseBlock):
             self.block = task.tokens
-        elif isinstance(task, Apply):
+        elif isinstance(task, tasks.Apply):
             for update in task.updates:
                 assert update_record.unpack_update(update).header.step == self.step, "an update out of order"
                 self.made.append(self.step)
                 self.state = next_state(self.state, update)
-            return Done(self.step, 1.0, 2.0), 0.001
-        elif isinstance(task, Score):
+            return tasks.Done(self.step, 1.0, 2.0), 0.001
+        elif isinstance(task, tasks.Score):
             pairs = update_record.pairs_of(task.spans)
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
             seconds = len(pairs) / self.speed
-            return Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
-        elif isinstance(task, TakeDigest):
-            return Value(hash_state(self.state)), 0.001
-        elif isinstance(task, TakeSnapshot):
-            return Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
-        elif isinstance(task, Measure):
-            return Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
-        return Done(self.step), 0.001
+            return tasks.Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
+        elif isinstance(task, tasks.TakeDigest):
+            return tasks.Value(hash_state(self.state)), 0.001
+        elif isinstance(task, tasks.TakeSnapshot):
+            return tasks.Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
+        elif isinstance(task, tasks.Measure):
+            return tasks.Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
+        return tasks.Done(self.step), 0.001
 
 
 class Host:
@@ -258,7 +241,7 @@ class Host:
         self.asked = 0  # number of the last request
         self.phases: list[str] = []
         self._sim = sim
-        self._done: list[Result] = []
+        self._done: list[tasks.Result] = []
         settings: dict[str, Any] = {
             "device": "fake",
             "kind": "fake",
@@ -294,7 +277,7 @@ class Host:
         if not self.phases or self.phases[-1] != worker.phase:
             self.phases.append(worker.phase)
 
-    def _finish(self, result: Result) -> None:
+    def _finish(self, result: tasks.Result) -> None:
         self._done.append(result)
         self.go(self._sim.now)
 

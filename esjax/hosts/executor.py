@@ -3,8 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import jax
 import msgspec
@@ -76,15 +75,6 @@ class Executor:
             if word != _NOTHING:
                 self.do(_DECODER.decode(word))
 
-    @contextmanager
-    def in_background(self, wake: Callable[[], None]) -> Iterator["Background"]:
-        """Run tasks in a thread, in all processes of the host, until the block ends; call `wake` after each."""
-        background = Background(self, wake)
-        try:
-            yield background
-        finally:
-            background.close()
-
     def _do(self, task: tasks.Task) -> tasks.Result:
         replica = self.replica
         norms: tuple[float | None, float | None] = (None, None)
@@ -139,10 +129,13 @@ class Executor:
 
 
 class Background:
-    """A thread that runs one task after another, so that the host answers messages meanwhile."""
+    """A thread that runs one task after another, in all processes of the host; a context manager.
+
+    Meanwhile the host answers messages. `wake` is called from the thread after each task.
+    """
 
     def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
-        """Start the thread, see `Executor.in_background`."""
+        """Start the thread."""
         self._executor, self._wake = executor, wake
         self._tasks: queue.SimpleQueue[tasks.Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tasks.Result] = queue.SimpleQueue()
@@ -160,7 +153,10 @@ class Background:
             found.append(self._results.get())
         return found
 
-    def close(self) -> None:
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the thread after its running task; wait `CLOSE` or `CLOSE_TOGETHER` for it."""
         self._tasks.put(None)
         self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)

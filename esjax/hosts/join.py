@@ -14,7 +14,7 @@ import optax
 from esjax.devices.mesh import kind_of
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
-from esjax.hosts.executor import Executor
+from esjax.hosts.executor import Background, Executor
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
@@ -133,7 +133,7 @@ def _take_part(
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
-        background = stack.enter_context(executor.in_background(transport.wake))
+        background = stack.enter_context(Background(executor, transport.wake))
         left_at = float("inf")
         listening = 0
         was_in = False

@@ -14,7 +14,7 @@ import optax
 from esjax.config.custom_names import identities
 from esjax.config.settings import Config, replace
 from esjax.data.corpus import Corpus, load_corpus, locate_text
-from esjax.data.delivery import pack_text
+from esjax.data.delivery import hash_bytes, pack_text
 from esjax.data.packing import check_stream
 from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
@@ -22,7 +22,7 @@ from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Snapshot, Terms, hash_bytes
+from esjax.hosts.protocol.actions import Snapshot, Terms
 from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback

@@ -20,14 +20,14 @@ from storms import Sent, body_of, near, one_of_each, spans, volume
 from wire_strategies import Strategy
 
 from esjax.config.settings import Config
+from esjax.data.delivery import hash_bytes
 from esjax.exchange import update_record
-from esjax.exchange.update_record import Span
+from esjax.exchange.update_record import Span, without
 from esjax.exchange.values import SLOT_PAIRS, LossExchange, SumExchange
 from esjax.hosts.protocol import scoring as scoring_module
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import hash_bytes
 from esjax.hosts.protocol.request_channel import BACK_OFF, BACK_OFF_LONGEST, DEAF, TIMEOUT
-from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring, without
+from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring
 from esjax.hosts.protocol.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.protocol.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.protocol.wire import Envelope

@@ -1,9 +1,8 @@
 """The inputs of the coordinator, and the actions that it asks its caller to carry out."""
 
-import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from esjax.config.custom_names import CODE, OPTIONS, SHOWN
+from esjax.config.custom_names import describe_difference
 from esjax.exchange.values import Exchange, LossExchange
 from esjax.hosts.protocol.wire import Envelope, Join, Message
 
@@ -55,26 +54,7 @@ class Terms(NamedTuple):
                 f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
                 "of JAX; install the same one, or use es.noise rademacher"
             )
-        return self._objection_to(dict(join.custom))
-
-    def _objection_to(self, custom: dict[str, str]) -> str:
-        """Return why a host with these custom parts cannot take part, or "".
-
-        Parts are compared by name, and by the hash of their file where both sides have one.
-        """
-        wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.custom, custom))
-        if names != wanted:
-            needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no custom parts"
-            options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
-            return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
-        for kind, name in wanted.items():
-            theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (custom, self.custom))
-            if theirs and ours and theirs != ours:
-                return (
-                    f"the file of this host's {kind} {name} (SHA-256 {theirs[:SHOWN]}) is not the coordinator's "
-                    f"({ours[:SHOWN]}); copy that one here"
-                )
-        return ""
+        return describe_difference(self.custom, dict(join.custom))
 
 
 class Publish(NamedTuple):
@@ -147,8 +127,3 @@ class Outbox:
         """Return the actions since the last call."""
         actions, self._actions = self._actions, []
         return actions
-
-
-def hash_bytes(data: bytes) -> str:
-    """Return the hash, in hex digits, by which data sent in parts is checked."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from esjax.config.settings import Config
+from esjax.data.delivery import hash_bytes
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store, hash_bytes
+from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store
 from esjax.hosts.protocol.registry import STRIKES, Host, Registry
 
 GRACE = 30.0

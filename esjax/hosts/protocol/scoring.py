@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esjax.exchange.update_record import SPAN_LIMIT, Span
+from esjax.exchange.update_record import SPAN_LIMIT, Span, without
 from esjax.exchange.values import MAX_REQUEST, Exchange, Values
 
 SLICE = 0.25
@@ -136,17 +136,3 @@ class Scoring:
         """Drop the values that the coordinator has received."""
         self._parts = self._parts[self._offered :]
         self._offered = 0
-
-
-def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
-    """Return the spans without the pairs in `taken`."""
-    left = list(spans)
-    for first, count in taken:
-        end = first + count
-        left = [
-            piece
-            for one, size in left
-            for piece in ((one, min(one + size, first) - one), (max(one, end), one + size - max(one, end)))
-            if piece[1] > 0
-        ]
-    return left

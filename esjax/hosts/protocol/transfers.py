@@ -5,10 +5,10 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
-from esjax.data.delivery import PackedText
+from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange.update_record import is_update
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import History, Snapshot, hash_bytes
+from esjax.hosts.protocol.actions import History, Snapshot
 from esjax.hosts.protocol.wire import Envelope, Message
 
 PENDING = 64

@@ -16,18 +16,9 @@ from typing import NamedTuple
 import zmq
 
 from esjax.errors import EsjaxError
+from esjax.hosts.transport import sockets
 from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.keys import Token
-from esjax.hosts.transport.sockets import (
-    BATCH,
-    LINGER,
-    QUEUE,
-    Limits,
-    Watched,
-    check_curve,
-    open_socket,
-    take_message,
-)
 
 REFUSALS = 5
 """Handshakes in a row that the other side breaks off before this counts as a refusal."""
@@ -44,7 +35,7 @@ class Received(NamedTuple):
 class ClientTransport:
     """A host's side. Only `poll` and `close` block. A broken connection is opened again, at growing intervals."""
 
-    def __init__(self, address: str, *, token: Token | None, limits: Limits) -> None:
+    def __init__(self, address: str, *, token: Token | None, limits: sockets.Limits) -> None:
         """Begin to connect; the coordinator may start later.
 
         Args:
@@ -71,7 +62,7 @@ class ClientTransport:
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._context = zmq.Context()
-        self._links: dict[int, Watched] = {}
+        self._links: dict[int, sockets.Watched] = {}
         try:
             self.reconnect()
         except BaseException:
@@ -123,7 +114,7 @@ class ClientTransport:
             self._send_request()
             reply = self._receive(zmq.REQ)
             broadcasts = []
-            for _ in range(BATCH):
+            for _ in range(sockets.BATCH):
                 broadcast = self._receive(zmq.SUB)
                 if broadcast is None:
                     break
@@ -141,7 +132,7 @@ class ClientTransport:
         for link in self._links.values():
             link.close()
         self._links.clear()
-        self._context.destroy(linger=LINGER)
+        self._context.destroy(linger=sockets.LINGER)
         self._waker.close()
         self._woken.close()
 
@@ -169,13 +160,13 @@ class ClientTransport:
             # IMMEDIATE: requests wait here, where a newer one replaces them, until the coordinator is connected.
             options |= {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.SNDHWM: 1}
         else:
-            options |= {zmq.RCVHWM: QUEUE}
-        connected = open_socket(self._context, kind, self._limits, options)
-        self._links[kind] = Watched(connected, zmq.EVENT_ALL)
+            options |= {zmq.RCVHWM: sockets.QUEUE}
+        connected = sockets.open_socket(self._context, kind, self._limits, options)
+        self._links[kind] = sockets.Watched(connected, zmq.EVENT_ALL)
         if kind == zmq.SUB:
             connected.setsockopt(zmq.SUBSCRIBE, b"")
         if self._token is not None:
-            check_curve()
+            sockets.check_curve()
             try:
                 connected.setsockopt_string(zmq.CURVE_SERVERKEY, self._token.server_key)
                 connected.setsockopt_string(zmq.CURVE_PUBLICKEY, self._token.public_key)
@@ -195,7 +186,7 @@ class ClientTransport:
         """Return a message; None if there is none, or if it has too many frames."""
         if kind not in self._links or not self._links[kind].socket.poll(0):  # a REQ without a request must not be read
             return None
-        frames = take_message(self._links[kind].socket, self._limits.frames)
+        frames = sockets.take_message(self._links[kind].socket, self._limits.frames)
         return None if frames is None or len(frames) > self._limits.frames else [frame.bytes for frame in frames]
 
     def _shake_hands(self, kind: int, event: int, value: int) -> None:
