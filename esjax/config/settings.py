@@ -326,6 +326,11 @@ class Config(Section):
     hosts: HostsConfig = HostsConfig()
     model: ModelConfig = GruConfig()
 
+    @property
+    def tokens_per_pair(self) -> int:
+        """Member-tokens that are scored for a pair."""
+        return self.es.members_per_pair * self.data.batch_size * self.data.window
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")

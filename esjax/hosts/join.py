@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import optax
 
+from esjax.devices.mesh import kind_of
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
-from esjax.hosts.executor import Executor
-from esjax.hosts.noise_fingerprint import describe_devices, kind_of, noise_fingerprints
+from esjax.hosts.executor import Background, Executor
+from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.transport.client import ClientTransport
@@ -26,6 +27,7 @@ from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.signals import STOPPING, stop_on_signals
+from esjax.watch.summary import describe_kinds
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
@@ -132,8 +134,8 @@ def _take_part(
     now = time.monotonic()
     worker = Worker(
         name,
-        describe_devices(devices)[:128],
-        kind_of(devices),
+        f"{describe_kinds(devices)}, {platform.node()}"[:128],
+        kind_of(devices[0]),
         noise_fingerprints(),
         custom.identities(),
         now=now,
@@ -148,7 +150,7 @@ def _take_part(
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
-        background = stack.enter_context(executor.in_background(transport.wake))
+        background = stack.enter_context(Background(executor, transport.wake))
         left_at = float("inf")
         listening = 0
         was_in = False
