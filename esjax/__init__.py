@@ -15,8 +15,11 @@ A run trains a language model on your text, on one machine or many:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from esjax.config import models as _models
+from esjax.config.models import *  # noqa: F403 (the settings of each architecture)
+
 if TYPE_CHECKING:
-    from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig, OptimConfig, RnnConfig
+    from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
         Noise,
         Shaped,
@@ -58,7 +61,6 @@ __all__ = [
     "EsConfig",
     "EsjaxError",
     "Evaluation",
-    "GruConfig",
     "Hosts",
     "HostsConfig",
     "LoadedRun",
@@ -69,7 +71,6 @@ __all__ = [
     "OptimConfig",
     "Outcome",
     "Replayed",
-    "RnnConfig",
     "Server",
     "Shaped",
     "StepInfo",
@@ -107,6 +108,7 @@ __all__ = [
     "train",
     "value_and_grad",
 ]
+__all__ += _models.__all__
 
 _HOME = {
     "Evaluation": "inference.language_model",

@@ -16,30 +16,13 @@ import numpy as np
 
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
-from esjax.data.delivery import PackedText
+from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
-from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL, conclude
+from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 from esjax.exchange.values import make_exchange
-from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms, hash_bytes
+from esjax.hosts.protocol import tasks, wire
+from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms
 from esjax.hosts.protocol.coordinator import Coordinator
-from esjax.hosts.protocol.tasks import (
-    Apply,
-    Build,
-    Built,
-    Done,
-    Failed,
-    Load,
-    Measure,
-    Result,
-    Score,
-    Scored,
-    TakeDigest,
-    TakeSnapshot,
-    Task,
-    UseBlock,
-    Value,
-)
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
 
@@ -114,7 +97,7 @@ def next_state(state: bytes, update: bytes) -> bytes:
 
 
 def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
-    """Score pairs, with numbers between 2 and 3 that nobody could guess."""
+    """Score pairs, with numbers between 2 and 3 that cannot be guessed."""
     start = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), "little")
     x: np.ndarray = (pairs.astype(np.uint64)[:, None] * 2 + np.arange(2, dtype=np.uint64)) + np.uint64(start)
     with np.errstate(over="ignore"):  # splitmix64
@@ -157,7 +140,7 @@ def body_of(values: np.ndarray) -> bytes:
 def check_updates(
     updates: Sequence[bytes], config: Config, twist: Twist | None = None, state: bytes = FIRST_STATE
 ) -> None:
-    """See that each update is what honest losses of the pairs that it names come to, beginning with a state."""
+    """Check that each update follows from honest losses of the pairs that it names, beginning with a state."""
     for step, payload in enumerate(updates, step_of(state)):
         header = update_record.unpack_update(payload).header
         assert header.step == step
@@ -165,7 +148,8 @@ def check_updates(
         numbers: np.ndarray
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
-            scale, loss, void_pairs, trouble = conclude(numbers, sum(count for _, count in header.spans), SCALE)
+            concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
+            _, scale, loss, void_pairs, trouble = concluded
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
@@ -208,37 +192,37 @@ class Device:
     def step(self) -> int:
         return step_of(self.state)
 
-    def do(self, task: Task) -> tuple[Result, float]:
+    def do(self, task: tasks.Task) -> tuple[tasks.Result, float]:
         """Do a task; return the result and the seconds that it takes."""
-        if isinstance(task, Build):
+        if isinstance(task, tasks.Build):
             if task.text != TEXT or task.text_digest != hash_bytes(TEXT):
-                return Failed("the text has another hash"), 0.0
-            return Built(self.device_batch), self.compile_seconds
-        if isinstance(task, Load):
+                return tasks.Failed("the text has another hash"), 0.0
+            return tasks.Built(self.device_batch), self.compile_seconds
+        if isinstance(task, tasks.Load):
             self.state = task.snapshot[:STATE_BYTES]
             self.loaded.append(self.step)
-            return Done(self.step), self.load_seconds
-        if isinstance(task, UseBlock):
+            return tasks.Done(self.step), self.load_seconds
+        if isinstance(task, tasks.UseBlock):
             self.block = task.tokens
-        elif isinstance(task, Apply):
+        elif isinstance(task, tasks.Apply):
             for update in task.updates:
                 assert update_record.unpack_update(update).header.step == self.step, "an update out of order"
                 self.made.append(self.step)
                 self.state = next_state(self.state, update)
-            return Done(self.step, 1.0, 2.0), 0.001
-        elif isinstance(task, Score):
+            return tasks.Done(self.step, 1.0, 2.0), 0.001
+        elif isinstance(task, tasks.Score):
             pairs = update_record.pairs_of(task.spans)
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
             seconds = len(pairs) / self.speed
-            return Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
-        elif isinstance(task, TakeDigest):
-            return Value(hash_state(self.state)), 0.001
-        elif isinstance(task, TakeSnapshot):
-            return Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
-        elif isinstance(task, Measure):
-            return Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
-        return Done(self.step), 0.001
+            return tasks.Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
+        elif isinstance(task, tasks.TakeDigest):
+            return tasks.Value(hash_state(self.state)), 0.001
+        elif isinstance(task, tasks.TakeSnapshot):
+            return tasks.Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
+        elif isinstance(task, tasks.Measure):
+            return tasks.Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
+        return tasks.Done(self.step), 0.001
 
 
 class Host:
@@ -257,7 +241,7 @@ class Host:
         self.asked = 0  # number of the last request
         self.phases: list[str] = []
         self._sim = sim
-        self._done: list[Result] = []
+        self._done: list[tasks.Result] = []
         settings: dict[str, Any] = {
             "device": "fake",
             "kind": "fake",
@@ -293,7 +277,7 @@ class Host:
         if not self.phases or self.phases[-1] != worker.phase:
             self.phases.append(worker.phase)
 
-    def _finish(self, result: Result) -> None:
+    def _finish(self, result: tasks.Result) -> None:
         self._done.append(result)
         self.go(self._sim.now)
 
@@ -310,7 +294,7 @@ class Simulation:
         ledger: What was recorded: steps and updates.
         digests: What was recorded beside: steps and digests.
         checkpoints: Every snapshot that was stored.
-        lines: What was told.
+        lines: What was printed.
         fate: What becomes of each message.
         log: Every message that was sent, with its time, direction and host.
     """
@@ -334,7 +318,7 @@ class Simulation:
         self.store_fails = False
         self.revoked: set[str] = set()
         self.text = TEXT
-        self.epoch = 0
+        self.incarnation = 0
         self.measured = False  # whether a held-out loss is kept when it starts
         self.snapshot_bytes = snapshot_bytes
         self._seed = seed
@@ -361,14 +345,14 @@ class Simulation:
 
     def start(self) -> None:
         """Start the coordinator, or start it again from what was kept."""
-        self.epoch += 1
+        self.incarnation += 1
         data = self.config.data
         block = None if data.block_tokens is None else (lambda number: bytes([number % 256]) * 64)
         self.coordinator = Coordinator(
             self.config,
             Terms(
                 RUN,
-                self.epoch,
+                self.incarnation,
                 QUANTUM,
                 100,
                 FINGERPRINTS,
@@ -379,7 +363,7 @@ class Simulation:
             ),
             step=len(self.ledger),
             now=self.now,
-            rng=np.random.default_rng([self._seed, self.epoch]),
+            rng=np.random.default_rng([self._seed, self.incarnation]),
             text=PackedText(self.text, len(self.text), hash_bytes(self.text)),
             snapshot=self.checkpoints[-1],
             history=_History(self.ledger),
@@ -504,7 +488,7 @@ class Simulation:
         """List the messages of a kind that were sent, from or to a host."""
         return [message for _, _, name, message in self.log if isinstance(message, kind) and host in (None, name)]
 
-    def told(self, words: str) -> bool:
+    def printed(self, words: str) -> bool:
         return any(words in line for line in self.lines)
 
 

@@ -16,7 +16,7 @@ from esjax.hosts.protocol.tasks import Apply, Done, Failed
 from esjax.hosts.protocol.worker import Worker
 
 NOW = 0.0
-"""The time: it stands still, since nobody can be late or lost."""
+"""The time stands still: no host can be late or lost."""
 
 NO_TEXT = PackedText(b"", 0, "")
 """The replica has the text already."""
@@ -49,7 +49,7 @@ class Taken(NamedTuple):
     """A step that was taken.
 
     Attributes:
-        closed: What came of the losses.
+        closed: Result of the losses.
         gradient_norm: Norm of the estimate; 0 for a void step.
         update_norm: Norm of the update; 0 for a void step, not finite if it was not made.
     """
@@ -76,7 +76,7 @@ class Loopback:
         Args:
             config: Settings.
             executor: Does the tasks; it has a replica.
-            custom: Names of the run's own model, loss or reward, and optimizer.
+            custom: Names of the custom model, loss or reward, and optimizer.
             record: Called with the step and the bytes of an update before it is made.
             block: Gives a block of tokens as bytes, if the text is too large for the replica.
         """
@@ -84,7 +84,7 @@ class Loopback:
         step = int(replica.state.step)
         terms = Terms(
             run="",
-            epoch=1,
+            incarnation=1,
             quantum=replica.chunk_pairs,
             vocab_size=0,
             fingerprints={},

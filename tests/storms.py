@@ -30,17 +30,17 @@ def spans() -> Strategy:
     return st.lists(st.tuples(first, count), max_size=4)
 
 
-def requests(sessions: list[int], step: int, epoch: int) -> Strategy:
+def requests(sessions: list[int], step: int, incarnation: int) -> Strategy:
     """Make requests, and how to choose their bodies.
 
     Args:
         sessions: Those that may be named; one that does not exist should be among them.
         step: Step that is being scored.
-        epoch: Of the coordinator.
+        incarnation: Of the coordinator.
     """
     fields: dict[str, Strategy] = {
         "session": st.sampled_from(sessions),
-        "epoch": near(epoch),
+        "incarnation": near(incarnation),
         "step": near(step),
         "spans": spans(),
         "name": st.sampled_from(["mad", "mad, too", ""]),

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 import esjax
+from esjax.config.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,8 +46,12 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
 def test_every_public_name_is_described(name: str) -> None:
     """Settings in their tables, all else in the reference, where it is at home."""
     home = getattr(esjax, name).__module__
+    tables = (ROOT / "docs/_ext/settings_tables.py").read_text()
     if home == "esjax.config.settings":
-        assert f"config.{name}," in (ROOT / "docs/_ext/settings_tables.py").read_text()
+        assert f"config.{name}," in tables
+    elif home == "esjax.config.models":
+        assert getattr(esjax, name) in MODELS.values()
+        assert "for name, kind in MODELS.items()" in tables
     else:
         assert re.search(rf"^\.\. auto\w+:: esjax\.{name}$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
 

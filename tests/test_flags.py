@@ -13,7 +13,8 @@ from jaxtyping import Array
 
 import esjax
 from esjax import flags
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.core.seeds import key_of
 from esjax.core.signs import draw
 from esjax.errors import EsjaxError

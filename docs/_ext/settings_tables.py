@@ -10,15 +10,16 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from esjax.config import settings as config
+from esjax.config.models import MODELS
+from esjax.config.section import Section
 
-SECTIONS = {
+SECTIONS: dict[str, type[Section]] = {
     "": config.Config,
     "data": config.DataConfig,
     "es": config.EsConfig,
     "optim": config.OptimConfig,
     "hosts": config.HostsConfig,
-    "model (gru)": config.GruConfig,
-    "model (rnn)": config.RnnConfig,
+    **{f"model ({name})": kind for name, kind in MODELS.items()},
 }
 
 
@@ -30,7 +31,7 @@ class Settings(SphinxDirective):
         return [section_of(prefix, section) for prefix, section in SECTIONS.items()]
 
 
-def section_of(prefix: str, section: type[config.Section]) -> nodes.section:
+def section_of(prefix: str, section: type[Section]) -> nodes.section:
     """Build the list of a group."""
     title = prefix or "the run"
     found = nodes.section(ids=[nodes.make_id(f"settings {title}")])
@@ -51,7 +52,7 @@ def section_of(prefix: str, section: type[config.Section]) -> nodes.section:
     return found
 
 
-def fields_of(section: type[config.Section]) -> Iterator[tuple[str, str, str, str]]:
+def fields_of(section: type[Section]) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, type, default and docstring of each setting that is no group itself."""
     tree = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(tree, ast.ClassDef)
@@ -61,7 +62,7 @@ def fields_of(section: type[config.Section]) -> Iterator[tuple[str, str, str, st
                 yield name, ast.unparse(kind), repr(default_of(section, name)), " ".join(words.split())
 
 
-def default_of(section: type[config.Section], name: str) -> Any:
+def default_of(section: type[Section], name: str) -> Any:
     """Return the default of a setting."""
     return getattr(section(), name)
 

@@ -71,7 +71,7 @@ class Serve:
         # A coordinator holds no weights, so it leaves accelerators to the hosts.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
-        from esjax.hosts.serve import resume_serving, serve
+        from esjax.hosts.serve import resume_serving_with, serve_with
 
         tell = teller(console)
         where: Any = {
@@ -80,13 +80,14 @@ class Serve:
             "plain_text_anywhere": self.plain_text_anywhere,
             "trackers": self.watching.trackers(tell),
             "tell": tell,
-            **self.custom.given(),
         }
+        custom = self.custom.load()
         if self.resume is None:
-            server = serve(self.settings, new_folder(self.out), **where)
+            server = serve_with(custom, self.settings, new_folder(self.out), **where)
         else:
             text = self.settings.data.text
-            server = resume_serving(
+            server = resume_serving_with(
+                custom,
                 self.resume,
                 steps=self.settings.steps,
                 seconds=self.settings.seconds,
@@ -136,12 +137,11 @@ class Join:
             raise EsjaxError(f"lifetime must be above 0, got {self.lifetime}")
         prepare(self.distributed)
         from esjax.hosts.executor import TASKS
-        from esjax.hosts.join import join
-
-        custom: Any = self.custom.given()
+        from esjax.hosts.join import join_with
 
         try:
-            join(
+            join_with(
+                self.custom.load(),
                 self.address,
                 token_file=self.token_file,
                 name=self.name,
@@ -149,7 +149,6 @@ class Join:
                 patience=self.patience,
                 stay=self.stay,
                 tell=teller(console),
-                **custom,
             )
         except EsjaxError as error:
             teller(console)(f"error: {error}")
@@ -235,10 +234,9 @@ class Replay:
     def run(self, console: Console) -> None:
         """Print the result; exit with 1 unless at least one digest was compared and all agree."""
         prepare()
-        from esjax.training.replay import replay
+        from esjax.training.replay import replay_with
 
-        custom: Any = self.custom.given()
-        found = replay(self.run_folder, tell=teller(console), **custom)
+        found = replay_with(self.custom.load(), self.run_folder, tell=teller(console))
         print(found.summary())
         sys.exit(0 if found.agrees else 1)
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import CustomModelOption, Moved, Run, prepare, teller
+from esjax.cli.shared import ModelOption, Moved, Run, prepare, teller
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Evaluate:
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 
-    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
+    model: ModelOption = None
+    """New place of the run's custom model, if its file was moved."""
 
     def run(self, console: Console) -> None:
         """Print the scores."""
@@ -41,7 +42,7 @@ class Evaluate:
         from esjax.runs.folder import json_line
 
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell, **self.custom.given())
+        loaded = load(self.run_folder, tell=tell, model=self.model)
         for kind in loaded.custom.keys() & {"loss", "reward"}:
             tell(f"trained for the {kind} {loaded.custom[kind]}; below is how well it predicts the text")
         evaluation = loaded.evaluate(self.text, self.split)
@@ -83,7 +84,8 @@ class Tune:
     repeats: int | None = None
     """Steps over which each setting is measured; more steps show smaller differences. None: 8."""
 
-    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
+    model: ModelOption = None
+    """New place of the run's custom model, if its file was moved."""
 
     text: Moved = None
     """New place of the run's text, which must be unchanged. None: the place in its settings."""
@@ -94,7 +96,6 @@ class Tune:
         from esjax.tuning.sigma import DISCOUNTS, REPEATS, SIGMAS, tune
 
         tried = []
-        custom: Any = self.custom.given()
         for one in tune(
             self.run_folder,
             sigmas=self.sigma or SIGMAS,
@@ -103,7 +104,7 @@ class Tune:
             repeats=REPEATS if self.repeats is None else self.repeats,
             text=self.text,
             tell=teller(console),
-            **custom,
+            model=self.model,
         ):
             tried.append(one)
             discount = "" if one.discount is None else f"  discount {one.discount:<5g}"
@@ -164,7 +165,8 @@ class Generate:
     count: int = 1
     """Number of texts."""
 
-    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
+    model: ModelOption = None
+    """New place of the run's custom model, if its file was moved."""
 
     def run(self, console: Console) -> None:
         """Print the texts."""
@@ -179,7 +181,7 @@ class Generate:
         if not all(map(is_symbol, self.prompt)):
             raise EsjaxError("the prompt is not UTF-8 text")
         tell = teller(console)
-        loaded = load(self.run_folder, tell=tell, **self.custom.given())
+        loaded = load(self.run_folder, tell=tell, model=self.model)
         unknown = loaded.vocabulary.unknown(self.prompt)
         if unknown:
             tell(f"not in the model's vocabulary, read as unknown: {' '.join(map(repr, unknown))}")

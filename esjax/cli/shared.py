@@ -21,6 +21,7 @@ from esjax.terminal import has_cursor
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
+    from esjax.models.custom import Custom
     from esjax.training.run import Trainer
     from esjax.watch.tracking import Tracker
 
@@ -37,6 +38,8 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 
 Moved = Annotated[str | None, tyro.conf.arg(name="data.text")]
+
+ModelOption = Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")]
 
 
 @PATHS.primitive_rule
@@ -85,22 +88,10 @@ class Watching:
 
 
 @dataclass(frozen=True)
-class CustomModelOption:
-    """Option of the commands that use the weights of a run."""
-
-    model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
-    """New place of the run's custom model, if its file was moved."""
-
-    def given(self) -> dict[str, str]:
-        """Return the options that were given, as keyword arguments."""
-        return {kind: value for kind, value in vars(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class CustomOptions(CustomModelOption):
+class CustomOptions:
     """Options for custom parts, of the commands that train. See docs/extending.md."""
 
-    model: Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")] = None
+    model: ModelOption = None
     """Custom model: a function that takes the number of token ids and returns an esjax.Model. The file is executed as
     Python, so it must be trusted."""
 
@@ -112,6 +103,12 @@ class CustomOptions(CustomModelOption):
 
     optimizer: Annotated[str | None, tyro.conf.arg(name="optim.custom", metavar="PATH.py:FUNCTION")] = None
     """Custom optimizer: a function without arguments that returns an optax transformation."""
+
+    def load(self) -> "Custom":
+        """Load the custom parts that are given, after `prepare`."""
+        from esjax.models.custom_code import load_custom
+
+        return load_custom(model=self.model, loss=self.loss, reward=self.reward, optimizer=self.optimizer)
 
 
 def prepare(processes: str | None = None) -> None:

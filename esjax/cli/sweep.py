@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -87,18 +87,18 @@ class Sweep:
         if self.workers or self.bind:  # the coordinator leaves accelerators to the hosts
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
-        from esjax.tuning.sweep import TABLE, resume_sweep, sweep
+        from esjax.tuning.sweep import TABLE, resume_sweep_with, sweep_with
 
         def show_run(run: "Trainer | Server") -> None:
             show(run, console)
 
         hosts = self._hosts()
-        custom: Any = self.custom.given()
+        custom = self.custom.load()
         if self.resume is None:
             out = new_folder(self.out, "sweeps")
-            grid = sweep(axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell, **custom)
+            grid = sweep_with(custom, axes, self.settings, out=out, hosts=hosts, show=show_run, tell=tell)
         else:
-            grid = resume_sweep(self.resume, hosts=hosts, show=show_run, tell=tell, **custom)
+            grid = resume_sweep_with(custom, self.resume, hosts=hosts, show=show_run, tell=tell)
         again = command_line("esjax", "sweep", "--resume", grid.path)
         try:
             for _ in grid:

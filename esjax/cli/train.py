@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -53,26 +53,26 @@ class Train:
             raise EsjaxError("workers and distributed are two ways to train with several processes; give one of them")
         prepare(self.distributed)
         out = new_folder(self.out)
-        custom: Any = self.custom.given()
+        custom = self.custom.load()
         tell = teller(console)
         trackers = self.watching.trackers(tell)
         if self.workers:
             from esjax.hosts.local import local_workers
-            from esjax.hosts.serve import serve
+            from esjax.hosts.serve import serve_with
 
-            server = serve(self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell, **custom)
+            server = serve_with(custom, self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell)
             server.while_open = lambda: local_workers(
                 server.address,
                 self.workers,
                 server.folder.path,
-                given=server.custom.words(),
+                given=custom.words(),
                 oversubscribe=self.oversubscribe,
             )
             show(server, console)
             return
-        from esjax.training.run import train
+        from esjax.training.run import train_with
 
-        run = train(self.settings, out, trackers=trackers, tell=tell, **custom)
+        run = train_with(custom, self.settings, out, trackers=trackers, tell=tell)
         show(run, console)
         if run.folder is not None:
             _show_sample(run, console)
@@ -104,19 +104,18 @@ class Resume:
     def run(self, console: Console) -> None:
         """Train until a limit or Ctrl-C."""
         prepare()
-        from esjax.training.run import resume
+        from esjax.training.run import resume_with
 
         tell = teller(console)
         trackers = self.watching.trackers(tell)
-        custom: Any = self.custom.given()
-        trainer = resume(
+        trainer = resume_with(
+            self.custom.load(),
             self.run_folder,
             steps=self.steps,
             seconds=self.seconds,
             text=self.text,
             trackers=trackers,
             tell=tell,
-            **custom,
         )
         show(trainer, console)
         _show_sample(trainer, console)

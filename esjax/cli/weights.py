@@ -1,13 +1,13 @@
 """The commands export and import."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import CustomModelOption, Run, command_line, new_folder, prepare, teller
+from esjax.cli.shared import ModelOption, Run, command_line, new_folder, prepare, teller
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Export:
     out: Path | None = None
     """File to write. None: the path of the run folder plus the suffix."""
 
-    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
+    model: ModelOption = None
+    """New place of the run's custom model, if its file was moved."""
 
     def run(self, console: Console) -> None:
         """Write the files and print their paths."""
         prepare()
         from esjax.weights.files import export
 
-        for file in export(self.run_folder, self.out, self.format, tell=teller(console), **self.custom.given()):
+        for file in export(self.run_folder, self.out, self.format, tell=teller(console), model=self.model):
             print(file)
 
 
@@ -55,7 +56,8 @@ class Import:
     out: Path | None = None
     """Run folder to make. None: a new folder in runs/, named by date and time."""
 
-    custom: Annotated[CustomModelOption, tyro.conf.arg(name="")] = field(default_factory=CustomModelOption)
+    model: ModelOption = None
+    """New place of the run's custom model, if its file was moved."""
 
     def run(self, console: Console) -> None:
         """Make the folder."""
@@ -63,7 +65,7 @@ class Import:
         from esjax.weights.files import import_weights
 
         out = new_folder(self.out)
-        import_weights(self.weights, out, characters=self.chars, **self.custom.given())
+        import_weights(self.weights, out, characters=self.chars, model=self.model)
         print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
         teller(console)(
             f"kept in {out}; the line above scores it on your text, {command_line('esjax', 'generate', out)} generates "

@@ -53,6 +53,26 @@ def identities(names: Mapping[str, str], code: Mapping[str, Code]) -> dict[str, 
     return {**names, **{f"{kind}{CODE}": one.digest for kind, one in code.items()}}
 
 
+def describe_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """Return why a host cannot take part whose custom parts are `theirs`, see `identities`, or "".
+
+    Parts are compared by name, and by the hash of their file where both sides have one.
+    """
+    wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (ours, theirs))
+    if names != wanted:
+        needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no custom parts"
+        options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
+        return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
+    for kind, name in wanted.items():
+        was, found = (one.get(f"{kind}{CODE}", "") for one in (ours, theirs))
+        if was and found and was != found:
+            return (
+                f"the file of this host's {kind} {name} (SHA-256 {found[:SHOWN]}) is not the coordinator's "
+                f"({was[:SHOWN]}); copy that one here"
+            )
+    return ""
+
+
 def unused_settings(kinds: Iterable[str], names: Iterable[str]) -> list[str]:
     """List those of the named settings that have no effect with a custom model or optimizer."""
     instead = [f"{section}." for kind, section in (("model", "model"), ("optimizer", "optim")) if kind in kinds]

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from esjax.config.errors import explain
-from esjax.config.settings import MODELS, VARIANTS, Config
+from esjax.config.models import MODELS
+from esjax.config.settings import VARIANTS, Config
 from esjax.errors import EsjaxError
 
 

@@ -6,12 +6,13 @@ The docstring under each field is its help on the command line and in docs/setti
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from esjax.config.errors import explain, setting_names, wrong_name
+from esjax.config.errors import explain
+from esjax.config.models import MODELS, GruConfig, ModelConfig
+from esjax.config.section import Section, check, check_positive, check_range
 from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
 
@@ -23,98 +24,6 @@ MOST_SUMMED_PAIRS = 2**17
 
 MOST_WEIGHED = 2**24
 """Most pairs of a step, times the rank, whose weighted noise is sure to fit into 32 bits: weights are 127 at most."""
-
-
-class _Kind(msgspec.StructMeta):
-    """Metaclass of groups of settings: turns errors of the constructor into `EsjaxError`.
-
-    msgspec does not call it while it reads a file: it adds the position in the file to a section's ValueError.
-    """
-
-    def __call__(self, *values: Any, **settings: Any) -> Any:
-        for name in settings:
-            if name not in self.__struct_fields__:
-                raise EsjaxError(f"{self.__name__}: {wrong_name(name, setting_names(self()), ())}")
-        try:
-            return super().__call__(*values, **settings)
-        except ValueError as error:
-            raise EsjaxError(str(error)) from error
-
-
-class Section(msgspec.Struct, metaclass=_Kind, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of settings.
-
-    A mapping may stand for a group: `Config(es={"sigma": 0.1})` equals `Config(es=EsConfig(sigma=0.1))`.
-
-    Raises:
-        EsjaxError: A name is unknown, or a value has the wrong type or is out of range.
-    """
-
-    def __post_init__(self) -> None:
-        for field in msgspec.structs.fields(type(self)):
-            value = _plain(getattr(self, field.name))
-            try:
-                msgspec.structs.force_setattr(self, field.name, msgspec.convert(value, field.type))
-            except msgspec.ValidationError as error:
-                said, here = str(error), f"`$.{field.name}"  # its position, seen from this section
-                said = said.replace("`$", here, 1) if "`$" in said else f"{said} - at {here}`"
-                variants = VARIANTS if isinstance(self, Config) else [type(self)()]
-                raise ValueError(explain(ValueError(said), variants, {field.name: value})) from error
-
-
-def _plain(value: Any) -> Any:
-    """Turn numbers of numpy and JAX into Python numbers, also inside mappings."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_positive(section: Section, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _check(value is None or (math.isfinite(value) and value > 0), f"{name} must be above 0 and finite, got {value}")
-
-
-def _check_range(section: Section, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _check(low <= value < high, f"{name} must be at least {low} and below {high}, got {value}")
-
-
-class RnnConfig(Section, tag="rnn", tag_field="name"):
-    """A multiplicative recurrent network (related to Sutskever et al. 2011): several layers update one state."""
-
-    hidden_size: int = 32
-    """Width of the state."""
-
-    n_layers: int = 1
-    """Updates of the state for each token."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, "hidden_size", "n_layers")
-
-
-class GruConfig(Section, tag="gru", tag_field="name"):
-    """A gated recurrent unit (Cho et al. 2014) with a hidden layer before the prediction."""
-
-    hidden_size: int = 32
-    """Width of the state."""
-
-    head_size: int = 64
-    """Width of the hidden layer between the state and the prediction."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, "hidden_size", "head_size")
-
-
-ModelConfig = RnnConfig | GruConfig
 
 
 class DataConfig(Section):
@@ -158,20 +67,20 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "window", "batch_size", "new_tokens_interval", "block_tokens")
-        _check_range(self, 0, 1, "held_out")
-        _check_range(self, 0, math.inf, "burn_in")
-        _check(
+        check_positive(self, "window", "batch_size", "new_tokens_interval", "block_tokens")
+        check_range(self, 0, 1, "held_out")
+        check_range(self, 0, math.inf, "burn_in")
+        check(
             self.block_tokens is None or self.block_tokens >= self.window + self.burn_in,
             f"block_tokens must be at least window + burn_in = {self.window + self.burn_in}, got {self.block_tokens}",
         )
-        _check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
+        check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
         if self.vocabulary == "byte":
-            _check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
-        _check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
+            check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
+        check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
         if self.carry:
-            _check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
-            _check(self.block_tokens is None, "carry reads the whole text in order; leave block_tokens out")
+            check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
+            check(self.block_tokens is None, "carry reads the whole text in order; leave block_tokens out")
 
     @property
     def tokens_before(self) -> int:
@@ -250,10 +159,10 @@ class EsConfig(Section):
     """credit discount: noise on the state is credited with the losses of all later tokens, each multiplied by this
     factor once for every token in between. 0: only the next token counts; 1: all count alike."""
 
-    layer_sigma: dict[str, float] = {}
+    layer_sigma: dict[str, float] = msgspec.field(default_factory=dict)
     """space activation: a different sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
 
-    layer_discount: dict[str, float] = {}
+    layer_discount: dict[str, float] = msgspec.field(default_factory=dict)
     """credit discount: a different discount for some pre-activations, by name."""
 
     output_layer: Literal["auto", "exact", "noise"] = "auto"
@@ -262,52 +171,48 @@ class EsConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "rank", "sigma", "population_size", "time_per_step", "copies")
-        _check(
+        check_positive(self, "rank", "sigma", "population_size", "time_per_step", "copies")
+        check(
             self.chunk_pairs is None or self.chunk_pairs >= 2, f"chunk_pairs must be at least 2, got {self.chunk_pairs}"
         )
-        _check(0 <= self.discount <= 1, f"discount must be from 0 to 1, got {self.discount}")
+        check(0 <= self.discount <= 1, f"discount must be from 0 to 1, got {self.discount}")
         for name, value in self.layer_discount.items():
-            _check(0 <= value <= 1, f"layer_discount must be from 0 to 1, got {value} for {name}")
+            check(0 <= value <= 1, f"layer_discount must be from 0 to 1, got {value} for {name}")
         for name, value in self.layer_sigma.items():
-            _check(
-                math.isfinite(value) and value > 0, f"layer_sigma must be above 0 and finite, got {value} for {name}"
-            )
+            check(math.isfinite(value) and value > 0, f"layer_sigma must be above 0 and finite, got {value} for {name}")
         members = self.members_per_pair
-        _check(
+        check(
             self.population % members == 0,
             f"population_size must be even, got {self.population}"
             if self.space != "activation"
             else f"population_size must be a multiple of copies = {members}, got {self.population}",
         )
         if self.pairing == "split":
-            _check(self.space != "activation", "pairing split is for noise on weights; set pairing to antithetic")
-            _check(
+            check(self.space != "activation", "pairing split is for noise on weights; set pairing to antithetic")
+            check(
                 self.exchange != "sums", "pairing split needs the losses of all pairs; set exchange to losses or auto"
             )
-            _check(self.pairs_per_window >= 2, f"pairs_per_window must be at least 2, got {self.pairs_per_window}")
-            _check(
+            check(self.pairs_per_window >= 2, f"pairs_per_window must be at least 2, got {self.pairs_per_window}")
+            check(
                 self.pairs >= 2,
                 f"pairing split compares pairs: population_size must be at least 4, got {self.pairs * 2}",
             )
         if self.space == "activation":
-            _check(self.noise == "rademacher", "noise on activations is rademacher")
-            _check(
+            check(self.noise == "rademacher", "noise on activations is rademacher")
+            check(
                 self.exchange != "losses", "space activation has a loss for every token; set exchange to sums or auto"
             )
         elif self.exchange == "sums":
-            _check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
-            _check(
-                self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}"
-            )
+            check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
+            check(self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}")
         if self.space == "activation" or self.exchange == "sums":
-            _check(
+            check(
                 self.pairs <= MOST_SUMMED_PAIRS,
                 f"exchange sums takes at most {MOST_SUMMED_PAIRS} pairs a step, got {self.pairs}",
             )
         is_bounded = self.time_per_step is None or self.exchange == "sums"
         if self.space == "low_rank" and self.noise == "rademacher" and is_bounded:
-            _check(
+            check(
                 self.rank * self.pairs_with_room <= MOST_WEIGHED,
                 f"rank times the pairs of a step must be at most {MOST_WEIGHED}, so that sums fit into 32 bits, got "
                 f"{self.rank} * {self.pairs_with_room}; lower rank or population_size, or set space to full",
@@ -408,10 +313,10 @@ class OptimConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "learning_rate", "decay_steps", "eps")
-        _check_range(self, 0, 1, "beta1", "beta2", "momentum")
-        _check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
-        _check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
+        check_positive(self, "learning_rate", "decay_steps", "eps")
+        check_range(self, 0, 1, "beta1", "beta2", "momentum")
+        check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
 
 
 class HostsConfig(Section):
@@ -425,8 +330,8 @@ class HostsConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "digest_interval")
-        _check(0 <= self.spot_check <= 1, f"spot_check must be from 0 to 1, got {self.spot_check}")
+        check_positive(self, "digest_interval")
+        check(0 <= self.spot_check <= 1, f"spot_check must be from 0 to 1, got {self.spot_check}")
 
 
 class Config(Section):
@@ -459,18 +364,26 @@ class Config(Section):
     hosts: HostsConfig = HostsConfig()
     model: ModelConfig = GruConfig()
 
+    @property
+    def tokens_per_pair(self) -> int:
+        """Member-tokens that are scored for a pair."""
+        return self.es.members_per_pair * self.data.batch_size * self.data.window
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
-        _check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
+        check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
+        check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
         if self.data.carry:
-            _check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")
-            _check(self.es.time_per_step is None, "data.carry needs a fixed population; leave es.time_per_step out")
+            check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")
+            check(self.es.time_per_step is None, "data.carry needs a fixed population; leave es.time_per_step out")
+
+    @classmethod
+    def variants(cls) -> list[Config]:
+        """Return the default settings with each model."""
+        return [cls(model=kind()) for kind in MODELS.values()]
 
 
-MODELS: dict[str, type[ModelConfig]] = {"rnn": RnnConfig, "gru": GruConfig}
-
-VARIANTS = [Config(model=kind()) for kind in MODELS.values()]
+VARIANTS = Config.variants()
 """The default settings with each model."""
 
 # msgspec inspects a class when it first reads one, and crashes if two threads do so at once. Here the import lock

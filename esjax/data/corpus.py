@@ -8,7 +8,7 @@ from jaxtyping import Int32, Integer
 from numpy import ndarray
 
 from esjax.config.settings import Config, DataConfig, replace
-from esjax.data.delivery import token_type
+from esjax.data.delivery import Blocks, token_type
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.data.packing import pack_stream
 from esjax.data.sources import load_documents, locate, split_documents
@@ -59,6 +59,10 @@ class Corpus(NamedTuple):
     def stream(self) -> Integer[ndarray, " length"]:
         """Pack the training documents, in the smallest type that holds their ids: every device has a copy."""
         return pack_stream(self.train).astype(token_type(self.vocabulary.size))
+
+    def blocks(self, seed: int, block_tokens: int | None) -> Blocks | None:
+        """Return the source of the token blocks of a run; None if the run uses none."""
+        return Blocks(self.stream(), self.vocabulary.size, seed, block_tokens) if block_tokens else None
 
     def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
         """Score documents with n-gram models of the training split; returns nats per token by name of the model."""

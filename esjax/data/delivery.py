@@ -70,7 +70,7 @@ def pack_text(stream: Integer[ndarray, " length"], held_out: Sequence[Int32[ndar
             f"the text takes {size:,} bytes, and {MAX_BYTES:,} at most are sent to hosts; set data.block_tokens"
         )
     content = _HEADER.pack(smallest.itemsize, len(stream)) + tokens.astype(smallest).tobytes()
-    return PackedText(bz2.compress(content), size, _hash(content))
+    return PackedText(bz2.compress(content), size, hash_bytes(content))
 
 
 def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPayload:
@@ -94,7 +94,7 @@ def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPay
         raise EsjaxError(f"the text cannot be unpacked: {error}; fetch it again") from error
     if len(content) != size or not decompressor.eof or decompressor.unused_data:
         raise EsjaxError(f"the text does not unpack to the {size:,} bytes that it should have; fetch it again")
-    found = _hash(content)
+    found = hash_bytes(content)
     if found != digest:
         raise EsjaxError(f"the text has the hash {found}, and that of the run has {digest}; fetch it again")
     itemsize, length = _HEADER.unpack_from(content)
@@ -129,7 +129,8 @@ def token_block(
     return stream[start : start + block_tokens]
 
 
-def _hash(content: bytes) -> str:
+def hash_bytes(content: bytes) -> str:
+    """Return the hash by which a text, a state or another large body is checked: BLAKE2b-128, in hexadecimal."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

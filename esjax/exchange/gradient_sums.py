@@ -6,7 +6,6 @@ not depend on which host computed which vector, as long as each vector covers wh
 """
 
 import math
-from typing import NamedTuple
 
 from jaxtyping import Int
 from numpy import ndarray
@@ -30,22 +29,6 @@ HEADROOM = 64
 """Largest gradient of one token that fits, in nats per unit of its leaf; larger ones are clipped."""
 
 
-class Concluded(NamedTuple):
-    """The result of a step's total gradient sum.
-
-    Attributes:
-        scale: Factor that turns the sum into the estimate of the gradient.
-        loss: Mean loss of the finite pairs, in nats per token if the loss is not custom; None: none is finite.
-        void_pairs: Number of pairs with a loss that is not finite.
-        trouble: Why the step is void, or "".
-    """
-
-    scale: float
-    loss: float | None
-    void_pairs: int
-    trouble: str = ""
-
-
 def steps_per_nat(tokens: int) -> float:
     """Choose the resolution of a gradient over `tokens` tokens.
 
@@ -60,21 +43,3 @@ def may_be(total: Int[ndarray, " vector_length"], pairs: int) -> bool:
     """Return whether the tail of a sum over `pairs` pairs is possible: no more pairs than that, no negative sizes."""
     counted, _, differences = map(int, total[-TAIL:])  # losses may be negative: those of a reward are
     return 0 <= counted <= pairs and differences >= 0
-
-
-def conclude(total: Int[ndarray, " vector_length"], pairs: int, scale: float) -> Concluded:
-    """Read the loss, the void pairs and the scale from a step's total.
-
-    Args:
-        total: The sum of the vectors of all pairs of the step.
-        pairs: Number of pairs of the step.
-        scale: Factor that turns the sum into the estimate, times the number of finite pairs.
-    """
-    counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
-    void_pairs = pairs - counted
-    loss = losses / LOSS_STEPS / counted if counted else None
-    if 2 * void_pairs > pairs:
-        return Concluded(0.0, loss, void_pairs, f"{void_pairs} of {pairs} pairs have a loss that is not finite")
-    if not total[:-TAIL].any():
-        return Concluded(0.0, loss, void_pairs, "the two losses of every pair are equal")
-    return Concluded(scale / counted, loss, void_pairs)

@@ -127,6 +127,20 @@ def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:
     )
 
 
+def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """Return the spans without the pairs in `taken`."""
+    left = list(spans)
+    for first, count in taken:
+        end = first + count
+        left = [
+            piece
+            for one, size in left
+            for piece in ((one, min(one + size, first) - one), (max(one, end), one + size - max(one, end)))
+            if piece[1] > 0
+        ]
+    return left
+
+
 def pack_sums(sums: Int[np.ndarray, "spans vector_length"]) -> tuple[Integers, bytes]:
     """Turn gradient sums into bytes: all gradients in the smallest type that holds them, then all tails as int32.
 

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from esjax.config.settings import MOST_SUMMED_PAIRS, EsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
-from esjax.exchange.gradient_sums import LARGEST, TAIL, conclude, may_be
+from esjax.exchange.gradient_sums import LARGEST, LOSS_STEPS, TAIL, may_be
 from esjax.exchange.update_record import (
     SPAN_LIMIT,
     Span,
@@ -237,9 +237,18 @@ class SumExchange:
 
     def conclude(self, values: Sums, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
-        total = np.clip(values[0], -LARGEST, LARGEST)
-        scale, loss, void_pairs, trouble = conclude(total, sum(count for _, count in spans), self._scale)
-        return Conclusion(total[:0] if trouble else total, scale, loss, void_pairs, trouble)
+        total, pairs = np.clip(values[0], -LARGEST, LARGEST), sum(count for _, count in spans)
+        counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
+        loss = losses / LOSS_STEPS / counted if counted else None
+        void_pairs = pairs - counted
+        trouble = ""
+        if 2 * void_pairs > pairs:
+            trouble = f"{void_pairs} of {pairs} pairs have a loss that is not finite"
+        elif not total[:-TAIL].any():
+            trouble = "the two losses of every pair are equal"
+        if trouble:
+            return Conclusion(total[:0], 0.0, loss, void_pairs, trouble)
+        return Conclusion(total, self._scale / counted, loss, void_pairs, "")
 
 
 def pack_conclusion(

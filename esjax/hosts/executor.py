@@ -3,8 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import jax
 import msgspec
@@ -17,23 +16,7 @@ from esjax.devices.mesh import device_failure, local_mesh, whole_mesh
 from esjax.devices.process_group import here, share, share_number
 from esjax.errors import EsjaxError
 from esjax.flags import changed_flags
-from esjax.hosts.protocol.tasks import (
-    Apply,
-    Build,
-    Built,
-    Done,
-    Failed,
-    Load,
-    Measure,
-    Result,
-    Score,
-    Scored,
-    TakeDigest,
-    TakeSnapshot,
-    Task,
-    UseBlock,
-    Value,
-)
+from esjax.hosts.protocol import tasks
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
 from esjax.models.custom import NOTHING_CUSTOM, Custom
@@ -52,7 +35,7 @@ CLOSE, CLOSE_TOGETHER = 1.0, 60.0
 must end together."""
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Task)
+_DECODER = msgspec.msgpack.Decoder(tasks.Task)
 _NOTHING, _END = b"nothing", b"end"
 
 
@@ -67,18 +50,8 @@ class Executor:
         custom: Custom = NOTHING_CUSTOM,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up with a replica, or without one until the task `Build`.
-
-        Args:
-            replica: The replica, if it is built already.
-            vocab_size: Number of token ids of the replica.
-            custom: Model, loss, reward and optimizer for `Build`.
-            tell: Prints a line for the user.
-        """
-        self._replica = replica
-        self._vocab_size = vocab_size
-        self._custom = custom
-        self._tell = tell
+        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`."""
+        self._replica, self._vocab_size, self._custom, self._tell = replica, vocab_size, custom, tell
         self._measure: Callable[[], float | None] = lambda: None
 
     @property
@@ -87,14 +60,14 @@ class Executor:
         assert self._replica is not None
         return self._replica
 
-    def do(self, task: Task) -> Result:
+    def do(self, task: tasks.Task) -> tasks.Result:
         """Run a task. Errors of the run and of the devices are returned as `Failed`, with a reason of one line."""
         try:
-            return self._build(task) if isinstance(task, Build) else self._do(task)
+            return self._build(task) if isinstance(task, tasks.Build) else self._do(task)
         except EsjaxError as error:
-            return Failed(str(error))
+            return tasks.Failed(str(error))
         except jax.errors.JaxRuntimeError as error:
-            return Failed(device_failure(error))
+            return tasks.Failed(device_failure(error))
 
     def follow(self) -> None:
         """Run the tasks that process 0 of the host runs, until it ends; all other processes call this."""
@@ -102,46 +75,30 @@ class Executor:
             if word != _NOTHING:
                 self.do(_DECODER.decode(word))
 
-    @contextmanager
-    def in_background(self, wake: Callable[[], None]) -> Iterator["Background"]:
-        """Run tasks in a thread, in all processes of the host, until the block ends.
-
-        Args:
-            wake: Called from the thread after each task.
-        """
-        background = Background(self, wake)
-        try:
-            yield background
-        finally:
-            background.close()
-
-    def _do(self, task: Task) -> Result:
+    def _do(self, task: tasks.Task) -> tasks.Result:
         replica = self.replica
-        if isinstance(task, Score):
-            started = time.perf_counter()
-            values = replica.score(task.spans)
-            return Scored(values, share_number(time.perf_counter() - started))
-        if isinstance(task, Apply):
-            return self._apply(replica, task)
-        if isinstance(task, Load):
-            replica.state = from_bytes(task.snapshot, replica.state)
-        elif isinstance(task, UseBlock):
-            replica.use_tokens(unpack_block(task.tokens, self._vocab_size))
-        elif isinstance(task, TakeDigest):
-            return Value(digest(replica.state))
-        elif isinstance(task, TakeSnapshot):
-            return Value(to_bytes(replica.state))
-        elif isinstance(task, Measure):
-            return Value(self._measure())
-        return Done(int(replica.state.step))
-
-    def _apply(self, replica: Replica, task: Apply) -> Done:
         norms: tuple[float | None, float | None] = (None, None)
-        for payload in task.updates:
-            norms = replica.update(payload)
-        return Done(int(replica.state.step), *norms)
+        match task:
+            case tasks.Score():
+                started = time.perf_counter()
+                values = replica.score(task.spans)
+                return tasks.Scored(values, share_number(time.perf_counter() - started))
+            case tasks.TakeDigest():
+                return tasks.Value(digest(replica.state))
+            case tasks.TakeSnapshot():
+                return tasks.Value(to_bytes(replica.state))
+            case tasks.Measure():
+                return tasks.Value(self._measure())
+            case tasks.Apply():
+                for payload in task.updates:
+                    norms = replica.update(payload)
+            case tasks.Load():
+                replica.state = from_bytes(task.snapshot, replica.state)
+            case tasks.UseBlock():
+                replica.use_tokens(unpack_block(task.tokens, self._vocab_size))
+        return tasks.Done(int(replica.state.step), *norms)
 
-    def _build(self, task: Build) -> Result:
+    def _build(self, task: tasks.Build) -> tasks.Result:
         if flags := changed_flags():
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
@@ -168,32 +125,38 @@ class Executor:
         measure = make_measure(language_model, config, text.held_out, self._custom.objective)
         if measure:
             self._measure = lambda: measure(here(replica.state.average))
-        return Built(replica.device_batch)
+        return tasks.Built(replica.device_batch)
 
 
 class Background:
-    """A thread that runs one task after another, so that the host answers messages meanwhile."""
+    """A thread that runs one task after another, in all processes of the host; a context manager.
+
+    Meanwhile the host answers messages. `wake` is called from the thread after each task.
+    """
 
     def __init__(self, executor: Executor, wake: Callable[[], None]) -> None:
-        """Start the thread, see `Executor.in_background`."""
+        """Start the thread."""
         self._executor, self._wake = executor, wake
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tasks.Task | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tasks.Result] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True, name=TASKS)
         self._thread.start()
 
-    def give(self, task: Task) -> None:
+    def give(self, task: tasks.Task) -> None:
         """Queue a task."""
         self._tasks.put(task)
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[tasks.Result]:
         """Return the results of the tasks that finished since the last call."""
         found = []
         while not self._results.empty():
             found.append(self._results.get())
         return found
 
-    def close(self) -> None:
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the thread after its running task; wait `CLOSE` or `CLOSE_TOGETHER` for it."""
         self._tasks.put(None)
         self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)
@@ -212,6 +175,6 @@ class Background:
             try:
                 result = self._executor.do(task)
             except Exception as error:  # a custom model may raise anything
-                result = Failed(f"{type(error).__name__}: {str(error)[:300]}")
+                result = tasks.Failed(f"{type(error).__name__}: {str(error)[:300]}")
             self._results.put(result)
             self._wake()

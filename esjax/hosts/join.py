@@ -11,21 +11,23 @@ from pathlib import Path
 import jax
 import optax
 
+from esjax.devices.mesh import kind_of
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
-from esjax.hosts.executor import Executor
-from esjax.hosts.noise_fingerprint import describe_devices, kind_of, noise_fingerprints
+from esjax.hosts.executor import Background, Executor
+from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.signals import STOPPING, stop_on_signals
+from esjax.watch.summary import describe_kinds
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 
@@ -79,10 +81,27 @@ def join(
     Raises:
         EsjaxError: The coordinator refuses the host or cannot be reached, or the devices failed.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    join_with(
+        custom, address, token_file=token_file, name=name, lifetime=lifetime, patience=patience, stay=stay, tell=tell
+    )
+
+
+def join_with(
+    custom: Custom,
+    address: str,
+    *,
+    token_file: str | Path | None = None,
+    name: str | None = None,
+    lifetime: float | None = None,
+    patience: float = 600.0,
+    stay: bool = False,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """`join`, given all custom parts."""
     if stay and jax.process_count() > 1:
         raise EsjaxError("a host of several processes takes part in a single run; leave out stay")
     token = None if token_file is None else load_token(given_path(token_file))
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0
@@ -115,8 +134,8 @@ def _take_part(
     now = time.monotonic()
     worker = Worker(
         name,
-        describe_devices(devices)[:128],
-        kind_of(devices),
+        f"{describe_kinds(devices)}, {platform.node()}"[:128],
+        kind_of(devices[0]),
         noise_fingerprints(),
         custom.identities(),
         now=now,
@@ -131,7 +150,7 @@ def _take_part(
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
-        background = stack.enter_context(executor.in_background(transport.wake))
+        background = stack.enter_context(Background(executor, transport.wake))
         left_at = float("inf")
         listening = 0
         was_in = False

@@ -2,10 +2,9 @@
 
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +14,15 @@ import optax
 from esjax.config.custom_names import identities
 from esjax.config.settings import Config, replace
 from esjax.data.corpus import Corpus, load_corpus, locate_text
-from esjax.data.delivery import Blocks, pack_text
-from esjax.data.packing import check_stream, pack_stream
+from esjax.data.delivery import hash_bytes, pack_text
+from esjax.data.packing import check_stream
 from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Snapshot, Terms, hash_bytes
+from esjax.hosts.protocol.actions import Snapshot, Terms
 from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
@@ -31,23 +30,22 @@ from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
-from esjax.inference.loaded_run import load_run_corpus, restore_run
+from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import to_bytes
-from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
-from esjax.runs.ledger import Ledger
+from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
 from esjax.runs.step_info import Limits, StepInfo
-from esjax.signals import STOPPING, stop_on_signals
-from esjax.watch.summary import describe_run
-from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
-from esjax.watch.tracking import Tracker, Watch
+from esjax.signals import STOPPING
+from esjax.watch.recorded_run import RecordedRun, Recorder
+from esjax.watch.trackers import find_trackers
+from esjax.watch.tracking import Tracker
 
 REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
 """Largest message that a host may send."""
@@ -71,7 +69,7 @@ class _Listen(NamedTuple):
         return cls(address, None if keys is None else given_path(keys), plain_text_anywhere)
 
 
-class Server:
+class Server(RecordedRun):
     """A run that hosts take part in: iterate over it to coordinate them.
 
     Iteration ends at the limits of the settings, or at Ctrl-C or SIGTERM. One of the hosts then makes a last checkpoint
@@ -79,6 +77,7 @@ class Server:
 
     Attributes:
         config: Settings.
+        corpus: The text.
         custom: Custom model, loss, reward and optimizer, which every host needs, too.
         folder: Folder of the run.
         limits: When iteration ends; may be changed.
@@ -93,6 +92,9 @@ class Server:
         stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
     """
 
+    folder: RunFolder
+    _devices = "hosts"
+
     def __init__(
         self,
         folder: RunFolder,
@@ -106,21 +108,11 @@ class Server:
         is_new: bool,
     ) -> None:
         """Set up; call `serve` or `resume_serving` instead."""
-        self.config = folder.config
-        self.custom = custom
-        self.folder = folder
-        self.limits = Limits(self.config.steps, self.config.seconds)
-        has_baselines = corpus.held_out and custom.objective is None
-        self.baselines = corpus.baselines(corpus.held_out) if has_baselines else {}
+        super().__init__(replace(folder.config, ledger=True), corpus, folder, custom, trackers, tell)
         self.address = listen.address
         self.token: Path | None = None
-        self.on_start: Callable[[], None] = lambda: None
         self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.trackers = list(trackers)
-        self.last: StepInfo | None = None
-        self.stopped = False
-        self.tell = tell or (lambda line: print(line, file=sys.stderr))
-        self._corpus, self._listen = corpus, listen
+        self._listen = listen
         self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
         self._is_new = is_new
@@ -128,10 +120,6 @@ class Server:
     def __repr__(self) -> str:
         """Name folder and address, and summarize the run."""
         return f"<esjax run for hosts in {str(self.folder.path)!r} at {self.address}: {self.summary()}>"
-
-    def summary(self) -> str:
-        """Describe model, text and step size in one line."""
-        return describe_run("hosts", self.config, self._corpus, self._replica.state.params, self.custom.names())
 
     @property
     def is_local(self) -> bool:
@@ -151,72 +139,58 @@ class Server:
     def __iter__(self) -> Iterator[StepInfo]:
         """Coordinate the hosts, and yield an info for each step."""
         with ExitStack() as stack:
-            asked = stack.enter_context(stop_on_signals())
-            # Closed last, so that a tracker that hangs delays nothing else.
-            watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
-            coordinator, server_loop = self._open(stack)
-            self.limits.check(coordinator.step)
+            recorder = stack.enter_context(self._recording())
+            coordinator, server_loop = self._open(stack, recorder)
             self._coordinator = coordinator
-            watch.start(tracked_run(self.folder, self.baselines, coordinator.step), JsonLines(self.folder, self.tell))
             self.on_start()
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation
-            began_at = 0.0
             while not coordinator.finished:
-                if asked.is_set() and not stopping:
+                if recorder.asked.is_set() and not stopping:
                     stopping = True
                     self.tell(STOPPING)
                     coordinator.stop(time.monotonic(), done=False)
                 for info in server_loop.turn():
-                    now = time.monotonic()
-                    began_at = began_at or now
-                    if self.limits.reached(info.step, now - began_at) and not stopping:
+                    if recorder.is_done(info.step) and not stopping:
                         stopping, pending = True, info
-                        coordinator.stop(now, done=True)
+                        coordinator.stop(time.monotonic(), done=True)
                     else:
-                        yield self._kept(info, watch)
-            self.stopped = asked.is_set()
+                        yield recorder.log(info)
+            self.stopped = recorder.asked.is_set()
             held_out = server_loop.new_held_out()
             if pending is not None:
-                yield self._kept(pending if held_out is None else pending._replace(held_out=held_out), watch)
+                yield recorder.log(pending if held_out is None else pending._replace(held_out=held_out))
             elif self.last is not None and held_out is not None:
                 self.last = self.last._replace(held_out=held_out)
 
-    def _kept(self, info: StepInfo, watch: Watch) -> StepInfo:
-        self.last = info
-        watch.log(info)
-        return info
-
-    def _open(self, stack: ExitStack) -> tuple[Coordinator, ServerLoop]:
-        """Lock the folder, open the port, and restore the state of the run."""
-        folder = self.folder
-        folder.lock()
-        stack.callback(folder.unlock)
+    def _open(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
+        """Open files and port, and restore the state of the run."""
         with ExitStack() as undo:
-            if self._is_new and not folder.checkpoints.exists():
-                undo.callback(folder.remove)  # a port in use must not leave an empty run folder
-            opened = self._begin(stack)
+            if self._is_new and not self.folder.checkpoints.exists():
+                undo.callback(self.folder.remove)  # a port in use must not leave an empty run folder
+            opened = self._begin(stack, recorder)
             undo.pop_all()
         self._is_new = False
         return opened
 
-    def _begin(self, stack: ExitStack) -> tuple[Coordinator, ServerLoop]:
-        config, folder, corpus = self.config, self.folder, self._corpus
-        folder.keep_baselines(self.baselines)
-        checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-        ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
-        replica = self._replica
+    def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
+        config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
+        recorder.open_files()
+        ledger = recorder.ledger
+        assert ledger is not None
         restored = restore_run(folder, replica.state, self.tell)
         first = int(restored.state.step)
         if not first:
-            checkpoints.save(restored.state, 0.0, 0)
+            recorder.save(restored.state)
         if ledger.next and not ledger.first <= first <= ledger.next:
             raise EsjaxError(
                 f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
                 f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
             )
-        since = list(map(unpack_update, _all_updates(ledger, first)))
+        records = [record for record in read(folder.ledger) if record.kind == UPDATE and record.step >= first]
+        step = first + len(records)
+        self.limits.check(step)
         keys = self._keys()
         transport = stack.enter_context(
             ServerTransport(
@@ -229,27 +203,32 @@ class Server:
         )
         self.address = _for_others(transport.address)
         stack.enter_context(folder.keep_address(self.address, self.token))
-        now, run = time.monotonic(), read_run(folder.path)
-        data = to_bytes(restored.state)
-        stream = pack_stream(corpus.train)
+        run = read_run(folder.path)
+        pairs = sum(count for record in records for _, count in unpack_update(record.payload).header.spans)
+        recorder.start(
+            step,
+            # Ledgers of older versions have no clock, but the metrics have.
+            seconds=max(restored.seconds, ledger.seconds, run.seconds_at(step)),
+            member_tokens=restored.member_tokens + config.tokens_per_pair * pairs,
+        )
+        data, stream = to_bytes(restored.state), corpus.stream()
         check_stream(len(stream), config.data.burn_in + config.data.window)
-        size, block_tokens = corpus.vocabulary.size, config.data.block_tokens
-        blocks = Blocks(stream, size, config.seed, block_tokens) if block_tokens else None
+        blocks = corpus.blocks(config.seed, config.data.block_tokens)
         coordinator = Coordinator(
             config,
             Terms(
                 run=folder.name,
-                epoch=folder.next_epoch(),
+                incarnation=folder.next_incarnation(),
                 quantum=replica.chunk_pairs,
-                vocab_size=size,
+                vocab_size=corpus.vocabulary.size,
                 fingerprints=noise_fingerprints(),
                 custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
                 exchange=make_exchange(replica.vector_length, replica.scale),
             ),
-            step=first + len(since),
-            now=now,
+            step=step,
+            now=time.monotonic(),
             rng=np.random.default_rng(),
             text=pack_text(stream[:0] if blocks else stream, corpus.held_out),
             snapshot=Snapshot(first, data, hash_bytes(data)),
@@ -258,22 +237,7 @@ class Server:
             block=blocks,
             measured=run.last("held_out") is not None,
         )
-        members = config.es.members_per_pair * sum(pairs for update in since for _, pairs in update.header.spans)
-        a_member = config.data.batch_size * config.data.window
-        server_loop = ServerLoop(
-            config,
-            coordinator,
-            transport,
-            ledger,
-            checkpoints,
-            replica.state,
-            keys=keys,
-            # Ledgers of older versions have no clock, but the metrics have.
-            seconds=max(restored.seconds, ledger.seconds, run.seconds_at(coordinator.step)),
-            member_tokens=restored.member_tokens + members * a_member,
-            tell=self.tell,
-        )
-        return coordinator, server_loop
+        return coordinator, ServerLoop(config, coordinator, transport, recorder, replica.state, keys, self.tell)
 
     def _keys(self) -> ServerKeys | None:
         """Open the keys if the address needs them; new keys come with a first token."""
@@ -327,13 +291,6 @@ def _for_others(address: str) -> str:
     return re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", f"//{socket.gethostname()}:", address)
 
 
-def _all_updates(ledger: Ledger, first: int) -> Iterator[bytes]:
-    while first < ledger.next:
-        updates = ledger.updates(first, wire.MAX_BODY)
-        yield from updates
-        first += len(updates)
-
-
 def serve(
     config: Config | None,
     out: str | Path,
@@ -370,9 +327,33 @@ def serve(
             loss or reward does not return one float32, or the optimizer needs more arguments than it gets. Iteration
             raises it, and removes the folder, if it cannot listen at the address.
     """
-    config, out = replace(locate_text(config or Config()), ledger=True), given_path(out)
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return serve_with(
+        custom,
+        config or Config(),
+        out,
+        bind=bind,
+        keys=keys,
+        plain_text_anywhere=plain_text_anywhere,
+        trackers=trackers,
+        tell=tell,
+    )
+
+
+def serve_with(
+    custom: Custom,
+    config: Config,
+    out: str | Path,
+    *,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """`serve`, given all custom parts."""
+    config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
     corpus = load_corpus(config.data)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     listen = _Listen.at(bind, keys, plain_text_anywhere)
@@ -420,10 +401,38 @@ def resume_serving(
     Raises:
         EsjaxError: The path is not a run folder, its text or code has changed, or a custom part is missing.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return resume_serving_with(
+        custom,
+        path,
+        bind=bind,
+        keys=keys,
+        plain_text_anywhere=plain_text_anywhere,
+        steps=steps,
+        seconds=seconds,
+        text=text,
+        trackers=trackers,
+        tell=tell,
+    )
+
+
+def resume_serving_with(
+    custom: Custom,
+    path: str | Path,
+    *,
+    bind: str = ADDRESS,
+    keys: str | Path | None = None,
+    plain_text_anywhere: bool = False,
+    steps: int | None = None,
+    seconds: float | None = None,
+    text: str | None = None,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Server:
+    """`resume_serving`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_custom(custom.names(), "esjax.resume_serving")
+    custom = complete_custom(folder, custom, "esjax.resume_serving")
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     corpus = load_run_corpus(folder, text)
     if text is not None:

@@ -14,9 +14,8 @@ from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.replica.snapshot import from_bytes
 from esjax.replica.update import TrainState
-from esjax.runs.checkpoint import Checkpoints
-from esjax.runs.ledger import DIGEST, UPDATE, Ledger
-from esjax.runs.step_info import Clock, StepInfo
+from esjax.runs.step_info import StepInfo
+from esjax.watch.recorded_run import Recorder
 
 POLL = 0.05
 """Seconds to wait for requests before time limits are checked."""
@@ -32,58 +31,31 @@ BULK = 8
 
 
 class ServerLoop:
-    """Answers hosts, and writes ledger and checkpoints.
-
-    Attributes:
-        seconds: Training time so far, see `StepInfo`.
-        member_tokens: Member-tokens scored so far.
-        working_seconds: Time spent working, without waiting for requests.
-    """
+    """Answers hosts, and writes ledger and checkpoints."""
 
     def __init__(
         self,
         config: Config,
         coordinator: Coordinator,
         transport: ServerTransport,
-        ledger: Ledger,
-        checkpoints: Checkpoints,
+        recorder: Recorder,
         like: TrainState,
-        *,
         keys: ServerKeys | None,
-        seconds: float,
-        member_tokens: int,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up.
-
-        Args:
-            config: Settings.
-            coordinator: The state machine.
-            transport: The network.
-            ledger: Where updates are written.
-            checkpoints: Where states are kept.
-            like: A state with the run's structure, shapes and dtypes.
-            keys: Keys that are let in. None: there are none, and every host is let in.
-            seconds: Training time before this start.
-            member_tokens: Member-tokens scored before this start.
-            tell: Prints a line for the user.
-        """
-        self.seconds, self.member_tokens = seconds, member_tokens
-        self.working_seconds = 0.0
+        """Set up; `like` is a state with the run's structure, and without `keys` every host is let in."""
         self._config, self._coordinator, self._transport = config, coordinator, transport
-        self._ledger, self._checkpoints, self._like = ledger, checkpoints, like
-        self._keys, self._tell = keys, tell
-        self._clock = Clock(seconds)
+        self._recorder, self._like, self._keys, self._tell = recorder, like, keys, tell
         self._closed_at: float | None = None
         self._held_out: float | None = None
         self._tick_at = self._check_at = 0.0
         self._bulk: deque[tuple[Request, Envelope]] = deque()
-        self._marks: dict[int, tuple[float, int]] = {}  # seconds and member-tokens at the step of an expected state
+        self._marks: dict[int, tuple[float, int]] = {}  # progress at the step of an expected state
 
     def turn(self) -> list[StepInfo]:
         """Wait up to `POLL` seconds for requests, answer them, and return the infos of the steps that were closed."""
         requests = self._transport.poll(0.0 if self._bulk else POLL)
-        began = now = time.monotonic()
+        now = time.monotonic()
         closed: list[StepInfo] = []
         for request in requests:
             closed += self._answer(request, now)
@@ -98,7 +70,6 @@ class ServerLoop:
             self._transport.check()
             self._count()
             self._check_at = now + CHECK
-        self.working_seconds += time.monotonic() - began
         return closed
 
     def _count(self) -> None:
@@ -133,18 +104,16 @@ class ServerLoop:
         closed = []
         for action in self._coordinator.drain():
             if isinstance(action, Record):
-                self._clock.set_finished(now)
-                self.seconds = self._clock.seconds
-                self._ledger.append(UPDATE, action.step, action.payload, self.seconds)
+                self._recorder.append(action.step, action.payload, now)
             elif isinstance(action, Publish):
                 message = action.envelope.message
                 if isinstance(message, wire.Step) and message.upload is not None:
-                    self._marks = {message.step: (self.seconds, self.member_tokens)}
+                    self._marks = {message.step: self._recorder.progress}
                 self._transport.publish(wire.encode(action.envelope))
             elif isinstance(action, Closed):
                 closed.append(self._close(action, now))
             elif isinstance(action, RecordDigest):
-                self._ledger.append(DIGEST, action.step, action.digest.encode())
+                self._recorder.append_digest(action.step, action.digest)
             elif isinstance(action, Store):
                 self._store(action)
             elif isinstance(action, Tell):
@@ -156,20 +125,20 @@ class ServerLoop:
             self._tell(closed.notice)
         data = self._config.data
         tokens = closed.population * data.batch_size * data.window
-        self.member_tokens += tokens
+        self._recorder.member_tokens += tokens
         rate = 0.0 if self._closed_at is None else tokens / max(now - self._closed_at, 1e-9)
         self._closed_at = now
         coordinator = self._coordinator
         return StepInfo(
             step=closed.step,
-            seconds=self.seconds,
+            seconds=self._recorder.seconds,
             loss=closed.loss,
             population=closed.population,
             void_pairs=closed.void_pairs,
             applied=not closed.trouble,
             gradient_norm=coordinator.gradient_norm,
             update_norm=coordinator.update_norm,
-            member_tokens=self.member_tokens,
+            member_tokens=self._recorder.member_tokens,
             member_tokens_per_second=rate,
             held_out=self.new_held_out(),
             hosts=closed.hosts,
@@ -182,12 +151,11 @@ class ServerLoop:
 
     def _store(self, store: Store) -> None:
         snapshot = store.snapshot
-        seconds, tokens = self._marks.get(snapshot.step, (self.seconds, self.member_tokens))
         try:
             state = from_bytes(snapshot.data, self._like)
             if int(state.step) != snapshot.step:
                 raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
-            self._checkpoints.save(state, seconds, tokens)
+            self._recorder.save(state, self._marks.get(snapshot.step))
         except EsjaxError as error:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
             self._tell(f"no checkpoint at step {snapshot.step}: {error}")

@@ -17,7 +17,7 @@ from esjax.flags import default_flags
 from esjax.inference.language_model import LanguageModel
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import complete, load_custom
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.update import TrainState
@@ -145,7 +145,7 @@ def load(
         EsjaxError: The path is not a run folder, no checkpoint is whole, or the custom model is missing.
     """
     folder = RunFolder(given_path(path))
-    custom = gather_model(folder, model, "esjax.load", tell)
+    custom = load_custom_model(folder, model, "esjax.load", tell)
     config, vocabulary = folder.config, folder.vocabulary
     built = custom.build(config.model, vocabulary.size)
     weights = read_weights(folder, built, tell)
@@ -171,7 +171,23 @@ def read_weights(folder: RunFolder, model: Model, tell: Callable[[str], None]) -
     return restore_weights(folder.checkpoints, like, tell)
 
 
-def gather_model(
+def complete_custom(folder: RunFolder, given: Custom, again: str) -> Custom:
+    """Add to the custom parts that are given those that a run began with as code in files.
+
+    Args:
+        folder: The run.
+        given: The custom parts that the caller gave.
+        again: The function that takes them, for messages.
+
+    Raises:
+        EsjaxError: A part of the run is missing, or it is another one; or its code has changed.
+    """
+    custom = complete(given, folder.code)
+    folder.check_custom(custom.names(), again)
+    return custom
+
+
+def load_custom_model(
     folder: RunFolder, model: ModelFactory | str | None, again: str, tell: Callable[[str], None]
 ) -> Custom:
     """Return the custom model of a run, if it was trained with one; a loss or an optimizer is not needed.
@@ -185,6 +201,7 @@ def gather_model(
     Raises:
         EsjaxError: The custom model is missing, or it is another one.
     """
-    custom = gather({kind: code for kind, code in folder.code.items() if kind == "model"}, tell, model=model)
+    known = {kind: code for kind, code in folder.code.items() if kind == "model"}
+    custom = complete(load_custom(model=model), known, tell)
     folder.check_custom(custom.names(), again, ("model",))
     return custom

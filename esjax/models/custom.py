@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.config.custom_names import OPTIONS, Code, identities, name_of, name_of_optimizer
-from esjax.config.settings import ModelConfig
+from esjax.config.models import ModelConfig
 from esjax.errors import EsjaxError
 from esjax.flags import default_flags
 from esjax.models import Model, build_model

@@ -10,16 +10,19 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+import optax
 
 from esjax.config.custom_names import OPTIONS, SHOWN, Code, is_code
 from esjax.errors import EsjaxError
-from esjax.models.custom import Custom, check_given
+from esjax.models.custom import Custom, Reward, check_given
+from esjax.models.member import Loss
+from esjax.models.model import ModelFactory
 from esjax.paths import given_path
-
-NOTHING: Mapping[str, Code] = MappingProxyType({})
 
 
 def refuse(line: str) -> NoReturn:
@@ -27,47 +30,79 @@ def refuse(line: str) -> NoReturn:
     raise EsjaxError(f"{line}; put the old file back, or train anew")
 
 
-def gather(known: Mapping[str, Code] = NOTHING, changed: Callable[[str], None] = refuse, /, **given: Any) -> Custom:
-    """Collect the custom parts of a run and load those that are code in a file.
+def load_custom(
+    *,
+    model: ModelFactory | str | None = None,
+    loss: Loss | str | None = None,
+    reward: Reward | str | None = None,
+    optimizer: optax.GradientTransformation | str | None = None,
+) -> Custom:
+    """Collect custom parts as the user gives them, and load those that are code in a file.
 
     Args:
-        known: By kind, the code that the run began with; used for kinds that are not given.
-        changed: Called with a message, before anything is loaded, if a hash differs from the known one.
-        given: By kind, see `Custom`: a function or a transformation, PATH.py:FUNCTION, or None. The function for an
-            optimizer takes no arguments and returns the transformation.
+        model: See `Custom`: a function or a transformation, PATH.py:FUNCTION, or None.
+        loss: Likewise.
+        reward: Likewise.
+        optimizer: Likewise. The function in a file takes no arguments and returns the transformation.
 
     Raises:
         EsjaxError: A file cannot be read or loaded or lacks the function, or a value is not valid for its kind.
     """
-    values, code, sources = dict(given), {}, {}
-    for kind in OPTIONS:
-        value = given.get(kind)
-        if is_code(value) or (value is None and kind in known):
-            code[kind], sources[kind] = _read(kind, value or str(known[kind]), is_known=value is None)
-            if kind in known and code[kind].digest != known[kind].digest:
-                was, now = (one.digest[:SHOWN] for one in (known[kind], code[kind]))
-                changed(f"the {kind} {code[kind]} has changed since the run was begun (SHA-256 {was}, now {now})")
-        else:
+    given: dict[str, Any] = {"model": model, "loss": loss, "reward": reward, "optimizer": optimizer}
+    files = {kind: _File.read(kind, value) for kind, value in given.items() if is_code(value)}
+    for kind, value in given.items():
+        if kind not in files:
             check_given(kind, value)
-    for kind, one in code.items():
-        function = _function(one, _module(one, sources[kind]))
-        values[kind] = _transformation(one, function) if kind == "optimizer" else function
-    return Custom(**values, code=code)
+    given |= {kind: file.load(kind) for kind, file in files.items()}
+    return Custom(**given, code={kind: file.code for kind, file in files.items()})
 
 
-def _read(kind: str, word: str, is_known: bool) -> tuple[Code, bytes]:
-    """Read the file of PATH.py:FUNCTION; return its identity and its source."""
-    named, _, name = word.rpartition(":")
-    path = given_path(named)
-    if not path.is_file():
-        if is_known:
-            raise EsjaxError(
-                f"the run was begun with the {kind} {name} of {str(path)!r}, and there is no such file now; put it "
-                f"back, or name it where it is: {OPTIONS[kind]} PATH.py:{name}"
-            )
-        raise EsjaxError(f"there is no file {str(path)!r}; {OPTIONS[kind]} takes PATH.py:FUNCTION")
-    source = path.read_bytes()
-    return Code(str(path), name, hashlib.sha256(source).hexdigest()), source
+def complete(given: Custom, known: Mapping[str, Code], changed: Callable[[str], None] = refuse) -> Custom:
+    """Add the code in files that a run began with, for kinds that are not given.
+
+    Args:
+        given: The custom parts that are given.
+        known: By kind, the code that the run began with.
+        changed: Called with a message, before files of the run are loaded, if a hash differs from the known one.
+
+    Raises:
+        EsjaxError: A file cannot be read or loaded or lacks the function.
+    """
+    missing = {kind: str(code) for kind, code in known.items() if getattr(given, kind) is None}
+    files = {kind: _File.read(kind, word, is_known=True) for kind, word in missing.items()}
+    code = {**given.code, **{kind: file.code for kind, file in files.items()}}
+    for kind, was in known.items():
+        if kind in code and code[kind].digest != was.digest:
+            hashes = f"SHA-256 {was.digest[:SHOWN]}, now {code[kind].digest[:SHOWN]}"
+            changed(f"the {kind} {code[kind]} has changed since the run was begun ({hashes})")
+    loaded: dict[str, Any] = {kind: file.load(kind) for kind, file in files.items()}
+    return replace(given, **loaded, code=code)
+
+
+class _File(NamedTuple):
+    """PATH.py:FUNCTION, with the file as it was read."""
+
+    code: Code
+    source: bytes
+
+    @classmethod
+    def read(cls, kind: str, word: str, is_known: bool = False) -> "_File":
+        named, _, name = word.rpartition(":")
+        path = given_path(named)
+        if not path.is_file():
+            if is_known:
+                raise EsjaxError(
+                    f"the run was begun with the {kind} {name} of {str(path)!r}, and there is no such file now; put it "
+                    f"back, or name it where it is: {OPTIONS[kind]} PATH.py:{name}"
+                )
+            raise EsjaxError(f"there is no file {str(path)!r}; {OPTIONS[kind]} takes PATH.py:FUNCTION")
+        source = path.read_bytes()
+        return cls(Code(str(path), name, hashlib.sha256(source).hexdigest()), source)
+
+    def load(self, kind: str) -> Any:
+        """Return the function, or the optimizer that it makes."""
+        function = _function(self.code, _module(self.code, self.source))
+        return _transformation(self.code, function) if kind == "optimizer" else function
 
 
 def _module(code: Code, source: bytes) -> ModuleType:

@@ -15,11 +15,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers for a full disk and for an exceeded quota."""
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file atomically: readers see the old or the new content, which is on the disk when this returns."""
+def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Replace a file atomically: readers see the old or the new content, which is on the disk when this returns.
+
+    The permissions of the file are `mode`, less those that the process's umask takes away, from its first byte on.
+    """
     swap = path.with_name(f"{path.name}.swap")
+    swap.unlink(missing_ok=True)
     with ExitStack() as undo:
-        with swap.open("wb") as file:
+        with open(os.open(swap, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             undo.callback(swap.unlink)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()

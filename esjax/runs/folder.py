@@ -10,7 +10,7 @@ samples.txt       texts that the model wrote during training
 tensorboard/      event files of TensorBoard, if the run is tracked there; wandb/ for Weights & Biases
 checkpoints/      see `esjax.runs.checkpoint`
 ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`
-epoch             number of starts of the coordinator
+incarnation       number of starts of the coordinator; earlier runs have it in `epoch`
 address           address of the running coordinator, and its token file
 keys/             keys of the hosts that may join, see `esjax.hosts.transport.keys`
 """
@@ -217,19 +217,20 @@ class RunFolder:
         finally:
             path.unlink(missing_ok=True)
 
-    def next_epoch(self) -> int:
+    def next_incarnation(self) -> int:
         """Count a start of the coordinator durably, and return its number, 1 for the first.
 
         Raises:
             EsjaxError: The file cannot be read or written.
         """
-        path = self.path / "epoch"
+        path = self.path / "incarnation"
         try:
-            epoch = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
-            write_durably(path, f"{epoch}\n")
+            kept = [file for file in (path, self.path / "epoch") if file.exists()]
+            incarnation = 1 + max((int(file.read_text(encoding="utf-8")) for file in kept), default=0)
+            write_durably(path, f"{incarnation}\n")
         except (OSError, ValueError) as error:
             raise EsjaxError(f"cannot count the coordinator's start in {str(path)!r}: {error}") from error
-        return epoch
+        return incarnation
 
     def lock(self) -> None:
         """Lock the run for this process, until the process ends or calls `unlock`.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from esjax.averages import running_speed
 from esjax.config.settings import Config
 from esjax.data.delivery import Blocks
 from esjax.devices.mesh import device_failure
@@ -110,7 +111,6 @@ class LocalSteps:
             started = time.perf_counter()
             parts.append(self._replica.score([(done, count)]))
             seconds = share_number(time.perf_counter() - started)
-            speed = count / max(seconds, 1e-6)
-            self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+            self._speed = running_speed(self._speed, count, seconds)
             done, spent = done + count, spent + seconds
         return [(0, done)], self._exchange.merge(parts)

@@ -8,8 +8,9 @@ import optax
 
 from esjax.devices.mesh import whole_mesh
 from esjax.errors import EsjaxError
-from esjax.models.custom import Reward
-from esjax.models.custom_code import gather
+from esjax.inference.loaded_run import complete_custom
+from esjax.models.custom import Custom, Reward
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -79,10 +80,14 @@ def replay(
         EsjaxError: The path is not a run folder, it has no ledger from step 0 on, or custom code is missing or has
             changed.
     """
+    return replay_with(load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer), path, tell=tell)
+
+
+def replay_with(custom: Custom, path: str | Path, *, tell: Callable[[str], None] = print) -> Replayed:
+    """`replay`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_custom(custom.names(), "esjax.replay")
+    custom = complete_custom(folder, custom, "esjax.replay")
     if not folder.ledger.exists():
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size

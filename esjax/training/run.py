@@ -1,20 +1,15 @@
 """Training on one machine: a run is an object to iterate over, one step at a time."""
 
 import math
-import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import optax
 
-from esjax.config.settings import Config, replace, to_plain
+from esjax.config.settings import Config, replace
 from esjax.data.corpus import Corpus, load_corpus, locate_text
-from esjax.data.delivery import Blocks
 from esjax.devices.mesh import local_mesh, whole_mesh
 from esjax.devices.process_group import any_of, here, leads
 from esjax.errors import EsjaxError
@@ -22,25 +17,24 @@ from esjax.exchange.update_record import unpack_update
 from esjax.flags import changed_flags
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
-from esjax.inference.loaded_run import load_run_corpus, restore_run
+from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
-from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
-from esjax.runs.ledger import UPDATE, Ledger, read
+from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import RunView, read_run
-from esjax.runs.step_info import Clock, Limits, StepInfo
-from esjax.signals import STOPPING, stop_on_signals
+from esjax.runs.step_info import Limits, StepInfo
+from esjax.signals import STOPPING
 from esjax.training.local_steps import LocalSteps
 from esjax.watch.history import History
-from esjax.watch.summary import describe_kinds, describe_run
-from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
-from esjax.watch.tracking import TrackedRun, Tracker, Watch
+from esjax.watch.recorded_run import RecordedRun, Recorder
+from esjax.watch.summary import describe_kinds
+from esjax.watch.tracking import Tracker
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
@@ -49,7 +43,7 @@ SAMPLE_TOKENS = 200
 """Most tokens of each of these documents."""
 
 
-class Trainer(RunInference):
+class Trainer(RecordedRun, RunInference):
     """A run on this machine: iterate over it to train; generate and evaluate at any time.
 
     Iteration ends at the limits, or after the step in which Ctrl-C or SIGTERM came. Iterating again continues. With a
@@ -58,6 +52,7 @@ class Trainer(RunInference):
     Attributes:
         config: Settings.
         corpus: The text.
+        custom: Custom model, loss, reward and optimizer.
         limits: Limits of the iteration; may be changed.
         baselines: Nats per token of the n-gram models over the held-out documents; empty without held-out documents,
             and with a custom loss or reward.
@@ -81,24 +76,15 @@ class Trainer(RunInference):
         """Set up a run; use `train` or `resume` to get one."""
         vocabulary = corpus.vocabulary
         built = custom.build(config.model, vocabulary.size)
-        self.config = config
-        self.corpus = corpus
-        self.limits = Limits(config.steps, config.seconds)
-        self.folder = folder
-        objective = custom.objective
-        self.trackers = find_trackers(trackers) if leads() else []
-        self.baselines = corpus.baselines(corpus.held_out) if corpus.held_out and objective is None else {}
-        self.on_start: Callable[[], None] = lambda: None
-        self.last: StepInfo | None = None
-        self.stopped = False
-        self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
+        super().__init__(config, corpus, folder, custom, trackers, tell)
         if flags := changed_flags():
             self.tell(flags)
         # With token blocks, the first block is set before the first step.
         stream = None if config.data.block_tokens else corpus.stream()
-        self._replica = Replica(config, built, stream, whole_mesh(), objective, custom.optimizer)
+        self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer)
+        self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
-        self._measure = make_measure(self._language_model, config, corpus.held_out, objective)
+        self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
@@ -107,9 +93,7 @@ class Trainer(RunInference):
             )
         self._seconds = 0.0
         self._member_tokens = 0
-        self._custom = custom
         self._is_finite = True
-        self._id = secrets.token_hex(8)
         self._history = History()
 
     def __repr__(self) -> str:
@@ -117,11 +101,6 @@ class Trainer(RunInference):
         where = f" in {str(self.folder.path)!r}" if self.folder else ""
         loss = f", loss {self.last.loss:.3f}" if self.last else ""
         return f"<esjax run{where}: {self.summary()}; {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
-
-    def summary(self) -> str:
-        """Return one line with the devices, the text, the model and the population."""
-        devices = describe_kinds(self._replica.devices)
-        return describe_run(devices, self.config, self.corpus, self._replica.state.params, self._custom.names())
 
     @property
     def step(self) -> int:
@@ -153,77 +132,64 @@ class Trainer(RunInference):
         """Read the run folder; without a folder, return what was measured since `train` was called."""
         if self.folder:
             return read_run(self.folder.path)
-        values = {f"custom.{kind}": name for kind, name in self._custom.names().items()}
+        values = {f"custom.{kind}": name for kind, name in self.custom.names().items()}
         return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
     def __iter__(self) -> Iterator[StepInfo]:
         """Train, and yield the info of each step."""
-        config = self.config
         self.limits.check(self.step)
-        with ExitStack() as stack:
-            asked = stack.enter_context(stop_on_signals())
-            # Closed last, so that a hanging tracker delays nothing else.
-            watch = stack.enter_context(Watch(self.trackers, lambda line: self.tell(line)))
-            record = self._open_folder(stack)
-            watch.start(self._tracked(), JsonLines(record.folder, self.tell) if record else None)
-            clock = Clock(self._seconds)
-            steps = self._set_up(record.ledger if record else None, clock)
-            self.on_start()
-            has_begun = False
-            # If a held-out loss is known already, the next one is measured later.
-            evaluate_after = config.evaluate_time if self._is_measured() else 0.0
-            evaluate_at = checkpoint_at = 0.0
-            while True:
-                started, tokens_before = time.perf_counter(), self._member_tokens
-                info = self._take_step(steps)
-                now = time.perf_counter()
-                if not has_begun:
-                    has_begun, evaluate_at, checkpoint_at = True, now + evaluate_after, now + config.checkpoint_time
-                self._seconds = clock.seconds
-                # Clocks and signals differ between processes, but all of them must decide the same.
-                self.stopped = asked.is_set()
-                if self.stopped:
-                    self.tell(STOPPING)
-                done = any_of(self.stopped or (leads() and self.limits.reached(info.step, clock.session)))
-                held_out = None
-                if leads() and self._measure is not None and (done or now >= evaluate_at):
-                    held_out = self._measure(self.params)
-                    evaluate_at = time.perf_counter() + config.evaluate_time
-                self.last = info._replace(
-                    seconds=self._seconds,
-                    member_tokens_per_second=(info.member_tokens - tokens_before) / (now - started),
-                    held_out=held_out,
-                )
-                self._history.add(self.last)
-                watch.log(self.last)
-                if record and (done or now >= checkpoint_at):
-                    record.checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
-                    watch.sample(info.step, self.sample())
-                    checkpoint_at = time.perf_counter() + config.checkpoint_time
-                yield self.last
-                if done:
-                    return
+        with self._recording() as recorder:
+            self._open(recorder)
+            try:
+                yield from self._train(recorder)
+            finally:
+                recorder.save(self._replica.state)
 
-    def _open_folder(self, stack: ExitStack) -> "_Record | None":
-        if self.folder is None:
-            return None
-        self.folder.lock()
-        stack.callback(self.folder.unlock)
-        checkpoints = Checkpoints(self.folder.checkpoints, self.config.keep_checkpoints)
-        if checkpoints.newest > self.step:
-            raise EsjaxError(
-                f"{str(self.folder.path)!r} was trained on to step {checkpoints.newest} since; resume it from there"
-            )
-        self.folder.keep_baselines(self.baselines)
+    def _open(self, recorder: Recorder) -> None:
+        """Open the files, and check that no other process has trained the run on."""
+        recorder.open_files()
+        newest = recorder.checkpoints.newest if recorder.checkpoints else 0
+        recorded = recorder.ledger.next if recorder.ledger else 0
+        done = newest if newest > self.step else recorded or self.step
+        if self.folder and done != self.step:
+            raise EsjaxError(f"{str(self.folder.path)!r} was trained on to step {done} since; resume it from there")
+        recorder.start(self.step, self._seconds, self._member_tokens)
+        if recorder.ledger and not newest:
+            recorder.save(self._replica.state)  # a replay starts from it: the first weights may come from custom code
 
-        def save() -> None:
-            checkpoints.save(self._replica.state, self._seconds, self._member_tokens)
+    def _train(self, recorder: Recorder) -> Iterator[StepInfo]:
+        config = self.config
+        blocks = self.corpus.blocks(config.seed, config.data.block_tokens)
 
-        stack.callback(save)  # whatever ends the iteration
-        ledger = self._open_ledger(stack, self.folder)
-        if ledger is not None and not checkpoints.newest:
-            save()  # a replay starts from it: the first weights may come from custom code
-        return _Record(self.folder, checkpoints, ledger)
+        def record(step: int, payload: bytes) -> None:
+            recorder.append(step, payload, time.perf_counter())
+
+        steps = LocalSteps(config, self._replica, custom=self.custom.names(), record=record, blocks=blocks)
+        self.on_start()
+        done, has_begun = False, False
+        # If a held-out loss is known already, the next one is measured later.
+        evaluate_after = config.evaluate_time if self._is_measured() else 0.0
+        evaluate_at = checkpoint_at = 0.0
+        while not done:
+            info = self._take_step(steps, recorder)
+            now = time.perf_counter()
+            if not has_begun:
+                has_begun, evaluate_at, checkpoint_at = True, now + evaluate_after, now + config.checkpoint_time
+            # Clocks and signals differ between processes, but all of them must decide the same.
+            self.stopped = recorder.asked.is_set()
+            if self.stopped:
+                self.tell(STOPPING)
+            done = any_of(self.stopped or (leads() and recorder.is_done(info.step)))
+            if leads() and self._measure is not None and (done or now >= evaluate_at):
+                info = info._replace(held_out=self._measure(self.params))
+                evaluate_at = time.perf_counter() + config.evaluate_time
+            self._history.add(info)
+            recorder.log(info)
+            if self.folder and (done or now >= checkpoint_at):
+                recorder.save(self._replica.state)
+                recorder.watch.sample(info.step, self.sample())
+                checkpoint_at = time.perf_counter() + config.checkpoint_time
+            yield info
 
     def _is_measured(self) -> bool:
         """Return whether a held-out loss of this run is known."""
@@ -231,44 +197,20 @@ class Trainer(RunInference):
             return read_run(self.folder.path).last("held_out") is not None
         return not np.isnan(self._history.columns()["held_out"]).all()
 
-    def _tracked(self) -> TrackedRun:
-        if self.folder is not None:
-            return tracked_run(self.folder, self.baselines, self.step)
-        return TrackedRun(self._id, "esjax", None, to_plain(self.config), self.baselines, self.step)
-
-    def _open_ledger(self, stack: ExitStack, folder: RunFolder) -> Ledger | None:
-        if not (self.config.ledger or folder.ledger.exists()):
-            return None
-        ledger = stack.enter_context(closing(Ledger.open(folder.ledger, self.tell)))
-        if ledger.next and ledger.next != self.step:
-            raise EsjaxError(f"{str(folder.path)!r} was trained on to step {ledger.next} since; resume it from there")
-        return ledger
-
     def _catch_up(self) -> None:
         """Apply the updates of the ledger that are later than the checkpoint."""
         assert self.folder is not None
         if not self.folder.ledger.exists():
             return
-        data = self.config.data
         for record in read(self.folder.ledger):
             if record.kind == UPDATE and record.step == self.step:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
                 self._replica.update(record.payload)
                 self._seconds = max(self._seconds, record.seconds or 0.0)
-                self._member_tokens += self.config.es.members_per_pair * pairs * data.batch_size * data.window
+                self._member_tokens += self.config.tokens_per_pair * pairs
 
-    def _set_up(self, ledger: Ledger | None, clock: Clock) -> LocalSteps:
-        def record(step: int, payload: bytes) -> None:
-            clock.set_finished(time.perf_counter())
-            if ledger:
-                ledger.append(UPDATE, step, payload, clock.seconds)
-
-        config = self.config
-        size, block_tokens = self.corpus.vocabulary.size, config.data.block_tokens
-        blocks = Blocks(self.corpus.stream(), size, config.seed, block_tokens) if block_tokens else None
-        return LocalSteps(config, self._replica, custom=self._custom.names(), record=record, blocks=blocks)
-
-    def _take_step(self, steps: LocalSteps) -> StepInfo:
+    def _take_step(self, steps: LocalSteps, recorder: Recorder) -> StepInfo:
+        started = time.perf_counter()
         done = steps.take()
         concluded = done.concluded
         was_finite, self._is_finite = self._is_finite, math.isfinite(done.update_norm)
@@ -276,28 +218,21 @@ class Trainer(RunInference):
             self.tell(done.notice)
         if was_finite and not self._is_finite:
             self.tell(f"step {self.step}: the update is not finite; lower optim.learning_rate; no update")
-        population = self.config.es.members_per_pair * done.pairs
-        self._member_tokens += population * self.config.data.batch_size * self.config.data.window
+        tokens = done.pairs * self.config.tokens_per_pair
+        recorder.member_tokens += tokens
+        self._seconds, self._member_tokens = recorder.seconds, recorder.member_tokens
         return StepInfo(
             step=self.step,
-            seconds=0.0,
+            seconds=self._seconds,
             loss=math.nan if concluded.loss is None else concluded.loss,
-            population=population,
+            population=done.pairs * self.config.es.members_per_pair,
             void_pairs=concluded.void_pairs,
             applied=not concluded.trouble and self._is_finite,
             gradient_norm=done.gradient_norm,
             update_norm=done.update_norm,
             member_tokens=self._member_tokens,
-            member_tokens_per_second=0.0,
+            member_tokens_per_second=tokens / (time.perf_counter() - started),
         )
-
-
-class _Record(NamedTuple):
-    """An open run folder."""
-
-    folder: RunFolder
-    checkpoints: Checkpoints
-    ledger: Ledger | None
 
 
 def train(
@@ -335,8 +270,20 @@ def train(
         EsjaxError: The text cannot be used, the folder exists, the package of a tracker is missing, both a loss and a
             reward are given, one of them does not return a float32 scalar, or the optimizer needs other arguments.
     """
-    config, out = locate_text(config or Config()), None if out is None else given_path(out)
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return train_with(custom, config or Config(), out, trackers=trackers, tell=tell)
+
+
+def train_with(
+    custom: Custom,
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """`train`, given all custom parts."""
+    config, out = locate_text(config), None if out is None else given_path(out)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if corpus.note:
@@ -382,10 +329,24 @@ def resume(
         EsjaxError: The path is not a run folder, its text or its code has changed, it has neither an undamaged
             checkpoint nor a ledger from step 0 on, or a custom part is missing.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return resume_with(custom, path, steps=steps, seconds=seconds, text=text, trackers=trackers, tell=tell)
+
+
+def resume_with(
+    custom: Custom,
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    text: str | None = None,
+    trackers: Sequence[Tracker | str] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Trainer:
+    """`resume`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
-    custom = gather(folder.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
-    folder.check_custom(custom.names(), "esjax.resume")
+    custom = complete_custom(folder, custom, "esjax.resume")
     corpus = load_run_corpus(folder, text)
     if text is not None:
         folder.keep_config()

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from esjax.config.errors import setting_names, wrong_name
+from esjax.config.models import MODELS
 from esjax.config.names import change, value_of
-from esjax.config.settings import MODELS, VARIANTS, Config, replace
+from esjax.config.settings import VARIANTS, Config, replace
 from esjax.errors import EsjaxError
 
 LONGEST_NAME = 200

@@ -10,7 +10,7 @@ import numpy as np
 from esjax.config.settings import Config, replace
 from esjax.devices.mesh import local_mesh
 from esjax.errors import EsjaxError
-from esjax.inference.loaded_run import gather_model, load_run_corpus, read_weights
+from esjax.inference.loaded_run import load_custom_model, load_run_corpus, read_weights
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.runs.folder import RunFolder
@@ -108,7 +108,7 @@ def tune(
                 f"{str(path)!r} was trained with a custom {kind}, {folder.custom[kind]}, and tune supports only cross "
                 "entropy; compare settings with esjax.sweep"
             )
-    custom = gather_model(folder, model, "esjax.tuning.sigma.tune", tell)
+    custom = load_custom_model(folder, model, "esjax.tuning.sigma.tune", tell)
     corpus, config = load_run_corpus(folder, text), folder.config
     if space is not None:
         config = _with(config, space=space)

@@ -17,34 +17,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
 import optax
 
-from esjax.config.custom_names import Code, unused_settings
-from esjax.config.settings import Config, from_yaml, to_plain
-from esjax.config.yaml_text import read_yaml
+from esjax.config.custom_names import unused_settings
+from esjax.config.settings import Config
 from esjax.data.corpus import load_corpus, locate_text
 from esjax.data.sources import locate
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers, local_workers
-from esjax.hosts.serve import Server, resume_serving, serve
+from esjax.hosts.serve import Server, resume_serving_with, serve_with
 from esjax.hosts.transport.address import is_loopback
 from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import complete, load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.runs.checkpoint import kept_steps
-from esjax.runs.durable import try_lock, write_durably, write_new_folder
+from esjax.runs.durable import try_lock, write_durably
 from esjax.runs.folder import check_custom
 from esjax.runs.reader import RunView, has_reached, read_run
 from esjax.runs.step_info import Limits
 from esjax.signals import stop_on_signals
-from esjax.training.run import Trainer, resume, train
+from esjax.training.run import Trainer, resume_with, train_with
 from esjax.tuning.axes import Trial, make_grid
+from esjax.tuning.sweep_record import Record, keep_record, read_record
 
-RECORD, TABLE, CHECKPOINTS = "sweep.yaml", "sweep.csv", "checkpoints"
+TABLE, CHECKPOINTS = "sweep.csv", "checkpoints"
 
 ANY_PORT = "tcp://127.0.0.1:0"
 
@@ -182,29 +181,27 @@ class Sweep:
 
     def _open(self, trial: Trial) -> Trainer | Server:
         path, limits, custom = self.path / trial.name, trial.config, self._custom
-        given: Any = {
-            kind: str(custom.code[kind]) if kind in custom.code else getattr(custom, kind) for kind in custom.names()
-        }
-        gather(custom.code, **given)  # raises if the files of custom parts have changed
+        complete(NOTHING_CUSTOM, custom.code)  # raises if the files of custom parts have changed
         kept, has_ledger = kept_steps(path / CHECKPOINTS), (path / "ledger").exists()
         if not kept and not has_ledger:
             if path.exists():
                 with _claim(path):  # fails if another process trains this run
                     shutil.rmtree(path)  # killed before its first checkpoint, so nothing can be resumed
-            return self._begin(limits, path, given)
+            return self._begin(limits, path)
         run = read_run(path)
         before = run.seconds_at(run.step if has_ledger else max(kept))
         # The clock of the run may be past the limit by a little.
         seconds = None if limits.seconds is None else max(limits.seconds - before, 1e-3)
         if self._hosts is None:
-            return resume(path, steps=limits.steps, seconds=seconds, tell=self._tell, **given)
-        where = self._where(self._hosts) | given
-        return self._with_hosts(resume_serving(path, steps=limits.steps, seconds=seconds, **where), self._hosts)
+            return resume_with(custom, path, steps=limits.steps, seconds=seconds, tell=self._tell)
+        where = self._where(self._hosts)
+        server = resume_serving_with(custom, path, steps=limits.steps, seconds=seconds, **where)
+        return self._with_hosts(server, self._hosts)
 
-    def _begin(self, config: Config, path: Path, given: Any) -> Trainer | Server:
+    def _begin(self, config: Config, path: Path) -> Trainer | Server:
         if self._hosts is None:
-            return train(config, path, tell=self._tell, **given)
-        return self._with_hosts(serve(config, path, **self._where(self._hosts), **given), self._hosts)
+            return train_with(self._custom, config, path, tell=self._tell)
+        return self._with_hosts(serve_with(self._custom, config, path, **self._where(self._hosts)), self._hosts)
 
     def _where(self, hosts: Hosts) -> dict[str, Any]:
         open_to_all = hosts.plain_text_anywhere or is_loopback(hosts.bind)
@@ -294,8 +291,22 @@ def sweep(
         EsjaxError: An axis is not allowed, a run has no limit, a text cannot be used, or the folder exists and holds
             something else.
     """
-    config, path = locate_text(config or Config()), given_path(out)
-    custom = gather(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return sweep_with(custom, axes, config or Config(), out=out, hosts=hosts, show=show, tell=tell)
+
+
+def sweep_with(
+    custom: Custom,
+    axes: Mapping[str, Sequence[Any]],
+    config: Config,
+    *,
+    out: str | Path,
+    hosts: Hosts | None = None,
+    show: Callable[[Trainer | Server], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Sweep:
+    """`sweep`, given all custom parts."""
+    config, path = locate_text(config), given_path(out)
     for name in unused_settings(custom.names(), axes):
         raise EsjaxError(f"{name} would change nothing with a custom model or optimizer; leave that axis out")
     trials = make_grid(config, axes)
@@ -309,7 +320,7 @@ def sweep(
         typed["data.text"] = [locate(text) for text in typed["data.text"]]
     # Names of the folders keep the order of the axes in which the sweep was begun.
     found = Sweep(path, trials, hosts, show, tell, custom)
-    found.trials = make_grid(config, _record(path, _Record(typed, config, custom.names(), custom.code)))
+    found.trials = make_grid(config, keep_record(path, Record(typed, config, custom.names(), custom.code)))
     return found
 
 
@@ -339,78 +350,24 @@ def resume_sweep(
     Raises:
         EsjaxError: The path is not the folder of a sweep, it is damaged, or custom code is missing or has changed.
     """
+    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    return resume_sweep_with(custom, path, hosts=hosts, show=show, tell=tell)
+
+
+def resume_sweep_with(
+    custom: Custom,
+    path: str | Path,
+    *,
+    hosts: Hosts | None = None,
+    show: Callable[[Trainer | Server], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Sweep:
+    """`resume_sweep`, given the custom parts that the sweep does not find by itself."""
     path = given_path(path)
-    record = _read_record(path)
-    custom = gather(record.code, model=model, loss=loss, reward=reward, optimizer=optimizer)
+    record = read_record(path)
+    custom = complete(custom, record.code)
     check_custom(str(path), record.custom, custom.names(), "esjax.resume_sweep")
     return Sweep(path, make_grid(record.config, record.axes), hosts, show, tell, custom)
-
-
-class _Record(NamedTuple):
-    """Contents of sweep.yaml."""
-
-    axes: Mapping[str, Sequence[Any]]
-    config: Config
-    custom: Mapping[str, str]
-    code: Mapping[str, Code]
-
-
-def _record(path: Path, wanted: _Record) -> Mapping[str, Sequence[Any]]:
-    """Write sweep.yaml, or check that the existing one is the same; return the axes as they are recorded."""
-    axes, config = wanted.axes, wanted.config
-    record = {"axes": axes, "settings": to_plain(config)}
-    if wanted.custom:
-        record |= {"own": dict(wanted.custom), "code": dict(wanted.code)}
-    try:
-        write_new_folder(path, {RECORD: msgspec.yaml.encode(record).decode()})
-    except FileExistsError as error:
-        if not (path / RECORD).exists():
-            raise EsjaxError(
-                f"{str(path)!r} exists already, is no sweep, and is left alone; give another --out"
-            ) from error
-    except OSError as error:
-        raise EsjaxError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
-    before, settings, custom, code = _read_record(path)
-    if before != axes:
-        there = " ".join(f"--axis {name}={','.join(map(str, values))}" for name, values in before.items())
-        raise EsjaxError(f"{str(path)!r} is a sweep over {there}; give another --out, or continue that one")
-    if settings != config:
-        old, new = msgspec.to_builtins(settings), msgspec.to_builtins(config)
-        raise EsjaxError(
-            f"{str(path)!r} is a sweep with other settings, {_first_difference(old, new)}; give another --out, or "
-            "continue that one"
-        )
-    check_custom(str(path), custom, wanted.custom, "esjax.sweep")
-    digests = [{kind: one.digest for kind, one in codes.items()} for codes in (code, wanted.code)]
-    if digests[0] != digests[1]:
-        raise EsjaxError(f"{str(path)!r} is a sweep with other code; put the old file back, or give another --out")
-    return before
-
-
-def _read_record(path: Path) -> _Record:
-    source = path / RECORD
-    try:
-        record = read_yaml(source.read_text(encoding="utf-8"))
-        axes = msgspec.convert(record["axes"], dict[str, list[Any]])
-        settings = msgspec.yaml.encode(record["settings"]).decode()
-        custom = msgspec.convert(record.get("own", {}), dict[str, str])
-        code = msgspec.convert(record.get("code", {}), dict[str, Code])
-    except OSError as error:
-        raise EsjaxError(
-            f"{str(path)!r} is not the folder of a sweep: cannot read its {RECORD} ({error.strerror})"
-        ) from error
-    except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
-        raise EsjaxError(f"{source} is damaged ({error}); restore it from a copy") from error
-    return _Record(axes, from_yaml(settings, str(source)), custom, code)
-
-
-def _first_difference(old: Any, new: Any, name: str = "") -> str:
-    for key in old:
-        if old[key] != new.get(key):
-            if isinstance(old[key], dict) and isinstance(new.get(key), dict):
-                return _first_difference(old[key], new[key], f"{name}{key}.")
-            return f"{name}{key}={old[key]} in place of {new.get(key)}"
-    return name
 
 
 @contextmanager

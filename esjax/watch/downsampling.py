@@ -1,11 +1,12 @@
 """Turns the metrics of a run into points to draw: downsampled, smoothed, and averaged over seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy import ndarray
+
+from esjax.averages import Average
 
 Axis = Literal["steps", "seconds", "member-tokens"]
 """The horizontal axis of a plot."""
@@ -62,31 +63,6 @@ def make_curve(metrics: Mapping[str, ndarray], column: str, points: int = POINTS
     step, seconds, member_tokens = (metrics.get(name, unknown)[ends] for name in COLUMN_OF.values())
     seconds = np.fmax.accumulate(seconds)  # in older runs the clock went back after a crash
     return Curve(step, seconds, member_tokens, values[there].reshape(-1, stride).mean(axis=1), stride)
-
-
-class Average:
-    """An exponential average whose start is corrected, as in Adam (Kingma & Ba 2015, section 3).
-
-    The weights of all values so far are divided by their sum, so the first value counts as much as any other of its
-    age. Without that, the average would stay near where it started.
-    """
-
-    def __init__(self) -> None:
-        """Start without a value."""
-        self._total = self._weight = 0.0
-
-    def add(self, value: float, keep: float) -> float:
-        """Add a value, and return the average.
-
-        Args:
-            value: The new value, which weighs 1. After one that is not finite, the average starts again.
-            keep: What the weights of all values before are multiplied by, from 0 to 1.
-        """
-        if not math.isfinite(self._total):
-            self._total = self._weight = 0.0
-        self._total = keep * self._total + value
-        self._weight = keep * self._weight + 1
-        return self._total / self._weight
 
 
 def smooth(step: ndarray, value: ndarray, span: float) -> ndarray:

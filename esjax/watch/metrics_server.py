@@ -2,15 +2,13 @@
 
 import json
 import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from http.server import ThreadingHTTPServer
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, MetricsHandler
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, make_wsgi_app, start_http_server
 
 from esjax.errors import EsjaxError
 from esjax.watch.tracking import TrackedRun, Tracker
@@ -19,9 +17,6 @@ HOST = "127.0.0.1"
 
 SHORTEST_STALL, STALL = 60.0, 10.0
 """A run has stalled if the last step finished more than both of these ago: seconds, and usual step times."""
-
-CLOSING = 0.1
-"""Seconds between two checks of whether the server has to end."""
 
 HELP = {
     "step": "Steps done.",
@@ -46,7 +41,7 @@ class MetricsServer(Tracker):
     """
 
     def __init__(self, port: int) -> None:
-        """Open the port.
+        """Open the port, and answer requests.
 
         Args:
             port: From 0 to 65535; 0 takes any free port.
@@ -57,21 +52,20 @@ class MetricsServer(Tracker):
         if not 0 <= port <= 65535:
             raise EsjaxError(f"a port for metrics is from 0 to 65535, not {port}")
         self.port = port
-        self._server: ThreadingHTTPServer | None = None
-        self._thread: threading.Thread | None = None
         self._vitals = _Vitals()
-        self._listen()
+        self._metrics = make_wsgi_app(self._vitals.registry)
+        self._server: WSGIServer | None = None
+        self._open()
 
     def __repr__(self) -> str:
         """Show the address."""
         return f"<metrics at http://{HOST}:{self.port}/metrics>"
 
     def start(self, run: TrackedRun) -> None:
-        """Start to answer requests."""
+        """Show the numbers of a run from now on."""
         self._vitals.begin(run)
-        server = self._server or self._listen()
-        self._thread = threading.Thread(target=server.serve_forever, args=(CLOSING,), name="metrics", daemon=True)
-        self._thread.start()
+        if self._server is None:
+            self._open()
 
     def log(self, row: Mapping[str, float]) -> None:
         """Take the numbers of a step."""
@@ -79,46 +73,32 @@ class MetricsServer(Tracker):
 
     def close(self) -> None:
         """Stop, and free the port."""
-        if self._server is None:
-            return
-        if self._thread is not None:  # without the thread, shutdown would never return
+        if self._server is not None:
             self._server.shutdown()
-            self._thread = None
-        self._server.server_close()
-        self._server = None
+            self._server.server_close()
+            self._server = None
 
-    def _listen(self) -> ThreadingHTTPServer:
-        vitals = self._vitals
-
-        class Handler(MetricsHandler):
-            registry = vitals.registry
-            timeout = 10  # seconds until a silent connection is closed
-
-            def do_GET(self) -> None:  # noqa: N802 - named so by the standard library
-                path = urlsplit(self.path).path
-                if path == "/metrics":
-                    super().do_GET()
-                elif path == "/healthz":
-                    self._answer(*vitals.health())
-                else:
-                    self._answer(False, {"error": "there are /metrics and /healthz"}, 404)
-
-            def _answer(self, well: bool, content: Mapping[str, Any], code: int = 503) -> None:
-                body = json.dumps(content).encode() + b"\n"
-                self.send_response(200 if well else code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
+    def _open(self) -> None:
         try:
-            self._server = ThreadingHTTPServer((HOST, self.port), Handler)
+            self._server, _ = start_http_server(self.port, HOST, self._vitals.registry)
         except OSError as error:
             raise EsjaxError(
                 f"cannot serve metrics at {HOST}:{self.port}: {error.strerror}; choose another port, or 0 for any"
             ) from error
+        self._server.set_app(self._answer)
         self.port = self._server.server_port
-        return self._server
+
+    def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                return self._metrics(environ, start)
+            case "/healthz":
+                is_well, content = self._vitals.health()
+                status = "200 OK" if is_well else "503 Service Unavailable"
+            case _:
+                status, content = "404 Not Found", {"error": "there are /metrics and /healthz"}
+        start(status, [("Content-Type", "application/json")])
+        return [json.dumps(content).encode() + b"\n"]
 
 
 class _Vitals:

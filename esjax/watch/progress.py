@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
-from esjax.watch.downsampling import Average
+from esjax.averages import Average
 
 if TYPE_CHECKING:
     from esjax.runs.step_info import Limits, StepInfo

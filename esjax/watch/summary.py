@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 
-from esjax.config.settings import MODELS, Config
+from esjax.config.models import MODELS
+from esjax.config.settings import Config
 from esjax.data.corpus import Corpus
 from esjax.models.model import Params
 

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from esjax.config.settings import Config, RnnConfig
+from esjax.config.models import RnnConfig
+from esjax.config.settings import Config
 from esjax.data.text_files import read_text
 from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError

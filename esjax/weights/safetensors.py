@@ -25,7 +25,7 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.flags import default_flags
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import load_custom
 from esjax.models.model import ModelFactory, Params
 from esjax.runs.folder import check_custom
 from esjax.weights.start import begin_with
@@ -80,7 +80,7 @@ def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None =
     """
     read = _read(path)
     config, vocabulary = read.config, read.vocabulary
-    custom = gather(model=model)
+    custom = load_custom(model=model)
     check_custom(str(path), read.custom, custom.names(), "esjax.import_weights")
     built = custom.build(config.model, vocabulary.size)
     with default_flags():

@@ -16,7 +16,8 @@ from bench.ours import VOCAB, member_tokens, random_tokens, replica_of, step
 from bench.report import Report, Row
 from bench.rivals import forward
 from bench.settings import Activation
-from esjax.config.settings import Config, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, EsConfig, replace
 from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from bench.report import Report, Row
 from bench.settings import Cosines
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import load_corpus
 from esjax.devices.mesh import local_mesh
 from esjax.models import build_model

@@ -15,7 +15,8 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row
 from bench.settings import Exchange
-from esjax.config.settings import Config, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, EsConfig
 from esjax.devices.mesh import local_mesh
 from esjax.exchange.update_record import pack_sums
 

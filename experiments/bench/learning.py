@@ -15,7 +15,8 @@ from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer
 from bench.report import Report, Row, print_row
 from bench.search import Choice, best_of, search
 from bench.settings import Learning
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.models.model import Params
 

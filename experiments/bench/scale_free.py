@@ -7,7 +7,8 @@ from bench.ablation import DEFAULTS, compared
 from bench.learners import ours, scorer, train_for_tokens
 from bench.report import Report
 from bench.settings import ScaleFree
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import load_corpus
 
 

@@ -13,7 +13,8 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import first_devices, replica_of, step
 from bench.report import Report, Row, print_row
 from bench.settings import Scaling
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

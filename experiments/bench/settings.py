@@ -5,7 +5,7 @@ The docstring under each field is its help on the command line.
 
 from typing import Any, Literal
 
-from esjax.config.settings import Section
+from esjax.config.section import Section
 
 
 class Models(Section):

@@ -22,7 +22,8 @@ from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_
 from bench.report import Report, Row, print_row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, Precision, RnnConfig, replace
+from esjax.config.models import GruConfig, ModelConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, Precision, replace
 from esjax.core.noise import round_products
 from esjax.core.rules import HIGHEST
 from esjax.devices.mesh import local_mesh

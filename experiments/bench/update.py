@@ -15,7 +15,8 @@ from bench.measure import Candidate, alternate, spread
 from bench.ours import replica_of
 from bench.report import Report, Row, print_row
 from bench.settings import Update
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, ModelConfig, RnnConfig
+from esjax.config.models import GruConfig, ModelConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.devices.mesh import local_mesh
 
 if TYPE_CHECKING:

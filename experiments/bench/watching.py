@@ -26,7 +26,8 @@ from rich.console import Console
 from bench.measure import Spread
 from bench.report import Report
 from bench.settings import Watching
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.runs.folder import RunFolder
 from esjax.runs.step_info import StepInfo
 from esjax.training.run import train

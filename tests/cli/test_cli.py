@@ -26,7 +26,8 @@ from rich.table import Table
 import esjax.training.run
 from esjax import cli
 from esjax.cli.shared import announce_to_hosts, open_console
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, RnnConfig, from_yaml, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, from_yaml, replace
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts.local import available_cores, check_workers, local_workers
@@ -385,7 +386,7 @@ def test_every_option_in_the_help_is_one_that_there_is(work: Path, monkeypatch: 
         raise EsjaxError("parsed")
 
     helps = {words: succeed(*words, "--help").out for words in (("train",), ("train", "rnn"), ("serve",), ("sweep",))}
-    monkeypatch.setattr("esjax.cli.settings.tyro.cli", parsed)
+    monkeypatch.setattr("esjax.cli.tyro.cli", parsed)
     for words, text in helps.items():
         options = re.findall(r"^│ (--[\w.-]+)(?:, (--[\w.-]+))?", text, re.MULTILINE)
         assert len(options) > 40
@@ -400,11 +401,11 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Config:
     """Find the settings that `train` hands to the trainer."""
     seen: list[Config] = []
 
-    def train(settings: Config, *rest: Any, **more: Any) -> None:
+    def train(custom: object, settings: Config, *rest: Any, **more: Any) -> None:
         seen.append(settings)
         raise EsjaxError("seen")
 
-    monkeypatch.setattr(esjax.training.run, "train", train)
+    monkeypatch.setattr(esjax.training.run, "train_with", train)
     called = call("train", *words)
     assert called.err == "error: seen\n"
     return seen[0]
@@ -423,10 +424,10 @@ def test_a_file_of_settings_may_begin_with_a_byte_order_mark(
 def test_a_line_without_options_takes_the_defaults(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of(monkeypatch) == Config()
 
-    def serve(settings: Config, *rest: Any, **more: Any) -> None:
+    def serve(custom: object, settings: Config, *rest: Any, **more: Any) -> None:
         raise EsjaxError(f"served {settings == Config()}")
 
-    monkeypatch.setattr("esjax.hosts.serve.serve", serve)
+    monkeypatch.setattr("esjax.hosts.serve.serve_with", serve)
     assert call("serve").err == "error: served True\n"
     assert call("sweep").err == "error: there is no axis; give at least one, such as es.sigma=0.05,0.1\n"
 
@@ -452,10 +453,10 @@ def test_a_model_may_be_named_after_a_switch(monkeypatch: pytest.MonkeyPatch, sw
 
 
 def test_a_model_may_be_named_after_a_switch_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(settings: Config, *rest: Any, plain_text_anywhere: bool, **more: Any) -> None:
+    def serve(custom: object, settings: Config, *rest: Any, plain_text_anywhere: bool, **more: Any) -> None:
         raise EsjaxError(f"{plain_text_anywhere} {settings.model}")
 
-    monkeypatch.setattr("esjax.hosts.serve.serve", serve)
+    monkeypatch.setattr("esjax.hosts.serve.serve_with", serve)
     assert call("serve", "--plain-text-anywhere", "rnn").err == f"error: True {RnnConfig()}\n"
 
 

@@ -17,20 +17,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from esjax.config import models as models_module
 from esjax.config import settings as config_module
-from esjax.config.settings import (
-    Config,
-    DataConfig,
-    EsConfig,
-    GruConfig,
-    HostsConfig,
-    OptimConfig,
-    RnnConfig,
-    Section,
-    from_yaml,
-    replace,
-    to_yaml,
-)
+from esjax.config.models import MODELS, GruConfig, RnnConfig
+from esjax.config.section import Section
+from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
 from esjax.errors import EsjaxError
 
 SECTIONS: list[type[Section]] = [Config, DataConfig, EsConfig, HostsConfig, OptimConfig, RnnConfig, GruConfig]
@@ -353,8 +344,8 @@ def test_every_section_refuses_a_wrong_name_and_is_copied_and_sent(section: type
 
 
 def sections_in_source() -> dict[str, ast.ClassDef]:
-    tree = ast.parse(inspect.getsource(config_module))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    bodies = [ast.parse(inspect.getsource(module)).body for module in (config_module, models_module)]
+    return {node.name: node for body in bodies for node in body if isinstance(node, ast.ClassDef)}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -371,7 +362,8 @@ def test_every_setting_has_a_help(section: type[Section]) -> None:
 
 
 def test_every_section_is_tried_here() -> None:
-    assert set(sections_in_source()) - {"Section", "_Kind"} == {section.__name__ for section in SECTIONS}
+    assert set(sections_in_source()) - {"_Architecture"} == {section.__name__ for section in SECTIONS}
+    assert models_module.__all__ == sorted(kind.__name__ for kind in MODELS.values())
 
 
 @pytest.mark.parametrize(

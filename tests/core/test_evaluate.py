@@ -12,7 +12,8 @@ from jaxtyping import Array
 from small import MODELS, PAIRS, dense_member, epsilons_of, member_of, noise_of, params_of, seeds_of, tokens_of
 
 from esjax import core
-from esjax.config.settings import GruConfig, Precision
+from esjax.config.models import GruConfig
+from esjax.config.settings import Precision
 from esjax.core.interpreter import interpret
 from esjax.core.population import PAIRS_AXIS, deal
 from esjax.models import Model, build_model

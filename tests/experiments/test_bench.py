@@ -30,7 +30,8 @@ from conftest import mesh_of
 from processes import environment
 from small import MODELS, VOCAB, params_of
 
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.corpus import load_corpus
 from esjax.models import Model
 from esjax.models.member import Member

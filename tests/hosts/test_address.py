@@ -1,4 +1,4 @@
-"""Addresses that cannot be, ports in use, and plain text beyond this machine: one clear line each."""
+"""Invalid addresses, ports in use, and plain text beyond this machine: one clear line each."""
 
 import re
 import socket
@@ -18,7 +18,8 @@ from transports import (
     token_of,
 )
 
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.serve import serve
 from esjax.hosts.transport.client import ClientTransport
@@ -70,13 +71,13 @@ def test_row_41_a_bad_address(address: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300, "[::::]"])
-def test_row_41_a_host_that_is_none(host: str) -> None:
+def test_row_41_an_unknown_host_name(host: str) -> None:
     assert "cannot find the host" in failure(f"tcp://{host}:5555")
     with pytest.raises(EsjaxError, match="cannot find the host"):
         ClientTransport(f"tcp://{host}:5555", token=None, limits=LIMITS)
 
 
-def test_row_41_other_addresses_that_cannot_be(keys: ServerKeys) -> None:
+def test_row_41_other_addresses_that_cannot_be_used(keys: ServerKeys) -> None:
     assert "not an address of this machine" in failure("tcp://192.0.2.1:0", keys)
     assert "no port after it" in failure("tcp://127.0.0.1:65535")
     with pytest.raises(EsjaxError, match="names no port"):
@@ -94,7 +95,7 @@ def test_row_41_a_failed_start_leaves_nothing_behind(keys: ServerKeys) -> None:
 
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://192.0.2.1:5555"])
-def test_plain_text_does_not_leave_the_machine_unasked(address: str) -> None:
+def test_plain_text_beyond_this_machine_needs_permission(address: str) -> None:
     line = failure(address)
     assert "keys" in line
     assert "plain text" in line
@@ -118,7 +119,7 @@ def test_keys_allow_every_interface(keys: ServerKeys) -> None:
         round_trip(server, client, [b"hello"])
 
 
-def test_keys_that_are_none_are_named(server: ServerTransport) -> None:
+def test_a_token_with_invalid_keys_is_named(server: ServerTransport) -> None:
     token = Token(1, "odd", server.address, "#" * 40, "#" * 40, "#" * 40)
     with pytest.raises(EsjaxError, match="'odd' holds no keys"):
         client_of(server, token)

@@ -1,4 +1,4 @@
-"""The coordinator goes on whatever hosts say or leave unsaid."""
+"""The coordinator continues, whichever messages hosts send or leave out."""
 
 import random
 from contextlib import suppress
@@ -51,7 +51,7 @@ all_modes = pytest.mark.parametrize(
 )
 DIRECTIONS = ["request", "reply", "broadcast"]
 EXAMPLES = 8
-"""Of what takes long."""
+"""Of simulations that take long."""
 
 
 # Alone, with a clock that stands still.
@@ -271,7 +271,7 @@ def test_an_interrupted_upload_goes_on_or_is_made_again(direction: str) -> None:
     sim.hosts["a"].cut = set()
     sim.run(60)
     assert len(sim.checkpoints) > stored + 1
-    assert not sim.told("damaged")
+    assert not sim.printed("damaged")
     check_snapshots(sim)
 
 
@@ -288,7 +288,7 @@ def test_an_interrupted_upload_goes_on_or_is_made_again(direction: str) -> None:
     ],
     ids=["size", "huge", "gap", "step", "empty", "too much", "beyond the end"],
 )
-def test_what_is_no_part_of_the_snapshot_is_not_taken(changes: dict[str, int], body: bytes) -> None:
+def test_parts_that_do_not_belong_to_the_snapshot_are_rejected(changes: dict[str, int], body: bytes) -> None:
     sim = with_audits("a", "b")
     sim.fate = lambda way, host, message: [] if isinstance(message, wire.Upload) else [DELAY]
     until_upload(sim)
@@ -298,7 +298,7 @@ def test_what_is_no_part_of_the_snapshot_is_not_taken(changes: dict[str, int], b
     assert sim.server.counters["messages no honest host sends"] == 0
 
 
-def test_only_the_blocks_of_now_are_handed_out() -> None:
+def test_only_the_current_blocks_are_handed_out() -> None:
     sim = Simulation(config_of(block_interval=2))
     host = sim.add("a")
     sim.run_steps(10)
@@ -358,7 +358,7 @@ def test_after_a_restart_the_next_held_out_loss_is_not_beside_the_one_before(mea
     assert first <= asked[0] - since < first + 10
 
 
-def test_who_measures_gets_no_pairs_meanwhile() -> None:
+def test_a_host_that_measures_gets_no_pairs_meanwhile() -> None:
     sim = Simulation(config_of(evaluate_time=30.0))
     sim.add("a", measure_seconds=10.0)
     sim.add("b")
@@ -366,7 +366,7 @@ def test_who_measures_gets_no_pairs_meanwhile() -> None:
         sim.run(1)
         assert sim.server.status(sim.now).hosts[0].state in ("joining", "ready")
     assert sim.server.audits.held_out is not None
-    assert not sim.told("hung")
+    assert not sim.printed("hung")
     assert max(np.diff([at for at, _, _, message in sim.log if isinstance(message, wire.Step)])) < 12
     check_updates(sim.updates, FIXED)
 
@@ -377,7 +377,7 @@ def test_a_host_alone_measures_and_trains(config: Config) -> None:
     sim.add("a", measure_seconds=50.0)
     sim.run(200)
     assert len(sim.closed) > 10
-    assert not sim.told("hung")
+    assert not sim.printed("hung")
     assert sim.server.audits.held_out is not None
 
 
@@ -429,7 +429,7 @@ def test_it_ends_though_the_broadcast_that_says_so_is_lost() -> None:
     assert sim.checkpoints[-1].step == step
 
 
-def test_what_is_kept_already_is_not_asked_for_again() -> None:
+def test_a_checkpoint_that_is_stored_is_not_asked_for_again() -> None:
     sim = with_audits("a")
     end(sim, done=False)
     uploads = len(sim.messages(wire.Upload))
@@ -455,7 +455,7 @@ def test_no_update_is_made_after_the_end() -> None:
 # Who is here.
 
 
-def test_there_is_an_end_to_the_number_of_hosts() -> None:
+def test_the_number_of_hosts_is_limited() -> None:
     sim = Simulation(FIXED)
     sim.add("a")
     sim.run_steps(1)
@@ -480,8 +480,8 @@ def test_one_name_takes_no_more_than_two_places() -> None:
 
 
 @pytest.mark.parametrize("budget", [None, 1.0], ids=["fixed", "budget"])
-def test_split_pairs_are_compared_with_those_of_their_windows_whoever_scored_them(budget: float | None) -> None:
-    """With a budget each host has pairs of its own, and its last window may be cut off."""
+def test_split_pairs_are_compared_within_their_windows_on_any_hosts(budget: float | None) -> None:
+    """With a budget each host has another range of pairs, and its last window may be cut off."""
     config = config_of(budget=budget, split=True)
     sim = Simulation(config)
     sim.add("a")
@@ -568,14 +568,14 @@ def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: p
     check_updates(sim.updates, config)
 
 
-def test_the_status_says_how_things_stand() -> None:
+def test_the_status_describes_run_and_hosts() -> None:
     sim = Simulation(config_of(evaluate_time=4))
     sim.add("a", speed=30.0)
     sim.add("b", speed=10.0)
     sim.run_steps(20)
     reply = sim.server.receive(Envelope(wire.AskStatus()), sim.now).message
     assert isinstance(reply, wire.Status)
-    assert (reply.run, reply.epoch, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
+    assert (reply.run, reply.incarnation, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
     assert reply.loss == sim.closed[-1].loss
     assert reply.held_out == sim.server.audits.held_out
     fast, slow = reply.hosts
@@ -591,7 +591,7 @@ def test_the_status_says_how_things_stand() -> None:
 
 
 def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
-    """Let a storm come over a coordinator; none of it may leave a trace."""
+    """Send random requests to a coordinator; none of them may have an effect."""
     for weather in storm:
         if isinstance(weather, float):
             sim.run(weather)
@@ -615,11 +615,11 @@ def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
 
 
 def mad_host(sim: Simulation) -> list[int]:
-    """Let a host join that knows no law; return its session, and others that there are not."""
+    """Let a host join that sends anything; return its session, and invented ones."""
     join = wire.Join("mad", "", "other", list(FINGERPRINTS.items()), [], "", 5, 1)
     welcome = sim.server.receive(Envelope(join), sim.now).message
     assert isinstance(welcome, wire.Welcome)
-    ready = wire.Beat(welcome.session, welcome.epoch, 3, "ready", 1)
+    ready = wire.Beat(welcome.session, welcome.incarnation, 3, "ready", 1)
     sim.server.receive(Envelope(ready), sim.now)
     return [welcome.session, welcome.session, welcome.session + 1, 0]
 
@@ -666,7 +666,7 @@ def test_a_long_storm_makes_nothing_grow(config: Config) -> None:
 
 
 def test_only_valid_messages_move_the_run() -> None:
-    """Without an honest host, nothing that is said makes a step, a checkpoint or an announcement of one."""
+    """Without an honest host, no message makes a step, a checkpoint or an announcement of one."""
     sim = Simulation(FIXED)
     sessions = [5, 6, 0]
     some: list[Sent] = []

@@ -38,8 +38,7 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
-from esjax.hosts.protocol import downloads as downloads
-from esjax.hosts.protocol import wire
+from esjax.hosts.protocol import transfers, wire
 from esjax.hosts.protocol.actions import Publish
 from esjax.hosts.protocol.registry import FORGET, SILENT, STRIKES
 from esjax.hosts.protocol.request_channel import DEAF
@@ -74,7 +73,7 @@ def _fault_free(settings: str) -> Simulation:
 
 
 def check_run(sim: Simulation) -> None:
-    """See that nothing that happened has left a trace in the updates, and that all replicas made the same ones."""
+    """Check that the updates are those of a run without faults, and that all replicas made the same ones."""
     if sim.config.es.time_per_step is None:
         reference, steps = fault_free(sim.config), len(sim.updates)
         reference.run_steps(max(0, steps - len(reference.updates)))
@@ -98,20 +97,20 @@ def run_with(config: Config, *names: str, steps: int = 3, **settings: Any) -> Si
 
 
 def ask(sim: Simulation, host: Host, message: wire.Message, body: bytes = b"") -> wire.Message:
-    """Have the coordinator answer a message of one's own making."""
+    """Let the coordinator answer a made-up message."""
     frames = wire.encode(Envelope(message, body))
     return sim.server.receive(wire.decode(frames, "request"), sim.now, host.key).message
 
 
 def losses_message(sim: Simulation, host: Host, pairs: int, **changes: object) -> tuple[wire.Losses, bytes]:
-    """Make honest losses of some of the pairs that a host is at."""
+    """Make honest losses of some of the pairs that a host is scoring."""
     joined = host.worker.joined
     assert joined is not None
     step = sim.server.step
     assert host.device.step == step
     first = joined.slot * SLOT_PAIRS if sim.config.es.time_per_step else 0
     dtype = "<i4" if joined.vector_length else "<f4"
-    message = wire.Losses(joined.session, joined.epoch, step, [(first, pairs)], 0.1, False, dtype)
+    message = wire.Losses(joined.session, joined.incarnation, step, [(first, pairs)], 0.1, False, dtype)
     body = body_of(values_of(sim.config, host.device.state, message.spans))
     return msgspec.structs.replace(message, **changes), body
 
@@ -194,14 +193,14 @@ def test_row_02_a_restarted_coordinator_goes_on(config: Config) -> None:
     check_run(sim)
     for host in sim.hosts.values():
         assert host.worker.joined is not None
-        assert host.worker.joined.epoch == 2
+        assert host.worker.joined.incarnation == 2
         assert host.device.made == list(range(host.device.step))  # each update once, and no snapshot
         assert any(at > step for at, _ in host.device.scored)
 
 
 @both_exchanges
 def test_row_02_hosts_come_back_to_a_coordinator_that_knows_less(sums: bool) -> None:
-    """Its last record was torn: hosts have made an update that is no more."""
+    """Its last record was torn: hosts have made an update that the ledger has lost."""
     sim = run_with(config_of(sums=sums), "a", "b", steps=5)
     sim.kill()
     del sim.ledger[3:]
@@ -216,7 +215,7 @@ def test_row_03_what_was_recorded_is_published_after_a_restart(config: Config) -
     sim.crash_after_record = step = sim.server.step
     sim.run(30, lambda: sim.coordinator is None)
     assert sim.coordinator is None
-    assert all(host.device.step <= step for host in sim.hosts.values())  # nobody has heard of it
+    assert all(host.device.step <= step for host in sim.hosts.values())  # no host has received it
     recorded = sim.ledger[step][1]
     published: list[bytes] = []
     sim.start()
@@ -253,7 +252,7 @@ def test_row_04_after_a_cut_the_ledger_says_what_was_missed(config: Config, seco
 
 
 def test_row_04_after_a_long_cut_a_snapshot_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "FAR", 20)
+    monkeypatch.setattr(transfers, "FAR", 20)
     sim = run_with(config_of(checkpoint_time=10), "a", "b")
     cut = sim.hosts["b"]
     cut.cut = {"request", "reply", "broadcast"}
@@ -273,7 +272,7 @@ def test_row_05_one_way_loss_is_noticed(config: Config, direction: str) -> None:
     deaf = sim.hosts["b"]
     connection, since = deaf.connection, sim.now
     deaf.cut = {direction}
-    sim.run(60, lambda: deaf.connection > connection or sim.told("b is lost"))
+    sim.run(60, lambda: deaf.connection > connection or sim.printed("b is lost"))
     assert sim.now - since <= 25
     deaf.cut = set()
     sim.run(2 * DEAF)
@@ -299,7 +298,7 @@ def test_row_06_the_pairs_of_a_straggler_run_twice(sums: bool) -> None:
     check_run(sim)
 
 
-def test_row_06_a_straggler_is_told_once_until_it_is_in_time_again() -> None:
+def test_row_06_a_straggler_is_reported_once_until_it_is_in_time_again() -> None:
     sim = run_with(FIXED, "a", "b")
     slow, told = sim.hosts["b"].device, "b is late: it gets no pairs for a while"
     assert told not in sim.lines
@@ -316,7 +315,7 @@ def test_row_06_a_straggler_is_told_once_until_it_is_in_time_again() -> None:
 
 @both_exchanges
 def test_row_06_the_first_answer_counts(sums: bool) -> None:
-    """A straggler that is done before the one who took over need not be waited for."""
+    """If a straggler finishes before the host that took over, the step does not wait for that one."""
     sim = run_with(config_of(sums=sums), "a", "b")
     sim.hosts["a"].device.speed = sim.hosts["b"].device.speed = 100
     sim.run_steps(1)
@@ -332,7 +331,7 @@ def test_row_06_the_first_answer_counts(sums: bool) -> None:
     check_run(sim)
 
 
-def test_row_06_who_was_late_is_trusted_if_nobody_else_is_left() -> None:
+def test_row_06_a_late_host_gets_pairs_again_if_no_other_is_left() -> None:
     sim = run_with(FIXED, "a", "b")
     sim.hosts["b"].device.speed = 0.5
     sim.run(100)
@@ -343,7 +342,7 @@ def test_row_06_who_was_late_is_trusted_if_nobody_else_is_left() -> None:
     check_run(sim)
 
 
-def test_row_06_who_has_left_is_no_measure_of_others() -> None:
+def test_row_06_a_host_that_has_left_sets_no_deadline_for_others() -> None:
     sim = Simulation(FIXED)
     sim.add("a", speed=1000.0)
     sim.add("b")
@@ -360,7 +359,7 @@ def test_row_06_who_has_left_is_no_measure_of_others() -> None:
     check_run(sim)
 
 
-def test_row_06_a_straggler_holds_up_no_time_budget() -> None:
+def test_row_06_a_straggler_does_not_delay_a_step_with_a_time_budget() -> None:
     sim = run_with(BUDGET, "a", "b")
     sim.hosts["b"].device.speed /= 100
     before = sim.now
@@ -386,7 +385,7 @@ def test_row_07_without_workers_the_job_pauses(config: Config) -> None:
     sim.run(200)
     steps = len(sim.ledger)
     assert sim.server.status(sim.now).paused
-    assert sim.told("no host is ready")
+    assert sim.printed("no host is ready")
     sim.run(1000)
     assert len(sim.ledger) == steps
     sim.add("c")
@@ -411,19 +410,19 @@ def test_row_08_losses_that_come_twice_count_once(config: Config) -> None:
 
 
 @all_modes
-def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> None:
+def test_row_09_losses_for_an_old_step_or_incarnation_are_rejected(config: Config) -> None:
     sim = run_with(config, "a")
     host = sim.hosts["a"]
     step = sim.server.step
     old, body = losses_message(sim, host, QUANTUM, step=step - 1)
     reply = ask(sim, host, old, body)
     assert isinstance(reply, wire.Rejected)
-    assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, False)
+    assert (reply.step, reply.incarnation, reply.rejoin) == (step, 1, False)
     assert sim.server.counters["losses for an old step"] == 1
-    other, body = losses_message(sim, host, QUANTUM, epoch=0)
+    other, body = losses_message(sim, host, QUANTUM, incarnation=0)
     reply = ask(sim, host, other, body)
     assert isinstance(reply, wire.Rejected)
-    assert (reply.step, reply.epoch, reply.rejoin) == (step, 1, True)
+    assert (reply.step, reply.incarnation, reply.rejoin) == (step, 1, True)
     assert sim.server.counters["messages no honest host sends"] == 0
     sim.run_steps(3)
     check_run(sim)
@@ -438,7 +437,7 @@ def test_row_09_losses_for_an_old_step_or_epoch_are_rejected(config: Config) -> 
         pytest.param({"spans": [(2**31 - 1, QUANTUM)]}, id="beyond everything"),
     ],
 )
-def test_row_10_losses_that_nobody_asked_for_are_a_strike(config: Config, changes: dict[str, object]) -> None:
+def test_row_10_losses_that_were_not_asked_for_are_a_strike(config: Config, changes: dict[str, object]) -> None:
     sim = run_with(config, "a", "b")
     host = sim.hosts["b"]
     for strike in range(STRIKES):
@@ -478,7 +477,7 @@ def spoil(values: dict[int, float]) -> Callable[[np.ndarray, np.ndarray], np.nda
 
 
 @all_modes
-def test_row_11_losses_that_are_no_numbers_weigh_nothing(config: Config) -> None:
+def test_row_11_losses_that_are_not_finite_weigh_nothing(config: Config) -> None:
     bad = {0: math.nan, 1: math.inf, 2: -math.inf, 3: 1e30}
     sim = Simulation(config)
     sim.add("a", twist=spoil(bad))
@@ -510,7 +509,7 @@ def test_row_11_a_step_of_mostly_bad_losses_is_void(sums: bool) -> None:
     check_updates(sim.updates, sim.config, spoil(bad))
 
 
-def test_row_12_equal_losses_change_nothing_and_are_told() -> None:
+def test_row_12_equal_losses_change_nothing_and_are_reported() -> None:
     sim = Simulation(FIXED)
     sim.add("a", twist=lambda losses, pairs: np.full_like(losses, 2.5))
     sim.run_steps(3)
@@ -547,7 +546,7 @@ def test_row_13_losses_of_the_wrong_number_or_type_are_rejected(
 
 @all_modes
 @pytest.mark.parametrize("final", [False, True])
-def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: bool) -> None:
+def test_row_13_a_host_that_hands_in_no_losses_harms_no_other(config: Config, final: bool) -> None:
     sim = run_with(config, "a", "b")
     message, _ = losses_message(sim, sim.hosts["a"], QUANTUM, spans=[], final=final)
     ask(sim, sim.hosts["a"], message, b"")
@@ -564,7 +563,7 @@ def test_row_13_whoever_hands_in_nothing_harms_nobody(config: Config, final: boo
         pytest.param([1, 0, -1], id="negative differences"),
     ],
 )
-def test_row_13_a_sum_that_cannot_be_is_rejected(config: Config, tail: list[int]) -> None:
+def test_row_13_an_impossible_gradient_sum_is_rejected(config: Config, tail: list[int]) -> None:
     sim = run_with(config, "a", "b")
     message, _ = losses_message(sim, sim.hosts["a"], QUANTUM)
     body = np.array([0] * (VECTOR_LENGTH - TAIL) + tail, np.int32).tobytes()
@@ -676,7 +675,7 @@ def test_row_17_a_replayed_request_to_join_ends_no_session() -> None:
     assert isinstance(ask(sim, sim.hosts["a"], message, body), wire.Ok)
 
 
-def test_row_17_a_replayed_goodbye_holds_nobody_up() -> None:
+def test_row_17_a_replayed_goodbye_delays_no_host() -> None:
     sim = run_with(FIXED, "a", "b")
     joined = sim.hosts["b"].worker.joined
     assert joined is not None
@@ -697,7 +696,7 @@ def test_row_19_a_revoked_key_is_dropped_at_once(config: Config) -> None:
     sim.run(2 * BEAT)
     assert "revoked" in sim.hosts["b"].worker.refused
     assert sim.server.counters["revoked key"] == 1
-    assert sim.told("b is dropped: its key was revoked")
+    assert sim.printed("b is dropped: its key was revoked")
     sim.run_steps(3)
     assert [host.name for host in sim.server.status(sim.now).hosts] == ["a"]
     check_run(sim)
@@ -722,7 +721,7 @@ def test_row_21_of_two_hosts_of_one_name_the_newer_counts(config: Config) -> Non
     older.name = "b, too"  # to the network
     sim.add("b")
     sim.run_steps(4)
-    assert sim.told("two hosts are called b; the newer one counts")
+    assert sim.printed("two hosts are called b; the newer one counts")
     assert "another host joined as 'b'" in older.worker.refused
     sim.run_steps(3)
     assert status_of(sim, "b").state == "ready"
@@ -761,7 +760,7 @@ def test_row_23_another_noise_is_refused_with_both_values() -> None:
     assert not sim.server.status(sim.now).hosts
 
 
-def test_row_23_what_the_run_has_of_its_own_is_needed() -> None:
+def test_row_23_custom_parts_of_the_run_are_needed() -> None:
     sim = Simulation(FIXED)
     host = sim.add("a", custom={"model": "mine"})
     sim.run(1)
@@ -776,7 +775,7 @@ def test_row_24_a_replica_that_differs_fetches_the_right_state(sums: bool) -> No
     wrong.state = wrong.state[:8] + b"w" * (STATE_BYTES - 8)
     sim.run_steps(30)
     assert wrong.loaded
-    assert sim.told("the state of c differs")
+    assert sim.printed("the state of c differs")
     assert status_of(sim, "c").state == "ready"
     states = {host.device.step: host.device.state for host in sim.hosts.values()}
     assert all(states[host.device.step] == host.device.state for host in sim.hosts.values())
@@ -807,7 +806,7 @@ def test_row_24_losses_of_a_wrong_replica_do_not_count(delay: float, sums: bool)
 
 
 def check_checkpoints(sim: Simulation) -> None:
-    """See that every snapshot and digest is that of a replay."""
+    """Check that every snapshot and digest is that of a replay."""
     states = [FIRST_STATE]
     for update in sim.updates:
         states.append(next_state(states[-1], update))
@@ -955,7 +954,7 @@ def test_row_26_whatever_is_lost_delayed_or_doubled(config: Config, seed: int) -
     check_checkpoints(sim)
 
 
-def test_row_27_a_hundred_joiners_hold_nobody_up() -> None:
+def test_row_27_a_hundred_joining_hosts_do_not_delay_the_others() -> None:
     sim = Simulation(FIXED, snapshot_bytes=3 * wire.PART)
     sim.add("a")
     sim.add("b")
@@ -1049,7 +1048,7 @@ def test_row_28_a_damaged_snapshot_is_taken_again(what: str) -> None:
     sim.add("a")
     sim.run_steps(10)
     assert damaged == 1
-    assert sim.told("arrived damaged") == (what == "upload")
+    assert sim.printed("arrived damaged") == (what == "upload")
     assert len(sim.checkpoints) > 2
     check_run(sim)
     check_checkpoints(sim)
@@ -1071,7 +1070,7 @@ def test_row_29_updates_that_come_while_a_snapshot_loads_are_made_once(config: C
 
 
 def test_row_30_no_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only time is what is handed in."""
+    """The only time is the one that is passed in."""
 
     def read() -> float:
         raise AssertionError("a clock was read")
@@ -1088,7 +1087,7 @@ def test_row_30_no_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     check_run(sim)
 
 
-def test_row_35_an_old_coordinator_is_nobody() -> None:
+def test_row_35_an_old_coordinator_is_ignored() -> None:
     sim = run_with(FIXED, "a", "b", steps=5)
     old = sim.server
     sim.kill()
@@ -1113,7 +1112,7 @@ def test_row_35_an_old_coordinator_is_nobody() -> None:
         sim.run_steps(steps)
         for host in sim.hosts.values():
             assert host.worker.joined is not None
-            assert host.worker.joined.epoch == 2
+            assert host.worker.joined.incarnation == 2
     check_run(sim)
 
 
@@ -1126,7 +1125,7 @@ def test_row_36_a_worker_that_is_stopped_hands_in_what_it_has(config: Config) ->
     leaver.worker.leave("it was stopped")
     sim.run(5, lambda: leaver.worker.left)
     assert leaver.worker.left
-    assert sim.told("b leaves: it was stopped")
+    assert sim.printed("b leaves: it was stopped")
     assert [host.name for host in sim.server.status(sim.now).hosts] == ["a"]
     finished = {pair for at, pair in leaver.device.scored if at == step}
     assert finished
@@ -1185,7 +1184,7 @@ def test_row_38_the_only_host_hangs_and_comes_back(config: Config) -> None:
     sim = run_with(config, "a")
     sim.hosts["a"].device.hung = True
     sim.run(STUCK + 5)
-    assert sim.told("a is hung")
+    assert sim.printed("a is hung")
     assert sim.server.status(sim.now).paused
     sim.hosts["a"].device.hung = False
     sim.run_steps(3)
@@ -1202,7 +1201,7 @@ def test_row_38_the_pairs_of_a_hung_host_are_given_to_others_at_work() -> None:
     sim.run(STUCK + 3)
     extra = [m for _, _, host, m in sim.log[before:] if isinstance(m, wire.Extra) and host == "a"]
     assert any(slot == 0 for message in extra for slot, _, _ in message.leases)
-    assert sim.told("b is hung")
+    assert sim.printed("b is hung")
 
 
 @both_modes
@@ -1225,8 +1224,8 @@ def test_row_39_compiling_is_not_death(config: Config) -> None:
     slow = sim.add("b", compile_seconds=400.0)
     sim.run(350)
     assert status_of(sim, "b").state == "compiling"
-    assert not sim.told("b is lost")
-    assert not sim.told("b is hung")
+    assert not sim.printed("b is lost")
+    assert not sim.printed("b is hung")
     sim.run(100)
     assert slow.worker.phase == "ready"
     sim.run_steps(5)

@@ -66,7 +66,7 @@ def look(guard: FloodGuard, clock: list[float]) -> None:
     guard.look()
 
 
-def test_a_flood_before_the_connection_is_heard_of_is_cut_off(door: socket.socket, guard: FloodGuard) -> None:
+def test_a_flood_before_the_connection_is_reported_is_cut_off(door: socket.socket, guard: FloodGuard) -> None:
     with Pair(door) as hasty, Pair(door) as busy:
         hasty.send(MESSAGE + IDLE_BYTES + 1)
         busy.send(MESSAGE + IDLE_BYTES + 1)
@@ -103,7 +103,7 @@ def test_what_was_taken_counts_no_more(door: socket.socket, guard: FloodGuard, c
         assert guard.cut_off == 1
 
 
-def test_a_number_that_stands_for_something_else_is_left_alone(
+def test_a_descriptor_of_something_else_is_left_alone(
     door: socket.socket, guard: FloodGuard, clock: list[float]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other_door, Pair(other_door) as other:
@@ -121,9 +121,7 @@ def test_a_number_that_stands_for_something_else_is_left_alone(
         assert guard.cut_off == 0
 
 
-def test_a_number_that_stands_for_no_socket_costs_nothing(
-    door: socket.socket, guard: FloodGuard, clock: list[float]
-) -> None:
+def test_a_descriptor_of_no_socket_costs_nothing(door: socket.socket, guard: FloodGuard, clock: list[float]) -> None:
     ends = os.pipe()
     before = sorted(os.listdir("/dev/fd"))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Who is let in, what a token file holds, and what is said when one is no good."""
+"""Keys that are let in, the content of token files, and the errors about unusable ones."""
 
 import json
 import multiprocessing
@@ -119,7 +119,7 @@ def test_tokens_made_at_the_same_time_all_count(folder: Path, keys: ServerKeys) 
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', '{"format": 2}', "\0" * 99, None])
-def test_nobody_is_let_in_by_an_allow_list_that_cannot_be_read(folder: Path, damage: str | None) -> None:
+def test_an_allow_list_that_cannot_be_read_lets_no_host_in(folder: Path, damage: str | None) -> None:
     lines: list[str] = []
     keys = ServerKeys(folder, key_maker(), lines.append)
     keys.new_token("one", ADDRESS)
@@ -141,7 +141,7 @@ def test_nobody_is_let_in_by_an_allow_list_that_cannot_be_read(folder: Path, dam
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../one", "a/b", "/one", "-one", ".one", "one two", "é", "a\n", "a" * 65]
 )
-def test_a_name_that_is_none_is_refused(folder: Path, keys: ServerKeys, name: str) -> None:
+def test_an_invalid_name_is_refused(folder: Path, keys: ServerKeys, name: str) -> None:
     before = sorted(folder.parent.rglob("*"))
     for use in (lambda: keys.new_token(name, ADDRESS), lambda: keys.revoke_token(name)):
         with pytest.raises(EsjaxError, match="cannot be the name of a token") as caught:
@@ -254,7 +254,7 @@ def test_a_token_of_another_version_names_both(path: Path, version: object) -> N
     assert re.search(rf"format {version}, not {FORMAT}", refused(path))
 
 
-def test_what_is_no_file_is_no_token(tmp_path: Path, path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_no_token(tmp_path: Path, path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert "is no esjax token" in refused(tmp_path / "pipe")
     assert "is no esjax token" in refused(tmp_path)
@@ -271,7 +271,7 @@ def test_a_folder_open_to_others_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_row_41_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_row_41_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "keys", tmp_path / ("x" * 300)):
         with pytest.raises(EsjaxError, match="cannot use the folder of keys") as caught:
@@ -311,7 +311,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_file(
     assert load_token(keys.new_token("two", ADDRESS)).name == "two"
 
 
-def test_a_token_made_by_hand_is_one() -> None:
+def test_a_token_made_by_hand_is_valid() -> None:
     assert Token(FORMAT, "n", ADDRESS, "k" * 40, "k" * 40, "k" * 40) == Token(
         format=FORMAT, name="n", address=ADDRESS, server_key="k" * 40, public_key="k" * 40, secret_key="k" * 40
     )

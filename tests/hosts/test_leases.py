@@ -1,4 +1,4 @@
-"""Who scores what, and that it does not matter."""
+"""Leases: which host scores which pairs, and that the result does not depend on it."""
 
 import itertools
 from collections import Counter
@@ -14,7 +14,8 @@ from storms import volume
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.update_record import Span, pairs_of
 from esjax.exchange.values import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudget
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases
+from esjax.hosts.protocol.time_budget import TimeBudget
 
 QUANTUM = 4
 
@@ -160,7 +161,7 @@ def test_what_is_released_goes_to_others() -> None:
     assert not work.waits
 
 
-def test_who_was_too_slow_is_asked_again_only_if_nobody_else_is_there() -> None:
+def test_a_host_that_was_too_slow_gets_pairs_again_only_if_there_is_no_other() -> None:
     work = FixedPopulation(QUANTUM, QUANTUM, LossExchange())
     assert quanta_of(work.lease({0: 100.0, 1: 1.0})) == {0: 1}
     work.release(0)
@@ -446,11 +447,11 @@ def test_a_step_is_closed_without_who_is_released() -> None:
     work.release(1)
     work.release(2)
     assert work.complete
-    assert not hand_in(work, 2, [(2 * SLOT_PAIRS, 3)])  # still in time, and no fault of its own
+    assert not hand_in(work, 2, [(2 * SLOT_PAIRS, 3)])  # still in time, and not a fault of the host
     assert work.result()[0] == [(0, 5), (SLOT_PAIRS, 5), (2 * SLOT_PAIRS, 3)]
 
 
-def test_a_step_that_nobody_has_finished_is_leased_again() -> None:
+def test_a_step_that_no_host_has_finished_is_leased_again() -> None:
     work = TimeBudget(1.0, LossExchange())
     work.lease({0: 1.0})
     work.release(0)
@@ -483,7 +484,7 @@ SUMS = SumExchange(2 + TAIL)
 
 
 def sum_of(spans: list[Span], error: int = 0) -> np.ndarray:
-    """Add up what some pairs say, numbers that nobody would hit by chance: two of the gradient, and the tail."""
+    """Return the gradient sum of some pairs: two numbers of a gradient that are unlikely by chance, and the tail."""
     pairs = pairs_of(spans).astype(np.int64)
     columns = [pairs * 7919 % 10007 - 5000, pairs * 104729 % 9973 - 5000, np.ones_like(pairs), pairs % 97, pairs % 89]
     total = np.stack(columns).sum(axis=1)
@@ -513,7 +514,7 @@ def check_total(work: Leases) -> None:
 
 @settings(deadline=None)
 @given(STEPS, st.integers(1, 30), st.integers(1, 5), st.sets(st.integers(0, 29)), st.randoms(use_true_random=False))
-def test_every_pair_is_in_the_sum_once_whoever_added_what(
+def test_every_pair_is_in_the_sum_once_however_leases_were_divided(
     steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, checked_quanta: set[int], random: Random
 ) -> None:
     """Hosts come, go, are slow, and hand in late, twice, and parts of what they were given; all of them are honest."""

@@ -13,7 +13,8 @@ import pytest
 from processes import TEXT, Fleet, fleet, steps_done, wait_until
 from transports import last_frame, more_frames, send_endlessly, stranger
 
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts import join

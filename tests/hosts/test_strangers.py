@@ -60,8 +60,8 @@ def test_row_14_strangers_are_counted_and_cost_the_others_nothing(server: Server
                         connection.sendall(content)
                 strangers += 14
             round_trip(server, client, [b"unhindered"])
-            server.publish([b"as ever"])
-            assert client.poll(PATIENCE).broadcasts == [[b"as ever"]]
+            server.publish([b"as before"])
+            assert client.poll(PATIENCE).broadcasts == [[b"as before"]]
         until(lambda: server.poll(0.01) == [] and server.strangers >= strangers + len(silent))
         for connection in silent:
             connection.close()
@@ -270,7 +270,7 @@ def test_row_19_a_revoked_key_is_known_at_its_next_message(tmp_path: Path, keys:
         assert "revoked" in refusal(server, client)
 
 
-def test_row_20_nobody_is_let_in_while_the_authenticator_is_dead(
+def test_row_20_no_host_is_let_in_while_the_authenticator_is_dead(
     keys: ServerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []

@@ -154,7 +154,7 @@ def test_what_is_no_port_is_not_listened_to(server: ServerTransport, port: int) 
     with client_of(server) as client:
         with pytest.raises(EsjaxError, match=f"{port}, which is no port"):
             client.subscribe(port)
-        round_trip(server, client, [b"as ever"])
+        round_trip(server, client, [b"as before"])
 
 
 def test_subscribing_again_leaves_the_port_before(server: ServerTransport) -> None:
@@ -172,7 +172,7 @@ def test_subscribing_again_leaves_the_port_before(server: ServerTransport) -> No
         until(heard_the_other)
 
 
-def test_a_slow_host_misses_broadcasts_sees_it_and_hinders_nobody(server: ServerTransport) -> None:
+def test_a_slow_host_misses_broadcasts_notices_it_and_delays_no_other(server: ServerTransport) -> None:
     with client_of(server) as slow:
         asked = listen(server, slow)
         sent = 5 * QUEUE
@@ -188,7 +188,7 @@ def test_a_slow_host_misses_broadcasts_sees_it_and_hinders_nobody(server: Server
 
         until(drained)
         assert numbers == sorted(set(numbers))
-        # What was heard before fills the queue, too, until the sender is told of it, which ZeroMQ does now and then.
+        # Broadcasts that were read count in the queue until ZeroMQ reports them as read, which it does now and then.
         assert QUEUE - asked <= len(numbers) < sent
         server.publish([b"goes on"])
         assert slow.poll(PATIENCE).broadcasts == [[b"goes on"]]
@@ -205,7 +205,7 @@ def test_a_slow_host_outlives_its_coordinator() -> None:
         until(lambda: not slow.poll(0.2).broadcasts)
         with server_of(address=address) as again:
             listen(again, slow)
-            round_trip(again, slow, [b"as ever"])
+            round_trip(again, slow, [b"as before"])
 
 
 def test_a_reply_to_one_who_left_is_ignored(server: ServerTransport) -> None:
@@ -267,15 +267,15 @@ with ClientTransport(sys.argv[1], token=None, limits=Limits(100, 2)) as client:
     client.poll(0.3)
 print("closed", flush=True)
 left_open = ClientTransport(sys.argv[1], token=None, limits=Limits(100, 2))
-left_open.request([b"anybody"])
+left_open.request([b"hello"])
 """
 
 
-@pytest.mark.parametrize("there", ["nobody", "silence", "one who reads no requests"])
+@pytest.mark.parametrize("there", ["no listener", "silence", "a server that reads no requests"])
 def test_exit_does_not_wait_for_a_coordinator(there: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as place:
         address = f"tcp://127.0.0.1:{place.getsockname()[1]}"
-        if there == "nobody":
+        if there == "no listener":
             place.close()
         elif there != "silence":
             threading.Thread(target=lambda: shake_hands(place.accept()[0], b"ROUTER"), daemon=True).start()
@@ -312,7 +312,7 @@ def test_row_05_the_kernel_notices_a_dead_connection_within_20_seconds(server: S
 
 
 @pytest.mark.parametrize("at", ["router", "publisher"])
-def test_row_05_a_connection_that_breaks_with_much_on_its_way_harms_nobody(server: ServerTransport, at: str) -> None:
+def test_row_05_a_connection_that_breaks_under_load_harms_no_other(server: ServerTransport, at: str) -> None:
     # With ZMTP heartbeats, or a high-water mark for what comes in, libzmq 4.3.5 aborts here.
     port, kind = (port_of(server), b"DEALER") if at == "router" else (server.publish_port, b"SUB")
     ping = bytes([4, 7]) + b"\x04PING\0\0"

@@ -20,18 +20,18 @@ from storms import Sent, body_of, near, one_of_each, spans, volume
 from wire_strategies import Strategy
 
 from esjax.config.settings import Config
+from esjax.data.delivery import hash_bytes
 from esjax.exchange import update_record
-from esjax.exchange.update_record import Span
+from esjax.exchange.update_record import Span, without
 from esjax.exchange.values import SLOT_PAIRS, LossExchange, SumExchange
 from esjax.hosts.protocol import scoring as scoring_module
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import hash_bytes
-from esjax.hosts.protocol.request_channel import DEAF, TIMEOUT
-from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring, without
+from esjax.hosts.protocol.request_channel import BACK_OFF, BACK_OFF_LONGEST, DEAF, TIMEOUT
+from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring
 from esjax.hosts.protocol.tasks import Apply, Build, Done, Failed, TakeDigest, Value
 from esjax.hosts.protocol.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.protocol.wire import Envelope
-from esjax.hosts.protocol.worker import BACK_OFF, BACK_OFF_LONGEST, BEAT, Worker
+from esjax.hosts.protocol.worker import BEAT, Worker
 
 FIXED = config_of()
 BUDGET = config_of(budget=1.0)
@@ -105,7 +105,7 @@ def test_its_patience_is_not_renewed_by_connecting_anew() -> None:
 
 
 def test_one_request_is_under_way_at_a_time() -> None:
-    """A ROUTER cannot tell which of two requests it answers first."""
+    """A ROUTER does not determine which of two requests is answered first."""
     sim = Simulation(config_of(checkpoint_time=2, evaluate_time=2, digest_interval=2))
     under_way = 0
 
@@ -153,7 +153,7 @@ def test_who_compiles_does_not_wait_for_that() -> None:
     host.worker.leave("it was stopped")
     sim.run(1)
     assert host.worker.left
-    assert sim.told("a leaves: it was stopped")
+    assert sim.printed("a leaves: it was stopped")
 
 
 def test_what_fails_on_the_devices_is_said_to_both() -> None:
@@ -164,7 +164,7 @@ def test_what_fails_on_the_devices_is_said_to_both() -> None:
     sim.run(5)
     assert host.worker.failed.startswith("the devices failed")
     assert host.worker.left
-    assert sim.told("a leaves: the devices failed")
+    assert sim.printed("a leaves: the devices failed")
 
 
 def test_training_that_has_ended_ends_it_without_another_word() -> None:
@@ -214,7 +214,7 @@ def test_an_update_that_is_none_is_fetched(body: bytes) -> None:
 
 def forgeries(host: Host, sim: Simulation) -> Strategy:
     """Make what no coordinator says, but for what a host must believe: that it is turned away, that training has ended,
-    that a new coordinator has taken it in, or that pairs are its own."""
+    that a new coordinator has taken it in, or that pairs are leased to it."""
     joined = host.worker.joined
     assert joined is not None
     step = sim.server.step
@@ -222,7 +222,7 @@ def forgeries(host: Host, sim: Simulation) -> Strategy:
     leases = st.lists(st.tuples(other_slots, st.sampled_from([0, 4, 31]), st.sampled_from([1, 4, 32])), max_size=3)
     fields: dict[str, Strategy] = {
         "run": st.sampled_from([RUN, "", "other"]),
-        "epoch": st.sampled_from([0, 1, 2, 2**32 - 1]),
+        "incarnation": st.sampled_from([0, 1, 2, 2**32 - 1]),
         "step": near(step),
         "spans": st.just([]),
         "leases": leases,
@@ -570,7 +570,7 @@ def parts_of(data: bytes, digest: str, size: int = 10) -> list[tuple[wire.Part, 
     return [(wire.Part(digest, len(data), at), data[at : at + size]) for at in range(0, len(data), size)]
 
 
-def test_a_download_asks_for_what_it_has_not() -> None:
+def test_a_download_asks_for_the_missing_parts() -> None:
     data = bytes(range(35))
     download = Download("state", 35)
     for part, body in parts_of(data, hash_bytes(data)):
@@ -609,7 +609,7 @@ def test_a_download_is_not_longer_than_it_may_be(size: int, body: bytes) -> None
     assert not Download("state", 35).take(wire.Part("digest", size, 0), body)
 
 
-def test_a_download_that_is_not_what_its_hash_says_is_dropped() -> None:
+def test_a_download_with_another_hash_is_dropped() -> None:
     for what, is_taken in (("state", False), ("block", False), ("text", True)):  # that hash is of something else
         download = Download(what, 10)  # type: ignore[arg-type]
         assert download.take(wire.Part("no hash", 10, 0), bytes(10)) == is_taken
@@ -637,6 +637,11 @@ def update_of(step: int) -> bytes:
     return update_record.pack_update(update_record.Update(header, np.zeros(4, np.int8)))
 
 
+def in_one_body(*updates: bytes) -> tuple[list[int], bytes]:
+    """Return the sizes of updates, and the updates as one body."""
+    return [len(update) for update in updates], b"".join(updates)
+
+
 def test_updates_wait_for_their_turn() -> None:
     backlog = Backlog()
     backlog.hear(3, update_of(3))
@@ -645,7 +650,7 @@ def test_updates_wait_for_their_turn() -> None:
     assert 4 not in backlog
     assert backlog.run(3, 100) == [update_of(3)]
     assert backlog.run(4, 100) == []
-    assert backlog.fill(4, [update_of(4), update_of(5), update_of(6)]) == 7
+    assert backlog.fill(4, *in_one_body(update_of(4), update_of(5), update_of(6))) == 7
     assert backlog.run(3, 100) == list(map(update_of, (3, 4, 5, 6)))
     assert backlog.run(3, 5) == list(map(update_of, (3, 4)))
     backlog.drop_before(5)
@@ -653,12 +658,12 @@ def test_updates_wait_for_their_turn() -> None:
     assert backlog.run(5, 100) == list(map(update_of, (5, 6)))
 
 
-def test_what_is_no_update_of_a_step_is_not_kept() -> None:
+def test_bytes_that_are_not_the_update_of_a_step_are_not_kept() -> None:
     backlog = Backlog()
     backlog.hear(3, update_of(4))
     backlog.hear(3, b"junk")
     assert 3 not in backlog
-    assert backlog.fill(3, [update_of(3), update_of(5), update_of(6)]) == 4
+    assert backlog.fill(3, *in_one_body(update_of(3), update_of(5), update_of(6))) == 4
     assert backlog.run(3, 100) == [update_of(3)]
 
 
@@ -669,7 +674,7 @@ def test_not_every_update_is_kept() -> None:
     assert len(backlog.run(0, 10**9)) == PENDING
 
 
-def test_a_host_that_was_away_for_long_catches_up_by_and_by() -> None:
+def test_a_host_that_was_away_for_long_catches_up_in_parts() -> None:
     sim = Simulation(FIXED)
     sim.add("a", speed=2000.0)
     away = sim.add("b")

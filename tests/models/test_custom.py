@@ -33,7 +33,8 @@ from small import (
 import esjax
 from esjax import core
 from esjax.config.custom_names import name_of_optimizer
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.core.interpreter import interpret
 from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import Vocabulary

@@ -1,5 +1,6 @@
 """Code in a file, named PATH.py:FUNCTION: what is loaded, what is refused, and how a run finds it again."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 import pytest
 from command_line import TEXT, TINY, call, succeed
 
@@ -18,7 +20,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.protocol.actions import Terms
 from esjax.hosts.protocol.wire import Join
-from esjax.models.custom_code import gather
+from esjax.models.custom_code import complete, load_custom
 from esjax.runs.reader import read_run
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
@@ -89,7 +91,7 @@ def test_code_has_one_form(value: object, expected: bool) -> None:
 def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     """Reference: hashlib over the file's bytes."""
     before = list(sys.path)
-    custom = gather(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
+    custom = load_custom(model="mine.py:zeros", reward="mine.py:small", optimizer="mine.py:plain")
     assert sys.path == before
     digest = hashlib.sha256(code.read_bytes()).hexdigest()
     assert custom.code == {
@@ -100,6 +102,18 @@ def test_a_file_is_loaded_once_and_known_by_its_hash(code: Path) -> None:
     assert custom.reward is not None
     assert custom.model.__globals__ is custom.reward.__globals__
     assert custom.words() == [f"{code}:{word.split(':')[1]}" if ":" in word else word for word in OPTIONS]
+
+
+def test_the_code_of_a_run_is_added_to_what_is_given_and_not_run_if_it_has_changed(code: Path) -> None:
+    begun = load_custom(model="mine.py:zeros", reward="mine.py:small")
+    given = load_custom(optimizer=optax.sgd(0.1))
+    whole = complete(given, begun.code)
+    assert whole == dataclasses.replace(given, model=begun.model, reward=begun.reward, code=begun.code)
+    code.write_text(f"{SOURCE}\nraise RuntimeError('it was run')\n")
+    with pytest.raises(EsjaxError, match="put the old file back"):
+        complete(given, begun.code)
+    with pytest.raises(RuntimeError, match="it was run"):
+        complete(given, begun.code, lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +260,7 @@ def test_a_sweep_does_not_go_on_with_code_that_changes_under_it(code: Path) -> N
     ],
 )
 def test_a_host_needs_the_same_code(host: dict[str, str], run: dict[str, str], refusal: str) -> None:
-    terms = Terms(run="r", epoch=1, quantum=2, vocab_size=3, fingerprints={}, custom=run)
+    terms = Terms(run="r", incarnation=1, quantum=2, vocab_size=3, fingerprints={}, custom=run)
     said = terms.objection(Join("a", "", "", [], list(host.items()), "", 0, 0), "rademacher")
     assert said.startswith(refusal)
     assert bool(said) == bool(refusal)
@@ -254,7 +268,7 @@ def test_a_host_needs_the_same_code(host: dict[str, str], run: dict[str, str], r
 
 def test_other_processes_are_given_code_and_no_functions(code: Path) -> None:
     """What workers would need is asked for before anything is made."""
-    model: Callable[[int], Any] = gather(model="mine.py:zeros").model  # type: ignore[assignment]
+    model: Callable[[int], Any] = load_custom(model="mine.py:zeros").model  # type: ignore[assignment]
     with pytest.raises(EsjaxError, match="other processes cannot be given the model zeros; put it into a file"):
         esjax.sweep({"seed": [1, 2]}, config(steps=1), out="grid", model=model, hosts=esjax.Hosts(workers=1))
     assert not Path("grid").exists()

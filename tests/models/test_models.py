@@ -11,7 +11,8 @@ from jaxtyping import Array
 from reference_models import STEPS, busy, reference_losses, wide
 from small import MODELS, VOCAB, kept_in_factors, member_of, params_of
 
-from esjax.config.settings import GruConfig, RnnConfig
+from esjax.config.models import MODELS as BY_NAME
+from esjax.config.models import RnnConfig
 from esjax.core.interpreter import interpret
 from esjax.core.noise import low_rank, round_products
 from esjax.core.perturbed import PerturbedArray
@@ -150,8 +151,8 @@ def test_in_bfloat16_products_are_those_of_rounded_numbers(is_factored: bool) ->
 
 
 def test_a_first_model_predicts_about_uniformly() -> None:
-    for config in (RnnConfig(), GruConfig()):
-        model = build_model(config, 80)
+    for kind in BY_NAME.values():
+        model = build_model(kind(), 80)
         params = model.init(jax.random.key(0))
         state = consume(model, params, model.initial_state(params), jnp.int32(9))
         assert np.ptp(model.predict(params, state)) < 1.5  # ±0.1-ish logits: a factor e^1.5 at the very most

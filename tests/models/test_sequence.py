@@ -12,7 +12,8 @@ from jaxtyping import Array
 from small import VOCAB
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 from esjax.models import Model, gru, sequence_model

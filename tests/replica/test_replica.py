@@ -11,7 +11,8 @@ import pytest
 from conftest import mesh_of
 
 from esjax import core
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.errors import EsjaxError

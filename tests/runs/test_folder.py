@@ -376,3 +376,10 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_new_files({tmp_path / "a": "x", tmp_path / "b": "\ud800"})
     assert not [*tmp_path.iterdir()]
+
+
+def test_starts_of_the_coordinator_are_counted_on_from_the_file_of_earlier_runs(path: Path) -> None:
+    folder = RunFolder(path)
+    (path / "epoch").write_text("6\n")  # its name in earlier versions
+    assert [folder.next_incarnation(), folder.next_incarnation()] == [7, 8]
+    assert (path / "incarnation").read_text() == "8\n"

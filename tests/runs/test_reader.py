@@ -13,7 +13,8 @@ import pytest
 from recorded import append, line_of, make
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.runs.folder import RunFolder

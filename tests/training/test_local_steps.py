@@ -11,7 +11,8 @@ from conftest import mesh_of
 from loopback import Loopback
 
 from esjax import core
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig
 from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
 from esjax.data.delivery import Blocks
 from esjax.data.packing import draw_windows

@@ -25,7 +25,8 @@ from conftest import mesh_of
 from jaxtyping import Array
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig, RnnConfig, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.errors import EsjaxError
 from esjax.inference.language_model import Evaluation
@@ -82,7 +83,7 @@ def test_it_learns_to_beat_letter_frequencies(config: Config, model: GruConfig |
     assert trainer.evaluate().nats_per_token == pytest.approx(infos[-1].held_out)
 
 
-def test_what_is_loaded_is_used_as_what_trains(config: Config, tmp_path: Path) -> None:
+def test_a_loaded_run_gives_the_results_of_the_trainer(config: Config, tmp_path: Path) -> None:
     run = train(config, tmp_path / "run")
     list(run)
     loaded = esjax.load(tmp_path / "run")
@@ -208,10 +209,12 @@ def test_row_62_a_coordinator_begins_again_from_a_ledger_alone(
     killed_at(train(replace(config, ledger=True), tmp_path / "whole"), 3, run)
     lose(run)
     lines: list[str] = []
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", tell=lines.append)
     with ExitStack() as stack:
-        coordinator, desk = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", tell=lines.append)._open(stack)
+        recorder = stack.enter_context(server._recording())
+        coordinator, _ = server._open(stack, recorder)
         last = rows(run)[-1]
-        assert (coordinator.step, desk.seconds, desk.member_tokens) == (3, last["seconds"], last["member_tokens"])
+        assert (coordinator.step, *recorder.progress) == (3, last["seconds"], last["member_tokens"])
     assert "rebuilt from the seed and the ledger" in lines[-1]
     assert (run / "checkpoints" / "0").is_dir()  # the first state, for hosts that join
 
@@ -229,7 +232,7 @@ def test_initial_weights_that_no_seed_gives_are_kept_with_the_ledger(config: Con
     assert state_digest(again) == digests[3]
 
 
-def test_a_run_that_keeps_nothing_to_go_on_from_says_what_to_do(config: Config, tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_and_ledger_says_what_to_do(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "it's killed"
     killed_at(train(config, tmp_path / "whole"), 3, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -441,7 +444,7 @@ def test_with_sums_a_time_budget_takes_the_population_that_fits(
     replayed = replay(tmp_path / "run")
     assert replayed.agrees
     assert replayed.digest == state_digest(timed)
-    if es is SUMS:  # noise on activations is rounded to other steps, since nobody knows how many windows will come
+    if es is SUMS:  # noise on activations is rounded to other steps, since the number of windows is not known before
         fixed = train(replace(config, steps=3, es=replace(es, population_size=2 * pairs)))
         list(fixed)
         assert state_digest(fixed) == state_digest(timed)
@@ -481,7 +484,7 @@ def test_memory_is_flat_over_a_thousand_steps(config: Config, tmp_path: Path) ->
     assert len(jax.live_arrays()) <= arrays + 5
 
 
-def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
+def test_a_custom_model_and_a_custom_loss(config: Config) -> None:
     """Reference: the loss asks for a start state of 2s alone, which has a known minimum."""
     run = train(
         replace(config, steps=60, optim=OptimConfig(learning_rate=0.1)),
@@ -493,16 +496,16 @@ def test_a_model_and_a_loss_of_ones_own(config: Config) -> None:
 
 
 @pytest.mark.parametrize(("value", "reason"), [(jnp.nan, "not finite"), (1.5, "equal")])
-def test_a_step_that_says_nothing_is_not_applied_and_said_once(config: Config, value: float, reason: str) -> None:
-    told: list[str] = []
-    run = train(config, loss=lambda member, tokens, key: jnp.float32(value), tell=told.append)
+def test_a_void_step_is_not_applied_and_reported_once(config: Config, value: float, reason: str) -> None:
+    lines: list[str] = []
+    run = train(config, loss=lambda member, tokens, key: jnp.float32(value), tell=lines.append)
     before = jax.tree.map(np.asarray, run.params)
     infos = list(run)
     assert [info.applied for info in infos] == [False] * 6
     assert run.step == 6
     jax.tree.map(np.testing.assert_array_equal, before, run.params)
-    assert len(told) == 1
-    assert reason in told[0]
+    assert len(lines) == 1
+    assert reason in lines[0]
 
 
 def test_a_run_past_its_limit_says_how_to_go_on(config: Config, tmp_path: Path) -> None:
@@ -558,7 +561,7 @@ def own_loss(member: Member, tokens: Array, key: Array) -> Array:
 
 
 @pytest.mark.parametrize(("kind", "value"), [("model", own_model), ("loss", own_loss), ("optimizer", optax.adam(0.05))])
-def test_what_a_run_was_given_must_be_given_again(config: Config, tmp_path: Path, kind: str, value: object) -> None:
+def test_custom_parts_of_a_run_must_be_given_again(config: Config, tmp_path: Path, kind: str, value: object) -> None:
     """Reference: the uninterrupted run."""
     given: dict[str, Any] = {kind: value}
     whole = train(config, **given)
@@ -575,14 +578,14 @@ def test_what_a_run_was_given_must_be_given_again(config: Config, tmp_path: Path
 
 
 def test_an_update_that_is_not_finite_is_not_made(config: Config, tmp_path: Path) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     optim = OptimConfig(optimizer="sgd", learning_rate=3e38, schedule="constant")
-    run = train(replace(config, optim=optim, steps=3), tmp_path / "run", tell=told.append)
+    run = train(replace(config, optim=optim, steps=3), tmp_path / "run", tell=lines.append)
     before = jax.tree.map(np.asarray, run.params)
     assert [info.applied for info in run] == [False] * 3
     jax.tree.map(np.testing.assert_array_equal, before, run.params)
-    assert len(told) == 1
-    assert "lower optim.learning_rate" in told[0]
+    assert len(lines) == 1
+    assert "lower optim.learning_rate" in lines[0]
     assert [row["update_norm"] for row in rows(tmp_path / "run")] == [None] * 3
 
 
@@ -621,11 +624,11 @@ def test_with_products_in_bfloat16_the_held_out_loss_is_that_of_float32(config: 
 
 
 def test_a_missing_held_out_part_is_said(config: Config, tmp_path: Path) -> None:
-    told: list[str] = []
+    lines: list[str] = []
     data = replace(config.data, documents="file", held_out=1e-6)
-    train(replace(config, data=data), tell=told.append)
-    assert len(told) == 1
-    assert "no document is held out" in told[0]
+    train(replace(config, data=data), tell=lines.append)
+    assert len(lines) == 1
+    assert "no document is held out" in lines[0]
 
 
 def test_a_first_ctrl_c_stops_and_a_second_acts_as_before(config: Config) -> None:
@@ -647,7 +650,9 @@ def test_two_runs_side_by_side_give_the_signals_back(config: Config) -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_relative_paths_hold_wherever_one_goes(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_hold_after_a_change_of_the_working_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reference: the same run with absolute paths."""
     expected = train(config, tmp_path / "expected")
     list(expected)
@@ -675,7 +680,7 @@ def test_a_text_that_was_moved_is_named_anew(config: Config, tmp_path: Path, tex
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9", b"x" * 300, b"/".join([b"y" * 250] * 15 + [b"z" * 150])])
-def test_a_name_that_cannot_be_is_refused_before_anything_is_made(config: Config, tmp_path: Path, name: bytes) -> None:
+def test_an_impossible_name_is_refused_before_anything_is_made(config: Config, tmp_path: Path, name: bytes) -> None:
     with pytest.raises(EsjaxError) as caught:
         train(config, tmp_path / os.fsdecode(name))
     assert str(caught.value).isprintable()

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from esjax.config.settings import Config, EsConfig, GruConfig, RnnConfig, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, EsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.tuning.axes import make_grid, parse_axes
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import mesh_of
 
 from esjax.cli.infer import conclusion
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.packing import pack_stream
 from esjax.errors import EsjaxError
 from esjax.models import gru

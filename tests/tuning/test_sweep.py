@@ -19,17 +19,19 @@ from processes import Fleet
 
 import esjax
 from esjax.cli.sweep import _table, conclusion
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.hosts import join
 from esjax.hosts.serve import Server
 from esjax.inference.loaded_run import load
 from esjax.runs.checkpoint import digest
 from esjax.runs.folder import RunFolder
-from esjax.training.run import Trainer, resume, train
+from esjax.training.run import Trainer, resume, train, train_with
 from esjax.tuning.seed_means import seed_means
-from esjax.tuning.sweep import Hosts, Outcome, Sweep, _Record, _record, resume_sweep, sweep
+from esjax.tuning.sweep import Hosts, Outcome, Sweep, resume_sweep, sweep
 from esjax.tuning.sweep_plot import choose_axis, draw, make_figure
+from esjax.tuning.sweep_record import Record, keep_record
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -182,11 +184,11 @@ def test_a_run_that_no_host_came_to_goes_on(config: Config, out: Path) -> None:
 def test_ctrl_c_while_a_run_is_made_stops_the_sweep(config: Config, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: Any, **named: Any) -> Trainer:
         signal.raise_signal(signal.SIGINT)
-        return train(*given, **named)
+        return train_with(*given, **named)
 
     grid = sweep({"seed": [5, 6]}, config, out=out, tell=quiet)
     with monkeypatch.context() as patch:
-        patch.setattr("esjax.tuning.sweep.train", interrupted)
+        patch.setattr("esjax.tuning.sweep.train_with", interrupted)
         assert [(one.name, one.step, one.note) for one in grid] == [("seed=5", 0, "")]
     assert grid.stopped
     assert [one.state for one in grid] == ["finished", "finished"]
@@ -513,7 +515,7 @@ def test_of_several_sweeps_into_one_folder_at_once_one_is_begun(config: Config, 
         def begin(seed: int, out: Path = out, start: threading.Barrier = start) -> int | str:
             start.wait()
             try:
-                _record(out, _Record({"seed": [seed]}, config, {}, {}))
+                keep_record(out, Record({"seed": [seed]}, config, {}, {}))
             except EsjaxError as error:
                 return str(error)
             return seed

@@ -1,12 +1,11 @@
-"""Points that are drawn: means by hand, few enough, and the same while a run goes on."""
+"""Points of curves: means by hand, bounded in number, and the same while a run continues."""
 
 import math
 
 import numpy as np
-import optax
 import pytest
 
-from esjax.watch.downsampling import Average, make_curve, mean_and_range, smooth
+from esjax.watch.downsampling import make_curve, mean_and_range, smooth
 
 
 def metrics(steps: int) -> dict[str, np.ndarray]:
@@ -30,7 +29,7 @@ def test_many_are_averaged_and_stand_at_their_last_step() -> None:
     assert curve.step.tolist() == [2.0, 4.0]
 
 
-def test_a_clock_that_went_back_draws_no_hook() -> None:
+def test_a_clock_that_went_back_does_not_bend_the_curve() -> None:
     """As in runs that a crash interrupted before the clock was in the ledger."""
     columns = metrics(5) | {"seconds": np.array([1.0, 5.0, 3.0, 4.0, 6.0])}
     assert make_curve(columns, "loss").over("seconds").tolist() == [1.0, 5.0, 5.0, 5.0, 6.0]
@@ -56,7 +55,7 @@ def test_points_stay_as_they_are_while_a_run_goes_on() -> None:
         before = curve
 
 
-def test_smoothing_is_a_mean_that_forgets() -> None:
+def test_smoothing_is_an_exponentially_weighted_mean() -> None:
     """Reference: the weighted mean written out."""
     value = np.array([4.0, 1.0, 3.0])
     half, eighth = math.exp(-1 / 2), math.exp(-3 / 2)  # one and two steps are between the points
@@ -74,25 +73,6 @@ def test_smoothing_keeps_what_is_constant(span: float) -> None:
 def test_without_a_span_nothing_is_changed() -> None:
     value = np.array([4.0, 1.0, 3.0])
     np.testing.assert_array_equal(smooth(np.arange(3.0), value, 0.0), value)
-
-
-def test_the_start_of_an_average_is_corrected_as_in_adam() -> None:
-    """Reference: optax's first moment and its correction, written for gradients."""
-    values, keep = np.array([4.0, 1.0, 3.0, 3.5]), math.exp(-1 / 20)
-    moment, corrected = 0.0, []
-    for count, value in enumerate(values, 1):
-        moment = float(optax.tree.update_moment(value, moment, keep, 1))
-        corrected.append(float(optax.tree.bias_correction(moment, keep, count)))
-    average = Average()
-    np.testing.assert_allclose([average.add(value, keep) for value in values], corrected, rtol=1e-5)
-    np.testing.assert_allclose(smooth(np.arange(1.0, 5.0), values, 20.0), corrected, rtol=1e-5)
-
-
-def test_an_average_starts_again_after_what_is_not_finite() -> None:
-    average = Average()
-    assert [average.add(value, 0.5) for value in (4.0, math.inf, 1.0, 4.0)] == [4.0, math.inf, 1.0, 3.0]
-    assert math.isnan(average.add(math.nan, 0.5))
-    assert average.add(2.0, 0.5) == 2.0
 
 
 def test_the_mean_of_curves_goes_as_far_as_all_of_them() -> None:

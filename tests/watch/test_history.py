@@ -1,4 +1,4 @@
-"""What is remembered of a run is bounded, and its means are those of all steps."""
+"""The history of metrics is bounded, and its means are those of all steps."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_rows_are_means_of_equal_runs_of_steps(steps: int) -> None:
 
 
 def test_a_row_keeps_the_newest_held_out_loss_of_its_steps() -> None:
-    """Reference: the last one measured among each row's steps; it is the step's own number."""
+    """Reference: the last one measured among each row's steps; it is the number of that step."""
     kept = History()
     measured = [step for step in range(1, 101) if step % 10 == 1 or step % 7 == 0]
     for step in range(1, 101):

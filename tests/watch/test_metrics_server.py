@@ -1,4 +1,4 @@
-"""What Prometheus reads of a run, and whether it is well, over real connections."""
+"""Metrics and health of a run as Prometheus reads them, over real connections."""
 
 import json
 import socket
@@ -46,7 +46,7 @@ def test_metrics_are_the_last_rows_and_void_pairs_add_up(server: MetricsServer) 
     before = scrape(server)
     assert before["esjax_run_info a1b2 first runs/first"] == 1
     assert (before["esjax_baseline unigram"], before["esjax_baseline trigram"]) == (3.34, 1.99)
-    assert "esjax_loss" not in before  # 0 would be a lie
+    assert "esjax_loss" not in before  # unknown, which is not 0
 
     server.log({**ROW, "held_out": 2.75})
     server.log({**ROW, "step": 8, "loss": 2.25, "hosts": 3})
@@ -66,7 +66,7 @@ def test_metrics_are_the_last_rows_and_void_pairs_add_up(server: MetricsServer) 
     assert 0 <= after["esjax_seconds_since_step"] < 60
 
 
-def test_health_tells_whether_steps_still_finish(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_is_whether_steps_still_finish(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     server.start(RUN)
@@ -74,7 +74,7 @@ def test_health_tells_whether_steps_still_finish(server: MetricsServer, monkeypa
     for step in (1, 2, 3):
         server.log({**ROW, "step": step})
         now += 1.0
-    # A second a step: unwell after the 60 s that are always waited.
+    # A second a step: stalled after the 60 s that every run has.
     for since, code, state in ((1.0, 200, "training"), (60.0, 200, "training"), (60.5, 503, "no step finishes")):
         now = 1002.0 + since
         assert get(server, "/healthz") == (
@@ -83,7 +83,7 @@ def test_health_tells_whether_steps_still_finish(server: MetricsServer, monkeypa
         )
     server.log({**ROW, "step": 4})
     assert get(server, "/healthz")[0] == 200
-    # 40 s a step, two in a row: unwell after ten times as long.
+    # 40 s a step, two steps a row: stalled after ten times as long.
     for step in range(6, 60, 2):
         now += 80.0
         server.log({**ROW, "step": step})
@@ -93,17 +93,17 @@ def test_health_tells_whether_steps_still_finish(server: MetricsServer, monkeypa
     assert get(server, "/healthz")[0] == 503
 
 
-def test_there_is_nothing_else(server: MetricsServer) -> None:
+def test_other_paths_are_not_found(server: MetricsServer) -> None:
     server.start(RUN)
     for path in ("/", "/metrics/x", "/etc/passwd"):
         assert get(server, path)[0] == 404
     assert get(server, "/metrics?name[]=esjax_run_info")[0] == 200
 
 
-def test_it_listens_on_the_loopback_address_and_gives_the_port_free_at_the_end(server: MetricsServer) -> None:
+def test_it_listens_on_the_loopback_address_and_frees_the_port_at_the_end(server: MetricsServer) -> None:
     assert server._server is not None
     assert server._server.server_address[0] == "127.0.0.1"
-    for _ in range(2):  # a run that goes on is at the same port
+    for _ in range(2):  # a run that is continued has the same port
         server.start(RUN)
         assert get(server, "/metrics")[0] == 200
         server.close()
@@ -112,7 +112,7 @@ def test_it_listens_on_the_loopback_address_and_gives_the_port_free_at_the_end(s
     server.close()  # once more does no harm
 
 
-def test_a_port_that_is_taken_or_none_is_said(server: MetricsServer) -> None:
+def test_a_port_that_is_taken_or_out_of_range_is_refused(server: MetricsServer) -> None:
     with pytest.raises(EsjaxError, match=rf"cannot serve metrics at 127.0.0.1:{server.port}: .* choose another port"):
         MetricsServer(server.port)
     for port in (-1, 65536):

@@ -1,4 +1,4 @@
-"""Curves as files: what is drawn is what was measured, and one clear line for each mistake."""
+"""Curves as files: they show the measurements; and one clear line for each mistake."""
 
 import json
 import re
@@ -81,14 +81,14 @@ def test_pictures_are_written(runs: Path, ending: str, magic: bytes) -> None:
     assert out.read_bytes().startswith(magic)
 
 
-def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(runs: Path) -> None:
+def test_an_unfinished_run_is_drawn_so_far(runs: Path) -> None:
     append(runs / "a", line_of(7) + line_of(8)[:20])
     _, loss = esjax.plot(runs / "a").axes
     assert len(points(loss.get_lines()[0])) == 7
 
 
 def is_whole(figure: Figure) -> bool:
-    """Tell whether all that is drawn, texts included, lies within the figure."""
+    """Return whether all that is drawn, texts included, lies within the figure."""
     figure.draw_without_rendering()
     drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     return drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
@@ -109,7 +109,7 @@ def styles(figure: Figure) -> dict[str, tuple[object, str]]:
     }
 
 
-def test_forty_runs_are_told_apart_and_listed(tmp_path: Path) -> None:
+def test_forty_runs_can_be_distinguished_and_are_listed(tmp_path: Path) -> None:
     names = [f"run{i:02d}" for i in range(40)]
     for name in names:
         make(tmp_path / name, done=2)
@@ -206,7 +206,7 @@ def test_runs_that_differ_in_the_seed_are_one_line_in_a_band(tmp_path: Path) -> 
 
 def test_the_command_draws_the_mean_over_seeds(runs: Path) -> None:
     cli.main(["plot", str(runs), "--out", str(runs / "r.html"), "--mean-over-seeds"])
-    assert told((runs / "r.html").read_text())["view"]["seeds"] is True
+    assert data_of((runs / "r.html").read_text())["view"]["seeds"] is True
 
 
 def test_seeds_without_a_common_part_are_drawn_one_by_one(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_seeds_without_a_common_part_are_drawn_one_by_one(tmp_path: Path) -> Non
     assert [points(line).tolist() for line in figure.axes[1].get_lines()] == [[[2, 3]], [[4, 1]]]
 
 
-def told(page: str) -> dict:
+def data_of(page: str) -> dict:
     (found,) = re.findall(r'<script id="embedded" type="application/json">(.*?)</script>', page)
     return json.loads(found)
 
@@ -230,7 +230,7 @@ def test_a_report_stands_alone(runs: Path) -> None:
     esjax.report(runs, out=runs / "r.html", over="seconds", log_y=True, smoothing=7.0)
     page = (runs / "r.html").read_text()
     assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?!data:)', page)
-    data = told(page)
+    data = data_of(page)
     assert data["view"] == {"over": "seconds", "logX": False, "logY": True, "seeds": False, "span": 7.0}
     a, b, more = data["runs"]
     assert (a["name"], b["name"], more["name"]) == ("runs/a", "b", "more/a")
@@ -283,7 +283,7 @@ def test_the_python_of_the_page_about_it_runs(
     monkeypatch.chdir(runs.parent)
     exec(compile(code, "docs/comparing.md", "exec"), {})
     assert capsys.readouterr().out == "a stopped 6 -2.0 [0.1]\nb stopped 4 0.0 [0.2]\n"
-    assert len(told((runs.parent / "report.html").read_text())["runs"]) == 2
+    assert len(data_of((runs.parent / "report.html").read_text())["runs"]) == 2
 
 
 def test_runs_are_named_letter_by_letter(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The line of progress: what it says, and that it fits into any window."""
+"""The line of progress: its content, and that it fits into any window."""
 
 import io
 import time
@@ -29,7 +29,7 @@ def on_screen(written: str) -> list[str]:
     return written.replace("\x1b[?25l", "").replace("\x1b[?25h", "").split("\r\x1b[2K")[-1].splitlines()
 
 
-def test_a_line_says_what_one_steers_by() -> None:
+def test_a_line_shows_progress_loss_and_speed() -> None:
     assert shown([INFO]) == [WHOLE]
     assert shown([INFO], width=200) == [WHOLE]
 
@@ -68,7 +68,7 @@ def test_a_rate_of_long_ago_is_not_shown(
     assert word in line.plain
 
 
-def test_what_matters_less_goes_first() -> None:
+def test_less_important_parts_are_left_out_first() -> None:
     # By hand: the columns that each needs, and what is gone at one column less.
     order = ["|update|", "0:41", "hosts", "unigram", "M/s", "trigram", "left", "void pairs", "loss", "step", "held-out"]
     gone: list[str] = []
@@ -138,7 +138,7 @@ def test_the_age_grows_while_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> N
     assert "0:09 ago" in drawn.get()
 
 
-def test_numbers_beside_each_other_are_told_apart() -> None:
+def test_neighbouring_numbers_can_be_distinguished() -> None:
     (line,) = shown([INFO._replace(held_out=2.5114)])
     assert "held-out 2.511 (< unigram 3.34 > bigram 2.510 > trigram 1.99)" in line
 

@@ -1,4 +1,4 @@
-"""Trackers: what they are told, that none of them can stop or slow a run, and that what they write can be read back."""
+"""Trackers: their calls; that none of them can stop or slow a run; and that what they write can be read back."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, to_plain
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, to_plain
 from esjax.errors import EsjaxError
 from esjax.runs.checkpoint import digest
 from esjax.runs.step_info import StepInfo
@@ -27,7 +28,7 @@ INFO = StepInfo(1, 0.0, 2.0, 8, 0, True, 1.0, 0.1, 32, 100.0)
 
 
 class Notes(Tracker):
-    """A tracker of one's own: it remembers what it hears, and raises where it is told to."""
+    """A custom tracker: it remembers its calls, and raises in the method named `fails_at`."""
 
     def __init__(self, fails_at: str = "") -> None:
         self.heard: list[tuple[str, Any]] = []
@@ -50,7 +51,7 @@ class Notes(Tracker):
     def close(self) -> None:
         self._hear("close", None)
 
-    def told(self, name: str) -> list[Any]:
+    def calls_of(self, name: str) -> list[Any]:
         return [what for heard, what in self.heard if heard == name]
 
 
@@ -77,28 +78,28 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- what they are told ---
+# --- their calls ---
 
 
-def test_a_tracker_hears_of_a_run_and_of_its_going_on(config: Config, tmp_path: Path) -> None:
+def test_a_tracker_follows_a_run_and_its_continuation(config: Config, tmp_path: Path) -> None:
     """Reference: what the run folder holds."""
     folder, notes = tmp_path / "run", Notes()
     run = esjax.train(config, folder, trackers=[notes])
     list(run)
-    (start,) = notes.told("start")
+    (start,) = notes.calls_of("start")
     name = json.loads((folder / "run.json").read_text())["name"]
     assert start == TrackedRun(name, "run", folder, to_plain(config), run.baselines, 0)
     assert start.settings["es"]["population_size"] == 32
     assert list(start.baselines) == ["unigram", "bigram", "trigram"]
     assert [heard for heard, _ in notes.heard] == ["start", "log", *["log", "sample"] * 3, "close"]
-    assert notes.told("log") == rows(folder)
-    samples = "".join(f"--- step {step}\n{text}\n\n" for step, text in notes.told("sample"))
+    assert notes.calls_of("log") == rows(folder)
+    samples = "".join(f"--- step {step}\n{text}\n\n" for step, text in notes.calls_of("sample"))
     assert samples == (folder / "samples.txt").read_text()
 
     notes = Notes()
     list(esjax.resume(folder, steps=6, trackers=[notes]))
-    assert notes.told("start") == [start._replace(step=4)]
-    assert notes.told("log") == rows(folder)[4:]
+    assert notes.calls_of("start") == [start._replace(step=4)]
+    assert notes.calls_of("log") == rows(folder)[4:]
 
 
 def test_a_run_without_a_folder_keeps_its_name_when_it_goes_on(config: Config) -> None:
@@ -107,10 +108,10 @@ def test_a_run_without_a_folder_keeps_its_name_when_it_goes_on(config: Config) -
     list(run)
     run.limits = run.limits._replace(steps=6)
     list(run)
-    first, second = notes.told("start")
+    first, second = notes.calls_of("start")
     assert first.folder is None
     assert second == first._replace(step=4)
-    assert [row["step"] for row in notes.told("log")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in notes.calls_of("log")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_rows_are_thinned_but_no_void_pair_and_no_held_out_loss_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +122,14 @@ def test_rows_are_thinned_but_no_void_pair_and_no_held_out_loss_is_lost(monkeypa
         for step, void, held_out in [(1, 0, None), (2, 3, None), (3, 1, 2.5), (4, 0, None), (5, 2, None)]:
             watch.log(INFO._replace(step=step, void_pairs=void, held_out=held_out))
     # The first row, those with a held-out loss, and the last one; void pairs as counted by hand.
-    assert [(row["step"], row["void_pairs"]) for row in notes.told("log")] == [(1, 0), (3, 4), (5, 2)]
-    assert [(row["step"], row["void_pairs"]) for row in record.told("log")] == [(1, 0), (2, 3), (3, 1), (4, 0), (5, 2)]
+    assert [(row["step"], row["void_pairs"]) for row in notes.calls_of("log")] == [(1, 0), (3, 4), (5, 2)]
+    assert [(row["step"], row["void_pairs"]) for row in record.calls_of("log")] == [
+        (1, 0),
+        (2, 3),
+        (3, 1),
+        (4, 0),
+        (5, 2),
+    ]
 
 
 # --- that they do no harm ---
@@ -140,9 +147,9 @@ def test_rows_are_thinned_but_no_void_pair_and_no_held_out_loss_is_lost(monkeypa
 def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(config: Config, fails_at: str, heard: list[str]) -> None:
     broken, well, lines = Notes(fails_at), Notes(), list[str]()
     run = esjax.train(config, trackers=[broken, well], tell=lines.append)
-    # Without a folder there are no checkpoints, so no samples: tell them by hand.
+    # Without a folder there are no checkpoints, so no samples: passed on by hand.
     with Watch(run.trackers, lines.append) as watch:
-        watch.start(run._tracked(), None)
+        watch.start(run._tracked(0), None)
         for _ in range(4):
             watch.log(INFO._replace(held_out=2.0))
             watch.sample(1, "text")
@@ -180,7 +187,7 @@ class Stuck(Tracker):
         (2, "tracker Stuck is left out from here on: it does not keep up"),
     ],
 )
-def test_a_tracker_that_hangs_holds_up_nothing(
+def test_a_tracker_that_hangs_delays_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch, waiting: int, line: str
 ) -> None:
     monkeypatch.setattr(tracking, "MOST_WAITING", waiting)
@@ -312,7 +319,7 @@ def test_wandb_writes_offline_under_one_id(config: Config, tmp_path: Path, monke
 
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))  # nobody has logged in
+    monkeypatch.setenv("HOME", str(tmp_path))  # no user is logged in
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     folder, lines = tmp_path / "run", list[str]()
     list(esjax.train(config, folder, trackers=["wandb"], tell=lines.append))

@@ -16,7 +16,8 @@ from jaxtyping import Array
 from safetensors import safe_open
 
 import esjax
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, RnnConfig, replace
+from esjax.config.models import GruConfig, RnnConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.inference.loaded_run import load
 from esjax.models import Model, gru

@@ -1,11 +1,10 @@
 """The inputs of the coordinator, and the actions that it asks its caller to carry out."""
 
-import hashlib
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from esjax.config.custom_names import CODE, OPTIONS, SHOWN
+from esjax.config.custom_names import describe_difference
 from esjax.exchange.values import Exchange, LossExchange
-from esjax.hosts.protocol.wire import Envelope, Join
+from esjax.hosts.protocol.wire import Envelope, Join, Message
 
 
 @runtime_checkable
@@ -29,30 +28,19 @@ class Snapshot(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is fixed for all hosts of a run.
+    """What is fixed for all hosts of a run."""
 
-    Attributes:
-        run: Name of the run.
-        epoch: Number of this start of the coordinator.
-        quantum: Pairs of a lease quantum, which is never split between hosts.
-        vocab_size: Number of token ids.
-        fingerprints: Noise fingerprints, by kind of noise.
-        custom: Names of the custom model, loss or reward, and optimizer, and hashes of their code, see
-            `esjax.config.custom_names.identities`.
-        publish_port: Port of the broadcasts.
-        state_bytes: Size of a snapshot in bytes.
-        exchange: Whether hosts send losses or gradient sums.
-    """
-
-    run: str
-    epoch: int
-    quantum: int
-    vocab_size: int
-    fingerprints: dict[str, str]
+    run: str  # name of the run
+    incarnation: int  # number of this start of the coordinator
+    quantum: int  # pairs of a lease quantum, which is never split between hosts
+    vocab_size: int  # number of token ids
+    fingerprints: dict[str, str]  # noise fingerprints, by kind of noise
+    # Names of the custom model, loss or reward, and optimizer, and hashes of their code, see
+    # `esjax.config.custom_names.identities`
     custom: dict[str, str]
-    publish_port: int = 0
-    state_bytes: int = 0
-    exchange: Exchange = LossExchange()
+    publish_port: int = 0  # port of the broadcasts
+    state_bytes: int = 0  # size of a snapshot in bytes
+    exchange: Exchange = LossExchange()  # whether hosts send losses or gradient sums
 
     def objection(self, join: Join, noise: str) -> str:
         """Return why a host cannot take part, or ""; `noise` is the run's kind of noise."""
@@ -66,26 +54,7 @@ class Terms(NamedTuple):
                 f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
                 "of JAX; install the same one, or use es.noise rademacher"
             )
-        return self._objection_to(dict(join.custom))
-
-    def _objection_to(self, custom: dict[str, str]) -> str:
-        """Return why a host with these custom parts cannot take part, or "".
-
-        Parts are compared by name, and by the hash of their file where both sides have one.
-        """
-        wanted, names = ({kind: one[kind] for kind in sorted(one.keys() & OPTIONS)} for one in (self.custom, custom))
-        if names != wanted:
-            needed = ", ".join(f"{kind} {name}" for kind, name in wanted.items()) or "no custom parts"
-            options = " ".join(f"{OPTIONS[kind]} PATH.py:FUNCTION" for kind in wanted)
-            return f"the run has {needed}; join with the same{f': {options}' if options else ''}"
-        for kind, name in wanted.items():
-            theirs, ours = (one.get(f"{kind}{CODE}", "") for one in (custom, self.custom))
-            if theirs and ours and theirs != ours:
-                return (
-                    f"the file of this host's {kind} {name} (SHA-256 {theirs[:SHOWN]}) is not the coordinator's "
-                    f"({ours[:SHOWN]}); copy that one here"
-                )
-        return ""
+        return describe_difference(self.custom, dict(join.custom))
 
 
 class Publish(NamedTuple):
@@ -121,30 +90,40 @@ class Tell(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """A step is finished.
+    """A step is finished."""
 
-    Attributes:
-        step: Number of steps done so far.
-        loss: Mean of the finite losses, or NaN.
-        population: Number of members scored.
-        void_pairs: Number of pairs with a loss that is not finite.
-        trouble: Why the step is void, or "".
-        hosts: Number of hosts that scored some of its pairs.
-        notice: Line about the step for the user, or "".
-    """
-
-    step: int
-    loss: float
-    population: int
-    void_pairs: int
-    trouble: str
-    hosts: int
-    notice: str
+    step: int  # number of steps done so far
+    loss: float  # mean of the finite losses, or NaN
+    population: int  # number of members scored
+    void_pairs: int  # number of pairs with a loss that is not finite
+    trouble: str  # why the step is void, or ""
+    hosts: int  # number of hosts that scored some of its pairs
+    notice: str  # line about the step for the user, or ""
 
 
 Action = Publish | Record | RecordDigest | Store | Tell | Closed
 
 
-def hash_bytes(data: bytes) -> str:
-    """Return the hash, in hex digits, by which data sent in parts is checked."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+class Outbox:
+    """Actions that wait to be carried out, in their order."""
+
+    def __init__(self) -> None:
+        """Set up without actions."""
+        self._actions: list[Action] = []
+
+    def add(self, action: Action) -> None:
+        """Add an action."""
+        self._actions.append(action)
+
+    def tell(self, line: str) -> None:
+        """Add a line for the user."""
+        self.add(Tell(line))
+
+    def publish(self, message: Message, body: bytes = b"") -> None:
+        """Add a message to all hosts."""
+        self.add(Publish(Envelope(message, body)))
+
+    def drain(self) -> list[Action]:
+        """Return the actions since the last call."""
+        actions, self._actions = self._actions, []
+        return actions

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from esjax.config.settings import Config
+from esjax.data.delivery import hash_bytes
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Action, RecordDigest, Snapshot, Store, Tell, hash_bytes
+from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store
 from esjax.hosts.protocol.registry import STRIKES, Host, Registry
 
 GRACE = 30.0
@@ -72,7 +73,7 @@ class Audits:
         registry: Registry,
         state_bytes: int,
         snapshot: Snapshot | None,
-        emit: Callable[[Action], None],
+        out: Outbox,
         put_aside: Callable[[Host, str], None],
         resync: Callable[[Host, bool], None],
         *,
@@ -80,26 +81,17 @@ class Audits:
         is_on: bool,
         measured: bool,
     ) -> None:
-        """Set up.
+        """Set up with the newest state, if there is one; for `measured` see `Coordinator`.
 
-        Args:
-            config: Settings.
-            registry: All hosts.
-            state_bytes: Size of a snapshot in bytes.
-            snapshot: The newest state, or None.
-            emit: Queues an action.
-            put_aside: Gives a host no more work; called with the host and the reason.
-            resync: Lets a host fetch the newest state; called with the host and whether its state is wrong.
-            now: The time in seconds.
-            is_on: Whether hosts get side tasks at all.
-            measured: Whether the run has a held-out loss already, so that the next one can wait.
+        `put_aside` gives a host no more work; it is called with the host and the reason. `resync` lets a host fetch the
+        newest state; it is called with the host and whether its state is wrong. Hosts get side tasks only if `is_on`.
         """
         self.held_out: float | None = None
         self.measure_seconds = 0.0
         self.anchor: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
         self._config, self._registry, self._state_bytes, self._is_on = config, registry, state_bytes, is_on
-        self._emit, self._put_aside, self._resync = emit, put_aside, resync
+        self._out, self._put_aside, self._resync = out, put_aside, resync
         self._round: _Audit | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
         self._checkpoint_at = now + config.checkpoint_time
@@ -118,13 +110,7 @@ class Audits:
         return self._measuring is not None and self._measuring.host is host
 
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
-        """Choose the side tasks of a step.
-
-        Args:
-            step: The step.
-            now: The time in seconds.
-            last: Whether training ends, so that checkpoint and held-out loss of this step are due now.
-        """
+        """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
         hosts = self._registry.workers(now)
         if self.anchor not in hosts:
             self.anchor = hosts[0] if hosts else None
@@ -212,7 +198,7 @@ class Audits:
             if hash_bytes(data) == message.digest:
                 round.snapshot = Snapshot(message.step, data, message.digest)
             else:
-                self._emit(Tell(f"the snapshot of {host.name} arrived damaged; another one is requested"))
+                self._out.tell(f"the snapshot of {host.name} arrived damaged; another one is requested")
                 self._give_up_state(round)
         return ""
 
@@ -246,7 +232,7 @@ class Audits:
     def _give_up_on(self, host: Host, what: str) -> None:
         """Choose another anchor, until this host makes progress again."""
         host.hung = True
-        self._emit(Tell(f"{host.name} sent no {what} in time; another host is asked"))
+        self._out.tell(f"{host.name} sent no {what} in time; another host is asked")
 
     def _judge(self, round: _Audit) -> None:
         """Compare the digests: keep the right state, and let hosts with another state fetch it."""
@@ -254,12 +240,12 @@ class Audits:
         right = ""
         if digests:
             right = self._right_one(digests)
-            self._emit(RecordDigest(round.step, right))
+            self._out.add(RecordDigest(round.step, right))
         kept = round.snapshot is not None and round.uploader is not None and digests.get(round.uploader) == right
         if kept and round.snapshot:
             self._kept_step = round.step
             self._drifted = []
-            self._emit(Store(round.snapshot))
+            self._out.add(Store(round.snapshot))
         elif round.snapshot:
             self._checkpoint_at = -math.inf
         kinds = {host.kind for host, digest in digests.items() if digest == right}
@@ -284,7 +270,7 @@ class Audits:
         if host.resyncs >= STRIKES:
             self._put_aside(host, "its state differs from the others' again and again")
             return
-        self._emit(Tell(f"the state of {host.name} differs at step {step}; it fetches the anchor's"))
+        self._out.tell(f"the state of {host.name} differs at step {step}; it fetches the anchor's")
         if self.anchor is host:
             self.anchor = None
         self._resync(host, True)

@@ -15,11 +15,11 @@ from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Action, History, Publish, Snapshot, Tell, Terms
+from esjax.hosts.protocol.actions import Action, History, Outbox, Snapshot, Terms
 from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Audits
-from esjax.hosts.protocol.downloads import Downloads
 from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
 from esjax.hosts.protocol.steps import Steps
+from esjax.hosts.protocol.transfers import Downloads
 from esjax.hosts.protocol.wire import Envelope, Message
 
 PULSE = 2.0
@@ -46,33 +46,18 @@ class Coordinator:
         config: Config,
         terms: Terms,
         *,
-        step: int,
+        step: int,  # updates made so far
         now: float,
-        rng: np.random.Generator,
+        rng: np.random.Generator,  # draws session numbers, and the pairs that two hosts score
         text: PackedText,
-        snapshot: Snapshot | None = None,
-        history: History | None = None,
-        last_update: bytes = b"",
-        block: Callable[[int], bytes] | None = None,
-        with_audits: bool = True,
-        measured: bool = False,
+        snapshot: Snapshot | None = None,  # the newest state, for hosts that join
+        history: History | None = None,  # the recorded updates, for hosts that missed some
+        last_update: bytes = b"",  # published again: the coordinator may have died before it did so
+        block: Callable[[int], bytes] | None = None,  # token blocks by number. None: the text holds all tokens
+        with_audits: bool = True,  # whether hosts get side tasks
+        measured: bool = False,  # whether the run has a held-out loss already
     ) -> None:
-        """Start at a step of a new or resumed run.
-
-        Args:
-            config: Settings.
-            terms: What is fixed for all hosts of the run.
-            step: Number of updates made so far.
-            now: The time, in seconds of a monotonic clock.
-            rng: Draws session numbers, and the pairs that two hosts score.
-            text: The packed text.
-            snapshot: Newest state, for hosts that join.
-            history: The recorded updates, for hosts that missed some.
-            last_update: The last update, which is published again: the coordinator may have died before it did so.
-            block: Returns a block of tokens as bytes, by its number. None: the text holds all tokens.
-            with_audits: Whether hosts get side tasks: checkpoints, digests and held-out losses.
-            measured: Whether the run has a held-out loss already.
-        """
+        """Start at a step of a new or resumed run."""
         self.config, self.terms = config, terms
         self.counters: Counter[str] = Counter()
         self.gradient_norm = self.update_norm = math.nan
@@ -80,21 +65,21 @@ class Coordinator:
         self._rng = rng
         self._settings = to_yaml(config)
         self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
-        self._actions: list[Action] = []
+        self._out = Outbox()
         self._registry = registry = Registry()
         self.audits = Audits(
             config,
             registry,
             terms.state_bytes,
             snapshot,
-            self._emit,
+            self._out,
             self._put_aside,
             self._resync,
             now=now,
             is_on=with_audits,
             measured=measured,
         )
-        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._emit, self._put_aside)
+        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
         self._pulse_at = now
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
@@ -108,16 +93,7 @@ class Coordinator:
         return self._steps.step
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
-        """Answer a request.
-
-        Args:
-            envelope: The request.
-            now: The time in seconds.
-            key: Public key that the sender proved to own. None: connections are not encrypted.
-
-        Returns:
-            The reply.
-        """
+        """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
         message = envelope.message
         if isinstance(message, wire.AskStatus):
             return Envelope(self.status(now))
@@ -147,7 +123,7 @@ class Coordinator:
         self.counters["revoked key"] += 1
         for host in self._registry:
             if host.key == key and not host.dropped:
-                self._tell(f"{host.name} is dropped: its key was revoked")
+                self._out.tell(f"{host.name} is dropped: its key was revoked")
                 self._drop(host)
         return self._refused("the key of this host was revoked; ask for a new token")
 
@@ -157,7 +133,7 @@ class Coordinator:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
             elif now - host.seen >= SILENT and not host.is_gone:
-                self._tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
+                self._out.tell(f"{host.name} is lost: no word from it for {SILENT:.0f} s")
                 self._let_go(host)
         self._notice_pause(now)
         self._steps.check(now)
@@ -167,21 +143,16 @@ class Coordinator:
             self._try_to_finish(now)
         if now >= self._pulse_at:
             self._pulse_at = now + PULSE
-            self._publish(wire.Pulse(self.terms.run, self.terms.epoch, self.step))
+            self._out.publish(wire.Pulse(self.terms.run, self.terms.incarnation, self.step))
 
     def drain(self) -> list[Action]:
         """Return the actions since the last call, in the order in which to carry them out."""
-        actions, self._actions = self._actions, []
-        return actions
+        return self._out.drain()
 
     def stop(self, now: float, done: bool) -> None:
         """Begin to stop: a last checkpoint, a last held-out loss and a goodbye.
 
-        The open step is dropped; a resumed run scores it again.
-
-        Args:
-            now: The time in seconds.
-            done: Whether training has ended. If not, hosts wait for the coordinator to restart.
+        The open step is dropped; a resumed run scores it again. Unless training is done, hosts wait for a restart.
         """
         self._stopping, self._stop_at = done, now + LAST_ROUND
         self._steps.stop()
@@ -196,7 +167,7 @@ class Coordinator:
         anchor = self.audits.anchor
         return wire.Status(
             run=self.terms.run,
-            epoch=self.terms.epoch,
+            incarnation=self.terms.incarnation,
             step=self.step,
             loss=self._steps.loss,
             held_out=self.audits.held_out,
@@ -223,11 +194,11 @@ class Coordinator:
         if host is None:
             self.counters["too many hosts"] += 1
             return self._refused(f"the run has {MAX_HOSTS} hosts, and takes no more").message
-        self._tell(f"{host.name} joins: {host.device}")
+        self._out.tell(f"{host.name} joins: {host.device}")
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
             run=terms.run,
-            epoch=terms.epoch,
+            incarnation=terms.incarnation,
             session=host.session,
             slot=host.slot,
             config=self._settings,
@@ -254,27 +225,27 @@ class Coordinator:
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
         updates = self._downloads.updates(message.step, self.step, self.audits.snapshots)
-        return updates or wire.Ok(self.terms.epoch, self.step, [], resync=True)
+        return updates or wire.Ok(self.terms.incarnation, self.step, [], resync=True)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
-        if message.epoch != self.terms.epoch:
-            return self._rejected("an old epoch", rejoin=True)
+        if message.incarnation != self.terms.incarnation:
+            return self._rejected("a message to an earlier start of the coordinator", rejoin=True)
         is_new = host.is_gone or message.phase != host.phase
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
-            self._steps.release(host)
+            self._steps.leases.release(host.slot)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
         if message.note and message.note != host.note:
-            self._tell(f"{host.name}: {message.note}")
+            self._out.tell(f"{host.name}: {message.note}")
         host.note = message.note
         self._steps.go_on(now, is_new)
         return self._ok(host)
 
     def _losses(self, host: Host, message: wire.Losses, body: bytes, now: float) -> Message:
-        if message.epoch != self.terms.epoch:
-            return self._rejected("an old epoch", rejoin=True)
+        if message.incarnation != self.terms.incarnation:
+            return self._rejected("a message to an earlier start of the coordinator", rejoin=True)
         if message.step > self.step:
             return self._strike(host, f"losses for step {message.step}, which has not begun")
         pairs = sum(count for _, count in message.spans)
@@ -318,17 +289,17 @@ class Coordinator:
         return self._rejected(fault) if fault else self._ok(host)
 
     def _leave(self, host: Host, message: wire.Leave, body: bytes, now: float) -> Message:
-        self._tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
+        self._out.tell(f"{host.name} leaves" + (f": {message.reason}" if message.reason else ""))
         self._drop(host)
         self._steps.go_on(now)
         return self._ok(host)
 
     def _ok(self, host: Host) -> wire.Ok:
-        spans = self._steps.open_spans(host)[: update_record.SPAN_LIMIT]
-        return wire.Ok(self.terms.epoch, self.step, spans, self.audits.owed(host, self.step), host.resync)
+        spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
+        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
     def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
-        return wire.Rejected(reason[:1000], self.terms.epoch, self.step, rejoin)
+        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin)
 
     def _refused(self, reason: str) -> Envelope:
         return Envelope(wire.Refused(reason[:1000]))
@@ -351,14 +322,14 @@ class Coordinator:
             self._drop(former)
             return
         if former.seen > former.joined_at and not former.is_gone:
-            self._tell(f"two hosts are called {former.name}; the newer one counts")
+            self._out.tell(f"two hosts are called {former.name}; the newer one counts")
         former.superseded = True
         self._let_go(former)
 
     def _let_go(self, host: Host) -> None:
         """Take all work from a host; it stays listed until its session ends."""
         host.is_gone = True
-        self._steps.release(host)
+        self._steps.leases.release(host.slot)
         self.audits.let_go(host)
 
     def _drop(self, host: Host) -> None:
@@ -366,26 +337,26 @@ class Coordinator:
         host.dropped = True
         self._let_go(host)
         # The slot must stay taken while values of this step came from it.
-        if not self._steps.took_part(host):
+        if not self._steps.leases.took_part(host.slot):
             self._registry.remove(host)
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
-        self._tell(f"{host.name} is put aside: {reason}")
+        self._out.tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
         """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""
         host.resync = True
         if is_wrong:
-            self._steps.revoke(host)
+            self._steps.leases.revoke(host.slot)
         else:
-            self._steps.release(host)
+            self._steps.leases.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
         before, self._paused = self._paused, not self._registry.workers(now)
         if self._paused and not before:
-            self._tell("no host is ready; training is paused until one joins, and nothing is lost")
+            self._out.tell("no host is ready; training is paused until one joins, and nothing is lost")
 
     # The end.
 
@@ -399,16 +370,7 @@ class Coordinator:
                 self._steps.announce(plan)
                 return
         self.finished = True
-        self._publish(wire.Bye(self.terms.run, self.terms.epoch, bool(self._stopping)))
-
-    def _publish(self, message: Message) -> None:
-        self._emit(Publish(Envelope(message)))
-
-    def _tell(self, line: str) -> None:
-        self._emit(Tell(line))
-
-    def _emit(self, action: Action) -> None:
-        self._actions.append(action)
+        self._out.publish(wire.Bye(self.terms.run, self.terms.incarnation, bool(self._stopping)))
 
 
 _HANDLERS: dict[type[Message], Callable[..., Envelope | Message]] = {

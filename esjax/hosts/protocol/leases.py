@@ -2,7 +2,7 @@
 
 A fixed population is divided into lease quanta, the pairs that one device evaluates at a time, which are never split
 between hosts. Each host gets quanta in proportion to its speed; the result does not depend on which host scored which.
-With a time budget each host scores its range of pairs, and the population is what came back in time.
+`time_budget.py` has the leases of steps with a time budget.
 """
 
 import heapq
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from esjax.exchange.update_record import Span
-from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
+from esjax.exchange.values import Exchange, Values
 
 IN_TOTAL: Values = np.zeros((0, 0), np.int32)
 """Marks the answer of a quantum whose values are part of its host's total."""
@@ -32,6 +32,13 @@ class Lease(NamedTuple):
 @runtime_checkable
 class Leases(Protocol):
     """The leases of one step; hosts are named by their slots."""
+
+    _exchange: Exchange
+    _counts: Counter[int]  # pairs whose values a host sent, by slot
+
+    def __init__(self, exchange: Exchange) -> None:
+        """Set up without leases."""
+        self._exchange, self._counts = exchange, Counter()
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """Lease pairs that no host has, and move pairs from busy hosts to idle ones that finish them sooner.
@@ -58,6 +65,7 @@ class Leases(Protocol):
 
     def count(self, slot: int) -> int:
         """Return the number of pairs whose values a host sent."""
+        return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
         """Return whether a host had a lease in this step."""
@@ -75,6 +83,7 @@ class Leases(Protocol):
 
     def wrong_hosts(self, trusted: int | None) -> set[int]:
         """Return the slots with wrong values of a pair that several hosts scored; `trusted` is the anchor's slot."""
+        return set()
 
 
 class _Quantum:
@@ -111,24 +120,17 @@ class _Quantum:
         return next((one for one, two in pairs if exchange.agree(one, two)), None)
 
 
-class FixedPopulation:
+class FixedPopulation(Leases):
     """Leases of the pairs 0 to `pairs - 1`, in quanta."""
 
     def __init__(self, pairs: int, quantum: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
-        """Set up without leases.
-
-        Args:
-            pairs: Number of pairs of the population.
-            quantum: Pairs of a lease quantum; the last one may be smaller.
-            exchange: Whether hosts send losses or gradient sums.
-            checked: Indices of the quanta that two hosts score, and a third host if they disagree.
-        """
-        self._pairs, self._quantum, self._exchange = pairs, quantum, exchange
+        """Set up without leases. The last quantum may be smaller; two hosts score the quanta in `checked`."""
+        super().__init__(exchange)
+        self._pairs, self._quantum = pairs, quantum
         self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
         self._missing = len(self._quanta)
         self._lacking = set(range(len(self._quanta)))
         self._held: dict[int, set[int]] = {}
-        self._counts: Counter[int] = Counter()
         self._totals: dict[int, Values] = {}  # by slot: total of a host's sums over quanta that are not checked
         self._checked = [self._quanta[i] for i in checked]
         for checked_quantum in self._checked:
@@ -230,10 +232,6 @@ class FixedPopulation:
     def open_spans(self, slot: int) -> list[Span]:
         """See `Leases.open_spans`."""
         return self._spans(sorted(self._held.get(slot, ())))
-
-    def count(self, slot: int) -> int:
-        """See `Leases.count`."""
-        return self._counts[slot]
 
     def took_part(self, slot: int) -> bool:
         """See `Leases.took_part`."""
@@ -350,98 +348,3 @@ class _Queue:
 
     def _entry(self, slot: int) -> tuple[float, int]:
         return self._delays.get(slot, 0.0) + (self._load[slot] + 1) * self._seconds[slot], slot
-
-
-class TimeBudget:
-    """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
-
-    def __init__(self, budget: float, exchange: Exchange) -> None:
-        """Set up without leases; `budget` is the time to score in seconds, `exchange` as in `FixedPopulation`."""
-        self._budget, self._exchange = budget, exchange
-        self._parts: dict[int, list[Values]] = {}
-        self._counts: Counter[int] = Counter()
-        self._open: set[int] = set()
-
-    def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
-        """See `Leases.lease`: to every host that would not delay the others; the rest wait for the next step."""
-        if not self.waits:
-            return []
-        prompt = [slot for slot in sorted(speeds) if delays.get(slot, 0.0) <= self._budget / 2] or sorted(speeds)
-        for slot in prompt:
-            self._parts.setdefault(slot, [])
-            self._open.add(slot)
-        return [Lease(slot, slot * SLOT_PAIRS, SLOT_PAIRS) for slot in prompt]
-
-    def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
-        """See `Leases.accept`: the host's range without gaps; pairs that have values already are ignored."""
-        if slot not in self._parts:
-            return "these pairs were never leased to this host"
-        start = slot * SLOT_PAIRS
-        at = start + self._counts[slot]
-        new: list[Values] = []
-        for (first, count), found in zip(spans, cut(values, self._exchange.rows(spans)), strict=True):
-            if first < start or first + count > start + SLOT_PAIRS:
-                return "these pairs were never leased to this host"
-            if first > at:
-                return f"pair {at} is missing before pair {first}"
-            if first + count > at:
-                rest = self._exchange.without_first(found, at - first)
-                if rest is None:
-                    return f"pair {first} is summed twice"
-                new.append(rest)
-                at = first + count
-        self._parts[slot] += new
-        if self._exchange.adds_up and new:  # added up at once, so that memory does not grow
-            self._parts[slot] = [self._exchange.merge(self._parts[slot])]
-        self._counts[slot] = at - start
-        if final:
-            self._open.discard(slot)
-        return ""
-
-    def release(self, slot: int) -> None:
-        """See `Leases.release`."""
-        self._open.discard(slot)
-
-    def revoke(self, slot: int) -> None:
-        """See `Leases.revoke`."""
-        self.release(slot)
-        if slot in self._parts:
-            self._parts[slot] = []
-        self._counts.pop(slot, None)
-
-    def busy(self, slot: int) -> bool:
-        """See `Leases.busy`."""
-        return slot in self._open
-
-    def open_spans(self, slot: int) -> list[Span]:
-        """See `Leases.open_spans`."""
-        done = self._counts[slot]
-        return [(slot * SLOT_PAIRS + done, SLOT_PAIRS - done)] if slot in self._open and done < SLOT_PAIRS else []
-
-    def count(self, slot: int) -> int:
-        """See `Leases.count`."""
-        return self._counts[slot]
-
-    def took_part(self, slot: int) -> bool:
-        """See `Leases.took_part`."""
-        return slot in self._parts
-
-    @property
-    def waits(self) -> bool:
-        """See `Leases.waits`: only while no host scores, since a late start would delay the others."""
-        return not self._open and not self.complete
-
-    @property
-    def complete(self) -> bool:
-        """See `Leases.complete`."""
-        return not self._open and any(self._counts.values())
-
-    def result(self) -> tuple[list[Span], Values]:
-        """See `Leases.result`: in the order of the slots."""
-        slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
-        spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
-        return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
-
-    def wrong_hosts(self, trusted: int | None) -> set[int]:
-        """See `Leases.wrong_hosts`: no pair is scored twice."""
-        return set()

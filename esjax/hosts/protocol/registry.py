@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from esjax.averages import SHORTEST, running_speed
 from esjax.hosts.protocol import wire
 
 SILENT = 20.0
@@ -19,9 +20,6 @@ STRIKES = 3
 MAX_HOSTS = 1024
 """Most hosts at a time."""
 
-SHORTEST = 1e-6
-"""Shortest time of scoring in seconds, so that speeds are finite."""
-
 
 class Host:
     """What the coordinator knows about one host. Times are seconds of the coordinator's clock.
@@ -32,7 +30,7 @@ class Host:
         attempt: Number of the request by which it joined.
         seen: Time of its last message.
         progress_at: Time of its last progress.
-        speed: Pairs per second, or None before its first values.
+        speed: Pairs per second; 0 before its first values.
         leased_at: Time at which it got its pairs.
         expected: Seconds that these pairs should take at its speed.
         slowness: Time of this step's pairs divided by `expected`; None before they are finished.
@@ -55,8 +53,7 @@ class Host:
         self.joined_at = self.seen = self.progress_at = self.leased_at = self.probe_at = now
         self.phase: wire.Phase = "joining"
         self.step = self.progress = self.strikes = self.resyncs = 0
-        self.speed: float | None = None
-        self.expected = 0.0
+        self.speed = self.expected = 0.0
         self.slowness: float | None = None
         self.probe_after = PROBE
         self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
@@ -79,8 +76,7 @@ class Host:
     def took(self, pairs: int, seconds: float) -> None:
         """Update the speed: it scored `pairs` pairs in `seconds`."""
         if pairs:
-            speed = pairs / max(seconds, SHORTEST)
-            self.speed = speed if self.speed is None else 0.7 * self.speed + 0.3 * speed
+            self.speed = running_speed(self.speed, pairs, seconds)
 
     def set_leased(self, expected: float, now: float) -> None:
         """Note that it got pairs, which should take `expected` seconds."""
@@ -97,13 +93,7 @@ class Host:
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
 
     def status(self, now: float, quiet: float, members: int) -> wire.HostStatus:
-        """Return its row of the status.
-
-        Args:
-            now: The time in seconds.
-            quiet: Seconds without a message after which its state is "silent".
-            members: Members per pair.
-        """
+        """Return its row of the status; it is "silent" after `quiet` seconds without a message."""
         state: str = self.phase
         if self.aside:
             state = "put aside"
@@ -119,7 +109,7 @@ class Host:
             state=state,
             device=self.device,
             step=self.step,
-            members_per_second=0.0 if self.is_gone else members * (self.speed or 0.0),
+            members_per_second=0.0 if self.is_gone else members * self.speed,
             last_seen=now - self.seen,
             digest=self.digest,
             share=self.share,

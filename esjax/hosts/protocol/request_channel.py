@@ -1,12 +1,19 @@
-"""A host's request channel to the coordinator: one request at a time, with time limits."""
+"""A host's request channel to the coordinator: one request at a time, with time limits, and attempts to join."""
 
-from esjax.hosts.protocol.wire import Envelope, Message
+from collections.abc import Callable
+
+import msgspec
+
+from esjax.hosts.protocol.wire import Envelope, Join, Message
 
 TIMEOUT = 4.0
 """Seconds after which a request without a reply is sent again."""
 
 DEAF = 20.0
 """Seconds without a broadcast, or without a reply, after which the host reconnects."""
+
+BACK_OFF, BACK_OFF_LONGEST = 0.5, 10.0
+"""Seconds between attempts to join: at first, and at most; doubled each time, and times a random factor around 1."""
 
 
 class RequestChannel:
@@ -69,3 +76,30 @@ class RequestChannel:
         """Note that the host reconnected, which drops the open request."""
         self.is_dead = False
         self.request = None
+
+
+class Joining:
+    """A host's attempts to join, at growing intervals.
+
+    Attributes:
+        run: Run that the host took part in before, or "".
+    """
+
+    def __init__(self, hello: Join, jitter: Callable[[], float], now: float) -> None:
+        """Set up with the request, without its `instance`, and a function for random numbers in [0, 1)."""
+        self.run = ""
+        self._hello = msgspec.structs.replace(hello, instance=int(jitter() * 2**53))
+        self._jitter, self._due_at = jitter, now
+
+    def request(self, now: float, failures: int) -> Envelope | None:
+        """Return the request to join, or None if it is too early; `failures` is the number of failed requests."""
+        if now < self._due_at:
+            return None
+        self.put_off(now, failures)
+        self._hello = msgspec.structs.replace(self._hello, run=self.run, attempt=self._hello.attempt + 1)
+        return Envelope(self._hello)
+
+    def put_off(self, now: float, failures: int) -> None:
+        """Wait before the next attempt."""
+        longest = min(BACK_OFF * 2 ** min(failures, 10), BACK_OFF_LONGEST)
+        self._due_at = now + longest * (0.5 + self._jitter())

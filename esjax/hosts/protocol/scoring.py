@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esjax.exchange.update_record import SPAN_LIMIT, Span
+from esjax.exchange.update_record import SPAN_LIMIT, Span, without
 from esjax.exchange.values import MAX_REQUEST, Exchange, Values
 
 SLICE = 0.25
@@ -24,21 +24,13 @@ class Scored(NamedTuple):
 
 
 class HandIn(NamedTuple):
-    """The content of one message of losses or gradient sums.
+    """The content of one message of losses or gradient sums."""
 
-    Attributes:
-        spans: The pairs.
-        body: Losses, two float32 for each pair, or a gradient sum for each span.
-        dtype: Type of the numbers in the body.
-        seconds: Time of scoring them.
-        final: Whether this is the last message of the step.
-    """
-
-    spans: list[Span]
-    body: bytes
-    dtype: str
-    seconds: float
-    final: bool
+    spans: list[Span]  # the pairs
+    body: bytes  # losses, two float32 for each pair, or a gradient sum for each span
+    dtype: str  # type of the numbers in the body
+    seconds: float  # time of scoring them
+    final: bool  # whether this is the last message of the step
 
 
 class Scoring:
@@ -49,15 +41,7 @@ class Scoring:
     """
 
     def __init__(self, step: int, quantum: int, device_batch: int, budget: float | None, exchange: Exchange) -> None:
-        """Set up without pairs.
-
-        Args:
-            step: The step.
-            quantum: Pairs of a lease quantum, which is never split.
-            device_batch: Pairs that the devices score at a time.
-            budget: Time to score in seconds. None: all leased pairs are scored.
-            exchange: Whether losses or gradient sums are sent.
-        """
+        """Set up without pairs; for `quantum`, `budget` and `device_batch` see `wire.Welcome` and `Worker`."""
         self.step = step
         self._exchange = exchange
         self._most_pairs = max(quantum, exchange.most_pairs // quantum * quantum)
@@ -84,8 +68,7 @@ class Scoring:
     def next_slice(self, speed: float) -> list[Span]:
         """Choose the pairs of the next device task: whole device batches for about `SLICE` seconds.
 
-        Args:
-            speed: Pairs that the devices score per second; 0: not known yet.
+        `speed` is in pairs a second, 0 if it is not known yet.
         """
         seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
         device_batches = max(1, int(seconds * speed / self._device_batch))
@@ -128,12 +111,7 @@ class Scoring:
         return Scored([*spans, span], values, one.seconds + next_one.seconds)
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
-        """Return what to send now, or None.
-
-        Args:
-            now: The time in seconds.
-            everything: Whether to send all values at once, although more will come.
-        """
+        """Return what to send now, or None; with `everything`, also if more will come."""
         final = not self._spans
         if not self._parts or not (final or everything or now - self._since > HAND_IN):
             return None
@@ -158,17 +136,3 @@ class Scoring:
         """Drop the values that the coordinator has received."""
         self._parts = self._parts[self._offered :]
         self._offered = 0
-
-
-def without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
-    """Return the spans without the pairs in `taken`."""
-    left = list(spans)
-    for first, count in taken:
-        end = first + count
-        left = [
-            piece
-            for one, size in left
-            for piece in ((one, min(one + size, first) - one), (max(one, end), one + size - max(one, end)))
-            if piece[1] > 0
-        ]
-    return left

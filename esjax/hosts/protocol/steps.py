@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from esjax.averages import Average
 from esjax.config.settings import Config
-from esjax.exchange.update_record import SPAN_LIMIT, Span
+from esjax.exchange.update_record import SPAN_LIMIT
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Action, Closed, Publish, Record, Tell, Terms
+from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
 from esjax.hosts.protocol.audits import NOTHING_ELSE, Audits, Plan
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases, TimeBudget
+from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases
 from esjax.hosts.protocol.registry import Host, Registry, speeds_of
-from esjax.hosts.protocol.wire import Envelope, Message
+from esjax.hosts.protocol.time_budget import TimeBudget
 from esjax.replica.notices import Notices
-from esjax.watch.downsampling import Average
 
 STUCK = 30.0
 """Seconds without progress after which a host with work counts as hung, unless the others are as slow."""
@@ -35,6 +35,7 @@ class Steps:
 
     Attributes:
         step: Step that is being scored.
+        leases: The leases of this step.
         loss: Mean of the finite losses of the last finished step, or None.
         rate: Member-tokens a second over the last steps.
     """
@@ -48,80 +49,55 @@ class Steps:
         rng: np.random.Generator,
         registry: Registry,
         audits: Audits,
-        emit: Callable[[Action], None],
+        out: Outbox,
         put_aside: Callable[[Host, str], None],
     ) -> None:
-        """Start at a step of a new or resumed run.
+        """Start at a step of a new or resumed run; for `last_update` and `rng` see `Coordinator`.
 
-        Args:
-            config: Settings.
-            terms: What is fixed for all hosts of the run.
-            step: Number of updates made so far.
-            last_update: The last update, which is published again, or b"".
-            rng: Draws the pairs that two hosts score.
-            registry: All hosts.
-            audits: Digests, checkpoints and held-out losses.
-            emit: Queues an action.
-            put_aside: Gives a host no more work; called with the host and the reason.
+        `put_aside` gives a host no more work; it is called with the host and the reason.
         """
         self.step = step
         self.loss: float | None = None
         self.rate, self._mean_rate = 0.0, Average()
         self._config, self._terms, self._rng = config, terms, rng
         self._registry, self._audits = registry, audits
-        self._emit, self._put_aside = emit, put_aside
+        self._out, self._put_aside = out, put_aside
         self._last_update = last_update
-        self._leases: Leases = self._new_leases()
+        self.leases: Leases = self._new_leases()
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
-        was_busy = self._leases.busy(host.slot)
-        fault = self._leases.accept(host.slot, message.spans, values, message.final)
-        if was_busy and not self._leases.busy(host.slot):
+        was_busy = self.leases.busy(host.slot)
+        fault = self.leases.accept(host.slot, message.spans, values, message.final)
+        if was_busy and not self.leases.busy(host.slot):
             host.set_finished(now)
         return fault
-
-    def release(self, host: Host) -> None:
-        """Take the open pairs from a host."""
-        self._leases.release(host.slot)
-
-    def revoke(self, host: Host) -> None:
-        """Take the open pairs from a host, and drop the values that it sent."""
-        self._leases.revoke(host.slot)
-
-    def took_part(self, host: Host) -> bool:
-        """Return whether a host had a lease in this step."""
-        return self._leases.took_part(host.slot)
-
-    def open_spans(self, host: Host) -> list[Span]:
-        """List the pairs that a host has not sent values of."""
-        return self._leases.open_spans(host.slot)
 
     def stop(self) -> None:
         """Drop the open step."""
         self._is_stopped = True
         for host in self._registry:
-            self.release(host)
+            self.leases.release(host.slot)
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
         usual = self._registry.usual_slowness()
         for host in self._registry:
-            if self._leases.busy(host.slot):
+            if self.leases.busy(host.slot):
                 self._check_deadline(host, usual, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
         if self._is_stopped:
             return
-        if self._leases.waits or is_host_new:
+        if self.leases.waits or is_host_new:
             self._give_out(now)
-        if self._leases.complete:
+        if self.leases.complete:
             anchor = self._audits.anchor
-            wrong = self._leases.wrong_hosts(anchor.slot if anchor else None)
+            wrong = self.leases.wrong_hosts(anchor.slot if anchor else None)
             for slot in wrong:
                 self._exclude(slot)
             if not wrong:
@@ -130,13 +106,13 @@ class Steps:
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
         """Publish the opening of the step, with the update that leads to it."""
         some = list(leases[:SPAN_LIMIT])
-        self._publish(wire.Step(self._terms.run, self._terms.epoch, self.step, [*some], *plan), update)
+        self._out.publish(wire.Step(self._terms.run, self._terms.incarnation, self.step, [*some], *plan), update)
         self._announce_more(leases[SPAN_LIMIT:])
 
     def _announce_more(self, leases: Sequence[Lease]) -> None:
         for at in range(0, len(leases), SPAN_LIMIT):
             some = leases[at : at + SPAN_LIMIT]
-            self._publish(wire.Extra(self._terms.run, self._terms.epoch, self.step, [*some]))
+            self._out.publish(wire.Extra(self._terms.run, self._terms.incarnation, self.step, [*some]))
 
     def _new_leases(self) -> Leases:
         es, exchange = self._config.es, self._terms.exchange
@@ -154,8 +130,8 @@ class Steps:
         if idle > max(STUCK, by_others):
             if not is_measuring:
                 host.hung = True
-                self._emit(Tell(f"{host.name} is hung: no progress for {idle:.0f} s"))
-            self.release(host)
+                self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
+            self.leases.release(host.slot)
             return
         if usual is None or is_measuring:
             return
@@ -163,13 +139,13 @@ class Steps:
         allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         if now - host.leased_at > allowed:
             if not host.late:
-                self._emit(Tell(f"{host.name} is late: it gets no pairs for a while"))
+                self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             host.set_late(now)
-            self.release(host)
+            self.leases.release(host.slot)
 
     def _exclude(self, slot: int) -> None:
         """Put a host with wrong losses aside, and drop its values of this step."""
-        self._leases.revoke(slot)
+        self.leases.revoke(slot)
         host = self._registry.in_slot(slot)
         if host and not host.aside:
             self._put_aside(host, "its losses differ from those of other hosts")
@@ -186,20 +162,20 @@ class Steps:
         hosts = self._registry.workers(now)
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
         speeds = speeds_of(hosts)
-        leases = self._leases.lease(speeds, delays)
+        leases = self.leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
         for host in hosts:
             if host.slot in given:
-                pairs = sum(count for _, count in self.open_spans(host))
+                pairs = sum(count for _, count in self.leases.open_spans(host.slot))
                 host.set_leased(pairs / speeds[host.slot], now)
         return leases
 
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
-        spans, result = self._leases.result()
+        spans, result = self.leases.result()
         pairs = sum(count for _, count in spans)
         for host in self._registry:
-            host.share = self._leases.count(host.slot) / pairs
+            host.share = self.leases.count(host.slot) / pairs
             host.slowness = None
         hosts = sum(host.share > 0 for host in self._registry)
         members = pairs * self._config.es.members_per_pair
@@ -209,13 +185,13 @@ class Steps:
         payload = pack_conclusion(
             self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
-        self._emit(Record(self.step, payload))
+        self._out.add(Record(self.step, payload))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, pairs, concluded)
         # Closed before the next step is opened: a state that the next step asks for is the one after this step.
-        self._emit(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
-        self._leases = self._new_leases()
+        self._out.add(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
+        self.leases = self._new_leases()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 
@@ -225,6 +201,3 @@ class Steps:
             rate = members * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
             self.rate = self._mean_rate.add(rate, RATE_MEMORY)
         self._closed_at = now
-
-    def _publish(self, message: Message, body: bytes = b"") -> None:
-        self._emit(Publish(Envelope(message, body)))

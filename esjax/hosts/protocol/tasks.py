@@ -17,21 +17,13 @@ from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 
 class Build(msgspec.Struct, frozen=True, tag=True):
-    """Build the replica and compile its programs.
+    """Build the replica and compile its programs."""
 
-    Attributes:
-        config: Settings as YAML.
-        vocab_size: Number of token ids.
-        text: The packed text.
-        text_digest: Hash of the unpacked bytes.
-        text_bytes: Number of unpacked bytes.
-    """
-
-    config: str
-    vocab_size: int
-    text: bytes
-    text_digest: str
-    text_bytes: int
+    config: str  # settings as YAML
+    vocab_size: int  # number of token ids
+    text: bytes  # the packed text
+    text_digest: str  # hash of the unpacked bytes
+    text_bytes: int  # number of unpacked bytes
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

@@ -1,15 +1,74 @@
-"""A host's transfers: downloads and uploads in parts, and updates that wait for their turn."""
+"""Transfers in parts: text, blocks of tokens, states and updates, on the side of the coordinator and of a host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
+from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange.update_record import is_update
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import hash_bytes
+from esjax.hosts.protocol.actions import History, Snapshot
 from esjax.hosts.protocol.wire import Envelope, Message
 
 PENDING = 64
 """Most broadcast updates that are kept ahead of their turn; later ones are fetched from the ledger."""
+
+FAR = 1024
+"""Missing updates above which a host gets a newer snapshot instead, which is faster."""
+
+PACKING = 1024
+"""Bytes by which a compressed text may be larger than the text, beside 1/64 of it."""
+
+
+class Downloads:
+    """Answers requests for parts and updates."""
+
+    def __init__(
+        self, text: PackedText, block: Callable[[int], bytes] | None, interval: int, history: History | None
+    ) -> None:
+        """Set up; `interval` is the number of steps that use the same block, for the others see `Coordinator`."""
+        self.text = text
+        self._block, self._interval, self._history = block, interval, history
+        self._hash_block = lru_cache(maxsize=3)(lambda number: hash_bytes(block(number)) if block else "")
+
+    def block_bytes(self, step: int) -> int:
+        """Return the size of a block in bytes; 0: the text holds all tokens."""
+        return len(self._block(step // self._interval)) if self._block else 0
+
+    def part(self, message: wire.Fetch, step: int, snapshots: Sequence[Snapshot]) -> Envelope | str:
+        """Return the requested part, or why there is none; `step` is being scored, the newest snapshot is the last."""
+        if message.what == "text":
+            if message.digest != self.text.digest:
+                return "this run has another text"
+            return _part(self.text.data, self.text.digest, message.offset)
+        if message.what == "block":
+            if self._block is None or abs(message.block - step // self._interval) > 1:
+                return f"there is no block {message.block} now"
+            data, digest = self._block(message.block), self._hash_block(message.block)
+            return _part(data, digest, message.offset, message.block)
+        for snapshot in reversed(snapshots):
+            if message.digest in ("", snapshot.digest):
+                return _part(snapshot.data, snapshot.digest, message.offset, snapshot.step)
+        return "this snapshot is no longer kept; fetch the newest"
+
+    def updates(self, first: int, step: int, snapshots: Sequence[Snapshot]) -> Envelope | None:
+        """Return updates from step `first` on, as many as fit into a part; None: the host needs a snapshot instead."""
+        if self._history is None or not self._history.first <= first <= step:
+            return None
+        if step - first > FAR and snapshots and snapshots[-1].step > first:
+            return None
+        updates = self._history.updates(first, wire.PART)
+        return Envelope(wire.Updates(first, [len(update) for update in updates]), b"".join(updates))
+
+
+def _part(data: bytes, digest: str, offset: int, step: int = 0) -> Envelope:
+    return Envelope(wire.Part(digest, len(data), offset, step), data[offset : offset + wire.PART])
+
+
+def longest_text(size: int) -> int:
+    """Return the most bytes of a compressed text of `size` bytes."""
+    return size + size // 64 + PACKING
 
 
 class Download:
@@ -128,13 +187,15 @@ class Backlog:
         if len(self._updates) < PENDING and is_update(update, step):
             self._updates[step] = update
 
-    def fill(self, first: int, updates: Sequence[bytes]) -> int:
+    def fill(self, step: int, sizes: Sequence[int], body: bytes) -> int:
         """Keep consecutive updates from the ledger up to the first invalid one; return the step that they lead to."""
-        for step, update in enumerate(updates, first):
+        for end, size in zip(accumulate(sizes), sizes, strict=True):
+            update = body[end - size : end]
             if not is_update(update, step):
-                return step
+                break
             self._updates[step] = update
-        return first + len(updates)
+            step += 1
+        return step
 
     def run(self, first: int, end: int) -> list[bytes]:
         """Return the consecutive updates from step `first` on, before step `end`."""

@@ -74,44 +74,26 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Join(Message, frozen=True, tag="join"):
-    """Ask to take part.
+    """Ask to take part."""
 
-    Attributes:
-        name: Name of the host; of two hosts with one name the newer one counts.
-        device: Description of its devices, for the status.
-        kind: Hardware and version of JAX; floats of hosts of one kind should agree to the last bit.
-        fingerprints: Noise fingerprints by kind of noise, see `esjax.hosts.noise_fingerprint`.
-        custom: Names of its custom parts, and hashes of their code, see `esjax.config.custom_names`.
-        run: Run that it took part in before, or "".
-        instance: Random number that distinguishes it from another host of its name.
-        attempt: Number of this request; a request with a lower number is old.
-    """
-
-    name: Short
-    device: Short
-    kind: Short
-    fingerprints: Names
-    custom: Names
-    run: Short
-    instance: Long
-    attempt: Whole
+    name: Short  # name of the host; of two hosts with one name the newer one counts
+    device: Short  # description of its devices, for the status
+    kind: Short  # hardware and version of JAX; floats of hosts of one kind should agree to the last bit
+    fingerprints: Names  # noise fingerprints by kind of noise, see `esjax.hosts.noise_fingerprint`
+    custom: Names  # names of its custom parts, and hashes of their code, see `esjax.config.custom_names`
+    run: Short  # run that it took part in before, or ""
+    instance: Long  # random number that distinguishes it from another host of its name
+    attempt: Whole  # number of this request; a request with a lower number is old
 
 
 class Fetch(Message, frozen=True, tag="fetch"):
-    """Ask for a part of a download.
-
-    Attributes:
-        what: The text, a snapshot, or a block of tokens.
-        digest: Hash of the whole; "" for the newest snapshot.
-        offset: Bytes before this part.
-        block: Number of the block of tokens.
-    """
+    """Ask for a part of a download."""
 
     session: Long
-    what: Literal["text", "state", "block"]
-    digest: Short
-    offset: Long
-    block: Whole = 0
+    what: Literal["text", "state", "block"]  # the text, a snapshot, or a block of tokens
+    digest: Short  # hash of the whole; "" for the newest snapshot
+    offset: Long  # bytes before this part
+    block: Whole = 0  # number of the block of tokens
 
 
 class CatchUp(Message, frozen=True, tag="catch_up"):
@@ -122,43 +104,28 @@ class CatchUp(Message, frozen=True, tag="catch_up"):
 
 
 class Beat(Message, frozen=True, tag="beat"):
-    """Send a sign of life.
-
-    Attributes:
-        step: Step of the host's parameters.
-        progress: Number of device tasks finished so far.
-        note: Line for the user, or "".
-    """
+    """Send a sign of life."""
 
     session: Long
-    epoch: Whole
-    step: Whole
+    incarnation: Whole
+    step: Whole  # step of the host's parameters
     phase: Phase
-    progress: Long
-    note: Reason = ""
+    progress: Long  # number of device tasks finished so far
+    note: Reason = ""  # line for the user, or ""
 
 
 class Losses(Message, frozen=True, tag="losses"):
-    """Send losses, two float32 for each pair, span after span, or a gradient sum for each span; the body.
-
-    Attributes:
-        spans: The pairs.
-        seconds: Time of scoring them.
-        final: Whether this is the host's last message of losses in this step.
-        dtype: "<f4" for losses; one of `esjax.exchange.update_record.Integers` for gradient sums.
-        gradient_norm: Norm of the estimate in the update before this step, or None.
-        update_norm: Norm of that update, or None.
-    """
+    """Send losses, two float32 for each pair, span after span, or a gradient sum for each span; the body."""
 
     session: Long
-    epoch: Whole
+    incarnation: Whole
     step: Whole
-    spans: Spans
-    seconds: float
-    final: bool
-    dtype: Short = "<f4"
-    gradient_norm: float | None = None
-    update_norm: float | None = None
+    spans: Spans  # the pairs
+    seconds: float  # time of scoring them
+    final: bool  # whether this is the host's last message of losses in this step
+    dtype: Short = "<f4"  # "<f4" for losses; one of `esjax.exchange.update_record.Integers` for gradient sums
+    gradient_norm: float | None = None  # norm of the estimate in the update before this step, or None
+    update_norm: float | None = None  # norm of that update, or None
 
 
 class Digest(Message, frozen=True, tag="digest"):
@@ -178,20 +145,13 @@ class Measured(Message, frozen=True, tag="measured"):
 
 
 class Upload(Message, frozen=True, tag="upload"):
-    """Send a part of a snapshot, the body.
-
-    Attributes:
-        step: Step of the state.
-        digest: Hash of all bytes.
-        size: Number of all bytes.
-        offset: Bytes before this part.
-    """
+    """Send a part of a snapshot, the body."""
 
     session: Long
-    step: Whole
-    digest: Short
-    size: Long
-    offset: Long
+    step: Whole  # step of the state
+    digest: Short  # hash of all bytes
+    size: Long  # number of all bytes
+    offset: Long  # bytes before this part
 
 
 class Leave(Message, frozen=True, tag="leave"):
@@ -209,103 +169,62 @@ class AskStatus(Message, frozen=True, tag="ask_status"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Let a host join.
+    """Let a host join."""
 
-    Attributes:
-        run: Name of the run.
-        epoch: Number of this start of the coordinator; messages with a lower one are old.
-        session: Number that every request of the host must carry.
-        slot: Number of the host in broadcasts.
-        config: Settings as YAML.
-        vocab_size: Number of token ids.
-        text_digest: Hash of the text's unpacked bytes.
-        text_bytes: Number of the text's unpacked bytes.
-        state_bytes: Size of a snapshot in bytes.
-        block_bytes: Size of a block of tokens in bytes; 0: the text holds all tokens.
-        publish_port: Port of the broadcasts.
-        step: Step that is being scored.
-        quantum: Pairs of a lease quantum, which is never split between hosts.
-        block_interval: Number of steps that use the same block of tokens.
-        budget: Seconds to score in a step. None: all leased pairs are scored.
-        vector_length: Length of the gradient sum that hosts send for each span; 0: hosts send losses.
-    """
-
-    run: Short
-    epoch: Whole
-    session: Long
-    slot: Whole
-    config: Annotated[str, msgspec.Meta(max_length=2**16)]
-    vocab_size: Whole
-    text_digest: Short
-    text_bytes: Long
-    state_bytes: Long
-    block_bytes: Long
-    publish_port: Whole
-    step: Whole
+    run: Short  # name of the run
+    incarnation: Whole  # number of this start of the coordinator; messages with a lower one are old
+    session: Long  # number that every request of the host must carry
+    slot: Whole  # number of the host in broadcasts
+    config: Annotated[str, msgspec.Meta(max_length=2**16)]  # settings as YAML
+    vocab_size: Whole  # number of token ids
+    text_digest: Short  # hash of the text's unpacked bytes
+    text_bytes: Long  # number of the text's unpacked bytes
+    state_bytes: Long  # size of a snapshot in bytes
+    block_bytes: Long  # size of a block of tokens in bytes; 0: the text holds all tokens
+    publish_port: Whole  # port of the broadcasts
+    step: Whole  # step that is being scored
+    # Pairs of a lease quantum, which is never split between hosts
     quantum: Annotated[int, msgspec.Meta(gt=0, le=MAX_REQUEST // 8)]
-    block_interval: Positive
-    budget: float | None
+    block_interval: Positive  # number of steps that use the same block of tokens
+    budget: float | None  # seconds to score in a step. None: all leased pairs are scored
+    # Length of the gradient sum that hosts send for each span; 0: hosts send losses
     vector_length: Annotated[int, msgspec.Meta(ge=0, le=MAX_REQUEST // 4)]
 
 
 class Part(Message, frozen=True, tag="part"):
-    """A part of a download, the body.
+    """A part of a download, the body."""
 
-    Attributes:
-        digest: Hash of the whole.
-        size: Bytes of the whole, packed.
-        offset: Bytes before this part.
-        step: Step of a snapshot, or number of a block.
-    """
-
-    digest: Short
-    size: Long
-    offset: Long
-    step: Whole = 0
+    digest: Short  # hash of the whole
+    size: Long  # bytes of the whole, packed
+    offset: Long  # bytes before this part
+    step: Whole = 0  # step of a snapshot, or number of a block
 
 
 class Updates(Message, frozen=True, tag="updates"):
-    """Consecutive updates, the body.
+    """Consecutive updates, the body."""
 
-    Attributes:
-        step: Step of the first update.
-        sizes: Number of bytes of each update.
-    """
-
-    step: Whole
-    sizes: Annotated[list[Whole], msgspec.Meta(max_length=2**14)]
+    step: Whole  # step of the first update
+    sizes: Annotated[list[Whole], msgspec.Meta(max_length=2**14)]  # number of bytes of each update
 
 
 class Ok(Message, frozen=True, tag="ok"):
-    """Accept a request.
+    """Accept a request."""
 
-    Attributes:
-        step: Step that is being scored.
-        spans: Leased pairs of that step that the host has not sent values of.
-        side_tasks: Side tasks that it has not finished; the broadcast that asked for them may have been lost.
-        resync: Whether the host must fetch the newest snapshot.
-    """
-
-    epoch: Whole
-    step: Whole
-    spans: Spans
+    incarnation: Whole
+    step: Whole  # step that is being scored
+    spans: Spans  # leased pairs of that step that the host has not sent values of
+    # Side tasks that it has not finished; the broadcast that asked for them may have been lost
     side_tasks: Annotated[list[SideTask], msgspec.Meta(max_length=3)] = []
-    resync: bool = False
+    resync: bool = False  # whether the host must fetch the newest snapshot
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
-    """Reject a request; the host stays in the run.
+    """Reject a request; the host stays in the run."""
 
-    Attributes:
-        reason: Why.
-        step: Step that is being scored.
-        rejoin: Whether the session has ended, so that the host must join again.
-    """
-
-    reason: Reason
-    epoch: Whole
-    step: Whole
-    rejoin: bool = False
+    reason: Reason  # why
+    incarnation: Whole
+    step: Whole  # step that is being scored
+    rejoin: bool = False  # whether the session has ended, so that the host must join again
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -315,81 +234,55 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class HostStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Status of one host.
-
-    Attributes:
-        state: joining, compiling, ready, straggling, silent, lost or put aside. A host that has left is not listed.
-        members_per_second: Members that it scores per second; 0 for a lost host.
-        last_seen: Seconds since its last message.
-        digest: Last digest of its state.
-        share: Part of the last finished step's pairs that it scored, 0 to 1.
-        note: Why it is put aside, or its last note.
-    """
+    """Status of one host."""
 
     name: str
     slot: int
-    state: str
+    state: str  # joining, compiling, ready, straggling, silent, lost or put aside. A host that has left is not listed
     device: str
     step: int
-    members_per_second: float
-    last_seen: float
-    digest: str
-    share: float
-    note: str
+    members_per_second: float  # members that it scores per second; 0 for a lost host
+    last_seen: float  # seconds since its last message
+    digest: str  # last digest of its state
+    share: float  # part of the last finished step's pairs that it scored, 0 to 1
+    note: str  # why it is put aside, or its last note
 
 
 class Status(Message, frozen=True, tag="status"):
-    """Status of the run.
-
-    Attributes:
-        loss: Mean loss of the last finished step, or None.
-        held_out: Last held-out loss, or None.
-        member_tokens_per_second: Speed over the last steps; 0 while the run is paused.
-        paused: Whether no host is ready.
-        anchor: Slot of the host whose state is kept, or None.
-        counters: Number of rejected requests, by reason.
-    """
+    """Status of the run."""
 
     run: str
-    epoch: int
+    incarnation: int
     step: int
-    loss: float | None
-    held_out: float | None
-    member_tokens_per_second: float
-    paused: bool
-    anchor: int | None
+    loss: float | None  # mean loss of the last finished step, or None
+    held_out: float | None  # last held-out loss, or None
+    member_tokens_per_second: float  # speed over the last steps; 0 while the run is paused
+    paused: bool  # whether no host is ready
+    anchor: int | None  # slot of the host whose state is kept, or None
     hosts: list[HostStatus]
-    counters: dict[str, int]
+    counters: dict[str, int]  # number of rejected requests, by reason
 
 
 # From the coordinator to all hosts.
 
 
 class Step(Message, frozen=True, tag="step"):
-    """Open a step; the body is the update that leads to it, as in the ledger, or empty.
-
-    Attributes:
-        step: Step to score, with the parameters after update number `step - 1`.
-        leases: Leases of all hosts.
-        digest: Whether every host should send the digest of its state at this step.
-        upload: Slot of the host that should send its state at this step, or None.
-        measure: Slot of the host that should send the held-out loss at this step, or None.
-    """
+    """Open a step; the body is the update that leads to it, as in the ledger, or empty."""
 
     run: Short
-    epoch: Whole
-    step: Whole
-    leases: Leases
-    digest: bool = False
-    upload: Whole | None = None
-    measure: Whole | None = None
+    incarnation: Whole
+    step: Whole  # step to score, with the parameters after update number `step - 1`
+    leases: Leases  # leases of all hosts
+    digest: bool = False  # whether every host should send the digest of its state at this step
+    upload: Whole | None = None  # slot of the host that should send its state at this step, or None
+    measure: Whole | None = None  # slot of the host that should send the held-out loss at this step, or None
 
 
 class Extra(Message, frozen=True, tag="extra"):
     """Add leases to the open step."""
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     step: Whole
     leases: Leases
 
@@ -398,20 +291,16 @@ class Pulse(Message, frozen=True, tag="pulse"):
     """Send a sign of life with the step that is being scored."""
 
     run: Short
-    epoch: Whole
+    incarnation: Whole
     step: Whole
 
 
 class Bye(Message, frozen=True, tag="bye"):
-    """The coordinator stops.
-
-    Attributes:
-        done: Whether training has ended; if not, the coordinator will restart.
-    """
+    """The coordinator stops."""
 
     run: Short
-    epoch: Whole
-    done: bool
+    incarnation: Whole
+    done: bool  # whether training has ended; if not, the coordinator will restart
 
 
 Request = Join | Fetch | CatchUp | Beat | Losses | Digest | Measured | Upload | Leave | AskStatus

@@ -6,46 +6,23 @@ returns, and lets the devices run what `task` returns; one of each at a time.
 
 import math
 from collections.abc import Callable
-from itertools import accumulate
 
-import msgspec
-
-from esjax.exchange.values import LossExchange, make_exchange
-from esjax.hosts.protocol import scoring, wire
-from esjax.hosts.protocol.request_channel import RequestChannel
+from esjax.averages import running_speed
+from esjax.exchange.values import make_exchange
+from esjax.hosts.protocol import scoring, tasks, wire
+from esjax.hosts.protocol.request_channel import Joining, RequestChannel
 from esjax.hosts.protocol.scoring import Scoring
-from esjax.hosts.protocol.tasks import (
-    Apply,
-    Build,
-    Built,
-    Done,
-    Failed,
-    Load,
-    Result,
-    Score,
-    Scored,
-    SideTasks,
-    Task,
-    UseBlock,
-    Value,
-)
-from esjax.hosts.protocol.transfers import Backlog, Download, Supplies
+from esjax.hosts.protocol.transfers import Backlog, Download, Supplies, longest_text
 from esjax.hosts.protocol.wire import Envelope, Message, SideTask
 
 BEAT = 2.0
 """Seconds between beats, a host's signs of life."""
-
-BACK_OFF, BACK_OFF_LONGEST = 0.5, 10.0
-"""Seconds between attempts to join: at first, and at most; doubled each time, and times a random factor around 1."""
 
 MISSED = 0.3
 """Seconds to wait for a broadcast update before asking for it."""
 
 BATCH = 64
 """Most updates in one device task."""
-
-PACKING = 1024
-"""Bytes by which a compressed text may be larger than the text, beside 1/64 of it."""
 
 
 class Worker:
@@ -58,10 +35,14 @@ class Worker:
         joined: The coordinator's reply that let the host join, or None.
         refused: Why the coordinator refused the host for good, or "".
         failed: Why the devices failed, or "".
+        leaving: Why the host is about to leave, or "".
         left: Whether the host has left after `leave`, or training has ended.
         run_ended: Whether training has ended for all hosts.
         coordinator_stopped: Whether the coordinator stopped and announced that it will restart.
     """
+
+    _scoring: Scoring
+    _knows_leases: bool
 
     def __init__(
         self,
@@ -78,64 +59,40 @@ class Worker:
         text: str = "",
         device_batch: int = 1,
     ) -> None:
-        """Start as a host that has not joined.
+        """Start as a host that has not joined. The arguments up to `custom` are those of `wire.Join`.
 
-        Args:
-            name: Name of the host.
-            device: Description of its devices, for the status.
-            kind: Hardware and version of JAX; floats of hosts of one kind should agree to the last bit.
-            fingerprints: Noise fingerprints by kind of noise.
-            custom: Names of its custom parts, and hashes of their code.
-            now: The time in seconds.
-            jitter: Returns random numbers in [0, 1).
-            built: Whether the replica is built already.
-            step: Step of its parameters.
-            text: Digest of the text that it has.
-            device_batch: Pairs that its devices score at a time.
+        `jitter` returns random numbers in [0, 1). If the replica is built already, `step` is that of its parameters,
+        `text` the digest of its text, and `device_batch` the number of pairs that its devices score at a time.
         """
         self.name = name
         self.phase: wire.Phase = "joining"
         self.step = step
         self.joined: wire.Welcome | None = None
-        self.refused = ""
-        self.failed = ""
-        self.left = False
-        self.run_ended = False
-        self.coordinator_stopped = False
-        self._jitter = jitter
-        instance = int(jitter() * 2**53)
-        self._hello = wire.Join(
-            name[:128], device, kind, list(fingerprints.items()), list(custom.items()), "", instance, 0
-        )
+        self.refused = self.failed = self.leaving = ""
+        self.left = self.run_ended = self.coordinator_stopped = False
+        hello = wire.Join(name[:128], device, kind, [*fingerprints.items()], [*custom.items()], "", 0, 0)
+        self._joining = Joining(hello, jitter, now)
         self._built, self._device_batch, self._text = built, device_batch, text
         self._is_astray = False  # the coordinator reported that the state is wrong
         self._block: int | None = None
         self._note = ""
         self._progress = 0
-        self._leaving: str | None = None
-        self._epoch = 0  # highest epoch seen
+        self._incarnation = 0  # the highest seen
         # The step that is being scored.
-        self._newest = step
-        self._newest_at = now
+        self._newest, self._newest_at = step, now
         self._backlog = Backlog()
-        self._scoring = self._scored_for = Scoring(step, 1, device_batch, None, LossExchange())
-        self._knows_leases = False  # the leases of this step have arrived
+        self._begin_step()
+        self._scored_for = self._scoring
         self._speed = 0.0
         self._norms: tuple[float | None, float | None] = (None, None)
-        self._side_tasks = SideTasks()
+        self._side_tasks = tasks.SideTasks()
         self._supplies = Supplies()
         # What is running, and when something is due.
-        self._task: Task | None = None
+        self._task: tasks.Task | None = None
         self._channel = RequestChannel(now)
         self._beat_at = now
-        self._join_at = now
 
     # What the caller uses.
-
-    @property
-    def leaving(self) -> str:
-        """Why the host is about to leave, or ""."""
-        return self._leaving or ""
 
     @property
     def silent_since(self) -> float:
@@ -149,18 +106,18 @@ class Worker:
 
     def leave(self, reason: str) -> None:
         """Begin to leave: send what is scored, then a goodbye."""
-        if self._leaving is None:
-            self._leaving = reason[:1000]
+        self.leaving = self.leaving or reason[:1000]
 
     def request(self, now: float) -> Envelope | None:
         """Return the next request, or None; it replaces one that got no reply."""
-        if self.joined is None and self._leaving is not None:
+        if self.joined is None and self.leaving:
             self.left = True
         if self.refused or self.left or self._channel.is_waiting(now):
             return None
         request = self._channel.give_up(now)
         if request and self.joined is None:
-            self._join_at, request = now + self._back_off(), None
+            self._joining.put_off(now, self._channel.failures)
+            request = None
         request = request or self._next_request(now)
         return self._channel.send(request, now) if request else None
 
@@ -170,7 +127,7 @@ class Worker:
         if isinstance(message, wire.Step | wire.Extra | wire.Pulse | wire.Bye):
             self._hear(message, envelope.body, now)
             return
-        if getattr(message, "epoch", self._epoch) < self._epoch:
+        if getattr(message, "incarnation", self._incarnation) < self._incarnation:
             return  # from an earlier start of the coordinator
         sent = self._channel.take_reply(now)
         if sent is None:
@@ -191,29 +148,29 @@ class Worker:
         elif isinstance(message, wire.Ok):
             self._acknowledged(message, sent, now)
 
-    def task(self) -> Task | None:
+    def task(self) -> tasks.Task | None:
         """Return the next device task, or None; the caller passes its result to `finished`."""
         if self._task is not None or self.refused or self.left:
             return None
         self._task = self._next_task()
         return self._task
 
-    def finished(self, result: Result, now: float) -> None:
+    def finished(self, result: tasks.Result, now: float) -> None:
         """Process the result of the device task."""
         task, self._task = self._task, None
         self._progress += 1
-        if isinstance(result, Failed):
+        if isinstance(result, tasks.Failed):
             self.failed = self._note = result.reason[:1000]
             self.leave(self.failed)
-        elif isinstance(task, Build) and isinstance(result, Built):
+        elif isinstance(task, tasks.Build) and isinstance(result, tasks.Built):
             self._built, self._device_batch = True, max(1, result.device_batch)
             self._text, self._supplies.text = task.text_digest, None
             self._begin_step()
-        elif isinstance(task, Score) and isinstance(result, Scored):
+        elif isinstance(task, tasks.Score) and isinstance(result, tasks.Scored):
             self._take_losses(task, result, now)
-        elif isinstance(task, Load | Apply | UseBlock) and isinstance(result, Done):
+        elif isinstance(task, tasks.Load | tasks.Apply | tasks.UseBlock) and isinstance(result, tasks.Done):
             self._done(task, result)
-        elif isinstance(result, Value):
+        elif isinstance(result, tasks.Value):
             self._side_tasks.done(self.step, result.value)
         self._settle()
 
@@ -228,16 +185,16 @@ class Worker:
 
     # Tasks.
 
-    def _next_task(self) -> Task | None:
+    def _next_task(self) -> tasks.Task | None:
         joined, supplies = self.joined, self._supplies
-        if joined is None or self._leaving is not None:
+        if joined is None or self.leaving:
             return None
         if not self._built:
             if supplies.text is None:
                 return None
-            return Build(joined.config, joined.vocab_size, supplies.text, joined.text_digest, joined.text_bytes)
+            return tasks.Build(joined.config, joined.vocab_size, supplies.text, joined.text_digest, joined.text_bytes)
         if supplies.snapshot is not None:
-            return Load(supplies.snapshot)
+            return tasks.Load(supplies.snapshot)
         if self._wants_state:
             return None
         side_task = self._side_tasks.next(self.step)
@@ -245,28 +202,27 @@ class Worker:
             return side_task
         updates = self._backlog.run(self.step, self._side_tasks.first_due(self.step + BATCH))
         if updates:
-            return Apply(updates)
+            return tasks.Apply(updates)
         if supplies.block is not None:
-            return UseBlock(*supplies.block)
+            return tasks.UseBlock(*supplies.block)
         if self.step == self._scoring.step and self._scoring.has_work and self._block == self._wanted_block:
             self._scored_for = self._scoring
-            return Score(self._scoring.next_slice(self._speed))
+            return tasks.Score(self._scoring.next_slice(self._speed))
         return None
 
-    def _done(self, task: Load | Apply | UseBlock, result: Done) -> None:
+    def _done(self, task: tasks.Load | tasks.Apply | tasks.UseBlock, result: tasks.Done) -> None:
         self.step = result.step
-        if isinstance(task, Load):
+        if isinstance(task, tasks.Load):
             self._supplies.snapshot, self._is_astray = None, False
             self._newest = max(self._newest, self.step)
-        elif isinstance(task, UseBlock):
+        elif isinstance(task, tasks.UseBlock):
             self._block, self._supplies.block = task.block, None
         else:
             self._norms = (result.gradient_norm, result.update_norm)
         self._backlog.drop_before(self.step)
 
-    def _take_losses(self, task: Score, result: Scored, now: float) -> None:
-        speed = sum(count for _, count in task.spans) / max(result.seconds, 1e-6)
-        self._speed = 0.7 * self._speed + 0.3 * speed if self._speed else speed
+    def _take_losses(self, task: tasks.Score, result: tasks.Scored, now: float) -> None:
+        self._speed = running_speed(self._speed, sum(count for _, count in task.spans), result.seconds)
         if self._scored_for is self._scoring:  # else the step was closed in the meantime
             self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
 
@@ -274,18 +230,18 @@ class Worker:
 
     def _next_request(self, now: float) -> Envelope | None:
         if self.joined is None:
-            return self._join(now)
+            return self._joining.request(now, self._channel.failures)
         session = self.joined.session
         report = self._side_tasks.report(session)
         if report is not None:
             return report
-        hand_in = self._scoring.hand_in(now, self._leaving is not None)
+        hand_in = self._scoring.hand_in(now, bool(self.leaving))
         if hand_in is not None:
             spans, body, dtype, seconds, final = hand_in
-            step, epoch = self._scoring.step, self.joined.epoch
-            return Envelope(wire.Losses(session, epoch, step, spans, seconds, final, dtype, *self._norms), body)
-        if self._leaving is not None:
-            return None if isinstance(self._task, Score) else Envelope(wire.Leave(session, self._leaving))
+            step, incarnation = self._scoring.step, self.joined.incarnation
+            return Envelope(wire.Losses(session, incarnation, step, spans, seconds, final, dtype, *self._norms), body)
+        if self.leaving:
+            return None if isinstance(self._task, tasks.Score) else Envelope(wire.Leave(session, self.leaving))
         if now >= self._beat_at:
             return self._beat(self.joined, now)
         part = self._supplies.request(session, self._wanted(self.joined)) or self._side_tasks.part(session)
@@ -300,29 +256,17 @@ class Worker:
         missed = self.phase == "joining" or self.step + 1 < self._newest or now - self._newest_at > MISSED
         return missed and self.step < self._newest
 
-    def _join(self, now: float) -> Envelope | None:
-        if now < self._join_at:
-            return None
-        self._join_at = now + self._back_off()
-        self._hello = msgspec.structs.replace(self._hello, attempt=self._hello.attempt + 1)
-        return Envelope(self._hello)
-
     def _beat(self, joined: wire.Welcome, now: float) -> Envelope:
         self._beat_at = now + BEAT
         step = max(self.step, 0)
-        return Envelope(wire.Beat(joined.session, joined.epoch, step, self.phase, self._progress, self._note))
-
-    def _back_off(self) -> float:
-        longest = min(BACK_OFF * 2 ** min(self._channel.failures, 10), BACK_OFF_LONGEST)
-        return longest * (0.5 + self._jitter())
+        return Envelope(wire.Beat(joined.session, joined.incarnation, step, self.phase, self._progress, self._note))
 
     def _wanted(self, joined: wire.Welcome) -> Download | None:
         """Return the download that the host needs next, or None."""
         if not self._built:
             if self._supplies.text is not None:
                 return None
-            limit = joined.text_bytes + joined.text_bytes // 64 + PACKING
-            return Download("text", limit, joined.text_digest)
+            return Download("text", longest_text(joined.text_bytes), joined.text_digest)
         if self._wants_state:
             return Download("state", joined.state_bytes)
         block = self._wanted_block
@@ -337,8 +281,8 @@ class Worker:
             self.refused = f"the run {welcome.run} now has another text; start the host anew"
             return
         self.joined = welcome
-        self._hello = msgspec.structs.replace(self._hello, run=welcome.run)
-        self._epoch = welcome.epoch
+        self._joining.run = welcome.run
+        self._incarnation = welcome.incarnation
         self._newest = -1
         self._learn(welcome.step, now)
         self._beat_at = now
@@ -347,11 +291,11 @@ class Worker:
 
     def _hear(self, message: wire.Step | wire.Extra | wire.Pulse | wire.Bye, body: bytes, now: float) -> None:
         joined = self.joined
-        if joined is None or message.run != joined.run or message.epoch < joined.epoch:
+        if joined is None or message.run != joined.run or message.incarnation < joined.incarnation:
             return
         self._channel.take_broadcast(now)
         self.coordinator_stopped = isinstance(message, wire.Bye) and not message.done
-        if message.epoch > joined.epoch:  # the coordinator has restarted
+        if message.incarnation > joined.incarnation:  # the coordinator has restarted
             self._rejoin(now)
         elif isinstance(message, wire.Bye):
             if message.done:
@@ -398,13 +342,10 @@ class Worker:
 
     def _begin_step(self) -> None:
         """Drop what belongs to the step before."""
-        self._knows_leases = False
-        if self.joined:
-            joined = self.joined
-            exchange = make_exchange(joined.vector_length)
-            self._scoring = Scoring(self._newest, joined.quantum, self._device_batch, joined.budget, exchange)
-        else:
-            self._scoring = Scoring(self._newest, 1, self._device_batch, None, LossExchange())
+        self._knows_leases = False  # the leases of this step have arrived
+        joined = self.joined
+        quantum, budget, length = (joined.quantum, joined.budget, joined.vector_length) if joined else (1, None, 0)
+        self._scoring = Scoring(self._newest, quantum, self._device_batch, budget, make_exchange(length))
 
     def _acknowledged(self, message: wire.Ok, request: Message, now: float) -> None:
         if isinstance(request, wire.Losses):
@@ -439,7 +380,7 @@ class Worker:
         """Join again; the replica and the running download are kept."""
         self.joined = None
         self._channel.request = None
-        self._join_at = now + self._back_off()
+        self._joining.put_off(now, self._channel.failures)
         self._backlog.clear()
         self._side_tasks.clear()
         self._supplies.snapshot = None
@@ -460,10 +401,8 @@ class Worker:
     def _take_updates(self, message: wire.Updates, body: bytes, request: Message, now: float) -> None:
         asked = isinstance(request, wire.CatchUp) and request.step == message.step
         if asked and sum(message.sizes) == len(body):
-            ends = list(accumulate(message.sizes))
-            updates = [body[end - size : end] for end, size in zip(ends, message.sizes, strict=True)]
-            step = self._backlog.fill(message.step, updates)
-            if updates:
+            step = self._backlog.fill(message.step, message.sizes, body)
+            if message.sizes:
                 self._learn(step, now)
             else:
                 self._learn_from_reply(step, now)

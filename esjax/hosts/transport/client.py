@@ -16,43 +16,26 @@ from typing import NamedTuple
 import zmq
 
 from esjax.errors import EsjaxError
+from esjax.hosts.transport import sockets
 from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.keys import Token
-from esjax.hosts.transport.sockets import (
-    BATCH,
-    LINGER,
-    QUEUE,
-    Limits,
-    check_curve,
-    close_watched,
-    open_socket,
-    take_events,
-    take_message,
-    watch,
-)
 
 REFUSALS = 5
 """Handshakes in a row that the other side breaks off before this counts as a refusal."""
 
 
 class Received(NamedTuple):
-    """Messages from the coordinator.
+    """Messages from the coordinator."""
 
-    Attributes:
-        reply: Reply to the newest request; None: none so far.
-        broadcasts: Broadcasts, in the order in which they were published.
-        refused: Why the coordinator refuses this host for good, in one line, or "".
-    """
-
-    reply: list[bytes] | None
-    broadcasts: list[list[bytes]]
-    refused: str
+    reply: list[bytes] | None  # reply to the newest request; None: none so far
+    broadcasts: list[list[bytes]]  # broadcasts, in the order in which they were published
+    refused: str  # why the coordinator refuses this host for good, in one line, or ""
 
 
 class ClientTransport:
     """A host's side. Only `poll` and `close` block. A broken connection is opened again, at growing intervals."""
 
-    def __init__(self, address: str, *, token: Token | None, limits: Limits) -> None:
+    def __init__(self, address: str, *, token: Token | None, limits: sockets.Limits) -> None:
         """Begin to connect; the coordinator may start later.
 
         Args:
@@ -79,7 +62,7 @@ class ClientTransport:
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._context = zmq.Context()
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, sockets.Watched] = {}
         try:
             self.reconnect()
         except BaseException:
@@ -120,22 +103,18 @@ class ClientTransport:
             self._connect(kind)
 
     def poll(self, timeout: float) -> Received:
-        """Return the messages that have arrived, at most `BATCH` broadcasts.
-
-        Args:
-            timeout: Most seconds to wait for the first message or for `wake`.
-        """
+        """Return the messages that have arrived, at most `BATCH` broadcasts; wait up to `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             left = 0.0 if self._refused else max(deadline - time.monotonic(), 0.0)
             woken = self._wait(left)
             for kind, link in self._links.items():
-                for event, value in take_events(link.monitor):
+                for event, value in link.events():
                     self._shake_hands(kind, event, value)
             self._send_request()
             reply = self._receive(zmq.REQ)
             broadcasts = []
-            for _ in range(BATCH):
+            for _ in range(sockets.BATCH):
                 broadcast = self._receive(zmq.SUB)
                 if broadcast is None:
                     break
@@ -153,7 +132,7 @@ class ClientTransport:
         for link in self._links.values():
             link.close()
         self._links.clear()
-        self._context.destroy(linger=LINGER)
+        self._context.destroy(linger=sockets.LINGER)
         self._waker.close()
         self._woken.close()
 
@@ -181,14 +160,13 @@ class ClientTransport:
             # IMMEDIATE: requests wait here, where a newer one replaces them, until the coordinator is connected.
             options |= {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IMMEDIATE: 1, zmq.SNDHWM: 1}
         else:
-            options |= {zmq.RCVHWM: QUEUE}
-        connected = open_socket(self._context, kind, self._limits, options)
-        link = _Link(connected, watch(connected, zmq.EVENT_ALL))
-        self._links[kind] = link
+            options |= {zmq.RCVHWM: sockets.QUEUE}
+        connected = sockets.open_socket(self._context, kind, self._limits, options)
+        self._links[kind] = sockets.Watched(connected, zmq.EVENT_ALL)
         if kind == zmq.SUB:
             connected.setsockopt(zmq.SUBSCRIBE, b"")
         if self._token is not None:
-            check_curve()
+            sockets.check_curve()
             try:
                 connected.setsockopt_string(zmq.CURVE_SERVERKEY, self._token.server_key)
                 connected.setsockopt_string(zmq.CURVE_PUBLICKEY, self._token.public_key)
@@ -208,7 +186,7 @@ class ClientTransport:
         """Return a message; None if there is none, or if it has too many frames."""
         if kind not in self._links or not self._links[kind].socket.poll(0):  # a REQ without a request must not be read
             return None
-        frames = take_message(self._links[kind].socket, self._limits.frames)
+        frames = sockets.take_message(self._links[kind].socket, self._limits.frames)
         return None if frames is None or len(frames) > self._limits.frames else [frame.bytes for frame in frames]
 
     def _shake_hands(self, kind: int, event: int, value: int) -> None:
@@ -241,13 +219,3 @@ class ClientTransport:
 
     def _refuse(self, reason: str) -> None:
         self._refused = self._refused or f"{self._address} {reason}"
-
-
-class _Link(NamedTuple):
-    """A connected socket, and the socket with the events of its connections."""
-
-    socket: zmq.SyncSocket
-    monitor: zmq.SyncSocket
-
-    def close(self) -> None:
-        close_watched(self.socket, self.monitor)

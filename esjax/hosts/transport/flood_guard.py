@@ -29,15 +29,10 @@ TCP_INFO_BYTES = 136
 
 
 class _Connection(NamedTuple):
-    """A connection at the time when all of its messages had been read.
+    """A connection at the time when all of its messages had been read."""
 
-    Attributes:
-        peer: Address of the other end.
-        received: Bytes received from it until then.
-    """
-
-    peer: tuple
-    received: int
+    peer: tuple  # address of the other end
+    received: int  # bytes received from it until then
 
 
 class FloodGuard:
@@ -50,13 +45,7 @@ class FloodGuard:
     """
 
     def __init__(self, port: int, message: int, tell: Callable[[str], None]) -> None:
-        """Set up without connections.
-
-        Args:
-            port: The local port.
-            message: Most bytes of a message on the wire.
-            tell: Prints a line for each connection that is closed.
-        """
+        """Set up without connections; `message` is the most bytes of a message on the wire."""
         self.cut_off = 0
         self._port = port
         self._message = message
@@ -88,9 +77,7 @@ class FloodGuard:
     def _count(self, fd: int, begun: int | None = None) -> None:
         """Count the unread bytes of a connection, and close it if there are too many; drop it if it is closed.
 
-        Args:
-            fd: Its file descriptor.
-            begun: Bytes of an unknown connection that do not count. None: all bytes so far.
+        Of an unknown connection, the bytes after the first `begun` count; None: those from now on.
         """
         connection = self._connections.pop(fd, None)
         if sys.platform != "linux":

@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from esjax.errors import EsjaxError
+from esjax.runs.durable import write_durably
 
 FORMAT = 1
 """Format version of the three kinds of file."""
@@ -34,23 +35,14 @@ Key = Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$
 
 
 class Token(msgspec.Struct, frozen=True, tag="esjax token", tag_field="kind"):
-    """A token: what a host needs to join.
+    """A token: what a host needs to join."""
 
-    Attributes:
-        format: Format version of the file.
-        name: Name by which the token is revoked.
-        address: Address of the coordinator, tcp://HOST:PORT.
-        server_key: The coordinator's public key.
-        public_key: The token's public key.
-        secret_key: The token's secret key, which lets a host join.
-    """
-
-    format: int
-    name: str
-    address: str
-    server_key: Key
-    public_key: Key
-    secret_key: Key
+    format: int  # format version of the file
+    name: str  # name by which the token is revoked
+    address: str  # address of the coordinator, tcp://HOST:PORT
+    server_key: Key  # the coordinator's public key
+    public_key: Key  # the token's public key
+    secret_key: Key  # the token's secret key, which lets a host join
 
     def __repr__(self) -> str:
         return f"Token(name={self.name!r}, address={self.address!r})"
@@ -245,15 +237,4 @@ def _check_private(path: Path, found: os.stat_result, mode: str) -> None:
 
 def _write(path: Path, content: Token | _Pair | _Allowed) -> None:
     """Replace a file as a whole and durably; only its owner can read it, from its first byte on."""
-    swap = path.with_name(f"{path.name}.swap")
-    swap.unlink(missing_ok=True)
-    with open(os.open(swap, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(swap, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_durably(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n", mode=0o600)

@@ -19,40 +19,21 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from esjax.errors import EsjaxError
+from esjax.hosts.transport import sockets
 from esjax.hosts.transport.address import IPAddress, parse_address, resolve
 from esjax.hosts.transport.flood_guard import FloodGuard
 from esjax.hosts.transport.keys import ServerKeys
-from esjax.hosts.transport.sockets import (
-    BATCH,
-    LINGER,
-    OVERHEAD,
-    QUEUE,
-    Limits,
-    check_curve,
-    close_watched,
-    open_socket,
-    source_of,
-    take_events,
-    take_message,
-    watch,
-)
 
 LOOK_SECONDS = 0.02
 """Seconds between checks of the connections while `poll` waits."""
 
 
 class Request(NamedTuple):
-    """A message from a host.
+    """A message from a host."""
 
-    Attributes:
-        peer: Address of its reply; different for every request.
-        key: Public key of the sender, in Z85; None in plain text.
-        frames: The message, 1 to `Limits.frames` frames.
-    """
-
-    peer: bytes
-    key: str | None
-    frames: list[bytes]
+    peer: bytes  # address of its reply; different for every request
+    key: str | None  # public key of the sender, in Z85; None in plain text
+    frames: list[bytes]  # the message, 1 to `Limits.frames` frames
 
 
 class ServerTransport:
@@ -69,7 +50,7 @@ class ServerTransport:
         address: str,
         *,
         keys: ServerKeys | None,
-        limits: Limits,
+        limits: sockets.Limits,
         tell: Callable[[str], None],
         plain_text_anywhere: bool = False,
     ) -> None:
@@ -108,7 +89,9 @@ class ServerTransport:
             # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the flood guard limits what comes in; with a limit
             # here, a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
             self._router = self._listen(zmq.ROUTER, interface, port, {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
-            self._publisher = self._listen(zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: QUEUE, zmq.RCVHWM: 0})
+            self._publisher = self._listen(
+                zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0}
+            )
         except BaseException:
             self.close()
             raise
@@ -132,11 +115,7 @@ class ServerTransport:
         return sum(listener.guard.cut_off for listener in self._listeners)
 
     def poll(self, timeout: float) -> list[Request]:
-        """Return the requests that have arrived, at most `BATCH`.
-
-        Args:
-            timeout: Most seconds to wait for the first request.
-        """
+        """Return the requests that have arrived, at most `BATCH`; wait `timeout` seconds for the first."""
         deadline = time.monotonic() + timeout
         while True:
             left = max(deadline - time.monotonic(), 0.0)
@@ -169,18 +148,18 @@ class ServerTransport:
             listener.close()
         self._listeners.clear()
         self._stop_authenticator()
-        self._context.destroy(linger=LINGER)
+        self._context.destroy(linger=sockets.LINGER)
 
     def _listen(self, kind: int, interface: IPAddress, port: int, options: Mapping[int, int]) -> "_Listener":
         """Open a socket at a port; port 0: any free port."""
-        opened = open_socket(self._context, kind, self._limits, {**options, zmq.IPV6: interface.version == 6})
+        opened = sockets.open_socket(self._context, kind, self._limits, {**options, zmq.IPV6: interface.version == 6})
         if self._keys is not None:
             opened.setsockopt(zmq.CURVE_SERVER, 1)
             opened.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret_key)
             opened.setsockopt_string(zmq.ZAP_DOMAIN, _KeyCheck.DOMAIN)
             opened.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         at = f"[{interface}]" if interface.version == 6 else str(interface)
-        message = self._limits.frames * (self._limits.frame + OVERHEAD) if kind == zmq.ROUTER else 0
+        message = self._limits.frames * (self._limits.frame + sockets.OVERHEAD) if kind == zmq.ROUTER else 0
         try:
             listener = _Listener(opened, f"tcp://{at}:{port or '*'}", message, self._tell)
         except zmq.ZMQError as error:
@@ -194,7 +173,7 @@ class ServerTransport:
 
     def _start_authenticator(self) -> None:
         if self._keys is not None:
-            check_curve()
+            sockets.check_curve()
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.configure_curve_callback(_KeyCheck.DOMAIN, _KeyCheck(self._keys))
             self._authenticator.start()
@@ -214,13 +193,13 @@ class ServerTransport:
 
     def _take_requests(self) -> list[Request]:
         requests = []
-        for _ in range(BATCH):
-            frames = take_message(self._router.socket, 3 + self._limits.frames)
+        for _ in range(sockets.BATCH):
+            frames = sockets.take_message(self._router.socket, 3 + self._limits.frames)
             if frames is None:
                 self._router.guard.emptied(self._senders)
                 self._senders.clear()
                 break
-            source = source_of(frames[0])
+            source = sockets.source_of(frames[0])
             if source is not None:
                 self._senders.add(source)
             # ROUTER adds the connection in front; a REQ sends the number of its request, an empty frame, the message.
@@ -253,31 +232,16 @@ class _KeyCheck:
             return False
 
 
-class _Listener:
-    """A bound socket, and counts of its connections.
-
-    Attributes:
-        socket: The socket.
-        port: Its port.
-        guard: Closes connections that send too much.
-        accepted: Number of connections so far.
-        succeeded: Number of finished handshakes so far.
-    """
+class _Listener(sockets.Watched):
+    """A bound socket, and counts of its connections: all so far, and those that finished the handshake."""
 
     def __init__(self, bound: zmq.SyncSocket, endpoint: str, message: int, tell: Callable[[str], None]) -> None:
-        """Bind a socket.
-
-        Args:
-            bound: The socket.
-            endpoint: ZeroMQ endpoint; the port may be *.
-            message: Most bytes of a message.
-            tell: Prints a line for each connection that is closed.
+        """Bind a socket; the port of `endpoint` may be *, and `message` is the most bytes of a message.
 
         Raises:
             zmq.ZMQError: It cannot be bound.
         """
-        self.socket = bound
-        self._monitor = watch(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        super().__init__(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         bound.bind(endpoint)
         self.port = int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.guard = FloodGuard(self.port, message, tell)
@@ -285,14 +249,10 @@ class _Listener:
 
     def look(self) -> None:
         """Count new connections and handshakes, and close connections that send too much."""
-        for event, value in take_events(self._monitor):
+        for event, value in self.events():
             if event == zmq.EVENT_ACCEPTED:
                 self.accepted += 1
                 self.guard.accepted(value)
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.succeeded += 1
         self.guard.look()
-
-    def close(self) -> None:
-        """Accept no more connections; the last messages have `LINGER` milliseconds to leave."""
-        close_watched(self.socket, self._monitor)

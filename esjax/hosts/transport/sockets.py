@@ -43,15 +43,11 @@ OPTIONS = {
 
 
 class Limits(NamedTuple):
-    """Limits of messages from the other side.
+    """Limits of messages from the other side."""
 
-    Attributes:
-        frame: Most bytes of a frame.
-        frames: Most frames of a message. One connection can make a server hold `frame` times `frames` bytes; without
-            keys up to 32 times as much, in empty frames, which take 64 bytes each.
-    """
-
-    frame: int
+    frame: int  # most bytes of a frame
+    # Most frames of a message. One connection can make a server hold `frame` times `frames` bytes; without keys up to
+    # 32 times as much, in empty frames, which take 64 bytes each
     frames: int
 
 
@@ -108,21 +104,23 @@ def source_of(frame: zmq.Frame) -> int | None:
         return None
 
 
-def watch(watched: zmq.SyncSocket, events: int) -> zmq.SyncSocket:
-    """Open a socket that receives the events of another socket."""
-    return watched.get_monitor_socket(events, f"inproc://{uuid.uuid4()}")
+class Watched:
+    """A socket, and the one that receives the events of its connections."""
 
+    def __init__(self, socket: zmq.SyncSocket, events: int) -> None:
+        """Watch a socket before it is bound or connected."""
+        self.socket = socket
+        self.monitor = socket.get_monitor_socket(events, f"inproc://{uuid.uuid4()}")
 
-def close_watched(watched: zmq.SyncSocket, monitor: zmq.SyncSocket) -> None:
-    """Close a socket and the one that receives its events; the last messages have `LINGER` milliseconds to leave."""
-    watched.disable_monitor()  # before its reader is closed: libzmq would wait for a reader forever
-    monitor.close(linger=0)
-    watched.close(linger=LINGER)
+    def events(self) -> Iterator[tuple[int, int]]:
+        """Return the events that have arrived, with their values; at most `EVENTS`."""
+        with suppress(zmq.Again):
+            for _ in range(EVENTS):
+                event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
+                yield event["event"], event["value"]
 
-
-def take_events(monitor: zmq.SyncSocket) -> Iterator[tuple[int, int]]:
-    """Return the events that have arrived, with their values; at most `EVENTS`."""
-    with suppress(zmq.Again):
-        for _ in range(EVENTS):
-            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
-            yield event["event"], event["value"]
+    def close(self) -> None:
+        """Close both; the last messages have `LINGER` milliseconds to leave."""
+        self.socket.disable_monitor()  # before its reader is closed: libzmq would wait for a reader forever
+        self.monitor.close(linger=0)
+        self.socket.close(linger=LINGER)

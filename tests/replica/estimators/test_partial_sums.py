@@ -11,9 +11,11 @@ from conftest import mesh_of
 from small import MODELS, epsilons_of, params_of
 
 from esjax import core
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, OptimConfig, replace
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.core.seeds import pair_seeds, stream_seed
-from esjax.exchange.gradient_sums import LARGEST, TAIL, conclude, steps_per_nat
+from esjax.exchange.gradient_sums import LARGEST, TAIL, steps_per_nat
+from esjax.exchange.values import Conclusion, SumExchange
 from esjax.models import build_model
 from esjax.replica.estimators.discount import Estimate
 from esjax.replica.estimators.partial_sums import Chunk, make_sum_of_activations
@@ -61,20 +63,25 @@ def test_a_gradient_is_as_fine_as_there_is_room_for(tokens: int, steps: float) -
     assert steps == 64 or 2 * steps * 64 * tokens >= 2**31
 
 
-def test_what_a_sum_says_by_hand() -> None:
+def conclude(total: np.ndarray, pairs: int, scale: float) -> Conclusion:
+    return SumExchange(len(total), scale).conclude(total[None], [(0, pairs)], EsConfig())
+
+
+def test_loss_scale_and_void_pairs_of_a_sum_by_hand() -> None:
     """Two parameters; 4 pairs count; their losses, in steps of 1/1024, come to 9 nats; the scale is of one pair."""
     total = np.array([30, -7, 4, 9 * 1024, 77], np.int32)
-    assert conclude(total, 5, 0.5) == (0.5 / 4, 9 / 4, 1, "")
-    assert conclude(total, 4, 0.5) == (0.5 / 4, 9 / 4, 0, "")
-    assert conclude(total, 8, 0.5) == (0.5 / 4, 9 / 4, 4, "")  # half of them still do
+    assert conclude(total, 5, 0.5)[1:] == (0.5 / 4, 9 / 4, 1, "")
+    assert conclude(total, 4, 0.5)[1:] == (0.5 / 4, 9 / 4, 0, "")
+    assert conclude(total, 8, 0.5)[1:] == (0.5 / 4, 9 / 4, 4, "")  # half of them still do
 
 
-def test_sums_that_say_nothing_by_hand() -> None:
+def test_sums_of_void_steps_by_hand() -> None:
     total = np.array([30, -7, 4, 9 * 1024, 77], np.int32)
-    assert conclude(total, 9, 0.5) == (0.0, 9 / 4, 5, "5 of 9 pairs have a loss that is not finite")
+    assert conclude(total, 9, 0.5)[1:] == (0.0, 9 / 4, 5, "5 of 9 pairs have a loss that is not finite")
     total[-TAIL:] = 0
-    assert conclude(total, 3, 0.5) == (0.0, None, 3, "3 of 3 pairs have a loss that is not finite")
-    assert conclude(np.array([0, 0, 4, -1024, 0]), 4, 0.5) == (0.0, -1 / 4, 0, "the two losses of every pair are equal")
+    assert conclude(total, 3, 0.5)[1:] == (0.0, None, 3, "3 of 3 pairs have a loss that is not finite")
+    equal = np.array([0, 0, 4, -1024, 0])
+    assert conclude(equal, 4, 0.5)[1:] == (0.0, -1 / 4, 0, "the two losses of every pair are equal")
 
 
 CONFIG = Config(
