@@ -154,7 +154,7 @@ def check_updates(
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
-            shaped = shape(values, config.es.shaping, config.es.sigma, windows)
+            shaped = shape(values, config.es.shaping, config.es.deviation, windows)
             numbers, scale, void_pairs, trouble = *shaped, shaped.trouble
         assert payload == update_record.pack_update(
             update_record.Update(header, numbers if header.applied else numbers[:0])

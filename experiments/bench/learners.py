@@ -185,7 +185,7 @@ def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, a
         mesh,
         burn_in=config.data.burn_in,
         population=population,
-        sigma=config.es.sigma,
+        sigma=config.es.deviation,
         optimizer=make_optimizer(config.optim, None),
         at_once=at_once,
     )
@@ -229,11 +229,11 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
     """
     model, _, _, mesh, windows_of = _set(config, corpus)
     es, data = config.es, config.data
-    count = es.pairs if paired else es.population_size
+    count = es.pairs if paired else es.population
     chosen = replace(config, es=replace(es, population_size=2 * count, exchange="losses"))
     replica = Replica(chosen, model, None, mesh)
     rank = es.rank if es.space == "low_rank" else 0
-    noise = Noise(es.sigma, rank, gaussian=es.noise == "gaussian", units=replica.units)
+    noise = Noise(es.deviation, rank, gaussian=es.noise == "gaussian", units=replica.units)
     loss = over_sequences(model, cross_entropy(data.burn_in))
     score = evaluate(loss, noise, mesh=mesh, chunk_pairs=replica.chunk_pairs)
     of_noise = stream_seed(config.seed, PERTURBATIONS)
@@ -248,8 +248,8 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
         losses = np.array(losses_of(replica.state.params, replica.state.step))
         if not paired:  # -ε is scored, too, and ignored: tokens are compared here, not seconds
             losses[:, 1] = mean_of_peers(losses[:, 0], pairs_a_window)
-        shaped = shape(losses, es.shaping, es.sigma)
+        shaped = shape(losses, es.shaping, es.deviation)
         replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale, shaped.slope)
-        return es.population_size * data.batch_size * data.window
+        return es.population * data.batch_size * data.window
 
     return Learner(step, lambda: replica.state.average)

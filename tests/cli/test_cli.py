@@ -444,12 +444,12 @@ def test_a_model_may_be_named_anywhere(
     assert settings.steps == 3
 
 
-@pytest.mark.parametrize("switch", ["--ledger", "--no-ledger", "--es.exact-logits", "--es.no-exact-logits"])
+@pytest.mark.parametrize("switch", ["--ledger", "--no-ledger", "--data.carry", "--data.no-carry"])
 def test_a_model_may_be_named_after_a_switch(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
-    settings = settings_of(monkeypatch, switch, "rnn")
+    settings = settings_of(monkeypatch, "--es.space", "activation", switch, "rnn")
     assert settings.model == RnnConfig()
     is_on = "no-" not in switch
-    assert (settings.ledger, settings.es.exact_logits) == (is_on and "ledger" in switch, is_on and "exact" in switch)
+    assert (settings.ledger, settings.data.carry) == (is_on and "ledger" in switch, is_on and "carry" in switch)
 
 
 def test_a_model_may_be_named_after_a_switch_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,7 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
         (lambda: EsConfig(sigma="0.1"), "sigma must be a number, not '0.1'"),  # type: ignore[arg-type]
         (lambda: EsConfig(sigma=np.ones(2)), "sigma must be a number, not numpy.ndarray"),  # type: ignore[arg-type]
         (lambda: EsConfig(rank=1.5), "rank must be a whole number, not 1.5"),  # type: ignore[arg-type]
-        (lambda: EsConfig(exact_logits="no"), "exact_logits must be true or false, not 'no'"),  # type: ignore[arg-type]
+        (lambda: DataConfig(carry="no"), "carry must be true or false, not 'no'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_type_is_named_where_it_is_given(make: Callable[[], object], said: str) -> None:

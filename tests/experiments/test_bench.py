@@ -186,7 +186,7 @@ def test_losses_can_be_timed_at_the_populations_of_an_accelerator() -> None:
 
 def test_a_curve_of_scaling_is_of_one_estimator() -> None:
     configs = [config for values in scaling.axes(Scaling()).values() for config, _ in values.values()]
-    assert max(config.es.population_size for config in configs) == 2**18
+    assert max(config.es.population for config in configs) == 2**18
     assert not any(config.es.sums(parameters=1) for config in configs)
 
 

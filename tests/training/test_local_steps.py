@@ -88,7 +88,7 @@ def test_a_step_is_that_of_the_core() -> None:
     model, params = replica.model, jax.tree.map(np.asarray, replica.state.params)
     LocalSteps(config, replica, custom={}).take()
 
-    noise = core.low_rank(config.es.sigma, config.es.rank, units=replica.units)
+    noise = core.low_rank(config.es.deviation, config.es.rank, units=replica.units)
     pairs = jnp.arange(20, dtype=jnp.uint32)
     windows = draw_windows(jnp.asarray(STREAM), pair_seeds(stream_seed(4, WINDOWS), 0, pairs), 2, 6)
     seeds = pair_seeds(stream_seed(4, PERTURBATIONS), 0, pairs)

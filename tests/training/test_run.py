@@ -405,7 +405,7 @@ def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
     whole_rows, last_rows = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     for key in ("loss", "population", "member_tokens", "void_pairs", "update_norm"):
         assert [row[key] for row in last_rows] == [row[key] for row in whole_rows]
-    assert last_rows[-1]["member_tokens"] == 6 * es.population_size * 6  # steps, members, window
+    assert last_rows[-1]["member_tokens"] == 6 * es.population * 6  # steps, members, window
     assert len({row["loss"] for row in last_rows}) == 6
     for name in ("whole", "parts"):
         replayed = replay(tmp_path / name)
