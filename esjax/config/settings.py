@@ -6,6 +6,7 @@ The docstring under each field is its help on the command line and in docs/setti
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal
 
 import msgspec
@@ -404,9 +405,18 @@ def from_yaml(text: str, source: str) -> Config:
     try:
         # Not strict: YAML 1.1 reads 1e-3 as a string.
         values = read_yaml(text)
+        _rename(values, source)
         return msgspec.convert({} if values is None else values, Config, strict=False)
     except (msgspec.MsgspecError, ValueError) as error:
         raise EsjaxError(f"{source}: {explain(error, VARIANTS)}") from error
+
+
+def _rename(values: Any, source: str) -> None:
+    """Put the settings of an earlier version under their present names, and print a line."""
+    es = values.get("es") if isinstance(values, dict) else None
+    if isinstance(es, dict) and isinstance(es.get("exact_logits"), bool):
+        es.setdefault("output_layer", "exact" if es.pop("exact_logits") else "noise")
+        print(f"{source}: es.exact_logits is now es.output_layer {es['output_layer']}", file=sys.stderr)
 
 
 def to_yaml(config: Config) -> str:

@@ -50,6 +50,7 @@ class Replica:
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
         vector_length: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: The estimate is `scale` times the gradient sum, over the number of pairs that are not void.
+        reads_tokens: Whether an update needs the text, see `use_tokens`.
         halves: (2,) for split pairs, which have two weights each; else ().
     """
 
@@ -104,6 +105,7 @@ class Replica:
         self.device_batch = chunk_pairs * mesh.size
         self.vector_length = estimator.vector_length
         self.scale = estimator.scale
+        self.reads_tokens = False
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
         self._window_length = window_length
@@ -132,7 +134,7 @@ class Replica:
                 weighed_pairs,
             )
             self._no_totals = self._on_every_device(estimator.zeros)
-            self._reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
+            self.reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
         else:
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
@@ -281,7 +283,7 @@ class Replica:
             slope: Shaped value for each unit of difference, see `esjax.core.Shaped`, for an exact output layer.
             loss: Mean loss of the step, for optimizers that take a `value`.
         """
-        tokens, totals = self._tokens if self._reads_tokens else (), self._no_totals
+        tokens, totals = self._tokens if self.reads_tokens else (), self._no_totals
         assert tokens is not None, "there is no text before use_tokens"
         *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
         for part in calls:
