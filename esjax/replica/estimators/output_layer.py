@@ -2,7 +2,8 @@
 
 For cross entropy it is (softmax - one-hot target) times the layer's input, averaged over tokens: the delta rule (Widrow
 & Hoff 1960), which needs no backward pass. Every host computes it from the same windows of the step, so nothing is
-sent. Parts are rounded to integers, whose sum does not depend on how devices share them.
+sent. Each window's part is rounded to integers, whose sum is the same in any order. A product that sums over all
+windows would not do: XLA may divide a long sum among as many threads as there are cores.
 """
 
 from collections.abc import Callable
@@ -17,26 +18,29 @@ from jaxtyping import Array, Float, Int, PyTree
 from esjax.core.leaves import is_below, leaf_names
 from esjax.core.population import deal
 from esjax.models.member import Member
-from esjax.models.model import Model, Params
+from esjax.models.model import Model, Params, State
 from esjax.models.sequence import sequence_nats, token_loss
 
 PAIRS = 128
 """Pairs of a step whose windows the exact gradient is averaged over."""
 
 CHUNK = 32
-"""Pairs of a part; each part is rounded separately."""
+"""Pairs whose windows a device reads at a time."""
 
 STEPS = 2**10
-"""Resolution of the summed gradient, in steps per nat and unit."""
+"""Resolution of a window's gradient, in steps per nat and unit."""
 
-LARGEST = 2**28
-"""Largest number of a part, so that the sum over all parts fits into 32 bits."""
+LARGEST = 2**20
+"""Largest number of a window's part, so that the sum over up to 2^10 windows fits into 32 bits."""
 
 DrawWindows = Callable[..., Int[Array, "pairs sequences length"]]
 """`(*source, pairs) -> windows`, where `source` is what windows are drawn from: the text, seeds, and the step."""
 
 OutputGradient = Callable[..., Params]
 """`(gradient, params, slope, *source) -> gradient`: the exact gradient of the output layer in place of the estimate."""
+
+Chosen = dict[int, Array]
+"""Leaves of the output layer, by their positions among all leaves."""
 
 
 def output_paths(params: Params, output_layer: str) -> list[int]:
@@ -62,42 +66,60 @@ def make_output_gradient(
     """
     of_leaf = jax.tree.leaves(units)
 
-    def put(params: Params, chosen: dict[int, Array]) -> Params:
-        leaves, treedef = jax.tree.flatten(params)
-        return jax.tree.unflatten(treedef, [chosen.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    def nats(params: Params, window: Int[Array, " length"], chosen: dict[int, Array]) -> Float[Array, ""]:
-        """Score a window by a model whose output layer alone is differentiated."""
-        whole = put(params, chosen)
-        if model.logits is not None:
-            return jnp.sum(sequence_nats(partial(model.logits, whole), model.context, window)[burn_in:])
-        states = jax.tree.map(lambda leaf: leaf[burn_in:], Member(model, params).states(window))
-        logits = jax.vmap(partial(model.predict, whole))(states)
-        return jnp.sum(jax.vmap(token_loss)(logits, window[burn_in:]))
-
     def output_gradient(gradient: Params, params: Params, slope: Float[Array, ""], *source: Any) -> Params:
         leaves, found = jax.tree.leaves(params), output_paths(params, model.output_layer)
-        chosen = {i: leaves[i] for i in found}
 
-        def add(
-            chunk: Array, total: dict[int, Array], params: Params, chosen: dict[int, Array], *source: Any
-        ) -> dict[int, Array]:
+        def add(chunk: Array, total: Chosen, params: Params, chosen: Chosen, *source: Any) -> Chosen:
             pairs = (chunk * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)).astype(jnp.uint32) * groups
             windows = draw(*source, pairs)
             windows = windows.reshape(-1, windows.shape[-1])
-            part = jax.grad(lambda chosen: jnp.sum(jax.vmap(lambda window: nats(params, window, chosen))(windows)))(
-                chosen
-            )
-            return {i: total[i] + _whole(part[i] * (of_leaf[i] * STEPS)) for i in found}
+            states = None if model.logits is not None else jax.vmap(Member(model, params).states)(windows)
 
+            def add_window(total: Chosen, inputs: tuple[Array, State | None]) -> tuple[Chosen, None]:
+                part = jax.grad(partial(_nats, model, burn_in))(chosen, params, *inputs)
+                return {i: total[i] + _whole(part[i] * (of_leaf[i] * STEPS)) for i in found}, None
+
+            return jax.lax.scan(add_window, total, (windows, states))[0]
+
+        chosen = {i: leaves[i] for i in found}
         zeros = {i: jnp.zeros(leaf.shape, jnp.int32) for i, leaf in chosen.items()}
         total = deal(mesh, add)(jnp.int32(PAIRS // CHUNK), zeros, params, chosen, *source)
         shape = jax.eval_shape(draw, *source, jax.ShapeDtypeStruct((PAIRS,), jnp.uint32)).shape
         tokens = shape[0] * shape[1] * (shape[2] - burn_in)
         factor = 2 * sigma * slope / (STEPS * tokens)
-        return put(gradient, {i: leaf.astype(jnp.float32) * (factor / of_leaf[i]) for i, leaf in total.items()})
+        return _put(gradient, {i: leaf.astype(jnp.float32) * (factor / of_leaf[i]) for i, leaf in total.items()})
 
     return output_gradient
+
+
+def _nats(
+    model: Model, burn_in: int, chosen: Chosen, params: Params, window: Int[Array, " length"], states: State | None
+) -> Float[Array, ""]:
+    """Sum the nats of a window, by a model of which the chosen leaves alone are differentiated.
+
+    Vectors enter as products with ones, so that their gradient is a product, too: XLA may change the order of a plain
+    sum with the number of devices.
+    """
+    if model.logits is not None:
+        whole = _put(params, chosen)
+        return jnp.sum(sequence_nats(partial(model.logits, whole), model.context, window)[burn_in:])
+    tokens, states = window[burn_in:], jax.tree.map(lambda leaf: leaf[burn_in:], states)
+    ones = jnp.ones((len(tokens), 1))
+    rows = {
+        i: jnp.matmul(ones, leaf[None], precision="highest") if leaf.ndim == 1 else leaf for i, leaf in chosen.items()
+    }
+    axes = {i: 0 if leaf.ndim == 1 else None for i, leaf in chosen.items()}
+
+    def score(chosen: Chosen, state: State, token: Array) -> Float[Array, ""]:
+        return token_loss(model.predict(_put(params, chosen), state), token)
+
+    return jnp.sum(jax.vmap(score, (axes, 0, 0))(rows, states, tokens))
+
+
+def _put(params: Params, chosen: Chosen) -> Params:
+    """Replace leaves by their positions."""
+    leaves, treedef = jax.tree.flatten(params)
+    return jax.tree.unflatten(treedef, [chosen.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def _whole(part: Float[Array, "..."]) -> Int[Array, "..."]:
