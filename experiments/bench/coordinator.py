@@ -22,7 +22,7 @@ import numpy as np
 from bench.report import Report, Row
 from bench.settings import Coordinator as Settings
 from esjax.config.models import GruConfig
-from esjax.config.settings import Config, DataConfig, EsConfig, GruConfig, HostsConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
 from esjax.hosts.noise_fingerprint import noise_fingerprints
