@@ -2,10 +2,14 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Compiling is most of the work of the tests. Processes that tests start inherit this. 0 compiles as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The older emitters of kernels compile in a third of the time; XLA ends a program that gives it a flag it has no more.
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", OLDER_EMITTERS)
 
 import jax
 import pytest
@@ -43,6 +47,7 @@ install_import_hook(
 )
 
 from collections.abc import Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
@@ -52,6 +57,9 @@ from esjax import flags  # noqa: E402
 flags.DEFAULTS = {name: value for name, value in flags.DEFAULTS.items() if not name.startswith("numpy_")}
 
 PAIRS_AXIS = "pairs"
+
+NEWER_EMITTERS: dict[str, Any] = {"xla_cpu_use_fusion_emitters": True} if OLDER_EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
+"""Options of a program that is compiled with the emitters that users have."""
 
 
 def mesh_of(devices: int) -> Mesh:
