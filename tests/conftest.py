@@ -1,5 +1,6 @@
 """Strict JAX, four CPU devices, and types and shapes checked at every call of the package."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -17,6 +18,7 @@ import typechecker
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
+gc.set_threshold(50_000)  # JAX keeps so many objects that looking for cycles among them took a twelfth of the time
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small programs, in whichever process of a run they are.
