@@ -1,11 +1,16 @@
 """Strict JAX, four CPU devices, and types and shapes checked at every call of the package."""
 
+import gc
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Compiling is most of the work of the tests. Processes that tests start inherit this. 0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The older emitters of kernels compile in half the time. XLA ends a program that gives it a flag it has no more.
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax
 import pytest
@@ -13,6 +18,7 @@ import typechecker
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
+gc.set_threshold(50_000)  # JAX keeps so many objects that looking for cycles among them took a twelfth of the time
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same small programs, in whichever process of a run they are.
@@ -43,6 +49,7 @@ install_import_hook(
 )
 
 from collections.abc import Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
@@ -52,6 +59,11 @@ from esjax import flags  # noqa: E402
 flags.DEFAULTS = {name: value for name, value in flags.DEFAULTS.items() if not name.startswith("numpy_")}
 
 PAIRS_AXIS = "pairs"
+
+NEWER_EMITTERS: dict[str, Any] = {}
+"""Options of a program that is compiled with the emitters that users have."""
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    NEWER_EMITTERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def mesh_of(devices: int) -> Mesh:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 SMALL = {
     "esjax.prepare_devices()": "",  # these tests have started JAX already
-    "esjax.Config(steps=300": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc')",
-    "esjax.Config(seconds=60)": "esjax.Config(steps=2, data=esjax.DataConfig(text='builtin:pydoc'))",
+    "esjax.Config(steps=300": "esjax.Config(steps=2, data=esjax.DataConfig(text='text.txt')",
+    "esjax.Config(seconds=60)": "esjax.Config(steps=2, data=esjax.DataConfig(text='text.txt'))",
 }
 
 
@@ -39,6 +39,9 @@ def test_the_python_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytes
         code = code.replace(long, small)
     assert "steps=2" in code
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"{n} to be, or not to be: that is the question" for n in range(300))
+    )
     exec(compile(code, name, "exec"), {"__name__": "page"})
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 from command_line import TEXT, TINY, Called, call, succeed
-from jax.experimental.compilation_cache import compilation_cache
+from processes import environment
 from rich.table import Table
 
 import esjax.training.run
@@ -39,20 +39,11 @@ LONG_NAME = "a-name-of-a-run-that-does-not-fit-into-the-eighty-columns-of-an-old
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave JAX as conftest.py has set it up, but keep compiled programs, and let optax multiply floats with steps."""
-    cache: dict[str, Any] = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs"))}
-    cache["jax_persistent_cache_min_compile_time_secs"] = 0.0
-    before = {name: getattr(jax.config, name) for name in cache}
+def in_process() -> Iterator[None]:
+    """Leave JAX as conftest.py has set it up, but let optax multiply floats with steps."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr("esjax.devices.mesh.prepare_devices", lambda *_: None)
-        for name, value in cache.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -794,10 +785,10 @@ except SystemExit as end:
     assert "usage: esjax" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of a person's shell, with one cache of compiled programs for all of these tests."""
-    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+@pytest.fixture
+def surroundings(tmp_path: Path) -> dict[str, str]:
+    """Environment of a person's shell, with the compiled programs of all tests."""
+    return {**environment(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
 def stop_after_a_step(words: list[str], number: signal.Signals, surroundings: dict[str, str]) -> str:

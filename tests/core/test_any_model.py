@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from combinations import halved
 from conftest import mesh_of
 from framework_models import CASES, LENGTH, VOCAB, Case
 from jax.extend.core import jaxprs_in_params
@@ -28,8 +29,7 @@ def moved(case: Case, noise: esjax.Noise, units: Any, seed: Array, sign: float) 
     return jax.tree.map(lambda w, e, u: w + sign * SIGMA * u * e, case.params, epsilon, units)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "rank"), halved(CASES, [1, 2]))
 def test_losses_are_those_of_added_up_weights_and_nothing_is_added_up(name: str, rank: int) -> None:
     case, tokens, seeds = CASES[name](), tokens_of(), esjax.pair_seeds(3, 4, PAIRS)
     units = esjax.initial_units(case.params)
@@ -46,8 +46,7 @@ def test_losses_are_those_of_added_up_weights_and_nothing_is_added_up(name: str,
     assert esjax.explain(case.loss, noise, case.params, tokens[0]) == []
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "rank"), halved(CASES, [1, 3]))
 def test_the_estimate_is_the_sum_of_weighted_noise_to_the_bit(name: str, rank: int) -> None:
     """Reference: Σ weight * ε * √rank in integers, then the same two float operations."""
     case, seeds = CASES[name](), esjax.pair_seeds(3, 4, PAIRS)

@@ -1,45 +1,60 @@
 """From weighted seeds to a gradient: exact sums, and the estimate against the exact gradient."""
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from combinations import halved
 from conftest import mesh_of
 from jaxtyping import Array
 from small import MODELS, epsilons_of, layout_of, noise_of, params_of, seeds_of, tokens_of
 
 from esjax import core
-from esjax.core.noise import Noise, Totals
+from esjax.core.noise import Totals
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.core.shaping import Shaped, shape
 from esjax.models import Model
 from esjax.models.member import Member, cross_entropy, over_sequences
 
+SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 3)]
 WEIGHTS = np.random.default_rng(3).integers(-127, 128, 40).astype(np.int8)
 
 
+@cache
+def weigher(name: str, space: str, rank: int, devices: int, chunk_pairs: int) -> Callable[..., Totals]:
+    """Compile once what several tests call."""
+    noise = noise_of(MODELS[name], space=space, rank=rank)
+    return jax.jit(core.weigh(noise, mesh=mesh_of(devices), chunk_pairs=chunk_pairs))
+
+
 def weigh(
-    model: Model, noise: Noise, devices: int, chunk_pairs: int, pairs: np.ndarray, weights: np.ndarray, **more: Any
+    devices: int,
+    chunk_pairs: int,
+    pairs: np.ndarray,
+    weights: np.ndarray,
+    *,
+    name: str = "gru",
+    space: str = "low_rank",
+    rank: int = 1,
+    **more: Any,
 ) -> Totals:
     """Sum over some pairs of those that `seeds_of` names, on some devices, so many at a time."""
     seeds = pair_seeds(stream_seed(1, 0), 5, jnp.asarray(pairs, jnp.uint32))
-    run = jax.jit(core.weigh(noise, mesh=mesh_of(devices), chunk_pairs=chunk_pairs))
-    return run(params_of(model), seeds, jnp.asarray(weights), **more)
+    run = weigher(name, space, rank, devices, chunk_pairs)
+    return run(params_of(MODELS[name]), seeds, jnp.asarray(weights), **more)
 
 
-@pytest.mark.parametrize(("space", "rank"), [("full", 1), ("low_rank", 1), ("low_rank", 3)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "space", "rank"), halved(MODELS, SPACES))
 def test_the_total_is_the_same_bits_in_any_order_chunk_and_number_of_devices(name: str, space: str, rank: int) -> None:
-    model = MODELS[name]
-    chosen = noise_of(model, space=space, rank=rank)
     pairs = np.arange(40)
     shuffled = np.random.default_rng(4).permutation(40)
     totals = [
-        weigh(model, chosen, devices, chunk, order, WEIGHTS[order])
+        weigh(devices, chunk, order, WEIGHTS[order], name=name, space=space, rank=rank)
         for devices, chunk, order in [(1, 40, pairs), (1, 7, pairs), (2, 8, pairs), (4, 3, pairs), (4, 3, shuffled)]
     ]
     for total in totals[1:]:
@@ -50,16 +65,15 @@ def test_the_total_is_the_same_bits_in_any_order_chunk_and_number_of_devices(nam
 @pytest.mark.parametrize("count", [0, 1, 4, 6, 12, 28, 39, 40])
 def test_pairs_beyond_the_count_are_left_out(count: int) -> None:
     """Reference: the same pairs with the weights of the others set to 0."""
-    model, pairs = MODELS["gru"], np.arange(40)
-    part = weigh(model, noise_of(model), 4, 4, pairs, WEIGHTS, count=jnp.int32(count))
-    alone = weigh(model, noise_of(model), 1, 4, pairs, np.where(pairs < count, WEIGHTS, 0).astype(np.int8))
+    pairs = np.arange(40)
+    part = weigh(4, 4, pairs, WEIGHTS, count=jnp.int32(count))
+    alone = weigh(1, 4, pairs, np.where(pairs < count, WEIGHTS, 0).astype(np.int8))
     jax.tree.map(np.testing.assert_array_equal, alone, part)
 
 
 def test_totals_of_parts_add_up_to_the_whole() -> None:
     """Two ways: added up afterwards, and one after another."""
-    model = MODELS["gru"]
-    run = partial(weigh, model, noise_of(model), 2, 4)
+    run = partial(weigh, 2, 4)
     first, second = slice(0, 16), slice(16, 40)
     parts = [run(np.arange(40)[part], WEIGHTS[part]) for part in (first, second)]
     whole = run(np.arange(40), WEIGHTS)
@@ -70,7 +84,7 @@ def test_totals_of_parts_add_up_to_the_whole() -> None:
 def test_totals_begin_with_zeros() -> None:
     """Reference: pairs that all weigh nothing."""
     model = MODELS["gru"]
-    none = weigh(model, noise_of(model), 1, 20, np.arange(40), np.zeros(40, np.int8))
+    none = weigh(1, 20, np.arange(40), np.zeros(40, np.int8))
     for zeros, total in zip(layout_of(model).zeros(), none, strict=True):
         np.testing.assert_array_equal(zeros, total, strict=True)
 
@@ -79,7 +93,7 @@ def test_a_large_weighted_sum_stays_exact() -> None:
     """Reference: int64 numpy. 3000 weights of 127 sum to 381,000, more than float32 would keep with a fraction."""
     model = MODELS["gru"]
     noise = noise_of(model, space="full")
-    start, *_ = weigh(model, noise, 2, 500, np.arange(3000), np.full(3000, 127, np.int8))
+    start, *_ = weigh(2, 500, np.arange(3000), np.full(3000, 127, np.int8), space="full")
     signs, *_ = epsilons_of(noise, params_of(model), seeds_of(3000))
     np.testing.assert_array_equal(start, (127 * signs.astype(np.int64)).sum(axis=-1))
 
@@ -129,9 +143,7 @@ def inner(left: list[np.ndarray], right: list[np.ndarray]) -> float:
     return sum(float(np.sum(a * b)) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-@pytest.mark.parametrize(("space", "rank"), [("full", 1), ("low_rank", 1), ("low_rank", 3)])
+@pytest.mark.parametrize(("noise", "space", "rank", "split"), halved(["rademacher", "gaussian"], SPACES, [False, True]))
 def test_the_estimate_is_the_gradient_on_average(noise: str, space: str, rank: int, split: bool) -> None:
     model = MODELS["gru"]
     params, sequences = params_of(model), tokens_of(1, 3, 7)[0]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from combinations import halved
+from conftest import NEWER_EMITTERS
 from small import (
     MODELS,
     PAIRS,
@@ -30,15 +32,13 @@ NOISES = ["rademacher", "gaussian"]
 SPACES = [("full", 1), ("low_rank", 1), ("low_rank", 3)]
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("space", "rank"), SPACES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "noise", "space", "rank"), halved(MODELS, NOISES, SPACES))
 def test_the_seed_alone_names_a_perturbation(name: str, noise: str, space: str, rank: int) -> None:
     """To the last bit, but for biases whose noise is a sum of products of normals: XLA may fuse those."""
     sample = layout_of(MODELS[name], noise=noise, space=space, rank=rank).sample
     seeds = seeds_of()
-    together = jax.jit(sample)(seeds)
-    mapped = jax.jit(jax.vmap(sample))(seeds)
+    together = jax.jit(sample, compiler_options=NEWER_EMITTERS)(seeds)
+    mapped = jax.jit(jax.vmap(sample), compiler_options=NEWER_EMITTERS)(seeds)
     sums = 1e-6 if name == "gru" and noise == "gaussian" and rank > 1 else 0.0
     for pair in range(PAIRS):
         alone = sample(seeds[pair])
@@ -47,9 +47,7 @@ def test_the_seed_alone_names_a_perturbation(name: str, noise: str, space: str, 
             np.testing.assert_allclose(one, vmapped[pair], rtol=0, atol=sums)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("space", "rank"), SPACES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "noise", "space", "rank"), halved(MODELS, NOISES, SPACES))
 def test_a_perturbation_written_out_is_its_factors(name: str, noise: str, space: str, rank: int) -> None:
     """Reference: Σ_r left_r right_rᵀ / √rank in float64, of the numbers in the order of the leaves."""
     chosen, params, seed = (
@@ -97,9 +95,7 @@ def test_entries_have_mean_zero_variance_one_and_are_uncorrelated(noise: str, sp
     assert np.abs(moments - np.eye(60)).max() < bound * math.sqrt(8)
 
 
-@pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize(("space", "rank"), SPACES)
-@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize(("noise", "space", "rank", "is_dense"), halved(NOISES, SPACES, [False, True]))
 def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
     noise: str, space: str, rank: int, is_dense: bool
 ) -> None:
@@ -119,9 +115,7 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
             )
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("space", "rank"), SPACES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "space", "rank", "packed"), halved(MODELS, SPACES, [False, True]))
 def test_members_of_a_split_pair_have_every_other_column_in_common(
     name: str, space: str, rank: int, packed: bool
 ) -> None:
@@ -159,8 +153,7 @@ def test_the_two_halves_of_split_pairs_are_weighed_apart(space: str, rank: int) 
         np.testing.assert_array_equal(leaf, expected)
 
 
-@pytest.mark.parametrize("model", ["rnn", "gru"])
-@pytest.mark.parametrize(("space", "rank"), SPACES)
+@pytest.mark.parametrize(("model", "space", "rank"), halved(MODELS, SPACES))
 def test_the_weighted_sum_is_exact_in_any_order(model: str, space: str, rank: int) -> None:
     """Reference: integer arithmetic in Python's order; then the same pairs backwards."""
     chosen, params, seeds = noise_of(MODELS[model], space=space, rank=rank), params_of(MODELS[model]), seeds_of()

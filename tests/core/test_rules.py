@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from combinations import halved
 from jax import lax
 from jaxtyping import Array
 
@@ -124,8 +125,7 @@ KEPT: dict[str, tuple[PerturbedArray, Callable[[Array], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(("name", "rank"), halved(KEPT, [1, 3]))
 def test_an_operation_keeps_a_matrix_of_low_rank_and_its_numbers(name: str, rank: int) -> None:
     """Reference: the same function of the matrix written out. Nothing is added up."""
     example, function = KEPT[name]

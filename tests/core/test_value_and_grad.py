@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from combinations import halved
 from conftest import mesh_of
 from jaxtyping import Array
 from mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
@@ -19,8 +20,7 @@ from mistakes import BATCH, MISTAKES, NOISE, PAIRS, PARAMS, SEEDS, loss
 import esjax
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("shaping", ["zscore", "centered_rank", "sign", "raw"])
+@pytest.mark.parametrize(("shaping", "split"), halved(["zscore", "centered_rank", "sign", "raw"], [False, True]))
 def test_one_call_is_the_four_one_after_another(shaping: Any, split: bool) -> None:
     noise = esjax.low_rank(0.1, split=split)
     value, gradient = jax.jit(esjax.value_and_grad(loss, noise, PAIRS, shaping=shaping))(PARAMS, 9, BATCH[:2])
@@ -33,8 +33,7 @@ def test_one_call_is_the_four_one_after_another(shaping: Any, split: bool) -> No
     assert np.abs(gradient["w"]).max() > 0
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-@pytest.mark.parametrize("chunk_pairs", [2, 3])
+@pytest.mark.parametrize(("devices", "chunk_pairs"), halved([1, 2, 4], [2, 3]))
 def test_devices_change_no_bit(devices: int, chunk_pairs: int) -> None:
     run = jax.jit(esjax.value_and_grad(loss, NOISE, PAIRS, mesh=mesh_of(devices), chunk_pairs=chunk_pairs))
     alone = jax.jit(esjax.value_and_grad(loss, NOISE, PAIRS, chunk_pairs=chunk_pairs))
@@ -109,8 +108,8 @@ def test_a_pair_with_a_loss_that_is_not_finite_counts_for_nothing() -> None:
     value, gradient = jax.jit(esjax.value_and_grad(loss, NOISE, PAIRS, shaping="sign"))(PARAMS, 5, broken)
     rest = np.delete(np.arange(PAIRS), 3)
     seeds = esjax.pair_seeds(5, 0, PAIRS)[rest]
-    losses = esjax.evaluate(loss, NOISE)(PARAMS, seeds, BATCH[rest])
-    expected = esjax.estimate(NOISE)(PARAMS, seeds, esjax.shape(losses, "sign"))
+    losses = jax.jit(esjax.evaluate(loss, NOISE))(PARAMS, seeds, BATCH[rest])
+    expected = jax.jit(esjax.estimate(NOISE))(PARAMS, seeds, esjax.shape(losses, "sign"))
     np.testing.assert_allclose(value, np.mean(losses), rtol=1e-6)
     jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-6), gradient, expected)
 
@@ -153,14 +152,14 @@ def test_units_size_noise_and_gradient() -> None:
     """Closed form: a loss that is one entry differs within a pair by 2 sigma unit; its slope is 1."""
     units = {"w": 0.5, "b": 4.0}
     noise = esjax.full(0.1, units=units)
-    losses = esjax.evaluate(lambda params, x: params["b"][0], noise)(PARAMS, SEEDS, BATCH)
+    losses = jax.jit(esjax.evaluate(lambda params, x: params["b"][0], noise))(PARAMS, SEEDS, BATCH)
     np.testing.assert_allclose(np.abs(losses[:, 0] - losses[:, 1]), 2 * 0.1 * 4, rtol=1e-6)
     run = esjax.value_and_grad(lambda params, x: params["b"][0], noise, 512, shaping="raw", batch_axis=None)
-    _, gradient = run(PARAMS, 0, None)
+    _, gradient = jax.jit(run)(PARAMS, 0, None)
     np.testing.assert_allclose(gradient["b"][0], 1.0, rtol=1e-5)
     by_path = esjax.full(0.1, units=lambda path, leaf: units[path])
     np.testing.assert_array_equal(
-        losses, esjax.evaluate(lambda params, x: params["b"][0], by_path)(PARAMS, SEEDS, BATCH)
+        losses, jax.jit(esjax.evaluate(lambda params, x: params["b"][0], by_path))(PARAMS, SEEDS, BATCH)
     )
 
 

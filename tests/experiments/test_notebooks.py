@@ -45,7 +45,7 @@ PICTURES = {
 """How many each notebook draws at least."""
 
 
-EVERY_TIME = {"core", "first_run"}
+EVERY_TIME = {"first_run"}
 """Notebooks that run with the tests of every change; all of them run at night."""
 
 

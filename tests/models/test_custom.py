@@ -568,7 +568,7 @@ def noisy_and_lower_on_a_plateau() -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.noisy_sgd(0.1, key=jax.random.key(3)), lower)
 
 
-@pytest.mark.parametrize("space", ["low_rank", "activation"])
+@pytest.mark.parametrize("space", ["low_rank", pytest.param("activation", marks=pytest.mark.nightly)])
 def test_an_optimizer_that_needs_the_loss_and_keeps_a_key_goes_on_and_is_replayed_bit_for_bit(
     config: Config, tmp_path: Path, space: Any
 ) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from combinations import halved
 from conftest import mesh_of
 
 from esjax import core
@@ -87,7 +88,7 @@ def test_split_pairs_share_windows_and_have_two_weights_each() -> None:
         assert moved[..., 1::2].all()
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.nightly), 4])
 @pytest.mark.usefixtures("short_calls")
 def test_a_pairs_losses_are_the_same_bits_in_any_lease_on_any_devices(devices: int) -> None:
     whole = make().losses(np.arange(32))
@@ -112,9 +113,10 @@ def test_a_lease_changes_no_bit_at_the_size_of_the_defaults() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 31])
 def test_any_number_of_pairs_is_scored(count: int) -> None:
-    losses = make(4).losses(np.arange(count))
+    host = make(4)
+    losses = host.losses(np.arange(count))
     assert losses.shape == (count, 2)
-    np.testing.assert_array_equal(losses, make(4).losses(np.arange(32))[:count])
+    np.testing.assert_array_equal(losses, host.losses(np.arange(32))[:count])
 
 
 def state_after(host: Replica, pairs: np.ndarray, weights: np.ndarray) -> str:
@@ -124,7 +126,7 @@ def state_after(host: Replica, pairs: np.ndarray, weights: np.ndarray) -> str:
     return digest(host.state)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.nightly), 4])
 @pytest.mark.usefixtures("short_calls")
 def test_an_update_is_the_same_bits_in_any_order_on_any_devices(devices: int) -> None:
     shuffled = np.random.default_rng(6).permutation(32)
@@ -191,8 +193,7 @@ SUMS = [
 with_sums = pytest.mark.parametrize("es", SUMS, ids=["activation", "weights"])
 
 
-@with_sums
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(("es", "devices"), halved(SUMS, [1, 4]))
 @pytest.mark.usefixtures("short_calls")
 def test_sums_come_to_the_same_in_any_leases_on_any_devices(es: EsConfig, devices: int) -> None:
     """The last chunk is not whole."""

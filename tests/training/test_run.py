@@ -69,7 +69,10 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", [GruConfig(hidden_size=8, head_size=16), RnnConfig(hidden_size=8)])
+@pytest.mark.parametrize(
+    "model",
+    [GruConfig(hidden_size=8, head_size=16), pytest.param(RnnConfig(hidden_size=8), marks=pytest.mark.nightly)],
+)
 def test_it_learns_to_beat_letter_frequencies(config: Config, model: GruConfig | RnnConfig) -> None:
     """Reference: the unigram model of the training documents, on the held-out ones."""
     config = replace(
@@ -115,7 +118,7 @@ def test_an_evaluation_is_shown_with_the_digits_that_mean_something() -> None:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.nightly)])
 def test_resumed_is_uninterrupted_bit_for_bit(config: Config, tmp_path: Path, optimizer: str) -> None:
     optim = OptimConfig(optimizer=optimizer, schedule="cosine", decay_steps=6, warmup_steps=2)  # type: ignore[arg-type]
     config = replace(config, optim=optim)
@@ -200,7 +203,10 @@ def test_row_62_a_run_killed_before_its_first_checkpoint_is_rebuilt_from_its_led
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("lose", [lambda run: shutil.rmtree(run / "checkpoints"), damage_checkpoints])
+@pytest.mark.parametrize(
+    "lose",
+    [lambda run: shutil.rmtree(run / "checkpoints"), pytest.param(damage_checkpoints, marks=pytest.mark.nightly)],
+)
 def test_row_62_a_coordinator_begins_again_from_a_ledger_alone(
     config: Config, tmp_path: Path, lose: Callable[[Path], object]
 ) -> None:
@@ -387,7 +393,9 @@ SUMS = EsConfig(population_size=64, exchange="sums", chunk_pairs=3)
 with_sums = pytest.mark.parametrize("es", [ACTIVATION, SUMS], ids=["activation", "sums"])
 
 
-@pytest.mark.parametrize(("es", "carry"), [(ACTIVATION, False), (ACTIVATION, True), (SUMS, False)])
+@pytest.mark.parametrize(
+    ("es", "carry"), [pytest.param(ACTIVATION, False, marks=pytest.mark.nightly), (ACTIVATION, True), (SUMS, False)]
+)
 def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
     config: Config, tmp_path: Path, es: EsConfig, carry: bool
 ) -> None:
@@ -450,7 +458,7 @@ def test_with_sums_a_time_budget_takes_the_population_that_fits(
         assert state_digest(fixed) == state_digest(timed)
 
 
-@pytest.mark.parametrize("time_per_step", [None, 0.05])
+@pytest.mark.parametrize("time_per_step", [pytest.param(None, marks=pytest.mark.nightly), 0.05])
 def test_nothing_is_compiled_after_the_first_step(
     config: Config, caplog: pytest.LogCaptureFixture, time_per_step: float | None
 ) -> None:
