@@ -217,9 +217,9 @@ def test_targets_are_set_beside_what_was_found(tmp_path: Path) -> None:
     )
     leave(
         "learning",
-        {"method": "full", "below 3.33: s": 9.0, "below 2.52: s": None, "below 1.98: s": None},
-        {"method": "low rank 1", "below 3.33: s": 11.0, "below 2.52: s": None, "below 1.98: s": None},
-        {"method": "activation", "below 3.33: s": 1.0, "below 2.52: s": 2.0, "below 1.98: s": 60.0},
+        {"method": "full", "below 3.33: s": 9.0, "below 2.507: s": None, "below 1.988: s": None},
+        {"method": "low rank 1", "below 3.33: s": 11.0, "below 2.507: s": None, "below 1.988: s": None},
+        {"method": "gates", "below 3.33: s": 1.0, "below 2.507: s": 2.0, "below 1.988: s": 8.0},
     )
     leave("coordinator", {"how": "machine", "hosts": 256, "own_ms": 1.0}, {"hosts": 256, "own_ms": 20.5})
     rows = compare(tmp_path).rows
@@ -228,8 +228,8 @@ def test_targets_are_set_beside_what_was_found(tmp_path: Path) -> None:
         "rnn 16: step ÷ best rival": (1.6, "no"),
         "evaluation ÷ forward, all sizes": (0.94, "no"),
         "seconds to 3.33, noise on weights": (9.0, "yes"),
-        "seconds to 2.52, bigram, noise on weights": (None, "no"),
-        "seconds to 1.98, trigram, any noise": (60.0, "yes"),
+        "seconds to 2.507, bigram, noise on weights": (None, "no"),
+        "seconds to 1.988, trigram, on activations": (8.0, "yes"),
         "own ms a step, 256 hosts": (20.5, "no"),
     }
     assert {row["benchmark"] for row in rows} == {"throughput", "learning", "update", "start", "coordinator"}
