@@ -65,6 +65,7 @@ FIGURES = {
     "activation": {"hidden", "step ÷ forward"},
     "exchange": {"hosts", "losses ÷ sums"},
     "cosines": {"space", "population", "cosine", "standard error"},
+    "bias": {"estimator", "leaf", "one", "all", "limit"},
     "execution": {"way", "chunk, pairs", "÷ defaults"},
     "workers": {"processes", "÷ one process"},
     "watching": {"compared", "rate ÷ alone", "share of the processors"},
