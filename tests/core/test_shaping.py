@@ -147,8 +147,8 @@ def test_equal_losses_are_trouble_and_no_update(shaping: Shape, method: str) -> 
     assert not shaped.weights.any()
 
 
-# The slope is Σ value * d / Σ d² over the pairs; for d = (3, -1, 1, -1), Σ |d| = 6 and Σ d² = 12. A value is off by half
-# a step at most, and the slope by half a step times 6/12.
+# The slope is Σ value * d / Σ d² over the pairs; for d = (3, -1, 1, -1), Σ |d| = 6 and Σ d² = 12. A value is off by
+# half a step at most, and the slope by half a step times 6/12.
 @pytest.mark.parametrize(
     ("method", "slope", "step"),
     [
