@@ -117,8 +117,8 @@ def shape(
     weights = weights if examples is not None else weights[:, 0]
     void_pairs = xp.sum(~finite, dtype=np.int32)
     # Of the half that flips sign: the other half of a split pair is credited by a sum, not by a difference.
-    shaped = weights[..., -1] * step if examples is not None else weights * step
-    slope = xp.sum(shaped * difference) / xp.maximum(xp.sum(difference**2), 1e-30)
+    flipped = weights[..., -1] if examples is not None else weights
+    slope = xp.sum(flipped.astype(known.dtype) * step * difference) / xp.maximum(xp.sum(difference**2), 1e-30)
     if xp is jnp:
         return Shaped(weights, scale, void_pairs, slope)
     return Shaped(weights, float(scale), int(void_pairs), float(slope))

@@ -219,21 +219,23 @@ def _score(
             noisy = jax.vmap(jax.vmap(partial(scored, params)), (None, 0))(rows, sigma * noise)
         else:
             scored = interpret(partial(loss_from, plan.model, name))
-            moved = values[name] + sigma * noise.reshape(plan.copies, *values[name].shape)
+            moved = values[name][None] + sigma * noise.reshape(plan.copies, *values[name].shape)
             noisy = jax.vmap(jax.vmap(partial(scored, params)), (None, 0, None))(states, moved, tokens)
         finite &= jnp.all(jnp.abs(noisy) < LARGEST_LOSS, axis=0)
-        rewards = (noisy - losses) / sigma
+        rewards = (noisy - losses[None]) / sigma
         expected = jnp.zeros(noise.shape[1:])
         if feedback and number < len(feedback):
             expected = guess(guesses[names[number + 1]], feedback[number]) * slope
-            rewards = rewards - jnp.sum(noise * expected, axis=-1)
+            rewards = rewards - jnp.sum(noise * expected[None], axis=-1)
         rest = jnp.mean(rewards[..., None] * noise, axis=0)
         errors[name], rests[name] = expected + rest, rest * slope
         guesses[name] = expected if feedback and number < len(feedback) else errors[name]
     return _Scored(losses, finite, errors, rests, guesses)
 
 
-def _loss_reading(plan: _Plan, name: str, params: Params, row: _Rows, noise: Float[Array, " entries"]) -> Array:
+def _loss_reading(
+    plan: _Plan, name: str, params: Params, row: tuple[State, State, Array, Array], noise: Float[Array, " entries"]
+) -> Array:
     """Score a prediction that reads a state with noise on one layer, which passes on through the layers above it."""
     state, before, token_before, token = row
     number = list(plan.taps.state).index(name)

@@ -73,7 +73,7 @@ def find_taps(model: Model, params: Params) -> Taps:
 
     Raises:
         ValueError: There is no tap, a name occurs twice, the tap "logits" is not the result of `predict`, or
-            `Model.state_taps` names no tap of `consume`.
+            `Model.state_taps` does not name the taps of the new state in the order of its leaves.
     """
     found = Taps({}, {}, {})
 
@@ -92,20 +92,25 @@ def find_taps(model: Model, params: Params) -> Taps:
             return record(found.predict, name, value)
 
         def consumed(name: str, value: Array) -> Array:
+            values[name] = value
             return record(found.state if name in model.state_taps else found.consume, name, value)
 
         logits = model.predict(params, state, changed_by(predicted))
         if logits is not values.get(LOGITS, logits):
             raise ValueError(f"the model changes its logits after tapping them; give the tap {LOGITS!r} another name")
-        model.consume(params, state, jnp.int32(STOP), changed_by(consumed))
+        after = jax.tree.leaves(model.consume(params, state, jnp.int32(STOP), changed_by(consumed)))
+        tapped = [values.get(name) for name in model.state_taps]
+        floating = [leaf for leaf in after if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        if tapped and [*map(id, tapped)] != [*map(id, floating)]:
+            raise ValueError(
+                f"the model names {', '.join(model.state_taps)} in state_taps; consume must return the values of these "
+                "taps, one for each leaf of the state of floating type, in this order"
+            )
 
     jax.eval_shape(run, params)
     if not found.consume and not found.predict:
         raise ValueError("the model taps nothing")
-    for name in model.state_taps:
-        if name not in found.state:
-            raise ValueError(f"the model names {name!r} in state_taps; consume must tap its new state by this name")
-    return found
+    return found._replace(state={name: found.state[name] for name in model.state_taps})
 
 
 def changed_by(change: Callable[[str, Array], Array]) -> Tap:

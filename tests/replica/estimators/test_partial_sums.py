@@ -106,7 +106,9 @@ def test_later_steps_weigh_by_the_spread_of_the_step_before() -> None:
     stream = np.random.default_rng(2).integers(0, vocabulary, 500).astype(np.uint8)
     model = build_model(CONFIG.model, vocabulary)
     host = Replica(CONFIG, model, stream, mesh_of(2))
-    reference = Replica(replace(CONFIG, es=replace(CONFIG.es, exchange="losses")), model, stream, mesh_of(2))
+    reference = Replica(
+        replace(CONFIG, es=replace(CONFIG.es, exchange="losses", output_layer="noise")), model, stream, mesh_of(2)
+    )
     noise = core.low_rank(0.2, units=model.unit)
     deviation = 0.0
     for step in range(3):
