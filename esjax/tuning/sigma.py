@@ -32,7 +32,7 @@ class Tried(NamedTuple):
 
     Attributes:
         sigma: Size of the perturbations, in units of each leaf; with noise on activations, as it is.
-        discount: Discount; None for noise on weights.
+        discount: Discount; None for noise on weights, and with credit by gates.
         cosines: Cosine of the estimate with the exact gradient in each repeat. A repeat has the same windows and the
             same signs of the noise for all settings.
         leaves: Mean cosine of each leaf, by name.
@@ -80,7 +80,7 @@ def tune(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
-    """Measure the cosine for each sigma; with noise on activations, then for each discount at one sigma.
+    """Measure the cosine for each sigma; with `es.credit discount`, then for each discount at one sigma.
 
     That sigma is the run's, if it does not differ significantly from the best, see `not_told_apart`; otherwise the
     best. Nothing is trained, and the run is not changed.
@@ -122,8 +122,9 @@ def tune(
         found = [*gradient_cosines(chosen, built, params, stream, local_mesh(), repeats)]
         cosines = tuple(compared.cosine for compared in found)
         leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
-        discount = chosen.es.discount if chosen.es.space == "activation" else None
-        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == folder.config.es)
+        discount = chosen.es.discount if chosen.es.space == "activation" and not chosen.es.is_gated else None
+        current = replace(folder.config.es, sigma=folder.config.es.deviation)
+        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == current)
 
     tried = []
     for sigma in sigmas:
