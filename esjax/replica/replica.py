@@ -37,6 +37,9 @@ from esjax.replica.streams import INIT, WINDOWS
 from esjax.replica.transformation import fit_optimizer
 from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
 
+_Tokens = Array | tuple[()]
+"""The training text; () for an update that does not read it."""
+
 
 class Replica:
     """The training state and the compiled functions that score pairs and update it.
@@ -350,7 +353,7 @@ def _for_losses(
         seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
         return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
 
-    def rows(tokens: Array, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
+    def rows(tokens: _Tokens, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
         """Return the tokens of each pair's windows: the rows of the embedding that its members read."""
         if not estimator.embeddings:
             return None
@@ -362,7 +365,13 @@ def _for_losses(
     gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)
 
     def weigh_pairs(
-        state: TrainState, tokens: Array, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
+        state: TrainState,
+        tokens: _Tokens,
+        streams: _Streams,
+        totals: Totals,
+        count: Array,
+        pairs: Array,
+        weights: Array,
     ) -> Totals:
         pairs = pairs.reshape(-1)
         seeds, read = pair_seeds(streams.perturbations, state.step, pairs), rows(tokens, streams, state.step, pairs)
@@ -370,7 +379,7 @@ def _for_losses(
 
     def weigh_and_apply(
         state: TrainState,
-        tokens: Array,
+        tokens: _Tokens,
         streams: _Streams,
         totals: Totals,
         scale: Array,

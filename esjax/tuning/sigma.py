@@ -123,7 +123,8 @@ def tune(
         cosines = tuple(compared.cosine for compared in found)
         leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
         discount = chosen.es.discount if chosen.es.space == "activation" and not chosen.es.is_gated else None
-        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == folder.config.es)
+        current = replace(folder.config.es, sigma=folder.config.es.deviation)
+        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == current)
 
     if sigmas is None:
         sigmas = [sigma / 10 for sigma in SIGMAS] if config.es.is_gated else SIGMAS

@@ -170,8 +170,8 @@ def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
 
 
 def test_tune_prints_words_to_copy(work: Path) -> None:
-    words = ("--es.space", "activation", "--sigma", "0.1", "--discount", "0.7")
-    assert "population_size must be a multiple of copies" in call("tune", "run", *words).err
+    words = ("--es.space", "activation", "--sigma", "0.1", "--repeats", "1")
+    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4}", succeed("tune", "run", *words).out.splitlines()[0])
     lines = succeed("tune", "run", "--sigma", "0.1", "0.1", "--repeats", "2").out.splitlines()
     assert all(re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} ± \d+\.\d{4}", line) for line in lines[:2])
     assert lines[2].startswith("no difference seen between --es.sigma 0.1, --es.sigma 0.1;")
