@@ -185,9 +185,9 @@ def test_with_orthogonal_noise_it_is_the_credit_of_the_gates(name: str, burn_in:
 
 def test_for_one_layer_of_mingru_this_credit_is_the_exact_gradient() -> None:
     model, params = MODELS["mingru"], params_of("mingru")
-    exact = jax.grad(
-        lambda params: sum(len(text) * Member(model, params).cross_entropy(text) for text in TEXTS)  # type: ignore[misc]
-    )(params)
+    exact = jax.grad(lambda params: sum(len(text) * Member(model, params).cross_entropy(text) for text in TEXTS))(
+        params
+    )
     assert off(reference("mingru", params, TEXTS), exact) < 1e-5
 
 
@@ -277,8 +277,8 @@ def test_the_reverse_scan_is_that_of_traces_that_run_forward(seed: int) -> None:
     for t in range(positions):
         trace = effects[t] + (gated[t - 1] * trace if t else 0)
         gradient += errors[t] * trace
-    given = (jnp.asarray(part.reshape(-1, entries), jnp.float32) for part in (errors, gated))
-    credit = np.asarray(gates._credit(*given, count), np.float64).reshape(positions, count, entries)
+    flat_errors, flat_gates = (jnp.asarray(part.reshape(-1, entries), jnp.float32) for part in (errors, gated))
+    credit = np.asarray(gates._credit(flat_errors, flat_gates, count), np.float64).reshape(positions, count, entries)
     # 27 products of size 1 through a scan of float32.
     np.testing.assert_allclose((credit * effects).sum(axis=0), gradient, rtol=1e-4, atol=1e-4)
 
