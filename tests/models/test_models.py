@@ -93,7 +93,8 @@ def test_the_layers_of_mingru_are_the_equations(n_layers: int, gate_tokens: int)
     state = model.initial_state(params)
     p, reads = wide(params), jax.jit(lambda *given: (consume(model, *given), model.predict(*given[:2])))
     first = [*p.start], [STOP] * (gate_tokens - 1)
-    reference, before = first, []
+    before: list[int] = []
+    reference = first
     for token in TOKENS.tolist():
         state, got = reads(params, state, jnp.int32(token))
         reference, logits = mingru_step(p, reference, token)

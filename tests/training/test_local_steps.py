@@ -113,6 +113,23 @@ def test_a_step_is_that_of_the_core() -> None:
     jax.tree.map(np.testing.assert_array_equal, replica.state.params, expected)
 
 
+def test_the_output_layer_moves_with_the_slope_of_the_losses() -> None:
+    """Reference: the losses of the step, shaped, and applied with their slope; the same with a slope of 0 moves all
+    but the output layer.
+    """
+    config = config_of()
+    replica, other, still = replica_of(config), replica_of(config), replica_of(config)
+    first = jax.tree.map(np.asarray, replica.state.params)
+    LocalSteps(config, replica, custom={}).take()
+    shaped = core.shape(other.losses(np.arange(20)))
+    other.apply(np.arange(20), shaped.weights, shaped.scale, shaped.slope)
+    still.apply(np.arange(20), shaped.weights, shaped.scale, 0.0)
+    params = replica.state.params
+    jax.tree.map(np.testing.assert_array_equal, params, other.state.params)
+    jax.tree.map(np.testing.assert_array_equal, still.state.params, params._replace(head_output=first.head_output))
+    assert all((leaf != before).any() for leaf, before in zip(params.head_output, first.head_output, strict=True))
+
+
 def test_a_time_budget_is_one_range_of_pairs_from_the_first_on() -> None:
     """Reference: the losses of as many pairs, scored at once; the update is of these."""
     config = config_of(time_per_step=0.2)

@@ -91,7 +91,7 @@ def test_names_can_be_names_of_folders() -> None:
         (["es=1"], "es is a group of settings; name one of them"),
         (["qqq=1"], "esjax train --help lists them"),
         (["es.layer_sigma=1"], "es.layer_sigma holds several numbers and can be no axis"),
-        (["es.sigma=x"], "es.sigma=x: es.sigma must be a number, not 'x'"),
+        (["es.sigma=x"], "es.sigma=x: es.sigma must be a number or None, not 'x'"),
         (["es.sigma=0.1,-1"], "es.sigma=-1: es.sigma must be above 0"),
         (["seed=1.5"], "seed=1.5: seed must be a whole number, not '1.5'"),
         (["es.space=ful"], "es.space=ful: es.space must be full or low_rank or activation, not 'ful'"),

@@ -107,8 +107,8 @@ def test_credit_by_gates_has_no_discount_to_try(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(60)))
     data, es = DataConfig(text=str(tmp_path / "text.txt"), window=8), EsConfig(space="activation", population_size=64)
     [*train(Config(steps=1, data=data, es=es, model=GruConfig(hidden_size=8, head_size=8)), tmp_path / "run")]
-    tried = [*tune(tmp_path / "run", sigmas=(0.02, 0.05), discounts=(0.3, 0.7), repeats=1)]
-    assert [(one.sigma, one.discount, one.current) for one in tried] == [(0.02, None, True), (0.05, None, False)]
+    tried = [*tune(tmp_path / "run", sigmas=(0.02,), discounts=(0.3, 0.7), repeats=1)]
+    assert [(one.sigma, one.discount, one.current) for one in tried] == [(0.02, None, True)]
 
 
 def test_discounts_are_tried_with_the_runs_own_sigma_unless_another_is_seen_to_be_better(run: Path) -> None:

@@ -68,7 +68,7 @@ def test_it_comes_to_the_transposed_weights_and_lowers_the_variance() -> None:
     @jax.jit
     def found(matrices: list[Array], step: Array | int) -> Estimate:
         seeds = pair_seeds(stream_seed(0, 0), step, jnp.arange(WINDOWS, dtype=jnp.uint32))
-        return estimate(params, matrices, seeds, texts, jnp.ones(WINDOWS, bool))
+        return estimate(params, matrices, seeds, texts, jnp.ones(WINDOWS, bool), None)
 
     def take(feedback: Feedback, step: Array) -> tuple[Feedback, None]:
         parts = [jnp.rint(64 * part).astype(jnp.int32).ravel() for part in found(feedback.matrices, step).feedback]

@@ -166,8 +166,9 @@ def off(found: Params, right: Params) -> float:
 THERE = jnp.ones(2, bool)
 
 
-@pytest.mark.parametrize("burn_in", [0, 1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "burn_in"), [("gru", 0), ("gru", 1), ("mingru", 1), ("mingru, two layers", 0), ("mingru, two layers", 1)]
+)
 def test_with_orthogonal_noise_it_is_the_credit_of_the_gates(name: str, burn_in: int) -> None:
     """Without a burn-in, logits are exact and windows begin a document; else logits have noise and windows go on.
 
@@ -184,9 +185,9 @@ def test_with_orthogonal_noise_it_is_the_credit_of_the_gates(name: str, burn_in:
 
 def test_for_one_layer_of_mingru_this_credit_is_the_exact_gradient() -> None:
     model, params = MODELS["mingru"], params_of("mingru")
-    exact = jax.grad(
-        lambda params: sum(len(text) * Member(model, params).cross_entropy(text) for text in TEXTS)  # type: ignore[misc]
-    )(params)
+    exact = jax.grad(lambda params: sum(len(text) * Member(model, params).cross_entropy(text) for text in TEXTS))(
+        params
+    )
     assert off(reference("mingru", params, TEXTS), exact) < 1e-5
 
 
@@ -209,7 +210,8 @@ def test_noise_on_a_layer_passes_through_the_layers_above_within_a_token() -> No
     chain = chain_of(taps)
     plan = gates._Plan(model, taps, dict.fromkeys(chain, SIGMA), COPIES, chain, [*chain][:-1])
     rows = jax.tree.map(lambda leaf: leaf[None], (after, state, jnp.int32(5), jnp.int32(2)))
-    found = gates._score(plan, params, [], (rows, gates._draw(plan, seeds_of(0, 1), 1)))
+    words = gates._draw(plan, seeds_of(0, 1), 1)
+    found = jax.jit(lambda params, *given: gates._score(plan, params, [], given))(params, rows, words)
     np.testing.assert_allclose(found.errors["state_1"][0], slope, atol=2 * SIGMA)
     assert np.linalg.norm(slope - alone) > 0.1
 
@@ -232,8 +234,7 @@ def test_the_bound_tells_another_credit_apart(why: str) -> None:
     assert off(wrong, right) > 20 * 2 * SIGMA
 
 
-@pytest.mark.parametrize("feedback", [None, 1])
-def test_with_two_copies_it_is_right_on_average(feedback: int | None) -> None:
+def test_with_two_copies_it_is_right_on_average() -> None:
     """Feedback of any values changes no mean.
 
     Bound: the mean of n draws is off by their standard error, which is known from the draws; a norm of it by no more
@@ -242,7 +243,7 @@ def test_with_two_copies_it_is_right_on_average(feedback: int | None) -> None:
     params, chunks, windows = params_of("gru"), 8, 256
     estimate = make("gru", copies=2)
     texts = jnp.broadcast_to(TEXTS[0], (windows, TEXTS.shape[1]))
-    matrices = feedback_of("gru", feedback)
+    matrices = feedback_of("gru", 1)
     draws = [
         flat(estimate(params, matrices, seeds_of(i, windows), texts, jnp.ones(windows, bool)).gradient) / windows
         for i in range(chunks)
@@ -276,8 +277,8 @@ def test_the_reverse_scan_is_that_of_traces_that_run_forward(seed: int) -> None:
     for t in range(positions):
         trace = effects[t] + (gated[t - 1] * trace if t else 0)
         gradient += errors[t] * trace
-    given = (jnp.asarray(part.reshape(-1, entries), jnp.float32) for part in (errors, gated))
-    credit = np.asarray(gates._credit(*given, count), np.float64).reshape(positions, count, entries)
+    flat_errors, flat_gates = (jnp.asarray(part.reshape(-1, entries), jnp.float32) for part in (errors, gated))
+    credit = np.asarray(gates._credit(flat_errors, flat_gates, count), np.float64).reshape(positions, count, entries)
     # 27 products of size 1 through a scan of float32.
     np.testing.assert_allclose((credit * effects).sum(axis=0), gradient, rtol=1e-4, atol=1e-4)
 

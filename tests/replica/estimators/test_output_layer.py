@@ -114,6 +114,22 @@ def test_windows_whose_loss_is_not_finite_count_as_0() -> None:
     check(model, params, found(model, params, windows), rest, PAIRS * 2 * 5)
 
 
+def test_sums_that_overflow_count_as_0() -> None:
+    """Reference: the gradient of the bias, which is finite beside that of the matrix."""
+    model = MODELS["gru"]
+    params = params_of(model)
+    params = params._replace(
+        head_hidden=jax.tree.map(jnp.zeros_like, params.head_hidden)._replace(bias=jnp.full(5, 3e38)),
+        head_output=params.head_output._replace(matrix=jnp.zeros((5, VOCAB))),
+    )
+    right = exact(model, params, WINDOWS_OF_ALL[:PAIRS], 1)
+    assert (np.abs(np.asarray(right.head_output.matrix, np.float64)) * CHUNK * 2 * 5 > np.finfo(np.float32).max).all()
+    got = found(model, params)
+    assert not got.head_output.matrix.any()
+    bound = 2 * SIGMA * SLOPE * (PAIRS // CHUNK) * 0.5 / (STEPS * PAIRS * 2 * 5 * 0.3)
+    np.testing.assert_allclose(got.head_output.bias, 2 * SIGMA * SLOPE * right.head_output.bias, rtol=1e-4, atol=bound)
+
+
 CONFIG = Config(
     seed=4,
     data=DataConfig(window=5, batch_size=2, new_tokens_interval=2),
