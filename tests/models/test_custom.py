@@ -432,6 +432,11 @@ def plain(**parts: Any) -> Model:
             r"returns \{'seen': int32",
         ),
         ({"unit": {"in": 1.0}}, "unit of the model own is no tree like its parameters"),
+        ({"output_layer": "head"}, "output_layer of the model own is 'head', which names no parameter; there are "),
+        (
+            {"embeddings": ("out", "rows")},
+            "embeddings of the model own is 'rows', which names no parameter; there are ",
+        ),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], message: str) -> None:
