@@ -149,17 +149,19 @@ def check_updates(
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
             concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
-            _, scale, loss, void_pairs, trouble = concluded
+            _, scale, loss, void_pairs, trouble, slope = concluded
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
             shaped = shape(values, config.es.shaping, config.es.deviation, windows)
-            numbers, scale, void_pairs, trouble = *shaped, shaped.trouble
+            numbers, scale, void_pairs, slope = shaped
+            trouble = shaped.trouble
         assert payload == update_record.pack_update(
             update_record.Update(header, numbers if header.applied else numbers[:0])
         )
         assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
+        assert header.slope == slope
         state = next_state(state, payload)
 
 

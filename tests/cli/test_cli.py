@@ -650,8 +650,11 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--es.layer-sigma", "a", "1", "a", "2"], "--es.layer-sigma names a twice; leave one of them out"),
         (["train", "--es.layer-sigma", "logits", "x"], "es.layer_sigma: a value must be a number, not a text"),
         (["train", "--config"], "--config needs a value"),
-        (["train", "--ledger=true"], "'true' is neither the value of an option nor a model; models are rnn, gru"),
-        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru"),
+        (
+            ["train", "--ledger=true"],
+            "'true' is neither the value of an option nor a model; models are rnn, gru, mingru",
+        ),
+        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru, mingru"),
         (["sweep", "--axis"], "--axis needs a value"),
         (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
     ],

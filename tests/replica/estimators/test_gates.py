@@ -16,10 +16,10 @@ from jaxtyping import Array
 
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.tokens import STOP
-from esjax.models import gru
+from esjax.models import Model, gru
 from esjax.models.member import Member
 from esjax.models.mingru import KEEP, MinGruState, mingru
-from esjax.models.model import Params, State
+from esjax.models.model import Params, State, Tap, untouched
 from esjax.models.sequence import token_loss
 from esjax.replica.estimators import gates
 from esjax.replica.estimators.feedback import shapes_of
@@ -298,6 +298,24 @@ def test_windows_that_are_void_or_not_there_count_for_nothing() -> None:
         np.testing.assert_allclose(flat(got), flat(right), rtol=1e-5, atol=1e-5)
         assert np.abs(flat(right)).max() > 0.1
     np.testing.assert_allclose(found.end[0], alone.end[0], rtol=1e-6)
+
+
+def test_taps_of_the_state_are_in_the_order_of_its_leaves() -> None:
+    """In whichever order the model calls them."""
+
+    def consume(params: Array, state: tuple[Array, Array], token: Array, tap: Tap = untouched) -> tuple[Array, Array]:
+        second = tap("second", 0.5 * state[1])
+        return tap("first", 0.25 * state[0] + params[token]), second
+
+    model = Model(
+        init=lambda key: jnp.zeros(VOCAB),
+        initial_state=lambda params: (jnp.zeros(()), jnp.zeros(2)),
+        predict=lambda params, state, tap=untouched: tap("logits", state[0] * params),
+        consume=consume,
+        tapped=True,
+        state_taps=("first", "second"),
+    )
+    assert [*find_taps(model, jnp.zeros(VOCAB)).state.items()] == [("first", 1), ("second", 2)]
 
 
 @pytest.mark.parametrize("copies", [4, 8, 24, 29])
