@@ -20,7 +20,6 @@ from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
 from esjax.core.shaping import Shaped
 from esjax.core.units import in_units
 from esjax.data.packing import check_stream, draw_windows, follow_windows
-from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span, pairs_of, unpack_update
 from esjax.flags import default_flags
@@ -31,7 +30,7 @@ from esjax.replica import chunking
 from esjax.replica.estimators.carried_state import first_states
 from esjax.replica.estimators.estimator import LossEstimator, make_estimator
 from esjax.replica.estimators.output_layer import OutputGradient, make_output_gradient
-from esjax.replica.estimators.partial_sums import Chunk, SumChunk
+from esjax.replica.estimators.partial_sums import Chunk, SumChunk, rows_read
 from esjax.replica.optimizer import make_optimizer
 from esjax.replica.streams import INIT, WINDOWS
 from esjax.replica.transformation import fit_optimizer
@@ -354,12 +353,9 @@ def _for_losses(
         return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
 
     def rows(tokens: _Tokens, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
-        """Return the tokens of each pair's windows: the rows of the embedding that its members read."""
         if not estimator.embeddings:
             return None
-        windows = draw(tokens, streams, step, pairs).reshape(len(pairs), -1)
-        read = jnp.pad(windows, [(0, 0), (0, 1)], constant_values=STOP)  # a model may begin with it
-        return dict.fromkeys(estimator.embeddings, read)
+        return rows_read(estimator.embeddings, draw(tokens, streams, step, pairs))
 
     sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
     gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)

@@ -148,11 +148,13 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
+    embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
     if not vector_length:
-        embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
         return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact)
     is_sign = es.shaping == "sign"
-    sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
+    sum_chunk = make_sum_of_weights(
+        noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room, embeddings
+    )
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
     return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)

@@ -3,7 +3,7 @@
 See `esjax.exchange.gradient_sums` for the layout of the vector.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,10 +12,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.core.gradient import weigh
-from esjax.core.noise import Noise
+from esjax.core.noise import Noise, Rows
 from esjax.core.population import Evaluate
 from esjax.core.seeds import fold
 from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
+from esjax.data.tokens import STOP
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 from esjax.models.model import Model
 from esjax.replica.estimators.carried_state import among_zeros, states_of
@@ -79,8 +80,16 @@ def make_sum_of_activations(
     return sum_chunk
 
 
+def rows_read(embeddings: Sequence[str], windows: Int[Array, "pairs sequences length"]) -> Rows:
+    """Return the tokens of each pair's windows, by path: the rows of the embeddings that its members read."""
+    tokens = windows.reshape(len(windows), -1)
+    return dict.fromkeys(
+        embeddings, jnp.pad(tokens, [(0, 0), (0, 1)], constant_values=STOP)
+    )  # a model may begin with it
+
+
 def make_sum_of_weights(
-    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
+    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int, embeddings: Sequence[str]
 ) -> SumChunk:
     """Make the function for noise on weights.
 
@@ -92,6 +101,7 @@ def make_sum_of_weights(
         evaluate_chunk: See `esjax.core.evaluate`.
         shaping: How a difference becomes a weight.
         pairs: Most pairs of a step, for which sums must have room.
+        embeddings: Paths of parameters whose rows a pair reads by token, see `Model.embeddings`.
     """
     weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
 
@@ -106,7 +116,8 @@ def make_sum_of_weights(
             in_spreads = difference / jnp.maximum(state.spread, 1e-30)
             deviations = jnp.where(state.spread > 0, in_spreads, jnp.sign(difference))
             weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
-        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8))
+        rows = rows_read(embeddings, chunk.windows)
+        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8), rows=rows)
         return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
 
     return sum_chunk
