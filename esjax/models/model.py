@@ -25,7 +25,12 @@ Tap = Callable[..., Array]
 be added to them."""
 
 
-def untouched(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
+def identity(value: Array) -> Array:
+    """Return the value: the activation of a tap that names none."""
+    return value
+
+
+def untouched(name: str, value: Array, activation: Activation = identity) -> Array:
     """Return the activation of a pre-activation without noise: the tap of a plain forward pass."""
     return activation(value)
 
@@ -45,8 +50,9 @@ class Model(NamedTuple):
         unit: A pytree like `params` of positive floats, the unit of each leaf: the size of a typical entry. None: from
             the initial parameters, see `esjax.core.initial_units`.
         tapped: Whether `predict` and `consume` take a last argument `tap: Tap = untouched` and call it on each
-            pre-activation, under a unique name, before any other use. Needed for `es.space activation` alone, which
-            trains the parameters that enter some pre-activation.
+            pre-activation, under a unique name, before any other use. The taps of `predict` are a chain: each value is
+            computed from the one before, the first from the state, and the last, "logits", is the result. Needed for
+            `es.space activation` alone, which trains the parameters that enter some pre-activation.
         state_taps: For `es.credit gates`: names of taps in `consume` on its result, one for each leaf of the state of
             floating type, in their order. The recurrence must be elementwise: with the other taps given, an entry of a
             new leaf depends on the same entry of the old leaf alone. Empty: it is not, or the model does not say.

@@ -72,14 +72,14 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
     """Choose how many pairs a device evaluates at a time."""
     on_cpu = is_cpu(mesh)
     sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
-    pairs = min(
-        sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
-    )
-    pairs = 2 * pairs // config.es.members_per_pair
     if config.es.is_gated:
         pairs = (CPU_GATED_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES) // config.data.batch_size
         pairs = min(pairs, config.es.pairs if on_cpu else -(-config.es.pairs // mesh.size))
         return max(min(pairs, estimator.most_pairs), 2)
+    pairs = min(
+        sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
+    )
+    pairs = 2 * pairs // config.es.members_per_pair
     if config.es.space == "activation":
         pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:

@@ -121,7 +121,7 @@ class Replica:
                 chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
             )
             output_gradient = (
-                make_output_gradient(model, units, draw, data.burn_in, es.deviation, es.pairs_a_window, mesh)
+                make_output_gradient(model, units, draw, data, es.deviation, es.pairs_a_window, mesh)
                 if estimator.is_output_exact
                 else None
             )

@@ -131,7 +131,7 @@ def make_estimate_chunk(
         # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
         everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
 
-        gradient = gradient_from(model, params, everything)
+        gradient = gradient_from(model, params, *everything)
         clean = jax.tree.map(lambda leaf: leaf[-len(windows) :], end)
         return Estimate(gradient, losses[:, :copies].mean(axis=(0, 1)), finite, clean, [])
 

@@ -22,7 +22,7 @@ from esjax.replica.estimators import discount, gates
 from esjax.replica.estimators.carried_state import first_states
 from esjax.replica.estimators.feedback import shapes_of
 from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
-from esjax.replica.estimators.taps import find_taps
+from esjax.replica.estimators.taps import LOGITS, find_taps
 
 
 class LossEstimator(NamedTuple):
@@ -198,6 +198,11 @@ def _on_activations(
         taps = find_taps(model, params)
     except ValueError as error:
         raise EsjaxError(f"es.space activation: {error}") from error
+    if es.output_layer == "exact" and LOGITS not in taps.predict:
+        raise EsjaxError(
+            f"es.output_layer exact: the model has no tap {LOGITS!r} on the result of predict; set es.output_layer to "
+            "noise, or tap it"
+        )
     chain = gates.chain_of(taps)
     shared: dict[str, Any] = {
         "copies": es.noisy_copies,
@@ -212,6 +217,10 @@ def _on_activations(
                 "es.credit gates needs an elementwise recurrence, and the model does not say that it has one "
                 "(Model.state_taps); set es.credit to discount"
             )
+        try:
+            gates.check_elementwise(model, taps, params)
+        except ValueError as error:
+            raise EsjaxError(f"es.credit gates: {error}, or set es.credit to discount") from error
         _check_names("layer_sigma", es.layer_sigma, [*chain])
         sigma = dict.fromkeys(chain, es.deviation) | es.layer_sigma
         lanes = ACCELERATOR_LANES if packed else CPU_LANES

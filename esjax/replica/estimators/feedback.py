@@ -4,7 +4,8 @@ The noise of node perturbation estimates what is left of the error after the gue
 the guess, since the feedback was fitted in earlier steps, on other draws; the better the guess, the smaller the
 variance (control variates: Owen 2013, section 8.9; feedback weights learned from perturbations: Lansdell, Prakash &
 Kording 2020). The feedback converges towards the transposed weights of the next layer, as weight mirrors do (Akrout et
-al. 2019): with it, training approaches backpropagation within a token, though no derivative is ever sent back.
+al. 2019): with it, training approaches backpropagation within a token, though the feedback is learned and not computed
+from the weights.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ import optax
 from flax import struct
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
+
+from esjax.core.rules import HIGHEST
 
 RATE = 0.03
 """First step size of the feedback, which Adam fits; it falls as 1 / sqrt(1 + step / 100)."""
@@ -56,11 +59,11 @@ def first_feedback(shapes: Sequence[tuple[int, int]]) -> Feedback:
 
 def guess(error: Float[Array, "rows after"], matrix: Float[Array, "after before"]) -> Float[Array, "rows before"]:
     """Guess the errors of a layer's outputs from those of the next tap."""
-    return jnp.matmul(error, matrix, precision="highest")
+    return jnp.matmul(error, matrix, precision=HIGHEST)
 
 
 def learn(feedback: Feedback, correlation: Int[Array, " numbers"]) -> Feedback:
-    """Take a step along the correlation of the next tap's errors with what the guesses missed.
+    """Take a step along the correlation of the next tap's guesses with what this tap's guesses missed.
 
     Args:
         feedback: The feedback.

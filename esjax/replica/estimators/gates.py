@@ -14,18 +14,20 @@ noise on a layer's output also passes through the layers above within a token, a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.config.settings import Precision
 from esjax.core.interpreter import interpret
 from esjax.core.noise import round_products
+from esjax.core.rules import HIGHEST
 from esjax.core.seeds import fold
 from esjax.core.shaping import LARGEST_LOSS
 from esjax.core.signs import BITS, signs
@@ -63,7 +65,7 @@ class _Plan(NamedTuple):
 
     def sign_rows(self, name: str) -> int:
         """Return how many rows of random signs the copies of a tap need: one for each orthogonal block of copies."""
-        return -(-self.copies // self.block(name))
+        return math.ceil(self.copies / self.block(name))
 
     def block(self, name: str) -> int:
         """Return how many copies have orthogonal noise: the width as a power of two if the copies reach it, else 1."""
@@ -78,6 +80,37 @@ class _Plan(NamedTuple):
 def chain_of(taps: Taps) -> dict[str, int]:
     """Return the number of entries of each tap that gets an error, from the state to the logits."""
     return {**taps.state, **taps.predict}
+
+
+def check_elementwise(model: Model, taps: Taps, params: Params) -> None:
+    """Check that the recurrence is elementwise, at the first parameters, one state and one token.
+
+    Raises:
+        ValueError: An entry of a new state depends on other entries of the old one, with the other taps given.
+    """
+    plan = _Plan(model, taps, {}, 1, {}, [])
+    key = jax.random.key(0, impl="threefry2x32")
+
+    @jax.jit
+    def derivatives(params: Params) -> list[tuple[Array, Array]]:
+        leaves = _leaves(model.initial_state(params))
+        moved = {i: leaf + jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)}
+        signs = [
+            jax.random.rademacher(jax.random.fold_in(key, -1 - i), leaf.shape, jnp.float32)
+            for i, leaf in enumerate(leaves)
+        ]
+        state, token = _replace(model.initial_state(params), moved), jnp.int32(STOP)
+        each = _kept(plan, params, state, token)
+        together = _kept(plan, params, state, token, signs)
+        return [(one * sign.ravel(), other) for one, sign, other in zip(each, signs, together, strict=True)]
+
+    # The derivative along signs is that along ones, times the signs, if and only if no entry depends on another.
+    for name, (right, found) in zip(taps.state, derivatives(params), strict=True):
+        if not np.allclose(right, found, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"the recurrence is not elementwise: entries of {name!r} depend on other entries of the old state; give a "
+                "tap to every pre-activation that reads it"
+            )
 
 
 def make_estimate_chunk(
@@ -97,8 +130,8 @@ def make_estimate_chunk(
         model: The architecture, with `state_taps`.
         taps: Its taps, see `find_taps`.
         sigma: Standard deviation of the noise on each tap, above 0.
-        copies: Noisy copies of each prediction and tap, at least 1. If they reach the width of a tap, their noise is
-            orthogonal: rows of a Hadamard matrix times random signs of the columns.
+        copies: Noisy copies of each prediction and tap, at least 1. If they reach the width of a tap, as a power of
+            two, their noise is orthogonal: rows of a Hadamard matrix times random signs of the columns.
         burn_in: First tokens of a window that only prepare the state; they get no noise.
         exact_logits: Use the exact gradient with respect to the logits, with no noise on them.
         lanes: Copies that are evaluated at a time.
@@ -112,7 +145,7 @@ def make_estimate_chunk(
         feedback: list[Array],
         seeds: UInt32[Array, "windows 2"],
         windows: Int[Array, "windows length"],
-        are_there: Array,
+        are_there: Bool[Array, " windows"],
         begin: State | None = None,
     ) -> Estimate:
         rounded = jax.tree.map(partial(round_products, precision=precision), params)
@@ -125,7 +158,7 @@ def make_estimate_chunk(
         first = jax.vmap(lambda _: model.initial_state(params))(seeds) if begin is None else begin
         end, states = jax.lax.scan(read, first, tokens)
 
-        # Before the first token there was none; STOP stands for it.
+        # What came before a window is unknown; with STOP in its place, noise does not pass to the layers above there.
         before = jax.tree.map(lambda leaf: jnp.concatenate([leaf[:1], leaf[:-1]]), states)
         token_before = jnp.concatenate([jnp.full_like(tokens[:1], STOP), tokens[:-1]])
         rows = (states, before, token_before, tokens)
@@ -136,40 +169,64 @@ def make_estimate_chunk(
         by_position = found.losses.reshape(-1, count)
         finite = are_there & jnp.all(found.finite.reshape(-1, count), axis=0)
 
-        def clear(rows: Float[Array, "rows entries"]) -> Float[Array, "rows entries"]:
-            return jnp.where(jnp.tile(finite, len(rows) // count)[:, None], rows, 0.0)
+        def clear(values: Float[Array, "rows entries"]) -> Float[Array, "rows entries"]:
+            return jnp.where(jnp.tile(finite, len(values) // count)[:, None], values, 0.0)
 
-        errors, rests, guesses = jax.tree.map(clear, (found.errors, found.rests, found.guesses))
-        correlations = [
-            jnp.matmul(guesses[after].T, rests[name], precision="highest")
-            for name, after in zip(chain, list(chain)[1:], strict=False)
-            if feedback
-        ]
+        errors, measured, guessed = jax.tree.map(clear, (found.errors, found.measured, found.guessed))
+        links = pairwise(chain) if feedback else ()
+        correlations = [jnp.matmul(guessed[after].T, measured[name], precision=HIGHEST) for name, after in links]
 
         # From here on for all positions, of which the first `burn_in` have no error.
-        errors = jax.tree.map(lambda rows: jnp.pad(rows, ((burn_in * count, 0), (0, 0))), errors)
+        errors = jax.tree.map(lambda values: jnp.pad(values, ((burn_in * count, 0), (0, 0))), errors)
         states, tokens = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens))
         states = jax.tree.map(lambda leaf: jnp.where(_along_rows(finite, length, leaf), leaf, 0), states)
-        kept = jax.vmap(partial(_kept, plan, params))(states, tokens)
-        is_last = (tokens == STOP)[:, None]
-        starts = []
-        for name, gate in zip(taps.state, kept, strict=True):
-            credit = _credit(errors[name], jnp.where(is_last, 0.0, gate), count)
-            after = jnp.concatenate([credit[count:], jnp.zeros_like(credit[:count])])
-            errors[name] = jnp.where(is_last, 0.0, after)
-            fresh = jnp.where(is_last, after, 0.0)
-            starts.append(_total(fresh if begin is not None else jnp.concatenate([fresh, credit[:count]])))
+        starts = _give_credit(plan, params, states, tokens, errors, count, is_start=begin is None)
 
         def start(params: Params) -> Float[Array, ""]:
             leaves = _leaves(model.initial_state(params))
-            return sum(
-                (jnp.sum(error * leaf.ravel()) for error, leaf in zip(starts, leaves, strict=True)), jnp.float32(0)
-            )
+            products = [jnp.sum(error * leaf.ravel()) for error, leaf in zip(starts, leaves, strict=True)]
+            return sum(products, jnp.float32(0))
 
-        gradient = gradient_from(model, params, (states, tokens, errors), start)
+        gradient = gradient_from(model, params, states, tokens, errors, start)
         return Estimate(gradient, by_position.mean(axis=0), finite, end, correlations)
 
     return estimate_chunk
+
+
+def _give_credit(
+    plan: _Plan,
+    params: Params,
+    states: State,
+    tokens: Int[Array, " rows"],
+    errors: dict[str, Float[Array, "rows entries"]],
+    count: int,
+    is_start: bool,
+) -> list[Float[Array, " entries"]]:
+    """Turn the errors of states into the errors of the taps that make them, in place.
+
+    Args:
+        plan: The layout.
+        params: The parameters.
+        states: States before each token; positions one after another, each with `count` windows.
+        tokens: The tokens.
+        errors: Errors by the name of the tap; those of a state are of the state before the token.
+        count: Number of windows.
+        is_start: Whether windows begin with the initial state.
+
+    Returns:
+        The error of each leaf of the initial state.
+    """
+    kept = jax.vmap(partial(_kept, plan, params))(states, tokens)
+    is_last = (tokens == STOP)[:, None]
+    starts = []
+    for name, gate in zip(plan.taps.state, kept, strict=True):
+        credit = _credit(errors[name], jnp.where(is_last, 0.0, gate), count)
+        # A token makes the next state, so its tap gets that state's credit. After STOP that is the initial state.
+        after = jnp.concatenate([credit[count:], jnp.zeros_like(credit[:count])])
+        errors[name] = jnp.where(is_last, 0.0, after)
+        fresh = jnp.where(is_last, after, 0.0)
+        starts.append(_total(jnp.concatenate([fresh, credit[:count]]) if is_start else fresh))
+    return starts
 
 
 class _Scored(NamedTuple):
@@ -178,16 +235,16 @@ class _Scored(NamedTuple):
     Attributes:
         losses: Loss of the clean prediction.
         finite: Whether the losses of all copies are finite.
-        errors: Estimated gradient with respect to each tap.
-        rests: The part of it that was not guessed, times the derivative of the activation.
-        guesses: The part of it that was guessed; for exact logits, all of it.
+        errors: Estimated gradient with respect to each tap: what was guessed, and what noise measured of the rest.
+        measured: What noise measured, times the derivative of the activation.
+        guessed: What the feedback guessed; the error itself for the logits, and without feedback.
     """
 
     losses: Float[Array, " rows"]
-    finite: Array
+    finite: Bool[Array, " rows"]
     errors: dict[str, Float[Array, "rows entries"]]
-    rests: dict[str, Float[Array, "rows entries"]]
-    guesses: dict[str, Float[Array, "rows entries"]]
+    measured: dict[str, Float[Array, "rows entries"]]
+    guessed: dict[str, Float[Array, "rows entries"]]
 
 
 _Rows = tuple[State, State, Int[Array, " rows"], Int[Array, " rows"]]
@@ -197,40 +254,53 @@ _Rows = tuple[State, State, Int[Array, " rows"], Int[Array, " rows"]]
 def _score(
     plan: _Plan, params: Params, feedback: list[Array], given: tuple[_Rows, UInt32[Array, "rows words"]]
 ) -> _Scored:
+    """Predict, and estimate the errors of all taps, from the logits down to the state."""
     rows, words = given
     states, _, _, tokens = rows
     called = interpret(partial(predict_and_record, plan.model))
-    losses, values, slopes = jax.vmap(partial(called, params))(states, tokens)
-    errors: dict[str, Array] = {}
-    rests: dict[str, Array] = {}
-    guesses: dict[str, Array] = {}
+    losses, values, derivatives = jax.vmap(partial(called, params))(states, tokens)
     finite = jnp.abs(losses) < LARGEST_LOSS
+    errors: dict[str, Array] = {}
+    measured: dict[str, Array] = {}
+    guessed: dict[str, Array] = {}
     if LOGITS not in plan.noisy and LOGITS in plan.chain:
         probabilities = jax.nn.softmax(values[LOGITS])
-        errors[LOGITS] = guesses[LOGITS] = probabilities - jax.nn.one_hot(tokens, probabilities.shape[-1])
+        errors[LOGITS] = guessed[LOGITS] = probabilities - jax.nn.one_hot(tokens, probabilities.shape[-1])
     names = list(plan.chain)
-    starts = np.cumsum([0, *(plan.words(name) for name in plan.noisy)])
-    for name, first in reversed(list(zip(plan.noisy, starts, strict=False))):
-        noise = _noise(plan, name, words[:, first : first + plan.words(name)])
-        number, sigma = names.index(name), plan.sigma[name]
-        slope = slopes[name].reshape(len(tokens), -1) if name in slopes else jnp.float32(1)
-        if name in plan.taps.state:
-            scored = interpret(partial(_loss_reading, plan, name))
-            noisy = jax.vmap(jax.vmap(partial(scored, params)), (None, 0))(rows, sigma * noise)
-        else:
-            scored = interpret(partial(loss_from, plan.model, name))
-            moved = values[name][None] + sigma * noise.reshape(plan.copies, *values[name].shape)
-            noisy = jax.vmap(jax.vmap(partial(scored, params)), (None, 0, None))(states, moved, tokens)
+    ends = np.cumsum([plan.words(name) for name in plan.noisy])
+    for number, name in reversed([*enumerate(plan.noisy)]):
+        noise = _noise(plan, name, words[:, ends[number] - plan.words(name) : ends[number]])
+        noisy = _noisy_losses(plan, params, name, rows, values, plan.sigma[name] * noise)
         finite &= jnp.all(jnp.abs(noisy) < LARGEST_LOSS, axis=0)
-        rewards = (noisy - losses[None]) / sigma
+        rewards = (noisy - losses[None]) / plan.sigma[name]
+        derivative = derivatives[name].reshape(len(tokens), -1) if name in derivatives else jnp.float32(1)
         expected = jnp.zeros(noise.shape[1:])
-        if feedback and number < len(feedback):
-            expected = guess(guesses[names[number + 1]], feedback[number]) * slope
+        has_guess = number < len(feedback)
+        if has_guess:
+            expected = guess(guessed[names[number + 1]], feedback[number]) * derivative
             rewards = rewards - jnp.sum(noise * expected[None], axis=-1)
         rest = jnp.mean(rewards[..., None] * noise, axis=0)
-        errors[name], rests[name] = expected + rest, rest * slope
-        guesses[name] = expected if feedback and number < len(feedback) else errors[name]
-    return _Scored(losses, finite, errors, rests, guesses)
+        errors[name], measured[name] = expected + rest, rest * derivative
+        guessed[name] = expected if has_guess else errors[name]
+    return _Scored(losses, finite, errors, measured, guessed)
+
+
+def _noisy_losses(
+    plan: _Plan,
+    params: Params,
+    name: str,
+    rows: _Rows,
+    values: dict[str, Array],
+    noise: Float[Array, "copies rows entries"],
+) -> Float[Array, "copies rows"]:
+    """Score predictions with noise on one tap."""
+    states, _, _, tokens = rows
+    if name in plan.taps.state:
+        scored = interpret(partial(_loss_reading, plan, name))
+        return jax.vmap(jax.vmap(partial(scored, params)), (None, 0))(rows, noise)
+    scored = interpret(partial(loss_from, plan.model, name))
+    moved = values[name][None] + noise.reshape(plan.copies, *values[name].shape)
+    return jax.vmap(jax.vmap(partial(scored, params)), (None, 0, None))(states, moved, tokens)
 
 
 def _loss_reading(
@@ -252,8 +322,13 @@ def _loss_reading(
     return token_loss(plan.model.predict(params, moved), token)
 
 
-def _kept(plan: _Plan, params: Params, state: State, token: Array) -> list[Float[Array, " entries"]]:
-    """Return how much of each entry of the state is kept: the derivative of the new entry, by the old one alone."""
+def _kept(
+    plan: _Plan, params: Params, state: State, token: Array, along: Sequence[Array] | None = None
+) -> list[Float[Array, " entries"]]:
+    """Return how much of each entry of the state is kept: the derivative of the new entry, by the old one alone.
+
+    `along` is a direction for each leaf in place of ones.
+    """
     values: dict[str, Array] = {}
 
     def record(name: str, value: Array) -> Array:
@@ -274,9 +349,10 @@ def _kept(plan: _Plan, params: Params, state: State, token: Array) -> list[Float
         return new[0]
 
     leaves = _leaves(state)
+    directions = along or [jnp.ones_like(leaf) for leaf in leaves]
     return [
-        jax.jvp(partial(renew, number, name), (leaf,), (jnp.ones_like(leaf),))[1].ravel()
-        for number, (name, leaf) in enumerate(zip(plan.taps.state, leaves, strict=True))
+        jax.jvp(partial(renew, number, name), (leaf,), (direction,))[1].ravel()
+        for number, (name, leaf, direction) in enumerate(zip(plan.taps.state, leaves, directions, strict=True))
     ]
 
 
@@ -314,7 +390,7 @@ def _along_rows(finite: Array, positions: int, leaf: Array) -> Array:
 
 def _total(rows: Float[Array, "rows entries"]) -> Float[Array, " entries"]:
     """Sum over rows by a product: XLA may change the order of a plain sum with the number of devices."""
-    return jnp.matmul(jnp.ones((1, len(rows))), rows, precision="highest")[0]
+    return jnp.matmul(jnp.ones((1, len(rows))), rows, precision=HIGHEST)[0]
 
 
 def _draw(plan: _Plan, seeds: UInt32[Array, "windows 2"], positions: int) -> UInt32[Array, "rows words"]:

@@ -72,7 +72,7 @@ def make_sum_of_activations(
         def whole(leaf: Array, unit: float | Array) -> Array:
             return jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most)
 
-        total = jax.tree.map(whole, found.gradient, units), [whole(part, 1.0) for part in found.feedback]
+        total = jax.tree.map(whole, found.gradient, units), [whole(part, 1.0) for part in found.correlations]
         finite, losses = found.finite.reshape(here, sequences), found.losses.reshape(here, sequences)
         ends = among_zeros(found.end, found.finite, state.carried, chunk.pairs)
         return _join(total, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)

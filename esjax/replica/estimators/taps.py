@@ -1,4 +1,4 @@
-"""The pre-activations of a model by name: sizes, values, noise on one of them, and the gradient from their errors."""
+"""The taps of a model by name: their sizes and values, noise on one of them, and the gradient from their errors."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.core.rules import HIGHEST
 from esjax.data.tokens import STOP
-from esjax.models.model import Activation, Model, Params, State, Tap
+from esjax.models.model import Activation, Model, Params, State, Tap, identity
 from esjax.models.sequence import token_loss
 
 LOGITS = "logits"
@@ -43,14 +43,14 @@ class Estimate(NamedTuple):
         losses: Mean loss of each window, in nats per token.
         finite: Whether all losses of a window are finite; other windows are void.
         end: State of the clean copy after the window.
-        feedback: What the feedback learns from, see `feedback`: an array for each of its matrices.
+        correlations: What the feedback learns from, see `feedback.learn`: an array for each of its matrices.
     """
 
     gradient: Params
     losses: Float[Array, " windows"]
     finite: Bool[Array, " windows"]
     end: State
-    feedback: list[Array]
+    correlations: list[Array]
 
 
 EstimateChunk = Callable[
@@ -116,7 +116,7 @@ def find_taps(model: Model, params: Params) -> Taps:
 def changed_by(change: Callable[[str, Array], Array]) -> Tap:
     """Make a tap that replaces each value by `change(name, value)`."""
 
-    def tap(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
+    def tap(name: str, value: Array, activation: Activation = identity) -> Array:
         return activation(change(name, value))
 
     return tap
@@ -131,14 +131,14 @@ def predict_and_record(
         The loss, the pre-activations by name, and the derivatives of their activations.
     """
     values: dict[str, Array] = {}
-    slopes: dict[str, Array] = {}
+    derivatives: dict[str, Array] = {}
 
-    def tap(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
+    def tap(name: str, value: Array, activation: Activation = identity) -> Array:
         values[name] = value
-        after, slopes[name] = jax.jvp(activation, (value,), (jnp.ones_like(value),))
+        after, derivatives[name] = jax.jvp(activation, (value,), (jnp.ones_like(value),))
         return after
 
-    return token_loss(model.predict(params, state, tap), token), values, slopes
+    return token_loss(model.predict(params, state, tap), token), values, derivatives
 
 
 def loss_from(model: Model, name: str, params: Params, state: State, value: Array, token: Array) -> Array:
@@ -147,42 +147,55 @@ def loss_from(model: Model, name: str, params: Params, state: State, value: Arra
     return token_loss(model.predict(params, state, tap), token)
 
 
+def as_products(tree: PyTree, rows: int) -> tuple[PyTree, PyTree]:
+    """Give vectors an axis of rows by a product with ones, so that their gradient is a product, too.
+
+    XLA may change the order of a plain sum with the number of devices.
+
+    Returns:
+        The tree, and for each leaf 0 if it has the axis, else None, as `jax.vmap` takes it.
+    """
+    ones = jnp.ones((rows, 1))
+    whole = jax.tree.map(lambda leaf: jnp.matmul(ones, leaf[None], precision=HIGHEST) if leaf.ndim == 1 else leaf, tree)
+    return whole, jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, tree)
+
+
 def gradient_from(
     model: Model,
     params: Params,
-    rows: tuple[State, Int[Array, " rows"], Errors],
+    states: State,
+    tokens: Int[Array, " rows"],
+    errors: Errors,
     more: Callable[[Params], Float[Array, ""]] = lambda params: jnp.float32(0),
 ) -> Params:
-    """Turn errors into the gradient of the weights: the layer's input times the error of its output.
+    """Turn errors into the gradient of the weights.
 
-    No derivative passes a tap with an error. Vectors enter as products with ones, so that their gradient is a product,
-    too: XLA may change the order of a plain sum with the number of devices.
+    No derivative passes a tap with an error, so the gradient of a layer's weights is the layer's input times the error
+    of its output. Derivatives pass taps without an error, such as those on the gates of a cell.
 
     Args:
         model: The architecture.
         params: Its parameters.
-        rows: States, tokens that are predicted from them and consumed, and errors by the name of the tap; with one
-            leading axis.
+        states: States, with a leading axis of rows.
+        tokens: Tokens that are predicted from the states, and consumed.
+        errors: Errors by the name of the tap.
         more: A term to add to what is differentiated.
     """
-    ones = jnp.ones((rows[1].size, 1))
-    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, params)
 
     def along(params: Params) -> Float[Array, ""]:
-        whole = jax.tree.map(
-            lambda leaf: jnp.matmul(ones, leaf[None], precision=HIGHEST) if leaf.ndim == 1 else leaf, params
-        )
-        return jnp.sum(jax.vmap(partial(_along, model), in_axes=(axes, 0, 0, 0))(whole, *rows)) + more(params)
+        whole, axes = as_products(params, tokens.size)
+        products = jax.vmap(partial(_errors_times_values, model), in_axes=(axes, 0, 0, 0))
+        return jnp.sum(products(whole, states, tokens, errors)) + more(params)
 
     found: Any = jax.grad(along)(params)
     return found
 
 
-def _along(model: Model, params: Params, state: State, token: Array, errors: Errors) -> Float[Array, ""]:
+def _errors_times_values(model: Model, params: Params, state: State, token: Array, errors: Errors) -> Float[Array, ""]:
     """Sum error * value over all taps with an error, so that the gradient of the sum is the estimate."""
     parts = []
 
-    def tap(name: str, value: Array, activation: Activation = lambda value: value) -> Array:
+    def tap(name: str, value: Array, activation: Activation = identity) -> Array:
         if name not in errors:
             return activation(value)
         parts.append(jnp.sum(errors[name].reshape(value.shape) * value))

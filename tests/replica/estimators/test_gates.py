@@ -260,8 +260,8 @@ def test_feedback_of_zeros_changes_nothing() -> None:
         estimate(params, given, seeds_of(0, 2), TEXTS, THERE) for given in (feedback_of("gru", None), [])
     )
     jax.tree.map(np.testing.assert_array_equal, with_zeros.gradient, without.gradient)
-    assert [matrix.shape for matrix in with_zeros.feedback] == [(5, HIDDEN), (VOCAB, 5)]
-    assert without.feedback == []
+    assert [matrix.shape for matrix in with_zeros.correlations] == [(5, HIDDEN), (VOCAB, 5)]
+    assert without.correlations == []
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -294,7 +294,7 @@ def test_windows_that_are_void_or_not_there_count_for_nothing() -> None:
     kept = jnp.array([0, 3, 3, 3])
     there = jnp.array([True, True, False, False])
     alone = estimate(params, matrices, seeds[kept], texts[kept], there, begin[kept])
-    for got, right in ((found.gradient, alone.gradient), (found.feedback, alone.feedback)):
+    for got, right in ((found.gradient, alone.gradient), (found.correlations, alone.correlations)):
         np.testing.assert_allclose(flat(got), flat(right), rtol=1e-5, atol=1e-5)
         assert np.abs(flat(right)).max() > 0.1
     np.testing.assert_allclose(found.end[0], alone.end[0], rtol=1e-6)
@@ -338,3 +338,18 @@ def test_noise_is_orthogonal_where_copies_reach_the_width(copies: int) -> None:
         assert np.abs(np.einsum("crn,crm->rnm", noise, noise) - 4 * np.eye(5)).any()
     if copies == 24:
         assert (noise[:8] != noise[8:16]).any()
+
+
+def test_a_recurrence_that_is_not_elementwise_is_refused() -> None:
+    """A gru whose gate reads the state past its tap: an entry then depends on the others."""
+    model = gru(VOCAB, HIDDEN, 5)
+
+    def consume(params: Any, state: Array, token: Array, tap: Tap = untouched) -> Array:
+        mixed = state + 0.1 * jnp.sum(state)
+        return tap("state", model.consume(params, mixed, token, untouched))
+
+    mixing = model._replace(consume=consume)
+    params = model.init(jax.random.key(0))
+    gates.check_elementwise(model, find_taps(model, params), params)
+    with pytest.raises(ValueError, match="the recurrence is not elementwise: entries of 'state' depend"):
+        gates.check_elementwise(mixing, find_taps(mixing, params), params)
