@@ -211,7 +211,7 @@ SUMS = {
 with_sums = pytest.mark.parametrize("es", SUMS.values(), ids=SUMS)
 
 
-@pytest.mark.parametrize(("es", "devices"), halved(SUMS, [1, 4]))
+@pytest.mark.parametrize(("es", "devices"), halved(SUMS.values(), [1, 4]))
 @pytest.mark.usefixtures("short_calls")
 def test_sums_come_to_the_same_in_any_leases_on_any_devices(es: EsConfig, devices: int) -> None:
     """The last chunk is not whole."""

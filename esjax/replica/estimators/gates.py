@@ -96,7 +96,7 @@ def check_elementwise(model: Model, taps: Taps, params: Params) -> None:
         leaves = _leaves(model.initial_state(params))
         moved = {i: leaf + jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) for i, leaf in enumerate(leaves)}
         signs = [
-            jax.random.rademacher(jax.random.fold_in(key, -1 - i), leaf.shape, jnp.float32)
+            jax.random.rademacher(jax.random.fold_in(key, len(leaves) + i), leaf.shape, jnp.float32)
             for i, leaf in enumerate(leaves)
         ]
         state, token = _replace(model.initial_state(params), moved), jnp.int32(STOP)
@@ -108,8 +108,8 @@ def check_elementwise(model: Model, taps: Taps, params: Params) -> None:
     for name, (right, found) in zip(taps.state, derivatives(params), strict=True):
         if not np.allclose(right, found, rtol=1e-3, atol=1e-5):
             raise ValueError(
-                f"the recurrence is not elementwise: entries of {name!r} depend on other entries of the old state; give a "
-                "tap to every pre-activation that reads it"
+                f"the recurrence is not elementwise: entries of {name!r} depend on other entries of the old state; "
+                "give a tap to every pre-activation that reads it"
             )
 
 
@@ -201,7 +201,7 @@ def _give_credit(
     errors: dict[str, Float[Array, "rows entries"]],
     count: int,
     is_start: bool,
-) -> list[Float[Array, " entries"]]:
+) -> list[Array]:
     """Turn the errors of states into the errors of the taps that make them, in place.
 
     Args:

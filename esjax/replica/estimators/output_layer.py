@@ -30,7 +30,7 @@ PAIRS = 128
 CHUNK = 32
 """Pairs whose windows a device reads at a time."""
 
-STEPS = 2**10
+STEPS = 2**13
 """Resolution of a window's gradient, in steps per nat and unit."""
 
 DrawWindows = Callable[..., Int[Array, "pairs sequences length"]]

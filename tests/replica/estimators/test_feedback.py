@@ -71,7 +71,7 @@ def test_it_comes_to_the_transposed_weights_and_lowers_the_variance() -> None:
         return estimate(params, matrices, seeds, texts, jnp.ones(WINDOWS, bool), None)
 
     def take(feedback: Feedback, step: Array) -> tuple[Feedback, None]:
-        parts = [jnp.rint(64 * part).astype(jnp.int32).ravel() for part in found(feedback.matrices, step).feedback]
+        parts = [jnp.rint(64 * part).astype(jnp.int32).ravel() for part in found(feedback.matrices, step).correlations]
         return learn(feedback, jnp.concatenate(parts)), None
 
     first = first_feedback(shapes_of([*chain.values()]))

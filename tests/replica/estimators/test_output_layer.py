@@ -20,7 +20,7 @@ from esjax.errors import EsjaxError
 from esjax.models import Model, gru, rnn, sequence_model
 from esjax.models.member import Loss, Member, cross_entropy
 from esjax.replica.estimators.estimator import LossEstimator, SumEstimator, make_estimator
-from esjax.replica.estimators.output_layer import CHUNK, PAIRS, STEPS, make_output_gradient
+from esjax.replica.estimators.output_layer import PAIRS, STEPS, make_output_gradient
 from esjax.replica.replica import Replica
 from esjax.replica.streams import WINDOWS
 
@@ -57,9 +57,17 @@ def is_output(model: Model, params: Any) -> list[bool]:
 
 def found(model: Model, params: Any, windows: np.ndarray = WINDOWS_OF_ALL, devices: int = 1, **changes: Any) -> Any:
     """Put the exact gradient into an estimate that is 3 everywhere."""
-    settings: dict[str, Any] = {"burn_in": 1, "sigma": SIGMA, "groups": 1} | changes
+    settings: dict[str, Any] = {"burn_in": 1, "groups": 1} | changes
+    burn_in, groups = settings["burn_in"], settings["groups"]
+    data = DataConfig(burn_in=burn_in, window=6 - burn_in, batch_size=2)
     run = make_output_gradient(
-        model, model.units(params), lambda all_windows, pairs: all_windows[pairs], mesh=mesh_of(devices), **settings
+        model,
+        model.units(params),
+        lambda all_windows, pairs: all_windows[pairs],
+        data,
+        SIGMA,
+        groups,
+        mesh_of(devices),
     )
     three = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3), params)
     return jax.jit(run)(three, params, jnp.float32(SLOPE), jnp.asarray(windows))
@@ -78,13 +86,13 @@ def exact(model: Model, params: Any, windows: np.ndarray, burn_in: int) -> Any:
 def check(model: Model, params: Any, got: Any, right: Any, tokens: int) -> None:
     """Compare the output layer with 2 sigma slope times a gradient, and all else with 3.
 
-    Each of the chunks is rounded to steps: half a step is the most that it is off. Sums in float32 add a little.
+    Each of the windows is rounded to steps: half a step is the most that it is off. Sums in float32 add a little.
     """
     factor = 2 * SIGMA * SLOPE
     leaves = (is_output(model, params), *map(jax.tree.leaves, (got, right, model.units(params))))
     for chosen, one, gradient, unit in zip(*leaves, strict=True):
         if chosen:
-            bound = factor * (PAIRS // CHUNK) * 0.5 / (STEPS * tokens * unit)
+            bound = factor * (2 * PAIRS) * 0.5 / (STEPS * tokens * unit)
             assert bound < 0.01 * factor * np.abs(gradient).max()
             np.testing.assert_allclose(one, factor * gradient, rtol=1e-4, atol=bound + 1e-6)
         else:
@@ -104,30 +112,30 @@ def test_it_is_the_gradient_of_the_mean_cross_entropy(name: str, groups: int, bu
 
 
 def test_windows_whose_loss_is_not_finite_count_as_0() -> None:
-    """Reference: the gradient without the chunk of windows with a broken token, over as many tokens."""
+    """Reference: the gradient without the window with a broken token, over as many tokens."""
     model, windows, broken = MODELS["gru"], WINDOWS_OF_ALL[:PAIRS] % (VOCAB - 1), VOCAB - 1
     params = params_of(model)
     params = params._replace(embedding=params.embedding.at[broken].set(jnp.nan))
-    rest = exact(model, params, np.delete(windows, np.s_[CHUNK : 2 * CHUNK], axis=0), 1)
-    rest = jax.tree.map(lambda leaf: leaf * (1 - CHUNK / PAIRS), rest)
-    windows[CHUNK + 3, 1, 2] = broken
+    rest = exact(model, params, np.delete(windows.reshape(-1, 6), 35, axis=0), 1)
+    rest = jax.tree.map(lambda leaf: leaf * (1 - 1 / (2 * PAIRS)), rest)
+    windows[17, 1, 2] = broken  # the window of number 35
     check(model, params, found(model, params, windows), rest, PAIRS * 2 * 5)
 
 
-def test_sums_that_overflow_count_as_0() -> None:
-    """Reference: the gradient of the bias, which is finite beside that of the matrix."""
+def test_parts_that_have_no_room_are_cut_off() -> None:
+    """Reference: a window's part is at most 2^31 over the number of windows, as a power of two, with its sign."""
     model = MODELS["gru"]
     params = params_of(model)
     params = params._replace(
-        head_hidden=jax.tree.map(jnp.zeros_like, params.head_hidden)._replace(bias=jnp.full(5, 3e38)),
+        head_hidden=jax.tree.map(jnp.zeros_like, params.head_hidden)._replace(bias=jnp.full(5, 1e30)),
         head_output=params.head_output._replace(matrix=jnp.zeros((5, VOCAB))),
     )
-    right = exact(model, params, WINDOWS_OF_ALL[:PAIRS], 1)
-    assert (np.abs(np.asarray(right.head_output.matrix, np.float64)) * CHUNK * 2 * 5 > np.finfo(np.float32).max).all()
-    got = found(model, params)
-    assert not got.head_output.matrix.any()
-    bound = 2 * SIGMA * SLOPE * (PAIRS // CHUNK) * 0.5 / (STEPS * PAIRS * 2 * 5 * 0.3)
-    np.testing.assert_allclose(got.head_output.bias, 2 * SIGMA * SLOPE * right.head_output.bias, rtol=1e-4, atol=bound)
+    windows = WINDOWS_OF_ALL[:PAIRS].reshape(-1, 6)
+    signs = np.sign([exact(model, params, window, 1).head_output.bias for window in windows])
+    room = 2 ** int(np.log2((2**31 - 1) / len(windows)))
+    right = 2 * SIGMA * SLOPE * room * signs.sum(axis=0) / (STEPS * len(windows) * 5 * 5**-0.5)
+    got = found(model, params).head_output.matrix
+    np.testing.assert_allclose(got, np.broadcast_to(right, (5, VOCAB)), rtol=1e-5)
 
 
 CONFIG = Config(
