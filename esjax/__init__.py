@@ -15,10 +15,8 @@ A run trains a language model on your text, on one machine or many:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from esjax.config import models as _models
-from esjax.config.models import *  # noqa: F403 (the settings of each architecture)
-
 if TYPE_CHECKING:
+    from esjax.config.models import GruConfig, MinGruConfig, RnnConfig
     from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
         Noise,
@@ -61,16 +59,19 @@ __all__ = [
     "EsConfig",
     "EsjaxError",
     "Evaluation",
+    "GruConfig",
     "Hosts",
     "HostsConfig",
     "LoadedRun",
     "Member",
     "MetricsServer",
+    "MinGruConfig",
     "Model",
     "Noise",
     "OptimConfig",
     "Outcome",
     "Replayed",
+    "RnnConfig",
     "Server",
     "Shaped",
     "StepInfo",
@@ -108,9 +109,11 @@ __all__ = [
     "train",
     "value_and_grad",
 ]
-__all__ += _models.__all__
 
 _HOME = {
+    "GruConfig": "config.models",
+    "MinGruConfig": "config.models",
+    "RnnConfig": "config.models",
     "Evaluation": "inference.language_model",
     "LoadedRun": "inference.loaded_run",
     "Member": "models.member",

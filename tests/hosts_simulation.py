@@ -108,7 +108,7 @@ def losses_of(state: bytes, pairs: np.ndarray) -> np.ndarray:
 
 
 def sum_of(losses: np.ndarray) -> np.ndarray:
-    """Add up some pairs, as `esjax.replica.partial_sums` does; three numbers are the gradient."""
+    """Add up some pairs, as `esjax.replica.estimators.partial_sums` does; three numbers are the gradient."""
     losses = losses[(np.abs(losses) < LARGEST_LOSS).all(axis=1)].astype(np.float64)
     difference = losses[:, 0] - losses[:, 1]
     columns = [np.sign(difference), 1e5 * difference, 1e5 * (losses[:, 0] - 2.5), np.ones(len(losses))]
@@ -149,17 +149,19 @@ def check_updates(
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
             concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
-            _, scale, loss, void_pairs, trouble = concluded
+            _, scale, loss, void_pairs, trouble, slope = concluded
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
-            shaped = shape(values, config.es.shaping, config.es.sigma, windows)
-            numbers, scale, void_pairs, trouble = *shaped, shaped.trouble
+            shaped = shape(values, config.es.shaping, config.es.deviation, windows)
+            numbers, scale, void_pairs, slope = shaped
+            trouble = shaped.trouble
         assert payload == update_record.pack_update(
             update_record.Update(header, numbers if header.applied else numbers[:0])
         )
         assert (header.scale, header.void_pairs, header.applied) == (scale, void_pairs, not trouble)
+        assert header.slope == slope
         state = next_state(state, payload)
 
 

@@ -103,6 +103,16 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"weights must be of shape \[8, 2\] for 8 split pairs",
         lambda: esjax.estimate(esjax.low_rank(0.1, split=True))(PARAMS, SEEDS, esjax.shape(BATCH[:, :2])),
     ),
+    "rows of other pairs": (
+        ValueError,
+        r"rows of w must be of shape \[8, reads\], got \[7, 2\]",
+        lambda: esjax.estimate(NOISE)(PARAMS, SEEDS, esjax.shape(BATCH[:, :2]), rows={"w": jnp.zeros((7, 2), int)}),
+    ),
+    "one row of a pair, with no axis of reads": (
+        ValueError,
+        r"rows of w must be of shape \[8, reads\], got \[8\]",
+        lambda: esjax.estimate(NOISE)(PARAMS, SEEDS, esjax.shape(BATCH[:, :2]), rows={"w": jnp.zeros(8, int)}),
+    ),
 }
 
 

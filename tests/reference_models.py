@@ -48,3 +48,21 @@ def busy(params: Any) -> Any:
     """Give every weight a size at which it matters, start state and biases too."""
     rng = np.random.default_rng(7)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.7, leaf.shape), jnp.float32), params)
+
+
+def mingru_step(
+    p: Any, state: tuple[list[np.ndarray], list[int]], token: int
+) -> tuple[tuple[list[np.ndarray], list[int]], np.ndarray]:
+    """Take a step of `esjax.models.mingru`; the state is that of each layer, and the last tokens, the newest first."""
+    layers, before = state
+    hidden = np.concatenate(layers) @ p.head_hidden.matrix + p.head_hidden.bias
+    logits = np.maximum(hidden, 0) @ p.head_output.matrix + p.head_output.bias
+    seen, new = [token, *before], []
+    a = sum(p.embedding[i][seen[i]] for i in range(len(p.embedding))) + p.bias
+    for i, h in enumerate(layers):
+        d = len(h)
+        z = 1 / (1 + np.exp(-(a[:d] + 1)))
+        new.append(z * h + (1 - z) * np.tanh(a[d:]))
+        if i < len(p.layers):
+            a = new[-1] @ p.layers[i].matrix + p.layers[i].bias
+    return (new, seen[:-1]), logits

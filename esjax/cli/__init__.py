@@ -106,7 +106,7 @@ class _Option(NamedTuple):
 
     Attributes:
         typed: The option as typed, with dashes.
-        name: Name of the setting: es.exact_logits, also for --es.no-exact-logits.
+        name: Name of the setting: data.carry, also for --data.no-carry.
         value: Its value; None: no word follows an option that there is not.
     """
 

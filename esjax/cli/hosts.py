@@ -15,6 +15,7 @@ from rich.table import Table
 
 from esjax.cli.shared import (
     CustomOptions,
+    Moved,
     Run,
     Watching,
     announce_to_hosts,
@@ -229,6 +230,9 @@ class Replay:
     run_folder: Run
     """Run folder."""
 
+    text: Moved = None
+    """New place of the run's text, which must be unchanged. None: the place in its settings."""
+
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
@@ -236,7 +240,7 @@ class Replay:
         prepare()
         from esjax.training.replay import replay_with
 
-        found = replay_with(self.custom.load(), self.run_folder, tell=teller(console))
+        found = replay_with(self.custom.load(), self.run_folder, text=self.text, tell=teller(console))
         print(found.summary())
         sys.exit(0 if found.agrees else 1)
 

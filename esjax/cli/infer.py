@@ -73,10 +73,10 @@ class Tune:
     """Run folder; it is not changed."""
 
     sigma: tuple[float, ...] = ()
-    """Values of sigma to try. By default 0.025 to 0.8."""
+    """Values of sigma to try. By default 0.025 to 0.8, and a tenth of these for credit by gates."""
 
     discount: tuple[float, ...] = ()
-    """Discounts to try, with es.space activation. By default 0 to 1."""
+    """Discounts to try, with es.credit discount. By default 0 to 1."""
 
     space: Annotated[Literal["full", "low_rank", "activation"] | None, tyro.conf.arg(name="es.space")] = None
     """Space to try in place of the run's."""
@@ -93,12 +93,12 @@ class Tune:
     def run(self, console: Console) -> None:
         """Print the cosine of each setting, and the options of the best one."""
         prepare()
-        from esjax.tuning.sigma import DISCOUNTS, REPEATS, SIGMAS, tune
+        from esjax.tuning.sigma import DISCOUNTS, REPEATS, tune
 
         tried = []
         for one in tune(
             self.run_folder,
-            sigmas=self.sigma or SIGMAS,
+            sigmas=self.sigma or None,
             discounts=self.discount or DISCOUNTS,
             space=self.space,
             repeats=REPEATS if self.repeats is None else self.repeats,

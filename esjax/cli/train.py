@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a model from scratch.
 
-    The name of a model, rnn, gru or PATH.py:FUNCTION, anywhere among the options chooses it: esjax train gru --help
-    lists its settings.
+    The name of a model, gru, mingru, rnn or PATH.py:FUNCTION, anywhere among the options chooses it:
+    esjax train gru --help lists its settings.
     """
 
     settings: Annotated[Config, tyro.conf.arg(name="")]

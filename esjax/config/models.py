@@ -10,7 +10,7 @@ from typing import ClassVar, get_args
 
 from esjax.config.section import Section, check_positive
 
-__all__ = ["GruConfig", "RnnConfig"]
+__all__ = ["GruConfig", "MinGruConfig", "RnnConfig"]
 
 
 class _Architecture(Section, tag_field="name"):
@@ -56,7 +56,29 @@ class GruConfig(_Architecture, tag="gru"):
         check_positive(self, "hidden_size", "head_size")
 
 
-ModelConfig = RnnConfig | GruConfig
+class MinGruConfig(_Architecture, tag="mingru"):
+    """Gated elementwise layers (related to minGRU: Feng et al. 2024) whose first gates see the last few tokens."""
+
+    built_by: ClassVar = "esjax.models.mingru:mingru"
+
+    hidden_size: int = 32
+    """Width of the state of a layer."""
+
+    head_size: int = 64
+    """Width of the hidden layer between the states and the prediction."""
+
+    n_layers: int = 1
+    """Number of gated layers; each reads the new state of the layer below."""
+
+    gate_tokens: int = 3
+    """Number of tokens that the gates of the first layer see."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "head_size", "n_layers", "gate_tokens")
+
+
+ModelConfig = RnnConfig | GruConfig | MinGruConfig
 """The settings of any architecture of this package."""
 
 MODELS: dict[str, type[ModelConfig]] = {str(kind.__struct_config__.tag): kind for kind in get_args(ModelConfig)}

@@ -6,6 +6,7 @@ The docstring under each field is its help on the command line and in docs/setti
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal
 
 import msgspec
@@ -88,6 +89,10 @@ class DataConfig(Section):
         return 0 if self.carry else self.burn_in
 
 
+GATED_WINDOWS = 128
+"""Windows of a step with credit by gates, unless the settings say otherwise."""
+
+
 class EsConfig(Section):
     """Evolution strategies: how members are perturbed and scored."""
 
@@ -101,11 +106,13 @@ class EsConfig(Section):
     noise: Literal["rademacher", "gaussian"] = "rademacher"
     """Distribution of the perturbation. rademacher: ±1, the same bits on all hardware. gaussian: normal."""
 
-    sigma: float = 0.2
-    """Standard deviation of the perturbation, in units of each leaf (its typical entry); for activations, absolute."""
+    sigma: float | None = None
+    """Standard deviation of the perturbation, in units of each leaf (its typical entry); for activations, absolute.
+    None: 0.2; with credit gates 0.02."""
 
-    population_size: int = 4096
-    """Members in each step, two for each pair; even. space activation: noisy copies; a multiple of copies."""
+    population_size: int | None = None
+    """Members in each step, two for each pair; even. space activation: noisy copies; a multiple of copies. None: 4096;
+    with credit gates 256, which is 128 windows."""
 
     pairing: Literal["antithetic", "split"] = "antithetic"
     """How the members of a pair differ. antithetic: in the sign of all of ε. split: even columns of ε are shared by the
@@ -135,23 +142,33 @@ class EsConfig(Section):
     """What hosts send: the losses of their pairs, or their part of the gradient sum. auto: sums with space activation,
     or if there are more pairs than weights and no custom loss; else losses."""
 
-    copies: int = 32
-    """space activation: noisy copies of the model that read each window, beside a clean one; a window counts as a
-    pair."""
+    copies: int | None = None
+    """space activation: noisy copies for each window, beside a clean one; a window counts as a pair. If the copies of
+    credit gates reach the width of a layer, their noise is orthogonal. None: 2 for credit gates, 32 for discount."""
+
+    credit: Literal["gates", "discount"] = "gates"
+    """space activation: how the state is credited with the losses of later tokens. gates: noise on the state acts on
+    the next prediction alone, and the gates of the cell say how much of its effect remains later; for an elementwise
+    recurrence (`Model.state_taps`), such as gru. discount: noise stays in the state, and later losses count less and
+    less; for any recurrence."""
+
+    feedback: Literal["learned", "none"] = "learned"
+    """credit gates: guess the error of a layer from that of the next one by learned feedback, so that noise must
+    estimate only the rest. It converges towards the transposed weights."""
 
     discount: float = 0.7
-    """space activation: noise on the state is credited with the losses of all later tokens, each multiplied by this
+    """credit discount: noise on the state is credited with the losses of all later tokens, each multiplied by this
     factor once for every token in between. 0: only the next token counts; 1: all count alike."""
 
     layer_sigma: dict[str, float] = msgspec.field(default_factory=dict)
     """space activation: a different sigma for some pre-activations, by name: logits 0.1 hidden 0.3."""
 
     layer_discount: dict[str, float] = msgspec.field(default_factory=dict)
-    """space activation: a different discount for some pre-activations, by name."""
+    """credit discount: a different discount for some pre-activations, by name."""
 
-    exact_logits: bool = False
-    """space activation: no noise on the logits; use the exact gradient of the loss with respect to them (softmax minus
-    one-hot target)."""
+    output_layer: Literal["auto", "exact", "noise"] = "auto"
+    """Whether the output layer gets noise or its exact gradient: softmax minus one-hot target, times the layer's input,
+    which needs no backward pass. auto: exact with cross entropy, if the model says which layer is its output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,10 +183,10 @@ class EsConfig(Section):
             check(math.isfinite(value) and value > 0, f"layer_sigma must be above 0 and finite, got {value} for {name}")
         members = self.members_per_pair
         check(
-            self.population_size % members == 0,
-            f"population_size must be even, got {self.population_size}"
-            if members == 2
-            else f"population_size must be a multiple of copies = {members}, got {self.population_size}",
+            self.population % members == 0,
+            f"population_size must be even, got {self.population}"
+            if self.space != "activation"
+            else f"population_size must be a multiple of copies = {members}, got {self.population}",
         )
         if self.pairing == "split":
             check(self.space != "activation", "pairing split is for noise on weights; set pairing to antithetic")
@@ -203,14 +220,36 @@ class EsConfig(Section):
             )
 
     @property
+    def is_gated(self) -> bool:
+        """Whether noise on activations gets credit by gates."""
+        return self.space == "activation" and self.credit == "gates"
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the noise: `sigma`, or what is chosen for None."""
+        return self.sigma if self.sigma is not None else 0.02 if self.is_gated else 0.2
+
+    @property
+    def noisy_copies(self) -> int:
+        """The noisy copies of a window: `copies`, or what is chosen for None."""
+        return self.copies if self.copies is not None else 2 if self.is_gated else 32
+
+    @property
+    def population(self) -> int:
+        """Members of a step: `population_size`, or what is chosen for None."""
+        if self.population_size is not None:
+            return self.population_size
+        return GATED_WINDOWS * self.noisy_copies if self.is_gated else 4096
+
+    @property
     def members_per_pair(self) -> int:
         """Members that are scored together: the two of a pair, or the noisy copies of a window."""
-        return self.copies if self.space == "activation" else 2
+        return self.noisy_copies if self.space == "activation" else 2
 
     @property
     def pairs(self) -> int:
         """Pairs, or windows, of a fixed population."""
-        return self.population_size // self.members_per_pair
+        return self.population // self.members_per_pair
 
     @property
     def pairs_a_window(self) -> int:
@@ -366,9 +405,18 @@ def from_yaml(text: str, source: str) -> Config:
     try:
         # Not strict: YAML 1.1 reads 1e-3 as a string.
         values = read_yaml(text)
+        _rename(values, source)
         return msgspec.convert({} if values is None else values, Config, strict=False)
     except (msgspec.MsgspecError, ValueError) as error:
         raise EsjaxError(f"{source}: {explain(error, VARIANTS)}") from error
+
+
+def _rename(values: Any, source: str) -> None:
+    """Put the settings of an earlier version under their present names, and print a line."""
+    es = values.get("es") if isinstance(values, dict) else None
+    if isinstance(es, dict) and isinstance(es.get("exact_logits"), bool):
+        es.setdefault("output_layer", "exact" if es.pop("exact_logits") else "noise")
+        print(f"{source}: es.exact_logits is now es.output_layer {es['output_layer']}", file=sys.stderr)
 
 
 def to_yaml(config: Config) -> str:

@@ -7,11 +7,12 @@ The estimate is the mean over pairs of (shaped value * ε / unit). A process nee
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int8, UInt32
 
-from esjax.core.noise import Noise, Params, Totals
+from esjax.core.noise import Noise, Params, Rows, Totals
 from esjax.core.population import Loss, check_seeds, deal, evaluate, examples_of
 from esjax.core.seeds import Seed, pair_seeds
 from esjax.core.shaping import Shaped, Shaping, is_finite, shape
@@ -29,10 +30,13 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
         chunk_pairs: Pairs whose noise a device sums at a time; `Noise.exact_pairs` is the upper limit. None: 512.
 
     Returns:
-        `(params, seeds, weights, count=None, totals=None) -> totals`. `seeds` is uint32 [pairs, 2] and `weights` int8
-        [pairs], or [pairs, 2] for split pairs. It adds Σ weight * ε over the first `count` pairs (None: all) to
-        `totals` (None: 0), an array for each perturbed leaf. With ±1 noise totals are int32 and exact for up to
-        2^31 / 127 / rank pairs (16 million at rank 1), for any chunks, order and devices.
+        `(params, seeds, weights, count=None, totals=None, rows=None) -> totals`. `seeds` is uint32 [pairs, 2] and
+        `weights` int8 [pairs], or [pairs, 2] for split pairs. It adds Σ weight * ε over the first `count` pairs (None:
+        all) to `totals` (None: 0), an array for each perturbed leaf. With ±1 noise totals are int32 and exact for up to
+        2^31 / 127 / rank pairs (16 million at rank 1), for any chunks, order and devices. `rows` says which rows of a
+        leaf a pair's example reads, such as the tokens of a window for an embedding: `{path: int32 [pairs, reads]}`,
+        where a path names a leaf or all leaves below it. The noise of other rows had no effect on the losses and is
+        left out of the sum.
 
     The returned function raises, while it is traced:
         ValueError: `seeds` or `weights` has the wrong shape.
@@ -45,9 +49,14 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
         weights: Int8[Array, " pairs *halves"],
         count: Int[Array, ""] | int | None = None,
         totals: Totals | None = None,
+        rows: Rows | None = None,
     ) -> Totals:
         layout = noise.lay_out(params)
         check_seeds(seeds)
+        rows = rows or {}
+        for path, read in rows.items():
+            if jnp.ndim(read) != 2 or len(read) != len(seeds):
+                raise ValueError(f"rows of {path} must be of shape [{len(seeds)}, reads], got {list(jnp.shape(read))}")
         halves = (2,) if noise.split else ()
         if weights.shape != (len(seeds), *halves):
             raise ValueError(
@@ -55,8 +64,8 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
                 f"{'split' if noise.split else 'antithetic'} pairs, got {list(weights.shape)}"
             )
 
-        def add(totals: Totals, seeds: Array, weights: Array) -> Totals:
-            sums = layout.weigh(seeds, weights.astype(jnp.float32))
+        def add(totals: Totals, seeds: Array, weights: Array, rows: Rows) -> Totals:
+            sums = layout.weigh(seeds, weights.astype(jnp.float32), rows)
             return [total + more.astype(total.dtype) for total, more in zip(totals, sums, strict=True)]
 
         if count is not None:
@@ -66,16 +75,18 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
         chunks = -(-len(seeds) // size)
         before = layout.zeros() if totals is None else totals
         if chunks == 1 and mesh is None and count is None:
-            return add(before, seeds, weights)
-        missing = chunks * size - len(seeds)
-        in_chunks = jnp.pad(seeds, [(0, missing), (0, 0)]).reshape(chunks, size, 2)
-        of_chunks = jnp.pad(weights, [(0, missing), *[(0, 0)] * len(halves)]).reshape(chunks, size, *halves)
+            return add(before, seeds, weights, rows)
 
-        def add_chunk(chunk: Array, totals: Totals, seeds: Array, weights: Array) -> Totals:
-            return add(totals, seeds[chunk], weights[chunk])
+        def in_chunks(values: Array) -> Array:
+            padded = jnp.pad(values, [(0, chunks * size - len(values)), *[(0, 0)] * (values.ndim - 1)])
+            return padded.reshape(chunks, size, *values.shape[1:])
+
+        def add_chunk(chunk: Array, totals: Totals, *parts: Any) -> Totals:
+            return add(totals, *jax.tree.map(lambda part: part[chunk], parts))
 
         todo = chunks if count is None else -(-jnp.asarray(count, jnp.int32) // size)
-        added = deal(mesh, add_chunk)(jnp.int32(todo), layout.zeros(), in_chunks, of_chunks)
+        parts = jax.tree.map(in_chunks, (seeds, weights, rows))
+        added = deal(mesh, add_chunk)(jnp.int32(todo), layout.zeros(), *parts)
         return [one + two for one, two in zip(before, added, strict=True)]
 
     return weigh_pairs
@@ -90,9 +101,10 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         chunk_pairs: See `weigh`.
 
     Returns:
-        `(params, seeds, shaped, count=None, totals=None) -> gradient`. The gradient is a pytree like `params`, the mean
-        of (shaped value * ε / unit) over the pairs that are not void; frozen leaves get 0. With ±1 noise it is the same
-        to the last bit in any order and on any number of devices. `count` and `totals` are as for `weigh`.
+        `(params, seeds, shaped, count=None, totals=None, rows=None) -> gradient`. The gradient is a pytree like
+        `params`, the mean of (shaped value * ε / unit) over the pairs that are not void; frozen leaves get 0. With ±1
+        noise it is the same to the last bit in any order and on any number of devices. The other arguments are as for
+        `weigh`.
     """
     weigh_pairs = weigh(noise, mesh=mesh, chunk_pairs=chunk_pairs)
 
@@ -102,8 +114,9 @@ def estimate(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None 
         shaped: Shaped,
         count: Int[Array, ""] | int | None = None,
         totals: Totals | None = None,
+        rows: Rows | None = None,
     ) -> Params:
-        totals = weigh_pairs(params, seeds, jnp.asarray(shaped.weights), count, totals)
+        totals = weigh_pairs(params, seeds, jnp.asarray(shaped.weights), count, totals, rows)
         return noise.lay_out(params).gradient(totals, jnp.float32(shaped.scale), params)
 
     return gradient

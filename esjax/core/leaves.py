@@ -84,6 +84,11 @@ def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
+def is_below(path: str, prefix: str) -> bool:
+    """Return whether a path is that of the named leaf, or of a leaf below it."""
+    return path == prefix or path.startswith(prefix + "/")
+
+
 def _units(noise: ANoise, paths: list[str], leaves: list[Any], treedef: Any) -> list[float]:
     units = noise.units
     if units is None:

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from esjax.core.leaves import Leaf, OfLeaf, plan_leaves
+from esjax.core.leaves import Leaf, OfLeaf, is_below, plan_leaves
 from esjax.core.perturbed import PerturbedArray
 from esjax.core.rules import HIGHEST
 from esjax.core.shaping import LIMIT
@@ -38,6 +38,9 @@ Params = Any
 
 Precision = Literal["float32", "bfloat16"]
 """Type to which the operands of matrix products are rounded; sums are float32."""
+
+Rows = dict[str, Int[Array, "pairs reads"]]
+"""By the path of a leaf, or of all leaves below it: which rows of its first axis each pair's example reads."""
 
 Totals = list[Array]
 """Σ weight * ε over pairs: an array for each perturbed leaf, of its shape, before the division by √rank."""
@@ -268,7 +271,9 @@ class Layout:
             leaves[leaf.index] = PerturbedArray(base, left, right, step, value.dtype, leaf.path)
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def weigh(self, seeds: UInt32[Array, "pairs 2"], weights: Float[Array, " pairs *halves"]) -> Totals:
+    def weigh(
+        self, seeds: UInt32[Array, "pairs 2"], weights: Float[Array, " pairs *halves"], rows: Rows | None = None
+    ) -> Totals:
         """Sum weight * ε over pairs.
 
         The sums are exact for ±1, integer weights and at most `Noise.exact_pairs` pairs.
@@ -276,9 +281,13 @@ class Layout:
         Args:
             seeds: Seeds of the pairs.
             weights: [pairs]; for split pairs [pairs, 2]: of the shared columns, and of the others.
+            rows: Rows that each pair's example reads; the noise of others is left out. None: all rows.
         """
         split, totals = self.noise.split, []
         for leaf, parts in zip(self._leaves, self.sample(seeds), strict=True):
+            read = [read for path, read in (rows or {}).items() if is_below(leaf.path, path)]
+            if read:
+                parts = [parts[0] * _are_read(read[0], leaf.shape[0], parts[0].ndim), *parts[1:]]
             if not leaf.factors:
                 sums = jnp.matmul(parts[0], weights, precision=HIGHEST)
                 totals.append(jnp.where(_is_common(leaf.shape), sums[..., 0], sums[..., 1]) if split else sums)
@@ -333,6 +342,13 @@ def _no_gradient(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return np.zeros(leaf.shape, jax.dtypes.float0)
     return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _are_read(read: Int[Array, "pairs reads"], rows: int, axes: int) -> Float[Array, "rows ... pairs"]:
+    """Return 1 for each row that a pair's example reads and 0 for the others, with axes of size 1 between."""
+    marks = jnp.zeros((rows, len(read)), jnp.float32)
+    marks = marks.at[read, jnp.arange(len(read), dtype=jnp.int32)[:, None]].set(1.0)
+    return marks.reshape(rows, *[1] * (axes - 2), len(read))
 
 
 def _is_common(shape: tuple[int, ...]) -> Bool[Array, "..."]:

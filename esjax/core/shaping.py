@@ -38,11 +38,14 @@ class Shaped(NamedTuple):
         weights: Weight of each pair, int8 [pairs]; for split pairs [pairs, 2]: of the shared half, and of the other.
         scale: `scale * Σ weight * ε` is the mean of `shaped value * ε` over the pairs that are not void.
         void_pairs: Number of pairs with weight 0 because one of their losses is not finite.
+        slope: Shaped value for each unit of difference, by least squares: for z-scores one over the standard deviation.
+            The estimate is about `2 * sigma * slope` times the gradient.
     """
 
     weights: Int8[Numbers, "pairs ..."]
     scale: Float[Numbers, ""] | float
     void_pairs: Integer[Numbers, ""] | int
+    slope: Float[Numbers, ""] | float = 0.0
 
     @property
     def trouble(self) -> str:
@@ -113,7 +116,12 @@ def shape(
     scale = xp.where(usable, step / xp.maximum(counted, 1), 0.0)
     weights = weights if examples is not None else weights[:, 0]
     void_pairs = xp.sum(~finite, dtype=np.int32)
-    return Shaped(weights, scale, void_pairs) if xp is jnp else Shaped(weights, float(scale), int(void_pairs))
+    # Of the half that flips sign: the other half of a split pair is credited by a sum, not by a difference.
+    flipped = weights[..., -1] if examples is not None else weights
+    slope = xp.sum(flipped.astype(known.dtype) * step * difference) / xp.maximum(xp.sum(difference**2), 1e-30)
+    if xp is jnp:
+        return Shaped(weights, scale, void_pairs, slope)
+    return Shaped(weights, float(scale), int(void_pairs), float(slope))
 
 
 def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -> Numbers:

@@ -1,8 +1,8 @@
 """Gradient sums: the integer vectors that hosts send in place of losses.
 
-A gradient sum is a vector of int32: one number for each parameter, one for each entry of the carried state, then the
-`TAIL`. Integers add up to the same total in any order, so the total of a step does not depend on which host computed
-which vector, as long as each vector covers whole chunks of pairs.
+A gradient sum is a vector of int32: one number for each parameter, for each entry of the learned feedback and for each
+entry of the carried state, then the `TAIL`. Integers add up to the same total in any order, so the total of a step does
+not depend on which host computed which vector, as long as each vector covers whole chunks of pairs.
 """
 
 import math

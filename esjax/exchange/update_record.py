@@ -42,6 +42,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         vector_length: Length of the gradient sum; 0: the body holds a weight for each pair.
         dtype: Type of the weights, or of the gradient in the sum.
         halves: Weights of each pair: 2 for split pairs, else 1.
+        slope: Shaped value for each unit of difference, see `esjax.core.Shaped`; 0 with a gradient sum.
     """
 
     step: Whole
@@ -53,6 +54,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     vector_length: Whole = 0
     dtype: Integers = "|i1"
     halves: Literal[1, 2] = 1
+    slope: float = 0.0
 
 
 class Update(NamedTuple):

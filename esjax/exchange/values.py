@@ -53,6 +53,7 @@ class Conclusion(NamedTuple):
         loss: Mean of the finite losses, in nats per token if the loss is not custom; None: none is finite.
         void_pairs: Number of pairs of weight 0, with a loss that is not finite.
         trouble: Why the step is void, or "".
+        slope: Shaped value for each unit of difference, see `esjax.core.Shaped`; 0 with gradient sums.
     """
 
     weights: Int[ndarray, " vector_length *halves"]
@@ -60,6 +61,7 @@ class Conclusion(NamedTuple):
     loss: float | None
     void_pairs: int
     trouble: str
+    slope: float = 0.0
 
 
 @runtime_checkable
@@ -166,11 +168,11 @@ class LossExchange:
     def conclude(self, values: Losses, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
         windows = pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
-        shaped = shape(values, es.shaping, sigma=es.sigma, examples=windows)
+        shaped = shape(values, es.shaping, sigma=es.deviation, examples=windows)
         finite = values[np.abs(values) < LARGEST_LOSS] if shaped.void_pairs else values
         loss = float(finite.mean()) if finite.size else None
         weights = shaped.weights[:0] if shaped.trouble else shaped.weights
-        return Conclusion(weights, shaped.scale, loss, shaped.void_pairs, shaped.trouble)
+        return Conclusion(weights, shaped.scale, loss, shaped.void_pairs, shaped.trouble, shaped.slope)
 
 
 class SumExchange:
@@ -270,6 +272,7 @@ def pack_conclusion(
         concluded.void_pairs,
         vector_length,
         halves=halves,
+        slope=concluded.slope,
     )
     return pack_update(Update(header, concluded.weights))
 

@@ -18,12 +18,16 @@ from esjax.models.model import Model, ModelFactory, Params
 from esjax.models.sequence import sequence_model
 
 
-def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
+def linen_model(
+    build: Callable[[int], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+) -> ModelFactory:
     """Adapt a module of flax.linen.
 
     Args:
         build: `(vocab_size) -> module`.
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
+        embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
+        output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
 
     Returns:
         `(vocab_size) -> model`. The model's `init` raises EsjaxError if the module has variables besides parameters.
@@ -41,17 +45,21 @@ def linen_model(build: Callable[[int], Any], *, context: int) -> ModelFactory:
                 )
             return dict(variables)
 
-        return sequence_model(init, module.apply, context)
+        return sequence_model(init, module.apply, context, embeddings=embeddings, output_layer=output_layer)
 
     return _called_like(build, factory)
 
 
-def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
+def nnx_model(
+    build: Callable[[int, Any], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+) -> ModelFactory:
     """Adapt a module of flax.nnx. Variables of type `nnx.Param` are trained.
 
     Args:
         build: `(vocab_size, rngs) -> module`.
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
+        embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
+        output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
 
     Returns:
         `(vocab_size) -> model`.
@@ -65,17 +73,22 @@ def nnx_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory
         def first(key: Key[Array, ""]) -> Any:
             return nnx.split(build(vocab_size, nnx.Rngs(key)), nnx.Param, ...)[1]
 
-        return _module_model(like, first, lambda weights: nnx.merge(graph, weights, rest), context)
+        model = _module_model(like, first, lambda weights: nnx.merge(graph, weights, rest), context)
+        return model._replace(embeddings=embeddings, output_layer=output_layer)
 
     return _called_like(build, factory)
 
 
-def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFactory:
+def equinox_model(
+    build: Callable[[int, Any], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+) -> ModelFactory:
     """Adapt a module of equinox. Arrays of floating type are trained.
 
     Args:
         build: `(vocab_size, key) -> module`.
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
+        embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
+        output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
 
     Returns:
         `(vocab_size) -> model`.
@@ -89,7 +102,8 @@ def equinox_model(build: Callable[[int, Any], Any], *, context: int) -> ModelFac
         def first(key: Key[Array, ""]) -> Any:
             return equinox.filter(build(vocab_size, key), equinox.is_inexact_array)
 
-        return _module_model(like, first, lambda weights: equinox.combine(weights, rest), context)
+        model = _module_model(like, first, lambda weights: equinox.combine(weights, rest), context)
+        return model._replace(embeddings=embeddings, output_layer=output_layer)
 
     return _called_like(build, factory)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from esjax.core.leaves import is_below, leaf_names
 from esjax.errors import EsjaxError
 from esjax.models.model import Model, Params, untouched
 
@@ -44,6 +45,7 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
     unit: Any = jax.tree.structure(model.unit)
     if model.unit is not None and unit != jax.tree.structure(params):
         raise EsjaxError(f"unit of {name} is no tree like its parameters; give a number for each, or leave unit out")
+    _check_paths(name, model, params)
     state, token = shapes("initial_state", params), jax.ShapeDtypeStruct((), jnp.int32)
     for tapped in {False, model.tapped}:
         logits = shapes("predict", params, state, tapped=tapped)
@@ -65,6 +67,18 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
     if model.logits is not None:
         _check_logits(name, shapes, params, model.context, vocab_size)
     return model
+
+
+def _check_paths(name: str, model: Model, params: Params) -> None:
+    """Check that the paths of a model name parameters."""
+    known = ["/".join(leaf_names(path)) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    given = {"output_layer": [model.output_layer] if model.output_layer else [], "embeddings": list(model.embeddings)}
+    for field, paths in given.items():
+        for prefix in paths:
+            if not any(is_below(path, prefix) for path in known):
+                raise EsjaxError(
+                    f"{field} of {name} is {prefix!r}, which names no parameter; there are {', '.join(known)}"
+                )
 
 
 def _check_logits(name: str, shapes: Callable[..., Any], params: Params, context: int, vocab_size: int) -> None:

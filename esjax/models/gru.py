@@ -73,7 +73,7 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
         return params.start
 
     def predict(params: GruParams, state: Float[Array, " hidden"], tap: Tap = untouched) -> Logits:
-        hidden = jax.nn.relu(tap("hidden", affine(state, params.head_hidden)))
+        hidden = tap("hidden", affine(state, params.head_hidden), jax.nn.relu)
         return tap("logits", affine(hidden, params.head_output))
 
     def consume(
@@ -81,8 +81,19 @@ def gru(vocab_size: int, hidden_size: int, head_size: int) -> Model:
     ) -> Float[Array, " hidden"]:
         x_reset, x_update, x_new = jnp.split(params.embedding[token], 3)
         y_reset, y_update, y_new = jnp.split(affine(state, params.recurrent), 3)
-        reset = jax.nn.sigmoid(tap("reset", x_reset + y_reset))
-        update = jax.nn.sigmoid(tap("update", x_update + y_update))
-        return update * state + (1 - update) * jnp.tanh(tap("new", x_new + reset * y_new))
+        reset = tap("reset", x_reset + y_reset, jax.nn.sigmoid)
+        update = tap("update", x_update + y_update, jax.nn.sigmoid)
+        new = tap("new", x_new + reset * y_new, jnp.tanh)
+        return tap("state", update * state + (1 - update) * new)
 
-    return Model(init, initial_state, predict, consume, unit=unit, tapped=True)
+    return Model(
+        init,
+        initial_state,
+        predict,
+        consume,
+        unit=unit,
+        tapped=True,
+        state_taps=("state",),
+        embeddings=("embedding",),
+        output_layer="head_output",
+    )

@@ -60,6 +60,15 @@ class Member(NamedTuple):
         first = self.initial_state() if state is None else state
         return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
 
+    def states(self, tokens: Int[Array, " length"], state: State | None = None) -> State:
+        """Return the state before each token, with a leading axis like `tokens`; arguments as for `read`."""
+
+        def read(state: State, token: Token) -> tuple[State, State]:
+            return self.consume(state, token), state
+
+        first = self.initial_state() if state is None else state
+        return jax.lax.scan(read, first, tokens)[1]
+
     def nats(self, tokens: Int[Array, " length"], state: State | None = None) -> Float[Array, " length"]:
         """Score the prediction of each token: its -log probability, in nats, at least 0.
 

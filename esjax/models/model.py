@@ -16,13 +16,23 @@ State = Any
 Logits = Float[Array, " vocabulary"]
 Token = Int[Array, ""]
 
-Tap = Callable[[str, Array], Array]
-"""`(name, pre-activation) -> pre-activation`: a model calls it on its pre-activations, so that noise can be added."""
+Activation = Callable[[Array], Array]
+"""An elementwise function."""
 
 
-def untouched(name: str, value: Array) -> Array:
-    """Return a pre-activation unchanged: the tap of a plain forward pass."""
+Tap = Callable[..., Array]
+"""`(name, value, activation=identity) -> activation(value)`: a model calls it on its pre-activations, so that noise can
+be added to them."""
+
+
+def identity(value: Array) -> Array:
+    """Return the value: the activation of a tap that names none."""
     return value
+
+
+def untouched(name: str, value: Array, activation: Activation = identity) -> Array:
+    """Return the activation of a pre-activation without noise: the tap of a plain forward pass."""
+    return activation(value)
 
 
 class Model(NamedTuple):
@@ -40,11 +50,20 @@ class Model(NamedTuple):
         unit: A pytree like `params` of positive floats, the unit of each leaf: the size of a typical entry. None: from
             the initial parameters, see `esjax.core.initial_units`.
         tapped: Whether `predict` and `consume` take a last argument `tap: Tap = untouched` and call it on each
-            pre-activation, under a unique name, before any other use. Needed for `es.space activation` alone, which
-            trains the parameters that enter some pre-activation.
+            pre-activation, under a unique name, before any other use. The taps of `predict` are a chain: each value is
+            computed from the one before, the first from the state, and the last, "logits", is the result. Needed for
+            `es.space activation` alone, which trains the parameters that enter some pre-activation.
+        state_taps: For `es.credit gates`: names of taps in `consume` on its result, one for each leaf of the state of
+            floating type, in their order. The recurrence must be elementwise: with the other taps given, an entry of a
+            new leaf depends on the same entry of the old leaf alone. Empty: it is not, or the model does not say.
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
+        embeddings: Paths of parameters whose rows are looked up by token and used for nothing else, such as `embedding`
+            or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
+        output_layer: Path of the parameters of the last layer, which makes the logits and is used for nothing else.
+            With cross entropy this layer then gets its exact gradient in place of noise, see `es.output_layer`. Empty:
+            the model does not say.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -53,8 +72,11 @@ class Model(NamedTuple):
     consume: Callable[..., State]
     unit: Params | None = None
     tapped: bool = False
+    state_taps: tuple[str, ...] = ()
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
+    embeddings: tuple[str, ...] = ()
+    output_layer: str = ""
 
     def units(self, first: Params) -> Params:
         """Return the unit of each leaf: `unit`, or units made from the initial parameters `first`."""

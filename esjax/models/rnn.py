@@ -79,7 +79,7 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
         return params.start
 
     def predict(params: RnnParams, state: Float[Array, " hidden"], tap: Tap = untouched) -> Logits:
-        hidden = jax.nn.relu(tap("hidden", matmul(state, params.head_hidden)))
+        hidden = tap("hidden", matmul(state, params.head_hidden), jax.nn.relu)
         return tap("logits", matmul(hidden, params.head_output))
 
     def consume(
@@ -87,10 +87,19 @@ def rnn(vocab_size: int, hidden_size: int, n_layers: int) -> Model:
     ) -> Float[Array, " hidden"]:
         for i, layer in enumerate(params.layers):
             change = matmul(state, layer.recurrent) * layer.embedding[token]
-            state = jnp.tanh(tap(f"state_{i}", state + change))
+            state = tap(f"state_{i}", state + change, jnp.tanh)
         return state
 
-    return Model(init, initial_state, predict, consume, unit=unit, tapped=True)
+    return Model(
+        init,
+        initial_state,
+        predict,
+        consume,
+        unit=unit,
+        tapped=True,
+        embeddings=tuple(f"layers/{i}/embedding" for i in range(n_layers)),
+        output_layer="head_output",
+    )
 
 
 def _init_layer(key: Key[Array, ""], vocab_size: int, is_constant: Bool[Array, " hidden"]) -> Layer:

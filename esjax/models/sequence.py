@@ -32,6 +32,9 @@ def sequence_model(
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]],
     context: int,
     unit: Params | None = None,
+    *,
+    embeddings: tuple[str, ...] = (),
+    output_layer: str = "",
 ) -> Model:
     """Make a model from a function that predicts all tokens of a sequence at once.
 
@@ -41,6 +44,8 @@ def sequence_model(
             after tokens[i] and may depend on tokens[:i + 1] alone. Lengths are 1 to `context`.
         context: Most tokens that `logits` takes, at least 1. Generation always passes this number.
         unit: See `Model.unit`.
+        embeddings: See `Model.embeddings`.
+        output_layer: See `Model.output_layer`.
     """
 
     def initial_state(params: Params) -> LastTokens:
@@ -55,7 +60,17 @@ def sequence_model(
         place = jnp.minimum(state.known, context - 1)
         return LastTokens(tokens.at[place].set(token.astype(jnp.int32)), place + 1)
 
-    return Model(init, initial_state, predict, consume, unit=unit, logits=logits, context=context)
+    return Model(
+        init,
+        initial_state,
+        predict,
+        consume,
+        unit=unit,
+        logits=logits,
+        context=context,
+        embeddings=embeddings,
+        output_layer=output_layer,
+    )
 
 
 def token_loss(logits: Float[Array, " vocabulary"], token: Token) -> Float[Array, ""]:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from esjax.config.settings import Config
-from esjax.replica.estimator import Estimator, LossEstimator
+from esjax.replica.estimators.estimator import Estimator, LossEstimator
 
 CPU_SEQUENCES = 256
 """Most sequences, each with two members, that a CPU core evaluates at a time, so that their states fit its cache."""
@@ -27,6 +27,9 @@ CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 
 CPU_WEIGHED_BYTES = 2**23
 """Most bytes of that noise on a CPU, so that it fits a core's cache."""
+
+CPU_GATED_SEQUENCES = 32
+"""Sequences that a CPU core reads at a time with credit by gates. Their tokens are scored in smaller blocks."""
 
 ACTIVATION_ROOM = 4
 """Cache that a noisy copy takes, relative to a member: its noise is drawn token by token."""
@@ -69,6 +72,10 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
     """Choose how many pairs a device evaluates at a time."""
     on_cpu = is_cpu(mesh)
     sequences = CPU_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES
+    if config.es.is_gated:
+        pairs = (CPU_GATED_SEQUENCES if on_cpu else ACCELERATOR_SEQUENCES) // config.data.batch_size
+        pairs = min(pairs, config.es.pairs if on_cpu else -(-config.es.pairs // mesh.size))
+        return max(min(pairs, estimator.most_pairs), 2)
     pairs = min(
         sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
     )

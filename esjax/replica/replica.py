@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int8, Int32, Integer, UInt32
 
 from esjax.config.settings import Config
 from esjax.core.gradient import estimate, weigh
-from esjax.core.noise import Noise, Totals
+from esjax.core.noise import Rows, Totals
 from esjax.core.population import deal, evaluate
 from esjax.core.seeds import PERTURBATIONS, pair_seeds, stream_seed
 from esjax.core.shaping import Shaped
@@ -24,16 +24,20 @@ from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span, pairs_of, unpack_update
 from esjax.flags import default_flags
 from esjax.models.check import check_float32
-from esjax.models.member import Loss, PairLoss
+from esjax.models.member import Loss
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
-from esjax.replica.carried_state import first_states
-from esjax.replica.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.carried_state import first_states
+from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.output_layer import OutputGradient, make_output_gradient
+from esjax.replica.estimators.partial_sums import Chunk, SumChunk, rows_read
 from esjax.replica.optimizer import make_optimizer
-from esjax.replica.partial_sums import Chunk, SumChunk
 from esjax.replica.streams import INIT, WINDOWS
 from esjax.replica.transformation import fit_optimizer
 from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
+
+_Tokens = Array | tuple[()]
+"""The training text; () for an update that does not read it."""
 
 
 class Replica:
@@ -48,6 +52,7 @@ class Replica:
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
         vector_length: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: The estimate is `scale` times the gradient sum, over the number of pairs that are not void.
+        reads_tokens: Whether an update needs the text, see `use_tokens`.
         halves: (2,) for split pairs, which have two weights each; else ().
     """
 
@@ -102,6 +107,7 @@ class Replica:
         self.device_batch = chunk_pairs * mesh.size
         self.vector_length = estimator.vector_length
         self.scale = estimator.scale
+        self.reads_tokens = False
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
         self._window_length = window_length
@@ -114,10 +120,23 @@ class Replica:
             self._weighed_at_once = chunking.shape_of_call(
                 chunking.call_pairs(config, chunking.CALL_WEIGHED_PAIRS), weighed_pairs, mesh
             )
+            output_gradient = (
+                make_output_gradient(model, units, draw, data, es.deviation, es.pairs_a_window, mesh)
+                if estimator.is_output_exact
+                else None
+            )
             self._score, self._weigh, self._weigh_and_apply = _for_losses(
-                estimator.noise, estimator.loss, draw, apply, config, mesh, chunk_pairs, weighed_pairs
+                estimator,
+                draw,
+                apply,
+                output_gradient,
+                config,
+                mesh,
+                chunk_pairs,
+                weighed_pairs,
             )
             self._no_totals = self._on_every_device(estimator.zeros)
+            self.reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
         else:
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
@@ -127,7 +146,8 @@ class Replica:
             return dataclasses.replace(state, step=state.step + 1, carried=carried)
 
         self._skip = jax.jit(skip)
-        first = init_state(params, in_units(optimizer, units), first_states(config, model, params))
+        feedback = () if isinstance(estimator, LossEstimator) else estimator.feedback
+        first = init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
         self.state: TrainState = self._on_every_device(first)
         # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
@@ -196,7 +216,7 @@ class Replica:
         if self.vector_length:
             info = self.apply_sum(update.weights, update.header.scale, loss)
         else:
-            info = self.apply(update.pairs(), update.weights, update.header.scale, loss)
+            info = self.apply(update.pairs(), update.weights, update.header.scale, update.header.slope, loss)
         return float(info.gradient_norm), float(info.update_norm)
 
     def warm_up(self) -> None:
@@ -207,7 +227,7 @@ class Replica:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
             self.losses(pairs)
-            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0)
+            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
         self.state = first
 
     @default_flags()
@@ -251,6 +271,7 @@ class Replica:
         pairs: Integer[np.ndarray, " pairs"],
         weights: Int8[np.ndarray, " pairs *halves"],
         scale: float,
+        slope: float = 0.0,
         loss: float = math.nan,
     ) -> UpdateInfo:
         """Update with the shaped weights of the step's pairs; a missing pair counts as weight 0.
@@ -261,15 +282,17 @@ class Replica:
             pairs: Numbers of pairs.
             weights: int8 weights, see `esjax.core.Shaped`.
             scale: Scale of the weights.
+            slope: Shaped value for each unit of difference, see `esjax.core.Shaped`, for an exact output layer.
             loss: Mean loss of the step, for optimizers that take a `value`.
         """
-        totals = self._no_totals
+        tokens, totals = self._tokens if self.reads_tokens else (), self._no_totals
+        assert tokens is not None, "there is no text before use_tokens"
         *calls, last = chunking.calls(self._weighed_at_once, pairs.astype(np.uint32), weights)
         for part in calls:
-            totals = self._weigh(self.state, self._streams, totals, *part)
+            totals = self._weigh(self.state, tokens, self._streams, totals, *part)
         # One program for both: a call to the devices costs as much as the noise of hundreds of pairs.
-        scalars = np.float32(scale), np.float32(loss)
-        return self._take(*self._weigh_and_apply(self.state, self._streams, totals, *scalars, *last))
+        scalars = np.float32(scale), np.float32(slope), np.float32(loss)
+        return self._take(*self._weigh_and_apply(self.state, tokens, self._streams, totals, *scalars, *last))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
         if np.isfinite(info.update_norm):
@@ -299,10 +322,10 @@ class Replica:
 
 
 def _for_losses(
-    noise: Noise,
-    loss: PairLoss,
+    estimator: LossEstimator,
     draw: Callable[..., Array],
     apply: Apply,
+    output_gradient: OutputGradient | None,
     config: Config,
     mesh: Mesh,
     chunk_pairs: int,
@@ -313,8 +336,9 @@ def _for_losses(
     def pair_loss(params: Params, example: _Example, key: Array) -> Array:
         # Draw the windows of a pair here. Outside, every device would draw the windows of all pairs.
         tokens, streams, step, pair = example
-        return loss(params, draw(tokens, streams, step, pair[None])[0], key)
+        return estimator.loss(params, draw(tokens, streams, step, pair[None])[0], key)
 
+    noise = estimator.noise
     losses = evaluate(
         pair_loss,
         noise,
@@ -328,28 +352,46 @@ def _for_losses(
         seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
         return losses(params, seeds, _Example(tokens, streams, step, pairs.reshape(-1)), count)
 
+    def rows(tokens: _Tokens, streams: _Streams, step: Array, pairs: Array) -> Rows | None:
+        if not estimator.embeddings:
+            return None
+        return rows_read(estimator.embeddings, draw(tokens, streams, step, pairs))
+
     sums = weigh(noise, mesh=mesh, chunk_pairs=weighed_pairs)
     gradient = estimate(noise, mesh=mesh, chunk_pairs=weighed_pairs)
 
     def weigh_pairs(
-        state: TrainState, streams: _Streams, totals: Totals, count: Array, pairs: Array, weights: Array
+        state: TrainState,
+        tokens: _Tokens,
+        streams: _Streams,
+        totals: Totals,
+        count: Array,
+        pairs: Array,
+        weights: Array,
     ) -> Totals:
-        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
-        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals)
+        pairs = pairs.reshape(-1)
+        seeds, read = pair_seeds(streams.perturbations, state.step, pairs), rows(tokens, streams, state.step, pairs)
+        return sums(state.params, seeds, weights.reshape(pairs.size, *weights.shape[2:]), count, totals, read)
 
     def weigh_and_apply(
         state: TrainState,
+        tokens: _Tokens,
         streams: _Streams,
         totals: Totals,
         scale: Array,
+        slope: Array,
         loss: Array,
         count: Array,
         pairs: Array,
         weights: Array,
     ) -> tuple[TrainState, UpdateInfo]:
-        seeds = pair_seeds(streams.perturbations, state.step, pairs.reshape(-1))
+        pairs = pairs.reshape(-1)
+        seeds, read = pair_seeds(streams.perturbations, state.step, pairs), rows(tokens, streams, state.step, pairs)
         shaped = Shaped(weights.reshape(pairs.size, *weights.shape[2:]), scale, 0)
-        return apply(state, gradient(state.params, seeds, shaped, count, totals), loss)
+        found = gradient(state.params, seeds, shaped, count, totals, read)
+        if output_gradient is not None:
+            found = output_gradient(found, state.params, slope, tokens, streams, state.step)
+        return apply(state, found, loss)
 
     return jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from esjax.core.noise import Totals
 from esjax.core.units import in_units
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, TAIL
 from esjax.models.model import Params
-from esjax.replica.carried_state import Carried, take
+from esjax.replica.estimators.carried_state import Carried, take
+from esjax.replica.estimators.feedback import Feedback, first_feedback, learn
 
 NORMAL_DEVIATION = (math.pi / 2) ** 0.5
 """Standard deviation of a normal variable whose mean size is 1."""
@@ -34,6 +35,7 @@ class TrainState:
         spread: Standard deviation of the pairs' differences in the last step, in nats, if hosts exchange gradient sums
             of noise on weights; else 0.
         carried: States that the windows of the next step begin with, see `carried_state`; () without carried state.
+        feedback: Learned feedback, see `esjax.replica.estimators.feedback`.
     """
 
     step: PyTree
@@ -42,6 +44,7 @@ class TrainState:
     average: PyTree
     spread: PyTree
     carried: PyTree
+    feedback: Feedback
 
 
 class UpdateInfo(NamedTuple):
@@ -59,10 +62,23 @@ class UpdateInfo(NamedTuple):
 Apply = Callable[[TrainState, Params, Float[Array, ""]], tuple[TrainState, UpdateInfo]]
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, carried: Carried = ()) -> TrainState:
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    carried: Carried = (),
+    feedback: Sequence[tuple[int, int]] = (),
+) -> TrainState:
     """Make the state of step 0 from initial parameters and, with carried state, from `first_states`."""
     opt_state, spread = optimizer.init(params), jnp.float32(0)
-    return TrainState(jnp.int32(0), params, opt_state, average=params, spread=spread, carried=carried)
+    return TrainState(
+        jnp.int32(0),
+        params,
+        opt_state,
+        average=params,
+        spread=spread,
+        carried=carried,
+        feedback=first_feedback(feedback),
+    )
 
 
 def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_fraction: float) -> Apply:
@@ -91,7 +107,7 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
         slope = jax.tree.map(lambda leaf, unit: leaf * unit, gradient, units)
         change = jax.tree.map(lambda leaf, unit: leaf / unit, updates, units)
         info = UpdateInfo(optax.tree.norm(slope), optax.tree.norm(change))
-        return TrainState(step, params, opt_state, average, state.spread, state.carried), info
+        return TrainState(step, params, opt_state, average, state.spread, state.carried, state.feedback), info
 
     return apply
 
@@ -119,7 +135,9 @@ def make_apply_sum(
         state, info = apply(state, gradient(unravel(total[: flat.size]), scale, state.params), loss)
         counted, _, differences = total[-TAIL:].astype(jnp.float32)
         spread = NORMAL_DEVIATION * differences / DIFFERENCE_STEPS / jnp.maximum(counted, 1)
-        carried = take(total[flat.size : -TAIL], state.carried)
-        return dataclasses.replace(state, spread=spread, carried=carried), info
+        end = flat.size + sum(matrix.size for matrix in state.feedback.matrices)
+        feedback = learn(state.feedback, total[flat.size : end])
+        carried = take(total[end:-TAIL], state.carried)
+        return dataclasses.replace(state, spread=spread, carried=carried, feedback=feedback), info
 
     return apply_sum

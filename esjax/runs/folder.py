@@ -41,10 +41,10 @@ from esjax.runs.reader import find_runs
 RUN = "run.json"
 """Name of the file that marks a run folder."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout, of the noise and of the arithmetic: runs of the same format are replayed bit for bit."""
 
-READABLE = (1, 2)
+READABLE = (1, 2, 3)
 """Versions whose weights can be read."""
 
 LOCK_TRIES = 5

@@ -8,7 +8,7 @@ import optax
 
 from esjax.devices.mesh import whole_mesh
 from esjax.errors import EsjaxError
-from esjax.inference.loaded_run import complete_custom
+from esjax.inference.loaded_run import complete_custom, load_run_corpus
 from esjax.models.custom import Custom, Reward
 from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
@@ -64,6 +64,7 @@ def replay(
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
+    text: str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Replayed:
     """Apply every update in the ledger of a run to its first parameters, and compare digests.
@@ -74,16 +75,22 @@ def replay(
         loss: The custom loss of the run, likewise.
         reward: The custom reward of the run, likewise.
         optimizer: The custom optimizer of the run, likewise.
+        text: New place of the run's text, see `esjax.resume`. An exact output layer, and noise on the rows of an
+            embedding, follow from the windows of each step.
         tell: Called with each line for the user.
 
     Raises:
-        EsjaxError: The path is not a run folder, it has no ledger from step 0 on, or custom code is missing or has
-            changed.
+        EsjaxError: The path is not a run folder, it has no ledger from step 0 on, or its text or custom code is missing
+            or has changed.
     """
-    return replay_with(load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer), path, tell=tell)
+    return replay_with(
+        load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer), path, text=text, tell=tell
+    )
 
 
-def replay_with(custom: Custom, path: str | Path, *, tell: Callable[[str], None] = print) -> Replayed:
+def replay_with(
+    custom: Custom, path: str | Path, *, text: str | None = None, tell: Callable[[str], None] = print
+) -> Replayed:
     """`replay`, given the custom parts that the run does not find by itself."""
     folder = RunFolder(given_path(path))
     folder.check_goes_on()
@@ -92,6 +99,8 @@ def replay_with(custom: Custom, path: str | Path, *, tell: Callable[[str], None]
         raise EsjaxError(f"{str(path)!r} has no ledger; train with --ledger, or with hosts, to keep one")
     config, size = folder.config, folder.vocabulary.size
     replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
+    if replica.reads_tokens:
+        replica.use_tokens(load_run_corpus(folder, text).stream())
     restored = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
     compared, compared_step, differs_at = 0, 0, None

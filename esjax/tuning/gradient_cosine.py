@@ -49,6 +49,8 @@ def gradient_cosines(
 ) -> Iterator[GradientCosine]:
     """Compare estimates with exact gradients at the same parameters, with new windows and noise in each step.
 
+    Learned feedback begins with guesses of 0, and learns from one comparison to the next.
+
     Args:
         config: Settings; `es.time_per_step`, `optim.average` and `data.carry` are ignored.
         model: The architecture.
@@ -56,6 +58,17 @@ def gradient_cosines(
         stream: Packed training documents.
         mesh: Devices that share the population.
         steps: Number of comparisons.
+    """
+    for estimate, exact, squares in steps_of_estimates(config, model, params, stream, mesh, steps):
+        yield _compare(estimate, exact, squares)
+
+
+def steps_of_estimates(
+    config: Config, model: Model, params: Params, stream: Integer[np.ndarray, " length"], mesh: Mesh, steps: int
+) -> Iterator[tuple[Params, Params, float]]:
+    """Yield the estimate of each step, the exact gradient of its windows, and the mean squared norm of theirs.
+
+    Both are in units. The arguments are those of `gradient_cosines`.
     """
     es = replace(config.es, time_per_step=None)
     optim = replace(config.optim, average=0.0)
@@ -69,7 +82,7 @@ def gradient_cosines(
     length = data.burn_in + data.window
 
     @default_flags()
-    def compare(step: int) -> GradientCosine:
+    def take(step: int) -> tuple[Params, Params, float]:
         replica.use_params(params)
         local.take()
         estimate = jax.tree.map(lambda old, new, unit: (old - new) / unit, params, replica.state.params, units)
@@ -82,9 +95,9 @@ def gradient_cosines(
             for first in range(0, len(windows), AT_ONCE)
         ]
         exact, squares = jax.tree.map(partial(_mean, len(windows)), *parts)
-        return _compare(estimate, exact, float(squares))
+        return estimate, exact, float(squares)
 
-    yield from map(compare, range(steps))
+    yield from map(take, range(steps))
 
 
 def _mean(count: int, *parts: Array) -> Array:
@@ -106,13 +119,17 @@ def _gradient(
 
 
 def _compare(estimate: Params, exact: Params, squares: float) -> GradientCosine:
-    paths = jax.tree_util.tree_flatten_with_path(exact)[0]
-    names = [jax.tree_util.keystr(path).lstrip(".") for path, _ in paths]
+    names = leaf_names(exact)
     ours = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(estimate)]
-    theirs = [np.asarray(leaf, np.float64).ravel() for _, leaf in paths]
+    theirs = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(exact)]
     leaves = {name: _cosine(one, two) for name, one, two in zip(names, ours, theirs, strict=True)}
     whole = np.concatenate(theirs)
     return GradientCosine(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
+
+
+def leaf_names(params: Params) -> list[str]:
+    """Name each leaf, such as `recurrent.matrix`."""
+    return [jax.tree_util.keystr(path).lstrip(".") for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from esjax.tuning.gradient_cosine import gradient_cosines
 from esjax.tuning.intervals import front_runners, half_width
 
 SIGMAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
-"""Default values of sigma to try."""
+"""Default values of sigma to try; a tenth of them for credit by gates."""
 
 DISCOUNTS = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 """Default discounts to try."""
@@ -32,7 +32,7 @@ class Tried(NamedTuple):
 
     Attributes:
         sigma: Size of the perturbations, in units of each leaf; with noise on activations, as it is.
-        discount: Discount; None for noise on weights.
+        discount: Discount; None for noise on weights, and for credit by gates.
         cosines: Cosine of the estimate with the exact gradient in each repeat. A repeat has the same windows and the
             same signs of the noise for all settings.
         leaves: Mean cosine of each leaf, by name.
@@ -72,7 +72,7 @@ def not_told_apart(tried: Sequence[Tried]) -> list[Tried]:
 def tune(
     path: str | Path,
     *,
-    sigmas: Sequence[float] = SIGMAS,
+    sigmas: Sequence[float] | None = None,
     discounts: Sequence[float] = DISCOUNTS,
     space: str | None = None,
     repeats: int = REPEATS,
@@ -80,14 +80,14 @@ def tune(
     model: ModelFactory | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> Iterator[Tried]:
-    """Measure the cosine for each sigma; with noise on activations, then for each discount at one sigma.
+    """Measure the cosine for each sigma; with credit by discount, then for each discount at one sigma.
 
     That sigma is the run's, if it does not differ significantly from the best, see `not_told_apart`; otherwise the
     best. Nothing is trained, and the run is not changed.
 
     Args:
         path: Run folder; its newest weights are used.
-        sigmas: Values of sigma to try.
+        sigmas: Values of sigma to try. None: `SIGMAS`, or a tenth of each for credit by gates.
         discounts: Discounts to try.
         space: Value of `es.space` in place of the run's.
         repeats: Steps over which a cosine is averaged, at least 1; differences need at least 2.
@@ -122,9 +122,12 @@ def tune(
         found = [*gradient_cosines(chosen, built, params, stream, local_mesh(), repeats)]
         cosines = tuple(compared.cosine for compared in found)
         leaves = {name: float(np.mean([compared.leaves[name] for compared in found])) for name in found[0].leaves}
-        discount = chosen.es.discount if chosen.es.space == "activation" else None
-        return Tried(chosen.es.sigma, discount, cosines, leaves, chosen.es == folder.config.es)
+        discount = chosen.es.discount if chosen.es.space == "activation" and not chosen.es.is_gated else None
+        current = replace(folder.config.es, sigma=folder.config.es.deviation)
+        return Tried(chosen.es.deviation, discount, cosines, leaves, chosen.es == current)
 
+    if sigmas is None:
+        sigmas = [sigma / 10 for sigma in SIGMAS] if config.es.is_gated else SIGMAS
     tried = []
     for sigma in sigmas:
         tried.append(attempt(sigma=sigma))

@@ -29,7 +29,7 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     a_member = data.batch_size * data.window
     population = (
-        f"population {es.population_size:,}, {es.population_size * a_member:,} tokens a step"
+        f"population {es.population:,}, {es.population * a_member:,} tokens a step"
         if es.time_per_step is None
         else f"as many members as {es.time_per_step:g} s a step allow, {a_member:,} tokens each"
     )

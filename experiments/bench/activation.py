@@ -35,7 +35,7 @@ def measure(hidden: int, settings: Activation) -> Row:
     """Measure one width."""
     es = EsConfig(space="activation", population_size=settings.population)
     config = Config(es=es, model=GruConfig(hidden_size=hidden, head_size=max(64, hidden)))
-    exact = replace(config, es=replace(es, exact_logits=True))
+    exact = replace(config, es=replace(es, output_layer="exact"))
     mesh, data = local_mesh(), config.data
     model = build_model(config.model, VOCAB)
     params = model.init(jax.random.key(0))

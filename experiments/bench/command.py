@@ -45,6 +45,7 @@ class Bench:
     frameworks: settings.Frameworks = field(default_factory=settings.Frameworks)
     exchange: settings.Exchange = field(default_factory=settings.Exchange)
     cosines: settings.Cosines = field(default_factory=settings.Cosines)
+    bias: settings.Bias = field(default_factory=settings.Bias)
     execution: settings.Execution = field(default_factory=settings.Execution)
     workers: settings.Workers = field(default_factory=settings.Workers)
     watching: settings.Watching = field(default_factory=settings.Watching)

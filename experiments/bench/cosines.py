@@ -1,6 +1,6 @@
-"""The cosine between an estimate and the exact gradient by population, for each value of `es.space`.
+"""The cosine between an estimate and the exact gradient by population, for each estimator.
 
-It is measured at the weights of a short run with noise on activations. For noise on weights the table adds the
+It is measured at the weights of a short run with noise on activations. For noise on all weights the table adds the
 prediction 1 / sqrt(1 + n r / K) for n parameters, K pairs with one window each, and the dispersion r of the windows'
 gradients. (With r = 1, equal windows, it is that of Dust, 2026.)
 """
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPACES = {
-    "full": EsConfig(space="full"),
-    "low_rank": EsConfig(space="low_rank"),
-    "activation": EsConfig(space="activation"),
-    "activation, exact logits": EsConfig(space="activation", exact_logits=True),
+    "full": EsConfig(space="full", output_layer="noise"),
+    "low_rank": EsConfig(space="low_rank", output_layer="noise"),
+    "low_rank, exact output": EsConfig(space="low_rank"),
+    "discount": EsConfig(space="activation", credit="discount"),
+    "gates": EsConfig(space="activation"),
 }
 
 
@@ -39,7 +40,7 @@ def run(settings: Cosines) -> Report:
     config = Config(
         steps=settings.steps,
         data=DataConfig(text=settings.text),
-        es=EsConfig(space="activation", population_size=settings.population),
+        es=EsConfig(space="activation"),
         model=GruConfig(hidden_size=settings.hidden, head_size=2 * settings.hidden),
     )
     corpus = load_corpus(config.data)
@@ -59,7 +60,7 @@ def run(settings: Cosines) -> Report:
             cosines = np.array([compared.cosine for compared in found])
             row["cosine"] = float(cosines.mean())
             row["standard error"] = float(cosines.std(ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None
-            if es.space != "activation":
+            if es.output_layer == "noise":
                 row["dispersion"] = dispersion = float(np.mean([compared.dispersion for compared in found]))
                 row["law"] = (1 + parameters * dispersion / (population / 2)) ** -0.5
             rows.append(row)

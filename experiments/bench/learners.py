@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
@@ -18,6 +17,7 @@ from esjax.config.settings import Config, replace
 from esjax.core import Noise, evaluate, pair_seeds, shape
 from esjax.core.population import PAIRS_AXIS
 from esjax.core.seeds import PERTURBATIONS, stream_seed
+from esjax.core.units import in_units
 from esjax.data.corpus import Corpus
 from esjax.data.packing import draw_windows
 from esjax.devices.mesh import local_mesh
@@ -29,6 +29,7 @@ from esjax.models.model import Params
 from esjax.replica.optimizer import make_optimizer
 from esjax.replica.replica import Replica
 from esjax.replica.streams import INIT, WINDOWS
+from esjax.replica.update import TrainState, init_state, make_apply
 from esjax.training.run import Trainer
 
 NEVER = 1e9
@@ -46,10 +47,12 @@ class Learner(NamedTuple):
         step: `(done) -> tokens` does a few steps, waits for them, and returns how many (member-)tokens they read.
             `done` is the fraction of the run that is over, for schedules with an end.
         params: Returns the weights to evaluate.
+        score: Held-out loss of weights, if the model is not that of the other learners.
     """
 
     step: Callable[[float], int]
     params: Callable[[], Params]
+    score: Callable[[Params], float] | None = None
 
 
 class Point(NamedTuple):
@@ -73,7 +76,7 @@ def train_in_turns(
                 started = time.perf_counter()
                 clock[1] += learner.step(min(1.0, clock[0] / seconds))
                 clock[0] += time.perf_counter() - started
-            curves[name].append(Point(clock[0], int(clock[1]), held_out(learner.params())))
+            curves[name].append(Point(clock[0], int(clock[1]), (learner.score or held_out)(learner.params())))
     return curves
 
 
@@ -149,32 +152,31 @@ def mean_gradient(model: Model, mesh: Mesh, burn_in: int) -> Callable[[Params, I
     return gradient
 
 
-def backpropagation(config: Config, corpus: Corpus, rate: float, batch: int, at_a_time: int = 10) -> Learner:
-    """Train with exact gradients and Adam, whose rate falls to 0 as a cosine over the run; `at_a_time` steps per call.
+def backpropagation(config: Config, corpus: Corpus, batch: int, at_a_time: int = 10) -> Learner:
+    """Train with exact gradients, and the optimizer, schedule and average of a run; `at_a_time` steps per call.
 
     The batch is rounded up to a multiple of the number of devices.
     """
     model, params, _, mesh, windows_of = _set(config, corpus)
-    rule, gradient_of = optax.scale_by_adam(), mean_gradient(model, mesh, config.data.burn_in)
+    optimizer, units = make_optimizer(config.optim, None), model.units(params)
+    gradient_of = mean_gradient(model, mesh, config.data.burn_in)
+    apply = make_apply(optimizer, units, config.optim.average)
     batch += -batch % mesh.size
 
-    def update(number: Array, carried: tuple[Params, Any], rate: Array) -> tuple[Params, Any]:
-        params, state = carried
-        windows = windows_of(number, jnp.arange(batch, dtype=jnp.uint32), 1)[:, 0]
-        updates, state = rule.update(gradient_of(params, windows), state)
-        return jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates), state
+    def update(state: TrainState) -> TrainState:
+        windows = windows_of(state.step, jnp.arange(batch, dtype=jnp.uint32), 1)[:, 0]
+        return apply(state, gradient_of(state.params, windows), jnp.float32(0))[0]
 
-    jitted, carried, number = jax.jit(update), (params, rule.init(params)), 0
+    jitted, state = jax.jit(update), init_state(params, in_units(optimizer, units))
 
     def step(done: float) -> int:
-        nonlocal carried, number
+        nonlocal state
         for _ in range(at_a_time):
-            carried = jitted(np.int32(number), carried, np.float32(rate * (1 + np.cos(np.pi * done)) / 2))
-            number += 1
-        jax.block_until_ready(carried)
+            state = jitted(state)
+        jax.block_until_ready(state)
         return at_a_time * batch * config.data.window
 
-    return Learner(step, lambda: carried[0])
+    return Learner(step, lambda: state.average)
 
 
 def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, at_once: int) -> Learner:
@@ -185,7 +187,7 @@ def evosax(config: Config, corpus: Corpus, *, population: int, sequences: int, a
         mesh,
         burn_in=config.data.burn_in,
         population=population,
-        sigma=config.es.sigma,
+        sigma=config.es.deviation,
         optimizer=make_optimizer(config.optim, None),
         at_once=at_once,
     )
@@ -229,11 +231,11 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
     """
     model, _, _, mesh, windows_of = _set(config, corpus)
     es, data = config.es, config.data
-    count = es.pairs if paired else es.population_size
+    count = es.pairs if paired else es.population
     chosen = replace(config, es=replace(es, population_size=2 * count, exchange="losses"))
     replica = Replica(chosen, model, None, mesh)
     rank = es.rank if es.space == "low_rank" else 0
-    noise = Noise(es.sigma, rank, gaussian=es.noise == "gaussian", units=replica.units)
+    noise = Noise(es.deviation, rank, gaussian=es.noise == "gaussian", units=replica.units)
     loss = over_sequences(model, cross_entropy(data.burn_in))
     score = evaluate(loss, noise, mesh=mesh, chunk_pairs=replica.chunk_pairs)
     of_noise = stream_seed(config.seed, PERTURBATIONS)
@@ -248,8 +250,8 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
         losses = np.array(losses_of(replica.state.params, replica.state.step))
         if not paired:  # -ε is scored, too, and ignored: tokens are compared here, not seconds
             losses[:, 1] = mean_of_peers(losses[:, 0], pairs_a_window)
-        shaped = shape(losses, es.shaping, es.sigma)
-        replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale)
-        return es.population_size * data.batch_size * data.window
+        shaped = shape(losses, es.shaping, es.deviation)
+        replica.apply(np.arange(count, dtype=np.uint32), shaped.weights, shaped.scale, shaped.slope)
+        return es.population * data.batch_size * data.window
 
     return Learner(step, lambda: replica.state.average)

@@ -1,9 +1,10 @@
 """Held-out loss by seconds and by tokens, from the same initial weights on the same text; all methods train in turns.
 
-The methods: noise on weights (the defaults; split pairs; low rank 4; full), noise on activations, OpenES of evosax with
-the same optimizer, and backpropagation with Adam. Short trials, taken in turns, find the step size of each method by
-the held-out loss; also the number of windows that members of evosax share, and the batch size of backpropagation, since
-these have no usual value. The schedule of backpropagation ends with the trial or the run.
+The methods: noise on weights (the defaults; with noise on the output layer, too; split pairs; full), noise on
+activations (credit by gates, with and without learned feedback; by discount; by gates for the model mingru), OpenES of
+evosax, and backpropagation for both models. All have the optimizer, schedule and average of a run. Short trials, taken
+in turns, find the step size of each method by the held-out loss; also the number of windows that members of evosax
+share, and the batch size of backpropagation, since these have no usual value.
 """
 
 import math
@@ -15,8 +16,8 @@ from bench.learners import Learner, Point, backpropagation, evosax, ours, scorer
 from bench.report import Report, Row, print_row
 from bench.search import Choice, best_of, search
 from bench.settings import Learning
-from esjax.config.models import GruConfig
-from esjax.config.settings import Config, DataConfig, EsConfig, replace
+from esjax.config.models import GruConfig, MinGruConfig
+from esjax.config.settings import GATED_WINDOWS, Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.models.model import Params
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 TURNS = 4
 """Number of turns of a trial."""
 
-BACKPROPAGATION_RATE = 0.005
-"""Adam's usual rate for backpropagation with such models."""
+BACKPROPAGATION_RATE = 0.03
+"""Usual step size of backpropagation, in units."""
 
 
 class Method(NamedTuple):
@@ -47,6 +48,7 @@ class Method(NamedTuple):
 def run(settings: Learning) -> Report:
     """Search, then train."""
     config = Config(
+        seed=settings.seed,
         data=DataConfig(text=settings.text),
         model=GruConfig(hidden_size=settings.hidden, head_size=settings.head),
     )
@@ -75,10 +77,20 @@ def run(settings: Learning) -> Report:
 
 def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, Method]:
     """Name every method."""
+    elementwise = replace(config, model=MinGruConfig(hidden_size=settings.hidden, head_size=settings.head))
+    of_elementwise = scorer(elementwise, corpus)
 
-    def es(**changes: Any) -> Method:
+    def weights(**changes: Any) -> Method:
         chosen = replace(config, es=EsConfig(population_size=settings.population, **changes))
         return Method(lambda choice: ours(_at(chosen, choice.rate), corpus), config.optim.learning_rate)
+
+    def activation(config: Config = config, score: Callable[[Params], float] | None = None, **changes: Any) -> Method:
+        chosen = replace(config, es=EsConfig(space="activation", **changes))
+
+        def make(choice: Choice) -> Learner:
+            return ours(_at(chosen, choice.rate), corpus)._replace(score=score)
+
+        return Method(make, config.optim.learning_rate)
 
     def rival(choice: Choice) -> Learner:
         return evosax(
@@ -89,17 +101,25 @@ def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, Met
             at_once=max(1, settings.at_once // choice.windows),
         )
 
-    def exact(choice: Choice) -> Learner:
-        return backpropagation(config, corpus, choice.rate, choice.windows)
+    def exact(config: Config = config, score: Callable[[Params], float] | None = None) -> Method:
+        def make(choice: Choice) -> Learner:
+            return backpropagation(_at(config, choice.rate), corpus, choice.windows)._replace(score=score)
+
+        return Method(make, BACKPROPAGATION_RATE, settings.batches)
 
     return {
-        "low rank 1": es(),
-        "split": es(pairing="split"),
-        "low rank 4": es(rank=4),
-        "full": es(space="full"),
-        "activation": es(space="activation"),
+        "low rank 1": weights(),
+        "low rank 1, noisy output": weights(output_layer="noise"),
+        "split": weights(pairing="split"),
+        "low rank 4": weights(rank=4),
+        "full": weights(space="full"),
+        "gates": activation(),
+        "gates, no feedback": activation(feedback="none", copies=8, population_size=8 * GATED_WINDOWS),
+        "discount": activation(credit="discount", population_size=settings.population),
+        "gates, mingru": activation(elementwise, of_elementwise),
         "evosax": Method(rival, config.optim.learning_rate, settings.evosax_windows),
-        "backpropagation": Method(exact, BACKPROPAGATION_RATE, settings.batches),
+        "backpropagation": exact(),
+        "backpropagation, mingru": exact(elementwise, of_elementwise),
     }
 
 

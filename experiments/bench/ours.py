@@ -32,7 +32,7 @@ def replica_of(config: Config, mesh: Mesh) -> Replica:
 
 def member_tokens(config: Config) -> int:
     """Count the member-tokens of a step."""
-    return config.es.population_size * config.data.batch_size * config.data.window
+    return config.es.population * config.data.batch_size * config.data.window
 
 
 def evaluation(config: Config, replica: Replica) -> Candidate:

@@ -168,9 +168,9 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
     model, burn_in = build_model(config.model, VOCAB), config.data.burn_in
     params = model.init(jax.random.key(0))
     room = DENSE_BYTES[not _on_cpu()] // sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    dense = max(2 * mesh.size, min(es.population_size, 2 ** int(np.log2(room))))
+    dense = max(2 * mesh.size, min(es.population, 2 ** int(np.log2(room))))
     length = burn_in + config.data.window
-    tokens = jnp.asarray(random_tokens((es.population_size * size.sequences, length)), jnp.int32)
+    tokens = jnp.asarray(random_tokens((es.population * size.sequences, length)), jnp.int32)
     of_pairs = tokens[: len(tokens) // 2].reshape(es.pairs, size.sequences, length)
     work = member_tokens(config)
     candidates = peak(settings.peak)
@@ -185,7 +185,7 @@ def rivals(size: Size, settings: Throughput) -> dict[str, Candidate]:
             members = max(1, at_once // size.sequences)
             of_kind = shared | {"precision": precision}
             make = partial(evosax_open_es, model, mesh, population=dense, at_once=members, **of_kind)
-            dense_work = work * dense // es.population_size
+            dense_work = work * dense // es.population
             candidates[f"{prefix}evosax: {at_once}"] = _step_of(make, params, tokens[: size.sequences], dense_work)
             of_kind |= {"pairs": es.pairs, "rank": 1, "at_once": max(1, members // 2)}
             for how, kept in (("kept", True), ("grown again", False)):
@@ -215,7 +215,7 @@ def in_numpy(size: Size, tokens_a_call: int) -> dict[str, Candidate]:
     config = size.config
     model = build_model(config.model, VOCAB)
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(model.init(jax.random.key(0)))]
-    rnn = NumpyRnn(params, config.es.sigma, config.data.burn_in)
+    rnn = NumpyRnn(params, config.es.deviation, config.data.burn_in)
     tokens = random_tokens((size.sequences, config.data.burn_in + config.data.window)).astype(np.int64)
     work = 2 * size.sequences * config.data.window
     pairs = max(1, tokens_a_call // work)

@@ -170,8 +170,8 @@ def test_evaluate_prints_json_whose_splits_add_up(work: Path) -> None:
 
 
 def test_tune_prints_words_to_copy(work: Path) -> None:
-    words = ("--es.space", "activation", "--sigma", "0.1", "--discount", "0.7")
-    assert "population_size must be a multiple of copies" in call("tune", "run", *words).err
+    words = ("--es.space", "activation", "--sigma", "0.1", "--repeats", "1")
+    assert re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4}", succeed("tune", "run", *words).out.splitlines()[0])
     lines = succeed("tune", "run", "--sigma", "0.1", "0.1", "--repeats", "2").out.splitlines()
     assert all(re.fullmatch(r"sigma 0.1 +cosine -?[01]\.\d{4} ± \d+\.\d{4}", line) for line in lines[:2])
     assert lines[2].startswith("no difference seen between --es.sigma 0.1, --es.sigma 0.1;")
@@ -435,12 +435,12 @@ def test_a_model_may_be_named_anywhere(
     assert settings.steps == 3
 
 
-@pytest.mark.parametrize("switch", ["--ledger", "--no-ledger", "--es.exact-logits", "--es.no-exact-logits"])
+@pytest.mark.parametrize("switch", ["--ledger", "--no-ledger", "--data.carry", "--data.no-carry"])
 def test_a_model_may_be_named_after_a_switch(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
-    settings = settings_of(monkeypatch, switch, "rnn")
+    settings = settings_of(monkeypatch, "--es.space", "activation", switch, "rnn")
     assert settings.model == RnnConfig()
     is_on = "no-" not in switch
-    assert (settings.ledger, settings.es.exact_logits) == (is_on and "ledger" in switch, is_on and "exact" in switch)
+    assert (settings.ledger, settings.data.carry) == (is_on and "ledger" in switch, is_on and "carry" in switch)
 
 
 def test_a_model_may_be_named_after_a_switch_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,8 +650,11 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--es.layer-sigma", "a", "1", "a", "2"], "--es.layer-sigma names a twice; leave one of them out"),
         (["train", "--es.layer-sigma", "logits", "x"], "es.layer_sigma: a value must be a number, not a text"),
         (["train", "--config"], "--config needs a value"),
-        (["train", "--ledger=true"], "'true' is neither the value of an option nor a model; models are rnn, gru"),
-        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru"),
+        (
+            ["train", "--ledger=true"],
+            "'true' is neither the value of an option nor a model; models are rnn, gru, mingru",
+        ),
+        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru, mingru"),
         (["sweep", "--axis"], "--axis needs a value"),
         (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
     ],

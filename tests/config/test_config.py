@@ -19,12 +19,21 @@ import pytest
 
 from esjax.config import models as models_module
 from esjax.config import settings as config_module
-from esjax.config.models import MODELS, GruConfig, RnnConfig
+from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
 from esjax.errors import EsjaxError
 
-SECTIONS: list[type[Section]] = [Config, DataConfig, EsConfig, HostsConfig, OptimConfig, RnnConfig, GruConfig]
+SECTIONS: list[type[Section]] = [
+    Config,
+    DataConfig,
+    EsConfig,
+    HostsConfig,
+    OptimConfig,
+    RnnConfig,
+    GruConfig,
+    MinGruConfig,
+]
 
 UNUSUAL = Config(
     seed=2**32 - 1,
@@ -137,8 +146,8 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
             "model: {name: gru, n_layers: 1}",
             "model.n_layers is a setting of the model rnn; choose that model, or leave it out",
         ),
-        ("model: {hidden_size: 4}", "model needs a name: rnn or gru"),
-        ("model: {name: [1]}", "model.name must be rnn or gru, not a list"),
+        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru"),
+        ("model: {name: [1]}", "model.name must be rnn or gru or mingru, not a list"),
         ("es: {noise: 3}", "es.noise must be rademacher or gaussian, not a whole number"),
         ("es: {layer_sigma: {a: -1}}", "es.layer_sigma must be above 0 and finite, got -1.0 for a"),
         ("es: {layer_discount: {a: 2}}", "es.layer_discount must be from 0 to 1, got 2.0 for a"),
@@ -147,12 +156,12 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("1: 2", "a name in the whole must be a text"),
         ("es: {qqq: 1}", "there is no setting es.qqq; esjax train --help lists them"),
         ("qqqq: 1", "there is no setting qqqq; esjax train --help lists them"),
-        ("es: {sigma: loud}", "es.sigma must be a number, not a text"),
+        ("es: {sigma: loud}", "es.sigma must be a number or None, not a text"),
         ("es: 3", "es must be a group of settings, not a whole number"),
         ("- 1", "the whole must be a group of settings, not a list"),
         ("steps: [1]", "steps must be a whole number or None, not a list"),
         ("es: {noise: pink}", "es.noise must be rademacher or gaussian, not 'pink'"),
-        ("model: {name: lstm}", "model.name must be rnn or gru, not 'lstm'"),
+        ("model: {name: lstm}", "model.name must be rnn or gru or mingru, not 'lstm'"),
         ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
         ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
         (
@@ -274,8 +283,8 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
         (lambda: Config(es=None), "es must be a group of settings, not None"),  # type: ignore[arg-type]
         (lambda: Config(es=OptimConfig()), "es must be a group of settings, not OptimConfig"),  # type: ignore[arg-type]
         (lambda: Config(model="rnn"), "model must be a group of settings, not 'rnn'"),  # type: ignore[arg-type]
-        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru"),  # type: ignore[arg-type]
-        (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number, not a text"),  # type: ignore[arg-type]
+        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru"),  # type: ignore[arg-type]
+        (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number or None, not a text"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": -1}), "es.sigma must be above 0 and finite, got -1.0"),  # type: ignore[arg-type]
         (
             lambda: Config(es={"sigm": 1}),  # type: ignore[arg-type]
@@ -285,10 +294,10 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
             lambda: Config(es={"layer_sigma": {1: 2.0}}),  # type: ignore[arg-type]
             "a name in es.layer_sigma must be a text",
         ),
-        (lambda: EsConfig(sigma="0.1"), "sigma must be a number, not '0.1'"),  # type: ignore[arg-type]
-        (lambda: EsConfig(sigma=np.ones(2)), "sigma must be a number, not numpy.ndarray"),  # type: ignore[arg-type]
+        (lambda: EsConfig(sigma="0.1"), "sigma must be a number or None, not '0.1'"),  # type: ignore[arg-type]
+        (lambda: EsConfig(sigma=np.ones(2)), "sigma must be a number or None, not numpy.ndarray"),  # type: ignore[arg-type]
         (lambda: EsConfig(rank=1.5), "rank must be a whole number, not 1.5"),  # type: ignore[arg-type]
-        (lambda: EsConfig(exact_logits="no"), "exact_logits must be true or false, not 'no'"),  # type: ignore[arg-type]
+        (lambda: DataConfig(carry="no"), "carry must be true or false, not 'no'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_type_is_named_where_it_is_given(make: Callable[[], object], said: str) -> None:
@@ -386,7 +395,7 @@ def test_every_section_is_tried_here() -> None:
 def test_the_original_programs_settings_have_their_place(original: str, section: type[Section]) -> None:
     holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
     assert section in holders
-    assert not set(holders) - {section, GruConfig}  # in one place, beside the other model
+    assert not set(holders) - {section, GruConfig, MinGruConfig}  # in one place, beside the other models
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -147,6 +147,41 @@ def test_equal_losses_are_trouble_and_no_update(shaping: Shape, method: str) -> 
     assert not shaped.weights.any()
 
 
+# The slope is Σ value * d / Σ d² over the pairs; for d = (3, -1, 1, -1), Σ |d| = 6 and Σ d² = 12. A value is off by
+# half a step at most, and the slope by half a step times 6/12.
+@pytest.mark.parametrize(
+    ("method", "slope", "step"),
+    [
+        ("zscore", 1 / np.sqrt(3), 1 / 16),
+        ("raw", 1 / (2 * 0.25), 6 / LIMIT),
+        ("sign", 6 / 12, 0),
+        ("centered_rank", (3 / 2 + 1 / 3 + 1 / 6 + 1 / 3) / 12, 0.5 / LIMIT),
+    ],
+)
+def test_the_slope_by_hand(shaping: Shape, method: str, slope: float, step: float) -> None:
+    """A void pair has no part in it."""
+    losses = losses_of(3, -1, 1, -1)
+    for some in (losses, np.insert(losses, 1, [[np.nan, 1.0]], axis=0)):
+        np.testing.assert_allclose(shaping(some, method, 0.25).slope, slope, atol=step / 2 * 6 / 12 + 1e-6)
+
+
+def test_the_slope_of_split_pairs_is_that_of_the_half_that_flips(shaping: Shape) -> None:
+    """By hand, with the losses of `test_the_common_half_of_pairs_is_compared_with_others_of_their_windows`."""
+    sums, differences = np.array([4, 6, 11, 20, 24, 40]), np.array([1, -1, 2, 0, 2, -4])
+    losses = np.stack([sums + differences, sums - differences], axis=1).astype(np.float32) / 2
+    windows = np.array([7, 7, 7, 8, 8, 9])
+    np.testing.assert_allclose(shaping(losses, "sign", 0.5, windows).slope, 10 / 26, rtol=1e-6)
+    np.testing.assert_allclose(shaping(losses, "raw", 0.25, windows).slope, 2, atol=12 / LIMIT / 2 * 10 / 26 + 1e-6)
+    # Both halves share one deviation: squares of the shared one add up to 90.5, of the other to 26.
+    deviation = np.sqrt((90.5 + 26) / 12)
+    np.testing.assert_allclose(shaping(losses, "zscore", 0.5, windows).slope, 1 / deviation, atol=1 / 32 * 10 / 26)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_losses_have_no_slope(shaping: Shape, method: str) -> None:
+    assert shaping(losses_of(0, 0, 0), method, 0.1).slope == 0
+
+
 @given(st.lists(st.floats(width=32), min_size=2, max_size=40), st.sampled_from(METHODS))
 def test_any_floats_give_small_finite_integers(values: list[float], method: str) -> None:
     losses = np.array(values[: len(values) // 2 * 2], np.float32).reshape(-1, 2)

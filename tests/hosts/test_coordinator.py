@@ -548,7 +548,7 @@ def test_a_host_that_comes_in_the_middle_of_a_step_takes_its_share() -> None:
     sim.add("fast", speed=20.0)
     sim.run_steps(1)
     assert sim.now < 30
-    assert 2 * FIXED.es.population_size // 4 > len(sim.hosts["slow"].device.scored)
+    assert 2 * FIXED.es.population // 4 > len(sim.hosts["slow"].device.scored)
     sim.run_steps(3)
     check_updates(sim.updates, FIXED)
 

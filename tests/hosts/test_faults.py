@@ -56,7 +56,7 @@ both_exchanges = pytest.mark.parametrize("sums", [False, True], ids=["losses", "
 all_modes = pytest.mark.parametrize(
     "config", [FIXED, BUDGET, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget", "fixed sums", "budget sums"]
 )
-PAIRS = FIXED.es.population_size // 2
+PAIRS = FIXED.es.population // 2
 STEP = 2.0
 """Seconds in which any step here is done, by one host of the usual speed."""
 

@@ -190,14 +190,15 @@ def test_any_bytes_are_an_update_or_an_error(data: bytes) -> None:
 
 
 def test_an_update_of_a_pair_costs_a_byte() -> None:
-    header = update_record.UpdateHeader(2**32 - 1, [(0, 8192)], 1 / 3, True, 2.5, 8192)
-    assert len(update_record.pack_update(update_record.Update(header, np.zeros(8192, np.int8)))) <= 8192 + 50
+    header = update_record.UpdateHeader(2**32 - 1, [(0, 8192)], 1 / 3, True, 2.5, 8192, slope=1 / 7)
+    assert len(update_record.pack_update(update_record.Update(header, np.zeros(8192, np.int8)))) <= 8192 + 60
 
 
 def test_an_update_of_before_pairs_had_halves_is_still_read() -> None:
     packed = msgspec.msgpack.encode([7, [(0, 3)], 0.5, True, 2.0, 0, 0, "|i1"])
     read = update_record.unpack_update(len(packed).to_bytes(4, "little") + packed + b"\x01\xff\x02")
     assert (read.header.step, read.header.halves, read.weights.tolist()) == (7, 1, [1, -1, 2])
+    assert read.header.slope == 0
 
 
 def test_pairs_of_spans_are_listed_in_their_order() -> None:

@@ -44,7 +44,7 @@ from esjax.exchange.values import Conclusion
 from esjax.models import Model, gru
 from esjax.models.custom import Custom
 from esjax.models.member import Member, over_sequences
-from esjax.replica.estimator import make_estimator
+from esjax.replica.estimators.estimator import make_estimator
 from esjax.replica.notices import Notices
 from esjax.runs.checkpoint import digest
 from esjax.runs.folder import RunFolder, check_custom
@@ -206,7 +206,7 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
     with pytest.raises(EsjaxError, match="returns bool") as caught:
         train(config, loss=lambda member, tokens, key: jnp.bool_(True))
     shown = "".join(traceback.format_exception(caught.value))
-    assert "esjax/replica/estimator.py" in shown
+    assert "esjax/replica/estimators/estimator.py" in shown
     assert "esjax/core/" not in shown
     assert "esjax/models/member.py" not in shown
     assert "esjax/models/custom.py" not in shown
@@ -432,6 +432,11 @@ def plain(**parts: Any) -> Model:
             r"returns \{'seen': int32",
         ),
         ({"unit": {"in": 1.0}}, "unit of the model own is no tree like its parameters"),
+        ({"output_layer": "head"}, "output_layer of the model own is 'head', which names no parameter; there are "),
+        (
+            {"embeddings": ("out", "rows")},
+            "embeddings of the model own is 'rows', which names no parameter; there are ",
+        ),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 """Architectures against an independent float64 numpy implementation, and their products against plain matrices."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array
-from reference_models import STEPS, busy, reference_losses, wide
+from reference_models import STEPS, busy, mingru_step, reference_losses, wide
 from small import MODELS, VOCAB, kept_in_factors, member_of, params_of
 
 from esjax.config.models import MODELS as BY_NAME
@@ -21,6 +22,7 @@ from esjax.inference.score import make_score
 from esjax.models import Model, build_model
 from esjax.models.layers import Affine, affine, matmul
 from esjax.models.member import Member, consume
+from esjax.models.mingru import mingru
 
 TOKENS = np.array([3, 0, 1, 5, 6, 2, 2, 1, 1, 4])
 """Two ends of a document (1) in a row among them."""
@@ -80,6 +82,64 @@ def test_a_state_of_any_type_and_value_is_kept_and_begins_anew() -> None:
     fresh = consume(model, (), after, jnp.int32(STOP))
     assert (int(fresh[0]), float(fresh[1]), fresh[2].tolist()) == (7, 0.5, [0.0, -np.inf])
     assert fresh[0].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("gate_tokens", [1, 3])
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_the_layers_of_mingru_are_the_equations(n_layers: int, gate_tokens: int) -> None:
+    """State and logits after each token, through two ends of documents in a row."""
+    model = mingru(VOCAB, 4, 6, n_layers, gate_tokens)
+    params = busy(model.init(jax.random.key(3)))
+    state = model.initial_state(params)
+    p, reads = wide(params), jax.jit(lambda *given: (consume(model, *given), model.predict(*given[:2])))
+    first = [*p.start], [STOP] * (gate_tokens - 1)
+    before: list[int] = []
+    reference = first
+    for token in TOKENS.tolist():
+        state, got = reads(params, state, jnp.int32(token))
+        reference, logits = mingru_step(p, reference, token)
+        before = [token, *before]
+        if token == STOP:
+            reference, before = first, []
+        # As for the other models: 1e-6 relative, times a few.
+        np.testing.assert_allclose(got, logits, atol=2e-5)
+        np.testing.assert_allclose(np.stack(state.hidden), reference[0], atol=2e-5)
+        assert state.tokens.tolist() == [*before, *[STOP] * gate_tokens][: gate_tokens - 1]
+
+
+def test_an_entry_of_mingru_depends_on_itself_alone() -> None:
+    """Reference: the Jacobian of each layer's new state by its old one, with what the layers below pass on."""
+    model = mingru(VOCAB, 4, 6, 2, 3)
+    params = busy(model.init(jax.random.key(3)))
+    state = jax.tree.map(lambda leaf: leaf + 1, model.initial_state(params))
+    jacobian = jax.jacobian(lambda hidden: model.consume(params, state._replace(hidden=hidden), jnp.int32(4)).hidden)
+    found = np.asarray(jacobian(state.hidden))  # [new layer, old layer, entries, entries]
+    for layer in (0, 1):
+        assert (np.diag(found[layer, layer]) != 0).all()
+        np.testing.assert_array_equal(found[layer, layer], np.diag(np.diag(found[layer, layer])))
+    assert (found[1, 0] != 0).all()
+    assert not found[0, 1].any()
+
+
+def test_an_entry_of_gru_depends_on_itself_alone_with_its_other_taps_given() -> None:
+    """Reference: the Jacobian of the new state by the old, which is the diagonal matrix of the update gate."""
+    model = MODELS["gru"]
+    params = busy(params_of(model))
+    state, values = jnp.asarray(np.random.default_rng(1).normal(size=4), jnp.float32), {}
+
+    def record(name: str, value: Array, activation: Callable[[Array], Array] = lambda value: value) -> Array:
+        values[name] = value
+        return activation(value)
+
+    def given(name: str, value: Array, activation: Callable[[Array], Array] = lambda value: value) -> Array:
+        return activation(value if name in model.state_taps else values[name])
+
+    model.consume(params, state, jnp.int32(4), record)
+    assert set(values) == {"reset", "update", "new", "state"}
+    found = jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4), given))(state)
+    np.testing.assert_allclose(found, np.diag(1 / (1 + np.exp(-np.asarray(values["update"])))), atol=1e-6)
+    whole = jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4)))(state)
+    assert (whole - found != 0).all()
 
 
 def lookup(matrix: Array, token: Array) -> Array:

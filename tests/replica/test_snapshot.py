@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from esjax.errors import EsjaxError
+from esjax.replica.estimators.feedback import first_feedback
 from esjax.replica.snapshot import from_bytes, leaf_types, to_bytes
 from esjax.replica.update import TrainState, init_state
 
@@ -103,7 +104,13 @@ def test_a_state_comes_back_bit_by_bit() -> None:
 def test_any_bits_come_back(content: bytes) -> None:
     floats = jnp.asarray(np.frombuffer(content, np.float32))
     state = TrainState(
-        jnp.int32(0), {"floats": floats}, (), jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)), (), ()
+        jnp.int32(0),
+        {"floats": floats},
+        (),
+        jnp.asarray(np.frombuffer(content, ml_dtypes.bfloat16)),
+        (),
+        (),
+        first_feedback([]),
     )
     read = from_bytes(to_bytes(state), state)
     assert np.asarray(read.params["floats"]).tobytes() == np.asarray(read.average).tobytes() == content

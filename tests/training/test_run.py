@@ -388,17 +388,23 @@ def test_a_time_budget_is_the_fixed_population_of_the_same_pairs(
     assert state_digest(timed) == state_digest(fixed)
 
 
-ACTIVATION = EsConfig(space="activation", population_size=128, copies=4, chunk_pairs=3)
+GATES = EsConfig(space="activation", population_size=128, copies=4, chunk_pairs=3)
+DISCOUNT = replace(GATES, credit="discount")
+EXACT = EsConfig(population_size=64, output_layer="exact", chunk_pairs=3)
 SUMS = EsConfig(population_size=64, exchange="sums", chunk_pairs=3)
-with_sums = pytest.mark.parametrize("es", [ACTIVATION, SUMS], ids=["activation", "sums"])
-
-
-@pytest.mark.parametrize(
-    ("es", "carry"), [pytest.param(ACTIVATION, False, marks=pytest.mark.nightly), (ACTIVATION, True), (SUMS, False)]
+with_sums = pytest.mark.parametrize("es", [GATES, SUMS], ids=["gates", "sums"])
+every_estimator = pytest.mark.parametrize(
+    ("es", "carry"),
+    [(GATES, True), (DISCOUNT, True), (EXACT, False), (SUMS, False)],
+    ids=["gates", "discount", "exact output", "sums"],
 )
-def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
+
+
+@every_estimator
+def test_with_every_estimator_resumed_is_uninterrupted_bit_for_bit(
     config: Config, tmp_path: Path, es: EsConfig, carry: bool
 ) -> None:
+    """A checkpoint, and a replay, hold learned feedback as well."""
     config = replace(config, es=es, ledger=True, data=replace(config.data, carry=carry))
     whole = train(config, tmp_path / "whole")
     list(whole)
@@ -407,13 +413,14 @@ def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")  # so these two steps come from the ledger
     last = resume(tmp_path / "parts", steps=6)
     assert last.step == 4
+    assert any(matrix.any() for matrix in last._replica.state.feedback.matrices) == es.is_gated
     list(last)
     assert state_digest(last) == state_digest(whole)
     assert float(last._replica.state.spread) > 0 if es is SUMS else float(last._replica.state.spread) == 0
     whole_rows, last_rows = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     for key in ("loss", "population", "member_tokens", "void_pairs", "update_norm"):
         assert [row[key] for row in last_rows] == [row[key] for row in whole_rows]
-    assert last_rows[-1]["member_tokens"] == 6 * es.population_size * 6  # steps, members, window
+    assert last_rows[-1]["member_tokens"] == 6 * es.population * 6  # steps, members, window
     assert len({row["loss"] for row in last_rows}) == 6
     for name in ("whole", "parts"):
         replayed = replay(tmp_path / name)
@@ -422,13 +429,13 @@ def test_with_sums_resumed_is_uninterrupted_bit_for_bit(
         assert replayed.digest == state_digest(whole)
 
 
-@pytest.mark.parametrize(("es", "carry"), [(ACTIVATION, True), (SUMS, False)])
-def test_with_sums_one_device_trains_as_two(
+@every_estimator
+def test_with_every_estimator_one_device_trains_as_four(
     config: Config, monkeypatch: pytest.MonkeyPatch, es: EsConfig, carry: bool
 ) -> None:
     config = replace(config, steps=4, es=es, data=replace(config.data, carry=carry))
     digests = set()
-    for devices in (1, 2):
+    for devices in (1, 4):
         for mesh in ("whole_mesh", "local_mesh"):
             monkeypatch.setattr(f"esjax.training.run.{mesh}", partial(mesh_of, devices))
         trainer = train(config)

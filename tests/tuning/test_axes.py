@@ -64,10 +64,11 @@ def test_models_are_an_axis_and_one_that_is_chosen_already_keeps_its_settings() 
 
 def test_values_that_only_go_together_are_checked_together() -> None:
     """48 members are no multiple of 32 copies, and 96 are."""
-    assert len(grid("es.population_size=48", "es.space=full,low_rank")) == 2
-    assert len(grid("es.population_size=96", "es.space=full,activation")) == 2
-    with pytest.raises(EsjaxError, match=r"es\.space=activation: es\.population_size must be a multiple"):
-        grid("es.population_size=48", "es.space=full,activation")
+    discount = ("es.credit=discount",)
+    assert len(grid("es.population_size=48", "es.space=full,low_rank", *discount)) == 2
+    assert len(grid("es.population_size=96", "es.space=full,activation", *discount)) == 2
+    with pytest.raises(EsjaxError, match=r"es\.space=activation.*: es\.population_size must be a multiple"):
+        grid("es.population_size=48", "es.space=full,activation", *discount)
 
 
 def test_names_can_be_names_of_folders() -> None:
@@ -90,7 +91,7 @@ def test_names_can_be_names_of_folders() -> None:
         (["es=1"], "es is a group of settings; name one of them"),
         (["qqq=1"], "esjax train --help lists them"),
         (["es.layer_sigma=1"], "es.layer_sigma holds several numbers and can be no axis"),
-        (["es.sigma=x"], "es.sigma=x: es.sigma must be a number, not 'x'"),
+        (["es.sigma=x"], "es.sigma=x: es.sigma must be a number or None, not 'x'"),
         (["es.sigma=0.1,-1"], "es.sigma=-1: es.sigma must be above 0"),
         (["seed=1.5"], "seed=1.5: seed must be a whole number, not '1.5'"),
         (["es.space=ful"], "es.space=ful: es.space must be full or low_rank or activation, not 'ful'"),

@@ -282,7 +282,7 @@ def test_the_python_of_the_page_about_it_runs(
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     monkeypatch.chdir(runs.parent)
     exec(compile(code, "docs/comparing.md", "exec"), {})
-    assert capsys.readouterr().out == "a stopped 6 -2.0 [0.1]\nb stopped 4 0.0 [0.2]\n"
+    assert capsys.readouterr().out == "a stopped 6 -2.0 [0.1]\nb stopped 4 0.0 [None]\n"
     assert len(data_of((runs.parent / "report.html").read_text())["runs"]) == 2
 
 

@@ -14,7 +14,7 @@ import msgspec
 from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 from esjax.exchange.values import MAX_REQUEST
 
-VERSION = 3
+VERSION = 4
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"

@@ -13,7 +13,7 @@ are computed once for all of them.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -32,74 +32,16 @@ from esjax.core.signs import BITS, signs
 from esjax.data.tokens import STOP
 from esjax.models.member import consume
 from esjax.models.model import Model, Params, State
-from esjax.models.sequence import token_loss
-
-LOGITS = "logits"
-"""Name of the tap on the logits. The effect of noise on them has a closed form, and so has the gradient: softmax minus
-one-hot target."""
-
-
-class Taps(NamedTuple):
-    """The pre-activations of a model: number of entries by name, of the state (`consume`) and of a prediction."""
-
-    consume: dict[str, int]
-    predict: dict[str, int]
-
-
-class Estimate(NamedTuple):
-    """The estimate from a chunk of windows.
-
-    Attributes:
-        gradient: A pytree like the parameters: estimated gradient of the sum of the losses of all tokens.
-        losses: Mean loss of each window's noisy copies, in nats per token.
-        finite: Whether all losses of a window are finite; other windows are void.
-        end: State of the clean copies after the window.
-    """
-
-    gradient: Params
-    losses: Float[Array, " windows"]
-    finite: Bool[Array, " windows"]
-    end: State
-
-
-EstimateChunk = Callable[
-    [Params, UInt32[Array, "windows 2"], Int[Array, "windows length"], Bool[Array, " windows"], State | None], Estimate
-]
-"""`(params, seeds, windows, are_there, begin) -> estimate`. Windows with `are_there` False are padding and count for
-nothing. `begin` holds the states that windows begin with; None: the state at the start of a document."""
-
-
-def find_taps(model: Model, params: Params) -> Taps:
-    """List the pre-activations of a `tapped` model.
-
-    Raises:
-        ValueError: There is no tap, a name occurs twice, or the tap "logits" is not the result of `predict`.
-    """
-    found = Taps({}, {})
-
-    def record(sizes: dict[str, int], name: str, value: Array) -> Array:
-        if name in found.consume or name in found.predict:
-            raise ValueError(f"the model taps {name!r} twice; give each pre-activation a unique name")
-        sizes[name] = value.size
-        return value
-
-    def run(params: Params) -> None:
-        state = model.initial_state(params)
-        values: dict[str, Array] = {}
-
-        def tap(name: str, value: Array) -> Array:
-            values[name] = value
-            return record(found.predict, name, value)
-
-        logits = model.predict(params, state, tap)
-        if logits is not values.get(LOGITS, logits):
-            raise ValueError(f"the model changes its logits after tapping them; give the tap {LOGITS!r} another name")
-        model.consume(params, state, jnp.int32(STOP), partial(record, found.consume))
-
-    jax.eval_shape(run, params)
-    if not found.consume and not found.predict:
-        raise ValueError("the model taps nothing")
-    return found
+from esjax.replica.estimators.taps import (
+    LOGITS,
+    Estimate,
+    EstimateChunk,
+    Taps,
+    changed_by,
+    gradient_from,
+    loss_from,
+    predict_and_record,
+)
 
 
 class _Plan(NamedTuple):
@@ -161,6 +103,7 @@ def make_estimate_chunk(
 
     def estimate_chunk(
         params: Params,
+        feedback: list[Array],
         seeds: UInt32[Array, "windows 2"],
         windows: Int[Array, "windows length"],
         are_there: Bool[Array, " windows"],
@@ -188,19 +131,9 @@ def make_estimate_chunk(
         # Positions and windows as one axis: the products that sum over it are faster on CPUs than over two.
         everything = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (states, tokens, errors))
 
-        # Vectors enter as products with ones, so that their gradient is a product, too: XLA may change the order of a
-        # plain sum with the number of devices.
-        ones = jnp.ones((tokens.size, 1))
-        axes = jax.tree.map(lambda leaf: 0 if leaf.ndim == 1 else None, params)
-
-        def along(params: Params) -> Float[Array, ""]:
-            rows = jax.tree.map(
-                lambda leaf: jnp.matmul(ones, leaf[None], precision=HIGHEST) if leaf.ndim == 1 else leaf, params
-            )
-            return jnp.sum(jax.vmap(partial(_along, model), in_axes=(axes, 0, 0, 0))(rows, *everything))
-
+        gradient = gradient_from(model, params, *everything)
         clean = jax.tree.map(lambda leaf: leaf[-len(windows) :], end)
-        return Estimate(jax.grad(along)(params), losses[:, :copies].mean(axis=(0, 1)), finite, clean)
+        return Estimate(gradient, losses[:, :copies].mean(axis=(0, 1)), finite, clean, [])
 
     return estimate_chunk
 
@@ -248,7 +181,7 @@ def _pass_token(
     words = jnp.concatenate(halves).T
     noisy = copies * len(token)
     everyone, others = _repeat(token, copies + 1), _repeat(token, copies)
-    losses, before = jax.vmap(partial(interpret(partial(_predict_and_record, model)), params))(states, everyone)
+    losses, before, _ = jax.vmap(partial(interpret(partial(predict_and_record, model)), params))(states, everyone)
     clean = jax.tree.map(lambda leaf: leaf[noisy:], states)
     clean_losses = _repeat(losses[noisy:], copies)
     errors = {}
@@ -259,7 +192,7 @@ def _pass_token(
         else:
             value = _repeat(before[name][noisy:], copies)
             value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
-            found = jax.vmap(partial(interpret(partial(_loss_from, model, name)), params))(
+            found = jax.vmap(partial(interpret(partial(loss_from, model, name)), params))(
                 _repeat(clean, copies), value, others
             )
             rewards = found - clean_losses
@@ -330,23 +263,6 @@ def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> d
     return {name: noise[..., end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
-def _predict_and_record(model: Model, params: Params, state: State, token: Array) -> tuple[Array, dict[str, Array]]:
-    """Score a prediction; return the loss and the pre-activations by name."""
-    values: dict[str, Array] = {}
-
-    def record(name: str, value: Array) -> Array:
-        values[name] = value
-        return value
-
-    return token_loss(model.predict(params, state, record), token), values
-
-
-def _loss_from(model: Model, name: str, params: Params, state: State, value: Array, token: Array) -> Array:
-    """Score a prediction in which `value` replaces a pre-activation; XLA drops the layers before it."""
-    logits = model.predict(params, state, lambda tapped, computed: value if tapped == name else computed)
-    return token_loss(logits, token)
-
-
 def _rewards_of_logits(
     plan: _Plan, logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array
 ) -> Float[Array, " lanes"]:
@@ -369,9 +285,11 @@ def _consume_noisily(plan: _Plan, params: Params, state: State, token: Array, no
     parts = _split(noise, plan.taps.consume)
 
     def add(name: str, value: Array) -> Array:
+        if name not in parts:
+            return value
         return value + plan.sigma[name] * parts[name].reshape(value.shape)
 
-    return consume(plan.model, params, state, token, add)
+    return consume(plan.model, params, state, token, changed_by(add))
 
 
 def _later(
@@ -386,21 +304,3 @@ def _later(
         return reward + discount * same_document, same_document
 
     return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]
-
-
-def _along(
-    model: Model, params: Params, state: State, token: Array, errors: Mapping[str, Float[Array, " entries"]]
-) -> Float[Array, ""]:
-    """Sum error * pre-activation over all taps, so that the gradient of the sum is the estimate.
-
-    No derivative passes a tap: the gradient of a layer's weights is the layer's input times the error of its output.
-    """
-    parts = []
-
-    def tap(name: str, value: Array) -> Array:
-        parts.append(jnp.sum(errors[name].reshape(value.shape) * value))
-        return jax.lax.stop_gradient(value)
-
-    model.predict(params, state, tap)
-    model.consume(params, state, token, tap)
-    return sum(parts, jnp.float32(0))

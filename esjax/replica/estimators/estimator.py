@@ -1,7 +1,8 @@
 """The estimator that the settings choose: what is perturbed, and what hosts exchange."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from esjax.config.settings import MOST_SUMMED_PAIRS, Config
+from esjax.core.leaves import is_below
 from esjax.core.noise import Noise, Totals
 from esjax.core.population import evaluate
 from esjax.core.shaping import STEPS_PER_DEVIATION
@@ -16,9 +18,11 @@ from esjax.errors import EsjaxError
 from esjax.exchange.gradient_sums import TAIL, steps_per_nat
 from esjax.models.member import Loss, PairLoss, cross_entropy, over_sequences
 from esjax.models.model import Model, Params
-from esjax.replica.activation import Taps, find_taps, make_estimate_chunk
-from esjax.replica.carried_state import first_states
-from esjax.replica.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
+from esjax.replica.estimators import discount, gates
+from esjax.replica.estimators.carried_state import first_states
+from esjax.replica.estimators.feedback import shapes_of
+from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
+from esjax.replica.estimators.taps import LOGITS, find_taps
 
 
 class LossEstimator(NamedTuple):
@@ -30,6 +34,8 @@ class LossEstimator(NamedTuple):
         zeros: Totals of 0, see `Layout.zeros`.
         pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
+        embeddings: Paths of the parameters whose rows a pair reads by token, see `Model.embeddings`.
+        is_output_exact: Whether the output layer has no noise and gets its exact gradient.
     """
 
     noise: Noise
@@ -37,6 +43,8 @@ class LossEstimator(NamedTuple):
     zeros: Totals
     pair_bytes: int
     noise_bytes: int
+    embeddings: tuple[str, ...]
+    is_output_exact: bool
 
     @property
     def vector_length(self) -> int:
@@ -58,13 +66,14 @@ class SumEstimator(NamedTuple):
     """Noise on weights or on activations, where hosts exchange gradient sums.
 
     Attributes:
-        sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.partial_sums`.
+        sum_chunk: `(state, chunk) -> vector` of integers, see `esjax.replica.estimators.partial_sums`.
         gradient: `(totals, scale, params) -> gradient`.
         zeros: Totals of 0, an array for each perturbed leaf.
         vector_length: Length of the vectors.
         scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
         most_pairs: Most pairs of a chunk.
         pair_bytes: Bytes that the noise of a pair takes while it is evaluated.
+        feedback: Shapes of the matrices of learned feedback; none without it.
     """
 
     sum_chunk: SumChunk
@@ -74,7 +83,11 @@ class SumEstimator(NamedTuple):
     scale: float
     most_pairs: int
     pair_bytes: int
+    feedback: Sequence[tuple[int, int]] = ()
 
+
+CPU_LANES, ACCELERATOR_LANES = 2**9, 2**16
+"""Noisy copies that a device evaluates at a time with credit by gates: few enough for a core's cache."""
 
 Estimator = LossEstimator | SumEstimator
 """How a run estimates the gradient."""
@@ -109,18 +122,19 @@ def make_estimator(
 def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool) -> Estimator:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     es, data = config.es, config.data
-    carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
-    vector_length = size + carried + TAIL if es.sums(size) else 0
+    if es.space == "activation":
+        return _on_activations(config, model, params, units, loss, packed)
+    vector_length = size + TAIL if es.sums(size) else 0
     if loss is not None and es.exchange == "auto":
         vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
-    if es.space == "activation":
-        return _on_activations(config, model, params, units, loss, vector_length, packed)
+    is_output_exact = _is_output_exact(config, model, loss, vector_length)
     noise = Noise(
-        sigma=es.sigma,
+        sigma=es.deviation,
         rank=es.rank if es.space == "low_rank" else 0,
         gaussian=es.noise == "gaussian",
         split=es.pairing == "split",
         units=units,
+        where=(lambda path, leaf: not is_below(path, model.output_layer)) if is_output_exact else None,
         packed=packed,
     )
     layout = noise.lay_out(params)
@@ -134,18 +148,43 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
+    embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
     if not vector_length:
-        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes)
+        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact)
     is_sign = es.shaping == "sign"
-    sum_chunk = make_sum_of_weights(noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room)
+    sum_chunk = make_sum_of_weights(
+        noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room, embeddings
+    )
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
     return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)
 
 
+def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_length: int) -> bool:
+    """Return whether the output layer gets its exact gradient, with noise on weights.
+
+    Raises:
+        EsjaxError: The settings ask for it and it is impossible.
+    """
+    if config.es.output_layer == "noise":
+        return False
+    reason = ""
+    if loss is not None:
+        reason = "the gradient of a custom loss or reward is not known"
+    elif not model.output_layer:
+        reason = "the model does not say which layer is its output (Model.output_layer)"
+    elif vector_length:
+        reason = "it needs es.exchange losses"
+    elif config.data.block_tokens is not None:
+        reason = "it needs the whole text on every host, and data.block_tokens sends parts"
+    if reason and config.es.output_layer == "exact":
+        raise EsjaxError(f"es.output_layer exact: {reason}; set es.output_layer to noise")
+    return not reason
+
+
 def _on_activations(
-    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, vector_length: int, packed: bool
-) -> Estimator:
+    config: Config, model: Model, params: Params, units: PyTree, loss: Loss | None, packed: bool
+) -> SumEstimator:
     es, data = config.es, config.data
     if loss is not None:
         raise EsjaxError(
@@ -159,19 +198,46 @@ def _on_activations(
         taps = find_taps(model, params)
     except ValueError as error:
         raise EsjaxError(f"es.space activation: {error}") from error
-    _check_names(taps, es.layer_sigma, es.layer_discount)
-    names = [*taps.consume, *taps.predict]
-    estimate_chunk = make_estimate_chunk(
-        model,
-        taps,
-        sigma=dict.fromkeys(names, es.sigma) | es.layer_sigma,
-        discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
-        copies=es.copies,
-        burn_in=data.tokens_before,
-        exact_logits=es.exact_logits,
-        precision=es.precision,
-        packed=packed,
-    )
+    if es.output_layer == "exact" and LOGITS not in taps.predict:
+        raise EsjaxError(
+            f"es.output_layer exact: the model has no tap {LOGITS!r} on the result of predict; set es.output_layer to "
+            "noise, or tap it"
+        )
+    chain = gates.chain_of(taps)
+    shared: dict[str, Any] = {
+        "copies": es.noisy_copies,
+        "burn_in": data.tokens_before,
+        "exact_logits": es.output_layer != "noise",
+        "precision": es.precision,
+    }
+    feedback: list[tuple[int, int]] = []
+    if es.credit == "gates":
+        if not taps.state:
+            raise EsjaxError(
+                "es.credit gates needs an elementwise recurrence, and the model does not say that it has one "
+                "(Model.state_taps); set es.credit to discount"
+            )
+        try:
+            gates.check_elementwise(model, taps, params)
+        except ValueError as error:
+            raise EsjaxError(f"es.credit gates: {error}, or set es.credit to discount") from error
+        _check_names("layer_sigma", es.layer_sigma, [*chain])
+        sigma = dict.fromkeys(chain, es.deviation) | es.layer_sigma
+        lanes = ACCELERATOR_LANES if packed else CPU_LANES
+        estimate_chunk = gates.make_estimate_chunk(model, taps, sigma=sigma, lanes=lanes, **shared)
+        if es.feedback == "learned":
+            feedback = shapes_of([*chain.values()])
+    else:
+        _check_names("layer_sigma", es.layer_sigma, [*taps.consume, *taps.predict])
+        _check_names("layer_discount", es.layer_discount, [*taps.consume])
+        estimate_chunk = discount.make_estimate_chunk(
+            model,
+            taps,
+            sigma=dict.fromkeys([*taps.consume, *taps.predict], es.deviation) | es.layer_sigma,
+            discount=dict.fromkeys(taps.consume, es.discount) | es.layer_discount,
+            packed=packed,
+            **shared,
+        )
     tokens = data.batch_size * data.window
     steps = steps_per_nat(tokens * es.pairs_with_room)
     sum_chunk = make_sum_of_activations(model, estimate_chunk, units, es.pairs_with_room, tokens, steps)
@@ -183,15 +249,16 @@ def _on_activations(
 
     zeros = [jnp.zeros(leaf.shape, jnp.int32) for leaf in jax.tree.leaves(params)]
 
-    noise = es.copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
+    noise = es.noisy_copies * (sum(taps.consume.values()) + max(taps.predict.values(), default=0))
     pair_bytes = 4 * data.batch_size * noise
+    carried = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: first_states(config, model, params))))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    vector_length = size + sum(map(math.prod, feedback)) + carried + TAIL
     scale = 1 / (steps * tokens)
-    return SumEstimator(sum_chunk, gradient, zeros, vector_length, scale, MOST_SUMMED_PAIRS, pair_bytes)
+    return SumEstimator(sum_chunk, gradient, zeros, vector_length, scale, MOST_SUMMED_PAIRS, pair_bytes, feedback)
 
 
-def _check_names(taps: Taps, sigma: dict[str, float], discount: dict[str, float]) -> None:
-    known = {"layer_sigma": [*taps.consume, *taps.predict], "layer_discount": [*taps.consume]}
-    for setting, names in (("layer_sigma", sigma), ("layer_discount", discount)):
-        for name in names:
-            if name not in known[setting]:
-                raise EsjaxError(f"es.{setting} names {name!r}; the model has {', '.join(known[setting])}")
+def _check_names(setting: str, names: Iterable[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise EsjaxError(f"es.{setting} names {name!r}; the model has {', '.join(known)}")

@@ -10,9 +10,10 @@ from esjax.config.settings import Config, EsConfig
 from esjax.core.shaping import LIMIT
 from esjax.errors import EsjaxError
 from esjax.exchange.gradient_sums import LARGEST, TAIL
-from esjax.models import Model, gru
+from esjax.models import Model, gru, rnn
 from esjax.models.member import Loss, cross_entropy
-from esjax.replica.estimator import make_estimator
+from esjax.models.mingru import mingru
+from esjax.replica.estimators.estimator import make_estimator
 from esjax.replica.replica import Replica
 
 MODEL = gru(7, 4, 6)
@@ -29,7 +30,10 @@ def test_losses_are_exchanged_but_where_sums_are_smaller() -> None:
     assert vector_length(population_size=2 * SIZE + 2) == SIZE + TAIL
     assert vector_length(population_size=2 * SIZE + 2, exchange="losses") == 0
     assert vector_length(population_size=64, exchange="sums") == SIZE + TAIL
-    assert vector_length(space="activation", population_size=64) == SIZE + TAIL
+    # With credit by gates, feedback of the state (4) and the head (6) from what comes next.
+    assert vector_length(space="activation") == SIZE + 6 * 4 + 7 * 6 + TAIL
+    assert vector_length(space="activation", feedback="none") == SIZE + TAIL
+    assert vector_length(space="activation", credit="discount") == SIZE + TAIL
 
 
 @pytest.mark.parametrize("es", [{"noise": "gaussian"}, {"shaping": "raw"}, {"time_per_step": 1.0}])
@@ -42,7 +46,8 @@ def test_auto_leaves_alone_what_sums_cannot_do(es: dict[str, Any]) -> None:
     [
         ({"space": "activation", "noise": "gaussian"}, "rademacher"),
         ({"space": "activation", "exchange": "losses"}, "set exchange to sums or auto"),
-        ({"space": "activation", "population_size": 24}, "multiple of copies = 32"),
+        ({"space": "activation", "credit": "discount", "population_size": 24}, "multiple of copies = 32"),
+        ({"space": "activation", "population_size": 25}, "multiple of copies = 2"),
         ({"exchange": "sums", "shaping": "raw"}, "zscore or sign"),
         ({"exchange": "sums", "noise": "gaussian"}, "rademacher"),
         ({"exchange": "sums", "population_size": 2**20}, "at most 131072 pairs"),
@@ -80,10 +85,30 @@ def test_no_more_pairs_at_a_time_than_sums_are_exact_for() -> None:
 
 
 def test_layers_that_the_model_does_not_have_are_named() -> None:
-    with pytest.raises(EsjaxError, match="layer_sigma names 'nwe'; the model has reset, update, new, hidden, logits"):
+    with pytest.raises(EsjaxError, match=r"es\.layer_sigma names 'nwe'; the model has state, hidden, logits$"):
         vector_length(space="activation", layer_sigma={"nwe": 0.1})
+    with pytest.raises(EsjaxError, match="layer_sigma names 'nwe'; the model has reset, update, new, hidden, logits"):
+        vector_length(space="activation", credit="discount", layer_sigma={"nwe": 0.1})
     with pytest.raises(EsjaxError, match="layer_discount names 'hidden'; the model has reset, update, new"):
-        vector_length(space="activation", layer_discount={"hidden": 0.1})
+        vector_length(space="activation", credit="discount", layer_discount={"hidden": 0.1})
+
+
+def test_a_model_that_does_not_say_that_its_recurrence_is_elementwise_needs_a_discount() -> None:
+    silent = MODEL._replace(state_taps=())
+    with pytest.raises(EsjaxError, match=r"Model\.state_taps\); set es\.credit to discount$"):
+        vector_length(silent, space="activation")
+    assert vector_length(silent, space="activation", credit="discount") == SIZE + TAIL
+    assert vector_length(rnn(7, 4, 2), space="activation", credit="discount") > TAIL
+
+
+@pytest.mark.parametrize(
+    "names", [("sate",), ("new",), ("state", "state"), ("update", "state"), ("state_1",), ("state_2", "state_1")]
+)
+def test_state_taps_that_are_not_those_of_the_state_are_refused(names: tuple[str, ...]) -> None:
+    """In another order, or fewer than the layers, errors would reach the wrong layer."""
+    model = mingru(7, 4, 6, 2, 1) if names[0].startswith("state_") else MODEL
+    with pytest.raises(EsjaxError, match=r"^es\.space activation: the model names .* in state_taps; "):
+        vector_length(model._replace(state_taps=names), space="activation")
 
 
 def test_a_model_without_taps_and_a_loss_of_ones_own_are_refused() -> None:

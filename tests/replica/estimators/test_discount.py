@@ -14,7 +14,8 @@ from esjax.data.tokens import STOP
 from esjax.models import Model, gru, rnn
 from esjax.models.member import Member
 from esjax.models.model import Params, Tap, untouched
-from esjax.replica.activation import Estimate, Taps, _later, find_taps, make_estimate_chunk
+from esjax.replica.estimators.discount import _later, make_estimate_chunk
+from esjax.replica.estimators.taps import Estimate, Taps, find_taps
 
 VOCAB = 6
 TOKENS = jnp.array([2, 3, STOP, 5, 2, 4, 4, 3])
@@ -63,7 +64,8 @@ def make(
         "burn_in": 0,
         "exact_logits": False,
     }
-    return params, taps, jax.jit(make_estimate_chunk(model, taps, **(settings | changes)))
+    estimate = make_estimate_chunk(model, taps, **(settings | changes))
+    return params, taps, jax.jit(lambda params, *given: estimate(params, [], *given))
 
 
 def keys_like(params: Params) -> Params:
@@ -249,9 +251,11 @@ def test_weights_that_are_not_finite_make_every_window_void() -> None:
 
 def test_the_taps_of_the_models() -> None:
     params = MODELS["gru"].init(jax.random.key(0))
-    assert find_taps(MODELS["gru"], params) == Taps({"reset": 4, "update": 4, "new": 4}, {"hidden": 5, "logits": VOCAB})
+    assert find_taps(MODELS["gru"], params) == Taps(
+        {"reset": 4, "update": 4, "new": 4}, {"hidden": 5, "logits": VOCAB}, {"state": 4}
+    )
     params = MODELS["rnn"].init(jax.random.key(0))
-    assert find_taps(MODELS["rnn"], params) == Taps({"state_0": 4, "state_1": 4}, {"hidden": 16, "logits": VOCAB})
+    assert find_taps(MODELS["rnn"], params) == Taps({"state_0": 4, "state_1": 4}, {"hidden": 16, "logits": VOCAB}, {})
 
 
 def test_logits_that_are_changed_after_their_tap_are_refused() -> None:

@@ -3,7 +3,7 @@
 See `esjax.exchange.gradient_sums` for the layout of the vector.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,14 +12,15 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from esjax.core.gradient import weigh
-from esjax.core.noise import Noise
+from esjax.core.noise import Noise, Rows
 from esjax.core.population import Evaluate
 from esjax.core.seeds import fold
 from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
+from esjax.data.tokens import STOP
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 from esjax.models.model import Model
-from esjax.replica.activation import EstimateChunk
-from esjax.replica.carried_state import among_zeros, states_of
+from esjax.replica.estimators.carried_state import among_zeros, states_of
+from esjax.replica.estimators.taps import EstimateChunk
 from esjax.replica.update import TrainState
 
 
@@ -50,7 +51,7 @@ def make_sum_of_activations(
 
     Args:
         model: The architecture.
-        estimate_chunk: See `esjax.replica.activation`.
+        estimate_chunk: See `esjax.replica.estimators.discount`.
         units: Unit of each leaf, see `Model.units`; the sum is in these units.
         pairs: Most pairs of a step, for which sums must have room.
         tokens: Tokens that a pair is scored on.
@@ -62,21 +63,33 @@ def make_sum_of_activations(
         of_sequences = fold(chunk.seeds[:, None], jnp.arange(sequences, dtype=jnp.uint32)[None]).reshape(-1, 2)
         are_all_there = jnp.repeat(chunk.are_there, sequences)
         begin = states_of(model, state.params, state.carried, chunk.pairs)
-        found = estimate_chunk(state.params, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin)
+        found = estimate_chunk(
+            state.params, state.feedback.matrices, of_sequences, chunk.windows.reshape(-1, length), are_all_there, begin
+        )
         # Clipped at this size, the parts of all chunks add up to at most `LARGEST`.
         most = jnp.minimum(steps * HEADROOM * tokens * jnp.sum(chunk.are_there, dtype=jnp.float32), 2.0**30)
-        whole = jax.tree.map(
-            lambda leaf, unit: jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most), found.gradient, units
-        )
+
+        def whole(leaf: Array, unit: float | Array) -> Array:
+            return jnp.clip(jnp.rint(leaf * (unit * steps)), -most, most)
+
+        total = jax.tree.map(whole, found.gradient, units), [whole(part, 1.0) for part in found.correlations]
         finite, losses = found.finite.reshape(here, sequences), found.losses.reshape(here, sequences)
         ends = among_zeros(found.end, found.finite, state.carried, chunk.pairs)
-        return _join(whole, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
+        return _join(total, ends, finite.all(axis=1), losses.mean(axis=1), jnp.zeros(here), pairs)
 
     return sum_chunk
 
 
+def rows_read(embeddings: Sequence[str], windows: Int[Array, "pairs sequences length"]) -> Rows:
+    """Return the tokens of each pair's windows, by path: the rows of the embeddings that its members read."""
+    tokens = windows.reshape(len(windows), -1)
+    return dict.fromkeys(
+        embeddings, jnp.pad(tokens, [(0, 0), (0, 1)], constant_values=STOP)
+    )  # a model may begin with it
+
+
 def make_sum_of_weights(
-    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int
+    noise: Noise, evaluate_chunk: Evaluate, shaping: Literal["zscore", "sign"], pairs: int, embeddings: Sequence[str]
 ) -> SumChunk:
     """Make the function for noise on weights.
 
@@ -88,6 +101,7 @@ def make_sum_of_weights(
         evaluate_chunk: See `esjax.core.evaluate`.
         shaping: How a difference becomes a weight.
         pairs: Most pairs of a step, for which sums must have room.
+        embeddings: Paths of parameters whose rows a pair reads by token, see `Model.embeddings`.
     """
     weigh_pairs = weigh(noise, chunk_pairs=noise.exact_pairs)
 
@@ -102,7 +116,8 @@ def make_sum_of_weights(
             in_spreads = difference / jnp.maximum(state.spread, 1e-30)
             deviations = jnp.where(state.spread > 0, in_spreads, jnp.sign(difference))
             weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
-        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8))
+        rows = rows_read(embeddings, chunk.windows)
+        total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8), rows=rows)
         return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
 
     return sum_chunk

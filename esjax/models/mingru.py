@@ -1,0 +1,128 @@
+"""Gated elementwise layers (related to minGRU: Feng et al. 2024, section 3.1), with a hidden layer in the head.
+
+The gates of the first layer see the last K tokens, those of a later layer the new state of the layer below. No gate
+reads the state of its own layer, so an entry of a state depends on the same entry of the old one alone:
+
+    a = E_0[token_t] + ... + E_{K-1}[token_{t-K+1}] + b        in the first layer
+    a = h' U + b, with h' the new state of the layer below     in later layers
+    z = sigmoid(a_z + 1)      n = tanh(a_n)      h <- z * h + (1 - z) * n
+    logits = relu(h_all W1 + b1) W2 + b2, with h_all the states of all layers
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from esjax.data.tokens import STOP
+from esjax.models.layers import Affine, affine
+from esjax.models.model import Logits, Model, Tap, Token, untouched
+
+BIAS_UNIT = 0.3
+"""Unit of the biases, as in `esjax.models.gru`."""
+
+FIRST_LOGITS = 0.1
+"""Size of the initial logits: small, so that a run starts near the uniform distribution."""
+
+KEEP = 1.0
+"""Added to the gate before the sigmoid, so that a state is remembered at first."""
+
+
+class MinGruParams(NamedTuple):
+    """All weights."""
+
+    start: Any
+    """State of each layer at the start of a document, a tuple of [hidden]."""
+    embedding: Any
+    """E_0 to E_{K-1}, a tuple of [vocabulary, 2 hidden]."""
+    bias: Any
+    """b of the first layer, [2 hidden]."""
+    layers: Any
+    """U [hidden, 2 hidden] and b of each later layer, a tuple of `Affine`."""
+    head_hidden: Affine
+    """W1 [layers * hidden, head] and b1."""
+    head_output: Affine
+    """W2 [head, vocabulary] and b2."""
+
+
+class MinGruState(NamedTuple):
+    """The state after some tokens.
+
+    Attributes:
+        hidden: State of each layer.
+        tokens: The last K - 1 tokens, the newest first; STOP where there are none.
+    """
+
+    hidden: tuple[Float[Array, " hidden"], ...]
+    tokens: Int[Array, " last"]
+
+
+def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gate_tokens: int) -> Model:
+    """Build the network.
+
+    Args:
+        vocab_size: V, number of token ids.
+        hidden_size: Width of the state of a layer.
+        head_size: Width of the head's hidden layer.
+        n_layers: Number of gated layers, at least 1.
+        gate_tokens: K, number of tokens that the gates of the first layer see, at least 1.
+    """
+    later = n_layers - 1
+    unit = MinGruParams(
+        start=(1.0,) * n_layers,
+        embedding=(1.0,) * gate_tokens,
+        bias=BIAS_UNIT,
+        layers=(Affine(hidden_size**-0.5, BIAS_UNIT),) * later,
+        head_hidden=Affine((n_layers * hidden_size) ** -0.5, BIAS_UNIT),
+        head_output=Affine(head_size**-0.5, BIAS_UNIT),
+    )
+
+    def init(key: Key[Array, ""]) -> MinGruParams:
+        hidden_key, output_key, *keys = jax.random.split(key, 2 + gate_tokens + later)
+        width = n_layers * hidden_size
+        hidden = math.sqrt(2 / width) * jax.random.normal(hidden_key, (width, head_size))
+        output = FIRST_LOGITS * head_size**-0.5 * jax.random.normal(output_key, (head_size, vocab_size))
+        tables = [jax.random.normal(k, (vocab_size, 2 * hidden_size)) for k in keys[:gate_tokens]]
+        matrices = [jax.random.normal(k, (hidden_size, 2 * hidden_size)) for k in keys[gate_tokens:]]
+        return MinGruParams(
+            start=(jnp.zeros(hidden_size),) * n_layers,
+            embedding=tuple(gate_tokens**-0.5 * table for table in tables),
+            bias=jnp.zeros(2 * hidden_size),
+            layers=tuple(Affine(hidden_size**-0.5 * matrix, jnp.zeros(2 * hidden_size)) for matrix in matrices),
+            head_hidden=Affine(hidden, jnp.zeros(head_size)),
+            head_output=Affine(output, jnp.zeros(vocab_size)),
+        )
+
+    def initial_state(params: MinGruParams) -> MinGruState:
+        return MinGruState(params.start, jnp.full(gate_tokens - 1, STOP, jnp.int32))
+
+    def predict(params: MinGruParams, state: MinGruState, tap: Tap = untouched) -> Logits:
+        hidden = tap("hidden", affine(jnp.concatenate(state.hidden), params.head_hidden), jax.nn.relu)
+        return tap("logits", affine(hidden, params.head_output))
+
+    def consume(params: MinGruParams, state: MinGruState, token: Token, tap: Tap = untouched) -> MinGruState:
+        tokens = jnp.concatenate([token[None].astype(jnp.int32), state.tokens])
+        rows = [table[tokens[i]] for i, table in enumerate(params.embedding)]
+        given = sum(rows[1:], rows[0]) + params.bias
+        new: list[Array] = []
+        for i, old in enumerate(state.hidden, start=1):
+            gate, candidate = jnp.split(given, 2)
+            keep = tap(f"gate_{i}", gate + KEEP, jax.nn.sigmoid)
+            new.append(tap(f"state_{i}", keep * old + (1 - keep) * tap(f"new_{i}", candidate, jnp.tanh)))
+            if i < n_layers:
+                given = affine(new[-1], params.layers[i - 1])
+        return MinGruState(tuple(new), tokens[:-1])
+
+    return Model(
+        init,
+        initial_state,
+        predict,
+        consume,
+        unit=unit,
+        tapped=True,
+        state_taps=tuple(f"state_{i}" for i in range(1, n_layers + 1)),
+        embeddings=("embedding",),
+        output_layer="head_output",
+    )

@@ -1,0 +1,1 @@
+"""Estimators: how a step gets its estimate of the gradient, and what hosts exchange for it."""
