@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from select import select
 from typing import TextIO
 
 import pytest
@@ -92,12 +93,19 @@ def test_a_pipe_that_breaks_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch) -
 
 
 @contextmanager
-def terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
-    """Open a pseudo-terminal: its stream for a program, and a function that reads what is shown, up to 64 KiB."""
+def terminal() -> Iterator[tuple[TextIO, Callable[[str], str]]]:
+    """Open a pseudo-terminal: its stream for a program, and a function that reads on until some text is shown."""
     window, end = pty.openpty()
+
+    def shown(awaited: str) -> str:
+        text = ""
+        while awaited not in text and select([window], [], [], 20)[0]:  # the kernel hands it over in parts, later
+            text += os.read(window, 2**16).decode()
+        return text
+
     try:
         with os.fdopen(end, "w") as stream:
-            yield stream, lambda: os.read(window, 2**16).decode()
+            yield stream, shown
     finally:
         os.close(window)
 
@@ -120,9 +128,9 @@ def test_a_cursor_is_moved_in_a_real_terminal_alone(
         with redirect_stderr(stream), Progress(open_console(stderr=True), BASELINES, TWO_MINUTES) as progress:
             progress.update(INFO)
             if not has_cursor(stream):  # then the line is there at once, not at the end
-                assert "step 1,234" in shown()
+                assert "step 1,234" in shown("step 1,234")
                 return
-        assert "\x1b[?25h" in shown()
+        assert "\x1b[?25h" in shown("\x1b[?25h")
 
 
 def test_a_file_gets_whole_lines_and_no_cursor_whatever_the_environment_asks_for(
@@ -144,13 +152,14 @@ def test_a_table_is_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "20")
     names = ["optim.learning_rate", "model.hidden_size", "member-tokens"]
+    row = ["0.0123456789", "1234567890", "12,345,678,901"]
     table = Table(*names, box=None)
-    table.add_row("0.0123456789", "1234567890", "12,345,678,901")
+    table.add_row(*row)
     with terminal() as (stream, shown):
         with redirect_stdout(stream):
             open_console().print(table)
-        text = shown()
-    assert all(word in text for word in (*names, "0.0123456789", "1234567890", "12,345,678,901"))
+        text = shown(row[-1])
+    assert all(word in text for word in (*names, *row))
 
 
 def test_without_a_home_compiled_programs_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
