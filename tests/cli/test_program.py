@@ -98,10 +98,10 @@ def terminal() -> Iterator[tuple[TextIO, Callable[[str], str]]]:
     window, end = pty.openpty()
 
     def shown(awaited: str) -> str:
-        text = ""
-        while awaited not in text and select([window], [], [], 20)[0]:  # the kernel hands it over in parts, later
-            text += os.read(window, 2**16).decode()
-        return text
+        found = b""  # as bytes, since a part may end within a character
+        while awaited.encode() not in found and select([window], [], [], 20)[0]:  # the kernel hands over parts, later
+            found += os.read(window, 2**16)
+        return found.decode(errors="replace")
 
     try:
         with os.fdopen(end, "w") as stream:
