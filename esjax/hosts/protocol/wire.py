@@ -7,7 +7,7 @@ a part of the protocol.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -309,7 +309,7 @@ Broadcast = Step | Extra | Pulse | Bye
 Kind = Literal["request", "reply", "broadcast"]
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODERS = {
+_DECODERS: dict[Kind, msgspec.msgpack.Decoder[Any]] = {
     "request": msgspec.msgpack.Decoder(Request),
     "reply": msgspec.msgpack.Decoder(Reply),
     "broadcast": msgspec.msgpack.Decoder(Broadcast),
