@@ -35,7 +35,7 @@ DELAY = 0.001
 QUANTUM = 4
 RUN = "run"
 TEXT = b"all the text"
-FINGERPRINTS = {"rademacher": "1234"}
+KNOWN_ANSWERS = {"rademacher": "1234"}
 STATE_BYTES = 40
 FIRST_STATE = b"\0" * STATE_BYTES
 VECTOR_LENGTH = 3 + TAIL
@@ -149,13 +149,13 @@ def check_updates(
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
             concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
-            _, scale, loss, void_pairs, trouble, slope = concluded
+            _, scale, loss, void_pairs, trouble, slope = concluded[:6]
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
             shaped = shape(values, config.es.shaping, config.es.deviation, windows)
-            numbers, scale, void_pairs, slope = shaped
+            numbers, scale, void_pairs, slope = shaped[:4]
             trouble = shaped.trouble
         assert payload == update_record.pack_update(
             update_record.Update(header, numbers if header.applied else numbers[:0])
@@ -247,7 +247,7 @@ class Host:
         settings: dict[str, Any] = {
             "device": "fake",
             "kind": "fake",
-            "fingerprints": FINGERPRINTS,
+            "known_answers": KNOWN_ANSWERS,
             "custom": {},
             **worker,
         }
@@ -357,7 +357,7 @@ class Simulation:
                 self.incarnation,
                 QUANTUM,
                 100,
-                FINGERPRINTS,
+                KNOWN_ANSWERS,
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,
@@ -449,7 +449,7 @@ class Simulation:
 
     def add(self, name: str, device: Device | None = None, **settings: Any) -> Host:
         """Start a host; `settings` are of `Device`, of `Host`, or of `Worker`."""
-        of_host = {key: settings.pop(key) for key in ("key", "kind", "fingerprints", "custom") if key in settings}
+        of_host = {key: settings.pop(key) for key in ("key", "kind", "known_answers", "custom") if key in settings}
         settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
         host.device.config = self.config

@@ -77,7 +77,8 @@ def follow_windows(
 def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:
     def draw(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.randint(key, (sequences,), 0, count)
+        with jax.threefry_partitionable(True):  # the bits depend on this flag, and on the type
+            return jax.random.randint(key, (sequences,), 0, count, jnp.int32)
 
     return jax.vmap(draw)(seeds)
 

@@ -26,7 +26,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
 from esjax.hosts.coordination.coordinator import Coordinator
-from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Publish, Snapshot, Terms
 from esjax.hosts.protocol.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
@@ -188,11 +188,11 @@ def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
 
 def run_hosts(address: str, first: int, count: int) -> None:
     """Run some simulated hosts until the process is killed."""
-    fingerprints = noise_fingerprints()
+    known_answers = known_answers()
     limits = Limits(wire.MAX_BODY, wire.FRAMES)
     line = []
     for i in range(first, first + count):
-        worker = Worker(f"host-{i}", "", "", fingerprints, {}, now=time.monotonic(), jitter=random.random)
+        worker = Worker(f"host-{i}", "", "", known_answers, {}, now=time.monotonic(), jitter=random.random)
         line.append((worker, ClientTransport(address, token=None, limits=limits), FakeDevices(i)))
     listening = set()
     while True:

@@ -138,7 +138,12 @@ def noisy(pairs: int) -> np.ndarray:
 
 
 # The losses of pairs 5, 9 and 10, of which two share an example.
-OUTLYING = {"one": {5: (9e8, -9e8)}, "small": {5: (6, 2)}, "a sum": {5: (9e8, 9e8)}, "several": {}}
+OUTLYING: dict[str, dict[int, tuple[float, float]]] = {
+    "one": {5: (9e8, -9e8)},
+    "small": {5: (6, 2)},
+    "a sum": {5: (9e8, 9e8)},
+    "several": {},
+}
 OUTLYING["several"] = {5: (-9e8, 9e8), 9: (3e4, 2.0), 10: (2.0, 60.0)}
 
 

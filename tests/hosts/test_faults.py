@@ -41,7 +41,7 @@ from esjax.exchange.values import SLOT_PAIRS
 from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES
 from esjax.hosts.coordination.steps import STUCK
 from esjax.hosts.protocol import transfers, wire
-from esjax.hosts.protocol.actions import Publish
+from esjax.hosts.protocol.actions import Publish, Terms
 from esjax.hosts.protocol.request_channel import DEAF
 from esjax.hosts.protocol.tasks import Score, Scored
 from esjax.hosts.protocol.wire import Envelope
@@ -753,11 +753,27 @@ def test_row_22_another_version_is_refused_and_both_are_named() -> None:
 
 def test_row_23_another_noise_is_refused_with_both_values() -> None:
     sim = Simulation(FIXED)
-    host = sim.add("a", fingerprints={"rademacher": "abcd", "gaussian": "1"})
+    host = sim.add("a", known_answers={"rademacher": "abcd", "gaussian": "1"})
     sim.run(1)
-    assert "abcd" in host.worker.refused
-    assert "1234" in host.worker.refused
+    assert "rademacher (abcd, not 1234)" in host.worker.refused
     assert not sim.server.status(sim.now).hosts
+
+
+@pytest.mark.parametrize("name", ["rademacher", "gaussian", "windows", "parameters", "sampling"])
+def test_row_54_other_draws_are_refused_with_what_differs_and_the_flags(name: str) -> None:
+    """Gaussian noise counts only where a run uses it: its last bits differ between processors."""
+    right = {"rademacher": "1", "gaussian": "2", "windows": "3", "parameters": "4", "sampling": "5"}
+    terms = Terms(run="r", incarnation=1, quantum=2, vocab_size=3, known_answers=right, custom={})
+
+    def answer(wrong: dict[str, str], flags: str, noise: str = "gaussian") -> str:
+        return terms.objection(wire.Join("a", "", "", [*(right | wrong).items()], [], "", 0, 0, flags), noise)
+
+    assert answer({}, "jax_enable_x64") == ""
+    assert bool(answer({name: "0"}, "", "rademacher")) == (name != "gaussian")
+    refusal = answer({name: "0"}, "jax_enable_x64")
+    assert f"this host draws other numbers than the coordinator: {name} (0, not {right[name]})" in refusal
+    assert "this host sets jax_enable_x64" in refusal
+    assert "sets" not in answer({name: "0"}, "")
 
 
 def test_row_23_custom_parts_of_the_run_are_needed() -> None:

@@ -251,7 +251,9 @@ class Coordinator:
         pairs = sum(count for _, count in message.spans)
         values = self.terms.exchange.unpack(message.spans, message.dtype, body)
         if values is None:
-            return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
+            return self._strike(
+                host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs, or impossible numbers"
+            )
         if not 0 <= message.seconds < math.inf:
             return self._strike(host, f"losses after {message.seconds} s")
         host.took(pairs, message.seconds)

@@ -79,7 +79,7 @@ class Leases(Protocol):
         """Whether all values are in."""
 
     def result(self) -> tuple[list[Span], Values]:
-        """Return the pairs and their values, which do not depend on which host scored which."""
+        """Return the pairs and their values, see `Exchange.conclude`; gradient sums that were added up stay so."""
 
     def wrong_hosts(self, trusted: int | None) -> set[int]:
         """Return the slots with wrong values of a pair that several hosts scored; `trusted` is the anchor's slot."""
@@ -255,7 +255,7 @@ class FixedPopulation(Leases):
             for quantum, answer in zip(self._quanta, agreed, strict=True)
         )
         separate = (answer for answer in chosen if answer is not IN_TOTAL)
-        return [(0, self._pairs)], self._exchange.merge([*self._totals.values(), *separate])
+        return [(0, self._pairs)], np.concatenate([*self._totals.values(), *separate])
 
     def wrong_hosts(self, trusted: int | None) -> set[int]:
         """See `Leases.wrong_hosts`: those that differ from what two agree on, else from the trusted host."""

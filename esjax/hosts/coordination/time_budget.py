@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
 from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases
@@ -91,4 +93,4 @@ class TimeBudget(Leases):
         """See `Leases.result`: in the order of the slots."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
-        return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
+        return spans, np.concatenate([part for slot in slots for part in self._parts[slot]])
