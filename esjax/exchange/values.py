@@ -258,7 +258,8 @@ class SumExchange:
     def conclude(self, values: Sums, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
         usual = self._usual.take(values)
-        total = np.clip(values[usual].sum(axis=0, dtype=np.int64), -LARGEST, LARGEST)
+        kept = values if usual.all() else values[usual]
+        total = np.clip(kept.sum(axis=0, dtype=np.int64), -LARGEST, LARGEST)
         pairs, outliers = sum(count for _, count in spans), int(values[~usual, -TAIL].sum())
         counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
         loss = losses / LOSS_STEPS / counted if counted else None
