@@ -45,7 +45,7 @@ def draw_windows(
         window_length: Tokens of a window, the burn-in included.
     """
     places = _places(seeds, sequences, stream.shape[0] - window_length + 1)
-    positions = places[:, :, None] + jnp.arange(window_length)[None, None]
+    positions = places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]
     return stream[positions].astype(jnp.int32)  # streams may have a smaller type
 
 
@@ -71,7 +71,9 @@ def follow_windows(
     passes, further = jnp.divmod(step, length // window_length)
     read = further * window_length - passes % length * (length % window_length)
     places = (_places(seeds, sequences, length) + read % length) % length
-    return stream[(places[:, :, None] + jnp.arange(window_length)[None, None]) % length].astype(jnp.int32)
+    return stream[(places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]) % length].astype(
+        jnp.int32
+    )
 
 
 def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:

@@ -35,6 +35,7 @@ from hosts_simulation import (
 )
 
 from esjax.config.settings import Config, from_yaml, to_yaml
+from esjax.core.shaping import shape
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
@@ -507,6 +508,31 @@ def test_row_11_a_step_of_mostly_bad_losses_is_void(sums: bool) -> None:
     assert sum("not finite; no update" in line for line in sim.lines) == 1
     assert sim.hosts["a"].device.step >= 2  # and training goes on
     check_updates(sim.updates, sim.config, spoil(bad))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_row_45_one_pair_does_not_erase_the_others(split: bool) -> None:
+    """Reference: the weights of the same losses if this pair were not finite, and so counted for nothing."""
+    config, lie = config_of(split=split), 9
+    sim = Simulation(config)
+
+    def twist(losses: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        return np.where((pairs == lie)[:, None], np.float32([9e8, -9e8]), losses)
+
+    for name in ("a", "b", "c"):
+        sim.add(name, twist=twist)
+    sim.run_steps(5)
+    state = FIRST_STATE
+    for payload in sim.updates:
+        update = update_record.unpack_update(payload)
+        losses = values_of(config, state, update.header.spans)
+        losses[lie] = np.nan
+        expected = shape(losses, examples=update.pairs() // 3 if split else None).weights
+        others = update.pairs() != lie
+        np.testing.assert_array_equal(update.weights[others], expected[others])
+        assert np.count_nonzero(expected) > PAIRS / 2
+        state = next_state(state, payload)
+    assert [closed.outliers for closed in sim.closed] == [1] * 5
 
 
 def test_row_12_equal_losses_change_nothing_and_are_reported() -> None:
