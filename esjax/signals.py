@@ -19,6 +19,8 @@ STOPPING = "stopping, which takes a moment; a second Ctrl-C ends at once"
 SHOW_CURSOR = "\x1b[?25h"
 """Shows the cursor again, which a progress line may have hidden."""
 
+_handled: list[threading.Event] = []  # events of the blocks of `stop_on_signals` that are open
+
 
 def end_on_signals() -> None:
     """Let Ctrl-C and SIGTERM print one line and end the program at once; call it first, before the slow imports.
@@ -42,13 +44,16 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
+def stop_on_signals(asked: threading.Event | None = None) -> Iterator[threading.Event]:
     """Set an event at the first signal; a second signal goes to the handler that was there before.
 
     Python delivers signals to the main thread only; in another thread the event is never set.
+
+    Args:
+        asked: The event; None: a new one. Within a block for the same event, a block changes nothing.
     """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    asked = asked or threading.Event()
+    if threading.current_thread() is not threading.main_thread() or asked in _handled:
         yield asked
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
@@ -68,10 +73,12 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     for number in SIGNALS:
         signal.signal(number, ask)
+    _handled.append(asked)
     try:
         yield asked
     finally:
         over = True
+        _handled.remove(asked)
         for number in SIGNALS:
             if signal.getsignal(number) is ask:
                 signal.signal(number, before[number])

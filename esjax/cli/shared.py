@@ -184,11 +184,12 @@ def show(run: "Trainer | Server", console: Console) -> None:
     from esjax.watch.progress import Progress
 
     if not leads():
-        for _ in run:
-            pass
+        with run.handling_signals():
+            for _ in run:
+                pass
         return
     assert run.folder is not None
-    with Progress(console, run.baselines, run.limits) as progress:
+    with run.handling_signals(), Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
         run.on_start = lambda: run.tell(run.summary())
         try:

@@ -3,7 +3,7 @@
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +72,9 @@ class _Listen(NamedTuple):
 class Server(RecordedRun):
     """A run that hosts take part in: iterate over it to coordinate them.
 
-    Iteration ends at the limits of the settings, or at Ctrl-C or SIGTERM. One of the hosts then makes a last checkpoint
-    and a last evaluation.
+    Iteration ends at the limits of the settings, at Ctrl-C or SIGTERM, or at `stop`. One of the hosts then makes a last
+    checkpoint and a last evaluation; a loop that is left half-way waits for them, too. Between two steps, signals are
+    the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.
@@ -89,7 +90,7 @@ class Server(RecordedRun):
         while_open: Makes a context that is entered when hosts may join, and left at the end.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
-        stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
+        stopped: Whether Ctrl-C or SIGTERM came, or `stop` was called, during the last iteration.
     """
 
     folder: RunFolder
@@ -136,7 +137,7 @@ class Server(RecordedRun):
             raise EsjaxError("the run has no status yet; iterate over it first")
         return self._coordinator.status(time.monotonic())
 
-    def __iter__(self) -> Iterator[StepInfo]:
+    def _steps(self) -> Generator[StepInfo]:
         """Coordinate the hosts, and yield an info for each step."""
         with ExitStack() as stack:
             recorder = stack.enter_context(self._recording())
@@ -146,17 +147,25 @@ class Server(RecordedRun):
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation
-            while not coordinator.finished:
-                if recorder.asked.is_set() and not stopping:
-                    stopping = True
-                    self.tell(STOPPING)
+            try:
+                while not coordinator.finished:
+                    if recorder.asked.is_set() and not stopping:
+                        stopping = True
+                        self.tell(STOPPING)
+                        coordinator.stop(time.monotonic(), done=False)
+                    for info in server_loop.turn():
+                        if recorder.is_done(info.step) and not stopping:
+                            stopping, pending = True, info
+                            coordinator.stop(time.monotonic(), done=True)
+                        else:
+                            yield recorder.log(info)
+            except GeneratorExit:  # left half-way: a last checkpoint, too
+                if not stopping:
                     coordinator.stop(time.monotonic(), done=False)
-                for info in server_loop.turn():
-                    if recorder.is_done(info.step) and not stopping:
-                        stopping, pending = True, info
-                        coordinator.stop(time.monotonic(), done=True)
-                    else:
-                        yield recorder.log(info)
+                while not coordinator.finished:
+                    for info in server_loop.turn():
+                        recorder.log(info)
+                raise
             self.stopped = recorder.asked.is_set()
             held_out = server_loop.new_held_out()
             if pending is not None:

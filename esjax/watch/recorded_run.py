@@ -2,9 +2,10 @@
 
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from threading import Event
+from weakref import ReferenceType, ref
 
 from esjax.config.settings import Config, to_plain
 from esjax.data.corpus import Corpus
@@ -17,6 +18,7 @@ from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, Limits, StepInfo
 from esjax.signals import stop_on_signals
+from esjax.watch.iteration import Iteration
 from esjax.watch.summary import describe_run
 from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
 from esjax.watch.tracking import TrackedRun, Tracker, Watch
@@ -48,6 +50,27 @@ class RecordedRun:
         self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         self._id = secrets.token_hex(8)
+        self._asked = Event()
+        self._iteration: ReferenceType[Iteration] | None = None
+
+    def __iter__(self) -> Iteration:
+        """Return an iterator over the steps, see the class; an earlier one that was left half-way is closed."""
+        if self._iteration is not None and (former := self._iteration()) is not None:
+            former.close()
+        iteration = Iteration(self._steps(), self._asked)
+        self._iteration = ref(iteration)
+        return iteration
+
+    def _steps(self) -> Generator[StepInfo]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the iteration after the present step, from any thread or from the body of the loop."""
+        self._asked.set()
+
+    def handling_signals(self) -> AbstractContextManager[Event]:
+        """Let Ctrl-C and SIGTERM `stop` the run within a `with` block; elsewhere they do so while a step is taken."""
+        return stop_on_signals(self._asked)
 
     def summary(self) -> str:
         """Return one line with the devices, the text, the model and the population."""
@@ -61,21 +84,22 @@ class RecordedRun:
 
     @contextmanager
     def _recording(self) -> Iterator["Recorder"]:
-        """Catch signals, prepare the trackers, and lock the folder while the context is open."""
+        """Prepare the trackers, and lock the folder while the context is open."""
         # Trackers are closed last, so that one that hangs delays nothing else.
         watch = Watch(self.trackers, lambda line: self.tell(line))
-        with stop_on_signals() as asked, watch, ExitStack() as stack:
+        with watch, ExitStack() as stack:
+            stack.callback(self._asked.clear)
             if self.folder is not None:
                 self.folder.lock()
                 stack.callback(self.folder.unlock)
-            yield Recorder(self, asked, watch, stack)
+            yield Recorder(self, self._asked, watch, stack)
 
 
 class Recorder:
     """The open files, trackers, clock and limits of a run while it is iterated over.
 
     Attributes:
-        asked: Set by Ctrl-C or SIGTERM.
+        asked: Set by Ctrl-C, SIGTERM or `RecordedRun.stop`.
         watch: The trackers.
         checkpoints: The checkpoints; None without a folder.
         ledger: The ledger; None if the run keeps none.
