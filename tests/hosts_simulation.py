@@ -20,9 +20,9 @@ from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, LOSS_STEPS, TAIL
 from esjax.exchange.values import make_exchange
+from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.protocol import tasks, wire
 from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell, Terms
-from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
 

@@ -9,9 +9,9 @@ from esjax.config.settings import Config
 from esjax.data.delivery import PackedText
 from esjax.errors import EsjaxError
 from esjax.exchange.values import make_exchange
+from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.executor import Executor
 from esjax.hosts.protocol.actions import Action, Closed, Publish, Record, Terms
-from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.protocol.tasks import Apply, Done, Failed
 from esjax.hosts.protocol.worker import Worker
 

@@ -15,8 +15,8 @@ import yaml
 
 import esjax.cli
 from esjax.hosts import executor, join
+from esjax.hosts.coordination.coordinator import LAST_ROUND
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.coordinator import LAST_ROUND
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -28,9 +28,9 @@ RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 """Where every line that the coordinator prints is explained."""
 
 SPEAKERS = [
-    "protocol/coordinator",
-    "protocol/steps",
-    "protocol/audits",
+    "coordination/coordinator",
+    "coordination/steps",
+    "coordination/audits",
     "server_loop",
     "transport/keys",
     "transport/server",

@@ -10,7 +10,14 @@ import esjax
 
 PACKAGE = Path(__file__).parents[1] / "esjax"
 
-PURE = ("esjax.core", "esjax.exchange", "esjax.hosts.protocol", "esjax.models", "esjax.replica")
+PURE = (
+    "esjax.core",
+    "esjax.exchange",
+    "esjax.hosts.coordination",
+    "esjax.hosts.protocol",
+    "esjax.models",
+    "esjax.replica",
+)
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}
 READS_FILES = {"esjax.models.custom_code"}
 MOST_FILES = 14

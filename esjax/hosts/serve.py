@@ -20,10 +20,10 @@ from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
+from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Snapshot, Terms
-from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
 from esjax.hosts.transport.keys import ServerKeys

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
+from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Store, Tell
-from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport

@@ -25,10 +25,10 @@ from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.delivery import PackedText, hash_bytes
 from esjax.exchange import update_record
+from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Publish, Snapshot, Terms
-from esjax.hosts.protocol.coordinator import Coordinator
 from esjax.hosts.protocol.tasks import Apply, Build, Built, Done, Load, Result, Score, Scored, Task
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.serve import serve

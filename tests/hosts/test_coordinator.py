@@ -32,11 +32,11 @@ from esjax.config.settings import Config
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.exchange.values import make_exchange
+from esjax.hosts.coordination.audits import GRACE
+from esjax.hosts.coordination.coordinator import LAST_ROUND, Coordinator
+from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Publish, Record, Terms
-from esjax.hosts.protocol.audits import GRACE
-from esjax.hosts.protocol.coordinator import LAST_ROUND, Coordinator
-from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT
 from esjax.hosts.protocol.tasks import Apply
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
@@ -554,7 +554,7 @@ def test_a_host_that_comes_in_the_middle_of_a_step_takes_its_share() -> None:
 
 
 def test_leases_that_are_too_many_for_one_message_come_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esjax.hosts.protocol.steps.SPAN_LIMIT", 3)
+    monkeypatch.setattr("esjax.hosts.coordination.steps.SPAN_LIMIT", 3)
     config = config_of(spot_check=0.5, population=200)
     sim = Simulation(config)
     for name in ("a", "b", "c", "d"):

@@ -38,11 +38,11 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
+from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES
+from esjax.hosts.coordination.steps import STUCK
 from esjax.hosts.protocol import transfers, wire
 from esjax.hosts.protocol.actions import Publish
-from esjax.hosts.protocol.registry import FORGET, SILENT, STRIKES
 from esjax.hosts.protocol.request_channel import DEAF
-from esjax.hosts.protocol.steps import STUCK
 from esjax.hosts.protocol.tasks import Score, Scored
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import BEAT

@@ -14,8 +14,8 @@ from storms import volume
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.update_record import Span, pairs_of
 from esjax.exchange.values import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases
-from esjax.hosts.protocol.time_budget import TimeBudget
+from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases
+from esjax.hosts.coordination.time_budget import TimeBudget
 
 QUANTUM = 4
 

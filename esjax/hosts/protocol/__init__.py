@@ -1,1 +1,1 @@
-"""Coordinator and worker as state machines, and the messages between them."""
+"""The worker as a state machine, and the messages between the coordinator and the hosts."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
-from esjax.hosts.protocol.leases import NO_DELAYS, Lease, Leases
+from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases
 
 
 class TimeBudget(Leases):

@@ -60,6 +60,11 @@ class Host:
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
+    @property
+    def owner(self) -> str:
+        """Who answers for it: its key, which several hosts may share; without keys its name."""
+        return self.key or self.name
+
     def can_work(self, now: float) -> bool:
         """Return whether it can score pairs."""
         is_excluded = self.is_gone or self.aside or self.superseded or self.resync or self.hung

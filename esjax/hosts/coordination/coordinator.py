@@ -14,11 +14,11 @@ import numpy as np
 from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
+from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
+from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
+from esjax.hosts.coordination.steps import Steps
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Action, History, Outbox, Snapshot, Terms
-from esjax.hosts.protocol.audits import GRACE, NOTHING_ELSE, Audits
-from esjax.hosts.protocol.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
-from esjax.hosts.protocol.steps import Steps
 from esjax.hosts.protocol.transfers import Downloads
 from esjax.hosts.protocol.wire import Envelope, Message
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from esjax.config.settings import Config
 from esjax.data.delivery import hash_bytes
+from esjax.hosts.coordination.registry import STRIKES, Host, Registry
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store
-from esjax.hosts.protocol.registry import STRIKES, Host, Registry
 
 GRACE = 30.0
 """Seconds to wait for the next digest, or the next part of a snapshot."""

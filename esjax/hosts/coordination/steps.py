@@ -9,12 +9,12 @@ from esjax.averages import Average
 from esjax.config.settings import Config
 from esjax.exchange.update_record import SPAN_LIMIT
 from esjax.exchange.values import Values, pack_conclusion
+from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
+from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases
+from esjax.hosts.coordination.registry import Host, Registry, speeds_of
+from esjax.hosts.coordination.time_budget import TimeBudget
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
-from esjax.hosts.protocol.audits import NOTHING_ELSE, Audits, Plan
-from esjax.hosts.protocol.leases import FixedPopulation, Lease, Leases
-from esjax.hosts.protocol.registry import Host, Registry, speeds_of
-from esjax.hosts.protocol.time_budget import TimeBudget
 from esjax.replica.notices import Notices
 
 STUCK = 30.0
