@@ -42,7 +42,7 @@ from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
 from esjax.runs.step_info import Limits, StepInfo
-from esjax.signals import STOPPING
+from esjax.signals import STOPPING, started
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.trackers import find_trackers
 from esjax.watch.tracking import Tracker
@@ -144,6 +144,7 @@ class Server(RecordedRun):
             coordinator, server_loop = self._open(stack, recorder)
             self._coordinator = coordinator
             self.on_start()
+            started()  # the loop below looks for signals all the time
             stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation

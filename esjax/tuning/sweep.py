@@ -38,7 +38,7 @@ from esjax.runs.durable import try_lock, write_durably
 from esjax.runs.folder import check_custom
 from esjax.runs.reader import RunView, has_reached, read_run
 from esjax.runs.step_info import Limits
-from esjax.signals import stop_on_signals
+from esjax.signals import starting, stop_on_signals
 from esjax.training.run import Trainer, resume_with, train_with
 from esjax.tuning.axes import Trial, make_grid
 from esjax.tuning.sweep_record import Record, keep_record, read_record
@@ -164,7 +164,7 @@ class Sweep:
             for number, trial in enumerate(ahead, done + 1):
                 self._tell(f"run {number} of {len(self.trials)}: {trial.name}")
                 try:
-                    with stop_on_signals() as asked:
+                    with stop_on_signals() as asked, starting():
                         run = self._open(trial)
                     if not asked.is_set():
                         self._show(run)

@@ -17,7 +17,7 @@ from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, Limits, StepInfo
-from esjax.signals import stop_on_signals
+from esjax.signals import started, starting, stop_on_signals
 from esjax.watch.iteration import Iteration
 from esjax.watch.summary import describe_run
 from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
@@ -87,7 +87,7 @@ class RecordedRun:
         """Prepare the trackers, and lock the folder while the context is open."""
         # Trackers are closed last, so that one that hangs delays nothing else.
         watch = Watch(self.trackers, lambda line: self.tell(line))
-        with watch, ExitStack() as stack:
+        with starting(), watch, ExitStack() as stack:
             stack.callback(self._asked.clear)
             if self.folder is not None:
                 self.folder.lock()
@@ -162,6 +162,7 @@ class Recorder:
 
     def log(self, info: StepInfo) -> StepInfo:
         """Pass on the info of a step to files and trackers, and return it."""
+        started()
         self._run.last = info
         self.watch.log(info)
         return info
