@@ -212,7 +212,8 @@ def _way_on(run: "Trainer | Server", remedy: str) -> str:
     assert run.folder is not None
     kept = kept_steps(run.folder.checkpoints)
     if run.folder.ledger.exists():
-        kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
+        records = read(run.folder.ledger, max(kept, default=0))
+        kept += [record.step + 1 for record in records if record.kind == UPDATE]
     words = ("serve", "--resume") if isinstance(run, Server) else ("resume",)
     again = command_line("esjax", *words, run.folder.path)
     return f"the run is kept to step {max(kept)}; {remedy}, then: {again}" if kept else remedy

@@ -186,20 +186,14 @@ class Server(RecordedRun):
 
     def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
+        restored = restore_run(folder, replica.state, self.tell)
         recorder.open_files()
         ledger = recorder.ledger
         assert ledger is not None
-        restored = restore_run(folder, replica.state, self.tell)
         first = int(restored.state.step)
         if not first:
             recorder.save(restored.state)
-        if ledger.next and not ledger.first <= first <= ledger.next:
-            raise EsjaxError(
-                f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
-                f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
-            )
-        records = [record for record in read(folder.ledger) if record.kind == UPDATE and record.step >= first]
-        step = first + len(records)
+        step = ledger.next
         self.limits.check(step)
         keys = self._keys()
         transport = stack.enter_context(
@@ -214,7 +208,8 @@ class Server(RecordedRun):
         self.address = _for_others(transport.address)
         stack.enter_context(folder.keep_address(self.address, self.token))
         run = read_run(folder.path)
-        pairs = sum(count for record in records for _, count in unpack_update(record.payload).header.spans)
+        updates = (record.payload for record in read(folder.ledger, first) if record.kind == UPDATE)
+        pairs = sum(count for payload in updates for _, count in unpack_update(payload).header.spans)
         recorder.start(
             step,
             # Ledgers of older versions have no clock, but the metrics have.

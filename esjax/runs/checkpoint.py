@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,11 @@ class Weights(NamedTuple):
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run and keeps the newest ones."""
+    """Writes the checkpoints of a run and keeps the newest ones.
+
+    Attributes:
+        beginnings: Returns steps; the first checkpoint at or after each of them is kept as well.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         """Open the folder for writing; make it if it is missing, and rename damaged checkpoints.
@@ -87,6 +91,7 @@ class Checkpoints:
         Raises:
             EsjaxError: No path to the folder suits orbax, see `_plain_path`.
         """
+        self.beginnings: Callable[[], Sequence[int]] = tuple
         self._folder = folder
         self._keep = keep
         folder.mkdir(exist_ok=True)
@@ -101,9 +106,18 @@ class Checkpoints:
         self._is_read_back = any(read_seal(folder / str(step)).versions == versions() for step in kept_steps(folder))
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, newest first."""
+        return kept_steps(self._folder)
+
+    @property
     def newest(self) -> int:
         """Step of the newest checkpoint; 0 if there is none."""
-        return max(kept_steps(self._folder), default=0)
+        return max(self.steps, default=0)
+
+    def path_of(self, step: int) -> Path:
+        """Return the path of a checkpoint."""
+        return self._folder / str(step)
 
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
         """Write a state, unless its step has a checkpoint already.
@@ -138,7 +152,8 @@ class Checkpoints:
                 raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
             undo.pop_all()
         self._is_read_back = True
-        for old in kept_steps(self._folder)[self._keep :]:
+        needed = {first_since(self.steps, beginning) for beginning in self.beginnings()}
+        for old in [step for step in self.steps[self._keep :] if step not in needed]:
             doomed = self._folder / f"{old}.partial"  # an interrupted deletion leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
             shutil.rmtree(doomed)
@@ -214,9 +229,19 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         return Weights(**checkpointer.restore(plain / STATE, args=found))
 
 
+def find_oldest(folder: Path, like: TrainState, beginning: int, tell: Callable[[str], None]) -> Restored | None:
+    """Read the oldest undamaged checkpoint at or after a step; see `find_newest`."""
+    path = _first_whole(folder, lambda: sorted(step for step in kept_steps(folder) if step >= beginning), tell)
+    return None if path is None else restore(path, like)
+
+
 def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    return _first_whole(folder, lambda: kept_steps(folder), tell)
+
+
+def _first_whole(folder: Path, list_steps: Callable[[], list[int]], tell: Callable[[str], None]) -> Path | None:
     passed: set[int] = set()
-    while steps := [step for step in kept_steps(folder) if step not in passed]:
+    while steps := [step for step in list_steps() if step not in passed]:
         path = folder / str(steps[0])
         damage = find_damage(path)
         if not damage:
@@ -300,6 +325,14 @@ def _plain_path(folder: Path) -> Iterator[Path]:
             )
         link.symlink_to(whole)
         yield link
+
+
+def first_since(steps: Sequence[int], beginning: int) -> int | None:
+    """Return the oldest step at or after `beginning` of which there is a state; None: there is none yet.
+
+    The state of step 0 follows from the seed.
+    """
+    return min((step for step in steps if step >= beginning), default=None) if beginning else 0
 
 
 def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> None:

@@ -33,7 +33,12 @@ def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
             os.fsync(file.fileno())
         os.replace(swap, path)
         undo.pop_all()
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names of the files in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

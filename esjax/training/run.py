@@ -203,8 +203,8 @@ class Trainer(RecordedRun, RunInference):
         assert self.folder is not None
         if not self.folder.ledger.exists():
             return
-        for record in read(self.folder.ledger):
-            if record.kind == UPDATE and record.step == self.step:
+        for record in read(self.folder.ledger, self.step):
+            if record.kind == UPDATE:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
                 self._replica.update(record.payload)
                 self._seconds = max(self._seconds, record.seconds or 0.0)

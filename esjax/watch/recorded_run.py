@@ -15,6 +15,7 @@ from esjax.replica.replica import Replica
 from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
+from esjax.runs.horizon import keep_within
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, Limits, StepInfo
 from esjax.signals import started, starting, stop_on_signals
@@ -132,7 +133,14 @@ class Recorder:
         folder.keep_baselines(run.baselines)
         self.checkpoints = Checkpoints(folder.checkpoints, run.config.keep_checkpoints)
         if run.config.ledger or folder.ledger.exists():
-            self.ledger = self._stack.enter_context(closing(Ledger.open(folder.ledger, run.tell)))
+            opened = Ledger.open(folder.ledger, run.tell, self.checkpoints.newest)
+            self.ledger = self._stack.enter_context(closing(opened))
+            self.checkpoints.beginnings = lambda: opened.beginnings
+            if opened.first:
+                run.tell(
+                    f"the ledger begins at step {opened.first:,}: the run can be replayed from the oldest checkpoint "
+                    "at or after it, not from the start"
+                )
 
     def start(self, step: int, seconds: float, member_tokens: int) -> None:
         """Start clock and trackers; steps, training time and member-tokens are those so far."""
@@ -156,9 +164,17 @@ class Recorder:
             self.ledger.append(DIGEST, step, digest.encode())
 
     def save(self, state: TrainState, progress: tuple[float, int] | None = None) -> None:
-        """Write a checkpoint; `progress` is that at the step of the state, by default the present one."""
+        """Write a checkpoint, and drop updates behind the horizon.
+
+        Args:
+            state: The state.
+            progress: Training time and member-tokens at its step. None: the present ones.
+        """
         if self.checkpoints:
             self.checkpoints.save(state, *(progress or self.progress))
+            horizon = self._run.config.ledger_horizon
+            if horizon is not None and self.ledger:
+                keep_within(horizon, self.ledger, self.checkpoints)
 
     def log(self, info: StepInfo) -> StepInfo:
         """Pass on the info of a step to files and trackers, and return it."""
