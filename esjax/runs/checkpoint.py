@@ -152,7 +152,7 @@ class Checkpoints:
                 raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
             undo.pop_all()
         self._is_read_back = True
-        needed = {first_since(self.steps, beginning) for beginning in self.beginnings()}
+        needed = {first_since(self.steps, beginning) for beginning in self.beginnings() if beginning}
         for old in [step for step in self.steps[self._keep :] if step not in needed]:
             doomed = self._folder / f"{old}.partial"  # an interrupted deletion leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)

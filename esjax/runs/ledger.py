@@ -331,9 +331,11 @@ def _check(
             "copy"
         )
     if start is not None and step > start and (due is None or is_gap):
+        newest = f"the newest whole checkpoint is of step {start}" if start else "no checkpoint is whole"
+        way = f", or move the ledger away to go on from step {start}" if start else ""
         raise broken or EsjaxError(
-            f"the ledger {str(path)!r} begins at step {step}, and the newest whole checkpoint is of step {start}; "
-            f"restore the ledger or a later checkpoint from a copy, or move the ledger away to go on from step {start}"
+            f"the ledger {str(path)!r} begins at step {step}, and {newest}; restore a later checkpoint or the ledger "
+            f"from a copy{way}"
         )
     if broken is not None:
         if start is None or (due is not None and step < due):

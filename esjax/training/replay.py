@@ -152,11 +152,7 @@ def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str
     if not begins:
         return 0
     restored = find_oldest(folder.checkpoints, replica.state, begins, lambda line: None)
-    if restored is None:
-        raise EsjaxError(
-            f"the ledger of {str(folder.path)!r} is whole from step {begins:,} on, and no whole checkpoint is as late; "
-            "restore one from a copy"
-        )
+    assert restored is not None  # the newest one is late enough
     replica.state = restored.state
     first = int(restored.state.step)
     tell(
