@@ -105,8 +105,6 @@ class Server(RecordedRun):
         replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
-        *,
-        is_new: bool,
     ) -> None:
         """Set up; call `serve` or `resume_serving` instead."""
         super().__init__(replace(folder.config, ledger=True), corpus, folder, custom, trackers, tell)
@@ -116,7 +114,6 @@ class Server(RecordedRun):
         self._listen = listen
         self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
-        self._is_new = is_new
 
     def __repr__(self) -> str:
         """Name folder and address, and summarize the run."""
@@ -176,13 +173,8 @@ class Server(RecordedRun):
 
     def _open(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         """Open files and port, and restore the state of the run."""
-        with ExitStack() as undo:
-            if self._is_new and not self.folder.checkpoints.exists():
-                undo.callback(self.folder.remove)  # a port in use must not leave an empty run folder
-            opened = self._begin(stack, recorder)
-            undo.pop_all()
-        self._is_new = False
-        return opened
+        with self._removing_new_folder():  # a port in use must not leave an empty run folder
+            return self._begin(stack, recorder)
 
     def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
@@ -364,7 +356,7 @@ def serve_with(
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
-    server = Server(folder, corpus, listen, custom, replica, found, tell, is_new=True)
+    server = Server(folder, corpus, listen, custom, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -443,7 +435,7 @@ def resume_serving_with(
     if text is not None:
         folder.keep_config()
     replica = _make_replica(folder.config, corpus, custom)
-    server = Server(folder, corpus, listen, custom, replica, find_trackers(trackers), tell, is_new=False)
+    server = Server(folder, corpus, listen, custom, replica, find_trackers(trackers), tell)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server

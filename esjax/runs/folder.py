@@ -61,7 +61,18 @@ LOCK_PAUSE = 0.02
 
 
 class RunFolder:
-    """A run on disk, open for reading; call `lock` before writing."""
+    """A run on disk, open for reading; write within `locked`.
+
+    Attributes:
+        path: Path of the folder.
+        is_new: Whether `create` made it.
+        name: Name of the run.
+        text_digest: Hash of the text; "" without a text.
+        custom: Names of the custom parts, by kind.
+        code: Path, function and hash of custom parts that are code in a file, by kind.
+        config: Settings.
+        vocabulary: Symbols.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open an existing run.
@@ -89,6 +100,7 @@ class RunFolder:
         self.code = self._read_code(run)
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
+        self.is_new = False
         self._lock: IO[str] | None = None
         self._is_made = False
 
@@ -139,7 +151,7 @@ class RunFolder:
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         folder = cls(path)
-        folder._is_made = is_made
+        folder.is_new, folder._is_made = True, is_made
         return folder
 
     def remove(self) -> None:
@@ -257,6 +269,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the run while the context is open, see `lock`."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
     def open_metrics(self, step: int, tell: Callable[[str], None]) -> IO[str]:
         """Open the metrics for appending, and drop the lines of steps after `step`, which will be done again.
 
@@ -297,9 +318,10 @@ class RunFolder:
 
         Raises:
             DiskError: The file cannot be written.
+            EsjaxError: Another process trains the run.
         """
         path = self.path / "config.yaml"
-        with writing(path):
+        with self.locked(), writing(path):
             write_durably(path, to_yaml(self.config))
 
     def add_sample(self, step: int, text: str) -> None:

@@ -48,7 +48,7 @@ class Trainer(RecordedRun, RunInference):
 
     Iteration ends at the limits, after the step in which Ctrl-C or SIGTERM came, or after `stop`. Iterating again
     continues. With a run folder, every end of the iteration leaves a checkpoint: errors, `break` and the end of the
-    program included. Between two steps, signals are the program's own, see `handling_signals`.
+    program included. If an error comes before the first step is done, a new folder is removed. Between two steps, signals are the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.
@@ -139,7 +139,7 @@ class Trainer(RecordedRun, RunInference):
     def _steps(self) -> Generator[StepInfo]:
         """Train, and yield the info of each step."""
         self.limits.check(self.step)
-        with self._recording() as recorder:
+        with self._recording() as recorder, self._removing_new_folder():
             self._open(recorder)
             try:
                 yield from self._train(recorder)

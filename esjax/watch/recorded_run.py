@@ -91,9 +91,20 @@ class RecordedRun:
         with starting(), watch, ExitStack() as stack:
             stack.callback(self._asked.clear)
             if self.folder is not None:
-                self.folder.lock()
-                stack.callback(self.folder.unlock)
+                stack.enter_context(self.folder.locked())
             yield Recorder(self, self._asked, watch, stack)
+
+    @contextmanager
+    def _removing_new_folder(self) -> Iterator[None]:
+        """Remove a new run folder if an error ends the context before a step is done; enter it with the lock held."""
+        folder = self.folder
+        is_fresh = folder is not None and folder.is_new and not folder.checkpoints.exists()
+        try:
+            yield
+        except Exception:
+            if folder is not None and is_fresh and not int(self._replica.state.step):
+                folder.remove()
+            raise
 
 
 class Recorder:

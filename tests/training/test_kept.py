@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import SMALL, TEXT, Fleet, fleet
 
 import esjax
 from esjax.cli import main
@@ -15,8 +16,12 @@ from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.runs.checkpoint import digest, kept_steps
 from esjax.runs.ledger import UPDATE, read
+from esjax.runs.reader import read_run
+from esjax.training.local_steps import LocalSteps, StepDone
 from esjax.training.replay import replay
 from esjax.training.run import Trainer, resume, train
+
+__all__ = ["fleet"]
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -221,3 +226,72 @@ def test_row_64_a_replay_says_what_it_compared(
         main(["replay", str(run)])
     assert end.value.code == 1
     assert capsys.readouterr().out.endswith("nothing was compared, since no digest was kept\n")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    take = LocalSteps.take
+
+    def fail(steps: LocalSteps) -> StepDone:
+        if int(steps._replica.state.step) == step:
+            raise ValueError("a device failed")
+        return take(steps)
+
+    monkeypatch.setattr(LocalSteps, "take", fail)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    failing(monkeypatch, 0)
+    out = tmp_path / "run"
+    if is_there:
+        out.mkdir()
+    with pytest.raises(ValueError, match="a device failed"):
+        list(train(config, out))
+    assert [*tmp_path.rglob("*")] == [tmp_path / "text.txt", *([out] if is_there else [])]
+
+
+def test_a_run_that_fails_later_is_kept(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, 1)
+    with pytest.raises(ValueError, match="a device failed"):
+        list(train(config, tmp_path / "run"))
+    assert resume(tmp_path / "run").step == 1
+
+
+def test_what_another_process_has_trained_is_not_removed(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(replace(config, ledger=False), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    failing(monkeypatch, 0)
+    with pytest.raises(ValueError, match="a device failed"):
+        list(run)
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_moved_text_is_not_kept_in_a_run_that_another_process_trains(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train(config, run)
+    before = (run / "config.yaml").read_bytes()
+    moved = shutil.copy(tmp_path / "text.txt", tmp_path / "moved.txt")
+    for info in first:
+        if info.step == 2:
+            with pytest.raises(EsjaxError, match="is being trained by another process"):
+                resume(run, text=str(moved))
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_row_66_of_two_starts_into_one_folder_one_wins(fleet: Fleet) -> None:
+    words = [*SMALL, "--steps", "3", "--out", str(fleet.run), "--data.text", str(TEXT)]
+    started = [fleet.start("train", *words, "--seed", str(seed)) for seed in range(2)]
+    codes = [process.ends() for process in started]
+    assert sorted(codes) == [0, 2]
+    winner, loser = codes.index(0), codes.index(2)
+    assert started[loser].output.endswith(
+        f"error: {str(fleet.run)!r} exists already and is left alone; give another --out, or resume it\n"
+    )
+    assert read_run(fleet.run).settings["seed"] == winner
+    assert read_run(fleet.run).step == 3
+    assert kept_steps(fleet.run / "checkpoints") == [3]
+    assert "Traceback" not in started[0].output + started[1].output
