@@ -9,7 +9,7 @@ baselines.json    nats per token of the n-gram models over the held-out document
 samples.txt       texts that the model wrote during training
 tensorboard/      event files of TensorBoard, if the run is tracked there; wandb/ for Weights & Biases
 checkpoints/      see `esjax.runs.checkpoint`
-ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`
+ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`; with a horizon, also ledger.next
 incarnation       number of starts of the coordinator; earlier runs have it in `epoch`
 address           address of the running coordinator, and its token file
 keys/             keys of the hosts that may join, see `esjax.hosts.transport.keys`

@@ -48,7 +48,8 @@ class Trainer(RecordedRun, RunInference):
 
     Iteration ends at the limits, after the step in which Ctrl-C or SIGTERM came, or after `stop`. Iterating again
     continues. With a run folder, every end of the iteration leaves a checkpoint: errors, `break` and the end of the
-    program included. If an error comes before the first step is done, a new folder is removed. Between two steps, signals are the program's own, see `handling_signals`.
+    program included. If an error comes before the first step is done, a new folder is removed. Between two steps,
+    signals are the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.

@@ -118,8 +118,8 @@ def test_row_63_a_ledger_damaged_below_the_newest_checkpoint_is_passed_over(
         replayed = replay(run, tell=lines_of_replay.append)
         assert (replayed.agrees, replayed.digest, replayed.first) == (True, whole, base)
         assert lines_of_replay == [
-            f"the ledger is whole from step {begins} on: replaying from the checkpoint of step {base}; earlier steps cannot "
-            "be replayed"
+            f"the ledger is whole from step {begins} on: replaying from the checkpoint of step {base}; earlier steps "
+            "cannot be replayed"
         ]
     assert any(said in line for line in lines)
     assert f"the ledger begins at step {begins}: the run can be replayed from the oldest checkpoint" in " ".join(lines)
