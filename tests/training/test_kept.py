@@ -138,6 +138,19 @@ def test_damage_above_the_newest_checkpoint_is_an_error(config: Config, tmp_path
             use(run)
 
 
+def test_a_ledger_that_lost_all_updates_is_no_reason_to_train_anew(config: Config, tmp_path: Path, whole: str) -> None:
+    """The state of step 0 follows from the seed, and the run makes the same updates again."""
+    run, lines = tmp_path / "run", list[str]()
+    list(train(replace(config, steps=2), run))
+    tear(run, 0)
+    shutil.rmtree(run / "checkpoints")
+    again = resume(run, steps=8, tell=lines.append)
+    assert again.step == 0
+    assert "rebuilt from the seed and the ledger" in lines[0]
+    list(again)
+    assert state_digest(again) == whole
+
+
 @pytest.mark.parametrize("starts", [1, 2])
 def test_row_62_a_second_start_rebuilds_from_the_ledger_as_the_first(
     config: Config, tmp_path: Path, whole: str, starts: int
