@@ -86,7 +86,8 @@ class Server(RecordedRun):
         address: Address that hosts join at; the port is known when iteration has begun.
         token: Token file that hosts need, or None.
         on_start: Called when an iteration has opened port and files, before hosts may join.
-        while_open: Makes a context that is entered when hosts may join, and left at the end.
+        while_open: Makes a context that is entered when hosts may join, and left at the end. It may give a function,
+            which is called again and again meanwhile.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
@@ -111,7 +112,7 @@ class Server(RecordedRun):
         super().__init__(replace(folder.config, ledger=True), corpus, folder, custom, trackers, tell)
         self.address = listen.address
         self.token: Path | None = None
-        self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.while_open: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext
         self._listen = listen
         self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
@@ -144,10 +145,12 @@ class Server(RecordedRun):
             self._coordinator = coordinator
             self.on_start()
             started()  # the loop below looks for signals all the time
-            stack.enter_context(self.while_open())
+            check = stack.enter_context(self.while_open())
             stopping = False
             pending: StepInfo | None = None  # the last step waits for the last evaluation
             while not coordinator.finished:
+                if check is not None:
+                    check()
                 if recorder.asked.is_set() and not stopping:
                     stopping = True
                     self.tell(STOPPING)
