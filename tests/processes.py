@@ -97,6 +97,12 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
+    def child(self) -> int:
+        """Return the number of the only process that it has started."""
+        number = self.popen.pid
+        (child,) = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+        return int(child)
+
     def ends(self) -> int:
         """Wait for its end, and return its exit code."""
         try:

@@ -40,7 +40,7 @@ def _check_depth(text: str) -> None:
     for event in yaml.parse(text, Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ValueError(f"line {event.start_mark.line + 1} is nested more than {DEEPEST} levels deep")
+            raise ValueError(f"values are nested more than {DEEPEST} levels deep")
 
 
 def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:

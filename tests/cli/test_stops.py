@@ -113,7 +113,7 @@ def test_row_61_hosts_of_this_machine_that_compile(fleet: Fleet) -> None:
     process = fleet.start(*training(fleet, "--workers", "1"))
     log = fleet.run / "worker-0.log"
     wait_until(lambda: log.exists() and "it hangs" in log.read_text())
-    (worker,) = children(process)
+    worker = process.child()
     process.send(signal.SIGINT)
     assert process.ends() == 0
     assert "Traceback" not in process.output
@@ -133,11 +133,6 @@ def test_row_61_a_host_that_compiles(fleet: Fleet) -> None:
     assert server.ends() == 0
 
 
-def children(process: Process) -> list[int]:
-    of = process.popen.pid
-    return [int(child) for child in Path(f"/proc/{of}/task/{of}/children").read_text().split()]
-
-
 @pytest.mark.parametrize(
     ("command", "number"),
     [("train", signal.SIGTERM), ("serve", signal.SIGTERM), ("join", signal.SIGTERM), ("train", signal.SIGINT)],
@@ -155,7 +150,6 @@ def test_row_61_process_1_of_a_container(fleet: Fleet, command: str, number: sig
     started = {"train": "it hangs", "serve": "waiting for hosts", "join": "joining tcp"}
     process = fleet.start(*words[command], within=within)
     process.wait_for(started[command])
-    (inside,) = children(process)
-    os.kill(inside, number)
+    os.kill(process.child(), number)
     assert process.ends() == (128 + number if command == "train" else 0)
     assert "Traceback" not in process.output
