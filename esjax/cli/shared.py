@@ -18,6 +18,7 @@ from esjax import __version__
 from esjax.errors import DiskError, EsjaxError
 from esjax.paths import given_path
 from esjax.terminal import has_cursor
+from esjax.texts import legible
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -142,8 +143,8 @@ def new_folder(out: Path | None, parent: str = "runs") -> Path:
 
 
 def teller(console: Console) -> Callable[[str], None]:
-    """Return the function that prints a line for the user."""
-    return lambda line: console.print(line, soft_wrap=True)
+    """Return the function that prints a line for the user; it stays one line."""
+    return lambda line: console.print(legible(line), soft_wrap=True)
 
 
 def announce_to_hosts(server: "Server", *more: str) -> None:

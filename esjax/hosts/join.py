@@ -35,7 +35,7 @@ POLL = 0.1
 """Seconds to wait for messages before time limits are checked."""
 
 FAREWELL, EARLY_FAREWELL = 10.0, 2.0
-"""Seconds that a leaving host has to send its scored losses and a goodbye, and a goodbye before it is ready to score."""
+"""Seconds that a leaving host has to send its scored losses and a goodbye, and a goodbye before it is ready."""
 
 QUIET = 5.0
 """Seconds without a message from the coordinator after which the host prints that, and leaves without a goodbye."""

@@ -3,6 +3,7 @@
 import re
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -87,7 +88,8 @@ class Server(RecordedRun):
         address: Address that hosts join at; the port is known when iteration has begun.
         token: Token file that hosts need, or None.
         on_start: Called when an iteration has opened port and files, before hosts may join.
-        while_open: Makes a context that is entered when hosts may join, and left at the end.
+        while_open: Makes a context that is entered when hosts may join, and left at the end. It may give a function,
+            which is called again and again meanwhile.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
         stopped: Whether Ctrl-C or SIGTERM came, or `stop` was called, during the last iteration.
@@ -110,7 +112,7 @@ class Server(RecordedRun):
         super().__init__(replace(folder.config, ledger=True), corpus, folder, custom, trackers, tell)
         self.address = listen.address
         self.token: Path | None = None
-        self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.while_open: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext
         self._listen = listen
         self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
@@ -142,16 +144,21 @@ class Server(RecordedRun):
             self._coordinator = coordinator
             self.on_start()
             started()  # the loop below looks for signals all the time
-            stack.enter_context(self.while_open())
+            check = stack.enter_context(self.while_open())
             stopping = False
+            closed = deque[StepInfo]()
             pending: StepInfo | None = None  # the last step waits for the last evaluation
             try:
                 while not coordinator.finished:
+                    if check is not None:
+                        check()
                     if recorder.asked.is_set() and not stopping:
                         stopping = True
                         self.tell(STOPPING)
                         coordinator.stop(time.monotonic(), done=False)
-                    for info in server_loop.turn():
+                    closed += server_loop.turn()
+                    while closed:
+                        info = closed.popleft()
                         if recorder.is_done(info.step) and not stopping:
                             stopping, pending = True, info
                             coordinator.stop(time.monotonic(), done=True)
@@ -161,8 +168,9 @@ class Server(RecordedRun):
                 if not stopping:
                     coordinator.stop(time.monotonic(), done=False)
                 while not coordinator.finished:
-                    for info in server_loop.turn():
-                        recorder.log(info)
+                    closed += server_loop.turn()
+                for info in closed:
+                    recorder.log(info)
                 raise
             self.stopped = recorder.asked.is_set()
             held_out = server_loop.new_held_out()

@@ -18,6 +18,7 @@ keys/             keys of the hosts that may join, see `esjax.hosts.transport.ke
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -327,7 +328,8 @@ class RunFolder:
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""
         with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
-            samples.write(f"--- step {step}\n{text}\n\n")
+            inside = re.sub("^--- step ", r"\\--- step ", text, flags=re.MULTILINE)  # no line of a text begins a sample
+            samples.write(f"--- step {step}\n{inside}\n\n")
 
     def _read_vocabulary(self) -> Vocabulary:
         try:
