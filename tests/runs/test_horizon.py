@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from esjax.errors import EsjaxError
 from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.horizon import keep_within
-from esjax.runs.ledger import UPDATE, Ledger, beginning, read
+from esjax.runs.ledger import DIGEST, UPDATE, Ledger, Record, beginning, read
 from esjax.runs.records import HEAD
 
 SIZE = 17 + 3
@@ -79,6 +79,18 @@ def test_row_63_damage_below_the_state_is_passed_over_and_said(path: Path, step:
         for use in (lambda start=start: list(read(path, start)), lambda start=start: Ledger.open(path, print, start)):
             with pytest.raises(EsjaxError, match=f"damaged at byte {offset(step)}; restore it from a copy"):
                 use()
+
+
+def test_damage_after_the_state_is_an_error_also_if_only_a_digest_follows(path: Path) -> None:
+    with opened(path) as ledger:
+        ledger.append(DIGEST, 10, b"a digest")
+    content = bytearray(path.read_bytes())
+    content[offset(9) + 18] ^= 1
+    path.write_bytes(content)
+    for use in (lambda: list(read(path, 6)), lambda: Ledger.open(path, pytest.fail, 6)):
+        with pytest.raises(EsjaxError, match=f"damaged at byte {offset(9)}; restore it from a copy"):
+            use()
+    assert list(read(path, 10)) == [Record(DIGEST, 10, b"a digest")]
 
 
 def test_row_63_a_tail_that_was_lost_below_the_state_is_passed_over_and_said(path: Path) -> None:
