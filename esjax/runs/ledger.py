@@ -165,10 +165,10 @@ class Ledger:
         if from_step < self.first:
             return payloads
         for part in self._parts:
-            for offset in part.offsets[max(from_step - part.first, 0) :]:
-                record = record_at(part.descriptor, offset, part.end)
+            for index in range(max(from_step - part.first, 0), len(part.offsets)):
+                record = record_at(part.descriptor, part.offsets[index], part.end)
                 if record is None:
-                    raise _damaged(self._path, offset)
+                    raise _damaged(self._path, part.offsets[index])
                 limit_bytes -= len(record.payload)
                 if payloads and limit_bytes < 0:
                     return payloads

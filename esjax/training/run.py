@@ -285,6 +285,8 @@ def train_with(
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """`train`, given all custom parts."""
+    if config.ledger_horizon is not None and not config.ledger:
+        raise EsjaxError("ledger_horizon is of no use without a ledger; set ledger to true (--ledger), or leave it out")
     config, out = locate_text(config), None if out is None else given_path(out)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)

@@ -202,6 +202,12 @@ def test_behind_the_horizon_a_run_is_replayed_from_its_oldest_checkpoint(
             use(run, tell=lines.append)
 
 
+def test_a_horizon_without_a_ledger_is_refused(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(EsjaxError, match=r"without a ledger; set ledger to true \(--ledger\), or leave it out"):
+        train(replace(config, ledger=False, ledger_horizon=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_coordinator_goes_on_with_a_ledger_that_has_a_horizon(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     list(train(replace(config, ledger_horizon=2), run))
