@@ -1,5 +1,6 @@
 """Iteration over a run: signals are handled while a step is taken, and a script that ends leaves a checkpoint."""
 
+import concurrent.futures.thread  # noqa: F401  (registers its end of the program before this module does)
 import os
 import threading
 from collections.abc import Generator, Iterator
