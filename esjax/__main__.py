@@ -12,10 +12,10 @@ def set_up() -> None:
 
     Before the slow imports, and by programs alone: it is for the whole process.
     """
-    end_on_signals()
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # an output that was closed: no file of a run shall get its number, to which libraries write
     os.close(spare)
+    end_on_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

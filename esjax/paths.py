@@ -36,8 +36,3 @@ def given_path(path: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise EsjaxError(f"{str(whole)!r} is not UTF-8 text; give it, and the folders above it, such a name") from error
     return whole
-
-
-def legible(name: str) -> str:
-    r"""Make a file name printable: bytes that are not UTF-8 become escapes such as `\udcff`."""
-    return name.encode(errors="backslashreplace").decode()

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from esjax.errors import EsjaxError
+from esjax.texts import PROSE, legible
 
 WITHOUT_CURSOR = ("", "dumb", "unknown")
 """Values of TERM for terminals that show the codes of the cursor as text, or may do so."""
@@ -17,6 +18,11 @@ def has_cursor(stream: Any) -> bool:
     FORCE_COLOR and the like change nothing here: they are about colors, and a file has no cursor.
     """
     return stream is not None and stream.isatty() and os.environ.get("TERM", "").lower() not in WITHOUT_CURSOR
+
+
+def print_text(text: str) -> None:
+    """Print a text that a model wrote; in a terminal, characters that could control it are shown as escapes."""
+    print(legible(text.replace("\r\n", "\n"), PROSE) if sys.stdout and sys.stdout.isatty() else text)
 
 
 def flush_output() -> None:

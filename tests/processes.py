@@ -2,11 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -47,19 +48,33 @@ def environment() -> dict[str, str]:
     }
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 class Process:
     """`esjax ...`, with all it prints in a file."""
 
-    def __init__(self, *words: str, log: Path, file_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        *words: str,
+        log: Path,
+        file_blocks: int | None = None,
+        program: Sequence[str] = ("-m", "esjax"),
+        within: Sequence[str] = (),
+    ) -> None:
         """Start it.
 
         Args:
             words: Of the command line.
             log: For all that it prints.
             file_blocks: Blocks of 1,024 bytes that a file may grow to, as on a disk that is full. None: any.
+            program: What Python runs.
+            within: Command that starts Python, such as unshare.
         """
         self.log = log
-        command = [sys.executable, "-m", "esjax", *words]
+        command = [*within, sys.executable, *program, *words]
         if file_blocks is not None:
             command = ["bash", "-c", f'trap "" XFSZ; ulimit -f {file_blocks}; exec "$@"', "bash", *command]
         with log.open("wb") as output:
@@ -82,6 +97,12 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
+    def child(self) -> int:
+        """Return the number of the only process that it has started."""
+        number = self.popen.pid
+        (child,) = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+        return int(child)
+
     def ends(self) -> int:
         """Wait for its end, and return its exit code."""
         try:
@@ -100,26 +121,27 @@ class Fleet:
         self.address = ""
         self._started: list[Process] = []
 
-    def start(self, *words: str, file_blocks: int | None = None) -> Process:
-        process = Process(*words, log=self.folder / f"{len(self._started)}-{words[0]}.log", file_blocks=file_blocks)
+    def start(self, *words: str, file_blocks: int | None = None, within: Sequence[str] = ()) -> Process:
+        log = self.folder / f"{len(self._started)}-{words[0]}.log"
+        process = Process(*words, log=log, file_blocks=file_blocks, within=within)
         self._started.append(process)
         return process
 
     def serve(self, *words: str, bind: str = "tcp://127.0.0.1:0", file_blocks: int | None = None) -> Process:
         settings = ["--out", str(self.run), "--data.text", str(TEXT), *SMALL, "--bind", bind, *words]
         process = self.start("serve", *settings, file_blocks=file_blocks)
-        self._hear_address(process)
+        self.hear_address(process)
         return process
 
     def serve_again(self, *words: str) -> Process:
         process = self.start("serve", "--resume", str(self.run), "--bind", self.address, *words)
-        self._hear_address(process)
+        self.hear_address(process)
         return process
 
     def join(self, name: str, *words: str) -> Process:
         return self.start("join", self.address, "--name", name, *words)
 
-    def _hear_address(self, process: Process) -> None:
+    def hear_address(self, process: Process) -> None:
         process.wait_for("esjax join ")
         self.address = process.output.split("esjax join ")[1].split()[0]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from esjax.errors import EsjaxError
-from esjax.paths import given_path, legible
+from esjax.paths import given_path
+from esjax.texts import legible
 
 
 @pytest.fixture

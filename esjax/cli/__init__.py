@@ -33,6 +33,7 @@ from esjax.data.text_files import read_text
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
 from esjax.terminal import discard_output, flush_output, reader_is_gone
+from esjax.texts import PROSE, legible
 
 __all__ = ["COMMANDS", "main"]
 
@@ -233,7 +234,7 @@ def _own_options(command: Any) -> dict[str, Any]:
 
 def _fail(console: Console, message: str) -> NoReturn:
     try:
-        console.print(f"error: {message}", style="red", soft_wrap=True)
+        console.print(f"error: {legible(message, PROSE)}", style="red", soft_wrap=True)
     finally:  # even if the message cannot be written
         discard_output()
         sys.exit(2)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from esjax.cli.shared import ModelOption, Moved, Run, prepare, teller
 from esjax.errors import EsjaxError
+from esjax.terminal import print_text
 
 if TYPE_CHECKING:
     from esjax.inference.language_model import Written
@@ -201,7 +202,7 @@ class Generate:
         for text in texts:
             if text.log_probability is not None:
                 tell(f"[log probability {text.log_probability:.2f}]")
-            print(self.prompt + text.text)
+            print_text(self.prompt + text.text)
             if len(texts) > 1:
                 print("---")
 

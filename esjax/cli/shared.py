@@ -18,6 +18,7 @@ from esjax import __version__
 from esjax.errors import DiskError, EsjaxError
 from esjax.paths import given_path
 from esjax.terminal import has_cursor
+from esjax.texts import legible
 
 if TYPE_CHECKING:
     from esjax.hosts.serve import Server
@@ -142,8 +143,8 @@ def new_folder(out: Path | None, parent: str = "runs") -> Path:
 
 
 def teller(console: Console) -> Callable[[str], None]:
-    """Return the function that prints a line for the user."""
-    return lambda line: console.print(line, soft_wrap=True)
+    """Return the function that prints a line for the user; it stays one line."""
+    return lambda line: console.print(legible(line), soft_wrap=True)
 
 
 def announce_to_hosts(server: "Server", *more: str) -> None:
@@ -184,11 +185,12 @@ def show(run: "Trainer | Server", console: Console) -> None:
     from esjax.watch.progress import Progress
 
     if not leads():
-        for _ in run:
-            pass
+        with run.handling_signals():
+            for _ in run:
+                pass
         return
     assert run.folder is not None
-    with Progress(console, run.baselines, run.limits) as progress:
+    with run.handling_signals(), Progress(console, run.baselines, run.limits) as progress:
         run.tell = progress.tell
         run.on_start = lambda: run.tell(run.summary())
         try:
@@ -211,7 +213,8 @@ def _way_on(run: "Trainer | Server", remedy: str) -> str:
     assert run.folder is not None
     kept = kept_steps(run.folder.checkpoints)
     if run.folder.ledger.exists():
-        kept += [record.step + 1 for record in read(run.folder.ledger) if record.kind == UPDATE]
+        records = read(run.folder.ledger, max(kept, default=0))
+        kept += [record.step + 1 for record in records if record.kind == UPDATE]
     words = ("serve", "--resume") if isinstance(run, Server) else ("resume",)
     again = command_line("esjax", *words, run.folder.path)
     return f"the run is kept to step {max(kept)}; {remedy}, then: {again}" if kept else remedy

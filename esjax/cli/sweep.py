@@ -25,6 +25,7 @@ from esjax.cli.shared import (
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import check_workers
+from esjax.texts import legible
 from esjax.tuning.axes import parse_axes
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ class Sweep:
         if any(outcome.state == "failed" for outcome in outcomes):
             tell(f"what failed is tried again by: {again}")
             sys.exit(1)
+        if grid.lost:
+            tell(f"not kept: {', '.join(grid.lost)}; the reason is in their logs in {grid.path}")
+            sys.exit(1)
 
     def _compare(self, outcomes: "Sequence[Outcome]", tell: Callable[[str], None]) -> None:
         """Print means over the seeds, and the best settings."""
@@ -192,7 +196,7 @@ def _table(outcomes: "Sequence[Outcome]") -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     for one in outcomes:
-        note = f"{one.state}: {one.note}" if one.note else "" if one.state == "finished" else one.state
+        note = f"{one.state}: {legible(one.note)}" if one.note else "" if one.state == "finished" else one.state
         table.add_row(
             *map(str, one.values.values()),
             "-" if one.held_out is None else f"{one.held_out:.4f}" if one.held_out < 1000 else f"{one.held_out:.2g}",

@@ -10,7 +10,8 @@ from rich.console import Console
 from esjax.cli.shared import CustomOptions, Moved, Run, Watching, new_folder, prepare, show, teller
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
-from esjax.hosts.local import check_workers
+from esjax.hosts.local import LocalWorkers, check_workers
+from esjax.terminal import print_text
 
 if TYPE_CHECKING:
     from esjax.training.run import Trainer
@@ -57,18 +58,19 @@ class Train:
         tell = teller(console)
         trackers = self.watching.trackers(tell)
         if self.workers:
-            from esjax.hosts.local import local_workers
             from esjax.hosts.serve import serve_with
 
             server = serve_with(custom, self.settings, out, bind="tcp://127.0.0.1:0", trackers=trackers, tell=tell)
-            server.while_open = lambda: local_workers(
-                server.address,
+            workers = LocalWorkers(
                 self.workers,
                 server.folder.path,
+                lambda line: server.tell(line),
                 given=custom.words(),
                 oversubscribe=self.oversubscribe,
             )
+            server.while_open = lambda: workers.joined(server.address)
             show(server, console)
+            workers.check_kept()
             return
         from esjax.training.run import train_with
 
@@ -122,5 +124,5 @@ class Resume:
 
 
 def _show_sample(run: "Trainer", console: Console) -> None:
-    teller(console)("samples, separated by lines of dashes:\n")
-    print(f"{run.sample()}\n")
+    teller(console)("samples, separated by lines of dashes:")
+    print_text(f"\n{run.sample()}\n")

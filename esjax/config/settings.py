@@ -359,6 +359,10 @@ class Config(Section):
     ledger: bool = False
     """Record every update, so that the run can be replayed and a crash loses no step. Always on with hosts."""
 
+    ledger_horizon: int | None = None
+    """Steps of updates that stay in the ledger behind the newest checkpoint; up to twice as many are kept. Older ones
+    are dropped, and a replay then begins at the oldest checkpoint, not at the start of the run. None: keep all."""
+
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
     optim: OptimConfig = OptimConfig()
@@ -372,7 +376,9 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time")
+        check_positive(
+            self, "steps", "seconds", "checkpoint_time", "keep_checkpoints", "evaluate_time", "ledger_horizon"
+        )
         check(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2^32, got {self.seed}")
         if self.data.carry:
             check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")

@@ -26,6 +26,8 @@ def connect(processes: str) -> None:
             f"{processes!r} names no process group; give auto, or HOST:PORT,N,I with I below N, such as "
             "10.0.0.1:7777,4,0"
         )
+    # The service would take SIGTERM for itself, and training saves a checkpoint at SIGTERM without it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if match is None:
             jax.distributed.initialize()

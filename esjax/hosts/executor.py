@@ -23,6 +23,7 @@ from esjax.models.custom import NOTHING_CUSTOM, Custom
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.runs.checkpoint import digest
+from esjax.signals import started
 
 IDLE = 5.0
 """Seconds without a task after which process 0 sends the others a sign of life: collectives time out without one."""
@@ -73,7 +74,10 @@ class Executor:
         """Run the tasks that process 0 of the host runs, until it ends; all other processes call this."""
         while (word := share(b"")) != _END:
             if word != _NOTHING:
-                self.do(_DECODER.decode(word))
+                task = _DECODER.decode(word)
+                self.do(task)
+                if isinstance(task, tasks.Score):
+                    started()
 
     def _do(self, task: tasks.Task) -> tasks.Result:
         replica = self.replica

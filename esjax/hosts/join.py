@@ -27,7 +27,7 @@ from esjax.models.custom_code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
-from esjax.signals import STOPPING, stop_on_signals
+from esjax.signals import STOPPING, started, starting, stop_on_signals
 from esjax.watch.summary import describe_kinds
 
 LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
@@ -35,8 +35,8 @@ LIMITS = Limits(frame=wire.MAX_BODY, frames=wire.FRAMES)
 POLL = 0.1
 """Seconds to wait for messages before time limits are checked."""
 
-FAREWELL = 10.0
-"""Seconds that a leaving host has to send its scored losses and a goodbye."""
+FAREWELL, EARLY_FAREWELL = 10.0, 2.0
+"""Seconds that a leaving host has to send its scored losses and a goodbye, and a goodbye before it is ready."""
 
 QUIET = 5.0
 """Seconds without a message from the coordinator after which the host prints that, and leaves without a goodbye."""
@@ -145,13 +145,15 @@ def _take_part(
     )
     executor = Executor(custom=custom, tell=tell)
     if not leads():
-        with stop_on_signals():  # process 0 gets the signal, too, and ends the others
+        with stop_on_signals(), starting():  # process 0 gets the signal, too, and ends the others
             executor.follow()
         return False
     tell(f"{name}: joining {address}")
     with ExitStack() as stack:
         transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
+        if jax.process_count() > 1:  # the others may not follow yet, and cannot be waited for
+            stack.enter_context(starting())
         background = stack.enter_context(Background(executor, transport.wake))
         left_at = float("inf")
         listening = 0
@@ -183,12 +185,14 @@ def _take_part(
             request = worker.request(now)
             if request is not None:
                 transport.request(wire.encode(request))
+            if worker.phase == "ready":
+                started()
             line = _describe(worker, is_alone, patience)
             if line and line != said:
                 said = line
                 tell(f"{name}: {line}")
             if worker.leaving and left_at == float("inf"):
-                left_at = now + (0.0 if is_alone else FAREWELL)
+                left_at = now + (0.0 if is_alone else FAREWELL if worker.phase == "ready" else EARLY_FAREWELL)
             if now >= left_at:
                 break
             if now - worker.silent_since > patience:

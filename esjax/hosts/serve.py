@@ -3,7 +3,8 @@
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
 from esjax.runs.step_info import Limits, StepInfo
-from esjax.signals import STOPPING
+from esjax.signals import STOPPING, started
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.trackers import find_trackers
 from esjax.watch.tracking import Tracker
@@ -72,8 +73,9 @@ class _Listen(NamedTuple):
 class Server(RecordedRun):
     """A run that hosts take part in: iterate over it to coordinate them.
 
-    Iteration ends at the limits of the settings, or at Ctrl-C or SIGTERM. One of the hosts then makes a last checkpoint
-    and a last evaluation.
+    Iteration ends at the limits of the settings, at Ctrl-C or SIGTERM, or at `stop`. One of the hosts then makes a last
+    checkpoint and a last evaluation; a loop that is left half-way waits for them, too. Between two steps, signals are
+    the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.
@@ -86,10 +88,11 @@ class Server(RecordedRun):
         address: Address that hosts join at; the port is known when iteration has begun.
         token: Token file that hosts need, or None.
         on_start: Called when an iteration has opened port and files, before hosts may join.
-        while_open: Makes a context that is entered when hosts may join, and left at the end.
+        while_open: Makes a context that is entered when hosts may join, and left at the end. It may give a function,
+            which is called again and again meanwhile.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
-        stopped: Whether Ctrl-C or SIGTERM came during the last iteration.
+        stopped: Whether Ctrl-C or SIGTERM came, or `stop` was called, during the last iteration.
     """
 
     folder: RunFolder
@@ -104,18 +107,15 @@ class Server(RecordedRun):
         replica: Replica,
         trackers: Sequence[Tracker],
         tell: Callable[[str], None] | None,
-        *,
-        is_new: bool,
     ) -> None:
         """Set up; call `serve` or `resume_serving` instead."""
         super().__init__(replace(folder.config, ledger=True), corpus, folder, custom, trackers, tell)
         self.address = listen.address
         self.token: Path | None = None
-        self.while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.while_open: Callable[[], AbstractContextManager[Callable[[], None] | None]] = nullcontext
         self._listen = listen
         self._replica = replica  # gives shapes and sizes, and computes nothing
         self._coordinator: Coordinator | None = None
-        self._is_new = is_new
 
     def __repr__(self) -> str:
         """Name folder and address, and summarize the run."""
@@ -136,27 +136,42 @@ class Server(RecordedRun):
             raise EsjaxError("the run has no status yet; iterate over it first")
         return self._coordinator.status(time.monotonic())
 
-    def __iter__(self) -> Iterator[StepInfo]:
+    def _steps(self) -> Generator[StepInfo]:
         """Coordinate the hosts, and yield an info for each step."""
         with ExitStack() as stack:
             recorder = stack.enter_context(self._recording())
             coordinator, server_loop = self._open(stack, recorder)
             self._coordinator = coordinator
             self.on_start()
-            stack.enter_context(self.while_open())
+            started()  # the loop below looks for signals all the time
+            check = stack.enter_context(self.while_open())
             stopping = False
+            closed = deque[StepInfo]()
             pending: StepInfo | None = None  # the last step waits for the last evaluation
-            while not coordinator.finished:
-                if recorder.asked.is_set() and not stopping:
-                    stopping = True
-                    self.tell(STOPPING)
+            try:
+                while not coordinator.finished:
+                    if check is not None:
+                        check()
+                    if recorder.asked.is_set() and not stopping:
+                        stopping = True
+                        self.tell(STOPPING)
+                        coordinator.stop(time.monotonic(), done=False)
+                    closed += server_loop.turn()
+                    while closed:
+                        info = closed.popleft()
+                        if recorder.is_done(info.step) and not stopping:
+                            stopping, pending = True, info
+                            coordinator.stop(time.monotonic(), done=True)
+                        else:
+                            yield recorder.log(info)
+            except GeneratorExit:  # left half-way: a last checkpoint, too
+                if not stopping:
                     coordinator.stop(time.monotonic(), done=False)
-                for info in server_loop.turn():
-                    if recorder.is_done(info.step) and not stopping:
-                        stopping, pending = True, info
-                        coordinator.stop(time.monotonic(), done=True)
-                    else:
-                        yield recorder.log(info)
+                while not coordinator.finished:
+                    closed += server_loop.turn()
+                for info in closed:
+                    recorder.log(info)
+                raise
             self.stopped = recorder.asked.is_set()
             held_out = server_loop.new_held_out()
             if pending is not None:
@@ -166,30 +181,19 @@ class Server(RecordedRun):
 
     def _open(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         """Open files and port, and restore the state of the run."""
-        with ExitStack() as undo:
-            if self._is_new and not self.folder.checkpoints.exists():
-                undo.callback(self.folder.remove)  # a port in use must not leave an empty run folder
-            opened = self._begin(stack, recorder)
-            undo.pop_all()
-        self._is_new = False
-        return opened
+        with self._removing_new_folder():  # a port in use must not leave an empty run folder
+            return self._begin(stack, recorder)
 
     def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
+        restored = restore_run(folder, replica.state, self.tell)
         recorder.open_files()
         ledger = recorder.ledger
         assert ledger is not None
-        restored = restore_run(folder, replica.state, self.tell)
         first = int(restored.state.step)
         if not first:
             recorder.save(restored.state)
-        if ledger.next and not ledger.first <= first <= ledger.next:
-            raise EsjaxError(
-                f"the ledger of {str(folder.path)!r} holds steps {ledger.first} to {ledger.next}, and the newest "
-                f"checkpoint is of step {first}; restore the ledger, or move it away to go on from that checkpoint"
-            )
-        records = [record for record in read(folder.ledger) if record.kind == UPDATE and record.step >= first]
-        step = first + len(records)
+        step = ledger.next
         self.limits.check(step)
         keys = self._keys()
         transport = stack.enter_context(
@@ -204,7 +208,8 @@ class Server(RecordedRun):
         self.address = _for_others(transport.address)
         stack.enter_context(folder.keep_address(self.address, self.token))
         run = read_run(folder.path)
-        pairs = sum(count for record in records for _, count in unpack_update(record.payload).header.spans)
+        updates = (record.payload for record in read(folder.ledger, first) if record.kind == UPDATE)
+        pairs = sum(count for payload in updates for _, count in unpack_update(payload).header.spans)
         recorder.start(
             step,
             # Ledgers of older versions have no clock, but the metrics have.
@@ -359,7 +364,7 @@ def serve_with(
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
-    server = Server(folder, corpus, listen, custom, replica, found, tell, is_new=True)
+    server = Server(folder, corpus, listen, custom, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
     return server
@@ -438,7 +443,7 @@ def resume_serving_with(
     if text is not None:
         folder.keep_config()
     replica = _make_replica(folder.config, corpus, custom)
-    server = Server(folder, corpus, listen, custom, replica, find_trackers(trackers), tell, is_new=False)
+    server = Server(folder, corpus, listen, custom, replica, find_trackers(trackers), tell)
     if steps is not None or seconds is not None:
         server.limits = Limits(steps, seconds)
     return server

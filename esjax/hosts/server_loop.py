@@ -15,6 +15,7 @@ from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.replica.snapshot import from_bytes
 from esjax.replica.update import TrainState
 from esjax.runs.step_info import StepInfo
+from esjax.texts import legible
 from esjax.watch.recorded_run import Recorder
 
 POLL = 0.05
@@ -117,7 +118,7 @@ class ServerLoop:
             elif isinstance(action, Store):
                 self._store(action)
             elif isinstance(action, Tell):
-                self._tell(action.line)
+                self._tell(legible(action.line))
         return closed
 
     def _close(self, closed: Closed, now: float) -> StepInfo:

@@ -2,6 +2,9 @@
 
 import time
 from pathlib import Path
+from typing import TypeVar
+
+from msgspec import structs
 
 from esjax.errors import EsjaxError
 from esjax.hosts.protocol import wire
@@ -10,6 +13,9 @@ from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import load_token
 from esjax.hosts.transport.sockets import Limits
 from esjax.paths import given_path
+from esjax.texts import legible
+
+Row = TypeVar("Row", wire.Status, wire.HostStatus)
 
 PATIENCE = 10.0
 """Seconds to wait for an answer."""
@@ -22,6 +28,9 @@ def fetch_status(address: str, token_file: str | Path | None = None, patience: f
         address: tcp://HOST:PORT of the coordinator.
         token_file: Token file for a coordinator with keys. None: it has no keys.
         patience: Seconds to wait for an answer.
+
+    Returns:
+        The status; characters of its texts that are not printable are escaped.
 
     Raises:
         EsjaxError: The coordinator does not answer in time, or refuses the request.
@@ -48,7 +57,13 @@ def _read(frames: list[bytes], address: str) -> wire.Status:
             "runs there"
         ) from error
     if isinstance(message, wire.Refused):
-        raise EsjaxError(message.reason)
+        raise EsjaxError(legible(message.reason))
     if not isinstance(message, wire.Status):
         raise EsjaxError(f"{address} answered with a {type(message).__name__}; check that it is a coordinator")
-    return message
+    counters = {legible(reason): count for reason, count in message.counters.items()}
+    return structs.replace(_legible(message), hosts=[_legible(host) for host in message.hosts], counters=counters)
+
+
+def _legible(row: Row) -> Row:
+    texts = {name: legible(value) for name, value in structs.asdict(row).items() if isinstance(value, str)}
+    return structs.replace(row, **texts)

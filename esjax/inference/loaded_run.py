@@ -112,17 +112,18 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
     restored = find_newest(folder.checkpoints, first, tell)
     if restored is not None:
         return restored
-    path = folder.path
-    records = read(folder.ledger) if folder.ledger.exists() else iter(())
+    path, steps = folder.path, read_run(folder.path).step
+    has_ledger = folder.ledger.exists()
+    records = read(folder.ledger) if has_ledger else iter(())
     begins = next((record.step for record in records if record.kind == UPDATE), None)
-    if begins == 0:
-        tell(f"{path} has no whole checkpoint: its state is rebuilt from the seed and the ledger")
-    elif begins or read_run(path).step:
+    if begins or (steps and not has_ledger):
         has = f"and its ledger begins at step {begins:,}" if begins else "and no ledger"
         raise EsjaxError(
             f"{str(path)!r} has no whole checkpoint, {has}: nothing can be resumed; restore what is missing "
             f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
         )
+    if begins == 0 or steps:
+        tell(f"{path} has no whole checkpoint: its state is rebuilt from the seed and the ledger")
     return Restored(first, 0.0, 0)
 
 

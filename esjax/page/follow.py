@@ -7,8 +7,9 @@ from typing import Any
 
 from esjax.errors import EsjaxError
 from esjax.page.content import curves, details, summary
-from esjax.paths import given_path, legible
+from esjax.paths import given_path
 from esjax.runs.reader import Metrics, RunView, distinct_names, find_runs, is_running, read_run
+from esjax.texts import legible
 
 
 class _Followed:

@@ -1,24 +1,27 @@
 """Training states on disk; the only module that imports orbax.
 
-    checkpoints/120/seal.json    progress of the run, and a hash of every file of the state
+    checkpoints/120/seal.json    progress of the run, and hashes, see `esjax.runs.seal`
     checkpoints/120/state/       the state, as orbax writes it
 
-A checkpoint is written under a temporary name and renamed to its step when it is complete. A checkpoint whose files do
-not match the hashes in its seal is damaged: readers skip it and take the one before; writers rename it.
+A checkpoint is written under a temporary name and renamed to its step when it is complete. A damaged checkpoint is
+skipped by readers, who take the one before, and renamed by writers.
+
+Hashes of files do not show that the libraries read what they wrote. So a state is compared by its digest whenever it is
+restored, and the first checkpoint of a run, and the first one after a change of the libraries' versions, is read back
+before it counts. A difference is an error: it would be found in every other checkpoint, too, so that taking the one
+before would only lose steps.
 """
 
-import errno
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,16 +32,12 @@ from esjax.errors import EsjaxError
 from esjax.models.model import Params
 from esjax.replica.snapshot import leaf_types
 from esjax.replica.update import TrainState
-from esjax.runs.durable import disk_error, write_durably
+from esjax.runs.durable import disk_error
+from esjax.runs.seal import STATE, Seal, changed_versions, find_damage, hash_files, read_seal, versions
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
 
-SEAL = "seal.json"
-STATE = "state"
 ROOM = "room"
-
-LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-"""Error numbers for a file that is missing, is a folder, or lies on a bad block: the checkpoint is damaged."""
 
 LEAF_BYTES, MORE_BYTES = 512, 2**17
 """Bytes on disk beside the arrays themselves, at most: for each leaf, and for the whole checkpoint."""
@@ -76,7 +75,11 @@ class Weights(NamedTuple):
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run and keeps the newest ones."""
+    """Writes the checkpoints of a run and keeps the newest ones.
+
+    Attributes:
+        beginnings: Returns steps; the first checkpoint at or after each of them is kept as well.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         """Open the folder for writing; make it if it is missing, and rename damaged checkpoints.
@@ -88,6 +91,7 @@ class Checkpoints:
         Raises:
             EsjaxError: No path to the folder suits orbax, see `_plain_path`.
         """
+        self.beginnings: Callable[[], Sequence[int]] = tuple
         self._folder = folder
         self._keep = keep
         folder.mkdir(exist_ok=True)
@@ -97,13 +101,23 @@ class Checkpoints:
             shutil.rmtree(path)
         for step in kept_steps(folder):
             path = folder / str(step)
-            if _damage(path):
+            if find_damage(path):
                 os.replace(path, _unused(folder / f"{step}.damaged"))
+        self._is_read_back = any(read_seal(folder / str(step)).versions == versions() for step in kept_steps(folder))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, newest first."""
+        return kept_steps(self._folder)
 
     @property
     def newest(self) -> int:
         """Step of the newest checkpoint; 0 if there is none."""
-        return max(kept_steps(self._folder), default=0)
+        return max(self.steps, default=0)
+
+    def path_of(self, step: int) -> Path:
+        """Return the path of a checkpoint."""
+        return self._folder / str(step)
 
     def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
         """Write a state, unless its step has a checkpoint already.
@@ -115,28 +129,31 @@ class Checkpoints:
 
         Raises:
             DiskError: The disk is full or cannot be written. Older checkpoints are not touched.
+            EsjaxError: The checkpoint is read back, and differs from the state.
         """
         step = int(state.step)
         path = self._folder / str(step)
         if path.exists():
             return
         partial = path.with_suffix(".partial")
-        try:
-            _see_room(partial, state)
-            with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
-                checkpointer.save(plain / partial.name / STATE, jax.tree.map(np.asarray, state))
-            seal = {
-                "seconds": seconds,
-                "member_tokens": member_tokens,
-                "leaves": leaf_types(state),
-                "files": _hashes(partial / STATE),
-            }
-            write_durably(partial / SEAL, json.dumps(seal))
-            os.replace(partial, path)
-        except (OSError, ValueError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
-        for old in kept_steps(self._folder)[self._keep :]:
+        arrays = jax.tree.map(np.asarray, state)
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, partial, ignore_errors=True)
+            try:
+                _see_room(partial, state)
+                with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
+                    checkpointer.save(plain / partial.name / STATE, arrays)
+                leaves, files = leaf_types(state), hash_files(partial / STATE)
+                Seal(seconds, member_tokens, leaves, files, digest(arrays), versions()).write(partial)
+                if not self._is_read_back:
+                    _restore(partial, arrays)
+                os.replace(partial, path)
+            except (OSError, ValueError) as error:
+                raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
+            undo.pop_all()
+        self._is_read_back = True
+        needed = {first_since(self.steps, beginning) for beginning in self.beginnings() if beginning}
+        for old in [step for step in self.steps[self._keep :] if step not in needed]:
             doomed = self._folder / f"{old}.partial"  # an interrupted deletion leaves no damaged checkpoint
             os.replace(self._folder / str(old), doomed)
             shutil.rmtree(doomed)
@@ -151,15 +168,36 @@ def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> 
         tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: The checkpoint holds the state of another model.
+        EsjaxError: The checkpoint holds the state of another model, or the libraries do not restore what was saved.
     """
     path = _newest_whole(folder, tell)
-    if path is None:
-        return None
-    seal = _check_leaves(path, like, lambda name: True)
-    with _plain_path(path) as plain, _checkpointer() as checkpointer:
-        state = checkpointer.restore(plain / STATE, like)
-    return Restored(state, seal["seconds"], seal["member_tokens"])
+    return None if path is None else restore(path, like)
+
+
+def restore(path: Path, like: TrainState) -> Restored:
+    """Read a whole checkpoint; see `find_newest`."""
+    _check_leaves(path, like, lambda name: True)
+    return _restore(path, like)
+
+
+def _restore(path: Path, like: TrainState) -> Restored:
+    """Read a checkpoint whose files are whole, and compare the state with the one that was saved."""
+    seal = read_seal(path)
+    try:
+        with _plain_path(path) as plain, _checkpointer() as checkpointer:
+            state = checkpointer.restore(plain / STATE, like)
+        wrong = "" if seal.digest in ("", digest(state)) else "it differs from the state that was saved"
+    except (EsjaxError, OSError):
+        raise
+    except Exception as error:  # of any kind: they come from orbax and from what it is built on
+        wrong = _first_line(error)
+    if wrong:
+        raise EsjaxError(
+            f"the checkpoint {str(path)!r} cannot be restored, though its files are whole: {wrong} "
+            f"({changed_versions(seal)}); install the versions of {', '.join(seal.versions) or 'JAX and orbax'} that "
+            "wrote it"
+        )
+    return Restored(state, seal.seconds, seal.member_tokens)
 
 
 def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> Weights:
@@ -191,11 +229,21 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         return Weights(**checkpointer.restore(plain / STATE, args=found))
 
 
+def find_oldest(folder: Path, like: TrainState, beginning: int, tell: Callable[[str], None]) -> Restored | None:
+    """Read the oldest undamaged checkpoint at or after a step; see `find_newest`."""
+    path = _first_whole(folder, lambda: sorted(step for step in kept_steps(folder) if step >= beginning), tell)
+    return None if path is None else restore(path, like)
+
+
 def _newest_whole(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    return _first_whole(folder, lambda: kept_steps(folder), tell)
+
+
+def _first_whole(folder: Path, list_steps: Callable[[], list[int]], tell: Callable[[str], None]) -> Path | None:
     passed: set[int] = set()
-    while steps := [step for step in kept_steps(folder) if step not in passed]:
+    while steps := [step for step in list_steps() if step not in passed]:
         path = folder / str(steps[0])
-        damage = _damage(path)
+        damage = find_damage(path)
         if not damage:
             return path
         passed.add(steps[0])
@@ -279,7 +327,15 @@ def _plain_path(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> dict[str, Any]:
+def first_since(steps: Sequence[int], beginning: int) -> int | None:
+    """Return the oldest step at or after `beginning` of which there is a state; None: there is none yet.
+
+    The state of step 0 follows from the seed.
+    """
+    return min((step for step in steps if step >= beginning), default=None) if beginning else 0
+
+
+def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> None:
     """Compare the dtypes and shapes of a checkpoint with those of `like`.
 
     Args:
@@ -287,14 +343,10 @@ def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> di
         like: The expected state.
         counts: Returns whether the leaf of a name is compared.
 
-    Returns:
-        The seal of the checkpoint.
-
     Raises:
         EsjaxError: They differ.
     """
-    seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-    expected, kept = leaf_types(like), seal["leaves"]
+    expected, kept = leaf_types(like), read_seal(path).leaves
     strange = [name for name in {**expected, **kept} if counts(name) and expected.get(name) != kept.get(name)]
     if strange:
         raise EsjaxError(
@@ -302,7 +354,6 @@ def _check_leaves(path: Path, like: PyTree, counts: Callable[[str], bool]) -> di
             f"{kept.get(strange[0])}, not {expected.get(strange[0])}; give the "
             "custom model again, or use the esjax that wrote it"
         )
-    return seal
 
 
 def kept_steps(folder: Path) -> list[int]:
@@ -310,35 +361,6 @@ def kept_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
-
-
-def _damage(path: Path) -> str:
-    """Return what is wrong with a checkpoint, or "" if it is whole.
-
-    Raises:
-        EsjaxError: The checkpoint cannot be examined and may be whole: no permission, too many open files, a network
-            error.
-    """
-    try:
-        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        files, _, _, _ = seal["files"], seal["leaves"], float(seal["seconds"]), int(seal["member_tokens"])
-        found = _hashes(path / STATE)
-    except OSError as error:
-        if error.errno not in LOST:
-            raise EsjaxError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
-        return f"it cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"its seal cannot be read: {_first_line(error)}"
-    changed = [name for name in sorted({*files, *found}) if files.get(name) != found.get(name)]
-    return f"changed since it was written: {changed[0]}" if changed else ""
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        for path in files
-    }
 
 
 def _unused(path: Path) -> Path:

@@ -14,6 +14,9 @@ from esjax.errors import DiskError, EsjaxError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers for a full disk and for an exceeded quota."""
 
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+"""Error numbers for a file that is missing, is a folder, or lies on a bad block: what it belongs to is damaged."""
+
 
 def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     """Replace a file atomically: readers see the old or the new content, which is on the disk when this returns.
@@ -30,7 +33,12 @@ def write_durably(path: Path, content: str | bytes, mode: int = 0o666) -> None:
             os.fsync(file.fileno())
         os.replace(swap, path)
         undo.pop_all()
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names of the files in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -9,7 +9,7 @@ baselines.json    nats per token of the n-gram models over the held-out document
 samples.txt       texts that the model wrote during training
 tensorboard/      event files of TensorBoard, if the run is tracked there; wandb/ for Weights & Biases
 checkpoints/      see `esjax.runs.checkpoint`
-ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`
+ledger            every update, if the run keeps a ledger, see `esjax.runs.ledger`; with a horizon, also ledger.next
 incarnation       number of starts of the coordinator; earlier runs have it in `epoch`
 address           address of the running coordinator, and its token file
 keys/             keys of the hosts that may join, see `esjax.hosts.transport.keys`
@@ -18,6 +18,7 @@ keys/             keys of the hosts that may join, see `esjax.hosts.transport.ke
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -61,7 +62,18 @@ LOCK_PAUSE = 0.02
 
 
 class RunFolder:
-    """A run on disk, open for reading; call `lock` before writing."""
+    """A run on disk, open for reading; write within `locked`.
+
+    Attributes:
+        path: Path of the folder.
+        is_new: Whether `create` made it.
+        name: Name of the run.
+        text_digest: Hash of the text; "" without a text.
+        custom: Names of the custom parts, by kind.
+        code: Path, function and hash of custom parts that are code in a file, by kind.
+        config: Settings.
+        vocabulary: Symbols.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open an existing run.
@@ -89,6 +101,7 @@ class RunFolder:
         self.code = self._read_code(run)
         self.config: Config = from_yaml(self._read("config.yaml"), str(path / "config.yaml"))
         self.vocabulary = self._read_vocabulary()
+        self.is_new = False
         self._lock: IO[str] | None = None
         self._is_made = False
 
@@ -139,7 +152,7 @@ class RunFolder:
         except OSError as error:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         folder = cls(path)
-        folder._is_made = is_made
+        folder.is_new, folder._is_made = True, is_made
         return folder
 
     def remove(self) -> None:
@@ -257,6 +270,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the run while the context is open, see `lock`."""
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
     def open_metrics(self, step: int, tell: Callable[[str], None]) -> IO[str]:
         """Open the metrics for appending, and drop the lines of steps after `step`, which will be done again.
 
@@ -297,15 +319,17 @@ class RunFolder:
 
         Raises:
             DiskError: The file cannot be written.
+            EsjaxError: Another process trains the run.
         """
         path = self.path / "config.yaml"
-        with writing(path):
+        with self.locked(), writing(path):
             write_durably(path, to_yaml(self.config))
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote."""
         with (self.path / "samples.txt").open("a", encoding="utf-8") as samples:
-            samples.write(f"--- step {step}\n{text}\n\n")
+            inside = re.sub("^--- step ", r"\\--- step ", text, flags=re.MULTILINE)  # no line of a text begins a sample
+            samples.write(f"--- step {step}\n{inside}\n\n")
 
     def _read_vocabulary(self) -> Vocabulary:
         try:

@@ -1,121 +1,119 @@
-r"""The append-only record of every update; with the first state, it is enough to replay the run.
+"""The append-only record of every update; with the first state, it is enough to replay the run.
 
-The file is "esjax ledger 1\n" and then records, little-endian:
-    magic, CRC-32 of all that follows, kind (uint8), step (uint32), bytes of the payload (uint32), the payload
-
-Kinds are 1 for an update, 2 for a digest, and 3 for an update with the training time: its payload begins with the
-seconds (float64). Runs write kind 3; older ledgers hold updates of kind 1 and can be read.
+    ledger          records from the first step that is kept, see `esjax.runs.records`
+    ledger.next     the records after these, if the run keeps a horizon, see `esjax.runs.horizon`
 
 A record is on the disk before `append` returns, so a crash can tear the last record only. Opening a ledger checks every
 CRC: this takes seconds for a million records, and finds damage before a host downloads the damaged record.
+
+A ledger is read for a state at some step, from which on it must be whole. Below that step, damage and missing updates
+are passed over: the state, from a checkpoint, already contains them. What comes before such a break is of no more use.
 """
 
 import contextlib
 import os
-import struct
-import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from esjax.errors import EsjaxError
-from esjax.runs.durable import remedy
+from esjax.runs.durable import remedy, sync_folder, writing
+from esjax.runs.records import DIGEST, HEAD, MAX_PAYLOAD, UPDATE, Record, next_record, record_at, to_bytes, write
 
-UPDATE: Final = 1
-"""Kind of a record of an update, which takes the run from `step` to `step + 1`."""
-
-DIGEST: Final = 2
-"""Kind of a record of the digest, in ASCII, of the state after `step` steps."""
-
-MAX_PAYLOAD = 2**26
-"""Most bytes of a payload: four for each of 16 million pairs, the most whose sum is exact."""
-
-_HEAD = b"esjax ledger 1\n"
-_MAGIC = b"\xe5JX\n"
-_HEADER = struct.Struct("<4sIBII")
-_TIMED = 3  # kind of an update with its training time, which comes first in the payload
-_SECONDS = struct.Struct("<d")
-_SUMMED = 8  # the CRC covers the record from this byte on
-_STRIDE = 2**20
+__all__ = ["DIGEST", "MAX_PAYLOAD", "UPDATE", "Ledger", "Record", "read"]
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
-class Record(NamedTuple):
-    """One record.
+class _Place(NamedTuple):
+    """Where a record begins: the number of the file, and the offset in it."""
 
-    Attributes:
-        kind: `UPDATE` or `DIGEST`.
-        step: Steps done before the update, or when the digest was taken.
-        payload: Any bytes, at most `MAX_PAYLOAD`.
-        seconds: Training time when the update was recorded; None if it is not in the record.
-    """
+    part: int
+    offset: int
 
-    kind: int
-    step: int
-    payload: bytes
-    seconds: float | None = None
 
-    @property
-    def size(self) -> int:
-        """Bytes of the record in the file."""
-        return _HEADER.size + (0 if self.seconds is None else _SECONDS.size) + len(self.payload)
+class _Part:
+    """An open file of a ledger, for appending."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.end = len(HEAD)
+        self.first = 0
+        self.offsets = array("Q")  # of the update of each step from `first` on
+
+    def begin(self) -> None:
+        """Write the head of a new file, or complete a torn head."""
+        head = os.pread(self.descriptor, len(HEAD), 0)
+        if head != HEAD and HEAD.startswith(head):
+            write(self.descriptor, HEAD, 0)
+            os.fsync(self.descriptor)
+            sync_folder(self._path.parent)  # so that the name of the file is on the disk, too
 
 
 class Ledger:
     """A ledger open for appending. The lock of the run folder excludes other writers."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        """Wrap an open file; use `Ledger.open`."""
+    def __init__(self, path: Path) -> None:
+        """Use `Ledger.open`."""
         self._path = path
-        self._descriptor = descriptor
-        self._end = len(_HEAD)
-        self._first = 0
+        self._parts: list[_Part] = []
+        self._next: int | None = None
         self._seconds = 0.0
-        self._offsets = array("Q")  # of the update of each step
 
     @classmethod
-    def open(cls, path: Path, tell: Callable[[str], None]) -> "Ledger":
+    def open(cls, path: Path, tell: Callable[[str], None], start: int | None = None) -> "Ledger":
         """Open a ledger, or make a new one, and cut off a torn or damaged last record.
 
         Args:
             path: The file.
-            tell: Called with a line if a record is cut off.
+            tell: Called with a line if a record is cut off, or if something below `start` is passed over.
+            start: Step of the state that later updates belong to, and from which on the ledger must be whole. None: it
+                must be whole from its beginning on.
 
         Raises:
-            EsjaxError: The file cannot be opened, is no ledger of this version, or is damaged before its end.
+            EsjaxError: The file cannot be opened, is no ledger of this version, is damaged before its end, or lacks
+                updates from `start` on.
         """
+        ledger = cls(path)
         try:
-            ledger = cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-            try:
-                ledger._begin()
-                ledger._read_index(tell)
-            except BaseException:
-                ledger.close()
-                raise
+            with ExitStack() as undo:
+                undo.callback(ledger.close)
+                ledger._parts = [_Part(one) for one in (path, _second(path)) if one == path or one.exists()]
+                for part in ledger._parts:
+                    part.begin()
+                ledger._read_index(tell, start)
+                undo.pop_all()
         except OSError as error:
             raise EsjaxError(f"cannot open the ledger {str(path)!r}: {error.strerror}") from error
         return ledger
 
     def close(self) -> None:
-        """Close the file; all records are on the disk already."""
-        os.close(self._descriptor)
+        """Close the files; all records are on the disk already."""
+        for part in self._parts:
+            os.close(part.descriptor)
 
     @property
     def first(self) -> int:
-        """Step of the first update; 0 if there is none."""
-        return self._first
+        """Step of the first update; that of the next one if there is none."""
+        return min((part.first for part in self._parts if part.offsets), default=self.next)
 
     @property
     def next(self) -> int:
         """Step of the next update; 0 for an empty ledger, whose first update may have any step."""
-        return self._first + len(self._offsets)
+        return self._next or 0
 
     @property
     def seconds(self) -> float:
         """Training time of the last update that records it; 0.0 if none does."""
         return self._seconds
+
+    @property
+    def beginnings(self) -> list[int]:
+        """Step of the first update of each file, or of the update that will be its first."""
+        return [part.first if part.offsets else self.next for part in self._parts]
 
     def append(self, kind: Literal[1, 2], step: int, payload: bytes, seconds: float | None = None) -> None:
         """Append a record; it is on the disk when this returns.
@@ -130,7 +128,7 @@ class Ledger:
             EsjaxError: The disk is full or fails, the payload is too long, or an update does not follow the last
                 one. The ledger is unchanged.
         """
-        if kind == UPDATE and self._offsets and step != self.next:
+        if kind == UPDATE and self._next is not None and step != self._next:
             raise EsjaxError(
                 f"the ledger {str(self._path)!r} goes on with step {self.next}, not {step}; resume from a checkpoint "
                 "of the same run, or move the ledger away to begin another one"
@@ -140,18 +138,18 @@ class Ledger:
                 f"step {step} has a record of {len(payload):,} bytes, and the ledger {str(self._path)!r} takes "
                 f"{MAX_PAYLOAD:,} at most; lower the population"
             )
-        record = Record(kind, step, payload, seconds)
+        record, part = Record(kind, step, payload, seconds), self._parts[-1]
         try:
-            _write(self._descriptor, _to_bytes(record), self._end)
-            _sync(self._descriptor)
+            write(part.descriptor, to_bytes(record), part.end)
+            _sync(part.descriptor)
         except OSError as error:
             with contextlib.suppress(OSError):  # otherwise `open` cuts it off
-                os.ftruncate(self._descriptor, self._end)
+                os.ftruncate(part.descriptor, part.end)
             raise EsjaxError(
                 f"cannot write the ledger {str(self._path)!r}: {error.strerror}; training stops, nothing is lost; "
                 f"{remedy(error.errno)} and resume"
             ) from error
-        self._add(record)
+        self._add(part, part.end, record)
 
     def updates(self, from_step: int, limit_bytes: int) -> list[bytes]:
         """Read the payloads of consecutive updates.
@@ -164,131 +162,185 @@ class Ledger:
             EsjaxError: A record is damaged.
         """
         payloads: list[bytes] = []
-        if from_step < self._first:
+        if from_step < self.first:
             return payloads
-        for index in range(from_step - self._first, len(self._offsets)):
-            record = _record_at(self._descriptor, self._offsets[index], self._end)
-            if record is None:
-                raise _damaged(self._path, self._offsets[index])
-            limit_bytes -= len(record.payload)
-            if payloads and limit_bytes < 0:
-                break
-            payloads.append(record.payload)
+        for part in self._parts:
+            for index in range(max(from_step - part.first, 0), len(part.offsets)):
+                record = record_at(part.descriptor, part.offsets[index], part.end)
+                if record is None:
+                    raise _damaged(self._path, part.offsets[index])
+                limit_bytes -= len(record.payload)
+                if payloads and limit_bytes < 0:
+                    return payloads
+                payloads.append(record.payload)
         return payloads
 
-    def _begin(self) -> None:
-        """Write the head of a new file, or complete a torn head."""
-        head = os.pread(self._descriptor, len(_HEAD), 0)
-        if head != _HEAD and _HEAD.startswith(head):
-            _write(self._descriptor, _HEAD, 0)
-            os.fsync(self._descriptor)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # so that the name of the file is on the disk, too
-            finally:
-                os.close(folder)
+    def begin_part(self) -> None:
+        """Go on in a new file. Of two files, the first one is dropped.
 
-    def _read_index(self, tell: Callable[[str], None]) -> None:
-        size = os.fstat(self._descriptor).st_size
-        for record in _records(self._path, self._descriptor, size):
-            self._add(record)
-        if self._end < size:
-            os.ftruncate(self._descriptor, self._end)
-            _sync(self._descriptor)
+        Raises:
+            DiskError: The folder cannot be written. The ledger is whole all the same.
+        """
+        second = _second(self._path)
+        with writing(second):
+            if len(self._parts) == 2:
+                os.replace(second, self._path)
+                os.close(self._parts.pop(0).descriptor)
+            part = _Part(second)
+            part.begin()
+        self._parts.append(part)
+
+    def _read_index(self, tell: Callable[[str], None], start: int | None) -> None:
+        last = self._parts[-1]
+        size = os.fstat(last.descriptor).st_size
+        for place, record in _records(self._path, [part.descriptor for part in self._parts], start, tell):
+            self._add(self._parts[place.part], place.offset, record)
+        if start and self.next < start:
+            if self._next is not None:
+                tell(
+                    f"the ledger {str(self._path)!r} ends at step {self.next}, and the newest checkpoint is of step "
+                    f"{start}; training goes on from there, and a replay can begin there"
+                )
+            self._forget()
+            self._next = start
+        if last.end < size:
+            os.ftruncate(last.descriptor, last.end)
+            _sync(last.descriptor)
             tell(
-                f"the last record of the ledger {str(self._path)!r} is torn or damaged; its {size - self._end} bytes "
+                f"the last record of the ledger {str(self._path)!r} is torn or damaged; its {size - last.end} bytes "
                 f"are cut off, and the ledger goes on with step {self.next}"
             )
 
-    def _add(self, record: Record) -> None:
+    def _add(self, part: _Part, offset: int, record: Record) -> None:
         if record.kind == UPDATE:
-            if not self._offsets:
-                self._first = record.step
-            self._offsets.append(self._end)
+            if record.step != self._next:
+                self._forget()
+            if not part.offsets:
+                part.first = record.step
+            part.offsets.append(offset)
+            self._next = record.step + 1
         if record.seconds is not None:
             self._seconds = record.seconds
-        self._end += record.size
+        part.end = offset + record.size
+
+    def _forget(self) -> None:
+        """Leave out the updates so far, after which some are missing."""
+        for part in self._parts:
+            part.offsets = array("Q")
 
 
-def read(path: Path) -> Iterator[Record]:
-    """Read a ledger from its start, up to a torn or damaged end. Another process may be writing it.
+def read(path: Path, start: int | None = None) -> Iterator[Record]:
+    """Read a ledger up to a torn or damaged end. Another process may be writing it.
+
+    Args:
+        path: The file.
+        start: Step of the state for which it is read, see `Ledger.open`; records of earlier steps are left out. None:
+            read it from its beginning on.
 
     Raises:
-        EsjaxError: The file cannot be read, is no ledger of this version, or is damaged before its end.
+        EsjaxError: The file cannot be read, is no ledger of this version, is damaged before its end, or lacks updates
+            from `start` on.
     """
+    return (record for record in _read(path, start) if start is None or record.step >= start)
+
+
+def beginning(path: Path, start: int) -> int:
+    """Return the step from which on a ledger is whole, for a state at `start`; see `Ledger.open`."""
+    first, due = 0, None
+    for record in _read(path, start):
+        if record.kind == UPDATE:
+            first = first if record.step == due else record.step
+            due = record.step + 1
+    return first if due is None or due >= start else start
+
+
+def _read(path: Path, start: int | None) -> Iterator[Record]:
     try:
-        with path.open("rb") as file:
-            yield from _records(path, file.fileno(), os.fstat(file.fileno()).st_size)
+        with ExitStack() as stack:
+            for _, record in _records(path, _open_all(path, stack), start, lambda line: None):
+                yield record
     except OSError as error:
         raise EsjaxError(f"cannot read the ledger {str(path)!r}: {error.strerror}") from error
 
 
-def _records(path: Path, descriptor: int, size: int) -> Iterator[Record]:
-    """Yield the records before a torn or damaged end."""
-    if not _HEAD.startswith(os.pread(descriptor, len(_HEAD), 0)):
-        raise EsjaxError(f"{str(path)!r} is no ledger of this version of esjax; move it away or restore it from a copy")
-    offset, due = len(_HEAD), None
-    while record := _record_at(descriptor, offset, size):
-        if record.kind not in (UPDATE, DIGEST):
+def _second(path: Path) -> Path:
+    return path.with_name(f"{path.name}.next")
+
+
+def _open_all(path: Path, stack: ExitStack) -> list[int]:
+    """Open the files of a ledger while another process may drop the first one."""
+    while True:
+        with ExitStack() as opened:
+            files = [opened.enter_context(path.open("rb"))]
+            with contextlib.suppress(FileNotFoundError):
+                files.append(opened.enter_context(_second(path).open("rb")))
+            if os.path.samestat(os.fstat(files[0].fileno()), path.stat()):
+                stack.enter_context(opened.pop_all())
+                return [file.fileno() for file in files]
+
+
+def _records(
+    path: Path, descriptors: Sequence[int], start: int | None, tell: Callable[[str], None]
+) -> Iterator[tuple[_Place, Record]]:
+    """Yield the records before a torn or damaged end, and their places; what is below `start` is passed over."""
+    due: int | None = None
+    broken: EsjaxError | None = None
+    for number, descriptor in enumerate(descriptors):
+        if not HEAD.startswith(os.pread(descriptor, len(HEAD), 0)):
             raise EsjaxError(
-                f"the ledger {str(path)!r} has a record of the unknown kind {record.kind} at byte {offset}; use the "
-                "newer esjax that wrote it"
+                f"{str(path)!r} is no ledger of this version of esjax; move it away or restore it from a copy"
             )
-        if record.kind == UPDATE:
-            if due is not None and record.step != due:
+        size, offset = os.fstat(descriptor).st_size, len(HEAD)
+        while offset < size:
+            record = record_at(descriptor, offset, size)
+            if record is None:
+                after = next_record(descriptor, offset, size)
+                if after is None and number == len(descriptors) - 1:
+                    break
+                broken = broken or _damaged(path, offset)
+                if start is None or (due or 0) > start:
+                    raise broken
+                offset = size if after is None else after
+                continue
+            if record.kind not in (UPDATE, DIGEST):
                 raise EsjaxError(
-                    f"the ledger {str(path)!r} has step {record.step} at byte {offset}, where step {due} belongs; "
-                    "restore it from a copy"
+                    f"the ledger {str(path)!r} has a record of the unknown kind {record.kind} at byte {offset}; use "
+                    "the newer esjax that wrote it"
                 )
-            due = record.step + 1
-        yield record
-        offset += record.size
-    if _any_record_after(descriptor, offset, size):
-        raise _damaged(path, offset)
+            if record.kind == UPDATE:
+                _check(path, record.step, due, start, offset, broken, tell)
+                broken, due = None, record.step + 1
+            yield _Place(number, offset), record
+            offset += record.size
 
 
-def _record_at(descriptor: int, offset: int, size: int) -> Record | None:
-    """Read the record at an offset of a file of `size` bytes; None if there is no whole record."""
-    header = os.pread(descriptor, _HEADER.size, offset)
-    if len(header) < _HEADER.size:
-        return None
-    magic, crc, kind, step, length = _HEADER.unpack(header)
-    if magic != _MAGIC or length > min(MAX_PAYLOAD + _SECONDS.size, size - offset - _HEADER.size):
-        return None
-    payload = os.pread(descriptor, length, offset + _HEADER.size)
-    if zlib.crc32(payload, zlib.crc32(header[_SUMMED:])) != crc:
-        return None
-    if kind == _TIMED and length >= _SECONDS.size:
-        return Record(UPDATE, step, payload[_SECONDS.size :], *_SECONDS.unpack_from(payload))
-    return Record(kind, step, payload)
-
-
-def _any_record_after(descriptor: int, offset: int, size: int) -> bool:
-    """Return whether a whole record begins anywhere after an offset."""
-    for start in range(offset + 1, size, _STRIDE):
-        data = os.pread(descriptor, _STRIDE + len(_MAGIC) - 1, start)
-        found = data.find(_MAGIC)
-        while found >= 0:
-            if _record_at(descriptor, start + found, size):
-                return True
-            found = data.find(_MAGIC, found + 1)
-    return False
-
-
-def _to_bytes(record: Record) -> bytes:
-    kind, payload = record.kind, record.payload
-    if record.seconds is not None:
-        kind, payload = _TIMED, _SECONDS.pack(record.seconds) + payload
-    summed = _HEADER.pack(_MAGIC, 0, kind, record.step, len(payload))[_SUMMED:] + payload
-    return _MAGIC + zlib.crc32(summed).to_bytes(4, "little") + summed
-
-
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data`; a nearly full disk may take only a part at first."""
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[written:], offset + written
+def _check(
+    path: Path,
+    step: int,
+    due: int | None,
+    start: int | None,
+    offset: int,
+    broken: EsjaxError | None,
+    tell: Callable[[str], None],
+) -> None:
+    """Check that an update follows the one before, or that what is missing is below `start`."""
+    is_gap = due is not None and step != due
+    if is_gap and broken is None:
+        broken = EsjaxError(
+            f"the ledger {str(path)!r} has step {step} at byte {offset}, where step {due} belongs; restore it from a "
+            "copy"
+        )
+    if start is not None and step > start and (due is None or is_gap):
+        newest = f"the newest whole checkpoint is of step {start}" if start else "no checkpoint is whole"
+        way = f", or move the ledger away to go on from step {start}" if start else ""
+        raise broken or EsjaxError(
+            f"the ledger {str(path)!r} begins at step {step}, and {newest}; restore a later checkpoint or the ledger "
+            f"from a copy{way}"
+        )
+    if broken is not None:
+        if start is None or (due is not None and step < due):
+            raise broken
+        tell(f"{str(broken).rpartition(';')[0]}: it is below the newest checkpoint, so it is passed over")
 
 
 def _damaged(path: Path, offset: int) -> EsjaxError:

@@ -23,9 +23,10 @@ from numpy import ndarray
 from esjax.config.custom_names import SHOWN
 from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
-from esjax.paths import given_path, legible
+from esjax.paths import given_path
 from esjax.runs.durable import try_lock
 from esjax.runs.step_info import Limits
+from esjax.texts import legible
 
 State = Literal["running", "finished", "stopped"]
 """running: a process holds the lock. finished: the run reached the limits of its settings. stopped: neither."""

@@ -1,4 +1,4 @@
-"""Rebuilds the weights of a run from its first parameters and its ledger."""
+"""Rebuilds the weights of a run from its first parameters, or its oldest checkpoint, and its ledger."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.update import TrainState
-from esjax.runs.checkpoint import digest, find_newest
+from esjax.runs.checkpoint import digest, find_newest, find_oldest
 from esjax.runs.folder import RunFolder
-from esjax.runs.ledger import DIGEST, UPDATE, read
+from esjax.runs.ledger import DIGEST, UPDATE, beginning, read
 
 
 class Replayed(NamedTuple):
@@ -30,6 +30,7 @@ class Replayed(NamedTuple):
         compared: Number of digests, in the ledger and of the newest checkpoint, that were compared.
         differs_at: First step at which the digests differ, or None.
         compared_step: Step of the last digest that was compared; 0 if there was none.
+        first: Step of the state from which the replay began; 0 if that is the start of the run.
     """
 
     state: TrainState
@@ -37,6 +38,7 @@ class Replayed(NamedTuple):
     compared: int
     differs_at: int | None
     compared_step: int
+    first: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -46,15 +48,20 @@ class Replayed(NamedTuple):
     def summary(self) -> str:
         """Return the result in one line."""
         step = int(self.state.step)
+        is_last = self.compared_step == step
+        last = "that of the final state" if is_last else f"that of step {self.compared_step:,}"
         if self.differs_at is not None:
             verdict = f"the state differs at step {self.differs_at:,}"
         elif not self.compared:
-            verdict = "no digest was kept to compare it with"
+            verdict = "nothing was compared, since no digest was kept"
         elif self.compared == 1:
-            verdict = f"the only digest, of step {self.compared_step:,}, agrees"
+            verdict = f"the only digest, {last}, agrees"
         else:
-            verdict = f"all {self.compared:,} digests agree, the last of step {self.compared_step:,}"
-        return f"step {step:,}, digest {self.digest}: {verdict}"
+            verdict = f"all {self.compared:,} digests agree, the last is {last}"
+        if self.compared and not is_last:
+            verdict += "; no digest of the final state was kept"
+        since = f", replayed from step {self.first:,} on" if self.first else ""
+        return f"step {step:,}{since}, digest {self.digest}: {verdict}"
 
 
 def replay(
@@ -69,6 +76,9 @@ def replay(
 ) -> Replayed:
     """Apply every update in the ledger of a run to its first parameters, and compare digests.
 
+    If the ledger lacks the first updates, by `ledger_horizon` or since it is damaged there, the replay begins at the
+    oldest checkpoint to which the others can be applied.
+
     Args:
         path: Run folder.
         model: The custom model of the run, if it has one, see `esjax.resume`.
@@ -80,8 +90,8 @@ def replay(
         tell: Called with each line for the user.
 
     Raises:
-        EsjaxError: The path is not a run folder, it has no ledger from step 0 on, or its text or custom code is missing
-            or has changed.
+        EsjaxError: The path is not a run folder, it has no ledger, the ledger has neither the first updates nor those
+            since a checkpoint, or the text or custom code of the run is missing or has changed.
     """
     return replay_with(
         load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer), path, text=text, tell=tell
@@ -101,28 +111,52 @@ def replay_with(
     replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
     if replica.reads_tokens:
         replica.use_tokens(load_run_corpus(folder, text).stream())
-    restored = find_newest(folder.checkpoints, replica.state, tell)
-    kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
+    newest = find_newest(folder.checkpoints, replica.state, tell)
+    kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
+    first = _begin(folder, replica, max(kept, default=0), tell)
+    kept = {step: one for step, one in kept.items() if step > first or not first}
     compared, compared_step, differs_at = 0, 0, None
 
-    def compare(expected: str) -> None:
+    def compare(expected: str | None) -> None:
         nonlocal compared, compared_step, differs_at
+        if expected is None:
+            return
         compared, compared_step = compared + 1, int(replica.state.step)
         if differs_at is None and digest(replica.state) != expected:
             differs_at = compared_step
 
-    if 0 in kept:
-        compare(kept[0])
-    for record in read(folder.ledger):
+    compare(kept.get(first))
+    for record in read(folder.ledger, first):
         step = int(replica.state.step)
         if record.kind == DIGEST and record.step == step:
             compare(record.payload.decode())
         if record.kind == UPDATE:
-            if record.step != step:
-                raise EsjaxError(
-                    f"the ledger of {str(path)!r} begins at step {record.step}, not 0; nothing to replay from"
-                )
             replica.update(record.payload)
-            if step + 1 in kept:
-                compare(kept[step + 1])
-    return Replayed(replica.state, digest(replica.state), compared, differs_at, compared_step)
+            compare(kept.get(step + 1))
+    return Replayed(replica.state, digest(replica.state), compared, differs_at, compared_step, first)
+
+
+def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str], None]) -> int:
+    """Give the replica the state at which the replay begins, and return its step.
+
+    Args:
+        folder: The run.
+        replica: A replica at step 0.
+        newest: Step of the newest whole checkpoint; 0: there is none.
+        tell: Called with each line for the user.
+
+    Raises:
+        EsjaxError: The ledger begins later than the newest whole checkpoint.
+    """
+    begins = beginning(folder.ledger, newest)
+    if not begins:
+        return 0
+    restored = find_oldest(folder.checkpoints, replica.state, begins, lambda line: None)
+    assert restored is not None  # the newest one is late enough
+    replica.state = restored.state
+    first = int(restored.state.step)
+    tell(
+        f"the ledger is whole from step {begins:,} on: replaying from the checkpoint of step {first:,}; earlier steps "
+        "cannot be replayed"
+    )
+    return first

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,10 @@ SAMPLE_TOKENS = 200
 class Trainer(RecordedRun, RunInference):
     """A run on this machine: iterate over it to train; generate and evaluate at any time.
 
-    Iteration ends at the limits, or after the step in which Ctrl-C or SIGTERM came. Iterating again continues. With a
-    run folder, every end of the iteration, errors included, leaves a checkpoint.
+    Iteration ends at the limits, after the step in which Ctrl-C or SIGTERM came, or after `stop`. Iterating again
+    continues. With a run folder, every end of the iteration leaves a checkpoint: errors, `break` and the end of the
+    program included. If an error comes before the first step is done, a new folder is removed. Between two steps,
+    signals are the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.
@@ -60,7 +62,7 @@ class Trainer(RecordedRun, RunInference):
         on_start: Called after an iteration has opened its files, before its first step.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
-        stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
+        stopped: Whether Ctrl-C, SIGTERM or `stop` ended the last iteration.
     """
 
     def __init__(
@@ -135,10 +137,10 @@ class Trainer(RecordedRun, RunInference):
         values = {f"custom.{kind}": name for kind, name in self.custom.names().items()}
         return RunView(Path(), "this run", "running", values, self._history.columns(), self.baselines, (), ())
 
-    def __iter__(self) -> Iterator[StepInfo]:
+    def _steps(self) -> Generator[StepInfo]:
         """Train, and yield the info of each step."""
         self.limits.check(self.step)
-        with self._recording() as recorder:
+        with self._recording() as recorder, self._removing_new_folder():
             self._open(recorder)
             try:
                 yield from self._train(recorder)
@@ -157,7 +159,7 @@ class Trainer(RecordedRun, RunInference):
         if recorder.ledger and not newest:
             recorder.save(self._replica.state)  # a replay starts from it: the first weights may come from custom code
 
-    def _train(self, recorder: Recorder) -> Iterator[StepInfo]:
+    def _train(self, recorder: Recorder) -> Generator[StepInfo]:
         config = self.config
         blocks = self.corpus.blocks(config.seed, config.data.block_tokens)
 
@@ -202,8 +204,8 @@ class Trainer(RecordedRun, RunInference):
         assert self.folder is not None
         if not self.folder.ledger.exists():
             return
-        for record in read(self.folder.ledger):
-            if record.kind == UPDATE and record.step == self.step:
+        for record in read(self.folder.ledger, self.step):
+            if record.kind == UPDATE:
                 pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
                 self._replica.update(record.payload)
                 self._seconds = max(self._seconds, record.seconds or 0.0)
@@ -283,6 +285,8 @@ def train_with(
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """`train`, given all custom parts."""
+    if config.ledger_horizon is not None and not config.ledger:
+        raise EsjaxError("ledger_horizon is of no use without a ledger; set ledger to true (--ledger), or leave it out")
     config, out = locate_text(config), None if out is None else given_path(out)
     corpus = load_corpus(config.data)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)

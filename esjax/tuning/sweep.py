@@ -25,7 +25,7 @@ from esjax.config.settings import Config
 from esjax.data.corpus import load_corpus, locate_text
 from esjax.data.sources import locate
 from esjax.errors import EsjaxError
-from esjax.hosts.local import check_workers, local_workers
+from esjax.hosts.local import LocalWorkers, check_workers
 from esjax.hosts.serve import Server, resume_serving_with, serve_with
 from esjax.hosts.transport.address import is_loopback
 from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward
@@ -38,7 +38,7 @@ from esjax.runs.durable import try_lock, write_durably
 from esjax.runs.folder import check_custom
 from esjax.runs.reader import RunView, has_reached, read_run
 from esjax.runs.step_info import Limits
-from esjax.signals import stop_on_signals
+from esjax.signals import starting, stop_on_signals
 from esjax.training.run import Trainer, resume_with, train_with
 from esjax.tuning.axes import Trial, make_grid
 from esjax.tuning.sweep_record import Record, keep_record, read_record
@@ -107,6 +107,7 @@ class Sweep:
         path: Folder of the sweep.
         trials: The runs, in the order of training.
         stopped: Whether Ctrl-C or SIGTERM ended the last iteration.
+        lost: Workers, as RUN/NAME, that ended too often during the last iteration; the others went on without them.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Sweep:
         self.path = path
         self.trials = trials
         self.stopped = False
+        self.lost: list[str] = []
         self._hosts = hosts._replace(keys=given_path(hosts.keys)) if hosts and hosts.keys else hosts
         self._show = show or _iterate
         self._tell = tell or (lambda line: print(line, file=sys.stderr))
@@ -154,7 +156,7 @@ class Sweep:
 
     def __iter__(self) -> Iterator[Outcome]:
         """Train each run that is not finished, and yield its outcome."""
-        self.stopped = False
+        self.stopped, self.lost = False, []
         self._failed.clear()
         with _claim(self.path):
             ahead = [trial for trial in self.trials if self._outcome(trial).state != "finished"]
@@ -164,7 +166,7 @@ class Sweep:
             for number, trial in enumerate(ahead, done + 1):
                 self._tell(f"run {number} of {len(self.trials)}: {trial.name}")
                 try:
-                    with stop_on_signals() as asked:
+                    with stop_on_signals() as asked, starting():
                         run = self._open(trial)
                     if not asked.is_set():
                         self._show(run)
@@ -218,16 +220,22 @@ class Sweep:
             hosts.announce(server)
             yield
 
-        def workers() -> Any:
-            return local_workers(
-                server.address,
+        @contextmanager
+        def with_workers() -> Iterator[Callable[[], None]]:
+            workers = LocalWorkers(
                 hosts.workers,
                 server.folder.path,
+                lambda line: server.tell(line),
                 given=server.custom.words(),
                 oversubscribe=hosts.oversubscribe,
             )
+            try:
+                with workers.joined(server.address) as check:
+                    yield check
+            finally:
+                self.lost += [f"{server.folder.path.name}/{name}" for name in workers.lost]
 
-        server.while_open = workers if hosts.workers else announce
+        server.while_open = with_workers if hosts.workers else announce
         return server
 
     def _outcome(self, trial: Trial) -> Outcome:

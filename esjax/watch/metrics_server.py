@@ -1,6 +1,7 @@
 """Prometheus metrics and a health check of a run, over HTTP, on the loopback address."""
 
 import json
+import re
 import statistics
 import time
 from collections import deque
@@ -14,6 +15,10 @@ from esjax.errors import EsjaxError
 from esjax.watch.tracking import TrackedRun, Tracker
 
 HOST = "127.0.0.1"
+
+ASKED = re.compile(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d*)?", re.IGNORECASE)
+"""Host headers that are answered: IP addresses and localhost. A site whose own name leads to this address (DNS
+rebinding) could otherwise read the metrics from the browser of a user."""
 
 SHORTEST_STALL, STALL = 60.0, 10.0
 """A run has stalled if the last step finished more than both of these ago: seconds, and usual step times."""
@@ -89,7 +94,10 @@ class MetricsServer(Tracker):
         self.port = self._server.server_port
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        asked = environ.get("HTTP_HOST", HOST)
         match environ["PATH_INFO"]:
+            case _ if not ASKED.fullmatch(asked):
+                status, content = "421 Misdirected Request", {"error": f"ask for an IP address, not for {asked!r}"}
             case "/metrics":
                 return self._metrics(environ, start)
             case "/healthz":

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from esjax.averages import Average
+from esjax.texts import legible
 
 if TYPE_CHECKING:
     from esjax.runs.step_info import Limits, StepInfo
@@ -105,7 +106,7 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """Print a line above the line of progress."""
-        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._console.print(legible(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def update(self, info: "StepInfo") -> None:
         """Show a step."""

@@ -2,9 +2,10 @@
 
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from threading import Event
+from weakref import ReferenceType, ref
 
 from esjax.config.settings import Config, to_plain
 from esjax.data.corpus import Corpus
@@ -14,9 +15,11 @@ from esjax.replica.replica import Replica
 from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
+from esjax.runs.horizon import keep_within
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, Limits, StepInfo
-from esjax.signals import stop_on_signals
+from esjax.signals import started, starting, stop_on_signals
+from esjax.watch.iteration import Iteration
 from esjax.watch.summary import describe_run
 from esjax.watch.trackers import JsonLines, find_trackers, tracked_run
 from esjax.watch.tracking import TrackedRun, Tracker, Watch
@@ -48,6 +51,27 @@ class RecordedRun:
         self.stopped = False
         self.tell = (tell or (lambda line: print(line, file=sys.stderr))) if leads() else (lambda line: None)
         self._id = secrets.token_hex(8)
+        self._asked = Event()
+        self._iteration: ReferenceType[Iteration] | None = None
+
+    def __iter__(self) -> Iteration:
+        """Return an iterator over the steps, see the class; an earlier one that was left half-way is closed."""
+        if self._iteration is not None and (former := self._iteration()) is not None:
+            former.close()
+        iteration = Iteration(self._steps(), self._asked)
+        self._iteration = ref(iteration)
+        return iteration
+
+    def _steps(self) -> Generator[StepInfo]:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End the iteration after the present step, from any thread or from the body of the loop."""
+        self._asked.set()
+
+    def handling_signals(self) -> AbstractContextManager[Event]:
+        """Let Ctrl-C and SIGTERM `stop` the run within a `with` block; elsewhere they do so while a step is taken."""
+        return stop_on_signals(self._asked)
 
     def summary(self) -> str:
         """Return one line with the devices, the text, the model and the population."""
@@ -61,21 +85,33 @@ class RecordedRun:
 
     @contextmanager
     def _recording(self) -> Iterator["Recorder"]:
-        """Catch signals, prepare the trackers, and lock the folder while the context is open."""
+        """Prepare the trackers, and lock the folder while the context is open."""
         # Trackers are closed last, so that one that hangs delays nothing else.
         watch = Watch(self.trackers, lambda line: self.tell(line))
-        with stop_on_signals() as asked, watch, ExitStack() as stack:
+        with starting(), watch, ExitStack() as stack:
+            stack.callback(self._asked.clear)
             if self.folder is not None:
-                self.folder.lock()
-                stack.callback(self.folder.unlock)
-            yield Recorder(self, asked, watch, stack)
+                stack.enter_context(self.folder.locked())
+            yield Recorder(self, self._asked, watch, stack)
+
+    @contextmanager
+    def _removing_new_folder(self) -> Iterator[None]:
+        """Remove a new run folder if an error ends the context before a step is done; enter it with the lock held."""
+        folder = self.folder
+        is_fresh = folder is not None and folder.is_new and not folder.checkpoints.exists()
+        try:
+            yield
+        except Exception:
+            if folder is not None and is_fresh and not int(self._replica.state.step):
+                folder.remove()
+            raise
 
 
 class Recorder:
     """The open files, trackers, clock and limits of a run while it is iterated over.
 
     Attributes:
-        asked: Set by Ctrl-C or SIGTERM.
+        asked: Set by Ctrl-C, SIGTERM or `RecordedRun.stop`.
         watch: The trackers.
         checkpoints: The checkpoints; None without a folder.
         ledger: The ledger; None if the run keeps none.
@@ -108,7 +144,14 @@ class Recorder:
         folder.keep_baselines(run.baselines)
         self.checkpoints = Checkpoints(folder.checkpoints, run.config.keep_checkpoints)
         if run.config.ledger or folder.ledger.exists():
-            self.ledger = self._stack.enter_context(closing(Ledger.open(folder.ledger, run.tell)))
+            opened = Ledger.open(folder.ledger, run.tell, self.checkpoints.newest)
+            self.ledger = self._stack.enter_context(closing(opened))
+            self.checkpoints.beginnings = lambda: opened.beginnings
+            if opened.first:
+                run.tell(
+                    f"the ledger begins at step {opened.first:,}: the run can be replayed from the oldest checkpoint "
+                    "at or after it, not from the start"
+                )
 
     def start(self, step: int, seconds: float, member_tokens: int) -> None:
         """Start clock and trackers; steps, training time and member-tokens are those so far."""
@@ -132,12 +175,21 @@ class Recorder:
             self.ledger.append(DIGEST, step, digest.encode())
 
     def save(self, state: TrainState, progress: tuple[float, int] | None = None) -> None:
-        """Write a checkpoint; `progress` is that at the step of the state, by default the present one."""
+        """Write a checkpoint, and drop updates behind the horizon.
+
+        Args:
+            state: The state.
+            progress: Training time and member-tokens at its step. None: the present ones.
+        """
         if self.checkpoints:
             self.checkpoints.save(state, *(progress or self.progress))
+            horizon = self._run.config.ledger_horizon
+            if horizon is not None and self.ledger:
+                keep_within(horizon, self.ledger, self.checkpoints)
 
     def log(self, info: StepInfo) -> StepInfo:
         """Pass on the info of a step to files and trackers, and return it."""
+        started()
         self._run.last = info
         self.watch.log(info)
         return info

@@ -16,6 +16,7 @@ from esjax.config.settings import to_plain
 from esjax.errors import EsjaxError
 from esjax.runs.durable import writing
 from esjax.runs.folder import RunFolder, json_line
+from esjax.texts import PROSE, legible
 from esjax.watch.tracking import TrackedRun, Tracker
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class JsonLines(Tracker):
     def sample(self, step: int, text: str) -> None:
         """Append the text."""
         with writing(self._folder.path / "samples.txt"):
-            self._folder.add_sample(step, text)
+            self._folder.add_sample(step, legible(text, PROSE))
 
     def close(self) -> None:
         """Close the metrics."""
@@ -190,7 +191,7 @@ class Trackio(Tracker):
 
 def _indented(text: str) -> str:
     """Make a text a block of code in Markdown, so that it is shown unchanged."""
-    return "".join(f"    {line}\n" for line in text.split("\n"))
+    return "".join(f"    {line}\n" for line in legible(text, PROSE).split("\n"))
 
 
 def tracked_run(folder: RunFolder, baselines: Mapping[str, float], step: int) -> TrackedRun:

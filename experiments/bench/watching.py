@@ -123,7 +123,7 @@ def run(settings: Watching) -> Report:
                 rates[name].append(phases[True].rate / phases[False].rate)
                 more = phases[True].processor - phases[False].processor
                 shares[name].append(1e-9 * more * phases[True].rate / (os.cpu_count() or 1))
-        steps.close()  # type: ignore[attr-defined]
+        steps.close()
     rows = [
         {
             "compared": name,

@@ -30,7 +30,7 @@ from esjax.config.models import GruConfig, RnnConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, from_yaml, replace
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
-from esjax.hosts.local import available_cores, check_workers, local_workers
+from esjax.hosts.local import LocalWorkers, available_cores, check_workers
 from esjax.runs.checkpoint import digest
 
 RUN_PY = Path(__file__).parents[2] / "experiments" / "run.py"
@@ -713,8 +713,8 @@ def test_more_workers_than_cores_need_a_second_word(work: Path) -> None:
         assert contents(work) == before
     with pytest.raises(EsjaxError, match=line):
         esjax.sweep({"seed": [1]}, Config(steps=1), out="grid", hosts=esjax.Hosts(workers=cores + 1))
-    with pytest.raises(EsjaxError, match=line), local_workers("tcp://127.0.0.1:1", cores + 1, work):
-        pass
+    with pytest.raises(EsjaxError, match=line):
+        LocalWorkers(cores + 1, work, print)
     assert contents(work) == before
     check_workers(cores)
     check_workers(cores + 1, oversubscribe=True)

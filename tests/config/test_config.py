@@ -235,6 +235,37 @@ def test_yaml_that_holds_itself_is_no_settings(text: str) -> None:
         from_yaml(text, "file")
 
 
+NINE = "x, x, x, x, x, x, x, x, x"
+
+BOMB = f"a: &a [{NINE}]\n" + "".join(
+    f"{now}: &{now} [{NINE.replace('x', f'*{before}')}]\n" for before, now in pairwise("abcdefghijkl")
+)
+"""Lists of lists of the same list: 9^12 values in a few lines."""
+
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{now}: &{now} {{<<: [{NINE.replace('x', f'*{before}')}]}}\n" for before, now in pairwise("abcdefghijkl")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "aliases repeat more than 10,000 values"),
+        (MERGES, "aliases repeat more than 10,000 values"),
+        (f"{BOMB}? *l\n: 1", "a name on line 13 is a group or a list"),
+        ("[" * 100_000, "deep"),
+        ("{a: " * 100_000, "nested more than 50 levels deep"),
+        ("\n".join(f"{' ' * level}a:" for level in range(1000)), "nested more than 50 levels deep"),
+        ("? " * 1000 + "a", "nested more than 50 levels deep"),
+        ("es: &es {sigma: *es}", "line 1 holds an alias of itself"),
+    ],
+    ids=["lists", "merges", "name", "brackets", "groups", "indented", "names", "itself"],
+)
+def test_a_small_text_that_stands_for_a_giant_one_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(EsjaxError, match=f"^file: .*{reason}"):
+        from_yaml(text, "file")
+
+
 @pytest.mark.parametrize("text", ["", "# nothing set\n"])
 def test_a_file_that_sets_nothing_gives_the_defaults(text: str) -> None:
     assert from_yaml(text, "file") == Config()
@@ -433,6 +464,7 @@ def test_msgspec_knows_every_class_when_it_is_imported() -> None:
 import sys
 import esjax.config.settings, esjax.hosts.executor, esjax.hosts.transport.keys, esjax.page.server as server
 from esjax.hosts.protocol import wire
+from itertools import pairwise
 from pathlib import Path
 
 looks = []

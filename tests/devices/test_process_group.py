@@ -1,11 +1,10 @@
 """Several processes that compute as one, on this machine: the same run as one process makes."""
 
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from processes import SMALL, TEXT, Fleet, Process, alone, fleet, steps_done, updates, wait_until
+from processes import SMALL, TEXT, Fleet, Process, alone, fleet, free_port, steps_done, updates, wait_until
 
 from esjax.devices.process_group import any_of, connect, here, leads, share, share_number
 from esjax.errors import EsjaxError
@@ -14,11 +13,6 @@ from esjax.training.replay import replay
 __all__ = ["fleet"]
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def train_together(fleet: Fleet, count: int, *words: str) -> list[Process]:

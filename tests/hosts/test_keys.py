@@ -138,6 +138,26 @@ def test_an_allow_list_that_cannot_be_read_lets_no_host_in(folder: Path, damage:
     assert list(keys.allowed.values()) == ["one"]
 
 
+@pytest.mark.parametrize("name", [".", "allowed.json", "coordinator.json"])
+def test_nobody_is_let_in_while_keys_are_open_to_others(folder: Path, name: str) -> None:
+    """Neither time nor size of a file changes with its mode."""
+    lines: list[str] = []
+    keys = ServerKeys(folder, key_maker(), lines.append)
+    keys.new_token("one", ADDRESS)
+    assert list(keys.allowed.values()) == ["one"]
+    path = folder / name
+    closed = mode(path)
+    path.chmod(closed | 0o040)
+    assert keys.allowed == keys.allowed == {}
+    (told,) = lines
+    assert told.startswith("no host is let in: ")
+    assert told.endswith(f"close it: chmod {closed:o} {path}")
+    with pytest.raises(EsjaxError, match="chmod"):
+        keys.new_token("two", ADDRESS)
+    path.chmod(closed)
+    assert list(keys.allowed.values()) == ["one"]
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../one", "a/b", "/one", "-one", ".one", "one two", "é", "a\n", "a" * 65]
 )

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,19 +24,22 @@ import optax
 import pytest
 from conftest import mesh_of
 from jaxtyping import Array
+from processes import environment
 
 import esjax
 from esjax.config.models import GruConfig, RnnConfig
-from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
+from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace, to_yaml
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.errors import EsjaxError
 from esjax.inference.language_model import Evaluation
 from esjax.models import Model, gru
 from esjax.models.member import Member
-from esjax.runs.checkpoint import digest
+from esjax.runs.checkpoint import digest, kept_steps
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, Ledger, read
 from esjax.runs.step_info import Limits
+from esjax.signals import SIGNALS
+from esjax.training.local_steps import LocalSteps, StepDone
 from esjax.training.replay import replay
 from esjax.training.run import Trainer, resume, train
 
@@ -646,21 +650,92 @@ def test_a_missing_held_out_part_is_said(config: Config, tmp_path: Path) -> None
     assert "no document is held out" in lines[0]
 
 
-def test_a_first_ctrl_c_stops_and_a_second_acts_as_before(config: Config) -> None:
-    steps = iter(train(replace(config, steps=100)))
+def test_a_first_ctrl_c_in_a_step_stops_and_a_second_acts_as_before(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presses = iter([0, 1, 2])
+    take = LocalSteps.take
+
+    def pressed(steps: LocalSteps) -> StepDone:
+        for _ in range(next(presses)):
+            signal.raise_signal(signal.SIGINT)
+        return take(steps)
+
+    monkeypatch.setattr(LocalSteps, "take", pressed)
+    run = train(replace(config, steps=100))
+    assert [info.step for info in run] == [1, 2]
+    assert run.stopped
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(run))
+
+
+def test_between_two_steps_signals_are_the_programs_own(config: Config) -> None:
+    """Reference: the handlers that were there before."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    run = train(replace(config, steps=100))
+    steps = iter(run)
     next(steps)
-    signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    assert [info.step for info in steps] == [2]
+    with run.handling_signals():
+        next(steps)
+        signal.raise_signal(signal.SIGINT)
+        assert [info.step for info in steps] == [3]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_run_stops_when_the_loop_says_so(config: Config) -> None:
+    run = train(replace(config, steps=100))
+    taken = []
+    for info in run:
+        taken.append(info.step)
+        if info.step == 2:
+            run.stop()
+    assert (taken, run.stopped) == ([1, 2, 3], True)
+    run.limits = Limits(5, None)
+    assert [info.step for info in run] == [4, 5]
+
+
+def test_a_new_iteration_closes_the_one_that_was_left(config: Config, tmp_path: Path) -> None:
+    run = train(config, tmp_path / "run")
+    left = iter(run)
+    next(left)
+    assert [info.step for info in run] == [2, 3, 4, 5, 6]
+    assert list(left) == []
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import esjax
+
+steps = iter(esjax.train(esjax.config.settings.from_yaml(Path(sys.argv[1]).read_text(), ""), sys.argv[2]))
+for _ in range(3):
+    next(steps)
+if sys.argv[3] == "raises":
+    raise KeyError("a mistake in the script")
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_a_script_that_ends_leaves_a_checkpoint(config: Config, tmp_path: Path, how: str) -> None:
+    """The iterator is suspended in a variable when the program ends."""
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    words = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.yaml"), str(tmp_path / "run"), how]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == (how == "raises"), done.stderr
+    assert ("a mistake in the script" in done.stderr) == (how == "raises")
+    assert done.stderr.count("Traceback") == (how == "raises")
+    assert kept_steps(tmp_path / "run" / "checkpoints") == [3]
 
 
 def test_two_runs_side_by_side_give_the_signals_back(config: Config) -> None:
     first, second = iter(train(config)), iter(train(config))
     next(first)
     next(second)
-    first.close()  # type: ignore[attr-defined]
-    second.close()  # type: ignore[attr-defined]
+    first.close()
+    second.close()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 

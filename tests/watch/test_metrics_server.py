@@ -124,3 +124,41 @@ def test_a_silent_connection_does_not_hold_up_the_others(server: MetricsServer) 
     server.start(RUN)
     with socket.create_connection(("127.0.0.1", server.port)):
         assert get(server, "/metrics")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        ("127.0.0.1:9000", 200),
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("[::1]:80", 200),
+        ("10.0.0.1:9000", 200),  # through a tunnel or a proxy
+        ("evil.example:9000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("evil.example/127.0.0.1", 421),
+        ("", 421),
+    ],
+)
+@pytest.mark.parametrize("path", ["/metrics", "/"])
+def test_a_site_that_rebinds_its_name_to_this_address_reads_nothing(
+    server: MetricsServer, path: str, host: str, code: int
+) -> None:
+    server.start(RUN)
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers={"Host": host})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert (answer.status, path) == (code, "/metrics")
+    except urllib.error.HTTPError as error:
+        content = error.read()
+        assert error.code == (404 if code == 200 else code)
+        assert b"esjax_" not in content
+
+
+def test_no_text_of_a_run_forges_a_metric(server: MetricsServer) -> None:
+    title = 'a"} 1\nesjax_loss 0\n# \\'
+    server.start(RUN._replace(title=title))
+    found = scrape(server)
+    assert found[" ".join(["esjax_run_info", *sorted(["a1b2", title, "runs/first"])])] == 1
+    assert "esjax_loss" not in found

@@ -82,8 +82,9 @@ class Coordinator:
         self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
         self._pulse_at = now
         self._paused = True
+        self._first = step
         self._stopping: bool | None = None  # whether training has ended
-        self._stop_at = math.inf
+        self._stop_at = now  # until then the last audits may take
 
     # What the server loop calls.
 
@@ -150,13 +151,15 @@ class Coordinator:
         return self._out.drain()
 
     def stop(self, now: float, done: bool) -> None:
-        """Begin to stop: a last checkpoint, a last held-out loss and a goodbye.
+        """Begin to stop: a last checkpoint and a last held-out loss, if any step was done, and a goodbye.
 
         The open step is dropped; a resumed run scores it again. Unless training is done, hosts wait for a restart.
         """
-        self._stopping, self._stop_at = done, now + LAST_ROUND
+        self._stopping = done
         self._steps.stop()
-        self._steps.announce(self.audits.plan(self.step, now, last=True))
+        if self.step > self._first:
+            self._stop_at = now + LAST_ROUND
+            self._steps.announce(self.audits.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
         """Return the status of the run and its hosts."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from esjax.averages import SHORTEST, running_speed
 from esjax.hosts.protocol import wire
+from esjax.texts import legible
 
 SILENT = 20.0
 """Seconds without a message after which a host counts as lost."""
@@ -118,7 +119,7 @@ class Host:
             last_seen=now - self.seen,
             digest=self.digest,
             share=self.share,
-            note=(self.aside or self.note)[: wire.NOTE],
+            note=legible(self.aside or self.note)[: wire.NOTE],
         )
 
 

@@ -14,6 +14,7 @@ from esjax.hosts.protocol.request_channel import Joining, RequestChannel
 from esjax.hosts.protocol.scoring import Scoring
 from esjax.hosts.protocol.transfers import Backlog, Download, Supplies, longest_text
 from esjax.hosts.protocol.wire import Envelope, Message, SideTask
+from esjax.texts import legible
 
 BEAT = 2.0
 """Seconds between beats, a host's signs of life."""
@@ -136,7 +137,7 @@ class Worker:
             return
         self.coordinator_stopped = False
         if isinstance(message, wire.Refused):
-            self.refused = message.reason
+            self.refused = legible(message.reason)
         elif isinstance(message, wire.Welcome):
             if isinstance(sent, wire.Join):
                 self._welcome(message, now)

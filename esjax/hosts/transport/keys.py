@@ -91,11 +91,7 @@ class ServerKeys:
         self._folder = folder
         self._new_keypair = new_keypair
         self._tell = tell
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(folder, folder.stat(), "700")
-        except OSError as error:
-            raise EsjaxError(f"cannot use the folder of keys {str(folder)!r}: {error.strerror}") from error
+        _check_folder(folder, make=True)
         with self._locked():
             is_new = not self._path("coordinator.json").exists()
             if is_new:
@@ -112,7 +108,8 @@ class ServerKeys:
     def allowed(self) -> Mapping[str, str]:
         """Public keys that are let in now, with the names of their tokens; never raises.
 
-        May be called from any thread. It reads the file only after a change.
+        May be called from any thread. It reads the file only after a change. While the folder or a file of the
+        coordinator is open to others than its owner, no host is let in.
         """
         signature, allowed = self._known
         now = self._signature()
@@ -178,14 +175,17 @@ class ServerKeys:
         return self._path(f"{name}.token")
 
     def _signature(self) -> tuple[int, ...]:
-        """Return a value that changes when the allow-list file is replaced; empty if there is no file."""
+        """Return a value that changes when the allow-list is replaced, or the folder or a file is opened to others."""
         try:
             found = self._path("allowed.json").stat()
+            modes = [path.stat().st_mode for path in (self._folder, self._path("coordinator.json"))]
         except OSError:
             return ()
-        return (found.st_mtime_ns, found.st_size, found.st_ino)
+        return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, *modes)
 
     def _read_allowed(self) -> Mapping[str, str]:
+        _check_folder(self._folder)
+        _read(self._path("coordinator.json"), _Pair)  # which is open to others, or not
         return MappingProxyType(_read(self._path("allowed.json"), _Allowed).keys)
 
     @contextmanager
@@ -226,6 +226,15 @@ def _read(path: Path, kind: type[Stored]) -> Stored:
         return stored
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
         raise EsjaxError(f"{str(path)!r} is no {what}, or damaged") from error
+
+
+def _check_folder(folder: Path, make: bool = False) -> None:
+    try:
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder, folder.stat(), "700")
+    except OSError as error:
+        raise EsjaxError(f"cannot use the folder of keys {str(folder)!r}: {error.strerror}") from error
 
 
 def _check_private(path: Path, found: os.stat_result, mode: str) -> None:
