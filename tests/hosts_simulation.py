@@ -385,7 +385,8 @@ class Simulation:
             reply = self.coordinator.refuse_key(host.key, self.now)
         else:
             try:
-                reply = self.coordinator.receive(wire.decode(frames, "request"), self.now, host.key)
+                peer = f"{host.name} {connection}".encode()
+                reply = self.coordinator.receive(wire.decode(frames, "request"), self.now, host.key, peer)
             except wire.VersionError as error:
                 reply = self.coordinator.refuse_version(error.version)
         if not self.carry_out():
@@ -460,6 +461,11 @@ class Simulation:
         host = self.hosts.pop(name)
         host.running = False
         return host
+
+    def disconnect(self, *hosts: Host) -> None:
+        """Let the coordinator know that the connections of hosts were closed."""
+        self.server.disconnected({f"{host.name} {host.connection}".encode() for host in hosts}, self.now)
+        self.carry_out()
 
     def at(self, time: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._events, (time, next(self._count), action))

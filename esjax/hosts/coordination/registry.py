@@ -1,5 +1,6 @@
 """The registry of all hosts: phase, speed, and when each was last heard."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -37,6 +38,7 @@ class Host:
 
     Attributes:
         key: Public key that the host proved to own, or None.
+        peer: Connection of its last message.
         instance: Random number that distinguishes it from another host of its name.
         attempt: Number of the request by which it joined.
         seen: Time of its last message.
@@ -58,11 +60,11 @@ class Host:
         share: Part of the last finished step's pairs that it scored, 0 to 1.
     """
 
-    def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, now: float) -> None:
+    def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, peer: bytes, now: float) -> None:
         """Register a host that joins."""
         self.name, self.device, self.kind = join.name, join.device, join.kind
         self.instance, self.attempt = join.instance, join.attempt
-        self.session, self.slot, self.key = session, slot, key
+        self.session, self.slot, self.key, self.peer = session, slot, key, peer
         self.joined_at = self.seen = self.progress_at = self.leased_at = self.probe_at = now
         self.phase: wire.Phase = "joining"
         self.step = self.progress = self.strikes = self.resyncs = self.answered = 0
@@ -193,12 +195,15 @@ class Registry:
         hosts = self._hosts.values()
         return next((host for host in hosts if host.name == name and not (host.superseded or host.dropped)), None)
 
-    def add(self, join: wire.Join, session: int, key: str | None, now: float) -> Host | None:
-        """Register a host in a free slot; None if there is no free slot."""
-        slot = next((slot for slot in range(MAX_HOSTS) if slot not in self._by_slot), None)
-        if slot is None:
-            return None
-        host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, now)
+    def of(self, owner: str) -> list[Host]:
+        """List the hosts of an owner that are not superseded or dropped."""
+        hosts = self._hosts.values()
+        return [host for host in hosts if host.owner == owner and not (host.superseded or host.dropped)]
+
+    def add(self, join: wire.Join, session: int, key: str | None, peer: bytes, now: float) -> Host:
+        """Register a host in the first free slot."""
+        slot = next(slot for slot in itertools.count() if slot not in self._by_slot)
+        host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, peer, now)
         return host
 
     def remove(self, host: Host) -> None:
