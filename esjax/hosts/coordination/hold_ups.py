@@ -4,7 +4,7 @@ A deadline ends one hold-up. The account ends repeated ones, also by hosts that 
 """
 
 TOLERANCE = 1.5
-"""Time without a hold-up, of a step as a multiple of the other owners' time, of a host as a multiple of the expected."""
+"""Time without a hold-up, as a multiple: of a step, of the other owners' time; of a host, of the expected time."""
 
 REDONE = 2.0
 """Most that a host that loses its pairs holds up a step, as a multiple of the time for which it had them."""
