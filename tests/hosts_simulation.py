@@ -319,6 +319,7 @@ class Simulation:
         self.bytes_sent: dict[str, int] = {"request": 0, "reply": 0, "broadcast": 0}
         self.store_fails = False
         self.revoked: set[str] = set()
+        self.trusted: str | None = None  # key of the trusted token
         self.text = TEXT
         self.incarnation = 0
         self.measured = False  # whether a held-out loss is kept when it starts
@@ -372,6 +373,7 @@ class Simulation:
             last_update=self.ledger[-1][1] if self.ledger else b"",
             block=block,
             measured=self.measured,
+            trusted=self.trusted,
         )
 
     def kill(self) -> None:
@@ -409,7 +411,9 @@ class Simulation:
             elif isinstance(action, RecordDigest):
                 self.digests.append((action.step, action.digest))
             elif isinstance(action, Store):
-                if not self.store_fails:
+                if hash_state(action.snapshot.data[:STATE_BYTES]) != action.digest:
+                    self.server.audits.is_false(action.snapshot)
+                elif not self.store_fails:
                     self.checkpoints.append(action.snapshot)
                     self.server.audits.stored(action.snapshot)
             elif isinstance(action, Closed):

@@ -14,6 +14,7 @@ from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.replica.snapshot import from_bytes
 from esjax.replica.update import TrainState
+from esjax.runs.checkpoint import digest
 from esjax.runs.step_info import StepInfo
 from esjax.watch.recorded_run import Recorder
 
@@ -155,6 +156,9 @@ class ServerLoop:
             state = from_bytes(snapshot.data, self._like)
             if int(state.step) != snapshot.step:
                 raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
+            if digest(state) != store.digest:
+                self._coordinator.audits.is_false(snapshot)
+                raise EsjaxError("a host sent another state than its digest names")
             self._recorder.save(state, self._marks.get(snapshot.step))
         except EsjaxError as error:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.

@@ -57,6 +57,7 @@ class Coordinator:
         block: Callable[[int], bytes] | None = None,  # token blocks by number. None: the text holds all tokens
         with_audits: bool = True,  # whether hosts get side tasks
         measured: bool = False,  # whether the run has a held-out loss already
+        trusted: str | None = None,  # public key of the token `hosts.trusted_token`
     ) -> None:
         """Start at a step of a new or resumed run."""
         self.config, self.terms = config, terms
@@ -79,6 +80,7 @@ class Coordinator:
             now=now,
             is_on=with_audits,
             measured=measured,
+            trusted=trusted,
         )
         self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
         self._admission = Admission(config, terms, registry, self._make_room)
