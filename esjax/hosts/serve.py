@@ -236,6 +236,7 @@ class Server(RecordedRun):
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
             block=blocks,
             measured=run.last("held_out") is not None,
+            trusted=_trusted_key(config.hosts.trusted_token, keys),
         )
         return coordinator, ServerLoop(config, coordinator, transport, recorder, replica.state, keys, self.tell)
 
@@ -249,6 +250,22 @@ class Server(RecordedRun):
         token = path / f"{FIRST_TOKEN}.token"
         self.token = token if token.exists() else None
         return keys
+
+
+def _trusted_key(name: str | None, keys: ServerKeys | None) -> str | None:
+    """Return the public key of a token, None without a name.
+
+    Raises:
+        EsjaxError: There is no such token.
+    """
+    if name is None:
+        return None
+    allowed = {} if keys is None else keys.allowed
+    found = next((key for key, token in allowed.items() if token == name), None)
+    if found is None:
+        names = ", ".join(sorted(allowed.values())) or "none; hosts of this address need none"
+        raise EsjaxError(f"hosts.trusted_token names {name!r}, and there is no such token; there are: {names}")
+    return found
 
 
 def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:
