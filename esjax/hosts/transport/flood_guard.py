@@ -49,7 +49,7 @@ BACKLOG = 512
 PAUSE = 1.0
 """Least seconds between two starts of the process."""
 
-COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from esjax.hosts.transport.gate import main; main(sys.argv[1])"
+COMMAND = "import sys; sys.path.insert(0, sys.argv[1]); from esjax.hosts.transport.gate import main; main(sys.argv[2])"
 
 
 class FloodGuard:
@@ -85,10 +85,13 @@ class FloodGuard:
             self.ports = [listener.getsockname()[1] for listener in self._listeners]
             paths = [f"{self._folder}/{port}" for port in self.ports]
             self.endpoints = [f"ipc://{path}" for path in paths]
-            bounds = (True, FRAMES, limits.frames * (limits.frame + OVERHEAD) + ROOM), (
-                False,
-                BROADCAST_FRAMES,
-                BROADCAST_BYTES,
+            bounds = (
+                (True, FRAMES, limits.frames * (limits.frame + OVERHEAD) + ROOM),
+                (
+                    False,
+                    BROADCAST_FRAMES,
+                    BROADCAST_BYTES,
+                ),
             )
             most = most_connections()
             self._plan = {

@@ -94,9 +94,7 @@ class ServerTransport:
             # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the guard limits what comes in; with a limit here,
             # a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
             self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
-            self._publisher = self._bind(
-                zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0}
-            )
+            self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0})
             self._guard.start()
         except BaseException:
             self.close()

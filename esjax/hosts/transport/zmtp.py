@@ -91,5 +91,5 @@ class Stream:
 
 
 def _check_greeting(start: bytes) -> None:
-    if start[0] != 0xFF or len(start) > 9 and start[9] != 0x7F or len(start) > 10 and start[10] < 3:
+    if start[0] != 0xFF or (len(start) > 9 and start[9] != 0x7F) or (len(start) > 10 and start[10] < 3):
         raise ViolationError("does not begin as ZMTP 3 does")
