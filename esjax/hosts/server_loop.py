@@ -62,7 +62,7 @@ class ServerLoop:
             closed += self._answer(request, now)
         for _ in range(min(len(self._bulk), BULK)):
             request, envelope = self._bulk.popleft()
-            self._transport.reply(request.peer, wire.encode(self._coordinator.receive(envelope, now, request.key)))
+            self._transport.reply(request, wire.encode(self._coordinator.receive(envelope, now, request.key)))
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
@@ -98,7 +98,7 @@ class ServerLoop:
                     return []
                 reply = coordinator.receive(envelope, now, request.key)
         closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it
-        self._transport.reply(request.peer, wire.encode(reply))
+        self._transport.reply(request, wire.encode(reply))
         return closed
 
     def _carry_out(self, now: float) -> list[StepInfo]:
