@@ -62,13 +62,15 @@ class ServerLoop:
             closed += self._answer(request, now)
         for _ in range(min(len(self._bulk), BULK)):
             request, envelope = self._bulk.popleft()
-            self._transport.reply(request, wire.encode(self._coordinator.receive(envelope, now, request.key)))
+            reply = self._coordinator.receive(envelope, now, request.key, request.peer)
+            self._transport.reply(request, wire.encode(reply))
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
             self._tick_at = now + TICK
         if now >= self._check_at:
             self._transport.check()
+            self._coordinator.disconnected(self._transport.disconnected(), now)
             self._count()
             self._check_at = now + CHECK
         return closed
@@ -96,7 +98,7 @@ class ServerLoop:
                 if isinstance(envelope.message, wire.Fetch):
                     self._bulk.append((request, envelope))
                     return []
-                reply = coordinator.receive(envelope, now, request.key)
+                reply = coordinator.receive(envelope, now, request.key, request.peer)
         closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it
         self._transport.reply(request, wire.encode(reply))
         return closed

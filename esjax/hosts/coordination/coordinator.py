@@ -142,7 +142,7 @@ class Coordinator:
     def disconnected(self, peers: Collection[bytes], now: float) -> None:
         """Give the pairs of hosts whose connections were closed to others; a host is back with its next beat."""
         self._registry.now = now
-        for host in self._registry:
+        for host in self._registry if peers else ():
             if host.peer in peers and not host.is_gone:
                 self._out.tell(f"{host.name} is lost: its connection was closed")
                 self._let_go(host)
