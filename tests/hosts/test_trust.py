@@ -1,5 +1,7 @@
 """Hosts that nobody has to trust: speed, deadlines, votes and quotas; rows are those of the list of faults."""
 
+import signal
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -18,16 +20,20 @@ from hosts_simulation import (
     hash_state,
     next_state,
 )
+from processes import Fleet, fleet, wait_until
 from token_holder import TokenHolder
 
 from esjax.config.settings import HostsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.hosts.coordination import admission
 from esjax.hosts.coordination.hold_ups import MOST, PAID_OFF, TOLERANCE, HoldUps
-from esjax.hosts.coordination.registry import GROWTH
+from esjax.hosts.coordination.registry import GROWTH, SILENT
 from esjax.hosts.coordination.steps import DEADLINE_FACTOR, FIRST_DEADLINE
 from esjax.hosts.protocol import tasks, wire
 from esjax.hosts.protocol.wire import Envelope
+from esjax.hosts.status import fetch_status
+
+__all__ = ["fleet"]
 
 both_exchanges = pytest.mark.parametrize("sums", [False, True], ids=["losses", "sums"])
 
@@ -473,3 +479,29 @@ def test_row_59_a_host_whose_connection_closed_is_back_with_its_next_beat() -> N
 def test_a_quota_must_be_positive(most: int) -> None:
     with pytest.raises(EsjaxError, match="hosts_per_token"):
         HostsConfig(hosts_per_token=most)
+
+
+# Real processes.
+
+
+def test_row_59_in_processes_a_killed_host_is_replaced_before_it_would_count_as_silent(
+    fleet: Fleet,
+) -> None:
+    """There is one lease quantum, so the host that is killed has all pairs."""
+    fleet.serve("--es.population-size", "64", "--es.chunk-pairs", "32", "--evaluate-time", "1000")
+    hosts = {name: fleet.join(name) for name in ("one", "two", "three")}
+
+    def status() -> wire.Status:
+        return fetch_status(fleet.address)
+
+    def at_work() -> list[str]:
+        return [host.name for host in status().hosts if host.share == 1.0 and host.state == "ready"]
+
+    wait_until(lambda: [host.state for host in status().hosts].count("ready") == 3)
+    for _ in range(2):
+        wait_until(lambda: bool(at_work()))
+        (busy,) = at_work()
+        hosts.pop(busy).send(signal.SIGKILL)
+        since = time.monotonic()
+        wait_until(lambda busy=busy: bool(set(at_work()) - {busy}))
+        assert time.monotonic() - since < SILENT / 2
