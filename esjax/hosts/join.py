@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import optax
 
-from esjax.devices.mesh import kind_of
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
 from esjax.flags import names_of_changed
@@ -19,6 +18,7 @@ from esjax.hosts.executor import Background, Executor
 from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
+from esjax.hosts.rounding import rounding_kind
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
@@ -136,7 +136,7 @@ def _take_part(
     worker = Worker(
         name,
         f"{describe_kinds(devices)}, {platform.node()}"[:128],
-        kind_of(devices[0]),
+        rounding_kind(jax.local_devices()[0]),
         known_answers(),
         custom.identities(),
         now=now,
@@ -223,7 +223,9 @@ def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
     if is_alone:
         what = "the coordinator stopped" if worker.coordinator_stopped else "no word from the coordinator"
         return f"{what}; waiting up to {patience:.0f} s for it, Ctrl-C to leave"
-    return DOING[worker.phase] if worker.joined else ""
+    if worker.joined:
+        return DOING[worker.phase]
+    return f"{worker.waiting}; waiting, Ctrl-C to leave" if worker.waiting else ""
 
 
 def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float) -> None:

@@ -368,6 +368,34 @@ class Coordinator(Section):
     """Measure with real sockets, too."""
 
 
+class Floods(Section):
+    """What floods of a coordinator's ports cost those that train."""
+
+    floods: tuple[str, ...] = (
+        *("subscriptions", "random bytes", "unfinished frames", "half-open handshakes", "idle connections"),
+        *("silent hosts", "connects", "requests", "fetches"),
+    )
+    """Floods of a coordinator without keys."""
+
+    keyed: tuple[str, ...] = (
+        *("random bytes", "half-open handshakes", "idle connections", "connects"),
+        *("subscriptions of a token holder", "fetches"),
+    )
+    """Floods of a coordinator with keys."""
+
+    seconds: float = 60.0
+    """Seconds of a flood; the phases before and after it take half as long."""
+
+    hosts: int = 2
+    """Hosts that train."""
+
+    population: int = 1024
+    """Members of the run."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
 class Watching(Section):
     """What trackers, metrics and the line of progress cost a run."""
 
@@ -448,5 +476,6 @@ SHORT: dict[str, Any] = {
     "workers": Workers(workers=(2,), rounds=1, seconds=8.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
     "coordinator": Coordinator(hosts=(2,), members=128, steps=5),
+    "floods": Floods(floods=("connects",), keyed=("fetches",), seconds=2.0, hosts=1, population=64, text=PYDOC),
 }
 """A few seconds each: to see that they run."""

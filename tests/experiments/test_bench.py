@@ -70,6 +70,7 @@ FIGURES = {
     "workers": {"processes", "÷ one process"},
     "watching": {"compared", "rate ÷ alone", "share of the processors"},
     "coordinator": {"how", "hosts", "own_ms"},
+    "floods": {"keys", "flood", "rate ÷ before", "rate ÷ equal load", "memory MB", "joined after s"},
 }
 
 

@@ -20,7 +20,7 @@ from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
 from esjax.hosts import join, status
 from esjax.hosts.join import LIMITS
-from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.hosts.serve import _make_replica, serve
@@ -97,7 +97,7 @@ def test_row_65_no_text_of_a_host_breaks_or_forges_a_line(fleet: Fleet) -> None:
             client.request(wire.encode(Envelope(message)))
             return wire.decode(next_reply(client), "reply").message
 
-        welcome = ask(wire.Join(name, device, "cpu", list(noise_fingerprints().items()), [], "", 5, 1))
+        welcome = ask(wire.Join(name, device, "cpu", list(known_answers().items()), [], "", 5, 1))
         assert isinstance(welcome, wire.Welcome)
         ask(wire.Beat(welcome.session, welcome.incarnation, 0, "joining", 1, note))
         server.wait_for(f"{name} joins: {device}\n{name}: {escaped}\n")

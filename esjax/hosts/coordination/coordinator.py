@@ -7,15 +7,16 @@ order, so that an update is in the ledger before any host receives it.
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
+from esjax.hosts.coordination.admission import Admission
 from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
-from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
+from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES, Host, Registry
 from esjax.hosts.coordination.steps import Steps
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Action, History, Outbox, Snapshot, Terms
@@ -56,6 +57,7 @@ class Coordinator:
         block: Callable[[int], bytes] | None = None,  # token blocks by number. None: the text holds all tokens
         with_audits: bool = True,  # whether hosts get side tasks
         measured: bool = False,  # whether the run has a held-out loss already
+        trusted: str | None = None,  # public key of the token `hosts.trusted_token`
     ) -> None:
         """Start at a step of a new or resumed run."""
         self.config, self.terms = config, terms
@@ -66,7 +68,7 @@ class Coordinator:
         self._settings = to_yaml(config)
         self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
         self._out = Outbox()
-        self._registry = registry = Registry()
+        self._registry = registry = Registry(now)
         self.audits = Audits(
             config,
             registry,
@@ -78,8 +80,10 @@ class Coordinator:
             now=now,
             is_on=with_audits,
             measured=measured,
+            trusted=trusted,
         )
         self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
+        self._admission = Admission(config, terms, registry, self._make_room)
         self._pulse_at = now
         self._paused = True
         self._first = step
@@ -93,13 +97,20 @@ class Coordinator:
         """Step that is being scored, which is the number of updates made."""
         return self._steps.step
 
-    def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
-        """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
-        message = envelope.message
+    def receive(self, envelope: Envelope, now: float, key: str | None = None, peer: bytes = b"") -> Envelope:
+        """Return the reply to a request.
+
+        Args:
+            envelope: The request.
+            now: The time.
+            key: Public key of the sender. None: no encryption.
+            peer: The sender's connection, see `disconnected`.
+        """
+        self._registry.now, message = now, envelope.message
         if isinstance(message, wire.AskStatus):
             return Envelope(self.status(now))
         if isinstance(message, wire.Join):
-            return Envelope(self._join(message, key, now))
+            return Envelope(self._join(message, key, peer, now))
         host = self._registry.get(getattr(message, "session", -1))
         if host is None or host.dropped or host.key != key:
             return Envelope(self._rejected("the session has ended", rejoin=True))
@@ -107,7 +118,7 @@ class Coordinator:
             return self._refused(f"another host joined as {host.name!r}; give each host a different --name")
         if host.aside:
             return self._refused(f"put aside: {host.aside}")
-        host.seen = now
+        host.seen, host.peer = now, peer
         reply = _HANDLERS[type(message)](self, host, message, envelope.body, now)
         return reply if isinstance(reply, Envelope) else Envelope(reply)
 
@@ -122,14 +133,25 @@ class Coordinator:
     def refuse_key(self, key: str | None, now: float) -> Envelope:
         """Answer a host whose key was revoked, and drop all hosts with this key."""
         self.counters["revoked key"] += 1
+        self._registry.now = now
         for host in self._registry:
             if host.key == key and not host.dropped:
                 self._out.tell(f"{host.name} is dropped: its key was revoked")
                 self._drop(host)
         return self._refused("the key of this host was revoked; ask for a new token")
 
+    def disconnected(self, peers: Collection[bytes], now: float) -> None:
+        """Give the pairs of hosts whose connections were closed to others; a host is back with its next beat."""
+        self._registry.now = now
+        for host in self._registry if peers else ():
+            if host.peer in peers and not host.is_gone:
+                self._out.tell(f"{host.name} is lost: its connection was closed")
+                self._let_go(host)
+        self._steps.go_on(now)
+
     def tick(self, now: float) -> None:
         """Do what is due at this time: find silent, hung and late hosts, check audits, send a pulse."""
+        self._registry.now = now
         for host in self._registry:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
@@ -183,20 +205,22 @@ class Coordinator:
 
     # Requests.
 
-    def _join(self, message: wire.Join, key: str | None, now: float) -> Message:
-        objection = self.terms.objection(message, self.config.es.noise)
-        if objection:
-            self.counters["hosts turned away"] += 1
-            return self._refused(objection).message
+    def _join(self, message: wire.Join, key: str | None, peer: bytes, now: float) -> Message:
         former = self._registry.called(message.name)
-        if former and former.instance == message.instance and message.attempt <= former.attempt:
-            return self._rejected("an old request")
+        if former and former.key == key and former.instance == message.instance:
+            if message.attempt <= former.attempt:
+                return self._rejected("an old request")
+            self._drop(former)
+            former = None
+        objection = self._admission.objection(message, former, key, now)
+        if objection:
+            self.counters[objection.counter] += 1
+            if not objection.wait:
+                return self._refused(objection.reason).message
+            return self._rejected(objection.reason, wait=objection.wait)
         if former:
             self._supersede(former, message)
-        host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
-        if host is None:
-            self.counters["too many hosts"] += 1
-            return self._refused(f"the run has {MAX_HOSTS} hosts, and takes no more").message
+        host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, peer, now)
         self._out.tell(f"{host.name} joins: {host.device}")
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
@@ -223,7 +247,14 @@ class Coordinator:
         if message.what == "state":
             host.resync = False
         part = self._downloads.part(message, self.step, self.audits.snapshots)
-        return self._rejected(part) if isinstance(part, str) else part
+        if isinstance(part, str):
+            return self._rejected(part)
+        copy = len(self._downloads.text.data) + self.terms.state_bytes
+        wait = self._admission.fetch(host, len(part.body), copy, now) if message.what != "block" else 0.0
+        if wait:
+            self.counters["downloads above the quota of a token"] += 1
+            return self._rejected("the hosts of this token fetch too much", wait=wait)
+        return part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
@@ -237,7 +268,7 @@ class Coordinator:
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
-            self._steps.leases.release(host.slot)
+            self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
         if message.note and message.note != host.note:
@@ -257,22 +288,20 @@ class Coordinator:
             return self._strike(
                 host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs, or impossible numbers"
             )
-        if not 0 <= message.seconds < math.inf:
-            return self._strike(host, f"losses after {message.seconds} s")
-        host.took(pairs, message.seconds)
         host.made_progress(now)
         if message.step < self.step:
             self.counters["losses for an old step"] += 1
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
             return self._rejected("the state of this host is wrong; it must fetch the anchor's first")
+        is_new = not host.speed
         fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
         if host is self.audits.anchor and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
-        self._steps.go_on(now)
+        self._steps.go_on(now, is_new and host.speed > 0)  # it gets its share once its speed is known
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:
@@ -303,8 +332,8 @@ class Coordinator:
         spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
         return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
-    def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
-        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin)
+    def _rejected(self, reason: str, rejoin: bool = False, wait: float = 0.0) -> wire.Rejected:
+        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin, wait)
 
     def _refused(self, reason: str) -> Envelope:
         return Envelope(wire.Refused(reason[:1000]))
@@ -318,14 +347,18 @@ class Coordinator:
 
     # Hosts.
 
+    def _make_room(self, hosts: Sequence[Host]) -> bool:
+        """End the session of the host that was lost first, so that another may join; return False if none is lost."""
+        lost = [host for host in hosts if host.is_gone and not self._steps.leases.took_part(host.slot)]
+        if lost:
+            self._drop(min(lost, key=lambda host: host.seen))
+        return bool(lost)
+
     def _supersede(self, former: Host, message: wire.Join) -> None:
         """Replace a former host by a newer one of the same name."""
         for host in self._registry:
             if host.superseded and host.name == former.name:
                 self._drop(host)
-        if former.instance == message.instance:
-            self._drop(former)
-            return
         if former.seen > former.joined_at and not former.is_gone:
             self._out.tell(f"two hosts are called {former.name}; the newer one counts")
         former.superseded = True
@@ -334,7 +367,7 @@ class Coordinator:
     def _let_go(self, host: Host) -> None:
         """Take all work from a host; it stays listed until its session ends."""
         host.is_gone = True
-        self._steps.leases.release(host.slot)
+        self._steps.release(host)
         self.audits.let_go(host)
 
     def _drop(self, host: Host) -> None:

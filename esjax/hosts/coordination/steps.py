@@ -1,17 +1,18 @@
 """The steps of a run: the coordinator leases pairs, collects their values, and makes the update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from esjax.averages import Average
 from esjax.config.settings import Config
-from esjax.exchange.update_record import SPAN_LIMIT
+from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
 from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases
-from esjax.hosts.coordination.registry import Host, Registry, speeds_of
+from esjax.hosts.coordination.registry import Host, Registry, usual_speed
 from esjax.hosts.coordination.time_budget import TimeBudget
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
@@ -23,8 +24,11 @@ STUCK = 30.0
 DEADLINE_FLOOR = 1.0
 """Seconds that every host has for its pairs at least."""
 
+FIRST_DEADLINE = 10.0
+"""Seconds that a host without a speed has at least while no host has finished its pairs of the step."""
+
 DEADLINE_FACTOR = 3.0
-"""Time that a host may take for its pairs, as a multiple of the other hosts' usual time."""
+"""Time that a host may take for its pairs, as a multiple of its own and of the other hosts' usual time."""
 
 RATE_MEMORY = 0.9
 """Weight of a step in the mean rate, relative to the step after it."""
@@ -64,17 +68,43 @@ class Steps:
         self._out, self._put_aside = out, put_aside
         self._last_update = last_update
         self.leases: Leases = self._new_leases()
+        self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
-        was_busy = self.leases.busy(host.slot)
+        was_busy, before = self.leases.busy(host.slot), self.leases.count(host.slot)
         fault = self.leases.accept(host.slot, message.spans, values, message.final)
-        if was_busy and not self.leases.busy(host.slot):
-            host.set_finished(now)
-        return fault
+        if fault:
+            return fault
+        is_fixed = self._config.es.time_per_step is None
+        pairs = self._new_pairs(host, message.spans) if is_fixed else self.leases.count(host.slot) - before
+        if not was_busy:
+            if pairs:  # it was late with them
+                host.took(pairs, now - host.leased_at)
+            return ""
+        is_finished = not self.leases.busy(host.slot)
+        host.set_answered(pairs, now, is_finished=is_finished)
+        if is_finished:
+            seconds = now - host.leased_at
+            self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds)
+        return ""
+
+    def _new_pairs(self, host: Host, spans: Sequence[Span]) -> int:
+        """Count the pairs that a host scored, also those whose values another host sent before, each once."""
+        size = self._terms.quantum
+        quanta = {first // size + i for first, count in spans for i in range(-(-count // size))}
+        pairs = size * len(quanta - self._sent[host.slot])
+        self._sent[host.slot] |= quanta
+        return pairs
+
+    def release(self, host: Host) -> None:
+        """Take the open pairs from a host, which holds up the step while others score them."""
+        if self.leases.busy(host.slot):
+            self._registry.hold_ups.failed(host.owner, self._registry.now - host.leased_at)
+        self.leases.release(host.slot)
 
     def stop(self) -> None:
         """Drop the open step."""
@@ -84,10 +114,11 @@ class Steps:
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
-        usual = self._registry.usual_slowness()
+        workers = self._registry.workers(now)
+        are_idle, usual_speed_now = any(not self.leases.busy(host.slot) for host in workers), usual_speed(workers)
         for host in self._registry:
             if self.leases.busy(host.slot):
-                self._check_deadline(host, usual, now)
+                self._check_deadline(host, host.expected(usual_speed_now), are_idle, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
@@ -123,25 +154,46 @@ class Steps:
         checked = np.flatnonzero(self._rng.random(quanta) < share).tolist() if share else []
         return FixedPopulation(es.pairs, self._terms.quantum, exchange, checked)
 
-    def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
-        idle = now - max(host.progress_at, host.leased_at)
+    def _check_deadline(self, host: Host, expected: float, are_idle: bool, now: float) -> None:
+        """Take the pairs from a host that missed its deadline.
+
+        Args:
+            host: A host with pairs.
+            expected: Seconds that they should take; 0 if no host's speed is known.
+            are_idle: Whether other hosts have no pairs.
+            now: The time.
+        """
+        usual = self._registry.usual_slowness(host)
+        usually = DEADLINE_FACTOR * max(usual or 1.0, 1.0) * expected
         is_measuring = self._audits.is_measuring(host)
-        by_others = DEADLINE_FACTOR * (usual or 0.0) * host.expected
-        if idle > max(STUCK, by_others):
+        idle = now - max(host.progress_at, host.leased_at)
+        if idle > max(STUCK, usually):
             if not is_measuring:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
-            self.leases.release(host.slot)
-            return
-        if usual is None or is_measuring:
-            return
-        budget = self._config.es.time_per_step
-        allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
-        if now - host.leased_at > allowed:
+            self.release(host)
+        elif now - host.leased_at > self._allowed(usually, usual is None and not host.speed) and (
+            are_idle or usual is not None
+        ):
+            if is_measuring:
+                if self._audits.measure_seconds:  # else none knew how long it takes
+                    self.release(host)
+                self.leases.release(host.slot)
+                return
             if not host.late:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
-            host.set_late(now)
-            self.leases.release(host.slot)
+            is_fixed = self._config.es.time_per_step is None
+            host.set_late(self._open_pairs(host) if is_fixed else 0, now)
+            self.release(host)
+
+    def _allowed(self, usually: float, is_first: bool) -> float:
+        """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known."""
+        budget = self._config.es.time_per_step
+        allowed = max(DEADLINE_FLOOR, usually) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
+        return max(FIRST_DEADLINE, allowed) if is_first else allowed
+
+    def _open_pairs(self, host: Host) -> int:
+        return sum(count for _, count in self.leases.open_spans(host.slot))
 
     def _exclude(self, slot: int) -> None:
         """Put a host with wrong losses aside, and drop its values of this step."""
@@ -159,16 +211,34 @@ class Steps:
             self._announce_more(leases)
 
     def _lease(self, now: float) -> list[Lease]:
-        hosts = self._registry.workers(now)
+        hosts, budget = self._registry.workers(now), self._config.es.time_per_step
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
-        speeds = speeds_of(hosts)
+        usual = usual_speed(hosts)
+        speeds, trials = self._speeds(hosts, usual, now)
+        busy = {host.slot for host in hosts if self.leases.busy(host.slot)}
         leases = self.leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
         for host in hosts:
-            if host.slot in given:
-                pairs = sum(count for _, count in self.leases.open_spans(host.slot))
-                host.set_leased(pairs / speeds[host.slot], now)
+            slot = host.slot
+            if slot in given:
+                pairs = self._open_pairs(host) if budget is None else math.ceil(budget * speeds[slot])
+                speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
+                host.set_leased(pairs, speed, usual, delay, now, was_busy=slot in busy)
+            if slot in given & trials and not host.late:
+                host.put_off_trial(now)
         return leases
+
+    def _speeds(self, hosts: Sequence[Host], usual: float | None, now: float) -> tuple[dict[int, float], set[int]]:
+        """Return the speeds by which hosts get pairs, and the slots of hosts that are tried again.
+
+        A new host, and one that got no pairs for long, get the speed at which they get about one quantum.
+        """
+        speeds = {host.slot: host.speed or usual or 1.0 for host in hosts}
+        enough = self._terms.quantum * sum(speeds.values()) / self._config.es.pairs
+        trials = {host.slot for host in hosts if host.speed < enough and host.speed and host.is_due(now)}
+        new = {host.slot for host in hosts if usual and not host.speed and usual > enough}
+        speeds.update(dict.fromkeys(trials | new, enough))
+        return speeds, trials
 
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
@@ -186,6 +256,7 @@ class Steps:
             self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
         self._out.add(Record(self.step, payload))
+        self._tell_rests(self._registry.hold_ups.closed(now))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, concluded)
@@ -203,8 +274,16 @@ class Steps:
             )
         )
         self.leases = self._new_leases()
+        self._sent.clear()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
+
+    def _tell_rests(self, rests: Mapping[str, float]) -> None:
+        for owner, seconds in rests.items():
+            names = ", ".join(host.name for host in self._registry if host.owner == owner and not host.dropped)
+            self._out.tell(
+                f"{names or 'hosts that left'} held up the run again and again: no pairs for {seconds:.0f} s"
+            )
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data
