@@ -139,7 +139,7 @@ class Sender:
 
 def run(flood: Flood, addresses: Sequence[tuple[str, int]]) -> None:
     """Flood until killed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     selector = selectors.DefaultSelector()
     closed = [addresses[port] for port in flood.ports for _ in range(flood.connections)]

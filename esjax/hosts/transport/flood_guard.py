@@ -19,7 +19,7 @@ from esjax.errors import EsjaxError
 from esjax.hosts.transport.address import IPAddress
 from esjax.hosts.transport.sockets import OVERHEAD, Limits
 
-HALF_OPEN = 128
+HALF_OPEN = 1024
 """Most connections of an address without a finished handshake."""
 
 EACH = 1024
@@ -103,7 +103,7 @@ class FloodGuard:
                 "frame": limits.frame + OVERHEAD,
                 "parts": 2 + limits.frames,  # a REQ sends the number of its request and an empty frame first
                 "handshake": 2 if curve else 1,
-                "half_open": min(HALF_OPEN, max(1, most // 8)),
+                "half_open": min(HALF_OPEN, max(1, most // 16)),
                 "each": min(EACH, max(1, most * 3 // 8)),
                 "most": most,
             }
