@@ -37,7 +37,7 @@ class Rates:
     def take(self, group: str, now: float) -> bool:
         """Return whether a group may have one more event now."""
         left = self._now(group, now)
-        self._left[group] = (max(left - 1, 0.0), now)
+        self._left[group] = (left - (left >= 1), now)
         return left >= 1
 
     def tidy(self, now: float) -> None:
