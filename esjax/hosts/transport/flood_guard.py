@@ -22,8 +22,8 @@ from esjax.hosts.transport.sockets import OVERHEAD, Limits
 HALF_OPEN = 1024
 """Most connections of an address without a finished handshake."""
 
-EACH = 1024
-"""Most connections of an address to a port."""
+EACH = 256
+"""Most connections of an address to a port; libzmq takes up to 150 KB for each."""
 
 MOST = 8192
 """Most connections of all; half of them for handshakes and broadcasts' port less than this."""

@@ -49,7 +49,7 @@ IDLE_SECONDS = 5.0
 STALL_SECONDS, POOL_RATE = 1.0, 2**18
 """While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
 
-ACCEPTS = 32
+ACCEPTS = 8
 """Most new connections of a port in one turn."""
 
 TURN = 0.1
@@ -228,7 +228,7 @@ class Gate:
             return
         greeted = link.inward.is_zmtp
         link.active = now
-        link.inward.follow(data)
+        link.inward.follow(data, link.begun + link.door.frames)
         link.held += len(data)
         link.to_inner += data
         if link.inward.is_zmtp and not greeted:
@@ -244,8 +244,6 @@ class Gate:
             ViolationError: It exceeds a limit.
         """
         door, settled = link.door, self._settled[link.door]
-        if link.inward.frames - link.begun > door.frames:
-            raise ViolationError(f"sent more than {door.frames} frames {_since(door)}")
         if link.held > door.bytes:
             raise ViolationError(f"sent more than {door.bytes:,} bytes {_since(door)}")
         if link.crowd is settled:
