@@ -23,6 +23,7 @@ from transports import (
     last_frame,
     listen,
     more_frames,
+    next_request,
     port_of,
     round_trip,
     send_endlessly,
