@@ -138,8 +138,8 @@ class Fleet:
         self.hear_address(process)
         return process
 
-    def join(self, name: str, *words: str) -> Process:
-        return self.start("join", self.address, "--name", name, *words)
+    def join(self, name: str, *words: str, within: Sequence[str] = ()) -> Process:
+        return self.start("join", self.address, "--name", name, *words, within=within)
 
     def hear_address(self, process: Process) -> None:
         process.wait_for("esjax join ")

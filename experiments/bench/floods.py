@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -28,7 +28,7 @@ from bench.settings import Floods
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.hosts.known_answers import known_answers
-from esjax.hosts.local import local_workers
+from esjax.hosts.local import LocalWorkers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.hosts.serve import Server, serve
@@ -67,9 +67,10 @@ def of_coordinator(settings: Floods, keys: bool) -> list[Row]:
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
 
-        def workers() -> AbstractContextManager[None]:
+        def workers() -> AbstractContextManager[Callable[[], None]]:
             given = ["--token-file", str(server.token)] if server.token else []
-            return local_workers(server.address, settings.hosts, Path(folder), given=given, oversubscribe=True)
+            these = LocalWorkers(settings.hosts, Path(folder), print, given=given, oversubscribe=True)
+            return these.joined(server.address)
 
         server.while_open = workers
         driver = Driver(server, settings, names)
@@ -113,7 +114,7 @@ class Driver:
         before = self._rate(seconds / 2)
         used = _children()
         with ThreadPoolExecutor() as pool, Memory() as memory, process(name, *words):
-            joining = pool.submit(lambda: (time.sleep(seconds / 4), join(server))[1])
+            joining = pool.submit(join, server, seconds / 4)
             during = self._rate(seconds)
             joined_after, _ = joining.result()
         share = (_children() - used) / seconds
@@ -194,12 +195,15 @@ def process(*words: str) -> Iterator[None]:
         started.wait()
 
 
-def join(server: Server) -> tuple[float, int]:
+def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
     """Join as a host does until the state and a broadcast are here, and leave; return seconds, and the second port.
+
+    It begins after `wait` seconds.
 
     The seconds are infinite if that takes more than `PATIENCE`.
     """
     token = None if server.token is None else load_token(server.token)
+    time.sleep(wait)
     started, size, session, publish_port, wanted = time.perf_counter(), 0, 0, 0, 1
     message: Message = wire.Join(f"guest-{started}", "", "", [*known_answers().items()], [], "", 1, 0)
     with ClientTransport(server.address, token=token, limits=Limits(wire.MAX_BODY, wire.FRAMES)) as client:
