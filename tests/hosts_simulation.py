@@ -54,7 +54,7 @@ def config_of(
     *,
     population: int = 64,
     budget: float | None = None,
-    spot_check: float = 0.0,
+    spot_check: float = 0.03,
     digest_interval: int = 1000,
     checkpoint_time: float = 1e6,
     evaluate_time: float = 1e6,

@@ -48,7 +48,7 @@ class Coordinator:
         *,
         step: int,  # updates made so far
         now: float,
-        rng: np.random.Generator,  # draws session numbers, and the pairs that two hosts score
+        rng: np.random.Generator,  # draws session numbers, and by a generator of its own the spot checks
         text: PackedText,
         snapshot: Snapshot | None = None,  # the newest state, for hosts that join
         history: History | None = None,  # the recorded updates, for hosts that missed some
@@ -185,6 +185,8 @@ class Coordinator:
         if objection:
             self.counters["hosts turned away"] += 1
             return self._refused(objection).message
+        if key in self._steps.inspector.liars:
+            return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
         if former and former.instance == message.instance and message.attempt <= former.attempt:
             return self._rejected("an old request")

@@ -1,19 +1,20 @@
 """Leases with a time budget: each host scores its own range of pairs, and the population is what came back in time."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
-from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases
+from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases, Unit
 
 
 class TimeBudget(Leases):
     """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
 
-    def __init__(self, budget: float, exchange: Exchange) -> None:
-        """Set up without leases; `budget` is the time to score in seconds, `exchange` as in `FixedPopulation`."""
+    def __init__(self, budget: float, quantum: int, exchange: Exchange) -> None:
+        """Set up without leases; `budget` is the time to score in seconds, the others as in `FixedPopulation`."""
         super().__init__(exchange)
-        self._budget = budget
+        self._budget, self._quantum = budget, quantum
         self._parts: dict[int, list[Values]] = {}
         self._open: set[int] = set()
 
@@ -92,3 +93,15 @@ class TimeBudget(Leases):
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
+
+    def units(self, slot: int) -> list[Unit]:
+        """See `Leases.units`: lease quanta, or all pairs of the host if they are added up."""
+        first, pairs, parts = slot * SLOT_PAIRS, self._counts[slot], self._parts.get(slot)
+        if not parts:
+            return []
+        values = self._exchange.merge(parts)
+        if self._exchange.adds_up:
+            return [Unit([(first, pairs)], values)]
+        sizes = [min(self._quantum, pairs - at) for at in range(0, pairs, self._quantum)]
+        starts = accumulate(sizes, initial=first)
+        return [Unit([(at, size)], part) for at, size, part in zip(starts, sizes, cut(values, sizes), strict=False)]
