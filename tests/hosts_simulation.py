@@ -42,6 +42,7 @@ VECTOR_LENGTH = 3 + TAIL
 """Length of a sum."""
 
 SCALE = 0.25
+OF_HOST = ("key", "make_worker", "kind", "fingerprints", "custom")
 
 Twist = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Fate = Callable[[str, str, wire.Message], Sequence[float]]
@@ -235,7 +236,15 @@ class Host:
         cut: Directions in which nothing arrives.
     """
 
-    def __init__(self, sim: "Simulation", name: str, device: Device, key: str | None = None, **worker: Any) -> None:
+    def __init__(
+        self,
+        sim: "Simulation",
+        name: str,
+        device: Device,
+        key: str | None = None,
+        make_worker: Callable[..., Worker] = Worker,
+        **worker: Any,
+    ) -> None:
         self.name, self.device, self.key = name, device, key
         self.running = True
         self.cut: set[str] = set()
@@ -251,7 +260,7 @@ class Host:
             "custom": {},
             **worker,
         }
-        self.worker = Worker(name, **settings, now=sim.now, jitter=sim.random.random)
+        self.worker = make_worker(name, **settings, now=sim.now, jitter=sim.random.random)
 
     @property
     def over(self) -> bool:
@@ -449,7 +458,7 @@ class Simulation:
 
     def add(self, name: str, device: Device | None = None, **settings: Any) -> Host:
         """Start a host; `settings` are of `Device`, of `Host`, or of `Worker`."""
-        of_host = {key: settings.pop(key) for key in ("key", "kind", "fingerprints", "custom") if key in settings}
+        of_host = {key: settings.pop(key) for key in OF_HOST if key in settings}
         settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
         host.device.config = self.config

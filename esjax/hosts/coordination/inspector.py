@@ -180,7 +180,7 @@ class Inspector:
         host = self._registry.in_slot(slot)
         assert host is not None
         case.asked.append((host, self._voter(host), leases.begin_check(slot, case.unit)))
-        host.set_leased(sum(count for _, count in leases.open_spans(slot)) / speed, now)
+        host.set_leased(pairs_of(leases, slot) / speed, now)
         return [Lease(slot, *span) for span in case.unit.spans]
 
     def _settle(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:
@@ -189,34 +189,43 @@ class Inspector:
         if not check.missing:
             case.answers.append(_Answer(host, voter, check.values()))
         answers = [answer for answer in case.answers if answer.counts]
-        if len(answers) < 2 or answers[0] is not case.answers[0]:
-            return []
-        right = self._agreed(answers)
-        if right is None:
-            involved = {answers[0].voter, *(voter for _, voter, _ in case.asked)}
-            others = {host.slot: host for host in helpers if self._voter(host) not in involved}
-            if others:
-                speeds = speeds_of(helpers)
-                fastest = max(others, key=lambda slot: speeds[slot])
-                return self._begin(case, fastest, leases, speeds[fastest], now)
-            right = next((answer.values for answer in answers if self._is_trusted(answer.host)), None)
-        if right is None:
-            self._tell_undecided(answers)
-            return []
-        for answer in answers:
-            if not self._exchange.agree(right, answer.values):
-                self._exclude(answer, leases)
+        if len(answers) > 1 and answers[0] is case.answers[0]:
+            right = self._right(answers)
+            if right is None:
+                begun = self._ask_further(case, leases, helpers, now)
+                if begun:
+                    return begun
+                right = next((answer for answer in answers if self._is_trusted(answer.host)), None)
+            if right is None:
+                self._tell_undecided(answers)
+                return []
+            for answer in answers:
+                if not self._exchange.agree(right.values, answer.values):
+                    self._exclude(answer, leases)
+        others = [answer for answer in answers if answer.counts]
+        if others and not case.answers[0].counts:  # its values were dropped
+            leases.fill(others[0].host.slot, Unit(case.unit.spans, others[0].values))
         return []
+
+    def _ask_further(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:
+        """Lease a unit to the host of a further voter that would finish it first; [] if there is none."""
+        involved = {case.answers[0].voter, *(voter for _, voter, _ in case.asked)}
+        others = [host.slot for host in helpers if self._voter(host) not in involved]
+        if not others:
+            return []
+        speeds = speeds_of(helpers)
+        slot = min(others, key=lambda slot: (pairs_of(leases, slot) + case.unit.pairs) / speeds[slot])
+        return self._begin(case, slot, leases, speeds[slot], now)
 
     def _is_confirmed(self, case: _Case) -> bool:
         """Return whether the second evaluation is in and agrees."""
         check = case.asked[-1][2]
         return not check.missing and self._exchange.agree(check.values(), case.unit.values)
 
-    def _agreed(self, answers: Sequence[_Answer]) -> Values | None:
-        """Return values that two voters agree on, or None."""
-        pairs = ((one.values, two.values) for i, one in enumerate(answers) for two in answers[i + 1 :])
-        return next((one for one, two in pairs if self._exchange.agree(one, two)), None)
+    def _right(self, answers: Sequence[_Answer]) -> _Answer | None:
+        """Return an evaluation with which another voter's agrees, or None."""
+        pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
+        return next((one for one, two in pairs if self._exchange.agree(one.values, two.values)), None)
 
     def _exclude(self, answer: _Answer, leases: CheckedLeases) -> None:
         """Put the hosts of a voter aside, and drop their values of this step."""
@@ -240,3 +249,8 @@ class Inspector:
 
     def _voter(self, host: Host) -> str:
         return host.owner if self._owners_vote else host.name
+
+
+def pairs_of(leases: CheckedLeases, slot: int) -> int:
+    """Return the number of a host's open pairs."""
+    return sum(count for _, count in leases.open_spans(slot))

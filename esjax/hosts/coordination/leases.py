@@ -95,6 +95,9 @@ class Leases(Protocol):
     def units(self, slot: int) -> list[Unit]:
         """List the values that a host sent, in the smallest parts that can be compared with those of another host."""
 
+    def fill(self, slot: int, unit: Unit) -> None:
+        """Store a host's values of a unit whose values were dropped; it may have scored them without a lease."""
+
 
 class _Quantum:
     """A lease quantum: pairs that stay together."""
@@ -255,6 +258,11 @@ class FixedPopulation(Leases):
     def units(self, slot: int) -> list[Unit]:
         """See `Leases.units`: quanta, or those that were added up."""
         return [Unit(self._spans(sorted(part.numbers)), part.values) for part in self._parts.get(slot, ())]
+
+    def fill(self, slot: int, unit: Unit) -> None:
+        """See `Leases.fill`."""
+        ranges = (range(first // self._quantum, -(-(first + count) // self._quantum)) for first, count in unit.spans)
+        self._store(slot, _Part([i for numbers in ranges for i in numbers], unit.values))
 
     def _give(self, i: int, slot: int) -> None:
         self._quanta[i].given.add(slot)

@@ -121,3 +121,7 @@ class CheckedLeases(Leases):
     def units(self, slot: int) -> list[Unit]:
         """See `Leases.units`."""
         return self._leases.units(slot)
+
+    def fill(self, slot: int, unit: Unit) -> None:
+        """See `Leases.fill`."""
+        self._leases.fill(slot, unit)

@@ -105,3 +105,6 @@ class TimeBudget(Leases):
         sizes = [min(self._quantum, pairs - at) for at in range(0, pairs, self._quantum)]
         starts = accumulate(sizes, initial=first)
         return [Unit([(at, size)], part) for at, size, part in zip(starts, sizes, cut(values, sizes), strict=False)]
+
+    def fill(self, slot: int, unit: Unit) -> None:
+        """See `Leases.fill`: without effect, since the population is what hosts scored in their own ranges."""
