@@ -33,7 +33,7 @@ def values(kind: inspect.Type) -> Strategy:
         high = kind.le if kind.le is not None else kind.lt - 1 if kind.lt is not None else 2**63 - 1
         return st.integers(low, min(high, low + 10)) | st.integers(low, high) | st.just(high)
     if isinstance(kind, inspect.FloatType):
-        return st.floats()
+        return st.floats() if kind.ge is None and kind.le is None else st.floats(kind.ge, kind.le)
     if isinstance(kind, inspect.BoolType):
         return st.booleans()
     if isinstance(kind, inspect.StrType):

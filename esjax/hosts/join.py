@@ -217,7 +217,9 @@ def _describe(worker: Worker, is_alone: bool, patience: float) -> str:
     if is_alone:
         what = "the coordinator stopped" if worker.coordinator_stopped else "no word from the coordinator"
         return f"{what}; waiting up to {patience:.0f} s for it, Ctrl-C to leave"
-    return DOING[worker.phase] if worker.joined else ""
+    if worker.joined:
+        return DOING[worker.phase]
+    return f"{worker.waiting}; waiting, Ctrl-C to leave" if worker.waiting else ""
 
 
 def _hand_over(worker: Worker, frames: list[bytes], kind: wire.Kind, now: float) -> None:

@@ -384,7 +384,6 @@ def test_a_budget_is_kept() -> None:
         parts = scoring.hand_in(0.0, everything=False)
         assert parts is not None
         assert parts.final
-        assert parts.seconds == pytest.approx(pairs / speed)
 
 
 def test_losses_are_handed_in_now_and_then() -> None:

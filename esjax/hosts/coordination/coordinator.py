@@ -66,7 +66,7 @@ class Coordinator:
         self._settings = to_yaml(config)
         self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
         self._out = Outbox()
-        self._registry = registry = Registry()
+        self._registry = registry = Registry(now)
         self.audits = Audits(
             config,
             registry,
@@ -94,7 +94,7 @@ class Coordinator:
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
         """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
-        message = envelope.message
+        self._registry.now, message = now, envelope.message
         if isinstance(message, wire.AskStatus):
             return Envelope(self.status(now))
         if isinstance(message, wire.Join):
@@ -121,6 +121,7 @@ class Coordinator:
     def refuse_key(self, key: str | None, now: float) -> Envelope:
         """Answer a host whose key was revoked, and drop all hosts with this key."""
         self.counters["revoked key"] += 1
+        self._registry.now = now
         for host in self._registry:
             if host.key == key and not host.dropped:
                 self._out.tell(f"{host.name} is dropped: its key was revoked")
@@ -129,6 +130,7 @@ class Coordinator:
 
     def tick(self, now: float) -> None:
         """Do what is due at this time: find silent, hung and late hosts, check audits, send a pulse."""
+        self._registry.now = now
         for host in self._registry:
             if host.dropped or now - host.seen >= FORGET:
                 self._drop(host)
@@ -236,7 +238,7 @@ class Coordinator:
         if message.progress > host.progress or is_new:
             host.made_progress(now)
         if message.phase != "ready":
-            self._steps.leases.release(host.slot)
+            self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
         if message.note and message.note != host.note:
@@ -254,9 +256,6 @@ class Coordinator:
         values = self.terms.exchange.unpack(message.spans, message.dtype, body)
         if values is None:
             return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
-        if not 0 <= message.seconds < math.inf:
-            return self._strike(host, f"losses after {message.seconds} s")
-        host.took(pairs, message.seconds)
         host.made_progress(now)
         if message.step < self.step:
             self.counters["losses for an old step"] += 1
@@ -331,7 +330,7 @@ class Coordinator:
     def _let_go(self, host: Host) -> None:
         """Take all work from a host; it stays listed until its session ends."""
         host.is_gone = True
-        self._steps.leases.release(host.slot)
+        self._steps.release(host)
         self.audits.let_go(host)
 
     def _drop(self, host: Host) -> None:

@@ -1,8 +1,10 @@
 """The registry of all hosts: phase, speed, and when each was last heard."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from esjax.averages import SHORTEST, running_speed
+from esjax.hosts.coordination.hold_ups import HoldUps
 from esjax.hosts.protocol import wire
 
 SILENT = 20.0
@@ -13,6 +15,15 @@ FORGET = 120.0
 
 PROBE, PROBE_LONGEST = 10.0, 300.0
 """Seconds after which a host that was too slow gets work again: at first, and at most; doubled each time."""
+
+UNKNOWN_SPEED = 1e6
+"""Pairs per second of all hosts before any was measured; so high that the first measurement is not bounded."""
+
+GROWTH = 2.0
+"""Most times as fast that one measurement makes a host, so that a single fast answer brings it no large share."""
+
+MISSED = 2.0
+"""Time for which a host that missed its deadline is taken to need for its pairs, as a multiple of the time so far."""
 
 STRIKES = 3
 """Messages that no correct host sends, or wrong states in a row, after which a host is put aside."""
@@ -30,11 +41,13 @@ class Host:
         attempt: Number of the request by which it joined.
         seen: Time of its last message.
         progress_at: Time of its last progress.
-        speed: Pairs per second; 0 before its first values.
+        speed: Pairs per second, from lease to arrival, by the coordinator's clock; 0 before its first values.
         leased_at: Time at which it got its pairs.
-        expected: Seconds that these pairs should take at its speed.
+        answered: Pairs whose values came since then.
+        expected: Seconds that its pairs should take, from `leased_at` on.
         slowness: Time of this step's pairs divided by `expected`; None before they are finished.
-        late: Whether it took much longer than the others; it gets work again at `probe_at`.
+        late: Whether it took much longer than the others.
+        probe_at: Time at which it gets work again after it was late or too slow for any.
         hung: Whether it sends messages but makes no progress.
         is_gone: Whether it is lost (until its next message), or its session has ended.
         resyncs: How often in a row its state differed from the right one.
@@ -52,8 +65,9 @@ class Host:
         self.session, self.slot, self.key = session, slot, key
         self.joined_at = self.seen = self.progress_at = self.leased_at = self.probe_at = now
         self.phase: wire.Phase = "joining"
-        self.step = self.progress = self.strikes = self.resyncs = 0
+        self.step = self.progress = self.strikes = self.resyncs = self.answered = 0
         self.speed = self.expected = 0.0
+        self._leased_speed = 0.0
         self.slowness: float | None = None
         self.probe_after = PROBE
         self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
@@ -80,21 +94,51 @@ class Host:
 
     def took(self, pairs: int, seconds: float) -> None:
         """Update the speed: it scored `pairs` pairs in `seconds`."""
-        if pairs:
-            self.speed = running_speed(self.speed, pairs, seconds)
+        speed = running_speed(self.speed, pairs, seconds)
+        self.speed = min(speed, GROWTH * self._leased_speed) if self._leased_speed else speed
 
-    def set_leased(self, expected: float, now: float) -> None:
-        """Note that it got pairs, which should take `expected` seconds."""
-        self.leased_at, self.expected, self.slowness = now, max(expected, SHORTEST), None
+    def set_leased(self, open_pairs: int, speed: float, delay: float, now: float, *, was_busy: bool) -> None:
+        """Note that it got pairs, and now has `open_pairs`; those that it had before are due as they were.
 
-    def set_finished(self, now: float) -> None:
-        """Note that it finished its pairs; it is not late any more."""
-        self.slowness = (now - self.leased_at) / self.expected
-        self.late, self.probe_after = False, PROBE
+        Args:
+            open_pairs: Its pairs without values.
+            speed: Pairs per second by which they were leased.
+            delay: Seconds before it can begin.
+            now: The time.
+            was_busy: Whether it had pairs before.
+        """
+        if not was_busy:
+            self.leased_at, self.answered = now, 0
+        self._leased_speed = speed
+        self.expected, self.slowness = max(delay + (self.answered + open_pairs) / speed, SHORTEST), None
 
-    def set_late(self, now: float) -> None:
-        """Note that it is late: it gets no pairs for a while, each time twice as long."""
+    def set_answered(self, pairs: int, now: float, *, is_finished: bool) -> None:
+        """Note the values of some of its pairs; `is_finished`: no pairs are left, so it is not late any more."""
+        self.answered += pairs
+        if not is_finished:
+            return
+        seconds = now - self.leased_at
+        self.slowness = seconds / self.expected
+        if self.answered:
+            self.took(self.answered, seconds)
+        self.late = False
+        if self.slowness < MISSED:
+            self.probe_after = PROBE
+
+    def set_late(self, open_pairs: int, now: float) -> None:
+        """Note that it is late with some pairs: it loses speed, and gets no pairs for a while."""
         self.late = True
+        if open_pairs:
+            slower = (self.answered + open_pairs) / max(MISSED * (now - self.leased_at), SHORTEST)
+            self.speed = min(self.speed or slower, slower)
+        self.put_off_trial(now)
+
+    def is_due(self, now: float) -> bool:
+        """Return whether it got no pairs for so long that it should be tried again."""
+        return now >= max(self.probe_at, self.leased_at + PROBE)
+
+    def put_off_trial(self, now: float) -> None:
+        """Wait before the next trial, each time twice as long."""
         self.probe_at, self.probe_after = now + self.probe_after, min(2 * self.probe_after, PROBE_LONGEST)
 
     def status(self, now: float, quiet: float, members: int) -> wire.HostStatus:
@@ -123,10 +167,16 @@ class Host:
 
 
 class Registry:
-    """All hosts by session, in the order in which they joined."""
+    """All hosts by session, in the order in which they joined.
 
-    def __init__(self) -> None:
+    Attributes:
+        now: Time of the request or tick that is being processed.
+        hold_ups: The account of their owners' hold-ups.
+    """
+
+    def __init__(self, now: float) -> None:
         """Set up without hosts."""
+        self.now, self.hold_ups = now, HoldUps(now)
         self._hosts: dict[int, Host] = {}
         self._by_slot: dict[int, Host] = {}
 
@@ -161,21 +211,35 @@ class Registry:
         return self._by_slot.get(slot)
 
     def workers(self, now: float) -> list[Host]:
-        """List the hosts that get pairs, in the order in which they joined; late ones only if there are no others."""
-        able = [host for host in self._hosts.values() if host.can_work(now)]
-        return [host for host in able if host.in_time(now)] or able
+        """List the hosts that get pairs, in the order in which they joined.
 
-    def usual_slowness(self) -> float | None:
-        """Return the median slowness of the hosts that finished their pairs of this step, or None."""
-        return median([host.slowness for host in self._hosts.values() if host.slowness is not None])
+        Late hosts, and those whose owners held up steps again and again, only if there are no others.
+        """
+        able = [host for host in self._hosts.values() if host.can_work(now)]
+        trusty = [host for host in able if not self.hold_ups.rests(host.owner, now)] or able
+        return [host for host in trusty if host.in_time(now)] or trusty
+
+    def usual_slowness(self, judged: Host) -> float | None:
+        """Return the median slowness of other owners in this step, or else of the host's own owner; None: unknown."""
+        found = _by_owner((host.owner, host.slowness) for host in self._hosts.values() if host.slowness is not None)
+        own = found.pop(judged.owner, None)
+        return median(list(found.values())) if found else own
 
 
 def speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
-    """Return the speeds of hosts by slot, in pairs per second; a new host gets the median of the others."""
-    usual = median([host.speed for host in hosts if host.speed]) or 1.0
-    return {host.slot: host.speed or usual for host in hosts}
+    """Return the speeds of hosts by slot, in pairs per second; a new host gets the median of the others' owners."""
+    usual = median(list(_by_owner((host.owner, host.speed) for host in hosts if host.speed).values()))
+    return {host.slot: host.speed or usual or UNKNOWN_SPEED for host in hosts}
 
 
 def median(values: Sequence[float]) -> float | None:
     """Return the upper median; None if there are no values."""
     return sorted(values)[len(values) // 2] if values else None
+
+
+def _by_owner(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the median of each owner's values."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for owner, value in values:
+        found[owner].append(value)
+    return {owner: sorted(some)[len(some) // 2] for owner, some in found.items()}

@@ -1,7 +1,7 @@
 """The steps of a run: the coordinator leases pairs, collects their values, and makes the update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,8 +25,11 @@ STUCK = 30.0
 DEADLINE_FLOOR = 1.0
 """Seconds that every host has for its pairs at least."""
 
+FIRST_DEADLINE = 10.0
+"""Seconds that a host has at least while no host has finished its pairs of the step, and others have none."""
+
 DEADLINE_FACTOR = 3.0
-"""Time that a host may take for its pairs, as a multiple of the other hosts' usual time."""
+"""Time that a host may take for its pairs, as a multiple of its own and of the other hosts' usual time."""
 
 RATE_MEMORY = 0.9
 """Weight of a step in the mean rate, relative to the step after it."""
@@ -82,11 +85,24 @@ class Steps:
 
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
-        was_busy = self.leases.busy(host.slot)
+        was_busy, before = self.leases.busy(host.slot), self.leases.count(host.slot)
         fault = self.leases.accept(host.slot, message.spans, values, message.final)
-        if was_busy and not self.leases.busy(host.slot):
-            host.set_finished(now)
+        pairs = self.leases.count(host.slot) - before
+        if not was_busy:
+            if pairs:  # it was late with them
+                host.took(pairs, now - host.leased_at)
+            return fault
+        is_finished = not self.leases.busy(host.slot)
+        host.set_answered(pairs, now, is_finished=is_finished)
+        if is_finished:
+            self._registry.hold_ups.finished(host.owner, host.slot, now - host.leased_at, host.expected, now)
         return fault
+
+    def release(self, host: Host) -> None:
+        """Take the open pairs from a host, which holds up the step while others score them."""
+        if self.leases.busy(host.slot):
+            self._registry.hold_ups.failed(host.owner, self._registry.now - host.leased_at)
+        self.leases.release(host.slot)
 
     def stop(self) -> None:
         """Drop the open step."""
@@ -96,10 +112,10 @@ class Steps:
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
-        usual = self._registry.usual_slowness()
+        are_idle = any(not self.leases.busy(host.slot) for host in self._registry.workers(now))
         for host in self._registry:
             if self.leases.busy(host.slot):
-                self._check_deadline(host, usual, now)
+                self._check_deadline(host, are_idle, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
@@ -131,25 +147,37 @@ class Steps:
             return CheckedLeases(FixedPopulation(es.pairs, quantum, exchange), exchange)
         return CheckedLeases(TimeBudget(es.time_per_step, quantum, exchange), exchange)
 
-    def _check_deadline(self, host: Host, usual: float | None, now: float) -> None:
-        idle = now - max(host.progress_at, host.leased_at)
+    def _check_deadline(self, host: Host, are_idle: bool, now: float) -> None:
+        """Take the pairs from a host that missed its deadline; `are_idle`: other hosts have no pairs."""
+        usual = self._registry.usual_slowness(host)
+        usually = DEADLINE_FACTOR * max(usual or 1.0, 1.0) * host.expected
         is_measuring = self._audits.is_measuring(host)
-        by_others = DEADLINE_FACTOR * (usual or 0.0) * host.expected
-        if idle > max(STUCK, by_others):
+        idle = now - max(host.progress_at, host.leased_at)
+        if idle > max(STUCK, usually):
             if not is_measuring:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
-            self.leases.release(host.slot)
-            return
-        if usual is None or is_measuring:
-            return
-        budget = self._config.es.time_per_step
-        allowed = max(DEADLINE_FLOOR, by_others) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
-        if now - host.leased_at > allowed:
+            self.release(host)
+        elif now - host.leased_at > self._allowed(usually, usual is None) and (are_idle or usual is not None):
+            if is_measuring:
+                if self._audits.measure_seconds:  # else none knew how long it takes
+                    self.release(host)
+                self.leases.release(host.slot)
+                return
             if not host.late:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
-            host.set_late(now)
-            self.leases.release(host.slot)
+            is_fixed = self._config.es.time_per_step is None
+            host.set_late(self._open_pairs(host) if is_fixed else 0, now)
+            self.release(host)
+
+    def _allowed(self, usually: float, is_first: bool) -> float:
+        """Return the seconds that a host may take; `is_first`: no other host has finished."""
+        budget = self._config.es.time_per_step
+        allowed = max(DEADLINE_FLOOR, usually) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
+        return max(FIRST_DEADLINE, allowed) if is_first else allowed
+
+    def _open_pairs(self, host: Host) -> int:
+        return sum(count for _, count in self.leases.open_spans(host.slot))
 
     def _check_answers(self, now: float) -> list[Lease]:
         """Let hosts score some answers again; return the leases."""
@@ -167,16 +195,28 @@ class Steps:
             self._announce_more(leases)
 
     def _lease(self, now: float) -> list[Lease]:
-        hosts = self._registry.workers(now)
+        hosts, budget = self._registry.workers(now), self._config.es.time_per_step
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
         speeds = speeds_of(hosts)
+        trials = self._try_again(hosts, speeds, now)
+        busy = {host.slot for host in hosts if self.leases.busy(host.slot)}
         leases = self.leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
         for host in hosts:
-            if host.slot in given:
-                pairs = sum(count for _, count in self.leases.open_spans(host.slot))
-                host.set_leased(pairs / speeds[host.slot], now)
+            slot = host.slot
+            if slot in given:
+                pairs = self._open_pairs(host) if budget is None else math.ceil(budget * speeds[slot])
+                host.set_leased(pairs, speeds[slot], delays.get(slot, 0.0), now, was_busy=slot in busy)
+            if slot in given & trials and not host.late:
+                host.put_off_trial(now)
         return leases
+
+    def _try_again(self, hosts: Sequence[Host], speeds: dict[int, float], now: float) -> set[int]:
+        """Raise the speeds of hosts that got no pairs for long, so that each gets one quantum; return their slots."""
+        enough = self._terms.quantum * sum(speeds.values()) / self._config.es.pairs
+        due = {host.slot for host in hosts if host.is_due(now) and speeds[host.slot] < enough}
+        speeds.update(dict.fromkeys(due, enough))
+        return due
 
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
@@ -194,6 +234,7 @@ class Steps:
             self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
         self._out.add(Record(self.step, payload))
+        self._tell_rests(self._registry.hold_ups.closed(now))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, pairs, concluded)
@@ -203,6 +244,11 @@ class Steps:
         self.inspector.begin_step(now)
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
+
+    def _tell_rests(self, rests: Mapping[str, float]) -> None:
+        for owner, seconds in rests.items():
+            names = ", ".join(host.name for host in self._registry if host.owner == owner and not host.dropped)
+            self._out.tell(f"{names or 'hosts that left'} held up the run again and again: no pairs for {seconds:.0f} s")
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data

@@ -101,5 +101,8 @@ class Joining:
 
     def put_off(self, now: float, failures: int) -> None:
         """Wait before the next attempt."""
-        longest = min(BACK_OFF * 2 ** min(failures, 10), BACK_OFF_LONGEST)
-        self._due_at = now + longest * (0.5 + self._jitter())
+        self.wait(now, min(BACK_OFF * 2 ** min(failures, 10), BACK_OFF_LONGEST))
+
+    def wait(self, now: float, seconds: float) -> None:
+        """Wait about so many seconds before the next attempt, as the coordinator asked."""
+        self._due_at = now + seconds * (0.5 + self._jitter())

@@ -29,7 +29,6 @@ class HandIn(NamedTuple):
     spans: list[Span]  # the pairs
     body: bytes  # losses, two float32 for each pair, or a gradient sum for each span
     dtype: str  # type of the numbers in the body
-    seconds: float  # time of scoring them
     final: bool  # whether this is the last message of the step
 
 
@@ -142,7 +141,6 @@ class Scoring:
             [span for part in parts for span in part.spans],
             body,
             dtype,
-            sum(part.seconds for part in parts),
             final and len(parts) == len(self._parts),
         )
 

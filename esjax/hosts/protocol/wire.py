@@ -14,7 +14,7 @@ import msgspec
 from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 from esjax.exchange.values import MAX_REQUEST
 
-VERSION = 4
+VERSION = 5
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
@@ -121,7 +121,6 @@ class Losses(Message, frozen=True, tag="losses"):
     incarnation: Whole
     step: Whole
     spans: Spans  # the pairs
-    seconds: float  # time of scoring them
     final: bool  # whether this is the host's last message of losses in this step
     dtype: Short = "<f4"  # "<f4" for losses; one of `esjax.exchange.update_record.Integers` for gradient sums
     gradient_norm: float | None = None  # norm of the estimate in the update before this step, or None
@@ -225,6 +224,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
     incarnation: Whole
     step: Whole  # step that is being scored
     rejoin: bool = False  # whether the session has ended, so that the host must join again
+    wait: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0  # seconds after which the host should try again
 
 
 class Refused(Message, frozen=True, tag="refused"):

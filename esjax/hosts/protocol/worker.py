@@ -33,6 +33,7 @@ class Worker:
         phase: joining, compiling or ready.
         step: Step of the parameters; -1 without parameters.
         joined: The coordinator's reply that let the host join, or None.
+        waiting: Why the coordinator lets the host wait before it joins, or "".
         refused: Why the coordinator refused the host for good, or "".
         failed: Why the devices failed, or "".
         leaving: Why the host is about to leave, or "".
@@ -68,7 +69,7 @@ class Worker:
         self.phase: wire.Phase = "joining"
         self.step = step
         self.joined: wire.Welcome | None = None
-        self.refused = self.failed = self.leaving = ""
+        self.waiting = self.refused = self.failed = self.leaving = ""
         self.left = self.run_ended = self.coordinator_stopped = False
         hello = wire.Join(name[:128], device, kind, [*fingerprints.items()], [*custom.items()], "", 0, 0)
         self._joining = Joining(hello, jitter, now)
@@ -90,7 +91,7 @@ class Worker:
         # What is running, and when something is due.
         self._task: tasks.Task | None = None
         self._channel = RequestChannel(now)
-        self._beat_at = now
+        self._beat_at = self._fetch_at = now
 
     # What the caller uses.
 
@@ -237,14 +238,15 @@ class Worker:
             return report
         hand_in = self._scoring.hand_in(now, bool(self.leaving))
         if hand_in is not None:
-            spans, body, dtype, seconds, final = hand_in
+            spans, body, dtype, final = hand_in
             step, incarnation = self._scoring.step, self.joined.incarnation
-            return Envelope(wire.Losses(session, incarnation, step, spans, seconds, final, dtype, *self._norms), body)
+            return Envelope(wire.Losses(session, incarnation, step, spans, final, dtype, *self._norms), body)
         if self.leaving:
             return None if isinstance(self._task, tasks.Score) else Envelope(wire.Leave(session, self.leaving))
         if now >= self._beat_at:
             return self._beat(self.joined, now)
-        part = self._supplies.request(session, self._wanted(self.joined)) or self._side_tasks.part(session)
+        fetch = self._supplies.request(session, self._wanted(self.joined)) if now >= self._fetch_at else None
+        part = fetch or self._side_tasks.part(session)
         if part is None and self._misses_update(now):
             return Envelope(wire.CatchUp(session, self.step))
         return part
@@ -280,7 +282,7 @@ class Worker:
         if self._built and welcome.text_digest != self._text:
             self.refused = f"the run {welcome.run} now has another text; start the host anew"
             return
-        self.joined = welcome
+        self.joined, self.waiting = welcome, ""
         self._joining.run = welcome.run
         self._incarnation = welcome.incarnation
         self._newest = -1
@@ -371,6 +373,11 @@ class Worker:
             return
         if isinstance(request, wire.Losses):
             self._begin_step()
+        elif isinstance(request, wire.Join) and message.wait:
+            self.waiting = message.reason
+            self._joining.wait(now, message.wait)
+        elif isinstance(request, wire.Fetch) and message.wait:
+            self._fetch_at = now + message.wait
         elif isinstance(request, wire.Fetch):
             self._supplies.give_up()
         self._side_tasks.answered(request, is_taken=False)
