@@ -41,12 +41,11 @@ def check_later_updates(sim: Simulation, first: int) -> None:
 
 
 @both_exchanges
-@pytest.mark.parametrize(
-    ("kind", "budget"),
-    # With a time budget, a host that needs no time by its own account never ends, and is late.
-    [(kind, None) for kind in LIES] + [(kind, 0.5) for kind in LIES if kind != "claimed speed"],
-)
+@pytest.mark.parametrize("budget", [None, 0.5], ids=["fixed", "budget"])
+@pytest.mark.parametrize("kind", LIES)
 def test_rows_47_to_49_every_kind_of_liar_is_found(kind: str, budget: float | None, sums: bool) -> None:
+    if kind == "claimed speed" and budget and sums:
+        pytest.skip("nobody can score again in time what the host claims to have scored")
     sim = Simulation(config_of(population=128, sums=sums, budget=budget))
     for name in ("a", "b", "c", "d"):
         sim.add(name)
@@ -79,6 +78,7 @@ def test_of_two_owners_nobody_is_put_aside_until_a_third_one_decides(sums: bool)
     sim = Simulation(config_of(sums=sums, spot_check=1.0))
     sim.add("a")
     sim.add("b", key="token", make_worker=partial(LyingWorker, "swapped signs"))
+    sim.run_steps(5)
     sim.add("c", key="token")  # evaluations of one owner count once
     sim.run_steps(20)
     assert set(states_of(sim).values()) == {"ready"}
@@ -132,10 +132,10 @@ def test_checks_take_their_share_of_the_time(sums: bool) -> None:
     sim = Simulation(config_of(population=128, sums=sums))
     for name in ("a", "b", "c", "d"):
         sim.add(name)
-    sim.run_steps(400, limit=3000)
+    sim.run_steps(250, limit=3000)
     inspector = sim.server._steps.inspector
     assert 0.015 < inspector.seconds / sim.now < 0.04
-    assert inspector.checks > 4 * (6 if sums else 25)
+    assert inspector.checks > 4 * (4 if sums else 15)
     assert set(states_of(sim).values()) == {"ready"}
     check_later_updates(sim, 0)
 
@@ -196,8 +196,7 @@ def test_a_step_closes_without_a_checker_that_is_killed() -> None:
 
 def test_the_draws_are_of_no_generator_whose_numbers_are_sent() -> None:
     """Session numbers come from the generator that the coordinator is given; the checks come from another one."""
-    numbers = [np.random.default_rng([0, 1]).integers(1, 2**63 - 1, 3) for _ in range(2)]
-    np.testing.assert_array_equal(*numbers)
+    numbers = np.random.default_rng([0, 1]).integers(1, 2**63 - 1, 3)
     sim = Simulation(config_of(spot_check=1.0))
     for name in ("a", "b"):
         sim.add(name)
@@ -205,4 +204,4 @@ def test_the_draws_are_of_no_generator_whose_numbers_are_sent() -> None:
     sim.add("c")
     sim.run_steps(2)
     sessions = [sim.hosts[name].worker.joined.session for name in ("a", "b", "c")]  # type: ignore[union-attr]
-    assert sessions == numbers[0].tolist()
+    assert sessions == numbers.tolist()

@@ -6,6 +6,7 @@ hosts of further voters are asked until two evaluations agree; then the voters w
 voter is an owner with all its hosts; if all hosts have one owner, each host is a voter.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from esjax.hosts.protocol.actions import Outbox
 
 CHECKS_A_HOST = 2
 """Most answers that one host scores again at a time."""
+
+LONGEST = 3.0
+"""Longest time that a check should take, in times of a step; longer ones would only show which host is faster."""
 
 FIRST_ROUNDS, FIRST_CHANCE = 3, 0.1
 """Steps with checks until it is known how long checks take, and the chance of checks in each step until then."""
@@ -149,6 +153,7 @@ class Inspector:
         speeds = speeds_of(helpers)
         queue = Queue(dict.fromkeys(speeds, 0), {slot: 1 / speed for slot, speed in speeds.items()}, {})
         loads = dict.fromkeys(speeds, 0)
+        longest = LONGEST * (median(self._steps) or math.inf)
         full: set[int] = set()
         begun: list[Lease] = []
         for i in self._rng.permutation(len(suspects)).tolist():
@@ -157,10 +162,12 @@ class Inspector:
             slot = queue.take(of_voter[voter] | full)
             if slot is None:
                 continue
+            unit = self._choose(leases.units(host.slot))
+            if unit.pairs / speeds[slot] > longest:
+                continue
             loads[slot] += 1
             if loads[slot] == CHECKS_A_HOST:
                 full.add(slot)
-            unit = self._choose(leases.units(host.slot))
             case = _Case(unit, _Answer(host, voter, unit.values))
             self._cases.append(case)
             begun += self._begin(case, slot, leases, speeds[slot], now)
@@ -179,8 +186,9 @@ class Inspector:
         """Lease a unit to a further host."""
         host = self._registry.in_slot(slot)
         assert host is not None
+        was_busy = leases.busy(slot)
         case.asked.append((host, self._voter(host), leases.begin_check(slot, case.unit)))
-        host.set_leased(pairs_of(leases, slot) / speed, now)
+        host.set_leased(pairs_of(leases, slot), speed, 0.0, now, was_busy=was_busy)
         return [Lease(slot, *span) for span in case.unit.spans]
 
     def _settle(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:

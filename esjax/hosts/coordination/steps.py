@@ -248,7 +248,9 @@ class Steps:
     def _tell_rests(self, rests: Mapping[str, float]) -> None:
         for owner, seconds in rests.items():
             names = ", ".join(host.name for host in self._registry if host.owner == owner and not host.dropped)
-            self._out.tell(f"{names or 'hosts that left'} held up the run again and again: no pairs for {seconds:.0f} s")
+            self._out.tell(
+                f"{names or 'hosts that left'} held up the run again and again: no pairs for {seconds:.0f} s"
+            )
 
     def _measure_rate(self, members: int, now: float) -> None:
         data = self._config.data
