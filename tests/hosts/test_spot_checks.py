@@ -134,7 +134,7 @@ def test_checks_take_their_share_of_the_time(sums: bool) -> None:
         sim.add(name)
     sim.run_steps(250, limit=3000)
     inspector = sim.server._steps.inspector
-    assert 0.015 < inspector.seconds / sim.now < 0.04
+    assert 0.015 < inspector.seconds / sim.now < 0.05  # the first checks of every host are part of it
     assert inspector.checks > 4 * (4 if sums else 15)
     assert set(states_of(sim).values()) == {"ready"}
     check_later_updates(sim, 0)

@@ -6,7 +6,6 @@ hosts of further voters are asked until two evaluations agree; then the voters w
 voter is an owner with all its hosts; if all hosts have one owner, each host is a voter.
 """
 
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,11 +22,11 @@ from esjax.hosts.protocol.actions import Outbox
 CHECKS_A_HOST = 2
 """Most answers that one host scores again at a time."""
 
-LONGEST = 3.0
-"""Longest time that a check should take, in times of a step; longer ones would only show which host is faster."""
+PROOFS = 3
+"""Checks that a host must pass before checks keep to their share of the time, and again when its speed has doubled."""
 
-FIRST_ROUNDS, FIRST_CHANCE = 3, 0.1
-"""Steps with checks until it is known how long checks take, and the chance of checks in each step until then."""
+UNPROVEN = 0.1
+"""Chance of checks in a step while a host has not passed them: one that invents its answers makes steps very short."""
 
 LEAST = 0.25
 """Least chance of checks in a step, as a multiple of the share of time: one stalled check must not end all others."""
@@ -91,6 +90,7 @@ class Inspector:
         self._out, self._put_aside, self._is_trusted = out, put_aside, is_trusted
         self._steps: deque[float] = deque(maxlen=32)  # seconds of the last steps without their checks
         self._rounds: deque[float] = deque(maxlen=8)  # seconds of the last checks
+        self._proofs: dict[Host, tuple[int, float]] = {}  # checks that it passed, and its speed at the first of them
         self._undecided: set[frozenset[str]] = set()  # voters that differed, which the user knows
         self._begun_at: float | None = None
         self._drawn_at: float | None = None
@@ -116,10 +116,13 @@ class Inspector:
             self._drawn_at = now
             if self._begun_at is not None:
                 self._steps.append(now - self._begun_at)
-            return self._draw(leases, helpers, now) if self._rng.random() < self._chance() else []
+            return self._draw(leases, helpers, now) if self._rng.random() < self._chance(leases) else []
         if not self._cases:
             return []
-        is_calm = all(self._is_confirmed(case) for case in self._cases)
+        confirmed = [case.answers[0].host for case in self._cases if self._is_confirmed(case)]
+        is_calm = len(confirmed) == len(self._cases)
+        for host in confirmed:
+            self._prove(host)
         begun: list[Lease] = []
         cases, self._cases = self._cases, []
         for case in cases:
@@ -133,19 +136,29 @@ class Inspector:
                 self._rounds.append(now - self._drawn_at)
         return begun
 
-    def _chance(self) -> float:
+    def _chance(self, leases: CheckedLeases) -> float:
         """Return the chance of checks in a step, so that they take their share of the time."""
         share = self._share
         if not share:
             return 0.0
-        if len(self._rounds) < FIRST_ROUNDS:
-            return max(share, FIRST_CHANCE)
+        if any(self._is_unproven(host) for host in self._registry if leases.count(host.slot)):
+            return max(share, UNPROVEN)
         usual = (median(self._steps) or 0.0) / max(median(self._rounds) or 0.0, SHORTEST)
         return share * max(usual, LEAST)
 
+    def _is_unproven(self, host: Host) -> bool:
+        passed, speed = self._proofs.get(host, (0, 0.0))
+        return passed < PROOFS or host.speed > 2 * speed
+
+    def _prove(self, host: Host) -> None:
+        """Note that a host passed a check."""
+        passed, speed = self._proofs.get(host, (0, 0.0))
+        self._proofs[host] = (passed + 1, speed) if host.speed <= 2 * speed else (1, host.speed)
+
     def _draw(self, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:
         """Begin the check of one answer of every host."""
-        suspects = [host for host in self._registry if leases.count(host.slot)]
+        suspects = [host for host in self._registry if leases.units(host.slot)]
+        self._proofs = {host: proofs for host, proofs in self._proofs.items() if not host.dropped}
         self._owners_vote = len({host.owner for host in [*suspects, *helpers]}) > 1
         of_voter: defaultdict[str, set[int]] = defaultdict(set)
         for host in helpers:
@@ -153,7 +166,6 @@ class Inspector:
         speeds = speeds_of(helpers)
         queue = Queue(dict.fromkeys(speeds, 0), {slot: 1 / speed for slot, speed in speeds.items()}, {})
         loads = dict.fromkeys(speeds, 0)
-        longest = LONGEST * (median(self._steps) or math.inf)
         full: set[int] = set()
         begun: list[Lease] = []
         for i in self._rng.permutation(len(suspects)).tolist():
@@ -163,8 +175,6 @@ class Inspector:
             if slot is None:
                 continue
             unit = self._choose(leases.units(host.slot))
-            if unit.pairs / speeds[slot] > longest:
-                continue
             loads[slot] += 1
             if loads[slot] == CHECKS_A_HOST:
                 full.add(slot)

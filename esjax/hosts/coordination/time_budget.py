@@ -7,6 +7,9 @@ from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
 from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases, Unit
 
+LONGEST = 3.0
+"""Most pairs that are added up and can be scored again, as a multiple of the median host's pairs."""
+
 
 class TimeBudget(Leases):
     """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
@@ -95,13 +98,17 @@ class TimeBudget(Leases):
         return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
 
     def units(self, slot: int) -> list[Unit]:
-        """See `Leases.units`: lease quanta, or all pairs of the host if they are added up."""
+        """See `Leases.units`: lease quanta, or all pairs of the host if they are added up.
+
+        None if these are so many that a usual host could not score them again within a few steps' time.
+        """
         first, pairs, parts = slot * SLOT_PAIRS, self._counts[slot], self._parts.get(slot)
         if not parts:
             return []
         values = self._exchange.merge(parts)
         if self._exchange.adds_up:
-            return [Unit([(first, pairs)], values)]
+            usual = sorted(self._counts.values())[(len(self._counts) - 1) // 2]
+            return [Unit([(first, pairs)], values)] if pairs <= LONGEST * usual else []
         sizes = [min(self._quantum, pairs - at) for at in range(0, pairs, self._quantum)]
         starts = accumulate(sizes, initial=first)
         return [Unit([(at, size)], part) for at, size, part in zip(starts, sizes, cut(values, sizes), strict=False)]
