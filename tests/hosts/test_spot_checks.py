@@ -92,7 +92,7 @@ def test_of_two_owners_nobody_is_put_aside_until_a_third_one_decides(sums: bool)
 def test_of_two_owners_the_trusted_one_is_right() -> None:
     for trusted, liar in (("a", "b"), ("b", "a")):
         sim = Simulation(config_of(spot_check=1.0))
-        sim.server._steps.inspector._is_trusted = lambda host, trusted=trusted: host.name == trusted
+        sim.server.inspector._is_trusted = lambda host, trusted=trusted: host.name == trusted
         sim.add(trusted)
         sim.add(liar, make_worker=partial(LyingWorker, "swapped signs"))
         run_until_aside(sim, {liar})
@@ -133,7 +133,7 @@ def test_checks_take_their_share_of_the_time(sums: bool) -> None:
     for name in ("a", "b", "c", "d"):
         sim.add(name)
     sim.run_steps(250, limit=3000)
-    inspector = sim.server._steps.inspector
+    inspector = sim.server.inspector
     assert 0.015 < inspector.seconds / sim.now < 0.05  # the first checks of every host are part of it
     assert inspector.checks > 4 * (4 if sums else 15)
     assert set(states_of(sim).values()) == {"ready"}

@@ -15,6 +15,7 @@ from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
+from esjax.hosts.coordination.inspector import Inspector
 from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
 from esjax.hosts.coordination.steps import Steps
 from esjax.hosts.protocol import wire
@@ -91,6 +92,11 @@ class Coordinator:
     def step(self) -> int:
         """Step that is being scored, which is the number of updates made."""
         return self._steps.step
+
+    @property
+    def inspector(self) -> Inspector:
+        """The spot checks."""
+        return self._steps.inspector
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
         """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
@@ -187,7 +193,7 @@ class Coordinator:
         if objection:
             self.counters["hosts turned away"] += 1
             return self._refused(objection).message
-        if key in self._steps.inspector.liars:
+        if key in self.inspector.liars:
             return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
         if former and former.instance == message.instance and message.attempt <= former.attempt:
