@@ -26,7 +26,8 @@ from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.delivery import PackedText, hash_bytes
-from esjax.devices.mesh import cpu_mesh, local_mesh
+from esjax.devices.mesh import local_mesh
+from esjax.devices.process_group import here
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import make_exchange
 from esjax.hosts.coordination.coordinator import Coordinator
@@ -125,7 +126,7 @@ class Devices:
     def __init__(self, config: Config, corpus: Corpus) -> None:
         """Compile nothing yet."""
         self.replica = Replica(config, build_model(config.model, corpus.vocabulary.size), corpus.stream(), local_mesh())
-        language_model = LanguageModel(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, cpu_mesh())
+        language_model = LanguageModel(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
         self._measure = make_measure(language_model, config, corpus.held_out, None)
 
     @property
@@ -136,7 +137,7 @@ class Devices:
     def held_out(self) -> float:
         """Measure the held-out loss of the averaged parameters."""
         assert self._measure
-        return self._measure(self.replica.state.average) or float("nan")
+        return self._measure(here(self.replica.state.average)) or float("nan")
 
     def do(self, task: tasks.Task, step: int) -> tasks.Result:
         """Do a task of a host whose parameters are of a step; a step that is over is scored with the newest ones."""
