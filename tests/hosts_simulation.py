@@ -328,6 +328,7 @@ class Simulation:
         self.bytes_sent: dict[str, int] = {"request": 0, "reply": 0, "broadcast": 0}
         self.store_fails = False
         self.revoked: set[str] = set()
+        self.trusted: str | None = None  # key of the trusted token
         self.text = TEXT
         self.incarnation = 0
         self.measured = False  # whether a held-out loss is kept when it starts
@@ -381,6 +382,7 @@ class Simulation:
             last_update=self.ledger[-1][1] if self.ledger else b"",
             block=block,
             measured=self.measured,
+            trusted=self.trusted,
         )
 
     def kill(self) -> None:
@@ -394,7 +396,8 @@ class Simulation:
             reply = self.coordinator.refuse_key(host.key, self.now)
         else:
             try:
-                reply = self.coordinator.receive(wire.decode(frames, "request"), self.now, host.key)
+                peer = f"{host.name} {connection}".encode()
+                reply = self.coordinator.receive(wire.decode(frames, "request"), self.now, host.key, peer)
             except wire.VersionError as error:
                 reply = self.coordinator.refuse_version(error.version)
         if not self.carry_out():
@@ -417,7 +420,9 @@ class Simulation:
             elif isinstance(action, RecordDigest):
                 self.digests.append((action.step, action.digest))
             elif isinstance(action, Store):
-                if not self.store_fails:
+                if hash_state(action.snapshot.data[:STATE_BYTES]) != action.digest:
+                    self.server.audits.is_false(action.snapshot)
+                elif not self.store_fails:
                     self.checkpoints.append(action.snapshot)
                     self.server.audits.stored(action.snapshot)
             elif isinstance(action, Closed):
@@ -469,6 +474,11 @@ class Simulation:
         host = self.hosts.pop(name)
         host.running = False
         return host
+
+    def disconnect(self, *hosts: Host) -> None:
+        """Let the coordinator know that the connections of hosts were closed."""
+        self.server.disconnected({f"{host.name} {host.connection}".encode() for host in hosts}, self.now)
+        self.carry_out()
 
     def at(self, time: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._events, (time, next(self._count), action))

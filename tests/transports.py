@@ -86,7 +86,7 @@ def round_trip(server: ServerTransport, client: ClientTransport, frames: list[by
     client.request(frames)
     request = next_request(server, client)
     assert request.frames == frames
-    server.reply(request.peer, frames[::-1])
+    server.reply(request, frames[::-1])
     assert next_reply(client) == frames[::-1]
     return request
 

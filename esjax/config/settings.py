@@ -330,9 +330,16 @@ class HostsConfig(Section):
     digest_interval: int = 100
     """Steps between comparisons of the hosts' training states, beside those at checkpoints."""
 
+    hosts_per_token: int = 256
+    """Most hosts that one token lets in at a time; further ones wait. A run has at most 1,024 hosts."""
+
+    trusted_token: str | None = None
+    """Name of the token whose hosts decide where the digests of as many tokens differ. None: such digests do not count,
+    and the hosts fetch the newest kept state."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "digest_interval")
+        check_positive(self, "digest_interval", "hosts_per_token")
         check(0 <= self.spot_check <= 1, f"spot_check must be from 0 to 1, got {self.spot_check}")
 
 

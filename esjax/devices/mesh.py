@@ -1,7 +1,6 @@
 """The devices of this host, and the settings of XLA that must be made before JAX starts."""
 
 import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,21 +103,3 @@ def _line_up(devices: "list[jax.Device]") -> "Mesh":
     from esjax.core.population import PAIRS_AXIS
 
     return jax.make_mesh((len(devices),), (PAIRS_AXIS,), (jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def kind_of(device: "jax.Device") -> str:
-    """Name hardware and version of JAX; devices of one kind should compute the same floats to the last bit."""
-    import jax
-
-    return f"{_model(device)}, jax {jax.__version__}"[:128]
-
-
-def _model(device: "jax.Device") -> str:
-    if device.platform != "cpu":
-        return device.device_kind
-    try:  # processors of another model may add in another order
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, PermissionError):  # not Linux, or a container that hides the file
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())

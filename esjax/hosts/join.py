@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import optax
 
-from esjax.devices.mesh import kind_of
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
 from esjax.hosts.executor import Background, Executor
 from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
+from esjax.hosts.rounding import rounding_kind
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
@@ -135,7 +135,7 @@ def _take_part(
     worker = Worker(
         name,
         f"{describe_kinds(devices)}, {platform.node()}"[:128],
-        kind_of(devices[0]),
+        rounding_kind(jax.local_devices()[0]),
         noise_fingerprints(),
         custom.identities(),
         now=now,

@@ -26,6 +26,7 @@ from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Snapshot, Terms
 from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
+from esjax.hosts.transport.flood_guard import raise_file_limit
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
@@ -192,6 +193,7 @@ class Server(RecordedRun):
         step = first + len(records)
         self.limits.check(step)
         keys = self._keys()
+        raise_file_limit()
         transport = stack.enter_context(
             ServerTransport(
                 self._listen.address,
@@ -236,6 +238,7 @@ class Server(RecordedRun):
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
             block=blocks,
             measured=run.last("held_out") is not None,
+            trusted=_trusted_key(config.hosts.trusted_token, keys),
         )
         return coordinator, ServerLoop(config, coordinator, transport, recorder, replica.state, keys, self.tell)
 
@@ -249,6 +252,22 @@ class Server(RecordedRun):
         token = path / f"{FIRST_TOKEN}.token"
         self.token = token if token.exists() else None
         return keys
+
+
+def _trusted_key(name: str | None, keys: ServerKeys | None) -> str | None:
+    """Return the public key of a token, None without a name.
+
+    Raises:
+        EsjaxError: There is no such token.
+    """
+    if name is None:
+        return None
+    allowed = {} if keys is None else keys.allowed
+    found = next((key for key, token in allowed.items() if token == name), None)
+    if found is None:
+        names = ", ".join(sorted(allowed.values())) or "none; hosts of this address need none"
+        raise EsjaxError(f"hosts.trusted_token names {name!r}, and there is no such token; there are: {names}")
+    return found
 
 
 def _make_replica(config: Config, corpus: Corpus, custom: Custom) -> Replica:

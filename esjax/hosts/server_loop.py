@@ -14,6 +14,7 @@ from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.replica.snapshot import from_bytes
 from esjax.replica.update import TrainState
+from esjax.runs.checkpoint import digest
 from esjax.runs.step_info import StepInfo
 from esjax.watch.recorded_run import Recorder
 
@@ -61,13 +62,15 @@ class ServerLoop:
             closed += self._answer(request, now)
         for _ in range(min(len(self._bulk), BULK)):
             request, envelope = self._bulk.popleft()
-            self._transport.reply(request.peer, wire.encode(self._coordinator.receive(envelope, now, request.key)))
+            reply = self._coordinator.receive(envelope, now, request.key, request.peer)
+            self._transport.reply(request, wire.encode(reply))
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
             self._tick_at = now + TICK
         if now >= self._check_at:
             self._transport.check()
+            self._coordinator.disconnected(self._transport.disconnected(), now)
             self._count()
             self._check_at = now + CHECK
         return closed
@@ -95,9 +98,9 @@ class ServerLoop:
                 if isinstance(envelope.message, wire.Fetch):
                     self._bulk.append((request, envelope))
                     return []
-                reply = coordinator.receive(envelope, now, request.key)
+                reply = coordinator.receive(envelope, now, request.key, request.peer)
         closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it
-        self._transport.reply(request.peer, wire.encode(reply))
+        self._transport.reply(request, wire.encode(reply))
         return closed
 
     def _carry_out(self, now: float) -> list[StepInfo]:
@@ -155,6 +158,9 @@ class ServerLoop:
             state = from_bytes(snapshot.data, self._like)
             if int(state.step) != snapshot.step:
                 raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
+            if digest(state) != store.digest:
+                self._coordinator.audits.is_false(snapshot)
+                raise EsjaxError("a host sent another state than its digest names")
             self._recorder.save(state, self._marks.get(snapshot.step))
         except EsjaxError as error:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.

@@ -126,7 +126,9 @@ class Devices:
     def __init__(self, config: Config, corpus: Corpus) -> None:
         """Compile nothing yet."""
         self.replica = Replica(config, build_model(config.model, corpus.vocabulary.size), corpus.stream(), local_mesh())
-        language_model = LanguageModel(build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh())
+        language_model = LanguageModel(
+            build_model(config.model, corpus.vocabulary.size), corpus.vocabulary, local_mesh()
+        )
         self._measure = make_measure(language_model, config, corpus.held_out, None)
 
     @property

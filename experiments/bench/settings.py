@@ -396,6 +396,34 @@ class Liars(Section):
     """Seed of the draws in the simulation."""
 
 
+class Floods(Section):
+    """What floods of a coordinator's ports cost those that train."""
+
+    floods: tuple[str, ...] = (
+        *("subscriptions", "random bytes", "unfinished frames", "half-open handshakes", "idle connections"),
+        *("silent hosts", "connects", "requests", "fetches"),
+    )
+    """Floods of a coordinator without keys."""
+
+    keyed: tuple[str, ...] = (
+        *("random bytes", "half-open handshakes", "idle connections", "connects"),
+        *("subscriptions of a token holder", "fetches"),
+    )
+    """Floods of a coordinator with keys."""
+
+    seconds: float = 60.0
+    """Seconds of a flood; the phases before and after it take half as long."""
+
+    hosts: int = 2
+    """Hosts that train."""
+
+    population: int = 1024
+    """Members of the run."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+
 class Watching(Section):
     """What trackers, metrics and the line of progress cost a run."""
 
@@ -479,5 +507,6 @@ SHORT: dict[str, Any] = {
     "liars": Liars(
         kinds=("swapped signs",), exchanges=("losses",), sockets=(), steps=40, population=384, hidden=4, text=PYDOC
     ),
+    "floods": Floods(floods=("connects",), keyed=("fetches",), seconds=2.0, hosts=1, population=64, text=PYDOC),
 }
 """A few seconds each: to see that they run."""

@@ -71,6 +71,7 @@ FIGURES = {
     "watching": {"compared", "rate ÷ alone", "share of the processors"},
     "coordinator": {"how", "hosts", "own_ms"},
     "liars": {"exchange", "how", "liar", "found after steps", "honest put aside", "held-out"},
+    "floods": {"keys", "flood", "rate ÷ before", "rate ÷ equal load", "memory MB", "joined after s"},
 }
 
 

@@ -462,7 +462,7 @@ def test_the_number_of_hosts_is_limited() -> None:
     for number in range(2 * MAX_HOSTS):
         join = wire.Join(f"host {number}", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
         reply = sim.server.receive(Envelope(join), sim.now).message
-        assert isinstance(reply, wire.Welcome if number < MAX_HOSTS - 1 else wire.Refused)
+        assert isinstance(reply, wire.Welcome if number < MAX_HOSTS - 1 else wire.Rejected)
     assert sim.server.counters["too many hosts"] == MAX_HOSTS + 1
     frames = wire.encode(Envelope(sim.server.status(sim.now)))
     assert wire.decode(frames, "reply")
@@ -474,8 +474,10 @@ def test_the_number_of_hosts_is_limited() -> None:
 def test_one_name_takes_no_more_than_two_places() -> None:
     sim = Simulation(FIXED)
     for number in range(3 * MAX_HOSTS):
+        sim.now += 1.0  # else it joins too often
         join = wire.Join("one", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
         assert isinstance(sim.server.receive(Envelope(join), sim.now).message, wire.Welcome)
+    assert len(sim.server.status(sim.now).hosts) == 1
     assert sim.server.counters["too many hosts"] == 0
 
 

@@ -92,7 +92,7 @@ def test_of_two_owners_nobody_is_put_aside_until_a_third_one_decides(sums: bool)
 def test_of_two_owners_the_trusted_one_is_right() -> None:
     for trusted, liar in (("a", "b"), ("b", "a")):
         sim = Simulation(config_of(spot_check=1.0))
-        sim.server.inspector._is_trusted = lambda host, trusted=trusted: host.name == trusted
+        sim.server.inspector._trusted = trusted
         sim.add(trusted)
         sim.add(liar, make_worker=partial(LyingWorker, "swapped signs"))
         run_until_aside(sim, {liar})

@@ -75,8 +75,6 @@ def test_row_14_strangers_are_counted_and_cost_the_others_nothing(server: Server
         pytest.param(more_frames(b"") + last_frame(b"hello"), id="no number"),
         pytest.param(more_frames(b"12345") + more_frames(b"") + last_frame(b"hello"), id="long number"),
         pytest.param(more_frames(b"1234") + more_frames(b"x") + last_frame(b"hello"), id="no empty frame"),
-        pytest.param(more_frames(b"1234") + 5 * more_frames(b"") + last_frame(b""), id="five frames"),
-        pytest.param(more_frames(b"") * 10_000 + last_frame(b""), id="very many frames"),
     ],
 )
 def test_row_14_what_is_no_request_is_counted(server: ServerTransport, content: bytes) -> None:
@@ -110,8 +108,10 @@ with ServerTransport("tcp://127.0.0.1:0", keys=None, limits=Limits(65_536, 4), t
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     while not over.is_set():
         for request in server.poll(0.1):
-            server.reply(request.peer, request.frames)
+            server.reply(request, request.frames)
         server.check()
+    threading.Event().wait(1)
+    server.check()
     print(server.cut_off, *lines, sep="\\n", flush=True)
 """
 
@@ -171,7 +171,7 @@ def test_row_15_more_requests_than_are_taken_are_cut_off(server: ServerTransport
 
         def is_served() -> bool:  # however much is left of what the other one sent
             for asked in server.poll(0.01):
-                server.reply(asked.peer, asked.frames)
+                server.reply(asked, asked.frames)
             return client.poll(0.01).reply == [b"unhindered"]
 
         until(is_served)

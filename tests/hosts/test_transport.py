@@ -78,10 +78,10 @@ def test_a_newer_request_takes_the_place_of_an_unanswered_one(server: ServerTran
         client.request([b"new"])
         new = next_request(server, client)
         assert new.frames == [b"new"]
-        server.reply(old.peer, [b"to old"])
-        server.reply(new.peer, [b"to new"])
+        server.reply(old, [b"to old"])
+        server.reply(new, [b"to new"])
         assert next_reply(client) == [b"to new"]
-        server.reply(old.peer, [b"to old"])
+        server.reply(old, [b"to old"])
         round_trip(server, client, [b"and again"])
 
 
@@ -112,7 +112,7 @@ def test_reconnect_starts_afresh(server: ServerTransport) -> None:
         client.request([b"lost"])
         lost = next_request(server, client)
         client.reconnect()
-        server.reply(lost.peer, [b"too late"])
+        server.reply(lost, [b"too late"])
         round_trip(server, client, [b"asked again"])
         deadline = time.monotonic() + PATIENCE
         while not client.poll(0.02).broadcasts:
@@ -212,8 +212,8 @@ def test_a_reply_to_one_who_left_is_ignored(server: ServerTransport) -> None:
     with client_of(server) as client:
         client.request([b"bye"])
         request = next_request(server, client)
-    server.reply(request.peer, [b"who?"])
-    server.reply(b"\0\1\2\3\4\0\0\0\0", [b"never seen"])
+    server.reply(request, [b"who?"])
+    server.reply(request._replace(peer=b"\0\1\2\3\4"), [b"never seen"])
     with client_of(server) as client:
         round_trip(server, client, [b"hello"])
 
@@ -298,10 +298,8 @@ def test_row_05_the_kernel_notices_a_dead_connection_within_20_seconds(server: S
     with client_of(server) as client:
         round_trip(server, client, [b"hello"])
         listen(server, client)
-        for listener in (server._router, server._publisher):
-            listener.look()
-            (fd,) = listener.guard._connections
-            with socket.fromfd(fd, socket.AF_INET, socket.SOCK_STREAM) as tcp:
+        for listener in server._guard._listeners:
+            with socket.create_connection(listener.getsockname()), listener.accept()[0] as tcp:
                 assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 idle, interval, count = (
                     tcp.getsockopt(socket.IPPROTO_TCP, option)

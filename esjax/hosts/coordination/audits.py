@@ -5,13 +5,13 @@ are compared with it. A state is kept only after the digests of the hosts have c
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 from esjax.config.settings import Config
 from esjax.data.delivery import hash_bytes
 from esjax.hosts.coordination.registry import STRIKES, Host, Registry
+from esjax.hosts.coordination.votes import choose_anchor, decide
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store
 
@@ -80,8 +80,9 @@ class Audits:
         now: float,
         is_on: bool,
         measured: bool,
+        trusted: str | None,
     ) -> None:
-        """Set up with the newest state, if there is one; for `measured` see `Coordinator`.
+        """Set up with the newest state, if there is one; for `measured` and `trusted` see `Coordinator`.
 
         `put_aside` gives a host no more work; it is called with the host and the reason. `resync` lets a host fetch the
         newest state; it is called with the host and whether its state is wrong. Hosts get side tasks only if `is_on`.
@@ -91,11 +92,15 @@ class Audits:
         self.anchor: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
         self._config, self._registry, self._state_bytes, self._is_on = config, registry, state_bytes, is_on
+        self._trusted = trusted
         self._out, self._put_aside, self._resync = out, put_aside, resync
         self._round: _Audit | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
         self._checkpoint_at = now + config.checkpoint_time
         self._drifted: list[Host] = []  # hosts that fetch the state once it is stored
+        self._uploader: Host | None = None  # of the last state that was to be stored
+        self._disputing: set[Host] = set()  # hosts that fetched the state because of a tie
+        self._is_unconfirmed = False  # the last state that was to be stored
         self._measuring: _Measuring | None = None
         self._measured_step = -1
         self._measure_at = now + config.evaluate_time if measured else now
@@ -112,9 +117,7 @@ class Audits:
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
         """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
         hosts = self._registry.workers(now)
-        if self.anchor not in hosts:
-            self.anchor = hosts[0] if hosts else None
-        anchor = self.anchor
+        anchor = self.anchor = choose_anchor(self.anchor, hosts, self._trusted)
         if anchor is None or not self._is_on:
             return NOTHING_ELSE
         digest, upload, measure = False, False, False
@@ -148,6 +151,7 @@ class Audits:
 
     def let_go(self, host: Host) -> None:
         """Wait no longer for answers of a host."""
+        self._disputing.discard(host)
         if self.anchor is host:
             self.anchor = None
         if self.is_measuring(host):
@@ -209,6 +213,13 @@ class Audits:
             self._resync(host, False)
         self._drifted = []
 
+    def is_false(self, snapshot: Snapshot) -> None:
+        """Put the host aside that sent a snapshot, which is not the state of its digest, and ask for another one."""
+        self._checkpoint_at = -math.inf
+        self._kept_step = self.snapshots[-1].step if self.snapshots else 0
+        if self._uploader:
+            self._put_aside(self._uploader, f"it sent another state of step {snapshot.step} than its digest names")
+
     def check(self, now: float) -> None:
         """Judge the states when all answers are in, and stop waiting for late ones."""
         if self._measuring and now - self._measuring.since > PATIENCE:
@@ -237,32 +248,53 @@ class Audits:
     def _judge(self, round: _Audit) -> None:
         """Compare the digests: keep the right state, and let hosts with another state fetch it."""
         digests = {host: digest for host, digest in round.digests.items() if digest is not None}
-        right = ""
-        if digests:
-            right = self._right_one(digests)
+        if not digests:
+            if round.snapshot:
+                self._checkpoint_at = -math.inf
+            return
+        anchor = self.anchor if self.anchor in digests else next(iter(digests))
+        right, is_confirmed = decide({anchor: digests[anchor], **digests}, anchor.kind, self._trusted)
+        if is_confirmed:
             self._out.add(RecordDigest(round.step, right))
-        kept = round.snapshot is not None and round.uploader is not None and digests.get(round.uploader) == right
-        if kept and round.snapshot:
-            self._kept_step = round.step
-            self._drifted = []
-            self._out.add(Store(round.snapshot))
+        kept = round.uploader is not None and digests.get(round.uploader) == right
+        if round.snapshot and kept:
+            self._store(round.step, round.snapshot, round.uploader, right, is_confirmed)
         elif round.snapshot:
-            self._checkpoint_at = -math.inf
-        kinds = {host.kind for host, digest in digests.items() if digest == right}
+            self._checkpoint_at = -math.inf if right else self._checkpoint_at
+        if not right:
+            self._settle_dispute([host for host in digests if host.kind == anchor.kind], round.step)
+            return
+        self._disputing.clear()
         for host, digest in digests.items():
             if digest == right:
                 host.resyncs = 0
-            elif host.kind in kinds:
+            elif host.kind == anchor.kind:
                 self._astray(host, round.step)
             elif kept:
                 # Other hardware rounds differently, which is not a fault; a new state now and then limits the drift.
                 self._drifted.append(host)
 
-    def _right_one(self, digests: dict[Host, str]) -> str:
-        """Return the most frequent digest among hosts of the anchor's kind; in a tie, the anchor's."""
-        anchor = self.anchor if self.anchor in digests else next(iter(digests))
-        votes = Counter(digest for host, digest in digests.items() if host.kind == anchor.kind)
-        return max(votes, key=lambda digest: (votes[digest], digest == digests[anchor]))
+    def _store(self, step: int, snapshot: Snapshot, uploader: Host | None, right: str, is_confirmed: bool) -> None:
+        self._kept_step, self._uploader, self._drifted = step, uploader, []
+        if not is_confirmed and not self._is_unconfirmed:
+            self._out.tell(
+                f"the state of step {step} is kept unconfirmed: no host of another token has the same kind of hardware"
+            )
+        self._is_unconfirmed = not is_confirmed
+        self._out.add(Store(snapshot, right))
+
+    def _settle_dispute(self, hosts: list[Host], step: int) -> None:
+        """Let hosts whose owners disagree, as many for one digest as for another, fetch the newest kept state, once."""
+        new = [host for host in hosts if host not in self._disputing]
+        if not self._disputing:
+            names = ", ".join(host.name for host in hosts)
+            self._out.tell(
+                f"the states of {names} differ at step {step}, and as many tokens have one as another: none is kept; "
+                "see hosts.trusted_token"
+            )
+        for host in new:
+            self._disputing.add(host)
+            self._resync(host, True)
 
     def _astray(self, host: Host, step: int) -> None:
         """Let a host fetch the right state, or put it aside after `STRIKES` wrong states in a row."""

@@ -7,16 +7,17 @@ order, so that an update is in the ledger before any host receives it.
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
+from esjax.hosts.coordination.admission import Admission
 from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
 from esjax.hosts.coordination.inspector import Inspector
-from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT, STRIKES, Host, Registry
+from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES, Host, Registry
 from esjax.hosts.coordination.steps import Steps
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Action, History, Outbox, Snapshot, Terms
@@ -57,6 +58,7 @@ class Coordinator:
         block: Callable[[int], bytes] | None = None,  # token blocks by number. None: the text holds all tokens
         with_audits: bool = True,  # whether hosts get side tasks
         measured: bool = False,  # whether the run has a held-out loss already
+        trusted: str | None = None,  # public key of the token `hosts.trusted_token`
     ) -> None:
         """Start at a step of a new or resumed run."""
         self.config, self.terms = config, terms
@@ -79,8 +81,12 @@ class Coordinator:
             now=now,
             is_on=with_audits,
             measured=measured,
+            trusted=trusted,
         )
-        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
+        self._steps = Steps(
+            config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside, trusted
+        )
+        self._admission = Admission(config, terms, registry, self._make_room)
         self._pulse_at = now
         self._paused = True
         self._stopping: bool | None = None  # whether training has ended
@@ -98,13 +104,20 @@ class Coordinator:
         """The spot checks."""
         return self._steps.inspector
 
-    def receive(self, envelope: Envelope, now: float, key: str | None = None) -> Envelope:
-        """Return the reply to a request; `key` is the public key of the sender, None without encryption."""
+    def receive(self, envelope: Envelope, now: float, key: str | None = None, peer: bytes = b"") -> Envelope:
+        """Return the reply to a request.
+
+        Args:
+            envelope: The request.
+            now: The time.
+            key: Public key of the sender. None: no encryption.
+            peer: The sender's connection, see `disconnected`.
+        """
         self._registry.now, message = now, envelope.message
         if isinstance(message, wire.AskStatus):
             return Envelope(self.status(now))
         if isinstance(message, wire.Join):
-            return Envelope(self._join(message, key, now))
+            return Envelope(self._join(message, key, peer, now))
         host = self._registry.get(getattr(message, "session", -1))
         if host is None or host.dropped or host.key != key:
             return Envelope(self._rejected("the session has ended", rejoin=True))
@@ -112,7 +125,7 @@ class Coordinator:
             return self._refused(f"another host joined as {host.name!r}; give each host a different --name")
         if host.aside:
             return self._refused(f"put aside: {host.aside}")
-        host.seen = now
+        host.seen, host.peer = now, peer
         reply = _HANDLERS[type(message)](self, host, message, envelope.body, now)
         return reply if isinstance(reply, Envelope) else Envelope(reply)
 
@@ -133,6 +146,15 @@ class Coordinator:
                 self._out.tell(f"{host.name} is dropped: its key was revoked")
                 self._drop(host)
         return self._refused("the key of this host was revoked; ask for a new token")
+
+    def disconnected(self, peers: Collection[bytes], now: float) -> None:
+        """Give the pairs of hosts whose connections were closed to others; a host is back with its next beat."""
+        self._registry.now = now
+        for host in self._registry if peers else ():
+            if host.peer in peers and not host.is_gone:
+                self._out.tell(f"{host.name} is lost: its connection was closed")
+                self._let_go(host)
+        self._steps.go_on(now)
 
     def tick(self, now: float) -> None:
         """Do what is due at this time: find silent, hung and late hosts, check audits, send a pulse."""
@@ -188,22 +210,24 @@ class Coordinator:
 
     # Requests.
 
-    def _join(self, message: wire.Join, key: str | None, now: float) -> Message:
-        objection = self.terms.objection(message, self.config.es.noise)
-        if objection:
-            self.counters["hosts turned away"] += 1
-            return self._refused(objection).message
+    def _join(self, message: wire.Join, key: str | None, peer: bytes, now: float) -> Message:
         if key in self.inspector.liars:
             return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
-        if former and former.instance == message.instance and message.attempt <= former.attempt:
-            return self._rejected("an old request")
+        if former and former.key == key and former.instance == message.instance:
+            if message.attempt <= former.attempt:
+                return self._rejected("an old request")
+            self._drop(former)
+            former = None
+        objection = self._admission.objection(message, former, key, now)
+        if objection:
+            self.counters[objection.counter] += 1
+            if not objection.wait:
+                return self._refused(objection.reason).message
+            return self._rejected(objection.reason, wait=objection.wait)
         if former:
             self._supersede(former, message)
-        host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, now)
-        if host is None:
-            self.counters["too many hosts"] += 1
-            return self._refused(f"the run has {MAX_HOSTS} hosts, and takes no more").message
+        host = self._registry.add(message, int(self._rng.integers(1, 2**63 - 1)), key, peer, now)
         self._out.tell(f"{host.name} joins: {host.device}")
         terms, text = self.terms, self._downloads.text
         return wire.Welcome(
@@ -230,7 +254,14 @@ class Coordinator:
         if message.what == "state":
             host.resync = False
         part = self._downloads.part(message, self.step, self.audits.snapshots)
-        return self._rejected(part) if isinstance(part, str) else part
+        if isinstance(part, str):
+            return self._rejected(part)
+        copy = len(self._downloads.text.data) + self.terms.state_bytes
+        wait = self._admission.fetch(host, len(part.body), copy, now) if message.what != "block" else 0.0
+        if wait:
+            self.counters["downloads above the quota of a token"] += 1
+            return self._rejected("the hosts of this token fetch too much", wait=wait)
+        return part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
@@ -305,8 +336,8 @@ class Coordinator:
         spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
         return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
 
-    def _rejected(self, reason: str, rejoin: bool = False) -> wire.Rejected:
-        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin)
+    def _rejected(self, reason: str, rejoin: bool = False, wait: float = 0.0) -> wire.Rejected:
+        return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin, wait)
 
     def _refused(self, reason: str) -> Envelope:
         return Envelope(wire.Refused(reason[:1000]))
@@ -320,14 +351,18 @@ class Coordinator:
 
     # Hosts.
 
+    def _make_room(self, hosts: Sequence[Host]) -> bool:
+        """End the session of the host that was lost first, so that another may join; return False if none is lost."""
+        lost = [host for host in hosts if host.is_gone and not self._steps.leases.took_part(host.slot)]
+        if lost:
+            self._drop(min(lost, key=lambda host: host.seen))
+        return bool(lost)
+
     def _supersede(self, former: Host, message: wire.Join) -> None:
         """Replace a former host by a newer one of the same name."""
         for host in self._registry:
             if host.superseded and host.name == former.name:
                 self._drop(host)
-        if former.instance == message.instance:
-            self._drop(former)
-            return
         if former.seen > former.joined_at and not former.is_gone:
             self._out.tell(f"two hosts are called {former.name}; the newer one counts")
         former.superseded = True

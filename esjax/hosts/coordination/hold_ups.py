@@ -4,10 +4,10 @@ A deadline ends one hold-up. The account ends repeated ones, also by hosts that 
 """
 
 TOLERANCE = 1.5
-"""Time without a hold-up: of a step as a multiple of the other owners' time, of a host as a multiple of its expected one."""
+"""Time without a hold-up, as a multiple: of a step, of the other owners' time; of a host, of the expected time."""
 
 REDONE = 2.0
-"""Hold-up by a host that loses its pairs at most, as a multiple of the time for which it had them: others score them."""
+"""Most that a host that loses its pairs holds up a step, as a multiple of the time for which it had them."""
 
 PAID_OFF = 0.1
 """Seconds of hold-ups that are paid off in a second, so that an owner costs the run a tenth of its time at most."""

@@ -15,7 +15,7 @@ import numpy as np
 from esjax.averages import SHORTEST
 from esjax.exchange.values import Exchange, Values
 from esjax.hosts.coordination.leases import Lease, Queue, Unit
-from esjax.hosts.coordination.registry import Host, Registry, median, speeds_of
+from esjax.hosts.coordination.registry import Host, Registry, median, usual_speed
 from esjax.hosts.coordination.spot_checks import Check, CheckedLeases
 from esjax.hosts.protocol.actions import Outbox
 
@@ -71,7 +71,7 @@ class Inspector:
         rng: np.random.Generator,
         out: Outbox,
         put_aside: Callable[[Host, str], None],
-        is_trusted: Callable[[Host], bool],
+        trusted: str | None,
     ) -> None:
         """Set up.
 
@@ -82,12 +82,12 @@ class Inspector:
             rng: Draws the checks; hosts must not learn numbers of this generator.
             out: Takes lines for the user.
             put_aside: Gives a host no more work; it is called with the host and the reason.
-            is_trusted: Whether a host is right if it differs from another voter's and there is no third voter.
+            trusted: Owner whose host is right if it differs from another voter's and there is no third voter, or None.
         """
         self.liars: set[str] = set()
         self.checks, self.seconds = 0, 0.0
         self._share, self._exchange, self._registry, self._rng = share, exchange, registry, rng
-        self._out, self._put_aside, self._is_trusted = out, put_aside, is_trusted
+        self._out, self._put_aside, self._trusted = out, put_aside, trusted
         self._steps: deque[float] = deque(maxlen=32)  # seconds of the last steps without their checks
         self._rounds: deque[float] = deque(maxlen=8)  # seconds of the last checks
         self._proofs: dict[Host, tuple[int, float]] = {}  # checks that it passed, and its speed at the first of them
@@ -163,7 +163,7 @@ class Inspector:
         of_voter: defaultdict[str, set[int]] = defaultdict(set)
         for host in helpers:
             of_voter[self._voter(host)].add(host.slot)
-        speeds = speeds_of(helpers)
+        speeds = _speeds_of(helpers)
         queue = Queue(dict.fromkeys(speeds, 0), {slot: 1 / speed for slot, speed in speeds.items()}, {})
         loads = dict.fromkeys(speeds, 0)
         full: set[int] = set()
@@ -213,7 +213,7 @@ class Inspector:
                 begun = self._ask_further(case, leases, helpers, now)
                 if begun:
                     return begun
-                right = next((answer for answer in answers if self._is_trusted(answer.host)), None)
+                right = next((answer for answer in answers if answer.host.owner == self._trusted), None)
             if right is None:
                 self._tell_undecided(answers)
                 return []
@@ -231,7 +231,7 @@ class Inspector:
         others = [host.slot for host in helpers if self._voter(host) not in involved]
         if not others:
             return []
-        speeds = speeds_of(helpers)
+        speeds = _speeds_of(helpers)
         slot = min(others, key=lambda slot: (pairs_of(leases, slot) + case.unit.pairs) / speeds[slot])
         return self._begin(case, slot, leases, speeds[slot], now)
 
@@ -267,6 +267,11 @@ class Inspector:
 
     def _voter(self, host: Host) -> str:
         return host.owner if self._owners_vote else host.name
+
+
+def _speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
+    usual = usual_speed(hosts) or 1.0
+    return {host.slot: host.speed or usual for host in hosts}
 
 
 def pairs_of(leases: CheckedLeases, slot: int) -> int:

@@ -1,5 +1,6 @@
 """The registry of all hosts: phase, speed, and when each was last heard."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -15,9 +16,6 @@ FORGET = 120.0
 
 PROBE, PROBE_LONGEST = 10.0, 300.0
 """Seconds after which a host that was too slow gets work again: at first, and at most; doubled each time."""
-
-UNKNOWN_SPEED = 1e6
-"""Pairs per second of all hosts before any was measured; so high that the first measurement is not bounded."""
 
 GROWTH = 2.0
 """Most times as fast that one measurement makes a host, so that a single fast answer brings it no large share."""
@@ -37,6 +35,7 @@ class Host:
 
     Attributes:
         key: Public key that the host proved to own, or None.
+        peer: Connection of its last message.
         instance: Random number that distinguishes it from another host of its name.
         attempt: Number of the request by which it joined.
         seen: Time of its last message.
@@ -44,8 +43,7 @@ class Host:
         speed: Pairs per second, from lease to arrival, by the coordinator's clock; 0 before its first values.
         leased_at: Time at which it got its pairs.
         answered: Pairs whose values came since then.
-        expected: Seconds that its pairs should take, from `leased_at` on.
-        slowness: Time of this step's pairs divided by `expected`; None before they are finished.
+        slowness: Time of this step's pairs divided by that expected; None before they are finished.
         late: Whether it took much longer than the others.
         probe_at: Time at which it gets work again after it was late or too slow for any.
         hung: Whether it sends messages but makes no progress.
@@ -58,16 +56,17 @@ class Host:
         share: Part of the last finished step's pairs that it scored, 0 to 1.
     """
 
-    def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, now: float) -> None:
+    def __init__(self, join: wire.Join, session: int, slot: int, key: str | None, peer: bytes, now: float) -> None:
         """Register a host that joins."""
         self.name, self.device, self.kind = join.name, join.device, join.kind
         self.instance, self.attempt = join.instance, join.attempt
-        self.session, self.slot, self.key = session, slot, key
+        self.session, self.slot, self.key, self.peer = session, slot, key, peer
         self.joined_at = self.seen = self.progress_at = self.leased_at = self.probe_at = now
         self.phase: wire.Phase = "joining"
         self.step = self.progress = self.strikes = self.resyncs = self.answered = 0
-        self.speed = self.expected = 0.0
-        self._leased_speed = 0.0
+        self.speed = self._delay = 0.0
+        self._leased_pairs = 0
+        self._leased_speed: float | None = None
         self.slowness: float | None = None
         self.probe_after = PROBE
         self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
@@ -97,32 +96,37 @@ class Host:
         speed = running_speed(self.speed, pairs, seconds)
         self.speed = min(speed, GROWTH * self._leased_speed) if self._leased_speed else speed
 
-    def set_leased(self, open_pairs: int, speed: float, delay: float, now: float, *, was_busy: bool) -> None:
-        """Note that it got pairs, and now has `open_pairs`; those that it had before are due as they were.
+    def set_leased(self, pairs: int, speed: float | None, delay: float, now: float, *, was_busy: bool) -> None:
+        """Note that it got pairs.
 
         Args:
-            open_pairs: Its pairs without values.
-            speed: Pairs per second by which they were leased.
+            pairs: All its pairs without values; those that it had before are due as they were.
+            speed: Pairs per second by which they were leased. None: no host's speed is known.
             delay: Seconds before it can begin.
             now: The time.
             was_busy: Whether it had pairs before.
         """
         if not was_busy:
             self.leased_at, self.answered = now, 0
-        self._leased_speed = speed
-        self.expected, self.slowness = max(delay + (self.answered + open_pairs) / speed, SHORTEST), None
+        self._leased_pairs, self._leased_speed, self._delay = self.answered + pairs, speed, delay
+        self.slowness = None
+
+    def expected(self, usual_speed: float | None) -> float:
+        """Return the seconds that its pairs should take, from `leased_at` on; 0 if no host's speed is known."""
+        speed = self._leased_speed or usual_speed
+        return max(self._delay + self._leased_pairs / speed, SHORTEST) if speed else 0.0
 
     def set_answered(self, pairs: int, now: float, *, is_finished: bool) -> None:
         """Note the values of some of its pairs; `is_finished`: no pairs are left, so it is not late any more."""
         self.answered += pairs
         if not is_finished:
             return
-        seconds = now - self.leased_at
-        self.slowness = seconds / self.expected
+        seconds, expected = now - self.leased_at, self.expected(None)
+        self.slowness = seconds / expected if expected else None
         if self.answered:
             self.took(self.answered, seconds)
         self.late = False
-        if self.slowness < MISSED:
+        if self.slowness is not None and self.slowness < MISSED:
             self.probe_after = PROBE
 
     def set_late(self, open_pairs: int, now: float) -> None:
@@ -193,12 +197,15 @@ class Registry:
         hosts = self._hosts.values()
         return next((host for host in hosts if host.name == name and not (host.superseded or host.dropped)), None)
 
-    def add(self, join: wire.Join, session: int, key: str | None, now: float) -> Host | None:
-        """Register a host in a free slot; None if there is no free slot."""
-        slot = next((slot for slot in range(MAX_HOSTS) if slot not in self._by_slot), None)
-        if slot is None:
-            return None
-        host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, now)
+    def of(self, owner: str) -> list[Host]:
+        """List the hosts of an owner that are not superseded or dropped."""
+        hosts = self._hosts.values()
+        return [host for host in hosts if host.owner == owner and not (host.superseded or host.dropped)]
+
+    def add(self, join: wire.Join, session: int, key: str | None, peer: bytes, now: float) -> Host:
+        """Register a host in the first free slot."""
+        slot = next(slot for slot in itertools.count() if slot not in self._by_slot)
+        host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, peer, now)
         return host
 
     def remove(self, host: Host) -> None:
@@ -226,10 +233,9 @@ class Registry:
         return median(list(found.values())) if found else own
 
 
-def speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
-    """Return the speeds of hosts by slot, in pairs per second; a new host gets the median of the others' owners."""
-    usual = median(list(_by_owner((host.owner, host.speed) for host in hosts if host.speed).values()))
-    return {host.slot: host.speed or usual or UNKNOWN_SPEED for host in hosts}
+def usual_speed(hosts: Sequence[Host]) -> float | None:
+    """Return the median speed in pairs per second, one vote for each owner; None: no speed is known."""
+    return median(list(_by_owner((host.owner, host.speed) for host in hosts if host.speed).values()))
 
 
 def median(values: Sequence[float]) -> float | None:

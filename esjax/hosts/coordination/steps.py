@@ -12,7 +12,7 @@ from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
 from esjax.hosts.coordination.inspector import Inspector
 from esjax.hosts.coordination.leases import FixedPopulation, Lease
-from esjax.hosts.coordination.registry import Host, Registry, speeds_of
+from esjax.hosts.coordination.registry import Host, Registry, usual_speed
 from esjax.hosts.coordination.spot_checks import CheckedLeases
 from esjax.hosts.coordination.time_budget import TimeBudget
 from esjax.hosts.protocol import wire
@@ -57,8 +57,9 @@ class Steps:
         audits: Audits,
         out: Outbox,
         put_aside: Callable[[Host, str], None],
+        trusted: str | None,
     ) -> None:
-        """Start at a step of a new or resumed run; for `last_update` and `rng` see `Coordinator`.
+        """Start at a step of a new or resumed run; for `last_update`, `rng` and `trusted` see `Coordinator`.
 
         `put_aside` gives a host no more work; it is called with the host and the reason.
         """
@@ -77,7 +78,7 @@ class Steps:
             rng.spawn(1)[0],
             out,
             put_aside,
-            is_trusted=lambda host: False,
+            trusted,
         )
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
@@ -95,7 +96,8 @@ class Steps:
         is_finished = not self.leases.busy(host.slot)
         host.set_answered(pairs, now, is_finished=is_finished)
         if is_finished:
-            self._registry.hold_ups.finished(host.owner, host.slot, now - host.leased_at, host.expected, now)
+            seconds = now - host.leased_at
+            self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds, now)
         return fault
 
     def release(self, host: Host) -> None:
@@ -112,10 +114,11 @@ class Steps:
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
-        are_idle = any(not self.leases.busy(host.slot) for host in self._registry.workers(now))
+        workers = self._registry.workers(now)
+        are_idle, usual_speed_now = any(not self.leases.busy(host.slot) for host in workers), usual_speed(workers)
         for host in self._registry:
             if self.leases.busy(host.slot):
-                self._check_deadline(host, are_idle, now)
+                self._check_deadline(host, host.expected(usual_speed_now), are_idle, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
@@ -147,10 +150,17 @@ class Steps:
             return CheckedLeases(FixedPopulation(es.pairs, quantum, exchange), exchange)
         return CheckedLeases(TimeBudget(es.time_per_step, quantum, exchange), exchange)
 
-    def _check_deadline(self, host: Host, are_idle: bool, now: float) -> None:
-        """Take the pairs from a host that missed its deadline; `are_idle`: other hosts have no pairs."""
+    def _check_deadline(self, host: Host, expected: float, are_idle: bool, now: float) -> None:
+        """Take the pairs from a host that missed its deadline.
+
+        Args:
+            host: A host with pairs.
+            expected: Seconds that they should take; 0 if no host's speed is known.
+            are_idle: Whether other hosts have no pairs.
+            now: The time.
+        """
         usual = self._registry.usual_slowness(host)
-        usually = DEADLINE_FACTOR * max(usual or 1.0, 1.0) * host.expected
+        usually = DEADLINE_FACTOR * max(usual or 1.0, 1.0) * expected
         is_measuring = self._audits.is_measuring(host)
         idle = now - max(host.progress_at, host.leased_at)
         if idle > max(STUCK, usually):
@@ -197,7 +207,8 @@ class Steps:
     def _lease(self, now: float) -> list[Lease]:
         hosts, budget = self._registry.workers(now), self._config.es.time_per_step
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
-        speeds = speeds_of(hosts)
+        usual = usual_speed(hosts)  # a new host gets it
+        speeds = {host.slot: host.speed or usual or 1.0 for host in hosts}
         trials = self._try_again(hosts, speeds, now)
         busy = {host.slot for host in hosts if self.leases.busy(host.slot)}
         leases = self.leases.lease(speeds, delays)
@@ -206,7 +217,8 @@ class Steps:
             slot = host.slot
             if slot in given:
                 pairs = self._open_pairs(host) if budget is None else math.ceil(budget * speeds[slot])
-                host.set_leased(pairs, speeds[slot], delays.get(slot, 0.0), now, was_busy=slot in busy)
+                speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
+                host.set_leased(pairs, speed, delay, now, was_busy=slot in busy)
             if slot in given & trials and not host.late:
                 host.put_off_trial(now)
         return leases

@@ -78,9 +78,10 @@ class RecordDigest(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Write a checkpoint, then call `Audits.stored`."""
+    """Write a checkpoint, then call `Audits.stored`; or call `Audits.is_false` if the state has another digest."""
 
     snapshot: Snapshot
+    digest: str
 
 
 class Tell(NamedTuple):

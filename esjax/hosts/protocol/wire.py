@@ -78,7 +78,7 @@ class Join(Message, frozen=True, tag="join"):
 
     name: Short  # name of the host; of two hosts with one name the newer one counts
     device: Short  # description of its devices, for the status
-    kind: Short  # hardware and version of JAX; floats of hosts of one kind should agree to the last bit
+    kind: Short  # hash of known float computations, see `esjax.hosts.rounding`; floats of one kind should be equal
     fingerprints: Names  # noise fingerprints by kind of noise, see `esjax.hosts.noise_fingerprint`
     custom: Names  # names of its custom parts, and hashes of their code, see `esjax.config.custom_names`
     run: Short  # run that it took part in before, or ""

@@ -6,10 +6,9 @@ Frames are passed on unread.
   numbers broadcasts, so that a host notices a gap.
 - With keys, both sockets are CURVE servers that let in the keys of `ServerKeys.allowed`. While the authenticator does
   not run, ZAP_ENFORCE_DOMAIN makes libzmq refuse all connections.
-- libzmq limits the size of a frame, but not the memory of unfinished messages; `FloodGuard` limits that.
+- Hosts reach both sockets through the process of a `FloodGuard`, which limits what libzmq does not.
 """
 
-import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from esjax.errors import EsjaxError
 from esjax.hosts.transport import sockets
-from esjax.hosts.transport.address import IPAddress, parse_address, resolve
+from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.flood_guard import FloodGuard
 from esjax.hosts.transport.keys import ServerKeys
 
@@ -31,7 +30,8 @@ LOOK_SECONDS = 0.02
 class Request(NamedTuple):
     """A message from a host."""
 
-    peer: bytes  # address of its reply; different for every request
+    peer: bytes  # identity of the connection
+    number: bytes  # of the request in its connection; its reply needs it
     key: str | None  # public key of the sender, in Z85; None in plain text
     frames: list[bytes]  # the message, 1 to `Limits.frames` frames
 
@@ -82,21 +82,23 @@ class ServerTransport:
         self._tell = tell
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
-        self._listeners: list[_Listener] = []
-        self._senders: set[int] = set()  # connections that sent requests since the queue was last empty
+        self._sockets: list[sockets.Watched] = []
+        self._succeeded = 0
+        self._peers: dict[int, bytes] = {}  # by file descriptor of the connection
+        self._disconnected: set[bytes] = set()
+        self._guard = FloodGuard(interface, port, limits, tell, curve=keys is not None)
+        self.publish_port = self._guard.ports[1]
+        self.address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._guard.ports[0]}"
         try:
             self._start_authenticator()
-            # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the flood guard limits what comes in; with a limit
-            # here, a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
-            self._router = self._listen(zmq.ROUTER, interface, port, {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
-            self._publisher = self._listen(
-                zmq.PUB, interface, port and port + 1, {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0}
-            )
+            # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the guard limits what comes in; with a limit here,
+            # a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
+            self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
+            self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0})
+            self._guard.start()
         except BaseException:
             self.close()
             raise
-        self.address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._router.port}"
-        self.publish_port = self._publisher.port
 
     def __enter__(self) -> "ServerTransport":
         return self
@@ -107,12 +109,12 @@ class ServerTransport:
     @property
     def strangers(self) -> int:
         """Number of connections so far that have not finished the handshake."""
-        return sum(listener.accepted - listener.succeeded for listener in self._listeners)
+        return self._guard.accepted - self._succeeded
 
     @property
     def cut_off(self) -> int:
         """Number of connections so far that the flood guard closed."""
-        return sum(listener.guard.cut_off for listener in self._listeners)
+        return self._guard.cut_off
 
     def poll(self, timeout: float) -> list[Request]:
         """Return the requests that have arrived, at most `BATCH`; wait `timeout` seconds for the first."""
@@ -125,10 +127,18 @@ class ServerTransport:
             if requests or left <= LOOK_SECONDS:
                 return requests
 
-    def reply(self, peer: bytes, frames: Sequence[bytes]) -> None:
+    def reply(self, request: Request, frames: Sequence[bytes]) -> None:
         """Answer a request; the reply is dropped if its sender has left or does not read replies."""
         with suppress(zmq.Again):
-            self._router.socket.send_multipart([peer[:-4], peer[-4:], b"", *frames], zmq.NOBLOCK)
+            self._router.socket.send_multipart([request.peer, request.number, b"", *frames], zmq.NOBLOCK)
+
+    def disconnected(self) -> set[bytes]:
+        """Return the peers (see `Request.peer`) whose connections have closed since the last call.
+
+        A connection counts at the next `poll` or `check` after its end; after 20 s if the other machine has vanished.
+        """
+        left, self._disconnected = self._disconnected, set()
+        return left
 
     def publish(self, frames: Sequence[bytes]) -> None:
         """Send a broadcast to all connected hosts."""
@@ -144,32 +154,24 @@ class ServerTransport:
 
     def close(self) -> None:
         """Stop listening; the last messages have `LINGER` milliseconds to leave."""
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
+        for opened in self._sockets:
+            opened.close()
+        self._sockets.clear()
         self._stop_authenticator()
         self._context.destroy(linger=sockets.LINGER)
+        self._guard.close()
 
-    def _listen(self, kind: int, interface: IPAddress, port: int, options: Mapping[int, int]) -> "_Listener":
-        """Open a socket at a port; port 0: any free port."""
-        opened = sockets.open_socket(self._context, kind, self._limits, {**options, zmq.IPV6: interface.version == 6})
+    def _bind(self, kind: int, endpoint: str, options: Mapping[int, int]) -> sockets.Watched:
+        opened = sockets.open_socket(self._context, kind, self._limits, options)
+        watched = sockets.Watched(opened, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._sockets.append(watched)
         if self._keys is not None:
             opened.setsockopt(zmq.CURVE_SERVER, 1)
             opened.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret_key)
             opened.setsockopt_string(zmq.ZAP_DOMAIN, _KeyCheck.DOMAIN)
             opened.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        at = f"[{interface}]" if interface.version == 6 else str(interface)
-        message = self._limits.frames * (self._limits.frame + sockets.OVERHEAD) if kind == zmq.ROUTER else 0
-        try:
-            listener = _Listener(opened, f"tcp://{at}:{port or '*'}", message, self._tell)
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise EsjaxError(f"port {port} is in use; stop what uses it, or give another port") from error
-            if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-                raise EsjaxError(f"{at} is not an address of this machine; give one of its, or 0.0.0.0") from error
-            raise EsjaxError(f"cannot listen at port {port} of {at}: {error.strerror}") from error
-        self._listeners.append(listener)
-        return listener
+        opened.bind(endpoint)
+        return watched
 
     def _start_authenticator(self) -> None:
         if self._keys is not None:
@@ -196,25 +198,29 @@ class ServerTransport:
         for _ in range(sockets.BATCH):
             frames = sockets.take_message(self._router.socket, 3 + self._limits.frames)
             if frames is None:
-                self._router.guard.emptied(self._senders)
-                self._senders.clear()
                 break
-            source = sockets.source_of(frames[0])
-            if source is not None:
-                self._senders.add(source)
+            peer, source = frames[0].bytes, sockets.source_of(frames[0])
             # ROUTER adds the connection in front; a REQ sends the number of its request, an empty frame, the message.
             enveloped = 4 <= len(frames) <= 3 + self._limits.frames and len(frames[1]) == 4 and len(frames[2]) == 0
             if source is None or not enveloped:
                 self.rejected += 1
                 continue
+            if self._peers.get(source) != peer:
+                self._look()  # an earlier connection with this descriptor has ended
+                self._peers[source] = peer
             key = None if self._keys is None else str(frames[0].get("User-Id"))
-            peer = frames[0].bytes + frames[1].bytes
-            requests.append(Request(peer, key, [frame.bytes for frame in frames[3:]]))
+            requests.append(Request(peer, frames[1].bytes, key, [frame.bytes for frame in frames[3:]]))
         return requests
 
     def _look(self) -> None:
-        for listener in self._listeners:
-            listener.look()
+        """Note what has become of connections."""
+        for opened in self._sockets:
+            for event, value in opened.events():
+                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._succeeded += 1
+                elif opened is self._router and value in self._peers:
+                    self._disconnected.add(self._peers.pop(value))
+        self._guard.look()
 
 
 class _KeyCheck:
@@ -230,29 +236,3 @@ class _KeyCheck:
             return key.decode("ascii", "replace") in self._keys.allowed
         except Exception:  # would end the thread that asks
             return False
-
-
-class _Listener(sockets.Watched):
-    """A bound socket, and counts of its connections: all so far, and those that finished the handshake."""
-
-    def __init__(self, bound: zmq.SyncSocket, endpoint: str, message: int, tell: Callable[[str], None]) -> None:
-        """Bind a socket; the port of `endpoint` may be *, and `message` is the most bytes of a message.
-
-        Raises:
-            zmq.ZMQError: It cannot be bound.
-        """
-        super().__init__(bound, zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        bound.bind(endpoint)
-        self.port = int(bound.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self.guard = FloodGuard(self.port, message, tell)
-        self.accepted = self.succeeded = 0
-
-    def look(self) -> None:
-        """Count new connections and handshakes, and close connections that send too much."""
-        for event, value in self.events():
-            if event == zmq.EVENT_ACCEPTED:
-                self.accepted += 1
-                self.guard.accepted(value)
-            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.succeeded += 1
-        self.guard.look()

@@ -1,0 +1,406 @@
+"""The process that owns a coordinator's ports and passes bytes between hosts and libzmq's sockets.
+
+libzmq limits the size of a frame, but neither connections, nor subscriptions, nor unread messages. This process follows
+the frames of each connection and closes those that exceed a limit before libzmq sees the bytes. It needs the standard
+library alone, starts in 50 ms, and shares no interpreter lock with the coordinator.
+
+Limits for the bytes of a connection count from the coordinator's last reply. Small messages always pass. A large one
+waits, unread, until the pool has room for it.
+"""
+
+import errno
+import json
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from esjax.hosts.transport.crowd import Crowd, group_of
+from esjax.hosts.transport.zmtp import Stream, ViolationError
+
+READ = 65_536
+"""Most bytes that are read at once, and that wait for a slow side."""
+
+SMALL = 32_768
+"""Bytes since the last reply that need no room in the pool."""
+
+POOL = 2**25
+"""Most bytes of large messages, of all connections, that have no reply yet; one address gets half of them."""
+
+HANDSHAKE_SECONDS = 5.0
+"""Seconds that a connection has for its handshake."""
+
+HANDSHAKE_BYTES = 2048
+"""Most bytes of a handshake."""
+
+IDLE_SECONDS = 5.0
+"""Seconds without bytes after which a connection may be closed in favor of a new one of its address."""
+
+STALL_SECONDS, POOL_RATE = 1.0, 2**18
+"""While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
+
+ACCEPTS = 32
+"""Most new connections of a port in one turn."""
+
+TURN = 0.1
+"""Most seconds between two checks of deadlines, and between two reports."""
+
+FAREWELL = 0.5
+"""Seconds for the last bytes after the coordinator has closed."""
+
+LINES = 32
+"""Most lines for the user."""
+
+
+class Door(NamedTuple):
+    """A port, and what may come in through it."""
+
+    fd: int  # listening socket
+    inner: str  # path of libzmq's socket
+    replies: bool  # a message to the host starts the limits again
+    frames: int  # most frames since then
+    bytes: int  # most bytes since then
+
+
+class Plan(NamedTuple):
+    """What the coordinator asks for; JSON in the process's arguments."""
+
+    control: int  # socket for reports; its end is the coordinator's end
+    folder: str  # folder of libzmq's sockets, which is removed at the end
+    doors: list[Door]
+    frame: int  # most bytes of a frame
+    parts: int  # most frames of a message
+    handshake: int  # frames of a host's handshake
+    half_open: int  # most connections of an address without a finished handshake
+    each: int  # most connections of an address to a port
+    most: int  # most connections of all
+
+
+class Link:
+    """A connection, from outside and to libzmq."""
+
+    __slots__ = (
+        *("outer", "inner", "door", "address", "group", "inward", "outward", "opened", "active", "settled"),
+        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "ending", "masks"),
+    )
+
+    def __init__(self, outer: socket.socket, door: Door, address: str, plan: Plan, now: float) -> None:
+        """Begin without a connection to libzmq."""
+        self.outer, self.door, self.address, self.group = outer, door, address, group_of(address)
+        self.inner: socket.socket | None = None
+        self.inward, self.outward = Stream(plan.frame, plan.parts), Stream(2**63, 2**63)
+        self.opened = self.active = now
+        self.settled = False  # the handshake is over
+        self.held = self.begun = 0  # bytes, and frames before, since the last reply
+        self.granted, self.granted_at = 0, now  # bytes of the pool
+        self.to_inner = self.to_outer = b""
+        self.ending = False  # one side has closed
+        self.masks = [0, 0]  # events that are waited for: outer, inner
+
+    @property
+    def need(self) -> int:
+        """Bytes of the pool that it needs to read on."""
+        return max(0, self.held + max(self.inward.left, SMALL // 2) - SMALL)
+
+
+class Gate:
+    """All connections."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Take over the ports."""
+        self._plan = plan
+        self._selector = selectors.DefaultSelector()
+        self._links: dict[Link, None] = {}  # oldest first
+        self._half_open: Crowd[Link] = Crowd(plan.half_open, max(1, plan.most // 4))
+        self._settled = {door: Crowd[Link](plan.each, max(1, plan.most * 3 // 8)) for door in plan.doors}
+        self._pool: dict[str, int] = {}  # bytes by group
+        self._waiting: dict[Link, None] = {}
+        self._accepted = self._cut_off = 0
+        self._said: set[tuple[str, str]] = set()
+        self._news = b""
+        self._reported = (0, 0)
+        self._control = socket.socket(fileno=plan.control)
+        self._control.setblocking(False)
+        self._selector.register(self._control, selectors.EVENT_READ, None)
+        self._listeners = [socket.socket(fileno=door.fd) for door in plan.doors]
+        for listener, door in zip(self._listeners, plan.doors, strict=True):
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ, door)
+
+    def run(self) -> None:
+        """Pass bytes until the coordinator has closed, and a little longer."""
+        ends, checked = float("inf"), 0.0
+        while (now := time.monotonic()) < ends and (self._links or ends == float("inf")):
+            for key, events in self._selector.select(TURN):
+                if key.data is None:
+                    if self._control_ended():
+                        self._selector.unregister(self._control)
+                        for listener in self._listeners:
+                            self._selector.unregister(listener)
+                        ends = now + FAREWELL
+                elif isinstance(key.data, Door):
+                    self._accept(key.fileobj, key.data, now)  # type: ignore[arg-type]
+                else:
+                    self._pass(key.data, key.fileobj, events, now)
+            if now >= checked + TURN:
+                checked = now
+                self._check(now)
+                self._report()
+            if ends < float("inf"):
+                for link in [link for link in self._links if link.inner is None]:
+                    self._close(link)
+
+    def _control_ended(self) -> bool:
+        try:
+            return not self._control.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _accept(self, listener: socket.socket, door: Door, now: float) -> None:
+        for _ in range(ACCEPTS):
+            try:
+                outer, (address, *_) = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # the other side has left already, or there are no descriptors
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(TURN)
+                return
+            self._accepted += 1
+            outer.setblocking(False)
+            outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link = Link(outer, door, address, self._plan, now)
+            self._links[link] = None
+            self._watch(link)
+            crowded = self._half_open.enter(link.group, link)
+            if crowded is not None:
+                self._cut(self._half_open.oldest(crowded), "")
+                self._say(
+                    crowded,
+                    f"{crowded} has more unfinished handshakes than {self._plan.half_open}, or all have more than "
+                    f"{self._half_open.most}; the oldest are closed",
+                    "half open",
+                )
+
+    def _pass(self, link: Link, ready: object, events: int, now: float) -> None:
+        """Read and write at one side of a connection."""
+        if link not in self._links:
+            return
+        try:
+            if ready is link.outer:
+                if events & selectors.EVENT_WRITE:
+                    link.to_outer = _send(link.outer, link.to_outer)
+                if events & selectors.EVENT_READ:
+                    self._read_outer(link, now)
+            else:
+                if events & selectors.EVENT_WRITE:
+                    link.to_inner = _send(link.inner, link.to_inner)
+                if events & selectors.EVENT_READ:
+                    self._read_inner(link)
+        except ViolationError as violation:
+            self._cut(link, str(violation))
+        except OSError:
+            self._close(link)
+        if link in self._links:
+            self._watch(link)
+
+    def _read_outer(self, link: Link, now: float) -> None:
+        if link.need > link.granted and not self._grant(link, now):
+            self._waiting[link] = None
+            return
+        data = link.outer.recv(min(READ, SMALL + link.granted - link.held))
+        if not data:
+            self._end(link)
+            return
+        link.active = now
+        link.inward.follow(data)
+        link.held += len(data)
+        self._judge(link, now)
+        if link not in self._links:
+            return
+        link.to_inner += data
+        if link.inner is None and link.inward.is_zmtp:
+            link.inner = socket.socket(socket.AF_UNIX)
+            link.inner.setblocking(False)
+            link.inner.connect(link.door.inner)
+        link.to_inner = _send(link.inner, link.to_inner)
+
+    def _judge(self, link: Link, now: float) -> None:
+        """Check a connection against the limits.
+
+        Raises:
+            ViolationError: It exceeds one.
+        """
+        door = link.door
+        if link.inward.frames - link.begun > door.frames:
+            raise ViolationError(f"sent more than {door.frames} frames {_since(door)}")
+        if link.held > door.bytes:
+            raise ViolationError(f"sent more than {door.bytes:,} bytes {_since(door)}")
+        if link.settled:
+            return
+        if link.inward.finished >= self._plan.handshake:
+            link.settled = True
+            self._half_open.leave(link.group, link)
+            settled = self._settled[door]
+            crowded = settled.enter(link.group, link)
+            if crowded is not None:
+                self._cut(settled.idle(crowded, lambda other: now - other.active > IDLE_SECONDS), "")
+                self._say(
+                    crowded,
+                    f"{crowded} has more connections than {settled.each}, or all have more than {settled.most}; some "
+                    "are closed",
+                    "settled",
+                )
+        elif link.held > HANDSHAKE_BYTES:
+            raise ViolationError(f"sent more than {HANDSHAKE_BYTES:,} bytes without a handshake")
+
+    def _read_inner(self, link: Link) -> None:
+        assert link.inner is not None
+        data = link.inner.recv(READ)
+        if not data:
+            self._end(link)
+            return
+        if link.door.replies:
+            replies = link.outward.messages
+            link.outward.follow(data)
+            if link.outward.messages > replies:
+                link.held, link.begun = 0, link.inward.frames
+                self._release(link)
+        link.to_outer = _send(link.outer, data)
+
+    def _grant(self, link: Link, now: float) -> bool:
+        """Give a connection the room in the pool that it needs."""
+        more, mine = link.need - link.granted, self._pool.get(link.group, 0)
+        if mine + more > POOL // 2 or sum(self._pool.values()) + more > POOL:
+            return False
+        self._pool[link.group] = mine + more
+        if not link.granted:
+            link.granted_at = now
+        link.granted += more
+        return True
+
+    def _release(self, link: Link) -> None:
+        if link.granted:
+            self._pool[link.group] -= link.granted
+            link.granted = 0
+            if not self._pool[link.group]:
+                del self._pool[link.group]
+            self._resume(time.monotonic())
+
+    def _resume(self, now: float) -> None:
+        """Let connections read on that wait for the pool, in their order."""
+        for link in list(self._waiting):
+            if self._grant(link, now):
+                del self._waiting[link]
+                self._watch(link)
+
+    def _check(self, now: float) -> None:
+        """Close connections whose time is over."""
+        for link in list(self._links):
+            if not link.settled:
+                if now - link.opened > HANDSHAKE_SECONDS:
+                    self._cut(link, "")
+            elif link.granted and self._waiting:
+                stalls = link.inward.is_amid and now - link.active > STALL_SECONDS
+                if stalls or now - link.granted_at > STALL_SECONDS + link.granted / POOL_RATE:
+                    self._cut(link, "holds a large message back while others wait")
+
+    def _end(self, link: Link) -> None:
+        """Close a connection after its last bytes."""
+        link.ending = True
+        if not link.to_inner and not link.to_outer:
+            self._close(link)
+
+    def _cut(self, link: Link, why: str) -> None:
+        """Close a connection at once, so that the other side stops sending; count it."""
+        self._cut_off += 1
+        with suppress(OSError):
+            link.outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._close(link)
+        if why:
+            self._say(link.group, f"{link.address} was cut off: it {why}", why.partition(" of ")[0])
+
+    def _close(self, link: Link) -> None:
+        if link not in self._links:
+            return
+        del self._links[link]
+        self._waiting.pop(link, None)
+        for end, mask in zip((link.outer, link.inner), link.masks, strict=True):
+            if end is not None:
+                if mask:
+                    self._selector.unregister(end)
+                end.close()
+        self._half_open.leave(link.group, link)
+        self._settled[link.door].leave(link.group, link)
+        self._release(link)
+
+    def _watch(self, link: Link) -> None:
+        """Wait for what a connection can do next."""
+        reads = (link.inner is None or not link.to_inner) and not link.ending and link not in self._waiting
+        outer = (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if link.to_outer else 0)
+        inner = selectors.EVENT_READ if not link.to_outer and not link.ending else 0
+        inner |= selectors.EVENT_WRITE if link.to_inner else 0
+        if link.ending and not link.to_outer and not link.to_inner:
+            self._close(link)
+            return
+        for side, (end, mask) in enumerate(((link.outer, outer), (link.inner, inner))):
+            if end is not None and mask != link.masks[side]:
+                if not link.masks[side]:
+                    self._selector.register(end, mask, link)
+                elif mask:
+                    self._selector.modify(end, mask, link)
+                else:
+                    self._selector.unregister(end)
+                link.masks[side] = mask
+
+    def _say(self, group: str, line: str, about: str) -> None:
+        """Give the coordinator a line for the user, once for an address and a reason."""
+        if (group, about) not in self._said and len(self._said) < LINES:
+            self._said.add((group, about))
+            self._news += json.dumps({"line": line}).encode() + b"\n"
+
+    def _report(self) -> None:
+        """Send news and counts; they wait while the coordinator is busy."""
+        counts = (self._accepted, self._cut_off)
+        if counts != self._reported and len(self._news) < READ:
+            self._reported = counts
+            self._news += json.dumps({"accepted": counts[0], "cut_off": counts[1]}).encode() + b"\n"
+        with suppress(OSError):
+            self._news = self._news[self._control.send(self._news) :] if self._news else b""
+
+
+def _since(door: Door) -> str:
+    return "before a reply" if door.replies else "to a port of broadcasts"
+
+
+def _send(end: socket.socket | None, data: bytes) -> bytes:
+    """Send what fits; return the rest."""
+    if end is None:
+        return data
+    try:
+        return data[end.send(data) :] if data else data
+    except BlockingIOError:
+        return data
+
+
+def main(words: str) -> None:
+    """Run a gate; `words` is a plan in JSON."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the coordinator's end is its end
+    given = json.loads(words)
+    plan = Plan(**{**given, "doors": [Door(*door) for door in given["doors"]]})
+    try:
+        Gate(plan).run()
+    finally:
+        shutil.rmtree(plan.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,236 @@
+"""What floods of a coordinator's ports cost: steps a second, memory, and the time that a new host needs to join.
+
+A coordinator and real hosts train on this machine. Each flood has three phases: before; the flood; and an equal load,
+processes that use as much processor time as the flooders did and touch no port. Flooders share the cores and the
+address with hosts and coordinator, so the ratio to the equal load shows what the coordinator itself loses. Memory is
+the growth of coordinator and guard together, at its peak. A new host joins while the flood goes on: it fetches the
+state and hears a broadcast.
+"""
+
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench import flooders
+from bench.report import Report, Row, print_row
+from bench.settings import Floods
+from esjax.config.models import GruConfig
+from esjax.config.settings import Config, DataConfig, EsConfig
+from esjax.hosts.local import local_workers
+from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.wire import Envelope, Message
+from esjax.hosts.serve import Server, serve
+from esjax.hosts.transport.address import parse_address
+from esjax.hosts.transport.client import ClientTransport
+from esjax.hosts.transport.keys import load_token
+from esjax.hosts.transport.sockets import Limits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PATIENCE = 60.0
+"""Most seconds that a new host waits to join."""
+
+
+def run(settings: Floods) -> Report:
+    """Measure every flood, without and with keys."""
+    rows = [*of_coordinator(settings, False), *of_coordinator(settings, True)]
+    return Report(rows, partial(plot, rows))
+
+
+def of_coordinator(settings: Floods, keys: bool) -> list[Row]:
+    """Measure the floods of one coordinator."""
+    names = settings.keyed if keys else settings.floods
+    config = Config(
+        es=EsConfig(population_size=settings.population),
+        data=DataConfig(text=settings.text),
+        model=GruConfig(hidden_size=16, head_size=16),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        server = serve(
+            config,
+            Path(folder) / "run",
+            bind="tcp://127.0.0.1:0",
+            keys=Path(folder) / "keys" if keys else None,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+
+        def workers() -> AbstractContextManager[None]:
+            given = ["--token-file", str(server.token)] if server.token else []
+            return local_workers(server.address, settings.hosts, Path(folder), given=given, oversubscribe=True)
+
+        server.while_open = workers
+        driver = Driver(server, settings, names)
+        for _ in server:
+            driver.steps += 1
+            if driver.begin():
+                break
+    return driver.rows
+
+
+class Driver:
+    """Goes through the phases in a thread, while the run takes its steps.
+
+    Attributes:
+        steps: Steps so far.
+        rows: What was measured.
+    """
+
+    def __init__(self, server: Server, settings: Floods, names: Sequence[str]) -> None:
+        """Begin with the first step."""
+        self.steps = 0
+        self.rows: list[Row] = []
+        self._server, self._settings, self._names = server, settings, names
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def begin(self) -> bool:
+        """Start with the first step; return whether all is measured."""
+        if self.steps == 1:
+            self._thread.start()
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        self._rate(min(self._settings.seconds, 15.0))  # hosts compile
+        ports = (parse_address(self._server.address).port, join(self._server)[1])
+        for name in self._names:
+            self.rows.append(print_row(self._measure(name, ports)))
+
+    def _measure(self, name: str, ports: tuple[int, int]) -> Row:
+        server, seconds = self._server, self._settings.seconds
+        words = ["127.0.0.1", *map(str, ports), *([str(server.token)] if server.token else [])]
+        before = self._rate(seconds / 2)
+        used = _children()
+        with ThreadPoolExecutor() as pool, Memory() as memory, process(name, *words):
+            joining = pool.submit(lambda: (time.sleep(seconds / 4), join(server))[1])
+            during = self._rate(seconds)
+            joined_after, _ = joining.result()
+        share = (_children() - used) / seconds
+        with process("burn", f"{min(share, 1.0):.3f}"):
+            equal = self._rate(seconds / 2)
+        return {
+            "keys": "yes" if server.token else "no",
+            "flood": name,
+            "steps/s before": before,
+            "rate ÷ before": during / before,
+            "rate ÷ equal load": during / equal,
+            "flooders' cores": share,
+            "memory MB": memory.growth,
+            "joined after s": joined_after,
+        }
+
+    def _rate(self, seconds: float) -> float:
+        """Return the steps a second of the next seconds."""
+        steps, started = self.steps, time.perf_counter()
+        time.sleep(seconds)
+        return max(self.steps - steps, 1e-9) / (time.perf_counter() - started)
+
+
+class Memory:
+    """The growth of this process and of the guard of its ports, in MB.
+
+    Attributes:
+        growth: Its peak.
+    """
+
+    def __init__(self) -> None:
+        """Begin now."""
+        self.growth = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(_resident_mb(),), daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self, before: float) -> None:
+        while not self._over.wait(0.2):
+            self.growth = max(self.growth, _resident_mb() - before)
+
+
+def _resident_mb() -> float:
+    """Return the memory of this process and of the guards of ports among its children."""
+    kilobytes = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError, KeyError):
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+            is_guard = (
+                int(fields["PPid"]) == os.getpid() and b"transport.gate" in (status.parent / "cmdline").read_bytes()
+            )
+            if int(fields["Pid"]) == os.getpid() or is_guard:
+                kilobytes += int(fields["VmRSS"].split()[0])
+    return kilobytes / 1000
+
+
+def _children() -> float:
+    """Return the processor time of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@contextmanager
+def process(*words: str) -> Iterator[None]:
+    """Run a flooder until the block ends."""
+    started = subprocess.Popen([sys.executable, flooders.__file__, *words], stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        started.kill()
+        started.wait()
+
+
+def join(server: Server) -> tuple[float, int]:
+    """Join as a host does until the state and a broadcast are here, and leave; return seconds, and the second port.
+
+    The seconds are infinite if that takes more than `PATIENCE`.
+    """
+    token = None if server.token is None else load_token(server.token)
+    started, size, session, publish_port, wanted = time.perf_counter(), 0, 0, 0, 1
+    message: Message = wire.Join(f"guest-{started}", "", "", [*noise_fingerprints().items()], [], "", 1, 0)
+    with ClientTransport(server.address, token=token, limits=Limits(wire.MAX_BODY, wire.FRAMES)) as client:
+        heard, asked = False, -math.inf
+        while time.perf_counter() < started + PATIENCE:
+            if time.perf_counter() > asked + 5.0 and not (session and size >= wanted):
+                client.request(wire.encode(Envelope(message)))
+                asked = time.perf_counter()
+            received = client.poll(0.1)
+            heard = heard or bool(received.broadcasts)
+            if received.reply is not None:
+                reply = wire.decode(received.reply, "reply")
+                if isinstance(reply.message, wire.Welcome):
+                    session, publish_port = reply.message.session, reply.message.publish_port
+                    client.subscribe(publish_port)
+                    message = wire.Fetch(session, "state", "", 0)
+                elif isinstance(reply.message, wire.Part):
+                    wanted, size = reply.message.size, size + len(reply.body)
+                    message = wire.Fetch(session, "state", reply.message.digest, size)
+                asked = -math.inf
+            if heard and size >= wanted:
+                client.request(wire.encode(Envelope(wire.Leave(session, ""))))
+                client.poll(1.0)
+                return time.perf_counter() - started, publish_port
+    return math.inf, publish_port
+
+
+def plot(rows: Sequence[Row], figure: "Figure") -> None:
+    """Draw the ratios."""
+    axes = figure.add_subplot()
+    names = [f"{row['flood']}{', keys' if row['keys'] == 'yes' else ''}" for row in rows]
+    axes.barh(names, [row["rate ÷ equal load"] for row in rows])
+    axes.axvline(0.8, color="gray", linewidth=0.5)
+    axes.set(xlabel="steps a second ÷ with an equal load that touches no port")

@@ -1,0 +1,121 @@
+"""One token of five cannot slow the others: their step rate stays at least half of what it is without it.
+
+Reference: the same honest hosts, in the same time, without the token.
+"""
+
+from functools import cache
+
+import pytest
+from hosts_simulation import Simulation, config_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from token_holder import TokenHolder
+
+HONEST = 4
+SECONDS = 60.0
+SPEEDS = [30.0, 300.0]
+"""Pairs per second of an honest host: steps of 1 s and of 0.1 s."""
+
+
+def honest(speed: float, sums: bool) -> Simulation:
+    """Start a run of hosts with a token each."""
+    sim = Simulation(config_of(population=256, sums=sums))
+    for number in range(HONEST):
+        sim.add(f"honest {number}", key=f"key {number}", speed=speed)
+    sim.run(5)
+    return sim
+
+
+@cache
+def undisturbed(speed: float, sums: bool) -> int:
+    """Count the steps that honest hosts make alone."""
+    sim = honest(speed, sums)
+    before = len(sim.ledger)
+    sim.run(SECONDS)
+    return len(sim.ledger) - before
+
+
+DELAYS = st.none() | st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.95, 1.2, 2.0, 2.9, 4.0, 9.0])
+PHASES = st.sampled_from([["ready"], ["ready", "joining"], ["compiling"], ["ready"] * 7 + ["joining"]])
+ACTS = st.tuples(
+    st.integers(0, 2),  # host of the token
+    st.sampled_from(["go on", "leave", "vanish"]),
+    DELAYS,
+    st.booleans(),
+    PHASES,
+    st.sampled_from(["true", "false", "none"]),
+    st.sampled_from([0.1, 0.3, 1.0, 3.0, 10.0]),  # seconds until the next act
+)
+
+
+def steps_beside(
+    acts: list[tuple[int, str, float | None, bool, list[str], str, float]], speed: float, sums: bool
+) -> int:
+    """Count the steps of honest hosts while hosts of one more token do the acts, again and again."""
+    sim = honest(speed, sums)
+    holders = [TokenHolder(sim, f"bad {number}", "bad") for number in range(3)]
+    before, end = len(sim.ledger), sim.now + SECONDS
+    while sim.now < end - 1e-6:
+        for number, act, delay, is_whole, phases, digest, seconds in acts:
+            holder = holders[number]
+            holder.answer_after, holder.is_whole, holder.phases = delay, is_whole, list(phases)
+            holder.digest = {"true": lambda true: true, "false": lambda true: "0" * 16, "none": None}[digest]
+            if act == "leave":
+                holder.leave()
+            elif act == "vanish":
+                holder.vanish()
+            sim.run(min(seconds, end - sim.now))
+    return len(sim.ledger) - before
+
+
+def check(acts: list[tuple[int, str, float | None, bool, list[str], str, float]], speed: float, sums: bool) -> None:
+    assert steps_beside(acts, speed, sums) >= undisturbed(speed, sums) / 2
+
+
+both_exchanges = pytest.mark.parametrize("sums", [False, True], ids=["losses", "sums"])
+both_speeds = pytest.mark.parametrize("speed", SPEEDS)
+
+
+@both_exchanges
+@settings(max_examples=6, deadline=None)
+@given(st.lists(ACTS, min_size=1, max_size=6), st.sampled_from(SPEEDS))
+def test_one_token_of_five_does_not_halve_the_step_rate(sums: bool, acts: list, speed: float) -> None:
+    check(acts, speed, sums)
+
+
+@pytest.mark.nightly
+@both_exchanges
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ACTS, min_size=1, max_size=12), st.sampled_from(SPEEDS))
+def test_one_token_of_five_does_not_halve_the_step_rate_whatever_it_does(sums: bool, acts: list, speed: float) -> None:
+    check(acts, speed, sums)
+
+
+@both_exchanges
+@both_speeds
+@pytest.mark.parametrize("delay", [None, 0.0, 0.2, 0.95, 2.9], ids=str)
+def test_a_token_that_always_answers_late_costs_little(delay: float | None, speed: float, sums: bool) -> None:
+    acts = [(number, "go on", delay, True, ["ready"], "true", 1.0) for number in range(3)]
+    check(acts, speed, sums)
+
+
+@both_exchanges
+@both_speeds
+@pytest.mark.parametrize("act", ["leave", "vanish"])
+def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, speed: float, sums: bool) -> None:
+    acts = [(number, act, None, True, ["ready"], "true", 0.3) for number in range(3)]
+    check(acts, speed, sums)
+
+
+@both_exchanges
+@both_speeds
+def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, sums: bool) -> None:
+    acts = [
+        act
+        for number in range(3)
+        for act in (
+            (number, "go on", 0.0, True, ["ready"], "true", 1.0),
+            (number, "go on", None, True, ["ready"], "true", 0.3),
+        )
+    ]
+    check(acts, speed, sums)
