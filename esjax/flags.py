@@ -39,9 +39,14 @@ def default_flags() -> Iterator[None]:
         yield
 
 
+def names_of_changed() -> str:
+    """Name the flags of this process that differ from JAX's defaults, separated by commas."""
+    return ", ".join(f"jax_{name}" for name in _changed())
+
+
 def changed_flags() -> str:
     """Name in one line the flags of this process that a run ignores; "" if there are none."""
-    names = ", ".join(f"jax_{name}" for name in _changed())
+    names = names_of_changed()
     return f"this process sets {names}; runs ignore that and use JAX's defaults" if names else ""
 
 

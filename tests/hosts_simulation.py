@@ -35,14 +35,14 @@ DELAY = 0.001
 QUANTUM = 4
 RUN = "run"
 TEXT = b"all the text"
-FINGERPRINTS = {"rademacher": "1234"}
+KNOWN_ANSWERS = {"rademacher": "1234"}
 STATE_BYTES = 40
 FIRST_STATE = b"\0" * STATE_BYTES
 VECTOR_LENGTH = 3 + TAIL
 """Length of a sum."""
 
 SCALE = 0.25
-OF_HOST = ("key", "make_worker", "kind", "fingerprints", "custom")
+OF_HOST = ("key", "make_worker", "kind", "known_answers", "custom")
 
 Twist = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Fate = Callable[[str, str, wire.Message], Sequence[float]]
@@ -150,13 +150,13 @@ def check_updates(
         if config.es.exchange == "sums":
             numbers = values.sum(axis=0, dtype=np.int64)
             concluded = make_exchange(VECTOR_LENGTH, SCALE).conclude(numbers[None], header.spans, config.es)
-            _, scale, loss, void_pairs, trouble, slope = concluded
+            _, scale, loss, void_pairs, trouble, slope = concluded[:6]
             assert (header.loss, header.vector_length) == (loss, VECTOR_LENGTH)
         else:
             pairs = update_record.pairs_of(header.spans)
             windows = pairs // 3 if config.es.pairing == "split" else None
             shaped = shape(values, config.es.shaping, config.es.deviation, windows)
-            numbers, scale, void_pairs, slope = shaped
+            numbers, scale, void_pairs, slope = shaped[:4]
             trouble = shaped.trouble
         assert payload == update_record.pack_update(
             update_record.Update(header, numbers if header.applied else numbers[:0])
@@ -256,7 +256,7 @@ class Host:
         settings: dict[str, Any] = {
             "device": "fake",
             "kind": "fake",
-            "fingerprints": FINGERPRINTS,
+            "known_answers": KNOWN_ANSWERS,
             "custom": {},
             **worker,
         }
@@ -367,7 +367,7 @@ class Simulation:
                 self.incarnation,
                 QUANTUM,
                 100,
-                FINGERPRINTS,
+                KNOWN_ANSWERS,
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,

@@ -87,9 +87,9 @@ class Loopback:
             incarnation=1,
             quantum=replica.chunk_pairs,
             vocab_size=0,
-            fingerprints={},
+            known_answers={},
             custom=custom,
-            exchange=make_exchange(replica.vector_length, replica.scale),
+            exchange=make_exchange(replica.vector_length, replica.scale, replica.bounds),
         )
         rng = np.random.default_rng(config.seed)  # names a session; nothing that is trained depends on it
         self._coordinator = Coordinator(

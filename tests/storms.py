@@ -45,7 +45,7 @@ def requests(sessions: list[int], step: int, incarnation: int) -> Strategy:
         "spans": spans(),
         "name": st.sampled_from(["mad", "mad, too", ""]),
         "run": st.sampled_from(["", "run", "other"]),
-        "fingerprints": st.sampled_from([[("rademacher", "1234")], []]),
+        "known_answers": st.sampled_from([[("rademacher", "1234")], []]),
         "custom": st.just([]),
         "kind": st.just("other"),
         "offset": st.sampled_from([0, 1, 40, 2**18, 2**63 - 1]),

@@ -18,6 +18,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.core.seeds import key_of
 from esjax.core.signs import draw
 from esjax.errors import EsjaxError
+from esjax.hosts.known_answers import known_answers
 from esjax.models.member import Member
 from esjax.runs.checkpoint import digest
 
@@ -118,6 +119,20 @@ def test_a_run_is_the_same_under_other_flags(tmp_path: Path, monkeypatch: pytest
         "jax_debug_nans, jax_debug_infs, jax_numpy_dtype_promotion; runs ignore that and use JAX's defaults"
     )
     assert more[1:] == lines
+
+
+def test_known_answers_cover_every_draw_and_are_the_same_under_other_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the answers under JAX's defaults. Where a run's flags are not pinned, what depends on them differs."""
+    expected = known_answers()
+    assert set(expected) == {"rademacher", "gaussian", "windows", "parameters", "sampling"}
+    assert len(set(expected.values())) == 5
+    with changed(**DRAWS):
+        assert known_answers() == expected
+        assert flags.names_of_changed() == "jax_enable_x64, jax_threefry_partitionable, jax_default_prng_impl"
+    monkeypatch.setattr(flags, "DEFAULTS", {})
+    with changed(**DRAWS):
+        differ = {name for name, answer in known_answers().items() if answer != expected[name]}
+    assert differ == {"parameters", "sampling"}  # noise and windows are pinned where they are drawn
 
 
 def test_a_guard_against_transfers_is_lifted_for_the_time_of_a_call() -> None:

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
-from hosts_simulation import FINGERPRINTS, FIRST_STATE, Simulation, body_of, hash_state, next_state, values_of
+from hosts_simulation import FIRST_STATE, KNOWN_ANSWERS, Simulation, body_of, hash_state, next_state, values_of
 
 from esjax.exchange.update_record import Span
 from esjax.hosts.protocol import wire
@@ -58,8 +58,8 @@ class TokenHolder:
         self.name = next(self._names)
         self.peer = self.name.encode()
         self._beats, self._seen = itertools.count(1), (-1, 0.0)
-        fingerprints = list(FINGERPRINTS.items())
-        reply = self.ask(wire.Join(self.name, "", self._kind, fingerprints, [], "", 1, 1))
+        answers = list(KNOWN_ANSWERS.items())
+        reply = self.ask(wire.Join(self.name, "", self._kind, answers, [], "", 1, 1))
         self.session = reply.session if isinstance(reply, wire.Welcome) else 0
 
     def leave(self) -> None:

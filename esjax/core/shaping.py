@@ -27,6 +27,12 @@ LARGEST_LOSS = 1e9
 STEPS_PER_DEVIATION = 16
 """Resolution of `zscore`. Rounding adds 1/(12 * 16²) = 0.03% to the variance; values are clipped at 127/16 = 7.9."""
 
+OUTLYING = 16.0
+"""Robust standard deviations beyond which a compared value is an outlier, see `Shaped.outliers`."""
+
+NORMAL_MEDIAN = 0.6745
+"""Median of the absolute value of a standard normal variable."""
+
 Numbers = Any
 """Arrays of numpy, computed in float64 on the CPU, or of JAX, computed in float32, also in jitted code."""
 
@@ -40,12 +46,17 @@ class Shaped(NamedTuple):
         void_pairs: Number of pairs with weight 0 because one of their losses is not finite.
         slope: Shaped value for each unit of difference, by least squares: for z-scores one over the standard deviation.
             The estimate is about `2 * sigma * slope` times the gradient.
+        outliers: Number of pairs whose difference (or, for split pairs, whose summed loss relative to the others) lies
+            beyond `OUTLYING` robust standard deviations. Their weights are clipped to ±127, and all other weights are
+            what they would be if these pairs were void. The robust standard deviation is the median of the absolute
+            values that are not 0, over 0.6745 (Huber 1981, section 5.1).
     """
 
     weights: Int8[Numbers, "pairs ..."]
     scale: Float[Numbers, ""] | float
     void_pairs: Integer[Numbers, ""] | int
     slope: Float[Numbers, ""] | float = 0.0
+    outliers: Integer[Numbers, ""] | int = 0
 
     @property
     def trouble(self) -> str:
@@ -105,53 +116,78 @@ def shape(
     known = xp.where(finite[:, None], losses, 0).astype(jnp.float32 if xp is jnp else np.float64)
     counted = xp.sum(finite.astype(known.dtype))
     difference = known[:, 0] - known[:, 1]
+    typical = finite & ~_outlying(xp, difference, finite)
     compared = difference[:, None]
     if examples is not None:
-        compared = xp.stack([_over_others(xp, known, finite, examples), difference], axis=1)
-    counts = xp.broadcast_to(finite[:, None], compared.shape)
+        group = _groups(xp, examples)
+        total = known[:, 0] + known[:, 1]
+        typical &= ~_outlying(xp, total - _medians(xp, total, typical, group), typical)
+        compared = xp.stack([_over_others(xp, total, finite, typical, group), difference], axis=1)
+    counts = xp.broadcast_to(typical[:, None], compared.shape)
     value, step = _SHAPINGS[method](xp, compared.ravel(), counts.ravel(), sigma)
     usable = (2 * counted >= len(losses)) & xp.any(compared != 0)
     weights = xp.clip(xp.rint(value / step), -LIMIT, LIMIT).reshape(compared.shape)
-    weights = xp.where(usable & counts, weights, 0).astype(np.int8)
+    weights = xp.where(usable & finite[:, None], weights, 0).astype(np.int8)
     scale = xp.where(usable, step / xp.maximum(counted, 1), 0.0)
     weights = weights if examples is not None else weights[:, 0]
     void_pairs = xp.sum(~finite, dtype=np.int32)
+    outliers = xp.sum(finite & ~typical, dtype=np.int32)
     # Of the half that flips sign: the other half of a split pair is credited by a sum, not by a difference.
     flipped = weights[..., -1] if examples is not None else weights
+    difference = xp.where(typical, difference, 0)
     slope = xp.sum(flipped.astype(known.dtype) * step * difference) / xp.maximum(xp.sum(difference**2), 1e-30)
     if xp is jnp:
-        return Shaped(weights, scale, void_pairs, slope)
-    return Shaped(weights, float(scale), int(void_pairs), float(slope))
+        return Shaped(weights, scale, void_pairs, slope, outliers)
+    return Shaped(weights, float(scale), int(void_pairs), float(slope), int(outliers))
 
 
-def _over_others(xp: Any, losses: Numbers, finite: Numbers, examples: Numbers) -> Numbers:
-    """Return each pair's summed loss less the mean of the other pairs on the same example; 0 if there is no other."""
-    pairs = len(losses)
+def _outlying(xp: Any, values: Numbers, counts: Numbers) -> Numbers:
+    """Mark the values that lie beyond `OUTLYING` robust standard deviations of those that count and are not 0."""
+    sizes = xp.where(counts, abs(values), 0)
+    counts = sizes > 0
+    ordered = xp.sort(xp.where(counts, sizes, xp.inf))
+    median = ordered[xp.sum(counts, dtype=np.int32) // 2]
+    return sizes > OUTLYING / NORMAL_MEDIAN * median
+
+
+def _groups(xp: Any, examples: Numbers) -> Numbers:
+    """Number the groups of pairs with one example from 0 up."""
     if xp is jnp:
-        _, group = jnp.unique(examples, return_inverse=True, size=pairs)
-    else:
-        _, group = np.unique(examples, return_inverse=True)
+        return jnp.unique(examples, return_inverse=True, size=len(examples))[1]
+    return np.unique(examples, return_inverse=True)[1]
 
-    def sum_up(values: Numbers) -> Numbers:
-        """Sum over all pairs on the same example, for each pair."""
-        if xp is np:
-            return np.bincount(group, values, minlength=pairs)[group]
-        return jnp.zeros(pairs, values.dtype).at[group].add(values)[group]
 
-    total = xp.where(finite, losses[:, 0] + losses[:, 1], 0.0)
-    count = sum_up(finite.astype(total.dtype))
-    others = (sum_up(total) - total) / xp.maximum(count - 1, 1)
-    return xp.where(finite & (count > 1), total - others, 0.0)
+def _sum_up(xp: Any, values: Numbers, group: Numbers) -> Numbers:
+    """Sum over all pairs of each group, for each pair."""
+    if xp is np:
+        return np.bincount(group, values, minlength=len(group))[group]
+    return jnp.zeros(len(group), values.dtype).at[group].add(values)[group]
+
+
+def _medians(xp: Any, values: Numbers, counts: Numbers, group: Numbers) -> Numbers:
+    """Return for each pair the median of its group's values that count."""
+    ordered = values[xp.lexsort((xp.where(counts, values, xp.inf), group))]
+    start = xp.searchsorted(xp.sort(group), group)
+    return ordered[start + _sum_up(xp, counts.astype(values.dtype), group).astype(np.int32) // 2]
+
+
+def _over_others(xp: Any, total: Numbers, finite: Numbers, typical: Numbers, group: Numbers) -> Numbers:
+    """Return each pair's summed loss less the mean of the other typical pairs of its group; 0 if there is no other."""
+    ours, own = xp.where(typical, total, 0.0), typical.astype(total.dtype)
+    count = _sum_up(xp, own, group) - own
+    others = (_sum_up(xp, ours, group) - ours) / xp.maximum(count, 1)
+    return xp.where(finite & (count > 0), total - others, 0.0)
 
 
 def _zscore(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numbers, float]:
     # The deviation is about 0: the mean is 0 by symmetry.
-    deviation = xp.sqrt(xp.sum(values**2) / xp.maximum(xp.sum(counts.astype(values.dtype)), 1))
+    known = xp.where(counts, values, 0)
+    deviation = xp.sqrt(xp.sum(known**2) / xp.maximum(xp.sum(counts.astype(values.dtype)), 1))
     return values / xp.where(deviation > 0, deviation, 1.0), 1 / STEPS_PER_DEVIATION
 
 
 def _centered_rank(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numbers, float]:
-    ordered = xp.sort(xp.where(counts, values, xp.inf))  # void pairs come last
+    ordered = xp.sort(xp.where(counts, values, xp.inf))  # void and outlying pairs come last
     ends = xp.searchsorted(ordered, values, side="left") + xp.searchsorted(ordered, values, side="right")
     ranks, most = (ends - 1).astype(values.dtype) / 2, xp.sum(counts.astype(values.dtype)) - 1
     return ranks / xp.maximum(most, 1) - 0.5, 0.5 / LIMIT
@@ -163,7 +199,7 @@ def _sign(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numb
 
 def _raw(xp: Any, values: Numbers, counts: Numbers, sigma: float) -> tuple[Numbers, Numbers]:
     value = values / (2 * sigma)
-    largest = xp.max(abs(value))
+    largest = xp.max(xp.where(counts, abs(value), 0))
     return value, xp.where(largest > 0, largest, 1.0) / LIMIT
 
 

@@ -45,7 +45,7 @@ def draw_windows(
         window_length: Tokens of a window, the burn-in included.
     """
     places = _places(seeds, sequences, stream.shape[0] - window_length + 1)
-    positions = places[:, :, None] + jnp.arange(window_length)[None, None]
+    positions = places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]
     return stream[positions].astype(jnp.int32)  # streams may have a smaller type
 
 
@@ -71,13 +71,16 @@ def follow_windows(
     passes, further = jnp.divmod(step, length // window_length)
     read = further * window_length - passes % length * (length % window_length)
     places = (_places(seeds, sequences, length) + read % length) % length
-    return stream[(places[:, :, None] + jnp.arange(window_length)[None, None]) % length].astype(jnp.int32)
+    return stream[(places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]) % length].astype(
+        jnp.int32
+    )
 
 
 def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:
     def draw(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.randint(key, (sequences,), 0, count)
+        with jax.threefry_partitionable(True):  # the bits depend on this flag, and on the type
+            return jax.random.randint(key, (sequences,), 0, count, jnp.int32)
 
     return jax.vmap(draw)(seeds)
 

@@ -6,9 +6,13 @@ not depend on which host computed which vector, as long as each vector covers wh
 """
 
 import math
+from typing import Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
+
+from esjax.core.shaping import LARGEST_LOSS
 
 TAIL = 3
 """Numbers after the gradient: the count of finite pairs, their summed losses, and their summed absolute differences."""
@@ -39,7 +43,90 @@ def steps_per_nat(tokens: int) -> float:
     return min(FINEST, 2.0 ** math.floor(math.log2(room / (HEADROOM * tokens))))
 
 
-def may_be(total: Int[ndarray, " vector_length"], pairs: int) -> bool:
-    """Return whether the tail of a sum over `pairs` pairs is possible: no more pairs than that, no negative sizes."""
-    counted, _, differences = map(int, total[-TAIL:])  # losses may be negative: those of a reward are
-    return 0 <= counted <= pairs and differences >= 0
+LARGEST_CROSS_ENTROPY = 1e3
+"""A cross entropy of this many nats per token or more counts as not finite, and so does one below -1."""
+
+
+class Section(NamedTuple):
+    """Consecutive numbers of a gradient sum, and how large they can be.
+
+    Attributes:
+        kind: What they are: the gradient, the correlations that learned feedback follows, or carried states.
+        length: How many numbers.
+        most: Largest absolute value for each pair of the sum.
+        per_pair: The section has so many numbers for each pair of the step, and a sum has zeros for all pairs but its
+            own; `most` is then the largest absolute value. 0: every number is a sum over pairs.
+    """
+
+    kind: Literal["gradient", "feedback", "states"]
+    length: int
+    most: float
+    per_pair: int = 0
+
+
+class Bounds(NamedTuple):
+    """What honest values can be.
+
+    Attributes:
+        lowest_loss: Losses are above this value.
+        highest_loss: Losses are below this value.
+        sections: Sections of a gradient sum, in their order, without the tail; none: numbers are not bounded.
+        room: Most pairs of a step.
+    """
+
+    lowest_loss: float = -LARGEST_LOSS
+    highest_loss: float = LARGEST_LOSS
+    sections: tuple[Section, ...] = ()
+    room: int = 1
+
+    def places(self) -> list[slice]:
+        """Return where each section is in a vector."""
+        ends = np.cumsum([section.length for section in self.sections], dtype=int).tolist()
+        return [slice(end - section.length, end) for end, section in zip(ends, self.sections, strict=True)]
+
+    def compared(self, vector_length: int) -> list[slice]:
+        """Return the parts of a vector whose norms have a usual size: all gradients, and the feedback if there is."""
+        gradient, feedback = (
+            sum(section.length for section in self.sections if section.kind == kind)
+            for kind in ("gradient", "feedback")
+        )
+        gradient = gradient or vector_length - TAIL
+        return [slice(0, gradient), slice(gradient, gradient + feedback)][: 1 + bool(feedback)]
+
+
+ANYTHING = Bounds()
+"""Bounds of the losses of a custom loss, and of sums of an unknown layout."""
+
+
+class SumBounds:
+    """Checks gradient sums against `Bounds`."""
+
+    def __init__(self, bounds: Bounds, vector_length: int) -> None:
+        """Set up for vectors of a length."""
+        if bounds.sections and sum(section.length for section in bounds.sections) + TAIL != vector_length:
+            raise ValueError(f"the sections do not fill a vector of {vector_length} numbers")
+        self._sections = [*zip(bounds.places(), bounds.sections, strict=True)]
+        self._most_of_pair = LARGEST // bounds.room if bounds.sections else LARGEST
+        self._least_loss = -1 if bounds.lowest_loss > -LARGEST_LOSS else -self._most_of_pair
+
+    def allow(self, total: Int[ndarray, " vector_length"], first: int, count: int) -> bool:
+        """Return whether a vector can be the sum over the pairs from `first` to `first + count - 1`."""
+        counted, losses, differences = map(int, total[-TAIL:])  # losses may be negative: those of a reward are
+        if not 0 <= counted <= count or not 0 <= differences <= self._most_of_pair * counted:
+            return False
+        if not self._least_loss * counted <= losses <= self._most_of_pair * counted:
+            return False
+        return all(_allow(total[where], section, first, count) for where, section in self._sections)
+
+
+def _allow(numbers: Int[ndarray, " length"], section: Section, first: int, count: int) -> bool:
+    if not section.length:
+        return True
+    most = section.most
+    if section.per_pair:
+        begin, end = first * section.per_pair, (first + count) * section.per_pair
+        if numbers[:begin].any() or numbers[end:].any():
+            return False
+    else:
+        most *= count
+    return bool(-most <= numbers.min() and numbers.max() <= most)

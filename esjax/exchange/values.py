@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from esjax.config.settings import MOST_SUMMED_PAIRS, EsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
-from esjax.exchange.gradient_sums import LARGEST, LOSS_STEPS, TAIL, may_be
+from esjax.exchange.gradient_sums import ANYTHING, LARGEST, LOSS_STEPS, TAIL, Bounds, SumBounds
 from esjax.exchange.update_record import (
     SPAN_LIMIT,
     Span,
@@ -20,6 +20,7 @@ from esjax.exchange.update_record import (
     pairs_of,
     sums_of,
 )
+from esjax.exchange.usual_sums import UsualSums
 
 MAX_REQUEST = 2**22
 """Most bytes of one frame of a request; an unknown sender can occupy memory for a few of them."""
@@ -51,9 +52,12 @@ class Conclusion(NamedTuple):
         weights: Integer weights of the pairs, or the gradient sum; empty for a void step.
         scale: Factor of the weighted sum, see `esjax.core.Shaped`.
         loss: Mean of the finite losses, in nats per token if the loss is not custom; None: none is finite.
-        void_pairs: Number of pairs of weight 0, with a loss that is not finite.
+        void_pairs: Number of pairs of weight 0: with a loss that is not finite, or in a sum that is left out.
         trouble: Why the step is void, or "".
         slope: Shaped value for each unit of difference, see `esjax.core.Shaped`; 0 with gradient sums.
+        outliers: Number of pairs that are no measure of others: their weights are clipped, see `esjax.core.Shaped`, or
+            their gradient sums are left out, see `esjax.exchange.usual_sums`.
+        note: What is wrong with some pairs, or "".
     """
 
     weights: Int[ndarray, " vector_length *halves"]
@@ -62,6 +66,8 @@ class Conclusion(NamedTuple):
     void_pairs: int
     trouble: str
     slope: float = 0.0
+    outliers: int = 0
+    note: str = ""
 
 
 @runtime_checkable
@@ -117,7 +123,7 @@ class Exchange(Protocol):
         """Return whether two hosts' values of the same pairs are equal up to rounding on different hardware."""
 
     def conclude(self, values: Values, spans: Sequence[Span], es: EsConfig) -> Conclusion:
-        """Compute what the update needs from all values of a step."""
+        """Compute what the update needs from all values of a step: losses in the order of the pairs, or all sums."""
 
 
 class LossExchange:
@@ -127,6 +133,10 @@ class LossExchange:
     most_pairs = MAX_REQUEST // 8
     most_spans = SPAN_LIMIT
     adds_up = False
+
+    def __init__(self, bounds: Bounds = ANYTHING) -> None:
+        """Set up; a loss out of bounds counts as not finite."""
+        self._bounds = bounds
 
     def pack(self, values: Losses) -> tuple[str, bytes]:
         """See `Exchange.pack`."""
@@ -167,12 +177,19 @@ class LossExchange:
 
     def conclude(self, values: Losses, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
+        possible = (self._bounds.lowest_loss < values) & (values < self._bounds.highest_loss)
+        if not possible.all():
+            values = np.where(possible, values, np.float32(np.nan))
         windows = pairs_of(spans) // es.pairs_a_window if es.pairing == "split" else None
         shaped = shape(values, es.shaping, sigma=es.deviation, examples=windows)
         finite = values[np.abs(values) < LARGEST_LOSS] if shaped.void_pairs else values
         loss = float(finite.mean()) if finite.size else None
         weights = shaped.weights[:0] if shaped.trouble else shaped.weights
-        return Conclusion(weights, shaped.scale, loss, shaped.void_pairs, shaped.trouble, shaped.slope)
+        void_pairs, outliers = int(shaped.void_pairs), int(shaped.outliers)
+        note = _not_finite(void_pairs, len(values)) if void_pairs else ""
+        return Conclusion(
+            weights, float(shaped.scale), loss, void_pairs, shaped.trouble, float(shaped.slope), outliers, note
+        )
 
 
 class SumExchange:
@@ -181,14 +198,17 @@ class SumExchange:
     most_pairs = MOST_SUMMED_PAIRS
     adds_up = True
 
-    def __init__(self, vector_length: int, scale: float = 0.0) -> None:
+    def __init__(self, vector_length: int, scale: float = 0.0, bounds: Bounds = ANYTHING) -> None:
         """Set up.
 
         Args:
             vector_length: Length of a gradient sum.
             scale: Factor that turns the sum over a step into the estimate, times the number of finite pairs.
+            bounds: What sums can be; others are refused.
         """
         self.vector_length = vector_length
+        self._bounds = SumBounds(bounds, vector_length)
+        self._usual = UsualSums(bounds.compared(vector_length))
         self.most_spans = max(1, MAX_REQUEST // (4 * vector_length))
         self._scale = scale
 
@@ -199,7 +219,7 @@ class SumExchange:
     def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Int32[ndarray, "spans vector_length"] | None:
         """See `Exchange.unpack`."""
         sums = sums_of(body, len(spans), self.vector_length, dtype)
-        if sums is None or not all(may_be(total, count) for total, (_, count) in zip(sums, spans, strict=True)):
+        if sums is None or not all(self._bounds.allow(total, *span) for total, span in zip(sums, spans, strict=True)):
             return None
         return sums
 
@@ -237,18 +257,27 @@ class SumExchange:
 
     def conclude(self, values: Sums, spans: Sequence[Span], es: EsConfig) -> Conclusion:
         """See `Exchange.conclude`."""
-        total, pairs = np.clip(values[0], -LARGEST, LARGEST), sum(count for _, count in spans)
+        usual = self._usual.take(values)
+        kept = values if usual.all() else values[usual]
+        total = np.clip(kept.sum(axis=0, dtype=np.int64), -LARGEST, LARGEST)
+        pairs, outliers = sum(count for _, count in spans), int(values[~usual, -TAIL].sum())
         counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
         loss = losses / LOSS_STEPS / counted if counted else None
         void_pairs = pairs - counted
+        left_out = f"{outliers} of {pairs} pairs are in gradient sums far larger than usual" if outliers else ""
+        note = left_out or (_not_finite(void_pairs, pairs) if void_pairs else "")
         trouble = ""
         if 2 * void_pairs > pairs:
-            trouble = f"{void_pairs} of {pairs} pairs have a loss that is not finite"
+            trouble = note
         elif not total[:-TAIL].any():
             trouble = "the two losses of every pair are equal"
         if trouble:
-            return Conclusion(total[:0], 0.0, loss, void_pairs, trouble)
-        return Conclusion(total, self._scale / counted, loss, void_pairs, "")
+            return Conclusion(total[:0], 0.0, loss, void_pairs, trouble, 0.0, outliers, note)
+        return Conclusion(total, self._scale / counted, loss, void_pairs, "", 0.0, outliers, note)
+
+
+def _not_finite(void_pairs: int, pairs: int) -> str:
+    return f"{void_pairs} of {pairs} pairs have a loss that is not finite"
 
 
 def pack_conclusion(
@@ -277,9 +306,9 @@ def pack_conclusion(
     return pack_update(Update(header, concluded.weights))
 
 
-def make_exchange(vector_length: int, scale: float = 0.0) -> Exchange:
-    """Return `SumExchange` for gradient sums of this length, `LossExchange` for 0; `scale` as for `SumExchange`."""
-    return SumExchange(vector_length, scale) if vector_length else LossExchange()
+def make_exchange(vector_length: int, scale: float = 0.0, bounds: Bounds = ANYTHING) -> Exchange:
+    """Return `SumExchange` for gradient sums of this length, `LossExchange` for 0; the rest as for these."""
+    return SumExchange(vector_length, scale, bounds) if vector_length else LossExchange(bounds)
 
 
 def cut(values: Values, rows: Sequence[int]) -> list[Values]:

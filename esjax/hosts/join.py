@@ -13,8 +13,9 @@ import optax
 
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
+from esjax.flags import names_of_changed
 from esjax.hosts.executor import Background, Executor
-from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.rounding import rounding_kind
@@ -136,10 +137,11 @@ def _take_part(
         name,
         f"{describe_kinds(devices)}, {platform.node()}"[:128],
         rounding_kind(jax.local_devices()[0]),
-        noise_fingerprints(),
+        known_answers(),
         custom.identities(),
         now=now,
         jitter=random.random,
+        flags=names_of_changed(),
     )
     executor = Executor(custom=custom, tell=tell)
     if not leads():

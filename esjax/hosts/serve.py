@@ -21,7 +21,7 @@ from esjax.errors import EsjaxError
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
 from esjax.hosts.coordination.coordinator import Coordinator
-from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Snapshot, Terms
 from esjax.hosts.server_loop import ServerLoop
@@ -223,11 +223,11 @@ class Server(RecordedRun):
                 incarnation=folder.next_incarnation(),
                 quantum=replica.chunk_pairs,
                 vocab_size=corpus.vocabulary.size,
-                fingerprints=noise_fingerprints(),
+                known_answers=known_answers(),
                 custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                exchange=make_exchange(replica.vector_length, replica.scale),
+                exchange=make_exchange(replica.vector_length, replica.scale, replica.bounds),
             ),
             step=step,
             now=time.monotonic(),

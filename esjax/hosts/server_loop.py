@@ -126,6 +126,8 @@ class ServerLoop:
     def _close(self, closed: Closed, now: float) -> StepInfo:
         if closed.notice:
             self._tell(closed.notice)
+        if closed.outliers:
+            self._coordinator.counters["outlying pairs"] += closed.outliers
         data = self._config.data
         tokens = closed.population * data.batch_size * data.window
         self._recorder.member_tokens += tokens

@@ -26,14 +26,13 @@ class Notices:
         )
         self._noticed: dict[tuple[bool, bool], int] = {}
 
-    def line(self, step: int, pairs: int, concluded: Conclusion) -> str:
+    def line(self, step: int, concluded: Conclusion) -> str:
         """Return a line about a void step or void pairs, or "" if the last such line is at most `QUIET` steps old.
 
         Once, after a cosine schedule has ended, it returns a line about the learning rate, which is then 0.
 
         Args:
             step: Steps done, this one included.
-            pairs: Pairs that were scored.
             concluded: The result of the step.
         """
         trouble, void_pairs = concluded.trouble, concluded.void_pairs
@@ -44,8 +43,9 @@ class Notices:
         self._noticed[kind] = step
         if before is not None and step - before <= QUIET:
             return ""
-        what = trouble or f"{void_pairs} of {pairs} pairs have a loss that is not finite"
-        return f"step {step}: {what}{self._blamed}; {'no update' if trouble else 'they do not count'}"
+        return (
+            f"step {step}: {trouble or concluded.note}{self._blamed}; {'no update' if trouble else 'they do not count'}"
+        )
 
     def _end(self, step: int) -> str:
         last = self._last_step

@@ -52,6 +52,7 @@ class Replica:
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
         vector_length: Length of the vectors of `sums`; 0 if the run exchanges losses.
         scale: The estimate is `scale` times the gradient sum, over the number of pairs that are not void.
+        bounds: What honest losses or gradient sums can be.
         reads_tokens: Whether an update needs the text, see `use_tokens`.
         halves: (2,) for split pairs, which have two weights each; else ().
     """
@@ -107,6 +108,7 @@ class Replica:
         self.device_batch = chunk_pairs * mesh.size
         self.vector_length = estimator.vector_length
         self.scale = estimator.scale
+        self.bounds = estimator.bounds
         self.reads_tokens = False
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh

@@ -62,7 +62,7 @@ class LocalSteps:
             blocks: Source of token blocks, if the replica does not hold the whole text.
         """
         self._config, self._replica, self._record, self._blocks = config, replica, record, blocks
-        self._exchange = make_exchange(replica.vector_length, replica.scale)
+        self._exchange = make_exchange(replica.vector_length, replica.scale, replica.bounds)
         self._most_pairs = max(1, self._exchange.most_pairs // replica.chunk_pairs) * replica.chunk_pairs
         self._notices = Notices(config, custom)
         self._block: int | None = None
@@ -86,7 +86,7 @@ class LocalSteps:
             gradient_norm, update_norm = replica.update(payload)
         except jax.errors.JaxRuntimeError as error:
             raise EsjaxError(device_failure(error)) from error
-        notice = self._notices.line(step + 1, pairs, concluded)
+        notice = self._notices.line(step + 1, concluded)
         return StepDone(concluded, pairs, notice, gradient_norm or 0.0, update_norm or 0.0)
 
     def _use_block(self, step: int) -> None:

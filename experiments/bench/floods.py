@@ -27,8 +27,8 @@ from bench.report import Report, Row, print_row
 from bench.settings import Floods
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.local import local_workers
-from esjax.hosts.noise_fingerprint import noise_fingerprints
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.hosts.serve import Server, serve
@@ -201,7 +201,7 @@ def join(server: Server) -> tuple[float, int]:
     """
     token = None if server.token is None else load_token(server.token)
     started, size, session, publish_port, wanted = time.perf_counter(), 0, 0, 0, 1
-    message: Message = wire.Join(f"guest-{started}", "", "", [*noise_fingerprints().items()], [], "", 1, 0)
+    message: Message = wire.Join(f"guest-{started}", "", "", [*known_answers().items()], [], "", 1, 0)
     with ClientTransport(server.address, token=token, limits=Limits(wire.MAX_BODY, wire.FRAMES)) as client:
         heard, asked = False, -math.inf
         while time.perf_counter() < started + PATIENCE:

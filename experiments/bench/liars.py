@@ -31,7 +31,7 @@ from esjax.devices.process_group import here
 from esjax.exchange.update_record import unpack_update
 from esjax.exchange.values import make_exchange
 from esjax.hosts.coordination.coordinator import Coordinator
-from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import tasks, wire
 from esjax.hosts.protocol.actions import Publish, Snapshot, Terms
 from esjax.hosts.protocol.wire import Envelope
@@ -166,7 +166,7 @@ Found = tuple[int | None, set[str], float | None, float]
 def worker_of(name: str, kind: str, now: float, **settings: Any) -> Worker:
     """Make a host's state machine."""
     make = partial(LyingWorker, kind) if is_liar(name) else Worker
-    return make(name, "", "", noise_fingerprints(), {}, now=now, jitter=random.Random(name).random, **settings)
+    return make(name, "", "", known_answers(), {}, now=now, jitter=random.Random(name).random, **settings)
 
 
 def simulate(settings: Settings, config: Config, kind: str, names: Sequence[str]) -> Found:
@@ -180,7 +180,7 @@ def simulate(settings: Settings, config: Config, kind: str, names: Sequence[str]
             1,
             QUANTUM,
             100,
-            noise_fingerprints(),
+            known_answers(),
             {},
             1,
             1,

@@ -355,6 +355,9 @@ class Coordinator(Section):
     hosts: tuple[int, ...] = (1, 16, 64, 256)
     """Numbers of hosts."""
 
+    exchange: tuple[Literal["losses", "sums"], ...] = ("losses", "sums")
+    """What hosts send."""
+
     members: int = 16_384
     """Members a step."""
 

@@ -130,6 +130,52 @@ def test_a_pair_that_is_not_finite_weighs_nothing_and_changes_no_other(shaping: 
     assert got.scale == expected.scale
 
 
+def noisy(pairs: int) -> np.ndarray:
+    """Losses of pairs, four of which share an example, with normal differences."""
+    rng = np.random.default_rng(pairs)
+    level, difference = np.arange(pairs) // 4 + rng.normal(0, 0.2, pairs), rng.normal(0, 0.1, pairs)
+    return np.stack([level + difference, level - difference], axis=1).astype(np.float32)
+
+
+# The losses of pairs 5, 9 and 10, of which two share an example.
+OUTLYING: dict[str, dict[int, tuple[float, float]]] = {
+    "one": {5: (9e8, -9e8)},
+    "small": {5: (6, 2)},
+    "a sum": {5: (9e8, 9e8)},
+    "several": {},
+}
+OUTLYING["several"] = {5: (-9e8, 9e8), 9: (3e4, 2.0), 10: (2.0, 60.0)}
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("which", OUTLYING)
+def test_outliers_change_no_other_weight(shaping: Shape, method: str, is_split: bool, which: str) -> None:
+    """Reference: the same pairs with losses that are not finite, which count for nothing."""
+    losses, examples = noisy(64), np.arange(64) // 4 if is_split else None
+    without, places = losses.copy(), [*OUTLYING[which]]
+    for place, pair in OUTLYING[which].items():
+        losses[place], without[place] = pair, np.nan
+    got, expected = shaping(losses, method, 0.1, examples), shaping(without, method, 0.1, examples)
+    if which == "a sum" and not is_split:  # the difference is 0, as that of many pairs may be
+        assert got.outliers == 0
+        return
+    assert (got.outliers, expected.outliers, got.void_pairs) == (len(places), 0, 0)
+    others = np.delete(got.weights, places, axis=0)
+    np.testing.assert_array_equal(others, np.delete(expected.weights, places, axis=0))
+    assert np.count_nonzero(others) > 50
+    np.testing.assert_allclose(got.slope, expected.slope, rtol=1e-6)
+    # An outlier points where it should, with the largest weight that there is.
+    half = 0 if which == "a sum" else -1
+    assert np.atleast_1d(got.weights[5])[half] == (-1 if which == "several" else 1) * (1 if method == "sign" else LIMIT)
+
+
+def test_few_pairs_and_many_zeros_are_no_outliers(shaping: Shape) -> None:
+    """Of two pairs neither is usual; a reward that most members do not get has differences of 0 or 1."""
+    assert shaping(losses_of(0.001, 1), "zscore", 0.1).outliers == 0
+    assert shaping(losses_of(*[0] * 99, 1, -1), "zscore", 0.1).outliers == 0
+
+
 def test_a_step_whose_losses_are_mostly_not_finite_is_void(shaping: Shape) -> None:
     losses = losses_of(1, -1, 2, -2)
     losses[:2] = np.nan

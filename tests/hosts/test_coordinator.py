@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hosts_simulation import (
     DELAY,
-    FINGERPRINTS,
     FIRST_STATE,
+    KNOWN_ANSWERS,
     QUANTUM,
     RUN,
     SCALE,
@@ -460,7 +460,7 @@ def test_the_number_of_hosts_is_limited() -> None:
     sim.add("a")
     sim.run_steps(1)
     for number in range(2 * MAX_HOSTS):
-        join = wire.Join(f"host {number}", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
+        join = wire.Join(f"host {number}", "", "", list(KNOWN_ANSWERS.items()), [], "", number, 1)
         reply = sim.server.receive(Envelope(join), sim.now).message
         assert isinstance(reply, wire.Welcome if number < MAX_HOSTS - 1 else wire.Rejected)
     assert sim.server.counters["too many hosts"] == MAX_HOSTS + 1
@@ -475,7 +475,7 @@ def test_one_name_takes_no_more_than_two_places() -> None:
     sim = Simulation(FIXED)
     for number in range(3 * MAX_HOSTS):
         sim.now += 1.0  # else it joins too often
-        join = wire.Join("one", "", "", list(FINGERPRINTS.items()), [], "", number, 1)
+        join = wire.Join("one", "", "", list(KNOWN_ANSWERS.items()), [], "", number, 1)
         assert isinstance(sim.server.receive(Envelope(join), sim.now).message, wire.Welcome)
     assert len(sim.server.status(sim.now).hosts) == 1
     assert sim.server.counters["too many hosts"] == 0
@@ -618,7 +618,7 @@ def storm_in(sim: Simulation, storm: list[Sent | bytes | float]) -> None:
 
 def mad_host(sim: Simulation) -> list[int]:
     """Let a host join that sends anything; return its session, and invented ones."""
-    join = wire.Join("mad", "", "other", list(FINGERPRINTS.items()), [], "", 5, 1)
+    join = wire.Join("mad", "", "other", list(KNOWN_ANSWERS.items()), [], "", 5, 1)
     welcome = sim.server.receive(Envelope(join), sim.now).message
     assert isinstance(welcome, wire.Welcome)
     ready = wire.Beat(welcome.session, welcome.incarnation, 3, "ready", 1)
@@ -689,7 +689,7 @@ def test_only_valid_messages_move_the_run() -> None:
 @pytest.mark.parametrize("name", ["\x1b[2Jmad", "two\nlines", "b\xe9ll\x07"])
 def test_a_host_whose_name_a_terminal_would_obey_is_turned_away(name: str) -> None:
     sim = Simulation(FIXED)
-    reply = sim.server.receive(Envelope(wire.Join(name, "", "", list(FINGERPRINTS.items()), [], "", 5, 1)), sim.now)
+    reply = sim.server.receive(Envelope(wire.Join(name, "", "", list(KNOWN_ANSWERS.items()), [], "", 5, 1)), sim.now)
     assert isinstance(reply.message, wire.Refused)
     assert reply.message.reason.isprintable()
     assert not sim.server.status(sim.now).hosts

@@ -35,13 +35,14 @@ from hosts_simulation import (
 )
 
 from esjax.config.settings import Config, from_yaml, to_yaml
+from esjax.core.shaping import shape
 from esjax.exchange import update_record
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import SLOT_PAIRS
 from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES
 from esjax.hosts.coordination.steps import STUCK
 from esjax.hosts.protocol import transfers, wire
-from esjax.hosts.protocol.actions import Publish
+from esjax.hosts.protocol.actions import Publish, Terms
 from esjax.hosts.protocol.request_channel import DEAF
 from esjax.hosts.protocol.tasks import Score, Scored
 from esjax.hosts.protocol.wire import Envelope
@@ -509,6 +510,31 @@ def test_row_11_a_step_of_mostly_bad_losses_is_void(sums: bool) -> None:
     check_updates(sim.updates, sim.config, spoil(bad))
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_row_45_one_pair_does_not_erase_the_others(split: bool) -> None:
+    """Reference: the weights of the same losses if this pair were not finite, and so counted for nothing."""
+    config, lie = config_of(split=split), 9
+    sim = Simulation(config)
+
+    def twist(losses: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        return np.where((pairs == lie)[:, None], np.float32([9e8, -9e8]), losses)
+
+    for name in ("a", "b", "c"):
+        sim.add(name, twist=twist)
+    sim.run_steps(5)
+    state = FIRST_STATE
+    for payload in sim.updates:
+        update = update_record.unpack_update(payload)
+        losses = values_of(config, state, update.header.spans)
+        losses[lie] = np.nan
+        expected = shape(losses, examples=update.pairs() // 3 if split else None).weights
+        others = update.pairs() != lie
+        np.testing.assert_array_equal(update.weights[others], expected[others])
+        assert np.count_nonzero(expected) > PAIRS / 2
+        state = next_state(state, payload)
+    assert [closed.outliers for closed in sim.closed] == [1] * 5
+
+
 def test_row_12_equal_losses_change_nothing_and_are_reported() -> None:
     sim = Simulation(FIXED)
     sim.add("a", twist=lambda losses, pairs: np.full_like(losses, 2.5))
@@ -751,11 +777,27 @@ def test_row_22_another_version_is_refused_and_both_are_named() -> None:
 
 def test_row_23_another_noise_is_refused_with_both_values() -> None:
     sim = Simulation(FIXED)
-    host = sim.add("a", fingerprints={"rademacher": "abcd", "gaussian": "1"})
+    host = sim.add("a", known_answers={"rademacher": "abcd", "gaussian": "1"})
     sim.run(1)
-    assert "abcd" in host.worker.refused
-    assert "1234" in host.worker.refused
+    assert "rademacher (abcd, not 1234)" in host.worker.refused
     assert not sim.server.status(sim.now).hosts
+
+
+@pytest.mark.parametrize("name", ["rademacher", "gaussian", "windows", "parameters", "sampling"])
+def test_row_54_other_draws_are_refused_with_what_differs_and_the_flags(name: str) -> None:
+    """Gaussian noise counts only where a run uses it: its last bits differ between processors."""
+    right = {"rademacher": "1", "gaussian": "2", "windows": "3", "parameters": "4", "sampling": "5"}
+    terms = Terms(run="r", incarnation=1, quantum=2, vocab_size=3, known_answers=right, custom={})
+
+    def answer(wrong: dict[str, str], flags: str, noise: str = "gaussian") -> str:
+        return terms.objection(wire.Join("a", "", "", [*(right | wrong).items()], [], "", 0, 0, flags), noise)
+
+    assert answer({}, "jax_enable_x64") == ""
+    assert bool(answer({name: "0"}, "", "rademacher")) == (name != "gaussian")
+    refusal = answer({name: "0"}, "jax_enable_x64")
+    assert f"this host draws other numbers than the coordinator: {name} (0, not {right[name]})" in refusal
+    assert "this host sets jax_enable_x64" in refusal
+    assert "sets" not in answer({name: "0"}, "")
 
 
 def test_row_23_custom_parts_of_the_run_are_needed() -> None:

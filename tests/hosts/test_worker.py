@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hosts_simulation import (
     DELAY,
-    FINGERPRINTS,
+    KNOWN_ANSWERS,
     QUANTUM,
     RUN,
     Host,
@@ -43,7 +43,7 @@ all_modes = pytest.mark.parametrize(
 
 
 def outsider(jitter: float = 0.5) -> Worker:
-    return Worker("one", "fake", "fake", FINGERPRINTS, {}, now=0.0, jitter=lambda: jitter)
+    return Worker("one", "fake", "fake", KNOWN_ANSWERS, {}, now=0.0, jitter=lambda: jitter)
 
 
 # Asking.
@@ -526,7 +526,7 @@ def test_a_broadcast_that_comes_twice_makes_no_work() -> None:
 
 
 def test_a_host_that_lags_behind_hands_in_the_digest_of_the_step_that_was_asked_for() -> None:
-    worker = Worker("one", "", "", FINGERPRINTS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
+    worker = Worker("one", "", "", KNOWN_ANSWERS, {}, now=0.0, jitter=lambda: 0.5, built=True, step=0, text="text")
     worker.request(0.0)
     worker.receive(Envelope(wire.Welcome(RUN, 1, 5, 0, "", 9, "text", 1, 40, 0, 1, 0, QUANTUM, 1, None, 0)), 0.0)
     for step in range(1, 7):

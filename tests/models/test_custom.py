@@ -39,7 +39,7 @@ from esjax.core.interpreter import interpret
 from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
-from esjax.exchange.gradient_sums import TAIL, may_be
+from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import Conclusion
 from esjax.models import Model, gru
 from esjax.models.custom import Custom
@@ -262,9 +262,9 @@ def test_nan_is_told_once_with_the_name_of_the_loss(config: Config, share: float
 
 def test_blame_is_for_losses_and_rewards_alone() -> None:
     trouble = Conclusion(np.zeros(0, np.int8), 0.0, None, 0, "all are equal")
-    line = Notices(Config(), {"model": "m", "optimizer": "o"}).line(3, 8, trouble)
+    line = Notices(Config(), {"model": "m", "optimizer": "o"}).line(3, trouble)
     assert line == "step 3: all are equal; no update"
-    line = Notices(Config(), {"model": "m", "reward": "right"}).line(3, 8, trouble)
+    line = Notices(Config(), {"model": "m", "reward": "right"}).line(3, trouble)
     assert line == "step 3: all are equal (the run's own reward, right); no update"
 
 
@@ -312,9 +312,6 @@ def test_sums_of_a_reward_may_be_below_zero(config: Config) -> None:
         rewards.append(-first.loss)
     assert rewards[0] == pytest.approx(rewards[1], abs=2**-10)
     assert rewards[0] > 2
-    assert may_be(np.array([5, 2, -7, 1]), 2)
-    assert not may_be(np.array([5, -1, 7, 1]), 2)
-    assert not may_be(np.array([5, 2, 7, -1]), 2)
 
 
 def small_model(vocab_size: int) -> Model:

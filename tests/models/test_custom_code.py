@@ -260,7 +260,7 @@ def test_a_sweep_does_not_go_on_with_code_that_changes_under_it(code: Path) -> N
     ],
 )
 def test_a_host_needs_the_same_code(host: dict[str, str], run: dict[str, str], refusal: str) -> None:
-    terms = Terms(run="r", incarnation=1, quantum=2, vocab_size=3, fingerprints={}, custom=run)
+    terms = Terms(run="r", incarnation=1, quantum=2, vocab_size=3, known_answers={}, custom=run)
     said = terms.objection(Join("a", "", "", [], list(host.items()), "", 0, 0), "rademacher")
     assert said.startswith(refusal)
     assert bool(said) == bool(refusal)

@@ -292,7 +292,9 @@ class Coordinator:
         pairs = sum(count for _, count in message.spans)
         values = self.terms.exchange.unpack(message.spans, message.dtype, body)
         if values is None:
-            return self._strike(host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs")
+            return self._strike(
+                host, f"{len(body)} bytes of {message.dtype!r} for {pairs} pairs, or impossible numbers"
+            )
         host.made_progress(now)
         if message.step < self.step:
             self.counters["losses for an old step"] += 1

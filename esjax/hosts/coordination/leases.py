@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import Exchange, Values
 
@@ -90,7 +92,7 @@ class Leases(Protocol):
         """Whether all values are in."""
 
     def result(self) -> tuple[list[Span], Values]:
-        """Return the pairs and their values, which do not depend on which host scored which."""
+        """Return the pairs and their values, see `Exchange.conclude`; gradient sums that were added up stay so."""
 
     def units(self, slot: int) -> list[Unit]:
         """List the values that a host sent, in the smallest parts that can be compared with those of another host."""
@@ -253,7 +255,7 @@ class FixedPopulation(Leases):
     def result(self) -> tuple[list[Span], Values]:
         """See `Leases.result`."""
         parts = sorted((part for parts in self._parts.values() for part in parts), key=lambda part: part.numbers[0])
-        return [(0, self._pairs)], self._exchange.merge([part.values for part in parts])
+        return [(0, self._pairs)], np.concatenate([part.values for part in parts])
 
     def units(self, slot: int) -> list[Unit]:
         """See `Leases.units`: quanta, or those that were added up."""

@@ -249,9 +249,20 @@ class Steps:
         self._tell_rests(self._registry.hold_ups.closed(now))
         self.step += 1
         loss = math.nan if self.loss is None else self.loss
-        notice = self._notices.line(self.step, pairs, concluded)
+        notice = self._notices.line(self.step, concluded)
         # Closed before the next step is opened: a state that the next step asks for is the one after this step.
-        self._out.add(Closed(self.step, loss, members, concluded.void_pairs, concluded.trouble, hosts, notice))
+        self._out.add(
+            Closed(
+                self.step,
+                loss,
+                members,
+                concluded.void_pairs,
+                concluded.trouble,
+                hosts,
+                notice,
+                concluded.outliers,
+            )
+        )
         self.leases = self._new_leases()
         self.inspector.begin_step(now)
         plan = self._audits.plan(self.step, now)

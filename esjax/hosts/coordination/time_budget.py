@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
 from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases, Unit
@@ -95,7 +97,7 @@ class TimeBudget(Leases):
         """See `Leases.result`: in the order of the slots."""
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
-        return spans, self._exchange.merge([part for slot in slots for part in self._parts[slot]])
+        return spans, np.concatenate([part for slot in slots for part in self._parts[slot]])
 
     def units(self, slot: int) -> list[Unit]:
         """See `Leases.units`: lease quanta, or all pairs of the host if they are added up.

@@ -34,7 +34,7 @@ class Terms(NamedTuple):
     incarnation: int  # number of this start of the coordinator
     quantum: int  # pairs of a lease quantum, which is never split between hosts
     vocab_size: int  # number of token ids
-    fingerprints: dict[str, str]  # noise fingerprints, by kind of noise
+    known_answers: dict[str, str]  # see `esjax.hosts.known_answers`
     # Names of the custom model, loss or reward, and optimizer, and hashes of their code, see
     # `esjax.config.custom_names.identities`
     custom: dict[str, str]
@@ -48,11 +48,19 @@ class Terms(NamedTuple):
             return "the name of this host holds characters that cannot be shown; join with another --name"
         if join.run not in ("", self.run):
             return f"this is run {self.run}, not {join.run}; start the host anew"
-        theirs, ours = dict(join.fingerprints).get(noise), self.fingerprints.get(noise)
-        if theirs != ours:
+        theirs = dict(join.known_answers)
+        unused = "gaussian" if noise == "rademacher" else ""
+        differ = [
+            f"{name} ({theirs.get(name)}, not {answer})"
+            for name, answer in self.known_answers.items()
+            if theirs.get(name) != answer and name != unused
+        ]
+        if differ:
+            flags = f"; this host sets {join.flags}: leave that out" if join.flags else ""
+            way_out = ", or use es.noise rademacher" if all(name.startswith("gaussian") for name in differ) else ""
             return (
-                f"the {noise} noise of this host is {theirs}, the coordinator's is {ours}: another version or setting "
-                "of JAX; install the same one, or use es.noise rademacher"
+                f"this host draws other numbers than the coordinator: {', '.join(differ)}; install the same version of "
+                f"JAX on both{way_out}{flags}"
             )
         return describe_difference(self.custom, dict(join.custom))
 
@@ -100,6 +108,7 @@ class Closed(NamedTuple):
     trouble: str  # why the step is void, or ""
     hosts: int  # number of hosts that scored some of its pairs
     notice: str  # line about the step for the user, or ""
+    outliers: int = 0  # number of pairs that are no measure of others, see `esjax.exchange.values.Conclusion`
 
 
 Action = Publish | Record | RecordDigest | Store | Tell | Closed

@@ -79,11 +79,12 @@ class Join(Message, frozen=True, tag="join"):
     name: Short  # name of the host; of two hosts with one name the newer one counts
     device: Short  # description of its devices, for the status
     kind: Short  # hash of known float computations, see `esjax.hosts.rounding`; floats of one kind should be equal
-    fingerprints: Names  # noise fingerprints by kind of noise, see `esjax.hosts.noise_fingerprint`
+    known_answers: Names  # hashes of what it draws from a known seed, see `esjax.hosts.known_answers`
     custom: Names  # names of its custom parts, and hashes of their code, see `esjax.config.custom_names`
     run: Short  # run that it took part in before, or ""
     instance: Long  # random number that distinguishes it from another host of its name
     attempt: Whole  # number of this request; a request with a lower number is old
+    flags: Reason = ""  # JAX's flags that its process sets, see `esjax.flags`
 
 
 class Fetch(Message, frozen=True, tag="fetch"):

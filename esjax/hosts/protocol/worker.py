@@ -50,7 +50,7 @@ class Worker:
         name: str,
         device: str,
         kind: str,
-        fingerprints: dict[str, str],
+        known_answers: dict[str, str],
         custom: dict[str, str],
         *,
         now: float,
@@ -59,11 +59,13 @@ class Worker:
         step: int = -1,
         text: str = "",
         device_batch: int = 1,
+        flags: str = "",
     ) -> None:
         """Start as a host that has not joined. The arguments up to `custom` are those of `wire.Join`.
 
         `jitter` returns random numbers in [0, 1). If the replica is built already, `step` is that of its parameters,
-        `text` the digest of its text, and `device_batch` the number of pairs that its devices score at a time.
+        `text` the digest of its text, and `device_batch` the number of pairs that its devices score at a time. `flags`
+        names the flags of JAX that the process sets.
         """
         self.name = name
         self.phase: wire.Phase = "joining"
@@ -71,7 +73,7 @@ class Worker:
         self.joined: wire.Welcome | None = None
         self.waiting = self.refused = self.failed = self.leaving = ""
         self.left = self.run_ended = self.coordinator_stopped = False
-        hello = wire.Join(name[:128], device, kind, [*fingerprints.items()], [*custom.items()], "", 0, 0)
+        hello = wire.Join(name[:128], device, kind, [*known_answers.items()], [*custom.items()], "", 0, 0, flags[:1000])
         self._joining = Joining(hello, jitter, now)
         self._built, self._device_batch, self._text = built, device_batch, text
         self._is_astray = False  # the coordinator reported that the state is wrong

@@ -13,13 +13,14 @@ from esjax.config.settings import MOST_SUMMED_PAIRS, Config
 from esjax.core.leaves import is_below
 from esjax.core.noise import Noise, Totals
 from esjax.core.population import evaluate
-from esjax.core.shaping import STEPS_PER_DEVIATION
+from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION
 from esjax.errors import EsjaxError
-from esjax.exchange.gradient_sums import TAIL, steps_per_nat
+from esjax.exchange.gradient_sums import ANYTHING, HEADROOM, LARGEST_CROSS_ENTROPY, TAIL, Bounds, Section, steps_per_nat
 from esjax.models.member import Loss, PairLoss, cross_entropy, over_sequences
 from esjax.models.model import Model, Params
 from esjax.replica.estimators import discount, gates
-from esjax.replica.estimators.carried_state import first_states
+from esjax.replica.estimators.carried_state import LARGEST_STATE, first_states
+from esjax.replica.estimators.carried_state import STEPS as STATE_STEPS
 from esjax.replica.estimators.feedback import shapes_of
 from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.replica.estimators.taps import LOGITS, find_taps
@@ -36,6 +37,7 @@ class LossEstimator(NamedTuple):
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
         embeddings: Paths of the parameters whose rows a pair reads by token, see `Model.embeddings`.
         is_output_exact: Whether the output layer has no noise and gets its exact gradient.
+        bounds: What honest losses can be.
     """
 
     noise: Noise
@@ -45,6 +47,7 @@ class LossEstimator(NamedTuple):
     noise_bytes: int
     embeddings: tuple[str, ...]
     is_output_exact: bool
+    bounds: Bounds
 
     @property
     def vector_length(self) -> int:
@@ -73,6 +76,7 @@ class SumEstimator(NamedTuple):
         scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
         most_pairs: Most pairs of a chunk.
         pair_bytes: Bytes that the noise of a pair takes while it is evaluated.
+        bounds: What honest sums can be.
         feedback: Shapes of the matrices of learned feedback; none without it.
     """
 
@@ -83,11 +87,15 @@ class SumEstimator(NamedTuple):
     scale: float
     most_pairs: int
     pair_bytes: int
+    bounds: Bounds
     feedback: Sequence[tuple[int, int]] = ()
 
 
 CPU_LANES, ACCELERATOR_LANES = 2**9, 2**16
 """Noisy copies that a device evaluates at a time with credit by gates: few enough for a core's cache."""
+
+CROSS_ENTROPY = Bounds(lowest_loss=-1.0, highest_loss=LARGEST_CROSS_ENTROPY)
+"""Cross entropy is not below 0 but for rounding, and any model that learns stays far below the upper bound."""
 
 Estimator = LossEstimator | SumEstimator
 """How a run estimates the gradient."""
@@ -149,15 +157,23 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
     embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
+    bounds = CROSS_ENTROPY if loss is None else ANYTHING
     if not vector_length:
-        return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact)
+        return LossEstimator(
+            noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact, bounds
+        )
     is_sign = es.shaping == "sign"
+    # An entry of a matrix with low-rank noise is a sum of `rank` products of ±1.
+    section = Section("gradient", size, max(noise.rank, 1) * (1 if is_sign else LIMIT))
+    bounds = bounds._replace(sections=(section,), room=es.pairs_with_room)
     sum_chunk = make_sum_of_weights(
         noise, evaluate_chunk, "sign" if is_sign else "zscore", es.pairs_with_room, embeddings
     )
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
-    return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)
+    return SumEstimator(
+        sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes, bounds
+    )
 
 
 def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_length: int) -> bool:
@@ -255,7 +271,16 @@ def _on_activations(
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     vector_length = size + sum(map(math.prod, feedback)) + carried + TAIL
     scale = 1 / (steps * tokens)
-    return SumEstimator(sum_chunk, gradient, zeros, vector_length, scale, MOST_SUMMED_PAIRS, pair_bytes, feedback)
+    most = steps * HEADROOM * tokens * (1 + 2.0**-20)  # the bound of a chunk is rounded to float32
+    sections = (
+        *(Section("gradient", leaf.size, most) for leaf in jax.tree.leaves(params)),
+        *(Section("feedback", math.prod(shape), most) for shape in feedback),
+        Section("states", carried, LARGEST_STATE * STATE_STEPS, carried // es.pairs),
+    )
+    bounds = CROSS_ENTROPY._replace(sections=sections, room=es.pairs_with_room)
+    return SumEstimator(
+        sum_chunk, gradient, zeros, vector_length, scale, MOST_SUMMED_PAIRS, pair_bytes, bounds, feedback
+    )
 
 
 def _check_names(setting: str, names: Iterable[str], known: list[str]) -> None:

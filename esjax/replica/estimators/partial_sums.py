@@ -15,7 +15,7 @@ from esjax.core.gradient import weigh
 from esjax.core.noise import Noise, Rows
 from esjax.core.population import Evaluate
 from esjax.core.seeds import fold
-from esjax.core.shaping import LIMIT, STEPS_PER_DEVIATION, is_finite
+from esjax.core.shaping import LIMIT, OUTLYING, STEPS_PER_DEVIATION, is_finite
 from esjax.data.tokens import STOP
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, HEADROOM, LARGEST, LOSS_STEPS
 from esjax.models.model import Model
@@ -118,7 +118,10 @@ def make_sum_of_weights(
             weights = jnp.clip(jnp.rint(deviations * STEPS_PER_DEVIATION), -LIMIT, LIMIT)
         rows = rows_read(embeddings, chunk.windows)
         total = weigh_pairs(state.params, chunk.seeds, weights.astype(jnp.int8), rows=rows)
-        return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), jnp.abs(difference), pairs)
+        # An outlier must not make the differences of the next step small.
+        most = jnp.where(state.spread > 0, OUTLYING * state.spread, jnp.inf)
+        sizes = jnp.minimum(jnp.abs(difference), most)
+        return _join(total, jnp.zeros(0, jnp.int32), finite, losses.mean(axis=1), sizes, pairs)
 
     return sum_chunk
 
