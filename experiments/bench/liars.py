@@ -188,7 +188,7 @@ def simulate(settings: Settings, config: Config, kind: str, names: Sequence[str]
         ),
         step=0,
         now=0.0,
-        rng=np.random.default_rng(settings.seed),
+        rng=np.random.default_rng([settings.seed, *kind.encode()]),
         text=PackedText(b"text", 4, "digest"),
         snapshot=Snapshot(0, b"0", hash_bytes(b"0")),
         with_audits=False,
