@@ -205,3 +205,24 @@ def test_the_draws_are_of_no_generator_whose_numbers_are_sent() -> None:
     sim.run_steps(2)
     sessions = [sim.hosts[name].worker.joined.session for name in ("a", "b", "c")]  # type: ignore[union-attr]
     assert sessions == numbers.tolist()
+
+
+def test_hosts_of_one_kind_check_each_other() -> None:
+    """Of two kinds with two hosts each: each checks the other one of its kind; a single host takes any."""
+    sim = Simulation(config_of(population=128, spot_check=1.0))
+    for name, kind in (("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")):
+        sim.add(name, kind=kind)
+    sim.run_steps(5)
+    first = len(sim.log)
+    sim.run_steps(10)
+    partner = {0: 2, 2: 0, 1: 3, 3: 1}
+    scored: dict[int, list[int]] = {}
+    for _, _, name, message in sim.log[first:]:
+        if name == "a" and isinstance(message, wire.Step):
+            scored = {slot: list(range(at, at + count)) for slot, at, count in message.leases}
+        elif name == "a" and isinstance(message, wire.Extra) and scored:
+            assert all(at in scored[partner[slot]] for slot, at, _ in message.leases)
+    assert sim.server.inspector.checks > 20
+    lone = sim.add("e", kind="z", make_worker=partial(LyingWorker, "scaled"))
+    sim.run_steps(10)
+    assert "put aside" in lone.worker.refused

@@ -3,7 +3,8 @@
 The draws of the steps are independent and come from a generator that serves nothing else, so nothing that a host sees
 predicts them. In a drawn step one answer of every host is checked, all at the same time. If two evaluations differ,
 hosts of further voters are asked until two evaluations agree; then the voters with other evaluations are put aside. A
-voter is an owner with all its hosts; if all hosts have one owner, each host is a voter.
+voter is an owner with all its hosts; if all hosts have one owner, each host is a voter. Hosts of one kind check each
+other where they can, since other hardware rounds differently.
 """
 
 from collections import defaultdict, deque
@@ -161,8 +162,10 @@ class Inspector:
         self._proofs = {host: proofs for host, proofs in self._proofs.items() if not host.dropped}
         self._owners_vote = len({host.owner for host in [*suspects, *helpers]}) > 1
         of_voter: defaultdict[str, set[int]] = defaultdict(set)
+        of_kind: defaultdict[str, set[int]] = defaultdict(set)
         for host in helpers:
             of_voter[self._voter(host)].add(host.slot)
+            of_kind[host.kind].add(host.slot)
         speeds = _speeds_of(helpers)
         queue = Queue(dict.fromkeys(speeds, 0), {slot: 1 / speed for slot, speed in speeds.items()}, {})
         loads = dict.fromkeys(speeds, 0)
@@ -171,7 +174,9 @@ class Inspector:
         for i in self._rng.permutation(len(suspects)).tolist():
             host = suspects[i]
             voter = self._voter(host)
-            slot = queue.take(of_voter[voter] | full)
+            barred = of_voter[voter] | full
+            alike = of_kind[host.kind] - of_voter[voter]
+            slot = queue.take(barred | (speeds.keys() - alike) if alike else barred)
             if slot is None:
                 continue
             unit = self._choose(leases.units(host.slot))
@@ -226,14 +231,19 @@ class Inspector:
         return []
 
     def _ask_further(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:
-        """Lease a unit to the host of a further voter that would finish it first; [] if there is none."""
+        """Lease a unit to the host of a further voter that would finish it first; [] if there is none.
+
+        A host of the same kind comes before others, whose rounding may differ.
+        """
+        suspect = case.answers[0].host
         involved = {case.answers[0].voter, *(voter for _, voter, _ in case.asked)}
-        others = [host.slot for host in helpers if self._voter(host) not in involved]
+        others = [host for host in helpers if self._voter(host) not in involved and not host.aside]
         if not others:
             return []
         speeds = _speeds_of(helpers)
-        slot = min(others, key=lambda slot: (pairs_of(leases, slot) + case.unit.pairs) / speeds[slot])
-        return self._begin(case, slot, leases, speeds[slot], now)
+        seconds = {host: (pairs_of(leases, host.slot) + case.unit.pairs) / speeds[host.slot] for host in others}
+        best = min(others, key=lambda host: (host.kind != suspect.kind, seconds[host]))
+        return self._begin(case, best.slot, leases, speeds[best.slot], now)
 
     def _is_confirmed(self, case: _Case) -> bool:
         """Return whether the second evaluation is in and agrees."""
