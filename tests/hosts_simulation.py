@@ -306,6 +306,7 @@ class Simulation:
         digests: What was recorded beside: steps and digests.
         checkpoints: Every snapshot that was stored.
         lines: What was printed.
+        printed_at: By line: number of updates when it was last printed.
         fate: What becomes of each message.
         log: Every message that was sent, with its time, direction and host.
     """
@@ -320,6 +321,7 @@ class Simulation:
         first = FIRST_STATE.ljust(snapshot_bytes, b"+")
         self.checkpoints = [Snapshot(0, first, hash_bytes(first))]
         self.lines: list[str] = []
+        self.printed_at: dict[str, int] = {}
         self.closed: list[Closed] = []
         self.fate: Fate = lambda direction, host, message: [DELAY]
         self.tamper: Tamper = lambda direction, host, frames: frames
@@ -431,6 +433,7 @@ class Simulation:
                     self.lines.append(action.notice)
             elif isinstance(action, Tell):
                 self.lines.append(action.line)
+                self.printed_at[action.line] = len(self.ledger)
         return True
 
     # The network.
