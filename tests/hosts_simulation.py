@@ -42,6 +42,7 @@ VECTOR_LENGTH = 3 + TAIL
 """Length of a sum."""
 
 SCALE = 0.25
+OF_HOST = ("key", "make_worker", "kind", "known_answers", "custom")
 
 Twist = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Fate = Callable[[str, str, wire.Message], Sequence[float]]
@@ -54,7 +55,7 @@ def config_of(
     *,
     population: int = 64,
     budget: float | None = None,
-    spot_check: float = 0.0,
+    spot_check: float = 0.03,
     digest_interval: int = 1000,
     checkpoint_time: float = 1e6,
     evaluate_time: float = 1e6,
@@ -235,7 +236,15 @@ class Host:
         cut: Directions in which nothing arrives.
     """
 
-    def __init__(self, sim: "Simulation", name: str, device: Device, key: str | None = None, **worker: Any) -> None:
+    def __init__(
+        self,
+        sim: "Simulation",
+        name: str,
+        device: Device,
+        key: str | None = None,
+        make_worker: Callable[..., Worker] = Worker,
+        **worker: Any,
+    ) -> None:
         self.name, self.device, self.key = name, device, key
         self.running = True
         self.cut: set[str] = set()
@@ -251,7 +260,7 @@ class Host:
             "custom": {},
             **worker,
         }
-        self.worker = Worker(name, **settings, now=sim.now, jitter=sim.random.random)
+        self.worker = make_worker(name, **settings, now=sim.now, jitter=sim.random.random)
 
     @property
     def over(self) -> bool:
@@ -297,6 +306,7 @@ class Simulation:
         digests: What was recorded beside: steps and digests.
         checkpoints: Every snapshot that was stored.
         lines: What was printed.
+        printed_at: By line: number of updates when it was last printed.
         fate: What becomes of each message.
         log: Every message that was sent, with its time, direction and host.
     """
@@ -311,6 +321,7 @@ class Simulation:
         first = FIRST_STATE.ljust(snapshot_bytes, b"+")
         self.checkpoints = [Snapshot(0, first, hash_bytes(first))]
         self.lines: list[str] = []
+        self.printed_at: dict[str, int] = {}
         self.closed: list[Closed] = []
         self.fate: Fate = lambda direction, host, message: [DELAY]
         self.tamper: Tamper = lambda direction, host, frames: frames
@@ -422,6 +433,7 @@ class Simulation:
                     self.lines.append(action.notice)
             elif isinstance(action, Tell):
                 self.lines.append(action.line)
+                self.printed_at[action.line] = len(self.ledger)
         return True
 
     # The network.
@@ -454,7 +466,7 @@ class Simulation:
 
     def add(self, name: str, device: Device | None = None, **settings: Any) -> Host:
         """Start a host; `settings` are of `Device`, of `Host`, or of `Worker`."""
-        of_host = {key: settings.pop(key) for key in ("key", "kind", "known_answers", "custom") if key in settings}
+        of_host = {key: settings.pop(key) for key in OF_HOST if key in settings}
         settings = {"snapshot_bytes": self.snapshot_bytes, **settings}
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
         host.device.config = self.config

@@ -323,8 +323,9 @@ class OptimConfig(Section):
 class HostsConfig(Section):
     """Training on many hosts."""
 
-    spot_check: float = 0.0
-    """Fraction of a fixed population that two hosts score, to find hosts that send wrong losses."""
+    spot_check: float = 0.03
+    """Share of the time in which hosts score again what others answered, to find hosts that send wrong losses. 0: no
+    checks."""
 
     digest_interval: int = 100
     """Steps between comparisons of the hosts' training states, beside those at checkpoints."""

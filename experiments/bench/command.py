@@ -50,6 +50,7 @@ class Bench:
     workers: settings.Workers = field(default_factory=settings.Workers)
     watching: settings.Watching = field(default_factory=settings.Watching)
     coordinator: settings.Coordinator = field(default_factory=settings.Coordinator)
+    liars: settings.Liars = field(default_factory=settings.Liars)
     floods: settings.Floods = field(default_factory=settings.Floods)
 
     def run(self, console: Console) -> None:

@@ -50,6 +50,9 @@ QUANTUM = 32
 VOCABULARY = 100
 """Number of token ids."""
 
+MOST_PAIRS = 2**14
+"""Most pairs of a step."""
+
 HOSTS_A_PROCESS = 64
 """Number of simulated hosts in one process."""
 
@@ -80,23 +83,27 @@ class Step(NamedTuple):
 
 
 class FakeDevices:
-    """Answers tasks immediately with made-up losses, or gradient sums of this length if it is not 0."""
+    """Answers tasks immediately with made-up losses, or gradient sums of this length if it is not 0.
 
-    def __init__(self, seed: int, vector_length: int) -> None:
+    The values of a pair are the same on every host, so that spot checks find nothing.
+    """
+
+    def __init__(self, vector_length: int) -> None:
         """Begin with nothing."""
         self._step = 0
-        self._rng = np.random.default_rng(seed)
-        self._losses = self._rng.normal(3.0, 0.1, (2**14, 2)).astype(np.float32)
-        self._sum = self._rng.normal(0.0, STEPS_PER_DEVIATION, vector_length)
+        rng = np.random.default_rng(0)
+        self._losses = rng.normal(3.0, 0.1, (MOST_PAIRS, 2)).astype(np.float32)
+        walk = rng.normal(0.0, STEPS_PER_DEVIATION * QUANTUM**0.5, (MOST_PAIRS // QUANTUM + 1, vector_length))
+        self._walk = np.rint(walk).cumsum(axis=0)  # sums of the pairs before each quantum
 
     def do(self, task: Task) -> Result:
         """Do a task."""
         if isinstance(task, Build):
             return Built(QUANTUM)
         if isinstance(task, Score):
-            pairs = sum(count for _, count in task.spans)
-            values = self._sums(task.spans) if self._sum.size else self._losses[:pairs]
-            return Scored(values, 1e-5 * pairs)
+            pairs = update_record.pairs_of(task.spans)
+            values = self._sums(task.spans) if self._walk.size else self._losses[pairs]
+            return Scored(values, 1e-5 * len(pairs))
         if isinstance(task, Load):
             self._step = 0
         elif isinstance(task, Apply):
@@ -105,9 +112,10 @@ class FakeDevices:
 
     def _sums(self, spans: Sequence[update_record.Span]) -> np.ndarray:
         """Make up the sums of honest hosts: the gradient grows like the root of the number of pairs."""
-        pairs = np.array([count for _, count in spans])[:, None]
-        tail = pairs * np.array([1, 3 * LOSS_STEPS, DIFFERENCE_STEPS // 10])
-        return np.concatenate([np.rint(self._sum[:-TAIL] * np.sqrt(pairs)), tail], axis=1).astype(np.int32)
+        first, pairs = np.array(spans).T
+        sums = self._walk[(first + pairs) // QUANTUM] - self._walk[first // QUANTUM]
+        sums[:, -TAIL:] = pairs[:, None] * np.array([1, 3 * LOSS_STEPS, DIFFERENCE_STEPS // 10])
+        return sums.astype(np.int32)
 
 
 def config_of(settings: Settings, exchange: Literal["losses", "sums"]) -> Config:
@@ -136,7 +144,7 @@ def machine_alone(settings: Settings, exchange: Literal["losses", "sums"], hosts
         Worker(f"{i}", "", "", {"rademacher": ""}, {}, now=0.0, jitter=lambda: 0.5, built=True, text="digest")
         for i in range(hosts)
     ]
-    devices = [FakeDevices(i, values.vector_length) for i in range(hosts)]
+    devices = [FakeDevices(values.vector_length) for i in range(hosts)]
     thread, bytes_of, started, now = 0.0, Counter[str](), 0.0, 0.0
     first = None
     while first is None or coordinator.step < first + settings.steps:
@@ -228,7 +236,7 @@ def run_hosts(address: str, first: int, count: int) -> None:
             now = time.monotonic()
             while worker.joined and (task := worker.task()) is not None:
                 if worker.name not in devices:
-                    devices[worker.name] = FakeDevices(len(devices), worker.joined.vector_length)
+                    devices[worker.name] = FakeDevices(worker.joined.vector_length)
                 worker.finished(devices[worker.name].do(task), now)
             if worker.joined and worker.name not in listening:
                 listening.add(worker.name)

@@ -368,6 +368,37 @@ class Coordinator(Section):
     """Measure with real sockets, too."""
 
 
+class Liars(Section):
+    """Hosts that lie: steps until spot checks find them, and what they cost."""
+
+    kinds: tuple[str, ...] = (
+        *("swapped signs", "scaled", "one outlier", "half NaN", "honest when watched", "claimed speed"),
+        *("two of one token", "lying as a checker"),
+    )
+    """Kinds of liars, see `bench.lies`."""
+
+    exchanges: tuple[str, ...] = ("losses", "sums")
+    """What hosts exchange."""
+
+    sockets: tuple[str, ...] = ("plain", "CURVE")
+    """Real sockets that are tried beside the simulation: plain, CURVE."""
+
+    steps: int = 300
+    """Steps of each run."""
+
+    population: int = 2048
+    """Population of a step."""
+
+    hidden: int = 16
+    """Width of the gru."""
+
+    text: str = "builtin:shakespeare"
+    """Text."""
+
+    seed: int = 0
+    """Seed of the draws in the simulation."""
+
+
 class Floods(Section):
     """What floods of a coordinator's ports cost those that train."""
 
@@ -476,6 +507,9 @@ SHORT: dict[str, Any] = {
     "workers": Workers(workers=(2,), rounds=1, seconds=8.0, words=SMALL_RUN),
     "watching": Watching(seconds=0.4, phase=0.1, warm_up=0.1, hidden=4, population=64, text=PYDOC),
     "coordinator": Coordinator(hosts=(2,), members=128, steps=5),
+    "liars": Liars(
+        kinds=("swapped signs",), exchanges=("losses",), sockets=(), steps=40, population=384, hidden=4, text=PYDOC
+    ),
     "floods": Floods(floods=("connects",), keyed=("fetches",), seconds=2.0, hosts=1, population=64, text=PYDOC),
 }
 """A few seconds each: to see that they run."""

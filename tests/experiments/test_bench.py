@@ -70,6 +70,7 @@ FIGURES = {
     "workers": {"processes", "÷ one process"},
     "watching": {"compared", "rate ÷ alone", "share of the processors"},
     "coordinator": {"how", "hosts", "own_ms"},
+    "liars": {"exchange", "how", "liar", "found after steps", "honest put aside", "held-out"},
     "floods": {"keys", "flood", "rate ÷ before", "rate ÷ equal load", "memory MB", "joined after s"},
 }
 
@@ -86,7 +87,7 @@ def spreads(value: Any) -> Iterator[dict[str, float]]:
             yield from spreads(inner)
 
 
-EVERY_TIME = ("update", "activation", "exchange")
+EVERY_TIME = ("update", "activation", "exchange", "liars")
 """Benchmarks that run with the tests of every change; all of them run at night."""
 
 

@@ -228,13 +228,12 @@ STEPS = st.lists(
 
 
 @settings(deadline=None)
-@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.booleans())
+@given(STEPS, st.integers(1, 30), st.integers(1, 5))
 def test_the_result_does_not_depend_on_who_scored_what(
-    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, is_checked: bool
+    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int
 ) -> None:
     """Hosts come, go, are slow, and hand in late; all of them are honest."""
-    quanta = -(-pairs // quantum)
-    work = FixedPopulation(pairs, quantum, LossExchange(), range(quanta) if is_checked else ())
+    work = FixedPopulation(pairs, quantum, LossExchange())
     given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
     for action, slot, speed, count in steps:
         if action == "lease":
@@ -253,121 +252,25 @@ def test_the_result_does_not_depend_on_who_scored_what(
         hand_in_all(work, work.lease(dict.fromkeys(range(5), 1.0)))
         for slot in range(5):
             assert not hand_in(work, slot, work.open_spans(slot))
-    assert not work.wrong_hosts(None)
     spans, losses = work.result()
     assert spans == [(0, pairs)]
     np.testing.assert_array_equal(losses, losses_of([(0, pairs)]))
 
 
-# Spot checks.
-
-
-def checked(quanta: int = 6) -> FixedPopulation:
-    return FixedPopulation(quanta * QUANTUM, QUANTUM, LossExchange(), range(quanta))
-
-
-def test_a_checked_quantum_is_scored_by_two_hosts() -> None:
-    work = checked()
-    leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
-    assert sum(quanta_of(leases).values()) == 12
-    holders = Counter(pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs))
-    assert set(holders.values()) == {2}
-    hand_in_all(work, leases)
-    assert work.complete
-    assert not work.wrong_hosts(0)
-
-
-def test_only_what_is_checked_is_scored_twice() -> None:
-    work = FixedPopulation(6 * QUANTUM, QUANTUM, LossExchange(), [2, 4])
-    leases = work.lease({0: 1.0, 1: 1.0})
-    holders = Counter(
-        pair // QUANTUM for lease in leases for pair in range(lease.first, lease.first + lease.pairs, QUANTUM)
-    )
-    assert holders == {0: 1, 1: 1, 2: 2, 3: 1, 4: 2, 5: 1}
-
-
-def test_one_host_is_not_checked() -> None:
-    work = checked()
-    leases = work.lease({0: 1.0})
-    assert sum(quanta_of(leases).values()) == 6
-    hand_in_all(work, leases)
-    assert work.complete
-
-
-def test_a_step_waits_for_a_second_opinion_under_way() -> None:
-    work = checked(1)
-    work.lease({0: 1.0, 1: 1.0})
-    assert not hand_in(work, 0, [(0, QUANTUM)])
-    assert not work.complete
-    work.release(1)
-    assert work.complete
-
-
-def test_the_odd_one_of_three_is_a_liar() -> None:
-    for liar in range(3):
-        work = checked(1)
-        leases = work.lease({0: 1.0, 1: 1.0, 2: 1.0})
-        first, second = (lease.slot for lease in leases)
-        hand_in_all(work, leases, {liar: 1.0})
-        if liar not in (first, second):
-            assert work.complete
-            continue
-        assert work.waits
-        hand_in_all(work, work.lease({0: 1.0, 1: 1.0, 2: 1.0}), {liar: 1.0})
-        assert work.complete
-        assert work.wrong_hosts(None) == {liar}
-        assert work.wrong_hosts(liar) == {liar}  # the two other hosts outvote it, even if it is the trusted one
-        work.revoke(liar)
-        assert work.complete
-        assert not work.waits
-        assert work.count(liar) == 0
-        np.testing.assert_array_equal(work.result()[1], losses_of([(0, QUANTUM)]))
-
-
-def test_of_two_hosts_the_trusted_one_is_right() -> None:
-    work = checked(2)
-    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: 1.0})
-    assert work.wrong_hosts(1) == {0}
-    assert work.wrong_hosts(0) == {1}
-    assert work.wrong_hosts(None) == set()
-    assert work.wrong_hosts(7) == set()
-    work.revoke(0)
-    assert work.complete
-    assert not work.waits
-    assert not work.wrong_hosts(1)
-    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 2 * QUANTUM)]))
-
-
-def test_what_only_a_liar_scored_is_scored_again() -> None:
-    work = FixedPopulation(4 * QUANTUM, QUANTUM, LossExchange(), [0])
-    leases = work.lease({0: 1.0, 1: 1.0})
-    hand_in_all(work, leases, {1: 1.0})
-    assert work.wrong_hosts(0) == {1}
-    work.revoke(1)
-    assert not work.complete
-    hand_in_all(work, work.lease({0: 1.0}))
-    assert work.complete
-    np.testing.assert_array_equal(work.result()[1], losses_of([(0, 4 * QUANTUM)]))
-
-
 @pytest.mark.parametrize(("error", "is_lie"), [(AGREE / 2, False), (AGREE * 2, True), (np.nan, True), (np.inf, True)])
-def test_other_hardware_is_no_liar(error: float, is_lie: bool) -> None:
-    work = checked(1)
-    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {1: error})
-    assert work.wrong_hosts(0) == ({1} if is_lie else set())
-
-
-def test_losses_that_are_no_numbers_agree_with_each_other() -> None:
-    work = checked(1)
-    hand_in_all(work, work.lease({0: 1.0, 1: 1.0}), {0: np.nan, 1: np.nan})
-    assert not work.wrong_hosts(0)
+def test_losses_of_other_hardware_are_no_lies(error: float, is_lie: bool) -> None:
+    honest = losses_of([(0, QUANTUM)])
+    changed = honest.copy()
+    changed[-1, 1] += error
+    assert LossExchange().agree(honest, changed) is not is_lie
+    assert LossExchange().agree(changed, changed)
 
 
 # A time budget.
 
 
 def test_every_host_has_a_range_of_its_own() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     leases = work.lease({3: 1.0, 0: 5.0})
     assert leases == [Lease(0, 0, SLOT_PAIRS), Lease(3, 3 * SLOT_PAIRS, SLOT_PAIRS)]
     assert work.lease({3: 1.0, 0: 5.0}) == []
@@ -394,7 +297,7 @@ def test_every_host_has_a_range_of_its_own() -> None:
     ],
 )
 def test_a_range_has_no_gaps(spans: list[Span], reason: str) -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     work.lease({1: 1.0})
     assert not hand_in(work, 1, [(SLOT_PAIRS, 10)], final=False)
     assert reason in hand_in(work, 1, spans)
@@ -415,7 +318,7 @@ def test_a_range_has_no_gaps(spans: list[Span], reason: str) -> None:
     ],
 )
 def test_what_is_there_already_is_taken_as_read(spans: list[Span]) -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     work.lease({0: 1.0})
     assert not hand_in(work, 0, [(0, 10)], final=False)
     assert not hand_in(work, 0, spans)
@@ -425,7 +328,7 @@ def test_what_is_there_already_is_taken_as_read(spans: list[Span]) -> None:
 
 
 def test_who_comes_late_waits_for_the_next_step() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     assert work.waits
     work.lease({0: 1.0})
     assert not work.waits
@@ -433,14 +336,14 @@ def test_who_comes_late_waits_for_the_next_step() -> None:
 
 
 def test_who_would_hold_up_the_others_waits_for_the_next_step() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     assert [lease.slot for lease in work.lease({0: 1.0, 1: 1.0, 2: 1.0}, {0: 0.6, 1: 0.4})] == [1, 2]
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     assert [lease.slot for lease in work.lease({0: 1.0}, {0: 0.6})] == [0]
 
 
 def test_a_step_is_closed_without_who_is_released() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     work.lease({0: 1.0, 1: 1.0, 2: 1.0})
     assert not hand_in(work, 0, [(0, 5)])
     assert not hand_in(work, 1, [(SLOT_PAIRS, 5)], final=False)
@@ -452,7 +355,7 @@ def test_a_step_is_closed_without_who_is_released() -> None:
 
 
 def test_a_step_that_no_host_has_finished_is_leased_again() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     work.lease({0: 1.0})
     work.release(0)
     assert work.waits
@@ -461,7 +364,7 @@ def test_a_step_that_no_host_has_finished_is_leased_again() -> None:
 
 
 def test_who_hands_in_nothing_ends_no_step() -> None:
-    work = TimeBudget(1.0, LossExchange())
+    work = TimeBudget(1.0, QUANTUM, LossExchange())
     work.lease({0: 1.0})
     assert not hand_in(work, 0, [])
     assert not work.complete
@@ -470,7 +373,7 @@ def test_who_hands_in_nothing_ends_no_step() -> None:
 
 
 def test_a_slot_that_took_part_is_known() -> None:
-    for work in (TimeBudget(1.0, LossExchange()), FixedPopulation(8, QUANTUM, LossExchange())):
+    for work in (TimeBudget(1.0, QUANTUM, LossExchange()), FixedPopulation(8, QUANTUM, LossExchange())):
         assert not work.took_part(0)
         work.lease({0: 1.0})
         work.release(0)
@@ -513,12 +416,12 @@ def check_total(work: Leases) -> None:
 
 
 @settings(deadline=None)
-@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.sets(st.integers(0, 29)), st.randoms(use_true_random=False))
+@given(STEPS, st.integers(1, 30), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_every_pair_is_in_the_sum_once_however_leases_were_divided(
-    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, checked_quanta: set[int], random: Random
+    steps: list[tuple[str, int, float, int]], pairs: int, quantum: int, random: Random
 ) -> None:
     """Hosts come, go, are slow, and hand in late, twice, and parts of what they were given; all of them are honest."""
-    work = FixedPopulation(pairs, quantum, SUMS, [i for i in checked_quanta if i < -(-pairs // quantum)])
+    work = FixedPopulation(pairs, quantum, SUMS)
     given_to: dict[int, list[Span]] = {slot: [] for slot in range(5)}
     for action, slot, speed, count in steps:
         if action == "lease":
@@ -545,11 +448,9 @@ def test_every_pair_is_in_the_sum_once_however_leases_were_divided(
             assert not add(work, lease.slot, [(lease.first, lease.pairs)])
         for slot in range(5):
             assert not add(work, slot, work.open_spans(slot))
-    assert not work.wrong_hosts(None)
     check_total(work)
     assert work.result()[0] == [(0, pairs)]
-    if not checked_quanta:
-        assert sum(map(work.count, range(5))) == pairs
+    assert sum(map(work.count, range(5))) == pairs
 
 
 def test_a_sum_over_what_is_in_does_not_count_and_the_rest_is_given_out_again() -> None:
@@ -581,52 +482,57 @@ def test_a_sum_over_what_another_one_is_at_counts_if_it_comes_first() -> None:
 
 
 def test_what_a_host_added_is_forgotten_alone() -> None:
-    work = FixedPopulation(8 * QUANTUM, QUANTUM, SUMS, [3])
+    work = FixedPopulation(8 * QUANTUM, QUANTUM, SUMS)
     leases = work.lease({0: 1.0, 1: 1.0})
     add_all(work, leases, {1: 1000})
     assert work.complete
     work.revoke(1)
     assert not work.complete
     again = work.lease({0: 1.0})
-    theirs = {
-        quantum for lease in leases if lease.slot == 1 for quantum in range(lease.first, lease.first + lease.pairs)
-    }
-    assert set(pairs_of([(lease.first, lease.pairs) for lease in again])) == theirs - set(
-        range(3 * QUANTUM, 4 * QUANTUM)
-    )
+    theirs = pairs_of(spans_of(leases, 1))
+    assert set(pairs_of(spans_of(again, 0))) == set(theirs)
     add_all(work, again)
     check_total(work)
     assert (work.count(0), work.count(1)) == (8 * QUANTUM, 0)
 
 
-def test_quanta_whose_sums_are_compared_are_leased_alone() -> None:
-    work = FixedPopulation(6 * QUANTUM, QUANTUM, SUMS, [2, 4])
-    leases = work.lease({0: 1.0, 1: 1.0})
-    for lease in leases:
-        quanta = range(lease.first // QUANTUM, (lease.first + lease.pairs) // QUANTUM)
-        assert len(quanta) == 1 or not {2, 4} & set(quanta)
-    for slot in range(2):
-        assert work.open_spans(slot) == spans_of(leases, slot)
-    work = FixedPopulation(2 * QUANTUM, QUANTUM, SUMS, [1])
-    assert work.lease({0: 1.0}) == [Lease(0, 0, QUANTUM), Lease(0, QUANTUM, QUANTUM)]
-    assert "summed with others" in add(work, 0, [(0, 2 * QUANTUM)])
-    assert work.count(0) == 0
-    assert work.busy(0)
-    assert not add(work, 0, [(0, QUANTUM), (QUANTUM, QUANTUM)])
+def test_a_fast_host_adds_up_in_parts_that_a_usual_host_can_score_again() -> None:
+    """Twelve quanta for speeds of 4, 1 and 1: the usual host has two, and a part 1.5 times as many."""
+    work = FixedPopulation(12 * QUANTUM, QUANTUM, SUMS)
+    leases = work.lease({0: 4.0, 1: 1.0, 2: 1.0})
+    parts = [(0, 3), (3, 3), (6, 2), (8, 2), (10, 2)]
+    assert [(lease.first // QUANTUM, lease.pairs // QUANTUM) for lease in leases] == parts
+    assert [lease.slot for lease in leases] == [0, 0, 0, 1, 2]
+    assert work.open_spans(0) == spans_of(leases, 0)
+    assert "more pairs than a lease" in add(work, 0, [(0, 4 * QUANTUM)])
+    assert (work.count(0), work.busy(0)) == (0, True)
+    add_all(work, leases)
     check_total(work)
 
 
-def test_the_odd_sum_of_three_is_a_lie() -> None:
-    for liar in range(3):
-        work = FixedPopulation(3 * QUANTUM, QUANTUM, SUMS, range(3))
-        speeds = {0: 1.0, 1: 1.0, 2: 1.0}
-        leases = work.lease(speeds)
-        while leases:
-            add_all(work, leases, {liar: 10_000})
-            leases = work.lease(speeds)
-        assert work.wrong_hosts(None) == {liar}
-        work.revoke(liar)
-        check_total(work)
+def test_units_of_sums_are_as_large_as_leases_however_they_were_sent() -> None:
+    work = FixedPopulation(8 * QUANTUM, QUANTUM, SUMS)
+    work.lease({0: 1.0, 1: 1.0})
+    assert not add(work, 0, [(first * QUANTUM, QUANTUM) for first in (2, 0, 1, 3)])
+    (unit,) = work.units(0)
+    assert unit.spans == [(0, 4 * QUANTUM)]
+    np.testing.assert_array_equal(unit.values, [sum_of(unit.spans)])
+    assert work.units(1) == []
+
+
+def test_units_of_losses_are_quanta() -> None:
+    fixed, budget = FixedPopulation(3 * QUANTUM - 1, QUANTUM, LossExchange()), TimeBudget(1.0, QUANTUM, LossExchange())
+    for work, at in ((fixed, 0), (budget, 2 * SLOT_PAIRS)):
+        work.lease({2: 1.0})
+        assert not hand_in(work, 2, [(at, QUANTUM), (at + QUANTUM, 2 * QUANTUM - 1)])
+        units = work.units(2)
+        assert [unit.spans for unit in units] == [
+            [(at, QUANTUM)],
+            [(at + QUANTUM, QUANTUM)],
+            [(at + 2 * QUANTUM, QUANTUM - 1)],
+        ]
+        for unit in units:
+            np.testing.assert_array_equal(unit.values, losses_of(unit.spans))
 
 
 @pytest.mark.parametrize(
@@ -646,11 +552,8 @@ def test_the_odd_sum_of_three_is_a_lie() -> None:
 )
 def test_sums_of_other_hardware_are_no_lies(change: list[float], is_lie: bool) -> None:
     honest = np.array([1000, 10, 128, 10**9, 5000], np.int64)
-    work = FixedPopulation(128, 128, SUMS, [0])
-    work.lease({0: 1.0, 1: 1.0})
-    for slot, total in enumerate([honest, honest + np.array(change).astype(np.int64)]):
-        assert not work.accept(slot, [(0, 128)], total.astype(np.int32)[None], True)
-    assert work.wrong_hosts(0) == ({1} if is_lie else set())
+    changed = honest + np.array(change).astype(np.int64)
+    assert SUMS.agree(honest.astype(np.int32)[None], changed.astype(np.int32)[None]) is not is_lie
 
 
 @settings(deadline=None)
@@ -661,7 +564,7 @@ def test_sums_of_other_hardware_are_no_lies(change: list[float], is_lie: bool) -
 )
 def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int, list[int], bool]]) -> None:
     """Hosts hand in what comes next, some of it with everything that they handed in before."""
-    work = TimeBudget(1.0, SUMS)
+    work = TimeBudget(1.0, QUANTUM, SUMS)
     work.lease({0: 1.0, 1: 1.0, 2: 1.0})
     done: dict[int, list[Span]] = {slot: [] for slot in range(3)}
     for slot, counts, again in messages:
@@ -690,7 +593,7 @@ def test_every_pair_of_a_time_budget_is_in_the_sum_once(messages: list[tuple[int
     ],
 )
 def test_a_sum_of_a_range_has_no_gap_and_no_overlap(spans: list[Span], reason: str) -> None:
-    work = TimeBudget(1.0, SUMS)
+    work = TimeBudget(1.0, QUANTUM, SUMS)
     work.lease({1: 1.0})
     assert not add(work, 1, [(SLOT_PAIRS, 4), (SLOT_PAIRS + 4, 6)], final=False)
     assert reason in add(work, 1, spans)
@@ -700,7 +603,7 @@ def test_a_sum_of_a_range_has_no_gap_and_no_overlap(spans: list[Span], reason: s
 
 
 def test_a_range_that_is_revoked_is_in_no_sum() -> None:
-    work = TimeBudget(1.0, SUMS)
+    work = TimeBudget(1.0, QUANTUM, SUMS)
     work.lease({0: 1.0, 1: 1.0})
     assert not add(work, 0, [(0, 5)])
     assert not add(work, 1, [(SLOT_PAIRS, 3)], error=1000)
@@ -709,7 +612,9 @@ def test_a_range_that_is_revoked_is_in_no_sum() -> None:
     assert work.result()[0] == [(0, 5)]
 
 
-@pytest.mark.parametrize("work", [FixedPopulation(400, 1, SUMS), TimeBudget(1.0, SUMS)], ids=["fixed", "budget"])
+@pytest.mark.parametrize(
+    "work", [FixedPopulation(400, 1, SUMS), TimeBudget(1.0, QUANTUM, SUMS)], ids=["fixed", "budget"]
+)
 def test_the_sums_of_a_host_take_the_room_of_one(work: Leases) -> None:
     numbers = 10_000
     work.lease({0: 1.0})

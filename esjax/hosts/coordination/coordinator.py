@@ -16,6 +16,7 @@ from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
 from esjax.hosts.coordination.admission import Admission
 from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
+from esjax.hosts.coordination.inspector import Inspector
 from esjax.hosts.coordination.registry import FORGET, SILENT, STRIKES, Host, Registry
 from esjax.hosts.coordination.steps import Steps
 from esjax.hosts.protocol import wire
@@ -49,7 +50,7 @@ class Coordinator:
         *,
         step: int,  # updates made so far
         now: float,
-        rng: np.random.Generator,  # draws session numbers, and the pairs that two hosts score
+        rng: np.random.Generator,  # draws session numbers, and by a generator of its own the spot checks
         text: PackedText,
         snapshot: Snapshot | None = None,  # the newest state, for hosts that join
         history: History | None = None,  # the recorded updates, for hosts that missed some
@@ -82,7 +83,9 @@ class Coordinator:
             measured=measured,
             trusted=trusted,
         )
-        self._steps = Steps(config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside)
+        self._steps = Steps(
+            config, terms, step, last_update, rng, registry, self.audits, self._out, self._put_aside, trusted
+        )
         self._admission = Admission(config, terms, registry, self._make_room)
         self._pulse_at = now
         self._paused = True
@@ -96,6 +99,11 @@ class Coordinator:
     def step(self) -> int:
         """Step that is being scored, which is the number of updates made."""
         return self._steps.step
+
+    @property
+    def inspector(self) -> Inspector:
+        """The spot checks."""
+        return self._steps.inspector
 
     def receive(self, envelope: Envelope, now: float, key: str | None = None, peer: bytes = b"") -> Envelope:
         """Return the reply to a request.
@@ -206,6 +214,8 @@ class Coordinator:
     # Requests.
 
     def _join(self, message: wire.Join, key: str | None, peer: bytes, now: float) -> Message:
+        if key in self.inspector.liars:
+            return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
         if former and former.key == key and former.instance == message.instance:
             if message.attempt <= former.attempt:

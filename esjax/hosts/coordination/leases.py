@@ -6,6 +6,7 @@ between hosts. Each host gets quanta in proportion to its speed; the result does
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -15,8 +16,8 @@ import numpy as np
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import Exchange, Values
 
-IN_TOTAL: Values = np.zeros((0, 0), np.int32)
-"""Marks the answer of a quantum whose values are part of its host's total."""
+PART = 1.5
+"""Most quanta whose gradients a host adds up, as a multiple of the median host's share of the quanta."""
 
 NO_DELAYS: Mapping[int, float] = {}
 
@@ -27,6 +28,18 @@ class Lease(NamedTuple):
     slot: int
     first: int
     pairs: int
+
+
+class Unit(NamedTuple):
+    """Pairs and their values, which another host can score again."""
+
+    spans: list[Span]
+    values: Values
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return sum(count for _, count in self.spans)
 
 
 @runtime_checkable
@@ -81,9 +94,11 @@ class Leases(Protocol):
     def result(self) -> tuple[list[Span], Values]:
         """Return the pairs and their values, see `Exchange.conclude`; gradient sums that were added up stay so."""
 
-    def wrong_hosts(self, trusted: int | None) -> set[int]:
-        """Return the slots with wrong values of a pair that several hosts scored; `trusted` is the anchor's slot."""
-        return set()
+    def units(self, slot: int) -> list[Unit]:
+        """List the values that a host sent, in the smallest parts that can be compared with those of another host."""
+
+    def fill(self, slot: int, unit: Unit) -> None:
+        """Store a host's values of a unit whose values were dropped; it may have scored them without a lease."""
 
 
 class _Quantum:
@@ -92,57 +107,45 @@ class _Quantum:
     def __init__(self, rows: slice) -> None:
         """Set up without a host."""
         self.rows = rows
-        self.wanted_answers = 1
-        self.is_checked = False
         self.given: set[int] = set()
         self.holders: set[int] = set()
-        self.answers: dict[int, Values] = {}  # by slot; `IN_TOTAL` if the values were added to the host's total
+        self.is_settled = False  # whether a host sent its values
 
     @property
     def size(self) -> int:
         """Number of pairs."""
         return self.rows.stop - self.rows.start
 
-    @property
-    def lacking(self) -> int:
-        """How many more hosts should score it."""
-        return self.wanted_answers - len(self.answers) - len(self.holders)
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether it has all wanted answers."""
-        return len(self.answers) >= self.wanted_answers
+class _Part(NamedTuple):
+    """Values that a host sent: of one quantum, or added up over some."""
 
-    def verdict(self, exchange: Exchange) -> Values | None:
-        """Return an answer that two hosts agree on, or None."""
-        answers = list(self.answers.values())
-        pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
-        return next((one for one, two in pairs if exchange.agree(one, two)), None)
+    numbers: list[int]
+    values: Values
 
 
 class FixedPopulation(Leases):
     """Leases of the pairs 0 to `pairs - 1`, in quanta."""
 
-    def __init__(self, pairs: int, quantum: int, exchange: Exchange, checked: Sequence[int] = ()) -> None:
-        """Set up without leases. The last quantum may be smaller; two hosts score the quanta in `checked`."""
+    def __init__(self, pairs: int, quantum: int, exchange: Exchange) -> None:
+        """Set up without leases. The last quantum may be smaller."""
         super().__init__(exchange)
         self._pairs, self._quantum = pairs, quantum
         self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
         self._missing = len(self._quanta)
         self._lacking = set(range(len(self._quanta)))
         self._held: dict[int, set[int]] = {}
-        self._totals: dict[int, Values] = {}  # by slot: total of a host's sums over quanta that are not checked
-        self._checked = [self._quanta[i] for i in checked]
-        for checked_quantum in self._checked:
-            checked_quantum.wanted_answers, checked_quantum.is_checked = 2, True
+        self._parts: dict[int, list[_Part]] = {}  # by slot
+        self._longest = 0  # most quanta that are added up; 0 before the first lease
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Leases.lease`: each quantum goes to the host that would finish it first."""
         if not speeds:
             return []
+        self._longest = self._longest or self._choose_longest(speeds)
         self._make_room(speeds, delays)
         load = {slot: len(self._held.get(slot, ())) for slot in speeds}
-        queue = _Queue(load, self._seconds(speeds), delays)
+        queue = Queue(load, self._seconds(speeds), delays)
         taken: dict[int, list[int]] = {slot: [] for slot in sorted(speeds)}
         fresh = sorted(i for i in self._lacking if not self._quanta[i].given)
         shares = Counter(queue.take(()) for _ in fresh)
@@ -151,14 +154,10 @@ class FixedPopulation(Leases):
             taken[slot].append(i)
             self._give(i, slot)
         for i in sorted(self._lacking):
-            quantum = self._quanta[i]
-            while quantum.lacking > 0:
-                involved = quantum.holders | quantum.answers.keys()
-                found = queue.take(involved | quantum.given)
-                if found is None:  # no other host is left: a host that lost it for being slow gets it again
-                    found = queue.take(involved)
-                if found is None:
-                    break
+            found = queue.take(self._quanta[i].given)
+            if found is None:  # no other host is left: a host that lost it for being slow gets it again
+                found = queue.take(())
+            if found is not None:
                 taken[found].append(i)
                 self._give(i, found)
         return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
@@ -167,7 +166,7 @@ class FixedPopulation(Leases):
         """Take from busy hosts what exceeds their share, if others are idle."""
         if all(self._held.get(slot) for slot in speeds):
             return
-        queue = _Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
+        queue = Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
         shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)
         for slot, numbers in self._held.items():
             for i in sorted(numbers)[shares[slot] :]:  # the host scores these last
@@ -187,26 +186,34 @@ class FixedPopulation(Leases):
         if any(slot not in self._quanta[i].given for i in numbers):
             return "these pairs were never leased to this host"
         sizes = [[self._quanta[i].size for i in group] for group in groups]
-        portions = [([numbers[i] for i in at], part) for at, part in self._exchange.portions(sizes, values)]
-        if any(self._quanta[i].is_checked for together, _ in portions if len(together) > 1 for i in together):
-            return "pairs of a spot check are summed with others"
-        for together, part in portions:
-            self._answer_together(together, slot, part)
+        parts = [_Part([numbers[i] for i in at], part) for at, part in self._exchange.portions(sizes, values)]
+        if any(len(part.numbers) > self._longest for part in parts):
+            return "a sum over more pairs than a lease has"
+        for part in parts:
+            self._store(slot, part)
         return ""
 
-    def _answer_together(self, numbers: Sequence[int], slot: int, values: Values) -> None:
+    def _store(self, slot: int, part: _Part) -> None:
         """Store the values of some quanta: of all, or of none if one of them has its values already."""
-        quanta = [self._quanta[i] for i in numbers]
-        if any(quantum.is_settled or slot in quantum.answers for quantum in quanta):
-            for i in numbers:
-                self._drop(i, slot)
-        elif quanta[0].is_checked or not self._exchange.adds_up:
-            self._answer(numbers[0], slot, values)
+        for i in part.numbers:
+            self._drop(i, slot)
+        quanta = [self._quanta[i] for i in part.numbers]
+        if any(quantum.is_settled for quantum in quanta):
+            return
+        for i, quantum in zip(part.numbers, quanta, strict=True):
+            quantum.is_settled = True
+            self._counts[slot] += quantum.size
+            for other in list(quantum.holders):
+                self._drop(i, other)
+            self._see(i)
+        self._missing -= len(quanta)
+        parts = self._parts.setdefault(slot, [])
+        last = parts[-1] if parts and self._exchange.adds_up else None
+        if last and len(last.numbers) + len(part.numbers) <= self._longest:  # so that memory does not grow
+            values = self._exchange.merge([last.values, part.values])
+            parts[-1] = _Part([*last.numbers, *part.numbers], values)
         else:
-            for i in numbers:
-                self._answer(i, slot, IN_TOTAL)
-            before = [self._totals[slot]] if slot in self._totals else []
-            self._totals[slot] = self._exchange.merge([*before, values])
+            parts.append(part)
 
     def release(self, slot: int) -> None:
         """See `Leases.release`."""
@@ -217,12 +224,10 @@ class FixedPopulation(Leases):
         """See `Leases.revoke`."""
         self.release(slot)
         self._counts.pop(slot, None)
-        self._totals.pop(slot, None)
-        for i, quantum in enumerate(self._quanta):
-            if quantum.answers.pop(slot, None) is not None:
-                quantum.wanted_answers = max(1, len(quantum.answers))
-                if not quantum.answers:
-                    self._missing += 1
+        for part in self._parts.pop(slot, []):
+            self._missing += len(part.numbers)
+            for i in part.numbers:
+                self._quanta[i].is_settled = False
                 self._see(i)
 
     def busy(self, slot: int) -> bool:
@@ -244,46 +249,22 @@ class FixedPopulation(Leases):
 
     @property
     def complete(self) -> bool:
-        """See `Leases.complete`: every quantum has values, and no check is running."""
-        return not self._missing and not any(quantum.holders for quantum in self._checked)
+        """See `Leases.complete`: every quantum has values."""
+        return not self._missing
 
     def result(self) -> tuple[list[Span], Values]:
         """See `Leases.result`."""
-        agreed = [quantum.verdict(self._exchange) if len(quantum.answers) > 1 else None for quantum in self._quanta]
-        chosen = (
-            next(iter(quantum.answers.values())) if answer is None else answer
-            for quantum, answer in zip(self._quanta, agreed, strict=True)
-        )
-        separate = (answer for answer in chosen if answer is not IN_TOTAL)
-        return [(0, self._pairs)], np.concatenate([*self._totals.values(), *separate])
+        parts = sorted((part for parts in self._parts.values() for part in parts), key=lambda part: part.numbers[0])
+        return [(0, self._pairs)], np.concatenate([part.values for part in parts])
 
-    def wrong_hosts(self, trusted: int | None) -> set[int]:
-        """See `Leases.wrong_hosts`: those that differ from what two agree on, else from the trusted host."""
-        found: set[int] = set()
-        for quantum in self._checked:
-            right = quantum.verdict(self._exchange)
-            if right is None and trusted is not None:
-                right = quantum.answers.get(trusted)
-            if right is not None:
-                found |= {slot for slot, answer in quantum.answers.items() if not self._exchange.agree(answer, right)}
-        return found
+    def units(self, slot: int) -> list[Unit]:
+        """See `Leases.units`: quanta, or those that were added up."""
+        return [Unit(self._spans(sorted(part.numbers)), part.values) for part in self._parts.get(slot, ())]
 
-    def _answer(self, i: int, slot: int, answer: Values) -> None:
-        """Store a host's values of a quantum."""
-        quantum = self._quanta[i]
-        self._drop(i, slot)
-        if slot in quantum.answers or quantum.is_settled:
-            return
-        if not quantum.answers:
-            self._missing -= 1
-        self._counts[slot] += quantum.size
-        quantum.answers[slot] = answer
-        if quantum.wanted_answers == len(quantum.answers) == 2 and quantum.verdict(self._exchange) is None:
-            quantum.wanted_answers = 3
-        if len(quantum.answers) == quantum.wanted_answers:
-            for other in list(quantum.holders):
-                self._drop(i, other)
-        self._see(i)
+    def fill(self, slot: int, unit: Unit) -> None:
+        """See `Leases.fill`."""
+        ranges = (range(first // self._quantum, -(-(first + count) // self._quantum)) for first, count in unit.spans)
+        self._store(slot, _Part([i for numbers in ranges for i in numbers], unit.values))
 
     def _give(self, i: int, slot: int) -> None:
         self._quanta[i].given.add(slot)
@@ -297,31 +278,36 @@ class FixedPopulation(Leases):
         self._see(i)
 
     def _see(self, i: int) -> None:
-        """Note whether more hosts should score a quantum."""
-        if self._quanta[i].lacking > 0:
-            self._lacking.add(i)
-        else:
+        """Note whether a host should score a quantum."""
+        if self._quanta[i].is_settled or self._quanta[i].holders:
             self._lacking.discard(i)
+        else:
+            self._lacking.add(i)
 
     def _seconds(self, speeds: Mapping[int, float]) -> dict[int, float]:
         """Return the seconds that each host takes for a quantum."""
         return {slot: self._quantum / speed for slot, speed in speeds.items()}
 
+    def _choose_longest(self, speeds: Mapping[int, float]) -> int:
+        """Return how many quanta a host adds up, so that a usual host can score them again in the time of a step."""
+        if not self._exchange.adds_up:
+            return len(self._quanta)
+        middle = sorted(speeds.values())[(len(speeds) - 1) // 2]
+        return math.ceil(PART * len(self._quanta) * middle / sum(speeds.values()))
+
     def _spans(self, numbers: Sequence[int]) -> list[Span]:
-        """Join consecutive quanta to spans; those whose sums are compared stay separate."""
+        """Join consecutive quanta to spans of at most `_longest` quanta."""
         spans: list[Span] = []
-        separate = True
         for i in numbers:
-            rows, was_separate = self._quanta[i].rows, separate
-            separate = self._exchange.adds_up and self._quanta[i].is_checked
-            if spans and sum(spans[-1]) == rows.start and not (separate or was_separate):
+            rows = self._quanta[i].rows
+            if spans and sum(spans[-1]) == rows.start and spans[-1][1] < self._longest * self._quantum:
                 spans[-1] = (spans[-1][0], rows.stop - spans[-1][0])
             else:
                 spans.append((rows.start, rows.stop - rows.start))
         return spans
 
 
-class _Queue:
+class Queue:
     """Hosts in the order in which they would finish one more quantum."""
 
     def __init__(self, load: dict[int, int], seconds: Mapping[int, float], delays: Mapping[int, float]) -> None:

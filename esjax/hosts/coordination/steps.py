@@ -11,8 +11,10 @@ from esjax.config.settings import Config
 from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
-from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases
+from esjax.hosts.coordination.inspector import Inspector
+from esjax.hosts.coordination.leases import FixedPopulation, Lease
 from esjax.hosts.coordination.registry import Host, Registry, usual_speed
+from esjax.hosts.coordination.spot_checks import CheckedLeases
 from esjax.hosts.coordination.time_budget import TimeBudget
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
@@ -40,6 +42,7 @@ class Steps:
     Attributes:
         step: Step that is being scored.
         leases: The leases of this step.
+        inspector: The spot checks.
         loss: Mean of the finite losses of the last finished step, or None.
         rate: Member-tokens a second over the last steps.
     """
@@ -55,20 +58,30 @@ class Steps:
         audits: Audits,
         out: Outbox,
         put_aside: Callable[[Host, str], None],
+        trusted: str | None,
     ) -> None:
-        """Start at a step of a new or resumed run; for `last_update` and `rng` see `Coordinator`.
+        """Start at a step of a new or resumed run; for `last_update`, `rng` and `trusted` see `Coordinator`.
 
         `put_aside` gives a host no more work; it is called with the host and the reason.
         """
         self.step = step
         self.loss: float | None = None
         self.rate, self._mean_rate = 0.0, Average()
-        self._config, self._terms, self._rng = config, terms, rng
+        self._config, self._terms = config, terms
         self._registry, self._audits = registry, audits
-        self._out, self._put_aside = out, put_aside
+        self._out = out
         self._last_update = last_update
-        self.leases: Leases = self._new_leases()
         self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
+        self.leases = self._new_leases()
+        self.inspector = Inspector(
+            config.hosts.spot_check,
+            terms.exchange,
+            registry,
+            rng.spawn(1)[0],
+            out,
+            put_aside,
+            trusted,
+        )
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
@@ -127,11 +140,10 @@ class Steps:
         if self.leases.waits or is_host_new:
             self._give_out(now)
         if self.leases.complete:
-            anchor = self._audits.anchor
-            wrong = self.leases.wrong_hosts(anchor.slot if anchor else None)
-            for slot in wrong:
-                self._exclude(slot)
-            if not wrong:
+            checks = self._check_answers(now)
+            if self.leases.waits:  # a liar's values were dropped
+                self._give_out(now)
+            elif not checks:
                 self._close(now)
 
     def announce(self, plan: Plan, leases: Sequence[Lease] = (), update: bytes = b"") -> None:
@@ -145,14 +157,11 @@ class Steps:
             some = leases[at : at + SPAN_LIMIT]
             self._out.publish(wire.Extra(self._terms.run, self._terms.incarnation, self.step, [*some]))
 
-    def _new_leases(self) -> Leases:
-        es, exchange = self._config.es, self._terms.exchange
-        if es.time_per_step is not None:
-            return TimeBudget(es.time_per_step, exchange)
-        quanta = -(-es.pairs // self._terms.quantum)
-        share = self._config.hosts.spot_check
-        checked = np.flatnonzero(self._rng.random(quanta) < share).tolist() if share else []
-        return FixedPopulation(es.pairs, self._terms.quantum, exchange, checked)
+    def _new_leases(self) -> CheckedLeases:
+        es, quantum, exchange = self._config.es, self._terms.quantum, self._terms.exchange
+        if es.time_per_step is None:
+            return CheckedLeases(FixedPopulation(es.pairs, quantum, exchange), exchange)
+        return CheckedLeases(TimeBudget(es.time_per_step, quantum, exchange), exchange)
 
     def _check_deadline(self, host: Host, expected: float, are_idle: bool, now: float) -> None:
         """Take the pairs from a host that missed its deadline.
@@ -195,12 +204,12 @@ class Steps:
     def _open_pairs(self, host: Host) -> int:
         return sum(count for _, count in self.leases.open_spans(host.slot))
 
-    def _exclude(self, slot: int) -> None:
-        """Put a host with wrong losses aside, and drop its values of this step."""
-        self.leases.revoke(slot)
-        host = self._registry.in_slot(slot)
-        if host and not host.aside:
-            self._put_aside(host, "its losses differ from those of other hosts")
+    def _check_answers(self, now: float) -> list[Lease]:
+        """Let hosts score some answers again; return the leases."""
+        helpers = [host for host in self._registry.workers(now) if not self._audits.is_measuring(host)]
+        leases = self.inspector.review(self.leases, helpers, now)
+        self._announce_more(leases)
+        return leases
 
     def _give_out(self, now: float) -> None:
         leases = self._lease(now)
@@ -275,6 +284,7 @@ class Steps:
         )
         self.leases = self._new_leases()
         self._sent.clear()
+        self.inspector.begin_step(now)
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 

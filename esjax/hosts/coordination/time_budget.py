@@ -1,21 +1,25 @@
 """Leases with a time budget: each host scores its own range of pairs, and the population is what came back in time."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import SLOT_PAIRS, Exchange, Values, cut
-from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases
+from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases, Unit
+
+LONGEST = 3.0
+"""Most pairs that are added up and can be scored again, as a multiple of the median host's pairs."""
 
 
 class TimeBudget(Leases):
     """Leases with a time budget: each host scores from pair `slot * SLOT_PAIRS` on until its time is over."""
 
-    def __init__(self, budget: float, exchange: Exchange) -> None:
-        """Set up without leases; `budget` is the time to score in seconds, `exchange` as in `FixedPopulation`."""
+    def __init__(self, budget: float, quantum: int, exchange: Exchange) -> None:
+        """Set up without leases; `budget` is the time to score in seconds, the others as in `FixedPopulation`."""
         super().__init__(exchange)
-        self._budget = budget
+        self._budget, self._quantum = budget, quantum
         self._parts: dict[int, list[Values]] = {}
         self._open: set[int] = set()
 
@@ -94,3 +98,22 @@ class TimeBudget(Leases):
         slots = [slot for slot in sorted(self._parts) if self._parts[slot]]
         spans = [(slot * SLOT_PAIRS, self._counts[slot]) for slot in slots]
         return spans, np.concatenate([part for slot in slots for part in self._parts[slot]])
+
+    def units(self, slot: int) -> list[Unit]:
+        """See `Leases.units`: lease quanta, or all pairs of the host if they are added up.
+
+        None if these are so many that a usual host could not score them again within a few steps' time.
+        """
+        first, pairs, parts = slot * SLOT_PAIRS, self._counts[slot], self._parts.get(slot)
+        if not parts:
+            return []
+        values = self._exchange.merge(parts)
+        if self._exchange.adds_up:
+            usual = sorted(self._counts.values())[(len(self._counts) - 1) // 2]
+            return [Unit([(first, pairs)], values)] if pairs <= LONGEST * usual else []
+        sizes = [min(self._quantum, pairs - at) for at in range(0, pairs, self._quantum)]
+        starts = accumulate(sizes, initial=first)
+        return [Unit([(at, size)], part) for at, size, part in zip(starts, sizes, cut(values, sizes), strict=False)]
+
+    def fill(self, slot: int, unit: Unit) -> None:
+        """See `Leases.fill`: without effect, since the population is what hosts scored in their own ranges."""

@@ -51,6 +51,7 @@ class Scoring:
         self._since = 0.0  # when the first of the parts was scored
         self._spent = 0.0
         self._is_over = False  # the budget is spent
+        self._budgeted: list[Span] = []  # pairs that are scored within the budget
         self._cut_at: int | None = None  # where the last slice ends, if it ends within a span
 
     @property
@@ -59,17 +60,25 @@ class Scoring:
         return bool(self._spans)
 
     def add(self, spans: Sequence[Span]) -> None:
-        """Add leased pairs; pairs that were added before are ignored."""
-        if not self._is_over:
-            have = [*self._spans, *(span for part in self._parts for span in part.spans)]
-            self._spans = (self._spans + without(spans, have))[:SPAN_LIMIT]
+        """Add leased pairs; pairs that were added before are ignored.
+
+        Once the budget is spent, other pairs than those leased before are all scored, however long it takes.
+        """
+        have = [*self._spans, *(span for part in self._parts for span in part.spans)]
+        new = without(spans, have)
+        if self._is_over:
+            new = without(new, self._budgeted)
+        elif self._budget is not None:
+            self._budgeted += new
+        self._spans = (self._spans + new)[:SPAN_LIMIT]
 
     def next_slice(self, speed: float) -> list[Span]:
         """Choose the pairs of the next device task: whole device batches for about `SLICE` seconds.
 
         `speed` is in pairs a second, 0 if it is not known yet.
         """
-        seconds = SLICE if self._budget is None else min(SLICE, self._budget - self._spent)
+        budget = None if self._is_over else self._budget
+        seconds = SLICE if budget is None else min(SLICE, budget - self._spent)
         device_batches = max(1, int(seconds * speed / self._device_batch))
         left = min(device_batches * self._device_batch, self._most_pairs)
         taken: list[Span] = []
@@ -95,7 +104,12 @@ class Scoring:
         self._cut_at = end if is_cut else None
         self._spans = without(self._spans, scored.spans)
         self._spent += scored.seconds
-        if self._budget is not None and speed and self._spent + self._device_batch / speed > self._budget:
+        if (
+            self._budget is not None
+            and not self._is_over
+            and speed
+            and self._spent + self._device_batch / speed > self._budget
+        ):
             self._spans, self._is_over = [], True
 
     def _joined(self, one: Scored, next_one: Scored) -> Scored | None:
