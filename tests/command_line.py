@@ -1,8 +1,12 @@
-"""Commands run in this process, and a small text to run them on."""
+"""Commands run in this process, a terminal for what it prints, and a small text to run them on."""
 
 import io
-from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, NamedTuple
+import os
+import pty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from select import select
+from typing import Any, NamedTuple, TextIO
 
 from esjax import cli
 
@@ -40,3 +44,21 @@ def succeed(*words: str) -> Called:
     called = call(*words)
     assert called.code == 0, called.err
     return called
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[TextIO, Callable[[str], str]]]:
+    """Open a pseudo-terminal: its stream for a program, and a function that reads on until some text is shown."""
+    window, end = pty.openpty()
+
+    def shown(awaited: str) -> str:
+        found = b""  # as bytes, since a part may end within a character
+        while awaited.encode() not in found and select([window], [], [], 20)[0]:  # the kernel hands over parts, later
+            found += os.read(window, 2**16)
+        return found.decode(errors="replace")
+
+    try:
+        with os.fdopen(end, "w") as stream:
+            yield stream, shown
+    finally:
+        os.close(window)

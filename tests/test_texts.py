@@ -5,8 +5,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from command_line import terminal
 from recorded import make
-from test_program import terminal
 
 from esjax.runs.reader import read_run
 from esjax.terminal import print_text

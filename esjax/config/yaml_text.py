@@ -67,7 +67,7 @@ def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"a name on line {line} is a group or a list; write a word")
+                raise ValueError(f"the group or list of line {line} is used as a name; write a word")
             kind = (key.tag, key.value)
             if kind in lines:
                 where = f"lines {lines[kind]} and {line}" if line > lines[kind] else f"line {line}"

@@ -26,7 +26,7 @@ RESTARTS = 3
 LAST_LINES, LAST_BYTES = 5, 2000
 """Lines and bytes that are shown of the log of a process that ended."""
 
-FAREWELL = {"leave": 2.0, "terminate": 1.0, "kill": 15.0}
+FAREWELL = {"leave": 1.5, "terminate": 0.5, "kill": 15.0}
 """Seconds that all processes together have to end: by themselves, after SIGTERM, after SIGKILL. They hold nothing that
 is needed, and one that compiles notices nothing."""
 
@@ -93,7 +93,7 @@ class LocalWorkers:
             address: tcp://HOST:PORT of the coordinator.
 
         Returns:
-            A function to call often: it starts processes that ended again, each `RESTARTS` times at most.
+            A function to call often, which starts processes that ended again, each `RESTARTS` times at most.
 
         Raises:
             EsjaxError: By that function: no process is left.

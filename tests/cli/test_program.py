@@ -1,18 +1,15 @@
 """The program as a shell sees it: signals from its first moment on, and outputs that take everything or say why not."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from select import select
-from typing import TextIO
 
 import pytest
+from command_line import terminal
 from progress_lines import BASELINES, INFO, TWO_MINUTES, WHOLE
 from rich.table import Table
 
@@ -90,24 +87,6 @@ def test_a_pipe_that_breaks_elsewhere_is_said(monkeypatch: pytest.MonkeyPatch) -
     with redirect_stderr(written), pytest.raises(SystemExit) as end:
         cli.main(["status"])
     assert (end.value.code, written.getvalue()) == (2, "error: [Errno 32] Broken pipe\n")
-
-
-@contextmanager
-def terminal() -> Iterator[tuple[TextIO, Callable[[str], str]]]:
-    """Open a pseudo-terminal: its stream for a program, and a function that reads on until some text is shown."""
-    window, end = pty.openpty()
-
-    def shown(awaited: str) -> str:
-        found = b""  # as bytes, since a part may end within a character
-        while awaited.encode() not in found and select([window], [], [], 20)[0]:  # the kernel hands over parts, later
-            found += os.read(window, 2**16)
-        return found.decode(errors="replace")
-
-    try:
-        with os.fdopen(end, "w") as stream:
-            yield stream, shown
-    finally:
-        os.close(window)
 
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb", "unknown", "", None])

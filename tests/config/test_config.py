@@ -238,12 +238,12 @@ def test_yaml_that_holds_itself_is_no_settings(text: str) -> None:
 NINE = "x, x, x, x, x, x, x, x, x"
 
 BOMB = f"a: &a [{NINE}]\n" + "".join(
-    f"{now}: &{now} [{NINE.replace('x', f'*{before}')}]\n" for before, now in pairwise("abcdefghijkl")
+    f"{now}: &{now} [{NINE.replace('x', f'*{before}')}]\n" for before, now in itertools.pairwise("abcdefghijkl")
 )
 """Lists of lists of the same list: 9^12 values in a few lines."""
 
 MERGES = "a: &a {x: 1}\n" + "".join(
-    f"{now}: &{now} {{<<: [{NINE.replace('x', f'*{before}')}]}}\n" for before, now in pairwise("abcdefghijkl")
+    f"{now}: &{now} {{<<: [{NINE.replace('x', f'*{before}')}]}}\n" for before, now in itertools.pairwise("abcdefghijkl")
 )
 
 
@@ -252,8 +252,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
     [
         (BOMB, "aliases repeat more than 10,000 values"),
         (MERGES, "aliases repeat more than 10,000 values"),
-        (f"{BOMB}? *l\n: 1", "a name on line 13 is a group or a list"),
-        ("[" * 100_000, "deep"),
+        (f"{BOMB}? *l\n: 1", "the group or list of line 12 is used as a name"),
+        ("[" * 100_000, "maximum nesting depth|levels deep"),
         ("{a: " * 100_000, "nested more than 50 levels deep"),
         ("\n".join(f"{' ' * level}a:" for level in range(1000)), "nested more than 50 levels deep"),
         ("? " * 1000 + "a", "nested more than 50 levels deep"),

@@ -3,11 +3,10 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE, SMALL, TEXT, Fleet, fleet, steps_done, wait_until
+from processes import SMALL, TEXT, Fleet, fleet, steps_done, wait_until
 
 from esjax.errors import EsjaxError
 from esjax.hosts import local
@@ -39,9 +38,7 @@ def test_row_60_a_process_that_ends_again_and_again_is_given_up(tmp_path: Path) 
     told: list[str] = []
     workers = LocalWorkers(2, tmp_path, told.append, oversubscribe=True)
     with workers.joined("tcp://127.0.0.1:1") as check:
-        until = time.monotonic() + PATIENCE
-        while not workers.lost and time.monotonic() < until:
-            check()
+        wait_until(lambda: check() is not None or bool(workers.lost))
         check()  # the other one goes on
     log = tmp_path / "worker-0.log"
     then = [f"it is started again, {number} of {RESTARTS} times" for number in range(1, RESTARTS + 1)]
@@ -58,10 +55,8 @@ def test_row_60_a_process_that_ends_again_and_again_is_given_up(tmp_path: Path) 
 @pytest.mark.usefixtures("program")
 def test_row_60_without_any_process_the_run_ends(tmp_path: Path) -> None:
     workers = LocalWorkers(1, tmp_path, lambda line: None)
-    with pytest.raises(EsjaxError, match="^worker-0 ended"), workers.joined("tcp://127.0.0.1:1") as check:
-        until = time.monotonic() + PATIENCE
-        while time.monotonic() < until:
-            check()
+    with workers.joined("tcp://127.0.0.1:1") as check, pytest.raises(EsjaxError, match=r"^worker-0 ended"):
+        wait_until(lambda: check() is not None)  # never
 
 
 def test_row_60_a_file_of_the_working_folder_is_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

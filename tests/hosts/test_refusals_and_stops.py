@@ -10,16 +10,22 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from msgspec.structs import asdict
 from processes import TEXT, Fleet, fleet, steps_done, wait_until
-from transports import last_frame, more_frames, send_endlessly, stranger
+from transports import last_frame, more_frames, next_reply, send_endlessly, stranger
 
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
-from esjax.hosts import join
+from esjax.hosts import join, status
+from esjax.hosts.join import LIMITS
+from esjax.hosts.noise_fingerprint import noise_fingerprints
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.hosts.serve import _make_replica, serve
 from esjax.hosts.status import fetch_status
+from esjax.hosts.transport.client import ClientTransport
 from esjax.models.custom import Custom
 from esjax.page.server import ask_hosts
 from esjax.training.replay import replay
@@ -78,6 +84,51 @@ def test_row_19_a_revoked_host_is_dropped(fleet: Fleet) -> None:
     subprocess.run([sys.executable, "-m", "esjax", "token", "revoke", str(keys), "hosts"], check=True)
     assert host.ends() == 2
     assert "revoked" in host.output
+
+
+def test_row_65_no_text_of_a_host_breaks_or_forges_a_line(fleet: Fleet) -> None:
+    """A name that is not printable is refused anyway; markup and a note are shown as they are, or as escapes."""
+    server = fleet.serve()
+    name, device = "[red]mallory[/red]:car:", "[link=x]<b>$x$</b>"
+    note, escaped = "a\nerror: forged\x1b[2J\u202e", r"a\nerror: forged\x1b[2J\u202e"
+    with ClientTransport(fleet.address, token=None, limits=LIMITS) as client:
+
+        def ask(message: Message) -> Message:
+            client.request(wire.encode(Envelope(message)))
+            return wire.decode(next_reply(client), "reply").message
+
+        welcome = ask(wire.Join(name, device, "cpu", list(noise_fingerprints().items()), [], "", 5, 1))
+        assert isinstance(welcome, wire.Welcome)
+        ask(wire.Beat(welcome.session, welcome.incarnation, 0, "joining", 1, note))
+        server.wait_for(f"{name} joins: {device}\n{name}: {escaped}\n")
+        (host,) = fetch_status(fleet.address).hosts
+        assert (host.name, host.device, host.note) == (name, device, escaped)
+        assert ask_hosts(fleet.run)["hosts"][0]["note"] == escaped
+        shown = subprocess.run(
+            [sys.executable, "-m", "esjax", "status", fleet.address], capture_output=True, text=True, check=True
+        ).stdout
+        assert [line for line in shown.splitlines() if escaped in line and f"{name} " in line and device in line]
+        assert len(shown.splitlines()) == 3  # the run, the heads of the columns, the host
+        ask(wire.Leave(welcome.session, note))
+        server.wait_for(f"{name} leaves: {escaped}\n")
+
+
+def test_row_65_what_a_coordinator_says_is_one_printable_line() -> None:
+    said = "no\nerror: forged\x1b[2J"
+    with pytest.raises(EsjaxError) as caught:
+        status._read(wire.encode(Envelope(wire.Refused(said))), "tcp://127.0.0.1:1")
+    assert str(caught.value) == r"no\nerror: forged\x1b[2J"
+    odd = wire.HostStatus(said, 0, said, said, 0, 0.0, 0.0, said, 0.0, said)
+    found = status._read(
+        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, 0.0, True, None, [odd], {said: 1}))), ""
+    )
+    texts = [
+        found.run,
+        *found.counters,
+        *(value for value in asdict(found.hosts[0]).values() if isinstance(value, str)),
+    ]
+    assert len(texts) == 7
+    assert {*texts} == {r"no\nerror: forged\x1b[2J"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
