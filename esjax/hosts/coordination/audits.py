@@ -253,7 +253,9 @@ class Audits:
                 self._checkpoint_at = -math.inf
             return
         anchor = self.anchor if self.anchor in digests else next(iter(digests))
-        right, is_confirmed = decide({anchor: digests[anchor], **digests}, anchor.kind, self._trusted)
+        is_alone = len({host.owner for host in self._registry if not host.is_gone}) == 1
+        preferred = {anchor: digests[anchor], **digests}
+        right, is_confirmed = decide(preferred, anchor.kind, self._trusted, is_alone=is_alone)
         if is_confirmed:
             self._out.add(RecordDigest(round.step, right))
         kept = round.uploader is not None and digests.get(round.uploader) == right

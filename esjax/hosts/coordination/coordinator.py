@@ -301,13 +301,14 @@ class Coordinator:
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
             return self._rejected("the state of this host is wrong; it must fetch the anchor's first")
+        is_new = not host.speed
         fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
         if host is self.audits.anchor and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
-        self._steps.go_on(now)
+        self._steps.go_on(now, is_new and host.speed > 0)  # it gets its share once its speed is known
         return self._ok(host)
 
     def _digest(self, host: Host, message: wire.Digest, body: bytes, now: float) -> Message:

@@ -12,8 +12,8 @@ REDONE = 2.0
 PAID_OFF = 0.1
 """Seconds of hold-ups that are paid off in a second, so that an owner costs the run a tenth of its time at most."""
 
-MOST = 2.0
-"""Seconds of hold-ups above which an owner's hosts get no pairs until all are paid off."""
+MOST, MOST_STEPS = 2.0, 3.0
+"""Hold-ups above which an owner's hosts get no pairs until all are paid off: seconds, or steps if that is more."""
 
 
 class HoldUps:
@@ -28,16 +28,16 @@ class HoldUps:
     def _open(self, now: float) -> None:
         self._opened_at = now
         self._slots: set[int] = set()  # of hosts that finished pairs
-        self._finished: dict[str, float] = {}  # when the last host of an owner first finished its pairs
+        self._finished: dict[str, float] = {}  # by owner: most seconds in which a host first finished its pairs
         self._failed: dict[str, float] = {}  # by owner: most seconds of a hold-up by a host that lost its pairs
         self._last = ("", 0.0)  # owner of the host that finished last, and its seconds beyond those expected
 
-    def finished(self, owner: str, slot: int, seconds: float, expected: float, now: float) -> None:
+    def finished(self, owner: str, slot: int, seconds: float, expected: float) -> None:
         """Note that the host in a slot scored all its pairs in some seconds, `expected` at its usual speed."""
         self._last = owner, seconds - TOLERANCE * expected
         if slot not in self._slots:
             self._slots.add(slot)
-            self._finished[owner] = now
+            self._finished[owner] = max(self._finished.get(owner, 0.0), seconds)
 
     def failed(self, owner: str, seconds: float) -> None:
         """Note that a host lost pairs that it had for some seconds."""
@@ -49,15 +49,16 @@ class HoldUps:
         owner, seconds = self._last
         if seconds > blamed.get(owner, 0.0):
             blamed[owner] = seconds
-        others = [at for owner, at in self._finished.items() if owner not in blamed]
-        held_up = now - self._opened_at - TOLERANCE * (max(others, default=now) - self._opened_at)
+        others = [seconds for owner, seconds in self._finished.items() if owner not in blamed]
+        step = max(others, default=now - self._opened_at)
+        held_up, most = now - self._opened_at - TOLERANCE * step, max(MOST, MOST_STEPS * step) / PAID_OFF
         if held_up > 0:
             for owner, seconds in blamed.items():
                 until = max(self._paid_off_at.get(owner, now), now)
                 self._paid_off_at[owner] = until + min(held_up, seconds) / PAID_OFF
         self._paid_off_at = {owner: until for owner, until in self._paid_off_at.items() if until > now}
         before = self._resting & self._paid_off_at.keys()
-        rests = {owner: until - now for owner, until in self._paid_off_at.items() if until - now > MOST / PAID_OFF}
+        rests = {owner: until - now for owner, until in self._paid_off_at.items() if until - now > most}
         self._resting = before | rests.keys()
         self._open(now)
         return {owner: rest for owner, rest in rests.items() if owner not in before}

@@ -203,7 +203,7 @@ class Inspector:
         assert host is not None
         was_busy = leases.busy(slot)
         case.asked.append((host, self._voter(host), leases.begin_check(slot, case.unit)))
-        host.set_leased(pairs_of(leases, slot), speed, 0.0, now, was_busy=was_busy)
+        host.set_leased(pairs_of(leases, slot), speed, speed, 0.0, now, was_busy=was_busy)
         return [Lease(slot, *span) for span in case.unit.spans]
 
     def _settle(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:

@@ -1,6 +1,7 @@
 """The registry of all hosts: phase, speed, and when each was last heard."""
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -67,6 +68,7 @@ class Host:
         self.speed = self._delay = 0.0
         self._leased_pairs = 0
         self._leased_speed: float | None = None
+        self._most_speed = math.inf
         self.slowness: float | None = None
         self.probe_after = PROBE
         self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
@@ -94,14 +96,17 @@ class Host:
     def took(self, pairs: int, seconds: float) -> None:
         """Update the speed: it scored `pairs` pairs in `seconds`."""
         speed = running_speed(self.speed, pairs, seconds)
-        self.speed = min(speed, GROWTH * self._leased_speed) if self._leased_speed else speed
+        self.speed = min(speed, self._most_speed)
 
-    def set_leased(self, pairs: int, speed: float | None, delay: float, now: float, *, was_busy: bool) -> None:
+    def set_leased(
+        self, pairs: int, speed: float | None, usual: float | None, delay: float, now: float, *, was_busy: bool
+    ) -> None:
         """Note that it got pairs.
 
         Args:
             pairs: All its pairs without values; those that it had before are due as they were.
             speed: Pairs per second by which they were leased. None: no host's speed is known.
+            usual: Pairs per second of the other hosts. None: no host's speed is known.
             delay: Seconds before it can begin.
             now: The time.
             was_busy: Whether it had pairs before.
@@ -109,6 +114,7 @@ class Host:
         if not was_busy:
             self.leased_at, self.answered = now, 0
         self._leased_pairs, self._leased_speed, self._delay = self.answered + pairs, speed, delay
+        self._most_speed = GROWTH * max(speed, self.speed or usual) if speed and usual else math.inf
         self.slowness = None
 
     def expected(self, usual_speed: float | None) -> float:

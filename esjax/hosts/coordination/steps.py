@@ -1,13 +1,14 @@
 """The steps of a run: the coordinator leases pairs, collects their values, and makes the update."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from esjax.averages import Average
 from esjax.config.settings import Config
-from esjax.exchange.update_record import SPAN_LIMIT
+from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
 from esjax.hosts.coordination.inspector import Inspector
@@ -26,7 +27,7 @@ DEADLINE_FLOOR = 1.0
 """Seconds that every host has for its pairs at least."""
 
 FIRST_DEADLINE = 10.0
-"""Seconds that a host has at least while no host has finished its pairs of the step, and others have none."""
+"""Seconds that a host without a speed has at least while no host has finished its pairs of the step."""
 
 DEADLINE_FACTOR = 3.0
 """Time that a host may take for its pairs, as a multiple of its own and of the other hosts' usual time."""
@@ -80,6 +81,7 @@ class Steps:
             put_aside,
             trusted,
         )
+        self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
@@ -87,18 +89,32 @@ class Steps:
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
         was_busy, before = self.leases.busy(host.slot), self.leases.count(host.slot)
+        is_check = self.leases.is_checking(host.slot)
         fault = self.leases.accept(host.slot, message.spans, values, message.final)
-        pairs = self.leases.count(host.slot) - before
+        if fault:
+            return fault
+        is_fixed = self._config.es.time_per_step is None
+        pairs = self._new_pairs(host, message.spans) if is_fixed else self.leases.count(host.slot) - before
+        if is_check:  # too few pairs to measure a speed by
+            pairs = 0
         if not was_busy:
             if pairs:  # it was late with them
                 host.took(pairs, now - host.leased_at)
-            return fault
+            return ""
         is_finished = not self.leases.busy(host.slot)
         host.set_answered(pairs, now, is_finished=is_finished)
         if is_finished:
             seconds = now - host.leased_at
-            self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds, now)
-        return fault
+            self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds)
+        return ""
+
+    def _new_pairs(self, host: Host, spans: Sequence[Span]) -> int:
+        """Count the pairs that a host scored, also those whose values another host sent before, each once."""
+        size = self._terms.quantum
+        quanta = {first // size + i for first, count in spans for i in range(-(-count // size))}
+        pairs = size * len(quanta - self._sent[host.slot])
+        self._sent[host.slot] |= quanta
+        return pairs
 
     def release(self, host: Host) -> None:
         """Take the open pairs from a host, which holds up the step while others score them."""
@@ -168,7 +184,9 @@ class Steps:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
             self.release(host)
-        elif now - host.leased_at > self._allowed(usually, usual is None) and (are_idle or usual is not None):
+        elif now - host.leased_at > self._allowed(usually, usual is None and not host.speed) and (
+            are_idle or usual is not None
+        ):
             if is_measuring:
                 if self._audits.measure_seconds:  # else none knew how long it takes
                     self.release(host)
@@ -181,7 +199,7 @@ class Steps:
             self.release(host)
 
     def _allowed(self, usually: float, is_first: bool) -> float:
-        """Return the seconds that a host may take; `is_first`: no other host has finished."""
+        """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known."""
         budget = self._config.es.time_per_step
         allowed = max(DEADLINE_FLOOR, usually) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         return max(FIRST_DEADLINE, allowed) if is_first else allowed
@@ -207,9 +225,8 @@ class Steps:
     def _lease(self, now: float) -> list[Lease]:
         hosts, budget = self._registry.workers(now), self._config.es.time_per_step
         delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
-        usual = usual_speed(hosts)  # a new host gets it
-        speeds = {host.slot: host.speed or usual or 1.0 for host in hosts}
-        trials = self._try_again(hosts, speeds, now)
+        usual = usual_speed(hosts)
+        speeds, trials = self._speeds(hosts, usual, now)
         busy = {host.slot for host in hosts if self.leases.busy(host.slot)}
         leases = self.leases.lease(speeds, delays)
         given = {lease.slot for lease in leases}
@@ -218,17 +235,22 @@ class Steps:
             if slot in given:
                 pairs = self._open_pairs(host) if budget is None else math.ceil(budget * speeds[slot])
                 speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
-                host.set_leased(pairs, speed, delay, now, was_busy=slot in busy)
+                host.set_leased(pairs, speed, usual, delay, now, was_busy=slot in busy)
             if slot in given & trials and not host.late:
                 host.put_off_trial(now)
         return leases
 
-    def _try_again(self, hosts: Sequence[Host], speeds: dict[int, float], now: float) -> set[int]:
-        """Raise the speeds of hosts that got no pairs for long, so that each gets one quantum; return their slots."""
+    def _speeds(self, hosts: Sequence[Host], usual: float | None, now: float) -> tuple[dict[int, float], set[int]]:
+        """Return the speeds by which hosts get pairs, and the slots of hosts that are tried again.
+
+        A new host, and one that got no pairs for long, get the speed at which they get about one quantum.
+        """
+        speeds = {host.slot: host.speed or usual or 1.0 for host in hosts}
         enough = self._terms.quantum * sum(speeds.values()) / self._config.es.pairs
-        due = {host.slot for host in hosts if host.is_due(now) and speeds[host.slot] < enough}
-        speeds.update(dict.fromkeys(due, enough))
-        return due
+        trials = {host.slot for host in hosts if host.speed < enough and host.speed and host.is_due(now)}
+        new = {host.slot for host in hosts if usual and not host.speed and usual > enough}
+        speeds.update(dict.fromkeys(trials | new, enough))
+        return speeds, trials
 
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
@@ -265,6 +287,7 @@ class Steps:
         )
         self.leases = self._new_leases()
         self.inspector.begin_step(now)
+        self._sent.clear()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 

@@ -16,13 +16,14 @@ class Verdict(NamedTuple):
     )
 
 
-def decide(digests: Mapping[Host, str], kind: str, trusted: str | None) -> Verdict:
+def decide(digests: Mapping[Host, str], kind: str, trusted: str | None, *, is_alone: bool) -> Verdict:
     """Decide which digest is right.
 
     Args:
         digests: Digests by host, those of a preferred host first.
         kind: Kind of hardware whose hosts vote; at least one of the hosts is of this kind.
         trusted: Owner who decides where as many owners are for one digest as for another, or None.
+        is_alone: Whether all hosts of the run are of one owner.
     """
     by_owner: dict[str, list[str]] = {}
     for host, digest in digests.items():
@@ -33,7 +34,6 @@ def decide(digests: Mapping[Host, str], kind: str, trusted: str | None) -> Verdi
     if others and others[0][1] == count:
         right = votes.get(trusted or "", "")
     owners = {host.owner for host, digest in digests.items() if digest == right}
-    is_alone = len({host.owner for host in digests}) == 1
     return Verdict(right, bool(right) and (len(owners) > 1 or is_alone or trusted in owners))
 
 
