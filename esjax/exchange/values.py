@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int, Int32
 from numpy import ndarray
 
 from esjax.config.settings import MOST_SUMMED_PAIRS, EsConfig
@@ -243,8 +243,10 @@ class SumExchange:
         """See `Exchange.joined`: up to `most_pairs`, so that the sum fits into 32 bits."""
         return values + next_values if span[1] + next_span[1] <= self.most_pairs else None
 
-    def merge(self, parts: Sequence[Sums]) -> Int64[ndarray, "1 vector_length"]:
+    def merge(self, parts: Sequence[Sums]) -> Int[ndarray, "1 vector_length"]:
         """See `Exchange.merge`."""
+        if len(parts) == len(parts[0]) == 1:
+            return parts[0]
         return np.concatenate(parts).sum(axis=0, dtype=np.int64, keepdims=True)
 
     def agree(self, one: Sums, two: Sums) -> bool:

@@ -10,7 +10,7 @@ from esjax.core.seeds import key_of, pair_seeds, stream_seed
 from esjax.core.signs import draw
 from esjax.data.packing import draw_windows, follow_windows
 from esjax.flags import default_flags
-from esjax.models.gru import gru
+from esjax.models.mingru import mingru
 from esjax.replica.streams import INIT, WINDOWS
 
 NUMBERS = 1000
@@ -34,9 +34,8 @@ def _draw() -> dict[str, list[jax.Array]]:
     pairs = jnp.arange(4, 9, dtype=jnp.uint32)
     seed = pair_seeds(stream_seed(1, 2), 3, pairs[:1])[0]
     stream, of_windows = jnp.arange(5000, dtype=jnp.int32), pair_seeds(stream_seed(1, WINDOWS), 3, pairs)
-    params = gru(7, hidden_size=4, head_size=4).init(
-        jax.random.wrap_key_data(stream_seed(1, INIT), impl="threefry2x32")
-    )
+    model = mingru(7, hidden_size=4, head_size=4, n_layers=1, gate_tokens=1)
+    params = model.init(jax.random.wrap_key_data(stream_seed(1, INIT), impl="threefry2x32"))
     logits = jnp.linspace(0.0, 3.0, 50, dtype=jnp.float32)
     return {
         "rademacher": [draw("rademacher", seed, NUMBERS)],

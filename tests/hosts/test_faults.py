@@ -517,7 +517,7 @@ def test_row_45_one_pair_does_not_erase_the_others(split: bool) -> None:
     sim = Simulation(config)
 
     def twist(losses: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        return np.where((pairs == lie)[:, None], np.float32([9e8, -9e8]), losses)
+        return np.where((pairs == lie)[:, None], np.array([9e8, -9e8], np.float32), losses)
 
     for name in ("a", "b", "c"):
         sim.add(name, twist=twist)
