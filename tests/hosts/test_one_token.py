@@ -18,7 +18,7 @@ Act = tuple[int, str, float | None, bool, list[wire.Phase], str, float]
 """Which host, what, seconds to its answers, whether these are whole, phases, digests, seconds to the next act."""
 
 HONEST = 4
-SECONDS = 60.0
+SECONDS = 30.0
 SPEEDS = [30.0, 300.0]
 """Pairs per second of an honest host: steps of 1 s and of 0.1 s."""
 
@@ -86,7 +86,7 @@ both_speeds = pytest.mark.parametrize("speed", SPEEDS)
 
 
 @both_exchanges
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.lists(ACTS, min_size=1, max_size=6), st.sampled_from(SPEEDS))
 def test_one_token_of_five_does_not_halve_the_step_rate(sums: bool, acts: list[Act], speed: float) -> None:
     check(acts, speed, sums)
@@ -102,14 +102,14 @@ def test_one_token_of_five_does_not_halve_the_step_rate_in_long(sums: bool, acts
 
 @both_exchanges
 @both_speeds
-@pytest.mark.parametrize("delay", [None, 0.0, 0.2, 0.95, 2.9], ids=str)
+@pytest.mark.parametrize("delay", [None, 0.95], ids=str)
 def test_a_token_that_always_answers_late_costs_little(delay: float | None, speed: float, sums: bool) -> None:
     acts: list[Act] = [(number, "go on", delay, True, ["ready"], "true", 1.0) for number in range(3)]
     check(acts, speed, sums)
 
 
 @both_exchanges
-@both_speeds
+@pytest.mark.parametrize("speed", SPEEDS[-1:])
 @pytest.mark.parametrize("act", ["leave", "vanish"])
 def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, speed: float, sums: bool) -> None:
     acts: list[Act] = [(number, act, None, True, ["ready"], "true", 0.3) for number in range(3)]

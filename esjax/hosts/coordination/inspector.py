@@ -174,12 +174,13 @@ class Inspector:
         for i in self._rng.permutation(len(suspects)).tolist():
             host = suspects[i]
             voter = self._voter(host)
-            barred = of_voter[voter] | full
+            unit = self._choose(leases.units(host.slot))
+            # A host that had a lease of the same pairs may have them on their way, and would not score them again.
+            barred = of_voter[voter] | full | unit.leased
             alike = of_kind[host.kind] - of_voter[voter]
             slot = queue.take(barred | (speeds.keys() - alike) if alike else barred)
             if slot is None:
                 continue
-            unit = self._choose(leases.units(host.slot))
             loads[slot] += 1
             if loads[slot] == CHECKS_A_HOST:
                 full.add(slot)
@@ -242,7 +243,8 @@ class Inspector:
             return []
         speeds = _speeds_of(helpers)
         seconds = {host: (pairs_of(leases, host.slot) + case.unit.pairs) / speeds[host.slot] for host in others}
-        best = min(others, key=lambda host: (host.kind != suspect.kind, seconds[host]))
+        leased = case.unit.leased
+        best = min(others, key=lambda host: (host.slot in leased, host.kind != suspect.kind, seconds[host]))
         return self._begin(case, best.slot, leases, speeds[best.slot], now)
 
     def _is_confirmed(self, case: _Case) -> bool:

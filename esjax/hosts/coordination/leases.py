@@ -35,6 +35,7 @@ class Unit(NamedTuple):
 
     spans: list[Span]
     values: Values
+    leased: frozenset[int] = frozenset()  # slots of hosts that had leases of some of them
 
     @property
     def pairs(self) -> int:
@@ -259,7 +260,14 @@ class FixedPopulation(Leases):
 
     def units(self, slot: int) -> list[Unit]:
         """See `Leases.units`: quanta, or those that were added up."""
-        return [Unit(self._spans(sorted(part.numbers)), part.values) for part in self._parts.get(slot, ())]
+        return [
+            Unit(
+                self._spans(sorted(part.numbers)),
+                part.values,
+                frozenset().union(*(self._quanta[i].given for i in part.numbers)),
+            )
+            for part in self._parts.get(slot, ())
+        ]
 
     def fill(self, slot: int, unit: Unit) -> None:
         """See `Leases.fill`."""

@@ -56,6 +56,10 @@ class CheckedLeases(Leases):
         self._checked.setdefault(slot, []).extend(unit.spans)
         return check
 
+    def is_checking(self, slot: int) -> bool:
+        """Return whether all open pairs of a host are of checks."""
+        return bool(self._open.get(slot)) and not self._leases.busy(slot)
+
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Leases.lease`."""
         return self._leases.lease(speeds, delays)

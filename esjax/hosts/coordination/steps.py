@@ -71,7 +71,6 @@ class Steps:
         self._registry, self._audits = registry, audits
         self._out = out
         self._last_update = last_update
-        self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
         self.leases = self._new_leases()
         self.inspector = Inspector(
             config.hosts.spot_check,
@@ -82,6 +81,7 @@ class Steps:
             put_aside,
             trusted,
         )
+        self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
         self._closed_at: float | None = None
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
@@ -89,11 +89,14 @@ class Steps:
     def take(self, host: Host, message: wire.Losses, values: Values, now: float) -> str:
         """Store the values that a host sends; return why they are rejected, or ""."""
         was_busy, before = self.leases.busy(host.slot), self.leases.count(host.slot)
+        is_check = self.leases.is_checking(host.slot)
         fault = self.leases.accept(host.slot, message.spans, values, message.final)
         if fault:
             return fault
         is_fixed = self._config.es.time_per_step is None
         pairs = self._new_pairs(host, message.spans) if is_fixed else self.leases.count(host.slot) - before
+        if is_check:  # too few pairs to measure a speed by
+            pairs = 0
         if not was_busy:
             if pairs:  # it was late with them
                 host.took(pairs, now - host.leased_at)
@@ -283,8 +286,8 @@ class Steps:
             )
         )
         self.leases = self._new_leases()
-        self._sent.clear()
         self.inspector.begin_step(now)
+        self._sent.clear()
         plan = self._audits.plan(self.step, now)
         self.announce(plan, self._lease(now), payload)
 
