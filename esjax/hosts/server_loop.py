@@ -82,9 +82,8 @@ class ServerLoop:
         for _ in range(BULK):
             if self._bulk:
                 request, envelope = self._bulk.take()
-                self._transport.reply(
-                    request, wire.encode(self._coordinator.receive(envelope, began, request.key, request.peer))
-                )
+                reply = self._coordinator.receive(envelope, began, request.key, request.peer)
+                self._transport.reply(request, wire.encode(reply))
         ended = time.monotonic()
         self._bulk_at = ended + (ended - began)
 
