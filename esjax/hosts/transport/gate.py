@@ -49,8 +49,8 @@ IDLE_SECONDS = 5.0
 STALL_SECONDS, POOL_RATE = 1.0, 2**18
 """While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
 
-ACCEPTS = 8
-"""Most new connections of a port in one turn."""
+ACCEPTS, PAUSE = 8, 0.01
+"""Most new connections of a port in one turn, and seconds until the next ones, so that hosts wait for no flood."""
 
 TURN = 0.1
 """Most seconds between two checks of deadlines, and between two reports."""
@@ -137,11 +137,12 @@ class Gate:
         self._said: set[tuple[str, str]] = set()
         self._news = b""
         self._reported = (0, 0)
+        self._resting: dict[Door, float] = {}  # ports that accept nothing until a time
         self._control = socket.socket(fileno=plan.control)
         self._control.setblocking(False)
         self._selector.register(self._control, selectors.EVENT_READ, None)
-        self._listeners = [socket.socket(fileno=door.fd) for door in plan.doors]
-        for listener, door in zip(self._listeners, plan.doors, strict=True):
+        self._listeners = {door: socket.socket(fileno=door.fd) for door in plan.doors}
+        for door, listener in self._listeners.items():
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, door)
 
@@ -149,15 +150,20 @@ class Gate:
         """Pass bytes until the coordinator has closed, and a little longer."""
         ends, checked = float("inf"), 0.0
         while (now := time.monotonic()) < ends and (self._links or ends == float("inf")):
-            for key, events in self._selector.select(TURN):
+            for door in [door for door, until in self._resting.items() if now >= until]:
+                del self._resting[door]
+                self._selector.register(self._listeners[door], selectors.EVENT_READ, door)
+            for key, events in self._selector.select(PAUSE if self._resting else TURN):
                 if key.data is None:
                     if self._control_ended():
                         self._selector.unregister(self._control)
-                        for listener in self._listeners:
-                            self._selector.unregister(listener)
+                        for door in self._listeners.keys() - self._resting:
+                            self._selector.unregister(self._listeners[door])
+                        self._resting.clear()
                         ends = now + FAREWELL
                 elif isinstance(key.data, Door):
-                    self._accept(key.fileobj, key.data, now)  # type: ignore[arg-type]
+                    if ends == float("inf"):
+                        self._accept(key.data, now)
                 else:
                     self._pass(key.data, key.fileobj, events, now)
             if now >= checked + TURN:
@@ -176,10 +182,10 @@ class Gate:
         except OSError:
             return True
 
-    def _accept(self, listener: socket.socket, door: Door, now: float) -> None:
+    def _accept(self, door: Door, now: float) -> None:
         for _ in range(ACCEPTS):
             try:
-                outer, (address, *_) = listener.accept()
+                outer, (address, *_) = self._listeners[door].accept()
             except BlockingIOError:
                 return
             except OSError as error:  # the other side has left already, or there are no descriptors
@@ -195,6 +201,8 @@ class Gate:
             crowded = self._silent.enter(link.group, link)
             if crowded is not None:
                 self._make_room(self._silent, self._silent.oldest(crowded), crowded, "unfinished handshakes")
+        self._resting[door] = now + PAUSE
+        self._selector.unregister(self._listeners[door])
 
     def _pass(self, link: Link, ready: object, events: int, now: float) -> None:
         """Read and write at one side of a connection."""
