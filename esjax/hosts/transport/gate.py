@@ -67,7 +67,7 @@ class Gate:
         self._selector = selectors.DefaultSelector()
         self._links: dict[Link, None] = {}  # oldest first
         # Without a word, with an unfinished handshake, and with a finished one. Each may send away its own kind alone.
-        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(1, plan.most // 8)) for _ in range(2))
+        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(4, plan.most // 8)) for _ in range(2))
         self._settled = {door: Crowd[Link](plan.each, max(1, plan.most * 3 // 8)) for door in plan.doors}
         self._rates = Rates(HANDSHAKE_RATE, HANDSHAKE_BURST)
         self._greetings = {door: _greeting(door.inner) for door in plan.doors}
