@@ -107,7 +107,7 @@ class FloodGuard:
                 "frame": limits.frame + OVERHEAD,
                 "parts": 2 + limits.frames,  # a REQ sends the number of its request and an empty frame first
                 "handshake": 2 if curve else 1,
-                "half_open": min(HALF_OPEN, max(1, most // 16)),
+                "half_open": min(HALF_OPEN, max(4, most // 16)),
                 "each": min(EACH, max(1, most * 3 // 8)),
                 "most": most,
             }

@@ -19,17 +19,11 @@ import struct
 import sys
 import time
 from contextlib import suppress
-from typing import NamedTuple
 
 from esjax.hosts.transport.allowances import Pool, Rates
-from esjax.hosts.transport.crowd import Crowd, group_of
-from esjax.hosts.transport.zmtp import GREETING, Stream, ViolationError
-
-READ = 65_536
-"""Most bytes that are read at once, and that wait for a slow side."""
-
-SMALL = 32_768
-"""Bytes since the last reply that need no room in the pool."""
+from esjax.hosts.transport.crowd import Crowd
+from esjax.hosts.transport.link import READ, SMALL, Door, Link, Plan
+from esjax.hosts.transport.zmtp import GREETING, ViolationError
 
 POOL = 2**25
 """Most bytes of large messages, of all connections, that have no reply yet; one address gets half of them."""
@@ -49,8 +43,8 @@ IDLE_SECONDS = 5.0
 STALL_SECONDS, POOL_RATE = 1.0, 2**18
 """While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
 
-ACCEPTS = 8
-"""Most new connections of a port in one turn."""
+ACCEPTS, PAUSE = 8, 0.01
+"""Most new connections of a port in one turn, and seconds until the next ones, so that hosts wait for no flood."""
 
 TURN = 0.1
 """Most seconds between two checks of deadlines, and between two reports."""
@@ -64,60 +58,6 @@ LINES = 32
 """Most lines for the user."""
 
 
-class Door(NamedTuple):
-    """A port, and what may come in through it."""
-
-    fd: int  # listening socket
-    inner: str  # path of libzmq's socket
-    replies: bool  # a message to the host starts the limits again
-    frames: int  # most frames since then
-    bytes: int  # most bytes since then
-
-
-class Plan(NamedTuple):
-    """What the coordinator asks for; JSON in the process's arguments."""
-
-    control: int  # socket for reports; its end is the coordinator's end
-    folder: str  # folder of libzmq's sockets, which is removed at the end
-    doors: list[Door]
-    frame: int  # most bytes of a frame
-    parts: int  # most frames of a message
-    handshake: int  # frames of a host's handshake
-    half_open: int  # most connections of an address that have not begun a handshake, and that have not finished it
-    each: int  # most connections of an address to a port
-    most: int  # most connections of all
-
-
-class Link:
-    """A connection, from outside and to libzmq."""
-
-    __slots__ = (
-        *("outer", "inner", "door", "address", "group", "inward", "outward", "opened", "active", "crowd"),
-        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "unheard", "ending", "masks"),
-    )
-
-    def __init__(
-        self, outer: socket.socket, door: Door, address: str, plan: Plan, crowd: "Crowd[Link]", now: float
-    ) -> None:
-        """Begin without a connection to libzmq."""
-        self.outer, self.door, self.address, self.group = outer, door, address, group_of(address)
-        self.inner: socket.socket | None = None
-        self.inward, self.outward = Stream(plan.frame, plan.parts), Stream(2**63, 2**63)
-        self.opened = self.active = now
-        self.crowd = crowd  # connections that are as far as this one
-        self.held = self.begun = 0  # bytes, and frames before, since the last reply
-        self.granted, self.granted_at = 0, now  # bytes of the pool
-        self.to_inner = self.to_outer = b""
-        self.unheard = GREETING  # bytes of libzmq that the host already has
-        self.ending = False  # one side has closed
-        self.masks = [0, 0]  # events that are waited for: outer, inner
-
-    @property
-    def need(self) -> int:
-        """Bytes of the pool that it needs to read on."""
-        return max(0, self.held + max(self.inward.left, SMALL // 2) - SMALL)
-
-
 class Gate:
     """All connections."""
 
@@ -127,7 +67,7 @@ class Gate:
         self._selector = selectors.DefaultSelector()
         self._links: dict[Link, None] = {}  # oldest first
         # Without a word, with an unfinished handshake, and with a finished one. Each may send away its own kind alone.
-        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(1, plan.most // 8)) for _ in range(2))
+        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(4, plan.most // 8)) for _ in range(2))
         self._settled = {door: Crowd[Link](plan.each, max(1, plan.most * 3 // 8)) for door in plan.doors}
         self._rates = Rates(HANDSHAKE_RATE, HANDSHAKE_BURST)
         self._greetings = {door: _greeting(door.inner) for door in plan.doors}
@@ -137,11 +77,12 @@ class Gate:
         self._said: set[tuple[str, str]] = set()
         self._news = b""
         self._reported = (0, 0)
+        self._resting: dict[Door, float] = {}  # ports that accept nothing until a time
         self._control = socket.socket(fileno=plan.control)
         self._control.setblocking(False)
         self._selector.register(self._control, selectors.EVENT_READ, None)
-        self._listeners = [socket.socket(fileno=door.fd) for door in plan.doors]
-        for listener, door in zip(self._listeners, plan.doors, strict=True):
+        self._listeners = {door: socket.socket(fileno=door.fd) for door in plan.doors}
+        for door, listener in self._listeners.items():
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, door)
 
@@ -149,15 +90,20 @@ class Gate:
         """Pass bytes until the coordinator has closed, and a little longer."""
         ends, checked = float("inf"), 0.0
         while (now := time.monotonic()) < ends and (self._links or ends == float("inf")):
-            for key, events in self._selector.select(TURN):
+            for door in [door for door, until in self._resting.items() if now >= until]:
+                del self._resting[door]
+                self._selector.register(self._listeners[door], selectors.EVENT_READ, door)
+            for key, events in self._selector.select(PAUSE if self._resting else TURN):
                 if key.data is None:
                     if self._control_ended():
                         self._selector.unregister(self._control)
-                        for listener in self._listeners:
-                            self._selector.unregister(listener)
+                        for door in self._listeners.keys() - self._resting:
+                            self._selector.unregister(self._listeners[door])
+                        self._resting.clear()
                         ends = now + FAREWELL
                 elif isinstance(key.data, Door):
-                    self._accept(key.fileobj, key.data, now)  # type: ignore[arg-type]
+                    if ends == float("inf"):
+                        self._accept(key.data, now)
                 else:
                     self._pass(key.data, key.fileobj, events, now)
             if now >= checked + TURN:
@@ -176,10 +122,10 @@ class Gate:
         except OSError:
             return True
 
-    def _accept(self, listener: socket.socket, door: Door, now: float) -> None:
+    def _accept(self, door: Door, now: float) -> None:
         for _ in range(ACCEPTS):
             try:
-                outer, (address, *_) = listener.accept()
+                outer, (address, *_) = self._listeners[door].accept()
             except BlockingIOError:
                 return
             except OSError as error:  # the other side has left already, or there are no descriptors
@@ -195,6 +141,8 @@ class Gate:
             crowded = self._silent.enter(link.group, link)
             if crowded is not None:
                 self._make_room(self._silent, self._silent.oldest(crowded), crowded, "unfinished handshakes")
+        self._resting[door] = now + PAUSE
+        self._selector.unregister(self._listeners[door])
 
     def _pass(self, link: Link, ready: object, events: int, now: float) -> None:
         """Read and write at one side of a connection."""
