@@ -98,9 +98,10 @@ class Process:
         self.popen.send_signal(number)
 
     def child(self) -> int:
-        """Return the number of the only process that it has started."""
+        """Return the number of the only process that it has started to join its run."""
         number = self.popen.pid
-        (child,) = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+        children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+        (child,) = (child for child in children if b"\0join\0" in Path(f"/proc/{child}/cmdline").read_bytes())
         return int(child)
 
     def ends(self) -> int:

@@ -28,6 +28,7 @@ RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 """Where every line that the coordinator prints is explained."""
 
 SPEAKERS = [
+    "coordination/admission",
     "coordination/coordinator",
     "coordination/steps",
     "coordination/audits",
@@ -214,8 +215,12 @@ def sayings(path: Path) -> Iterator[str]:
             long = (part for part in fixed if len(part) > 11)
             yield next(long, max(fixed, key=len, default="")).strip(" :;,.")
         if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "counters":
-            assert isinstance(node.slice, ast.Constant)
-            yield str(node.slice.value)
+            if isinstance(node.slice, ast.Constant):
+                yield str(node.slice.value)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Objection":
+            counter = node.args[1]
+            assert isinstance(counter, ast.Constant)
+            yield str(counter.value)
 
 
 @pytest.mark.parametrize("speaker", SPEAKERS)
