@@ -214,9 +214,9 @@ def sayings(path: Path) -> Iterator[str]:
             ]
             long = (part for part in fixed if len(part) > 11)
             yield next(long, max(fixed, key=len, default="")).strip(" :;,.")
-        if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "counters":
-            if isinstance(node.slice, ast.Constant):
-                yield str(node.slice.value)
+        is_counted = isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "counters"
+        if is_counted and isinstance(node.slice, ast.Constant):
+            yield str(node.slice.value)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Objection":
             counter = node.args[1]
             assert isinstance(counter, ast.Constant)
