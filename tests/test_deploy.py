@@ -214,13 +214,11 @@ def sayings(path: Path) -> Iterator[str]:
             ]
             long = (part for part in fixed if len(part) > 11)
             yield next(long, max(fixed, key=len, default="")).strip(" :;,.")
-        is_counted = isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "counters"
-        if is_counted and isinstance(node.slice, ast.Constant):
-            yield str(node.slice.value)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Objection":
-            counter = node.args[1]
-            assert isinstance(counter, ast.Constant)
-            yield str(counter.value)
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="counters"), slice=ast.Constant(value=str(counter))):
+                yield counter
+            case ast.Call(func=ast.Name(id="Objection"), args=[_, ast.Constant(value=str(counter)), *_]):
+                yield counter
 
 
 @pytest.mark.parametrize("speaker", SPEAKERS)
