@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -50,16 +50,17 @@ def environment() -> dict[str, str]:
 class Process:
     """`esjax ...`, with all it prints in a file."""
 
-    def __init__(self, *words: str, log: Path, file_blocks: int | None = None) -> None:
+    def __init__(self, *words: str, log: Path, file_blocks: int | None = None, within: Sequence[str] = ()) -> None:
         """Start it.
 
         Args:
             words: Of the command line.
             log: For all that it prints.
             file_blocks: Blocks of 1,024 bytes that a file may grow to, as on a disk that is full. None: any.
+            within: Command that runs it, such as that of a network namespace.
         """
         self.log = log
-        command = [sys.executable, "-m", "esjax", *words]
+        command = [*within, sys.executable, "-m", "esjax", *words]
         if file_blocks is not None:
             command = ["bash", "-c", f'trap "" XFSZ; ulimit -f {file_blocks}; exec "$@"', "bash", *command]
         with log.open("wb") as output:
@@ -100,8 +101,9 @@ class Fleet:
         self.address = ""
         self._started: list[Process] = []
 
-    def start(self, *words: str, file_blocks: int | None = None) -> Process:
-        process = Process(*words, log=self.folder / f"{len(self._started)}-{words[0]}.log", file_blocks=file_blocks)
+    def start(self, *words: str, file_blocks: int | None = None, within: Sequence[str] = ()) -> Process:
+        log = self.folder / f"{len(self._started)}-{words[0]}.log"
+        process = Process(*words, log=log, file_blocks=file_blocks, within=within)
         self._started.append(process)
         return process
 
@@ -116,8 +118,8 @@ class Fleet:
         self._hear_address(process)
         return process
 
-    def join(self, name: str, *words: str) -> Process:
-        return self.start("join", self.address, "--name", name, *words)
+    def join(self, name: str, *words: str, within: Sequence[str] = ()) -> Process:
+        return self.start("join", self.address, "--name", name, *words, within=within)
 
     def _hear_address(self, process: Process) -> None:
         process.wait_for("esjax join ")

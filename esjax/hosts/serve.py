@@ -26,7 +26,7 @@ from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Snapshot, Terms
 from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
-from esjax.hosts.transport.flood_guard import raise_file_limit
+from esjax.hosts.transport.flood_guard import prepare_process
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
@@ -193,7 +193,7 @@ class Server(RecordedRun):
         step = first + len(records)
         self.limits.check(step)
         keys = self._keys()
-        raise_file_limit()
+        prepare_process()
         transport = stack.enter_context(
             ServerTransport(
                 self._listen.address,

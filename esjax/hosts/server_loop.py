@@ -1,7 +1,6 @@
 """The server loop: passes messages between network and state machine, and carries out the coordinator's actions."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 
 from esjax.config.settings import Config
@@ -12,6 +11,7 @@ from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, 
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport
+from esjax.hosts.turns import Turns
 from esjax.replica.snapshot import from_bytes
 from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import digest
@@ -28,7 +28,8 @@ CHECK = 0.2
 """Seconds between checks of the connections."""
 
 BULK = 8
-"""Parts of texts and snapshots that are sent in one turn, so that joining hosts do not delay those that train."""
+"""Parts of texts and snapshots, and series of updates, that are sent in one turn. At most half of the time goes to
+them, so that hosts that fetch do not delay those that train."""
 
 
 class ServerLoop:
@@ -50,20 +51,20 @@ class ServerLoop:
         self._closed_at: float | None = None
         self._held_out: float | None = None
         self._tick_at = self._check_at = 0.0
-        self._bulk: deque[tuple[Request, Envelope]] = deque()
+        self._bulk: Turns[tuple[Request, Envelope]] = Turns()
+        self._bulk_at = 0.0  # when the next parts may be sent
         self._marks: dict[int, tuple[float, int]] = {}  # progress at the step of an expected state
 
     def turn(self) -> list[StepInfo]:
         """Wait up to `POLL` seconds for requests, answer them, and return the infos of the steps that were closed."""
-        requests = self._transport.poll(0.0 if self._bulk else POLL)
+        wait = min(self._bulk_at - time.monotonic(), POLL) if self._bulk else POLL
+        requests = self._transport.poll(max(wait, 0.0))
         now = time.monotonic()
         closed: list[StepInfo] = []
         for request in requests:
             closed += self._answer(request, now)
-        for _ in range(min(len(self._bulk), BULK)):
-            request, envelope = self._bulk.popleft()
-            reply = self._coordinator.receive(envelope, now, request.key, request.peer)
-            self._transport.reply(request, wire.encode(reply))
+        if self._bulk and now >= self._bulk_at:
+            self._send_bulk()
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
@@ -74,6 +75,16 @@ class ServerLoop:
             self._count()
             self._check_at = now + CHECK
         return closed
+
+    def _send_bulk(self) -> None:
+        began = time.monotonic()
+        for _ in range(BULK):
+            if self._bulk:
+                request, envelope = self._bulk.take()
+                reply = self._coordinator.receive(envelope, began, request.key, request.peer)
+                self._transport.reply(request, wire.encode(reply))
+        ended = time.monotonic()
+        self._bulk_at = ended + (ended - began)
 
     def _count(self) -> None:
         """Add the transport's counters to those of the status."""
@@ -95,8 +106,8 @@ class ServerLoop:
                 coordinator.counters["no message of esjax"] += 1
                 return []
             else:
-                if isinstance(envelope.message, wire.Fetch):
-                    self._bulk.append((request, envelope))
+                if isinstance(envelope.message, wire.Fetch | wire.CatchUp):
+                    self._bulk.add(request.key or "", request.peer, (request, envelope))
                     return []
                 reply = coordinator.receive(envelope, now, request.key, request.peer)
         closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it

@@ -31,14 +31,16 @@ class Flood(NamedTuple):
     Attributes:
         connections: Number of connections at a time to each port.
         ports: Which of the two ports: 0 requests, 1 broadcasts.
-        once: What each of them sends first.
+        hello: What each of them sends first.
+        once: What it sends after the other side's READY, or at once if there is no `hello`.
         again: What it sends after that, without end; empty: it waits.
         hangs_up: Whether a connection is closed when it is open.
     """
 
     connections: int
     ports: Sequence[int]
-    once: bytes
+    hello: bytes = b""
+    once: bytes = b""
     again: bytes = b""
     hangs_up: bool = False
 
@@ -64,18 +66,18 @@ def frame(content: bytes, more: bool = False) -> bytes:
 def subscriptions() -> Flood:
     """One connection subscribes to ever more topics."""
     topics = b"".join(frame(b"\x01" + random.randbytes(4)) for _ in range(200_000))
-    return Flood(1, [1], plain(b"SUB"), topics)
+    return Flood(1, [1], plain(b"SUB"), again=topics)
 
 
 def random_bytes() -> Flood:
     """Four connections to each port send random bytes, which begin as ZMTP 1 does."""
-    return Flood(4, [0, 1], b"\x01\x00", b"\x7f" + os.urandom(2**20))
+    return Flood(4, [0, 1], once=b"\x01\x00", again=os.urandom(2**20))
 
 
 def unfinished_frames() -> Flood:
     """600 connections send a frame of 4 MiB but for its last byte."""
     begun = frame(b"1234", more=True) + frame(b"", more=True) + frame(bytes(FRAME))[:-1]
-    return Flood(600, [0], plain(b"DEALER") + begun)
+    return Flood(600, [0], plain(b"DEALER"), begun)
 
 
 def half_open() -> Flood:
@@ -85,7 +87,7 @@ def half_open() -> Flood:
 
 def idle() -> Flood:
     """1,500 connections to each port send nothing."""
-    return Flood(1500, [0, 1], b"")
+    return Flood(1500, [0, 1])
 
 
 def silent_hosts() -> Flood:
@@ -95,12 +97,12 @@ def silent_hosts() -> Flood:
 
 def connects() -> Flood:
     """Connections to both ports are opened and closed as fast as they can be."""
-    return Flood(16, [0, 1], b"", hangs_up=True)
+    return Flood(16, [0, 1], hangs_up=True)
 
 
 def requests() -> Flood:
     """Sixteen connections send small requests without waiting for replies."""
-    return Flood(16, [0], plain(b"DEALER"), (frame(b"1234", True) + frame(b"", True) + frame(b"request")) * 5000)
+    return Flood(16, [0], plain(b"DEALER"), again=(frame(b"1234", True) + frame(b"", True) + frame(b"request")) * 5000)
 
 
 FLOODS: dict[str, Callable[[], Flood]] = {
@@ -124,10 +126,14 @@ class Sender:
         self.socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         self.socket.setblocking(False)
         self.socket.connect_ex(address)
-        self.sent = 0
+        self.sent = -1  # of `once` and `again`; -1: still the handshake
 
     def send(self, flood: Flood) -> bool:
-        """Send more; return whether it still has something to send."""
+        """Send more; return whether it can send yet more."""
+        if self.sent < 0:
+            self.socket.send(flood.hello)  # fits into the empty buffer
+            self.sent = 0 if not flood.hello else -1
+            return not flood.hello
         with suppress(BlockingIOError):
             while self.sent < len(flood.once):
                 self.sent += self.socket.send(memoryview(flood.once)[self.sent : self.sent + 2**18])
@@ -136,10 +142,24 @@ class Sender:
                 self.sent += self.socket.send(memoryview(flood.again)[at : at + 2**18])
         return bool(flood.again) or self.sent < len(flood.once)
 
+    def receive(self) -> bool:
+        """Receive more; return whether it can send now.
+
+        Raises:
+            OSError: The other side has closed.
+        """
+        part = self.socket.recv(2**16)
+        if not part:
+            raise ConnectionError
+        if self.sent < 0 and b"READY" in part:
+            self.sent = 0
+            return True
+        return False
+
 
 def run(flood: Flood, addresses: Sequence[tuple[str, int]]) -> None:
     """Flood until killed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     selector = selectors.DefaultSelector()
     closed = [addresses[port] for port in flood.ports for _ in range(flood.connections)]
@@ -153,8 +173,8 @@ def run(flood: Flood, addresses: Sequence[tuple[str, int]]) -> None:
             try:
                 if events & selectors.EVENT_WRITE and not sender.send(flood):
                     selector.modify(sender.socket, selectors.EVENT_READ, sender)
-                if events & selectors.EVENT_READ and not sender.socket.recv(2**16):
-                    raise ConnectionError
+                if events & selectors.EVENT_READ and sender.receive():
+                    selector.modify(sender.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, sender)
                 if flood.hangs_up:
                     raise ConnectionError
             except BlockingIOError:
@@ -258,8 +278,8 @@ def main(name: str, host: str, port: str, publish_port: str, token_file: str = "
         HOSTS[name](f"tcp://{host}:{port}", f"tcp://{host}:{publish_port}", token_file)
     else:
         made = FLOODS[name]()
-        if token_file and made.once.startswith(b"\xff"):
-            made = made._replace(once=hello(token_file))
+        if token_file and made.hello:
+            made = made._replace(hello=hello(token_file))
         run(made, [(host, int(port)), (host, int(publish_port))])
 
 

@@ -113,7 +113,7 @@ class Driver:
         before = self._rate(seconds / 2)
         used = _children()
         with ThreadPoolExecutor() as pool, Memory() as memory, process(name, *words):
-            joining = pool.submit(lambda: (time.sleep(seconds / 4), join(server))[1])
+            joining = pool.submit(join, server, seconds / 4)
             during = self._rate(seconds)
             joined_after, _ = joining.result()
         share = (_children() - used) / seconds
@@ -194,12 +194,15 @@ def process(*words: str) -> Iterator[None]:
         started.wait()
 
 
-def join(server: Server) -> tuple[float, int]:
+def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
     """Join as a host does until the state and a broadcast are here, and leave; return seconds, and the second port.
+
+    It begins after `wait` seconds.
 
     The seconds are infinite if that takes more than `PATIENCE`.
     """
     token = None if server.token is None else load_token(server.token)
+    time.sleep(wait)
     started, size, session, publish_port, wanted = time.perf_counter(), 0, 0, 0, 1
     message: Message = wire.Join(f"guest-{started}", "", "", [*known_answers().items()], [], "", 1, 0)
     with ClientTransport(server.address, token=token, limits=Limits(wire.MAX_BODY, wire.FRAMES)) as client:

@@ -117,6 +117,14 @@ def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, sp
 
 
 @both_exchanges
+@pytest.mark.parametrize("delay", [None, 0.05], ids=str)
+def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: float | None, sums: bool) -> None:
+    """Each time the others would have to share out the pairs anew."""
+    acts: list[Act] = [(number, "go on", delay, True, ["ready", "joining"], "true", 1.0) for number in range(3)]
+    check(acts, SPEEDS[-1], sums)
+
+
+@both_exchanges
 @both_speeds
 def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, sums: bool) -> None:
     acts: list[Act] = [

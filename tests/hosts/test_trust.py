@@ -408,7 +408,7 @@ def test_row_53_downloads_of_a_token_are_limited_and_go_on_later(monkeypatch: py
 
 @both_exchanges
 def test_row_58_far_hosts_do_not_slow_a_near_one(sums: bool) -> None:
-    """Reference: the near host alone."""
+    """Reference: the near host alone, which nobody checks; checks take 3% of the time, and chance may add some."""
 
     def steps(far: int) -> int:
         sim = Simulation(config_of(population=256, sums=sums))
@@ -421,7 +421,7 @@ def test_row_58_far_hosts_do_not_slow_a_near_one(sums: bool) -> None:
         sim.run(120)
         return len(sim.ledger) - before
 
-    assert steps(2) >= 0.97 * steps(0)
+    assert steps(2) >= 0.94 * steps(0)
 
 
 def test_row_58_far_hosts_help_where_steps_are_long() -> None:

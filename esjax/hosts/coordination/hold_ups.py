@@ -43,6 +43,10 @@ class HoldUps:
         """Note that a host lost pairs that it had for some seconds."""
         self._failed[owner] = max(self._failed.get(owner, 0.0), REDONE * seconds)
 
+    def has_failed(self, owner: str) -> bool:
+        """Return whether a host of an owner lost its pairs in this step."""
+        return owner in self._failed
+
     def closed(self, now: float) -> dict[str, float]:
         """Close the step, and open the next one; return the seconds that owners begin to rest, by owner."""
         blamed = dict(self._failed)

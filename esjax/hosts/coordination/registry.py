@@ -45,6 +45,7 @@ class Host:
         leased_at: Time at which it got its pairs.
         answered: Pairs whose values came since then.
         slowness: Time of this step's pairs divided by that expected; None before they are finished.
+        has_failed: Whether it lost its pairs in this step, or joined after a host of its owner did.
         late: Whether it took much longer than the others.
         probe_at: Time at which it gets work again after it was late or too slow for any.
         hung: Whether it sends messages but makes no progress.
@@ -71,7 +72,7 @@ class Host:
         self._most_speed = math.inf
         self.slowness: float | None = None
         self.probe_after = PROBE
-        self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
+        self.has_failed = self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
@@ -212,6 +213,7 @@ class Registry:
         """Register a host in the first free slot."""
         slot = next(slot for slot in itertools.count() if slot not in self._by_slot)
         host = self._hosts[session] = self._by_slot[slot] = Host(join, session, slot, key, peer, now)
+        host.has_failed = self.hold_ups.has_failed(host.owner)
         return host
 
     def remove(self, host: Host) -> None:
@@ -226,11 +228,12 @@ class Registry:
     def workers(self, now: float) -> list[Host]:
         """List the hosts that get pairs, in the order in which they joined.
 
-        Late hosts, and those whose owners held up steps again and again, only if there are no others.
+        Late hosts, those that lost pairs in this step, and those whose owners held up steps again and again, only if
+        there are no others.
         """
         able = [host for host in self._hosts.values() if host.can_work(now)]
         trusty = [host for host in able if not self.hold_ups.rests(host.owner, now)] or able
-        return [host for host in trusty if host.in_time(now)] or trusty
+        return [host for host in trusty if host.in_time(now) and not host.has_failed] or trusty
 
     def usual_slowness(self, judged: Host) -> float | None:
         """Return the median slowness of other owners in this step, or else of the host's own owner; None: unknown."""

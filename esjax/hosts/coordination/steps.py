@@ -120,6 +120,7 @@ class Steps:
         """Take the open pairs from a host, which holds up the step while others score them."""
         if self.leases.busy(host.slot):
             self._registry.hold_ups.failed(host.owner, self._registry.now - host.leased_at)
+            host.has_failed = True
         self.leases.release(host.slot)
 
     def stop(self) -> None:
@@ -258,7 +259,7 @@ class Steps:
         pairs = sum(count for _, count in spans)
         for host in self._registry:
             host.share = self.leases.count(host.slot) / pairs
-            host.slowness = None
+            host.slowness, host.has_failed = None, False
         hosts = sum(host.share > 0 for host in self._registry)
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)

@@ -1,5 +1,6 @@
 """Owns the ports of a coordinator, in a process that closes connections which exceed a limit; see `gate`."""
 
+import ctypes
 import errno
 import json
 import os
@@ -19,11 +20,11 @@ from esjax.errors import EsjaxError
 from esjax.hosts.transport.address import IPAddress
 from esjax.hosts.transport.sockets import OVERHEAD, Limits
 
-HALF_OPEN = 128
+HALF_OPEN = 1024
 """Most connections of an address without a finished handshake."""
 
-EACH = 1024
-"""Most connections of an address to a port."""
+EACH = 256
+"""Most connections of an address to a port; libzmq takes up to 150 KB for each."""
 
 MOST = 8192
 """Most connections of all; half of them for handshakes and broadcasts' port less than this."""
@@ -48,6 +49,9 @@ BACKLOG = 512
 
 PAUSE = 1.0
 """Least seconds between two starts of the process."""
+
+M_MMAP_THRESHOLD, MAPPED = -3, 2**17
+"""Option of glibc's mallopt, and bytes from which on blocks of memory are mapped one by one."""
 
 COMMAND = "import sys; sys.path.insert(0, sys.argv[1]); from esjax.hosts.transport.gate import main; main(sys.argv[2])"
 
@@ -103,7 +107,7 @@ class FloodGuard:
                 "frame": limits.frame + OVERHEAD,
                 "parts": 2 + limits.frames,  # a REQ sends the number of its request and an empty frame first
                 "handshake": 2 if curve else 1,
-                "half_open": min(HALF_OPEN, max(1, most // 8)),
+                "half_open": min(HALF_OPEN, max(1, most // 16)),
                 "each": min(EACH, max(1, most * 3 // 8)),
                 "most": most,
             }
@@ -164,12 +168,15 @@ class FloodGuard:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def raise_file_limit() -> None:
-    """Let this process open as many files as the system allows."""
+def prepare_process() -> None:
+    """Let this process open as many files as the system allows, and return the memory of large messages at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):  # macOS refuses more than its own limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # glibc would soon keep large blocks among small ones: 200 MB a minute while unfinished frames come and go.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def most_connections() -> int:

@@ -10,6 +10,7 @@ waits, unread, until the pool has room for it.
 
 import errno
 import json
+import re
 import selectors
 import shutil
 import signal
@@ -20,8 +21,9 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
+from esjax.hosts.transport.allowances import Pool, Rates
 from esjax.hosts.transport.crowd import Crowd, group_of
-from esjax.hosts.transport.zmtp import Stream, ViolationError
+from esjax.hosts.transport.zmtp import GREETING, Stream, ViolationError
 
 READ = 65_536
 """Most bytes that are read at once, and that wait for a slow side."""
@@ -38,13 +40,16 @@ HANDSHAKE_SECONDS = 5.0
 HANDSHAKE_BYTES = 2048
 """Most bytes of a handshake."""
 
+HANDSHAKE_RATE, HANDSHAKE_BURST = 200.0, 1024.0
+"""Most handshakes that an address may begin: a second over a while, and at once. With keys, each takes 0.2 ms."""
+
 IDLE_SECONDS = 5.0
 """Seconds without bytes after which a connection may be closed in favor of a new one of its address."""
 
 STALL_SECONDS, POOL_RATE = 1.0, 2**18
 """While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
 
-ACCEPTS = 32
+ACCEPTS = 8
 """Most new connections of a port in one turn."""
 
 TURN = 0.1
@@ -52,6 +57,8 @@ TURN = 0.1
 
 FAREWELL = 0.5
 """Seconds for the last bytes after the coordinator has closed."""
+
+NUMBER = re.compile(r"[\d,]+")
 
 LINES = 32
 """Most lines for the user."""
@@ -76,7 +83,7 @@ class Plan(NamedTuple):
     frame: int  # most bytes of a frame
     parts: int  # most frames of a message
     handshake: int  # frames of a host's handshake
-    half_open: int  # most connections of an address without a finished handshake
+    half_open: int  # most connections of an address that have not begun a handshake, and that have not finished it
     each: int  # most connections of an address to a port
     most: int  # most connections of all
 
@@ -85,20 +92,23 @@ class Link:
     """A connection, from outside and to libzmq."""
 
     __slots__ = (
-        *("outer", "inner", "door", "address", "group", "inward", "outward", "opened", "active", "settled"),
-        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "ending", "masks"),
+        *("outer", "inner", "door", "address", "group", "inward", "outward", "opened", "active", "crowd"),
+        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "unheard", "ending", "masks"),
     )
 
-    def __init__(self, outer: socket.socket, door: Door, address: str, plan: Plan, now: float) -> None:
+    def __init__(
+        self, outer: socket.socket, door: Door, address: str, plan: Plan, crowd: "Crowd[Link]", now: float
+    ) -> None:
         """Begin without a connection to libzmq."""
         self.outer, self.door, self.address, self.group = outer, door, address, group_of(address)
         self.inner: socket.socket | None = None
         self.inward, self.outward = Stream(plan.frame, plan.parts), Stream(2**63, 2**63)
         self.opened = self.active = now
-        self.settled = False  # the handshake is over
+        self.crowd = crowd  # connections that are as far as this one
         self.held = self.begun = 0  # bytes, and frames before, since the last reply
         self.granted, self.granted_at = 0, now  # bytes of the pool
         self.to_inner = self.to_outer = b""
+        self.unheard = GREETING  # bytes of libzmq that the host already has
         self.ending = False  # one side has closed
         self.masks = [0, 0]  # events that are waited for: outer, inner
 
@@ -116,9 +126,12 @@ class Gate:
         self._plan = plan
         self._selector = selectors.DefaultSelector()
         self._links: dict[Link, None] = {}  # oldest first
-        self._half_open: Crowd[Link] = Crowd(plan.half_open, max(1, plan.most // 4))
+        # Without a word, with an unfinished handshake, and with a finished one. Each may send away its own kind alone.
+        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(1, plan.most // 8)) for _ in range(2))
         self._settled = {door: Crowd[Link](plan.each, max(1, plan.most * 3 // 8)) for door in plan.doors}
-        self._pool: dict[str, int] = {}  # bytes by group
+        self._rates = Rates(HANDSHAKE_RATE, HANDSHAKE_BURST)
+        self._greetings = {door: _greeting(door.inner) for door in plan.doors}
+        self._pool = Pool(POOL)
         self._waiting: dict[Link, None] = {}
         self._accepted = self._cut_off = 0
         self._said: set[tuple[str, str]] = set()
@@ -176,18 +189,12 @@ class Gate:
             self._accepted += 1
             outer.setblocking(False)
             outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link = Link(outer, door, address, self._plan, now)
+            link = Link(outer, door, address, self._plan, self._silent, now)
             self._links[link] = None
             self._watch(link)
-            crowded = self._half_open.enter(link.group, link)
+            crowded = self._silent.enter(link.group, link)
             if crowded is not None:
-                self._cut(self._half_open.oldest(crowded), "")
-                self._say(
-                    crowded,
-                    f"{crowded} has more unfinished handshakes than {self._plan.half_open}, or all have more than "
-                    f"{self._half_open.most}; the oldest are closed",
-                    "half open",
-                )
+                self._make_room(self._silent, self._silent.oldest(crowded), crowded, "unfinished handshakes")
 
     def _pass(self, link: Link, ready: object, events: int, now: float) -> None:
         """Read and write at one side of a connection."""
@@ -219,47 +226,57 @@ class Gate:
         if not data:
             self._end(link)
             return
+        greeted = link.inward.is_zmtp
         link.active = now
-        link.inward.follow(data)
+        link.inward.follow(data, link.begun + link.door.frames)
         link.held += len(data)
-        self._judge(link, now)
-        if link not in self._links:
-            return
         link.to_inner += data
-        if link.inner is None and link.inward.is_zmtp:
-            link.inner = socket.socket(socket.AF_UNIX)
-            link.inner.setblocking(False)
-            link.inner.connect(link.door.inner)
-        link.to_inner = _send(link.inner, link.to_inner)
+        if link.inward.is_zmtp and not greeted:
+            link.to_outer = _send(link.outer, self._greetings[link.door])
+        self._judge(link, now)
+        if link in self._links:
+            link.to_inner = _send(link.inner, link.to_inner)
 
     def _judge(self, link: Link, now: float) -> None:
-        """Check a connection against the limits.
+        """Check a connection against the limits, and note how far it is.
 
         Raises:
-            ViolationError: It exceeds one.
+            ViolationError: It exceeds a limit.
         """
-        door = link.door
-        if link.inward.frames - link.begun > door.frames:
-            raise ViolationError(f"sent more than {door.frames} frames {_since(door)}")
+        door, settled = link.door, self._settled[link.door]
         if link.held > door.bytes:
             raise ViolationError(f"sent more than {door.bytes:,} bytes {_since(door)}")
-        if link.settled:
+        if link.crowd is settled:
             return
-        if link.inward.finished >= self._plan.handshake:
-            link.settled = True
-            self._half_open.leave(link.group, link)
-            settled = self._settled[door]
-            crowded = settled.enter(link.group, link)
-            if crowded is not None:
-                self._cut(settled.idle(crowded, lambda other: now - other.active > IDLE_SECONDS), "")
-                self._say(
-                    crowded,
-                    f"{crowded} has more connections than {settled.each}, or all have more than {settled.most}; some "
-                    "are closed",
-                    "settled",
-                )
-        elif link.held > HANDSHAKE_BYTES:
+        if link.held > HANDSHAKE_BYTES and link.inward.finished < self._plan.handshake:
             raise ViolationError(f"sent more than {HANDSHAKE_BYTES:,} bytes without a handshake")
+        if link.inner is None and link.inward.finished:
+            if not self._rates.take(link.group, now):
+                raise ViolationError(f"begins more than {HANDSHAKE_RATE:.0f} handshakes a second")
+            link.inner = socket.socket(socket.AF_UNIX)
+            link.inner.setblocking(False)
+            link.inner.connect(door.inner)
+        if link.inward.finished >= self._plan.handshake:
+            crowded = self._advance(link, settled)
+            if crowded is not None:
+                leaves = settled.idle(crowded, lambda other: now - other.active > IDLE_SECONDS)
+                self._make_room(settled, leaves, crowded, "connections")
+        elif link.inward.finished and link.crowd is self._silent:
+            crowded = self._advance(link, self._shaking)
+            if crowded is not None:
+                self._make_room(self._shaking, self._shaking.oldest(crowded), crowded, "unfinished handshakes")
+
+    def _advance(self, link: Link, crowd: "Crowd[Link]") -> str | None:
+        link.crowd.leave(link.group, link)
+        link.crowd = crowd
+        return crowd.enter(link.group, link)
+
+    def _make_room(self, crowd: "Crowd[Link]", link: Link, group: str, what: str) -> None:
+        """Close a connection in favor of others."""
+        self._cut(link, "")
+        self._say(
+            group, f"{group} has more than {crowd.each} {what}, or all have more than {crowd.most}: some are closed"
+        )
 
     def _read_inner(self, link: Link) -> None:
         assert link.inner is not None
@@ -267,20 +284,20 @@ class Gate:
         if not data:
             self._end(link)
             return
+        heard, link.unheard = link.unheard, max(0, link.unheard - len(data))
         if link.door.replies:
             replies = link.outward.messages
             link.outward.follow(data)
             if link.outward.messages > replies:
                 link.held, link.begun = 0, link.inward.frames
                 self._release(link)
-        link.to_outer = _send(link.outer, data)
+        link.to_outer = _send(link.outer, link.to_outer + data[heard:])
 
     def _grant(self, link: Link, now: float) -> bool:
         """Give a connection the room in the pool that it needs."""
-        more, mine = link.need - link.granted, self._pool.get(link.group, 0)
-        if mine + more > POOL // 2 or sum(self._pool.values()) + more > POOL:
+        more = link.need - link.granted
+        if not self._pool.take(link.group, more):
             return False
-        self._pool[link.group] = mine + more
         if not link.granted:
             link.granted_at = now
         link.granted += more
@@ -288,10 +305,8 @@ class Gate:
 
     def _release(self, link: Link) -> None:
         if link.granted:
-            self._pool[link.group] -= link.granted
+            self._pool.give_back(link.group, link.granted)
             link.granted = 0
-            if not self._pool[link.group]:
-                del self._pool[link.group]
             self._resume(time.monotonic())
 
     def _resume(self, now: float) -> None:
@@ -303,8 +318,9 @@ class Gate:
 
     def _check(self, now: float) -> None:
         """Close connections whose time is over."""
+        self._rates.tidy(now)
         for link in list(self._links):
-            if not link.settled:
+            if link.crowd in (self._silent, self._shaking):
                 if now - link.opened > HANDSHAKE_SECONDS:
                     self._cut(link, "")
             elif link.granted and self._waiting:
@@ -325,7 +341,7 @@ class Gate:
             link.outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._close(link)
         if why:
-            self._say(link.group, f"{link.address} was cut off: it {why}", why.partition(" of ")[0])
+            self._say(link.group, f"{link.address} was cut off: it {why}")
 
     def _close(self, link: Link) -> None:
         if link not in self._links:
@@ -337,8 +353,7 @@ class Gate:
                 if mask:
                     self._selector.unregister(end)
                 end.close()
-        self._half_open.leave(link.group, link)
-        self._settled[link.door].leave(link.group, link)
+        link.crowd.leave(link.group, link)
         self._release(link)
 
     def _watch(self, link: Link) -> None:
@@ -360,10 +375,11 @@ class Gate:
                     self._selector.unregister(end)
                 link.masks[side] = mask
 
-    def _say(self, group: str, line: str, about: str) -> None:
+    def _say(self, group: str, line: str) -> None:
         """Give the coordinator a line for the user, once for an address and a reason."""
-        if (group, about) not in self._said and len(self._said) < LINES:
-            self._said.add((group, about))
+        about = (group, NUMBER.sub("", line))
+        if about not in self._said and len(self._said) < LINES:
+            self._said.add(about)
             self._news += json.dumps({"line": line}).encode() + b"\n"
 
     def _report(self) -> None:
@@ -374,6 +390,21 @@ class Gate:
             self._news += json.dumps({"accepted": counts[0], "cut_off": counts[1]}).encode() + b"\n"
         with suppress(OSError):
             self._news = self._news[self._control.send(self._news) :] if self._news else b""
+
+
+def _greeting(inner: str) -> bytes:
+    """Return the greeting of libzmq's socket, so that hosts get theirs before libzmq sees them."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(10)
+        asking.connect(inner)
+        asking.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01")
+        greeting = b""
+        while len(greeting) < GREETING:
+            part = asking.recv(GREETING - len(greeting))
+            if not part:
+                raise ConnectionError("the coordinator has gone")
+            greeting += part
+        return greeting
 
 
 def _since(door: Door) -> str:

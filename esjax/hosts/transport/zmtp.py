@@ -42,8 +42,12 @@ class Stream:
         """Whether a message has begun and not ended."""
         return bool(self.left or self._part or (self._start and self._greeted == GREETING))
 
-    def follow(self, data: bytes) -> None:
+    def follow(self, data: bytes, most: int = 2**63) -> None:
         """Follow more bytes.
+
+        Args:
+            data: The bytes.
+            most: Most frames from the beginning on; at the next one it stops, since many small frames take long.
 
         Raises:
             ViolationError: They are not those of ZMTP 3, or exceed a limit.
@@ -70,6 +74,8 @@ class Stream:
                     return
                 at += size - len(self._start)
                 self._start = b""
+                if self.frames >= most:
+                    raise ViolationError("sent more frames than it may")
                 self._begin(header[0], int.from_bytes(header[1:size], "big"))
             if not self.left:
                 self.finished += 1
