@@ -169,7 +169,8 @@ class Sweep:
                     with stop_on_signals() as asked, starting():
                         run = self._open(trial)
                     if not asked.is_set():
-                        self._show(run)
+                        with run.handling_signals():
+                            self._show(run)
                     self.stopped = asked.is_set() or run.stopped
                 except Exception as error:  # of any kind, since the other runs do not depend on this one
                     kind = "" if isinstance(error, EsjaxError) else f"{type(error).__name__}: "
