@@ -123,9 +123,7 @@ def map_members(
 
             return jax.vmap(of_member)(signs)
 
-        def of_chunk(
-            numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any
-        ) -> Any:
+        def of_chunk(numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any) -> Any:
             leaves, treedef = jax.tree.flatten(batch)
             chosen = [
                 leaf if axis is None else leaf[numbers // (pairs // group)]

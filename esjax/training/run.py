@@ -25,6 +25,7 @@ from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
+from esjax.rewards.scoring import begin, make_scorer
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import RunView, read_run
@@ -80,8 +81,9 @@ class Trainer(RecordedRun, RunInference):
         if flags := changed_flags():
             self.tell(flags)
         # With token blocks, the first block is set before the first step.
-        stream = None if config.data.block_tokens else corpus.stream()
-        self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer)
+        stream = None if config.data.block_tokens or config.writes else corpus.stream()
+        self._scorer = make_scorer(config, custom, vocabulary, lambda line: self.tell(line))
+        self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer, self._scorer)
         self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
         self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
@@ -143,6 +145,8 @@ class Trainer(RecordedRun, RunInference):
             try:
                 yield from self._train(recorder)
             finally:
+                if self._scorer is not None:
+                    self._scorer.close()
                 recorder.save(self._replica.state)
 
     def _open(self, recorder: Recorder) -> None:
@@ -285,6 +289,7 @@ def train_with(
     """`train`, given all custom parts."""
     config, out = locate_text(config), None if out is None else given_path(out)
     corpus = load_corpus(config.data)
+    config = begin(config, custom, corpus.vocabulary)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if corpus.note:
         trainer.tell(corpus.note)

@@ -30,7 +30,7 @@ class LossEstimator(NamedTuple):
 
     Attributes:
         noise: How members differ.
-        loss: `(params, windows, key) -> loss` of a member on the windows of its pair.
+        loss: `(params, windows, key) -> loss` of a member on the windows of its pair; unused for a reward in Python.
         zeros: Totals of 0, see `Layout.zeros`.
         pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
@@ -124,10 +124,11 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     es, data = config.es, config.data
     if es.space == "activation":
         return _on_activations(config, model, params, units, loss, packed)
+    is_custom = loss is not None or config.writes
     vector_length = size + TAIL if es.sums(size) else 0
-    if loss is not None and es.exchange == "auto":
+    if is_custom and es.exchange == "auto":
         vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
-    is_output_exact = _is_output_exact(config, model, loss, vector_length)
+    is_output_exact = _is_output_exact(config, model, is_custom, vector_length)
     noise = Noise(
         sigma=es.deviation,
         rank=es.rank if es.space == "low_rank" else 0,
@@ -148,7 +149,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
-    embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
+    embeddings = () if is_custom or data.block_tokens is not None else model.embeddings
     if not vector_length:
         return LossEstimator(noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact)
     is_sign = es.shaping == "sign"
@@ -160,7 +161,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     return SumEstimator(sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes)
 
 
-def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_length: int) -> bool:
+def _is_output_exact(config: Config, model: Model, is_custom: bool, vector_length: int) -> bool:
     """Return whether the output layer gets its exact gradient, with noise on weights.
 
     Raises:
@@ -169,7 +170,7 @@ def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_len
     if config.es.output_layer == "noise":
         return False
     reason = ""
-    if loss is not None:
+    if is_custom:
         reason = "the gradient of a custom loss or reward is not known"
     elif not model.output_layer:
         reason = "the model does not say which layer is its output (Model.output_layer)"

@@ -1,0 +1,179 @@
+"""Worker processes that call a reward: they may raise, hang or be killed, and the run goes on.
+
+Processes are started as programs, never forked: JAX has threads. The reward is loaded in them from its file, so nothing
+but text travels. A thread for each process sends it calls and waits for their results.
+"""
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+
+from esjax.config.custom_names import Code
+from esjax.rewards.calls import Call, Failure, Result
+from esjax.rewards.worker import REPORT
+
+START = 120.0
+"""Seconds that a process has to load the reward, with all that its file imports."""
+
+BATCHES = 4
+"""Messages to each process for the calls of one `score`: few, since each costs time, and enough to share work."""
+
+SLACK = 0.2
+"""Seconds on top of a call's time limit for the way of its result."""
+
+
+class Pool:
+    """Calls a reward in several processes, which start with the first call."""
+
+    def __init__(self, code: Code, processes: int, seconds: float) -> None:
+        """Set up.
+
+        Args:
+            code: The reward's file and function.
+            processes: Number of processes, at least 1.
+            seconds: Time limit of a call.
+        """
+        self._code, self._count, self._seconds = code, processes, seconds
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._workers: set[_Worker] = set()
+        self._is_closed = False
+
+    def score(self, calls: Sequence[Call]) -> list[Future[list[Result]]]:
+        """Queue calls; the results of all futures, joined, are those of the calls, in their order."""
+        self._start()
+        size = -(-len(calls) // (BATCHES * self._count))
+        batches = [_Batch(calls[first : first + size]) for first in range(0, len(calls), size)]
+        for batch in batches:
+            self._batches.put(batch)
+        return [batch.future for batch in batches]
+
+    def close(self) -> None:
+        """End all processes. `score` starts new ones."""
+        self._is_closed = True
+        for worker in [*self._workers]:
+            worker.kill()
+        for _ in self._threads:
+            self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _start(self) -> None:
+        if not self._threads:
+            self._is_closed = False
+            self._threads = [
+                threading.Thread(target=self._serve, daemon=True, name=f"esjax-reward-{number}")
+                for number in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _serve(self) -> None:
+        worker: _Worker | None = None
+        while (batch := self._batches.get()) is not None:
+            done: list[Result] = []
+            one_by_one = False
+            while len(done) < len(batch.calls) and not self._is_closed:
+                if worker is None:
+                    worker = _Worker(self._code)
+                    self._workers.add(worker)
+                    worker.load()
+                if not worker.broken:
+                    worker.send(batch.calls[len(done) :], one_by_one)
+                while not worker.broken and len(done) < len(batch.calls):
+                    done += worker.receive(self._seconds + SLACK + (0 if one_by_one else REPORT), self._seconds)
+                if worker.broken:
+                    # Of the calls without a result, the first may be innocent: all are made again, one by one.
+                    if not worker.is_loaded:
+                        done += [worker.broken] * (len(batch.calls) - len(done))
+                    elif one_by_one:
+                        done.append(worker.broken)
+                    one_by_one = True
+                    worker.kill()
+                    self._workers.discard(worker)
+                    worker = None
+            missing = len(batch.calls) - len(done)
+            batch.future.set_result(done + [Failure("closed", "the run was ended")] * missing)
+        if worker is not None:
+            worker.kill()
+            self._workers.discard(worker)
+
+
+class _Batch:
+    """Calls that one process makes, and the future of their results."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.future: Future[list[Result]] = Future()
+
+
+class _Worker:
+    """A worker process.
+
+    Attributes:
+        is_loaded: Whether it has loaded the reward.
+        broken: Why it can no longer be used, or None.
+    """
+
+    def __init__(self, code: Code) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), code.path, code.name],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # The same imports as here; a reward that uses JAX leaves accelerators to the training.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"},
+                start_new_session=True,  # Ctrl-C is for the training process, which then ends this one
+            )
+        self._connection = Connection(ours.detach())
+        self._code = code
+        self.is_loaded = False
+        self.broken: Failure | None = None
+
+    def load(self) -> None:
+        """Wait until the process has loaded the reward."""
+        said = self._receive(START, f"its file took more than {START:g} s to load")
+        if said:
+            self.broken = Failure("load", f"cannot load {self._code}: {said}")
+        self.is_loaded = self.broken is None
+
+    def send(self, calls: Sequence[Call], one_by_one: bool) -> None:
+        """Have the process make calls."""
+        try:
+            self._connection.send(([*calls], one_by_one))
+        except OSError:
+            self._ended()
+
+    def receive(self, patience: float, seconds: float) -> list[Result]:
+        """Wait for results; none comes from a process that is broken, as it then is after `patience`."""
+        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or []
+
+    def _receive(self, patience: float, too_long: str) -> list[Result] | None:
+        try:
+            if self._connection.poll(patience):
+                return self._connection.recv()
+            self.broken = Failure("time", too_long)
+        except (OSError, EOFError):
+            self._ended()
+        return None
+
+    def _ended(self) -> None:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self.broken = Failure("killed", f"its worker process {how}")
+
+    def kill(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
