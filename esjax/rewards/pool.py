@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from typing import Any
 
 from esjax.config.custom_names import Code
-from esjax.rewards.calls import Call, Failure, Result
+from esjax.rewards.calls import Failure, Scored, Texts
 from esjax.rewards.worker import REPORT
 
 START = 120.0
 """Seconds that a process has to load the reward, with all that its file imports."""
 
-BATCHES = 4
+BATCHES = 2
 """Messages to each process for the calls of one `score`: few, since each costs time, and enough to share work."""
 
 SLACK = 0.2
@@ -45,11 +45,11 @@ class Pool:
         self._workers: set[_Worker] = set()
         self._is_closed = False
 
-    def score(self, calls: Sequence[Call]) -> list[Future[list[Result]]]:
-        """Queue calls; the results of all futures, joined, are those of the calls, in their order."""
+    def score(self, texts: Texts) -> list[Future[Scored]]:
+        """Queue calls; the results of all futures, joined, are theirs, in their order."""
         self._start()
-        size = -(-len(calls) // (BATCHES * self._count))
-        batches = [_Batch(calls[first : first + size]) for first in range(0, len(calls), size)]
+        size = -(-texts.calls // (BATCHES * self._count))
+        batches = [_Batch(texts.part(first, first + size)) for first in range(0, texts.calls, size)]
         for batch in batches:
             self._batches.put(batch)
         return [batch.future for batch in batches]
@@ -78,29 +78,30 @@ class Pool:
     def _serve(self) -> None:
         worker: _Worker | None = None
         while (batch := self._batches.get()) is not None:
-            done: list[Result] = []
+            size, calls = batch.texts.size, batch.texts.calls
+            scored = Scored([], {})
             one_by_one = False
-            while len(done) < len(batch.calls) and not self._is_closed:
+            while (done := len(scored.rewards) // size) < calls and not self._is_closed:
                 if worker is None:
                     worker = _Worker(self._code)
                     self._workers.add(worker)
                     worker.load()
                 if not worker.broken:
-                    worker.send(batch.calls[len(done) :], one_by_one)
-                while not worker.broken and len(done) < len(batch.calls):
-                    done += worker.receive(self._seconds + SLACK + (0 if one_by_one else REPORT), self._seconds)
+                    worker.send(batch.texts.part(done, calls), one_by_one)
+                while not worker.broken and len(scored.rewards) < size * calls:
+                    more = worker.receive(self._seconds + SLACK + (0 if one_by_one else REPORT), self._seconds)
+                    scored.add(more, size)
                 if worker.broken:
-                    # Of the calls without a result, the first may be innocent: all are made again, one by one.
                     if not worker.is_loaded:
-                        done += [worker.broken] * (len(batch.calls) - len(done))
+                        scored.fail(worker.broken, calls - done, size)
                     elif one_by_one:
-                        done.append(worker.broken)
-                    one_by_one = True
+                        scored.fail(worker.broken, 1, size)
+                    one_by_one = True  # any call without a result may be the one that failed
                     worker.kill()
                     self._workers.discard(worker)
                     worker = None
-            missing = len(batch.calls) - len(done)
-            batch.future.set_result(done + [Failure("closed", "the run was ended")] * missing)
+            scored.fail(Failure("closed", "the run was ended"), calls - len(scored.rewards) // size, size)
+            batch.future.set_result(scored)
         if worker is not None:
             worker.kill()
             self._workers.discard(worker)
@@ -109,9 +110,9 @@ class Pool:
 class _Batch:
     """Calls that one process makes, and the future of their results."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self.future: Future[list[Result]] = Future()
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+        self.future: Future[Scored] = Future()
 
 
 class _Worker:
@@ -145,18 +146,18 @@ class _Worker:
             self.broken = Failure("load", f"cannot load {self._code}: {said}")
         self.is_loaded = self.broken is None
 
-    def send(self, calls: Sequence[Call], one_by_one: bool) -> None:
-        """Have the process make calls."""
+    def send(self, texts: Texts, one_by_one: bool) -> None:
+        """Have the process make calls, and report after each or now and then."""
         try:
-            self._connection.send(([*calls], one_by_one))
+            self._connection.send((texts, one_by_one))
         except OSError:
             self._ended()
 
-    def receive(self, patience: float, seconds: float) -> list[Result]:
-        """Wait for results; none comes from a process that is broken, as it then is after `patience`."""
-        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or []
+    def receive(self, patience: float, seconds: float) -> Scored:
+        """Wait for results; there are none from a process that is broken, as it then is after `patience`."""
+        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored([], {})
 
-    def _receive(self, patience: float, too_long: str) -> list[Result] | None:
+    def _receive(self, patience: float, too_long: str) -> Any:
         try:
             if self._connection.poll(patience):
                 return self._connection.recv()

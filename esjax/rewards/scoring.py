@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Float64, Int
 from numpy import ndarray
 
 from esjax.config.custom_names import Code, name_of
@@ -20,7 +20,7 @@ from esjax.data.tokens import STOP
 from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
-from esjax.rewards.calls import Call, Failure, Result, TextReward, run, takes_answers
+from esjax.rewards.calls import Failure, Scored, TextReward, Texts, call, takes_answers
 from esjax.rewards.pool import Pool
 from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, stop_tokens
 
@@ -31,7 +31,7 @@ SHOWN = 80
 class _Caller(Protocol):
     """Makes calls: a `Pool`, or this process."""
 
-    def score(self, calls: Sequence[Call]) -> list[Future[list[Result]]]: ...
+    def score(self, texts: Texts) -> list[Future[Scored]]: ...
 
     def close(self) -> None: ...
 
@@ -77,8 +77,9 @@ class Scorer:
             A function that waits for the losses: minus the mean reward over a member's prompts. A pair whose call
             failed gets NaN.
         """
-        prompts = [[self._texts[number] for number in row] * tokens.shape[1] for row in drawn.tolist()]
-        rewards = self.rewards(prompts, tokens.reshape(len(tokens), -1, tokens.shape[-1]))
+        members = tokens.shape[1]
+        prompts = [self._texts[number] for row in drawn.tolist() for number in row * members]
+        rewards = self.rewards(prompts, tokens.reshape(-1, tokens.shape[-1]), members * drawn.shape[1])
 
         def wait() -> Float32[ndarray, "pairs members"]:
             return -rewards().reshape(tokens.shape[:3]).mean(axis=2).astype(np.float32)
@@ -86,32 +87,29 @@ class Scorer:
         return wait
 
     def rewards(
-        self, prompts: Sequence[Sequence[Prompt]], tokens: Int[ndarray, "calls completions length"]
-    ) -> Callable[[], ndarray]:
-        """Begin to score completions, in one call for each row.
+        self, prompts: Sequence[Prompt], tokens: Int[ndarray, "completions length"], size: int
+    ) -> Callable[[], Float64[ndarray, " completions"]]:
+        """Begin to score completions.
 
         Args:
             prompts: The prompt of each completion.
             tokens: The completions.
+            size: Number of completions in each call; it divides their number.
 
         Returns:
-            A function that waits for the rewards, float64 [calls, completions]; NaN for a call that failed.
+            A function that waits for the rewards; NaN in a call that failed.
         """
-        texts = decode_all(self.vocabulary, tokens.reshape(-1, tokens.shape[-1]))
-        size = tokens.shape[1]
-        calls = [
-            Call([one.text for one in row], texts[i * size : (i + 1) * size], [one.answer for one in row])
-            for i, row in enumerate(prompts)
-        ]
-        futures = self._caller.score(calls)
+        completions = decode_all(self.vocabulary, tokens)
+        texts = Texts(size, [one.text for one in prompts], completions, [one.answer for one in prompts])
+        futures = self._caller.score(texts)
 
-        def wait() -> ndarray:
-            results = [result for future in futures for result in future.result()]
-            for call, result in zip(calls, results, strict=True):
-                if isinstance(result, Failure):
-                    self._failed(call, result)
-            missing = [np.nan] * size
-            return np.array([missing if isinstance(result, Failure) else result for result in results])
+        def wait() -> Float64[ndarray, " completions"]:
+            scored = Scored([], {})
+            for future in futures:
+                scored.add(future.result(), size)
+            for number, failure in scored.failures.items():
+                self._failed(texts.part(number, number + 1), failure)
+            return np.array(scored.rewards)
 
         return wait
 
@@ -119,13 +117,13 @@ class Scorer:
         """End the processes; the next call starts new ones."""
         self._caller.close()
 
-    def _failed(self, call: Call, failure: Failure) -> None:
+    def _failed(self, texts: Texts, failure: Failure) -> None:
         self.failures += 1
         if failure.kind not in self._reported:
             self._reported.add(failure.kind)
             self._tell(
-                f"the reward {self._name} failed: {failure.reason}; prompt {call.prompts[0][:SHOWN]!r}, completion "
-                f"{call.completions[0][:SHOWN]!r}. Such pairs do not count; further failures of this kind are not shown"
+                f"the reward {self._name} failed: {failure.reason}; prompt {texts.prompts[0][:SHOWN]!r}, completion "
+                f"{texts.completions[0][:SHOWN]!r}. Such pairs do not count; more failures of this kind are not shown"
             )
 
 
@@ -135,9 +133,12 @@ class _Here:
     def __init__(self, reward: TextReward) -> None:
         self._reward, self._with_answers = reward, takes_answers(reward)
 
-    def score(self, calls: Sequence[Call]) -> list[Future[list[Result]]]:
-        future: Future[list[Result]] = Future()
-        future.set_result([run(self._reward, call, self._with_answers) for call in calls])
+    def score(self, texts: Texts) -> list[Future[Scored]]:
+        scored = Scored([], {})
+        for number in range(texts.calls):
+            scored.add_call(call(self._reward, texts.part(number, number + 1), self._with_answers), texts.size)
+        future: Future[Scored] = Future()
+        future.set_result(scored)
         return [future]
 
     def close(self) -> None:

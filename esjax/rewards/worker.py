@@ -11,7 +11,7 @@ from pathlib import Path
 
 from esjax.config.custom_names import Code
 from esjax.python_files import load_function
-from esjax.rewards.calls import Result, run, takes_answers
+from esjax.rewards.calls import Scored, call, takes_answers
 
 REPORT = 0.05
 """Seconds of calls after which their results are sent; one by one they would take longer than many rewards."""
@@ -40,17 +40,16 @@ def main(words: Sequence[str]) -> None:
     with_answers = takes_answers(reward)
     while True:
         try:
-            calls, one_by_one = connection.recv()
+            texts, one_by_one = connection.recv()
         except EOFError:
             return
-        done: list[Result] = []
-        sent_at = time.monotonic()
-        for call in calls:
-            done.append(run(reward, call, with_answers))
+        done, sent_at = Scored([], {}), time.monotonic()
+        for number in range(texts.calls):
+            done.add_call(call(reward, texts.part(number, number + 1), with_answers), texts.size)
             if one_by_one or time.monotonic() - sent_at > REPORT:
                 connection.send(done)
-                done, sent_at = [], time.monotonic()
-        if done:
+                done, sent_at = Scored([], {}), time.monotonic()
+        if done.rewards:
             connection.send(done)
 
 
