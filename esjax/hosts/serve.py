@@ -38,6 +38,7 @@ from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import to_bytes
+from esjax.rewards.scoring import begin
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
@@ -355,6 +356,7 @@ def serve_with(
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
     corpus = load_corpus(config.data)
+    config = begin(config, custom, corpus.vocabulary)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)

@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from esjax.config.custom_names import Code, name_of
 from esjax.config.reward import RewardConfig
-from esjax.config.settings import Config, replace
+from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary
 from esjax.errors import EsjaxError
@@ -234,8 +234,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def vocabulary_of(config: Config) -> Vocabulary | None:
-    """Return the vocabulary that the settings hold, as those of a run with a reward in Python do; None if none."""
-    if config.data.vocabulary == "byte":
-        return Vocabulary("byte")
-    return Vocabulary("char", tuple(config.data.symbols)) if config.data.symbols else None
+def vocabulary_of(config: DataConfig) -> Vocabulary:
+    """Return the vocabulary that the settings of a run with a reward in Python hold, see `begin`."""
+    return Vocabulary("byte") if config.vocabulary == "byte" else Vocabulary("char", tuple(config.symbols or ""))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from esjax.config.settings import Config, replace
+from esjax.core.seeds import stream_seed
 from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.devices.mesh import local_mesh, whole_mesh
 from esjax.devices.process_group import any_of, here, leads
@@ -25,6 +26,8 @@ from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
+from esjax.replica.streams import HELD_OUT
+from esjax.rewards.held_out import MeasureRewards, make_measure_rewards
 from esjax.rewards.scoring import begin, make_scorer
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
@@ -87,6 +90,10 @@ class Trainer(RecordedRun, RunInference):
         self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
         self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
+        self._measure_rewards: MeasureRewards | None = None
+        if self._scorer is not None:
+            seed = stream_seed(config.seed, HELD_OUT)
+            self._measure_rewards = make_measure_rewards(built, config.reward, self._scorer, seed)
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
@@ -184,16 +191,24 @@ class Trainer(RecordedRun, RunInference):
             if self.stopped:
                 self.tell(STOPPING)
             done = any_of(self.stopped or (leads() and recorder.is_done(info.step)))
-            if leads() and self._measure is not None and (done or now >= evaluate_at):
-                info = info._replace(held_out=self._measure(self.params))
+            if leads() and (done or now >= evaluate_at):
+                info = self._evaluated(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
+            info = recorder.log(info)
             self._history.add(info)
-            recorder.log(info)
             if self.folder and (done or now >= checkpoint_at):
                 recorder.save(self._replica.state)
                 recorder.watch.sample(info.step, self.sample())
                 checkpoint_at = time.perf_counter() + config.checkpoint_time
             yield info
+
+    def _evaluated(self, info: StepInfo) -> StepInfo:
+        """Add what is measured on held-out documents and prompts."""
+        if self._measure is not None:
+            info = info._replace(held_out=self._measure(self.params))
+        if self._measure_rewards is not None:
+            info = info._replace(**self._measure_rewards(self.params)._asdict())
+        return info
 
     def _is_measured(self) -> bool:
         """Return whether a held-out loss of this run is known."""

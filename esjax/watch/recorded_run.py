@@ -137,7 +137,9 @@ class Recorder:
             self.checkpoints.save(state, *(progress or self.progress))
 
     def log(self, info: StepInfo) -> StepInfo:
-        """Pass on the info of a step to files and trackers, and return it."""
+        """Pass on the info of a step to files and trackers, and return it, with the mean reward if text is scored."""
+        if self._run.config.writes:
+            info = info._replace(reward=-info.loss)
         self._run.last = info
         self.watch.log(info)
         return info
