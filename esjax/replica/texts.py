@@ -1,7 +1,7 @@
 """The losses of pairs whose members write text: written on the devices, and scored in Python at the same time."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from esjax.replica import chunking
 from esjax.rewards.writing import Prompted, make_write, shape_of
 
 
+@runtime_checkable
 class TextScorer(Protocol):
     """What scores text, see `esjax.rewards.scoring.Scorer`."""
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int
@@ -28,6 +28,7 @@ SHOWN = 80
 """Most characters of a prompt or a completion that a message shows."""
 
 
+@runtime_checkable
 class _Caller(Protocol):
     """Makes calls: a `Pool`, or this process."""
 
