@@ -44,12 +44,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config_of(folder: Path, steps: int = 3, reward: dict[str, Any] | None = None, **es: Any) -> Config:
+    shared: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "length": 6, "held_out": 0.3}
+    members: dict[str, Any] = {"population_size": 64, "chunk_pairs": 8}
     return esjax.Config(
         steps=steps,
-        data={"text": str(folder / "text.txt"), "held_out": 0.2, "batch_size": 2},
-        es={"population_size": 64, "chunk_pairs": 8, **es},
+        data=esjax.DataConfig(text=str(folder / "text.txt"), held_out=0.2, batch_size=2),
+        es=esjax.EsConfig(**members | es),
         model=esjax.GruConfig(hidden_size=4, head_size=4),
-        reward={"prompts": str(folder / "prompts.txt"), "length": 6, "held_out": 0.3, **(reward or {})},
+        reward=esjax.RewardConfig(**shared | (reward or {})),
         evaluate_time=1e-9,
     )
 
