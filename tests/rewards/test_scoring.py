@@ -126,7 +126,8 @@ def test_processes_find_a_reward_in_its_file() -> None:
     assert (code_of(custom, custom.text_reward).path, code_of(custom, custom.text_reward).name) == (BAD, "reward")
     found = code_of(Custom(reward=count_a), count_a)
     assert (found.path, found.name) == (str(Path(__file__)), "count_a")
-    for reward in (inside, lambda prompts, completions: []):
+    nameless: Any = lambda prompts, completions: []  # noqa: E731
+    for reward in (inside, nameless):
         with pytest.raises(EsjaxError, match=r"worker processes cannot load it; put it into a file .*processes 0"):
             code_of(Custom(reward=reward), reward)
 
