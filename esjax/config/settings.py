@@ -138,6 +138,10 @@ class EsConfig(Section):
     """How the difference of a pair's losses becomes its weight. zscore: divided by the standard deviation.
     centered_rank: its rank. sign: ±1. raw: unchanged up to a factor, for an unbiased gradient."""
 
+    frozen: str = ""
+    """Paths of parameters that are neither perturbed nor trained, with all below them, separated by commas; * stands
+    for any characters: embedding,head_*. The error for a path that does not exist lists those that do."""
+
     chunk_pairs: int | None = None
     """Pairs that a device evaluates at a time; affects speed, memory and the last bit of a loss. None: chosen for the
     device."""
@@ -214,6 +218,7 @@ class EsConfig(Section):
             )
         elif self.exchange == "sums":
             check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
+            check(not self.frozen, "exchange sums sends all weights; for frozen ones set exchange to losses or auto")
             check(self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}")
         if self.space == "activation" or self.exchange == "sums":
             check(
@@ -317,6 +322,10 @@ class OptimConfig(Section):
     weight_decay: float = 0.0
     """Decoupled weight decay: each step subtracts this fraction of each weight, times the learning rate."""
 
+    anchor: float = 0.0
+    """Decoupled decay toward the weights that the run started from: each step subtracts this fraction of each weight's
+    distance from its first value, times the learning rate. Against forgetting."""
+
     average: float = 0.1
     """Fraction of the run so far over which the weights are averaged for evaluation and generation (Shamir & Zhang
     2013). 0: no average."""
@@ -325,7 +334,7 @@ class OptimConfig(Section):
         super().__post_init__()
         check_positive(self, "learning_rate", "decay_steps", "eps")
         check_range(self, 0, 1, "beta1", "beta2", "momentum")
-        check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        check_range(self, 0, math.inf, "warmup_steps", "weight_decay", "anchor")
         check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
 
 
@@ -349,6 +358,10 @@ class Config(Section):
 
     seed: int = 0
     """Seed of the run: it determines the initial weights, the perturbations and the windows."""
+
+    init: str | None = None
+    """Weights to start from, with their model and vocabulary: a run folder, or a file that `export` wrote or that
+    `import` reads (.safetensors, .npy). None: random weights."""
 
     steps: int | None = None
     """Stop after this number of steps. None: no limit."""

@@ -353,6 +353,8 @@ def serve_with(
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """`serve`, given all custom parts."""
+    if config.init is not None:
+        raise EsjaxError("a run over hosts starts from random weights; leave init out, or train on one machine")
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
     corpus = load_corpus(config.data)

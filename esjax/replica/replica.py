@@ -29,6 +29,7 @@ from esjax.models.model import Model, Params
 from esjax.replica import chunking
 from esjax.replica.estimators.carried_state import first_states
 from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.estimators.output_layer import OutputGradient, make_output_gradient
 from esjax.replica.estimators.partial_sums import Chunk, SumChunk, rows_read
 from esjax.replica.optimizer import make_optimizer
@@ -118,7 +119,7 @@ class Replica:
         self._scored_at_once = chunking.shape_of_call(
             chunking.call_pairs(config, chunking.CALL_PAIRS), chunk_pairs, mesh
         )
-        apply = make_apply(optimizer, units, config.optim.average)
+        apply = make_apply(optimizer, units, config.optim.average, trained_of(config.es.frozen, params))
         if isinstance(estimator, LossEstimator):
             weighed_pairs = chunking.weighed_pairs(config, estimator, mesh)
             self._weighed_at_once = chunking.shape_of_call(
@@ -153,8 +154,12 @@ class Replica:
 
         self._skip = jax.jit(skip)
         feedback = () if isinstance(estimator, LossEstimator) else estimator.feedback
-        first = init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
-        self.state: TrainState = self._on_every_device(first)
+
+        def first(params: Params) -> TrainState:
+            return init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
+
+        self._first = first
+        self.state: TrainState = self._on_every_device(first(params))
         # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
@@ -180,6 +185,11 @@ class Replica:
         """
         check_stream(len(stream), self._window_length)
         self._tokens = self._on_every_device(stream)
+
+    @default_flags()
+    def start_with(self, params: Params) -> None:
+        """Make the state of step 0 from these parameters in place of random ones."""
+        self.state = self._on_every_device(self._first(params))
 
     @default_flags()
     def use_params(self, params: Params) -> None:

@@ -35,6 +35,7 @@ from esjax.runs.reader import RunView, read_run
 from esjax.runs.step_info import Limits, StepInfo
 from esjax.signals import STOPPING
 from esjax.training.local_steps import LocalSteps
+from esjax.training.start import start_of
 from esjax.watch.history import History
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.summary import describe_kinds
@@ -165,8 +166,10 @@ class Trainer(RecordedRun, RunInference):
         if self.folder and done != self.step:
             raise EsjaxError(f"{str(self.folder.path)!r} was trained on to step {done} since; resume it from there")
         recorder.start(self.step, self._seconds, self._member_tokens)
-        if recorder.ledger and not newest:
-            recorder.save(self._replica.state)  # a replay starts from it: the first weights may come from custom code
+        if (recorder.ledger or self.config.init) and not newest:
+            recorder.save(
+                self._replica.state
+            )  # a replay starts from it: the first weights may not follow from the seed
 
     def _train(self, recorder: Recorder) -> Iterator[StepInfo]:
         config = self.config
@@ -302,10 +305,14 @@ def train_with(
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """`train`, given all custom parts."""
-    config, out = locate_text(config), None if out is None else given_path(out)
-    corpus = load_corpus(config.data)
+    out = None if out is None else given_path(out)
+    config, custom, vocabulary, params = start_of(config, custom)
+    config = locate_text(config)
+    corpus = load_corpus(config.data, vocabulary)
     config = begin(config, custom, corpus.vocabulary)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
+    if params is not None:
+        trainer._replica.start_with(params)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():

@@ -21,6 +21,7 @@ from esjax.models.model import Model, Params
 from esjax.replica.estimators import discount, gates
 from esjax.replica.estimators.carried_state import first_states
 from esjax.replica.estimators.feedback import shapes_of
+from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.replica.estimators.taps import LOGITS, find_taps
 
@@ -126,16 +127,20 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
         return _on_activations(config, model, params, units, loss, packed)
     is_custom = loss is not None or config.writes
     vector_length = size + TAIL if es.sums(size) else 0
-    if is_custom and es.exchange == "auto":
-        vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
+    if (is_custom or es.frozen) and es.exchange == "auto":
+        # Gradient sums have room for losses of the size of nats, where a custom loss may be larger, and for all leaves.
+        vector_length = 0
     is_output_exact = _is_output_exact(config, model, is_custom, vector_length)
+    is_trained = trained_of(es.frozen, params)
     noise = Noise(
         sigma=es.deviation,
         rank=es.rank if es.space == "low_rank" else 0,
         gaussian=es.noise == "gaussian",
         split=es.pairing == "split",
         units=units,
-        where=(lambda path, leaf: not is_below(path, model.output_layer)) if is_output_exact else None,
+        where=(lambda path, leaf: is_trained(path) and not (is_output_exact and is_below(path, model.output_layer)))
+        if is_output_exact or es.frozen
+        else None,
         packed=packed,
     )
     layout = noise.lay_out(params)
