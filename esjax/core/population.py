@@ -103,7 +103,7 @@ def map_members(
         precision: See `evaluate`.
 
     Returns:
-        `(params, seeds, batch, count=None) -> results`: the pytree, each leaf [pairs, 2, ...]. See `evaluate`.
+        `(params, seeds, batch, count=None) -> results`, a pytree like `result`, each leaf [pairs, 2, ...].
     """
     signs = jnp.array([1.0, -1.0], jnp.float32)
 

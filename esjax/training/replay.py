@@ -19,6 +19,7 @@ from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import digest, find_newest
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, read
+from esjax.training.start import start_of
 
 
 class Replayed(NamedTuple):
@@ -101,6 +102,9 @@ def replay_with(
     replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
     if replica.reads_tokens:
         replica.use_tokens(load_run_corpus(folder, text).stream())
+    params = start_of(config, custom).params
+    if params is not None:
+        replica.start_with(params)
     restored = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if restored is None else {int(restored.state.step): digest(restored.state)}
     compared, compared_step, differs_at = 0, 0, None

@@ -378,8 +378,11 @@ def resume_with(
     if text is not None:
         folder.keep_config()
     trainer = Trainer(folder.config, corpus, folder, custom=custom, trackers=trackers, tell=tell)
-    restored = restore_run(folder, trainer._replica.state, trainer.tell)
+    first = trainer._replica.state
+    restored = restore_run(folder, first, trainer.tell)
     trainer._replica.state = restored.state
+    if restored.state is first and (params := start_of(folder.config, custom).params) is not None:
+        trainer._replica.start_with(params)
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()
     # Older ledgers do not record the training time; the metrics do.

@@ -20,6 +20,7 @@ import pytest
 from esjax.config import models as models_module
 from esjax.config import settings as config_module
 from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
+from esjax.config.reward import RewardConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
 from esjax.errors import EsjaxError
@@ -30,6 +31,7 @@ SECTIONS: list[type[Section]] = [
     EsConfig,
     HostsConfig,
     OptimConfig,
+    RewardConfig,
     RnnConfig,
     GruConfig,
     MinGruConfig,
@@ -366,7 +368,7 @@ def test_every_setting_has_a_help(section: type[Section]) -> None:
             match after:
                 case ast.Expr(ast.Constant(str(text))) if text.strip():
                     documented.add(field.target.id)
-    groups = {"data", "es", "optim", "hosts", "model"} if section is Config else set()
+    groups = {"data", "es", "optim", "reward", "hosts", "model"} if section is Config else set()
     assert documented | groups == {field.name for field in msgspec.structs.fields(section)}
 
 

@@ -61,18 +61,24 @@ def test_a_run_starts_with_the_weights_of_a_file(base: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, run.params, esjax.load(base / "base").params)
 
 
-def test_it_is_resumed_and_replayed_without_them(base: Path, tmp_path: Path) -> None:
+def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "base", tmp_path / "base")
     config = Config(init=str(tmp_path / "base"), es=esjax.EsConfig(**SMALL), ledger=True)
     whole = esjax.train(replace(config, steps=3), tell=print)
     assert len([*whole]) == 3
     run = esjax.train(replace(config, steps=2), tmp_path / "run", tell=print)
     assert len([*run]) == 2
-    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
     resumed = esjax.resume(tmp_path / "run", steps=3, tell=print)
     assert [info.step for info in resumed] == [3]
     assert digest(resumed._replica.state) == digest(whole._replica.state)
-    assert esjax.replay(tmp_path / "run").digest == digest(whole._replica.state)
+    with pytest.raises(esjax.EsjaxError, match="is neither a run folder nor a file of weights"):
+        esjax.replay(tmp_path / "run")
+    (tmp_path / "moved").rename(tmp_path / "base")
+    replayed = esjax.replay(tmp_path / "run")
+    assert replayed.digest == digest(whole._replica.state)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
 
 
 @pytest.mark.parametrize(
