@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from esjax.config import models as models_module
+from esjax.config import reward as reward_module
 from esjax.config import settings as config_module
 from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
 from esjax.config.reward import RewardConfig
@@ -355,7 +356,7 @@ def test_every_section_refuses_a_wrong_name_and_is_copied_and_sent(section: type
 
 
 def sections_in_source() -> dict[str, ast.ClassDef]:
-    bodies = [ast.parse(inspect.getsource(module)).body for module in (config_module, models_module)]
+    bodies = [ast.parse(inspect.getsource(module)).body for module in (config_module, models_module, reward_module)]
     return {node.name: node for body in bodies for node in body if isinstance(node, ast.ClassDef)}
 
 
