@@ -6,11 +6,13 @@ but text travels. A thread for each process sends it calls and waits for their r
 
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -76,34 +78,48 @@ class Pool:
                 thread.start()
 
     def _serve(self) -> None:
+        """Make the calls of one batch after another in one process, which is replaced when it breaks."""
         worker: _Worker | None = None
         while (batch := self._batches.get()) is not None:
             size, calls = batch.texts.size, batch.texts.calls
             scored = Scored([], {})
             one_by_one = False
-            while (done := len(scored.rewards) // size) < calls and not self._is_closed:
-                if worker is None:
-                    worker = _Worker(self._code)
-                    self._workers.add(worker)
-                    worker.load()
-                if not worker.broken:
-                    worker.send(batch.texts.part(done, calls), one_by_one)
-                while not worker.broken and len(scored.rewards) < size * calls:
-                    more = worker.receive(self._seconds + SLACK + (0 if one_by_one else REPORT), self._seconds)
-                    scored.add(more, size)
-                if worker.broken:
-                    if not worker.is_loaded:
-                        scored.fail(worker.broken, calls - done, size)
-                    elif one_by_one:
-                        scored.fail(worker.broken, 1, size)
-                    one_by_one = True  # any call without a result may be the one that failed
-                    worker.kill()
-                    self._workers.discard(worker)
-                    worker = None
-            scored.fail(Failure("closed", "the run was ended"), calls - len(scored.rewards) // size, size)
+            failure = Failure("closed", "the run was ended")
+            try:
+                while (done := len(scored.rewards) // size) < calls and not self._is_closed:
+                    if worker is None:
+                        worker = self._new_worker()
+                    if not worker.broken:
+                        worker.send(batch.texts.part(done, calls), one_by_one)
+                    while not worker.broken and len(scored.rewards) < size * calls:
+                        patience = self._seconds + SLACK + (0 if one_by_one else REPORT)
+                        scored.add(worker.receive(patience, self._seconds), size)
+                    if worker.broken:
+                        if not worker.is_loaded:
+                            scored.fail(worker.broken, calls - done, size)
+                        elif one_by_one:
+                            scored.fail(worker.broken, 1, size)
+                        one_by_one = True  # any call without a result may be the one that failed
+                        self._end(worker)
+                        worker = None
+            except Exception as error:  # no process can be started, or an answer cannot be sent: the run goes on
+                failure = Failure(type(error).__name__, f"it cannot be called: {type(error).__name__}: {error}")
+                self._end(worker)
+                worker = None
+            scored.fail(failure, calls - len(scored.rewards) // size, size)
             batch.future.set_result(scored)
+        self._end(worker)
+
+    def _new_worker(self) -> "_Worker":
+        worker = _Worker(self._code)
+        self._workers.add(worker)
+        worker.load()
+        return worker
+
+    def _end(self, worker: "_Worker | None") -> None:
+        """End a process and forget it."""
         if worker is not None:
-            worker.kill()
+            worker.close()
             self._workers.discard(worker)
 
 
@@ -175,6 +191,12 @@ class _Worker:
         self.broken = Failure("killed", f"its worker process {how}")
 
     def kill(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """End the process, and those that the reward has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and free the socket."""
+        self.kill()
         self._process.wait()
+        self._connection.close()

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 from numpy import ndarray
@@ -200,6 +201,10 @@ def make_scorer(config: Config, custom: Custom, vocabulary: Vocabulary, tell: Ca
     reward, settings = custom.text_reward, config.reward
     if reward is None or settings.prompts is None:
         return None
+    if jax.process_count() > 1:
+        raise EsjaxError(
+            "a reward in Python is scored by one process; leave --distributed out, and start a host for each process"
+        )
     prompts = read_prompts(settings.prompts)
     if settings.digest and digest_of(prompts) != settings.digest:
         raise EsjaxError(

@@ -280,8 +280,9 @@ def train(
             `esjax.Model`.
         loss: A custom loss in place of cross entropy: `(member, tokens, key) -> float32 scalar`, lower is better; see
             `esjax.Member`.
-        reward: A custom reward, `(member, tokens, key) -> float32 scalar`, higher is better; `loss` and `held_out` of
-            an info are minus the reward.
+        reward: A custom reward, higher is better. `(member, tokens, key) -> float32 scalar`, jitted; `loss` and
+            `held_out` of an info are then minus the reward. Or plain Python over what members write, with the setting
+            `reward.prompts`: `(prompts, completions) -> list of floats`, or with `answers` as a third argument.
         optimizer: A custom optimizer in place of the one in the settings: an optax transformation that needs only
             gradients, parameters and `value`, the mean loss of the step. In a file, a function without arguments that
             returns it.

@@ -92,6 +92,12 @@ def test_closing_ends_calls_that_hang() -> None:
     assert future.result(60).failures == {0: Failure("closed", "the run was ended")}
 
 
+def test_an_answer_that_cannot_be_sent_fails_its_batch_alone(pool: Pool) -> None:
+    (future, *_) = pool.score(Texts(1, [""], ["abc"], [lambda: None]))
+    assert "it cannot be called" in future.result(120).failures[0].reason
+    assert score(pool, ["abc"]).rewards == [3.0, 3.0]
+
+
 def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> None:
     (tmp_path / "gone.py").write_text("import no_such_module\n")
     for name in ("gone.py", "missing.py"):
