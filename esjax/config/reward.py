@@ -42,12 +42,15 @@ class RewardConfig(Section):
     passing: float = 1.0
     """Least reward of a completion that counts as passed."""
 
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a higher greedy reward on held-out prompts. None: go on."""
+
     digest: str = ""
     """Hash of the prompts; a run records it, so that all hosts draw from the same prompts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "length", "seconds", "samples")
+        check_positive(self, "length", "seconds", "samples", "patience")
         check_range(self, 0, math.inf, "temperature")
         check_range(self, 0, 1, "held_out")
         check(self.processes is None or self.processes >= 0, f"processes must be at least 0, got {self.processes}")

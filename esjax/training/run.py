@@ -105,6 +105,7 @@ class Trainer(RecordedRun, RunInference):
         self._member_tokens = 0
         self._is_finite = True
         self._history = History()
+        self._best_reward, self._evaluations = -math.inf, 0  # the highest greedy reward, and evaluations since
 
     def __repr__(self) -> str:
         """Show the settings and the progress in one line."""
@@ -196,6 +197,7 @@ class Trainer(RecordedRun, RunInference):
             done = any_of(self.stopped or (leads() and recorder.is_done(info.step)))
             if leads() and (done or now >= evaluate_at):
                 info = self._evaluated(info)
+                done = done or self._has_settled(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
             info = recorder.log(info)
             self._history.add(info)
@@ -212,6 +214,22 @@ class Trainer(RecordedRun, RunInference):
         if self._measure_rewards is not None:
             info = info._replace(**self._measure_rewards(self.params)._asdict())
         return info
+
+    def _has_settled(self, info: StepInfo) -> bool:
+        """Return whether the greedy reward on held-out prompts has not risen in `reward.patience` evaluations."""
+        patience = self.config.reward.patience
+        if patience is None or info.greedy_reward is None:
+            return False
+        if info.greedy_reward > self._best_reward:
+            self._best_reward, self._evaluations = info.greedy_reward, 0
+        else:
+            self._evaluations += 1
+        if self._evaluations < patience:
+            return False
+        self.tell(
+            f"no greedy reward above {self._best_reward:.4g} in {patience} evaluations (reward.patience); stopping"
+        )
+        return True
 
     def _is_measured(self) -> bool:
         """Return whether a held-out loss of this run is known."""

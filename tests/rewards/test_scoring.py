@@ -145,6 +145,7 @@ def test_processes_find_a_reward_in_its_file() -> None:
         ({"reward": {"prompts": "p", "temperature": -1}}, "temperature"),
         ({"reward": {"prompts": "p", "processes": -1}}, "processes"),
         ({"reward": {"prompts": "p", "held_out": 1}}, "held_out"),
+        ({"reward": {"prompts": "p", "patience": 0}}, "patience"),
         ({"reward": {"prompts": "p", "passing": float("nan")}}, "passing"),
         ({"reward": {"prompts": ""}}, "prompts must name a file"),
         ({"data": {"symbols": "aa"}}, "symbols must be distinct"),

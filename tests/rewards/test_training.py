@@ -107,6 +107,15 @@ def test_a_reward_that_always_fails_ends_no_run(folder: Path) -> None:
     assert all(math.isnan(info.greedy_reward or 0.0) for info in infos)
 
 
+def test_a_run_stops_when_the_greedy_reward_has_not_risen(folder: Path) -> None:
+    """Reference: a reward that is always 0 is highest at the first evaluation; then there are two more."""
+    config = config_of(folder, steps=9, reward={"processes": 0, "patience": 2})
+    told: list[str] = []
+    run = esjax.train(config, reward=lambda prompts, completions: [0.0] * len(prompts), tell=told.append)
+    assert [info.step for info in run] == [1, 2, 3]
+    assert any("no greedy reward above 0 in 2 evaluations" in line for line in told)
+
+
 def test_pairs_that_fail_do_not_count(folder: Path) -> None:
     infos, _, told = train(config_of(folder), "raises_on_b")
     assert all(0 < info.void_pairs < 32 for info in infos)
