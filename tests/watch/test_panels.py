@@ -10,7 +10,7 @@ from esjax.watch.panels import PANELS, drawn, unit_of
 from esjax.watch.plotting import plot
 
 STEPS = np.arange(1.0, 4.0)
-SHARED = {name: STEPS for name in ("step", "seconds", "member_tokens", "held_out")}
+SHARED = dict.fromkeys(("step", "seconds", "member_tokens", "held_out"), STEPS)
 
 
 def view_of(name: str, settings: dict[str, str], metrics: dict[str, np.ndarray]) -> RunView:
