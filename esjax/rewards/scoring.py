@@ -76,7 +76,7 @@ class Scorer:
             tokens: What the members of each pair wrote after them.
 
         Returns:
-            A function that waits for the losses: minus the mean reward over a member's prompts. A pair whose call
+            A function that waits for the losses, minus the mean reward over a member's prompts. A pair whose call
             failed gets NaN.
         """
         members = tokens.shape[1]
