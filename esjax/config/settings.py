@@ -85,7 +85,10 @@ class DataConfig(Section):
             check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
             check(self.symbols is None, "symbols are for characters; leave them out for bytes")
         if self.symbols is not None:
-            check(len(set(self.symbols)) == len(self.symbols) > 0, "symbols must be distinct characters, at least one")
+            check(
+                len(set(self.symbols)) == len(self.symbols) > 0,
+                f"symbols must be distinct characters, at least one, not {self.symbols[:40]!r}",
+            )
             check(self.vocab_size is None, "symbols fix the size of the vocabulary; leave vocab_size out")
         check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
         if self.carry:
