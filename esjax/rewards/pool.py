@@ -23,8 +23,8 @@ from esjax.rewards.worker import REPORT
 START = 120.0
 """Seconds that a process has to load the reward, with all that its file imports."""
 
-BATCHES = 2
-"""Messages to each process for the calls of one `score`: few, since each costs time, and enough to share work."""
+BATCHES = 1
+"""Messages to each process for the calls of one `score`: few, since each costs as much as many calls."""
 
 SLACK = 0.2
 """Seconds on top of a call's time limit for the way of its result."""
