@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esjax.config.models import GruConfig, MinGruConfig, RnnConfig
+    from esjax.config.reward import RewardConfig
     from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
         Noise,
@@ -71,6 +72,7 @@ __all__ = [
     "OptimConfig",
     "Outcome",
     "Replayed",
+    "RewardConfig",
     "RnnConfig",
     "Server",
     "Shaped",
@@ -111,6 +113,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "RewardConfig": "config.reward",
     "GruConfig": "config.models",
     "MinGruConfig": "config.models",
     "RnnConfig": "config.models",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = {
     "esjax.prepare_devices()": "",  # these tests have started JAX already
     "esjax.Config(steps=300": "esjax.Config(steps=2, data=esjax.DataConfig(text='text.txt')",
+    "length=16": "length=4",
     "esjax.Config(seconds=60)": "esjax.Config(steps=2, data=esjax.DataConfig(text='text.txt'))",
 }
 
@@ -27,6 +28,7 @@ SMALL = {
         "docs/api.md",
         "docs/extending.md",
         "docs/own_code.md",
+        "docs/rewards.md",
         "docs/sweeps.md",
         "docs/start.md",
         "docs/watching.md",
@@ -50,7 +52,7 @@ def test_every_public_name_is_described(name: str) -> None:
     """Settings in their tables, all else in the reference, where it is at home."""
     home = getattr(esjax, name).__module__
     tables = (ROOT / "docs/_ext/settings_tables.py").read_text()
-    if home == "esjax.config.settings":
+    if home in ("esjax.config.settings", "esjax.config.reward"):
         assert f"config.{name}," in tables
     elif home == "esjax.config.models":
         assert getattr(esjax, name) in MODELS.values()

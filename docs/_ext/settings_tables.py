@@ -18,6 +18,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": config.DataConfig,
     "es": config.EsConfig,
     "optim": config.OptimConfig,
+    "reward": config.RewardConfig,
     "hosts": config.HostsConfig,
     **{f"model ({name})": kind for name, kind in MODELS.items()},
 }

@@ -100,7 +100,8 @@ class CustomOptions:
     """Custom loss to minimise: (member, tokens, key) -> float32."""
 
     reward: Annotated[str | None, tyro.conf.arg(name="reward.function", metavar="PATH.py:FUNCTION")] = None
-    """Custom reward to maximise: (member, tokens, key) -> float32."""
+    """Custom reward to maximise: (member, tokens, key) -> float32, or (prompts, completions) -> list of floats in plain
+    Python, with --reward.prompts. See docs/rewards.md."""
 
     optimizer: Annotated[str | None, tyro.conf.arg(name="optim.custom", metavar="PATH.py:FUNCTION")] = None
     """Custom optimizer: a function without arguments that returns an optax transformation."""

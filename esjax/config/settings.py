@@ -13,6 +13,7 @@ import msgspec
 
 from esjax.config.errors import explain
 from esjax.config.models import MODELS, GruConfig, ModelConfig
+from esjax.config.reward import RewardConfig
 from esjax.config.section import Section, check, check_positive, check_range
 from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
@@ -42,6 +43,10 @@ class DataConfig(Section):
 
     vocab_size: int | None = None
     """Most token ids, UNK and STOP included; rarer characters become UNK. None: all characters of the text."""
+
+    symbols: str | None = None
+    """The characters of the vocabulary, in the order of their ids. None: those of the text. A run with a reward in
+    Python records them here, so that all hosts decode alike."""
 
     held_out: float = 0.05
     """Fraction of the documents that is kept for evaluation, chosen by a hash of their text."""
@@ -78,6 +83,13 @@ class DataConfig(Section):
         check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
         if self.vocabulary == "byte":
             check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
+            check(self.symbols is None, "symbols are for characters; leave them out for bytes")
+        if self.symbols is not None:
+            check(
+                len(set(self.symbols)) == len(self.symbols) > 0,
+                f"symbols must be distinct characters, at least one, not {self.symbols[:40]!r}",
+            )
+            check(self.vocab_size is None, "symbols fix the size of the vocabulary; leave vocab_size out")
         check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
         if self.carry:
             check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
@@ -128,6 +140,10 @@ class EsConfig(Section):
     shaping: Literal["zscore", "centered_rank", "sign", "raw"] = "zscore"
     """How the difference of a pair's losses becomes its weight. zscore: divided by the standard deviation.
     centered_rank: its rank. sign: ±1. raw: unchanged up to a factor, for an unbiased gradient."""
+
+    frozen: str = ""
+    """Paths of parameters that are neither perturbed nor trained, with all below them, separated by commas; * stands
+    for any characters: embedding,head_*. The error for a path that does not exist lists those that do."""
 
     chunk_pairs: int | None = None
     """Pairs that a device evaluates at a time; affects speed, memory and the last bit of a loss. None: chosen for the
@@ -205,6 +221,7 @@ class EsConfig(Section):
             )
         elif self.exchange == "sums":
             check(self.noise == "rademacher", "exchange sums needs noise rademacher, whose sums are integers")
+            check(not self.frozen, "exchange sums sends all weights; for frozen ones set exchange to losses or auto")
             check(self.shaping in ("zscore", "sign"), f"exchange sums needs shaping zscore or sign, got {self.shaping}")
         if self.space == "activation" or self.exchange == "sums":
             check(
@@ -308,6 +325,10 @@ class OptimConfig(Section):
     weight_decay: float = 0.0
     """Decoupled weight decay: each step subtracts this fraction of each weight, times the learning rate."""
 
+    anchor: float = 0.0
+    """Decoupled decay toward the weights that the run started from: each step subtracts this fraction of each weight's
+    distance from its first value, times the learning rate. Against forgetting."""
+
     average: float = 0.1
     """Fraction of the run so far over which the weights are averaged for evaluation and generation (Shamir & Zhang
     2013). 0: no average."""
@@ -316,7 +337,7 @@ class OptimConfig(Section):
         super().__post_init__()
         check_positive(self, "learning_rate", "decay_steps", "eps")
         check_range(self, 0, 1, "beta1", "beta2", "momentum")
-        check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        check_range(self, 0, math.inf, "warmup_steps", "weight_decay", "anchor")
         check(0 <= self.average <= 1, f"average must be from 0 to 1, got {self.average}")
 
 
@@ -349,6 +370,10 @@ class Config(Section):
     seed: int = 0
     """Seed of the run: it determines the initial weights, the perturbations and the windows."""
 
+    init: str | None = None
+    """Weights to start from, with their model and vocabulary: a run folder, or a file that `export` wrote or that
+    `import` reads (.safetensors, .npy). None: random weights."""
+
     steps: int | None = None
     """Stop after this number of steps. None: no limit."""
 
@@ -374,13 +399,24 @@ class Config(Section):
     data: DataConfig = DataConfig()
     es: EsConfig = EsConfig()
     optim: OptimConfig = OptimConfig()
+    reward: RewardConfig = RewardConfig()
     hosts: HostsConfig = HostsConfig()
     model: ModelConfig = GruConfig()
 
     @property
     def tokens_per_pair(self) -> int:
-        """Member-tokens that are scored for a pair."""
-        return self.es.members_per_pair * self.data.batch_size * self.data.window
+        """Member-tokens that are scored, or written, for a pair."""
+        return self.es.members_per_pair * self.data.batch_size * self.tokens_per_sequence
+
+    @property
+    def writes(self) -> bool:
+        """Whether members write text after prompts, for a reward in Python, and read no windows."""
+        return self.reward.prompts is not None
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens of a window, or most tokens of a completion."""
+        return self.reward.length if self.writes else self.data.window
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -391,6 +427,15 @@ class Config(Section):
         if self.data.carry:
             check(self.es.space == "activation", "data.carry needs es.space activation, where a clean copy is read")
             check(self.es.time_per_step is None, "data.carry needs a fixed population; leave es.time_per_step out")
+        if self.writes:
+            reward = "a reward in Python (reward.prompts)"
+            check(self.es.space != "activation", f"{reward} needs noise on weights; set es.space to low_rank or full")
+            check(self.es.exchange != "sums", f"{reward} needs es.exchange losses or auto")
+            check(
+                self.es.output_layer != "exact",
+                f"es.output_layer exact: the gradient of {reward} is not known; set es.output_layer to noise or auto",
+            )
+            check(self.data.block_tokens is None, f"{reward} reads no windows; leave data.block_tokens out")
 
     @classmethod
     def variants(cls) -> list[Config]:

@@ -1,4 +1,4 @@
-"""(params, seeds, batch) -> losses: scores a whole population. No other module does."""
+"""(params, seeds, batch) -> losses: runs both members of every pair. No other module does."""
 
 import inspect
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from esjax.core.interpreter import AddedUp, interpret
 from esjax.core.noise import Noise, Params, Precision
@@ -68,28 +68,62 @@ def evaluate(
         TypeError: `loss` does not return a float scalar, or a leaf of the parameters is not an array.
         ValueError: `seeds` or a leaf of the batch has the wrong shape.
     """
-    call = _called(loss)
+    return map_members(
+        _called(loss),
+        noise,
+        jax.ShapeDtypeStruct((), jnp.float32),
+        batch_axis=batch_axis,
+        mesh=mesh,
+        chunk_pairs=chunk_pairs,
+        precision=precision,
+    )
+
+
+def map_members(
+    function: Callable[[Params, Any, Key[Array, ""]], Any],
+    noise: Noise,
+    result: Any,
+    *,
+    batch_axis: Any = 0,
+    mesh: Mesh | None = None,
+    chunk_pairs: int | None = None,
+    precision: Precision = "float32",
+) -> Callable[..., Any]:
+    """Make the function that applies any function to both members of every pair; jit it.
+
+    `evaluate` is this with a loss. Text that members write is another use, see `esjax.rewards.writing`.
+
+    Args:
+        function: Any JAX function `(params, example, key) -> result`, a pytree of arrays of one type.
+        noise: See `evaluate`; so are the other arguments.
+        result: A pytree of `jax.ShapeDtypeStruct`: what `function` returns for one member.
+        batch_axis: See `evaluate`.
+        mesh: See `evaluate`.
+        chunk_pairs: See `evaluate`.
+        precision: See `evaluate`.
+
+    Returns:
+        `(params, seeds, batch, count=None) -> results`, a pytree like `result`, each leaf [pairs, 2, ...].
+    """
     signs = jnp.array([1.0, -1.0], jnp.float32)
 
-    def losses(
+    def results(
         params: Params, seeds: UInt32[Array, "pairs 2"], batch: Any, count: Int[Array, ""] | int | None = None
-    ) -> Float[Array, "pairs 2"]:
+    ) -> Any:
         layout = noise.lay_out(params)
         check_seeds(seeds)
         pairs = len(seeds)
         groups, axes = examples_of(batch, batch_axis, pairs)
 
-        def pair_losses(params: Params, seed: UInt32[Array, "2"], drawn: Any, example: Any) -> Float[Array, "2"]:
+        def of_pair(params: Params, seed: UInt32[Array, "2"], drawn: Any, example: Any) -> Any:
             key = loss_key(seed)
 
-            def member_loss(sign: Float[Array, ""]) -> Float[Array, ""]:
-                return interpret(call)(layout.member(params, drawn, sign, precision), example, key)
+            def of_member(sign: Float[Array, ""]) -> Any:
+                return interpret(function)(layout.member(params, drawn, sign, precision), example, key)
 
-            return jax.vmap(member_loss)(signs)
+            return jax.vmap(of_member)(signs)
 
-        def chunk_losses(
-            numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any
-        ) -> Array:
+        def of_chunk(numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any) -> Any:
             leaves, treedef = jax.tree.flatten(batch)
             chosen = [
                 leaf if axis is None else leaf[numbers // (pairs // group)]
@@ -97,26 +131,26 @@ def evaluate(
             ]
             examples = jax.tree.unflatten(treedef, chosen)
             along = (None, 0, 0, jax.tree.unflatten(treedef, axes))
-            return jax.vmap(pair_losses, in_axes=along)(params, seeds, layout.draw_all(seeds), examples)
+            return jax.vmap(of_pair, in_axes=along)(params, seeds, layout.draw_all(seeds), examples)
 
         size = min(chunk_pairs or _chunk_pairs(mesh, pairs), pairs)
         size = max(size, 2)  # XLA drops an axis of size 1 and may then sum in another order
         chunks = -(-pairs // size)
         if chunks == 1 and mesh is None and count is None and pairs > 1:
-            return chunk_losses(jnp.arange(pairs, dtype=jnp.int32), seeds, params, batch)
+            return of_chunk(jnp.arange(pairs, dtype=jnp.int32), seeds, params, batch)
         padded = jnp.pad(seeds, [(0, chunks * size - pairs), (0, 0)])
 
-        def score(chunk: Array, found: Array, seeds: Array, params: Params, batch: Any) -> Array:
+        def take(chunk: Array, found: Any, seeds: Array, params: Params, batch: Any) -> Any:
             numbers = chunk * size + jnp.arange(size, dtype=jnp.int32)
-            part = chunk_losses(jnp.minimum(numbers, pairs - 1), seeds[numbers], params, batch)
-            return found.at[chunk].set(part)
+            part = of_chunk(jnp.minimum(numbers, pairs - 1), seeds[numbers], params, batch)
+            return jax.tree.map(lambda found, part: found.at[chunk].set(part), found, part)
 
         todo = chunks if count is None else -(-jnp.asarray(count, jnp.int32) // size)
-        nothing = jnp.zeros((chunks, size, 2), jnp.float32)
-        found = deal(mesh, score)(jnp.int32(todo), nothing, padded, params, batch)
-        return found.reshape(-1, 2)[:pairs]
+        nothing = jax.tree.map(lambda one: jnp.zeros((chunks, size, 2, *one.shape), one.dtype), result)
+        found = deal(mesh, take)(jnp.int32(todo), nothing, padded, params, batch)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:pairs], found)
 
-    return losses
+    return results
 
 
 def explain(loss: Loss, noise: Noise, params: Params, example: Any) -> list[AddedUp]:

@@ -14,6 +14,7 @@ from esjax.data.packing import pack_stream
 from esjax.data.sources import load_documents, locate, split_documents
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
+from esjax.paths import given_path
 
 Split = Literal["train", "held_out", "all"]
 
@@ -70,8 +71,11 @@ class Corpus(NamedTuple):
 
 
 def locate_text(config: Config) -> Config:
-    """Make the path of the text in the settings absolute, see `esjax.data.sources.locate`."""
-    return replace(config, data=replace(config.data, text=locate(config.data.text)))
+    """Make the paths of the text and of the prompts in the settings absolute, see `esjax.data.sources.locate`."""
+    config = replace(config, data=replace(config.data, text=locate(config.data.text)))
+    if config.reward.prompts is None:
+        return config
+    return replace(config, reward=replace(config.reward, prompts=str(given_path(config.reward.prompts))))
 
 
 def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpus:
@@ -79,7 +83,7 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
 
     Args:
         config: Settings of the data.
-        vocabulary: Vocabulary of an existing run. None: made from the training split.
+        vocabulary: Vocabulary of an existing run. None: that of the settings, or made from the training split.
 
     Raises:
         EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on.
@@ -90,6 +94,8 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         if not train:
             raise EsjaxError(f"all {len(held_out)} documents are held out; lower data.held_out or add text")
         vocabulary = fit_vocabulary(config.vocabulary, train, config.vocab_size)
+        if config.symbols is not None:
+            vocabulary = Vocabulary("char", tuple(config.symbols))
     return Corpus(
         vocabulary,
         [vocabulary.encode(document) for document in train],

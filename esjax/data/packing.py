@@ -44,7 +44,7 @@ def draw_windows(
         sequences: Windows of a pair.
         window_length: Tokens of a window, the burn-in included.
     """
-    places = _places(seeds, sequences, stream.shape[0] - window_length + 1)
+    places = draw_places(seeds, sequences, stream.shape[0] - window_length + 1)
     positions = places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]
     return stream[positions].astype(jnp.int32)  # streams may have a smaller type
 
@@ -70,13 +70,15 @@ def follow_windows(
     # pass of whole windows ends `length % window_length` tokens before its start.
     passes, further = jnp.divmod(step, length // window_length)
     read = further * window_length - passes % length * (length % window_length)
-    places = (_places(seeds, sequences, length) + read % length) % length
+    places = (draw_places(seeds, sequences, length) + read % length) % length
     return stream[(places[:, :, None] + jnp.arange(window_length, dtype=jnp.int32)[None, None]) % length].astype(
         jnp.int32
     )
 
 
-def _places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:
+def draw_places(seeds: UInt32[Array, "pairs 2"], sequences: int, count: int) -> Int[Array, "pairs sequences"]:
+    """Draw each pair's places, from 0 to `count` - 1, uniformly, from its seed: of windows, or of prompts."""
+
     def draw(seed: UInt32[Array, "2"]) -> Int[Array, " sequences"]:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         with jax.threefry_partitionable(True):  # the bits depend on this flag, and on the type

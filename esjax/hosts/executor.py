@@ -22,6 +22,7 @@ from esjax.inference.language_model import LanguageModel
 from esjax.models.custom import NOTHING_CUSTOM, Custom
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
+from esjax.rewards.scoring import make_scorer, vocabulary_of
 from esjax.runs.checkpoint import digest
 from esjax.signals import started
 
@@ -110,11 +111,12 @@ class Executor:
         model = self._custom.build(config.model, task.vocab_size)
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
+        scorer = make_scorer(config, self._custom, vocabulary_of(config.data), self._tell)
         stream = text.stream
         if config.data.block_tokens:  # tokens come later; zeros are enough to compile the programs
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:
-            replica = Replica(config, model, stream, mesh, self._custom.objective, self._custom.optimizer)
+            replica = Replica(config, model, stream, mesh, self._custom.objective, self._custom.optimizer, scorer)
             try:
                 replica.warm_up()
                 break

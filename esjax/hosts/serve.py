@@ -40,6 +40,7 @@ from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import to_bytes
+from esjax.rewards.scoring import begin
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
@@ -376,9 +377,12 @@ def serve_with(
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """`serve`, given all custom parts."""
+    if config.init is not None:
+        raise EsjaxError("a run over hosts starts from random weights; leave init out, or train on one machine")
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
     corpus = load_corpus(config.data)
+    config = begin(config, custom, corpus.vocabulary)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)

@@ -21,8 +21,9 @@ from esjax.models.check import check_model
 from esjax.models.member import Loss, Member
 from esjax.models.model import ModelFactory
 
-Reward = Callable[[Member, Int[Array, " length"], Key[Array, ""]], Float[Array, ""]]
-"""`(member, tokens, key) -> reward`, like a `Loss`, but higher is better."""
+Reward = Callable[..., Any]
+"""`(member, tokens, key) -> reward`, like a `Loss`, but higher is better. Or a reward in Python, which scores text:
+`(prompts, completions) -> list of floats`, see docs/rewards.md."""
 
 
 WANTED = {
@@ -63,7 +64,7 @@ class Custom:
         for kind in OPTIONS:
             check_given(kind, getattr(self, kind))
         for kind, function in (("loss", self.loss), ("reward", self.reward)):
-            if function is not None:
+            if function is not None and function is not self.text_reward:
                 _check_arguments(f"the {kind} {name_of(function)}", function)
 
     def names(self) -> dict[str, str]:
@@ -105,13 +106,18 @@ class Custom:
         return check_model(f"the model {name_of(self.model)}", self.model(vocab_size), vocab_size)
 
     @property
+    def text_reward(self) -> Callable[..., Any] | None:
+        """The reward, if it is one in Python, over text. None: there is none, or a jitted one."""
+        return self.reward if self.reward is not None and _scores_text(self.reward) else None
+
+    @property
     def objective(self) -> Loss | None:
-        """The function to minimise: the loss, or minus the reward. None: cross entropy.
+        """The function to minimise in jitted code: the loss, or minus the reward. None: cross entropy, or text_reward.
 
         While it is traced, it raises EsjaxError unless the function returns one float32.
         """
         function, kind = (self.loss, "loss") if self.reward is None else (self.reward, "reward")
-        if function is None:
+        if function is None or self.text_reward is not None:
             return None
         name = f"the {kind} {self.names()[kind]}"
 
@@ -153,7 +159,17 @@ def _check_arguments(name: str, function: Loss | Reward) -> None:
     try:
         signature.bind(None, None, None)
     except TypeError as error:
-        raise EsjaxError(f"{name} takes {signature}; it must take (member, tokens, key)") from error
+        also = ", or (prompts, completions) to score text" if name.startswith("the reward") else ""
+        raise EsjaxError(f"{name} takes {signature}; it must take (member, tokens, key){also}") from error
+
+
+def _scores_text(reward: Reward) -> bool:
+    """Return whether the first arguments of a reward are named prompts and completions."""
+    try:
+        names = tuple(inspect.signature(reward).parameters)
+    except (TypeError, ValueError):  # some compiled functions have no signature
+        return False
+    return names[:2] == ("prompts", "completions")
 
 
 def _one_number(name: str, value: Any) -> Float[Array, ""]:

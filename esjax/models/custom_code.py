@@ -1,18 +1,13 @@
 """Custom code given as PATH.py:FUNCTION: reads the file, loads it, and compares its hash with the recorded one.
 
-The code is trusted: loading a file runs it, as importing a module does. Imports in the file look into its folder first.
-The hash covers the file alone, not its imports.
+The code is trusted: loading a file runs it, as importing a module does, see `esjax.python_files`. The hash covers the
+file alone, not its imports.
 """
 
-import difflib
 import hashlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import optax
@@ -23,6 +18,7 @@ from esjax.models.custom import Custom, Reward, check_given
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
+from esjax.python_files import load_function
 
 
 def refuse(line: str) -> NoReturn:
@@ -101,49 +97,8 @@ class _File(NamedTuple):
 
     def load(self, kind: str) -> Any:
         """Return the function, or the optimizer that it makes."""
-        function = _function(self.code, _module(self.code, self.source))
+        function = load_function(self.code, self.source)
         return _transformation(self.code, function) if kind == "optimizer" else function
-
-
-def _module(code: Code, source: bytes) -> ModuleType:
-    """Run a file as a module, or return the module if this process ran the same file before."""
-    name = f"esjax_code_{hashlib.sha256(code.path.encode(errors='surrogateescape')).hexdigest()[:8]}_{code.digest[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    module.__file__ = code.path
-    with ExitStack() as undo, _first_in_path(str(Path(code.path).parent)):
-        sys.modules[name] = module  # dataclasses look their module up there
-        undo.callback(sys.modules.pop, name)
-        try:
-            exec(compile(source, code.path, "exec"), vars(module))
-        except SyntaxError as error:
-            raise EsjaxError(f"cannot load {error.filename!r}, line {error.lineno}: {error.msg}") from error
-        except ImportError as error:
-            raise EsjaxError(f"cannot load {code.path!r}: {error}") from error
-        undo.pop_all()
-    return module
-
-
-@contextmanager
-def _first_in_path(folder: str) -> Iterator[None]:
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _function(code: Code, module: ModuleType) -> Callable[..., Any]:
-    """Return the function of a module, or raise EsjaxError."""
-    if not hasattr(module, code.name):
-        there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        near = difflib.get_close_matches(code.name, there, 1)
-        raise EsjaxError(f"{code.path!r} has no {code.name}" + (f"; did you mean {near[0]}?" if near else ""))
-    function = getattr(module, code.name)
-    if not callable(function):
-        raise EsjaxError(f"{code} is of type {type(function).__name__}; name a function")
-    return function
 
 
 def _transformation(code: Code, function: Callable[..., Any]) -> Any:

@@ -1,6 +1,6 @@
 """A model with weights: predicts, reads, generates and scores. A custom loss takes one as its first argument."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -50,15 +50,25 @@ class Member(NamedTuple):
         """Return the state after a token; after STOP, the state at the start of a document."""
         return consume(self.model, self.params, state, token)
 
-    def read(self, tokens: Int[Array, " length"], state: State | None = None) -> State:
+    def read(
+        self, tokens: Int[Array, " length"], state: State | None = None, count: Int[Array, ""] | None = None
+    ) -> State:
         """Consume tokens and return the state after them.
 
         Args:
             tokens: Ids; may be empty.
             state: State to begin with. None: the start of a document.
+            count: Number of first tokens to consume. None: all.
         """
         first = self.initial_state() if state is None else state
-        return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
+        if count is None:
+            return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
+
+        def read(state: State, place: tuple[Array, Token]) -> tuple[State, None]:
+            after, is_there = self.consume(state, place[1]), place[0] < count
+            return jax.tree.map(lambda after, before: jnp.where(is_there, after, before), after, state), None
+
+        return jax.lax.scan(read, first, (jnp.arange(len(tokens)), tokens))[0]
 
     def states(self, tokens: Int[Array, " length"], state: State | None = None) -> State:
         """Return the state before each token, with a leading axis like `tokens`; arguments as for `read`."""
@@ -93,7 +103,12 @@ class Member(NamedTuple):
         return jnp.mean(self.nats(tokens[burn_in:], self.read(tokens[:burn_in])))
 
     def generate(
-        self, state: State, length: int, key: Key[Array, ""] | None = None, temperature: float = 1.0
+        self,
+        state: State,
+        length: int,
+        key: Key[Array, ""] | None = None,
+        temperature: float = 1.0,
+        stops: Sequence[int] = (),
     ) -> Int[Array, " length"]:
         """Generate tokens. All tokens after the first STOP are STOP; UNK never occurs.
 
@@ -102,6 +117,7 @@ class Member(NamedTuple):
             length: Number of tokens, fixed, so that all members of a population generate in parallel.
             key: Random key. None: each token is the most probable one.
             temperature: Divides the logits before a token is drawn, above 0.
+            stops: Further tokens at which a text ends; STOP takes their place.
         """
 
         def write(carry: tuple[State, Array], position: Array) -> tuple[tuple[State, Array], Array]:
@@ -110,7 +126,10 @@ class Member(NamedTuple):
             if key is not None:
                 drawn = jax.random.gumbel(jax.random.fold_in(key, position), logits.shape, logits.dtype, "low")
                 logits = logits / temperature + drawn
-            token = jnp.where(ended, STOP, jnp.argmax(logits)).astype(jnp.int32)
+            token = jnp.argmax(logits)
+            for stop in stops:
+                ended |= token == stop
+            token = jnp.where(ended, STOP, token).astype(jnp.int32)
             return (self.consume(state, token), token == STOP), token
 
         return jax.lax.scan(write, (state, jnp.bool_(False)), jnp.arange(length))[1]

@@ -1,4 +1,4 @@
-// The four charts of the page, one for each metric. Uses functions and variables of page.js.
+// The charts of the page, one for each metric. Uses functions and variables of page.js.
 "use strict";
 
 const COLORS = ["#3b7dd8", "#e0752d", "#2f9e6e", "#c2479b", "#8a63d2", "#b08a00", "#1a9fb3", "#d1495b", "#6b7f2a", "#7d6b5d"];
@@ -9,6 +9,9 @@ const UNIT_LINES = /.{1,38}(?: |$)|.{1,38}/g; // breaks a long unit, at spaces i
 const CHARTS = [
   { column: "held_out", title: "Held-out loss", loss: true },
   { column: "loss", title: "Training loss, mean of the population", loss: true },
+  { column: "reward", title: "Reward, mean of the population" },
+  { column: "greedy_reward", title: "Reward on held-out prompts, greedy" },
+  { column: "pass_at_k", title: "pass@k on held-out prompts" },
   { column: "member_tokens_per_second", title: "Rate", unit: "member-tokens per second", small: true },
   { column: "update_norm", title: "Size of the update", unit: "norm", small: true },
 ];
@@ -112,8 +115,8 @@ function baselines() {
   );
 }
 
-// Units of the losses: nats per token, or the custom loss or reward of a run.
-const units = () => [...new Set(chosen().map((run) => run.unit))].sort().join(", ");
+// Units of a loss or a reward: nats per token, or the custom loss or reward of a run.
+const units = (column) => [...new Set(chosen().map((run) => run.units[column]))].sort().join(", ");
 
 const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly interprets some HTML
 
@@ -134,7 +137,7 @@ function drawCharts() {
     const marks = chart.column === "held_out" && lines.length ? baselines() : [];
     chart.box.style.setProperty("--legend", `${marks.length * 15}px`);
     const log = chart.loss && view.logY && lines.some(({ y }) => y.some((value) => value > 0)); // minus a reward is not
-    const unit = ((chart.loss ? units() : chart.unit).match(UNIT_LINES) ?? []).map(escapeText).join("<br>");
+    const unit = ((chart.unit ?? units(chart.column)).match(UNIT_LINES) ?? []).map(escapeText).join("<br>");
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, tickfont: { color: ink } };
     Plotly.react(
       chart.box,

@@ -10,8 +10,9 @@ from numpy import ndarray
 from esjax.errors import EsjaxError
 from esjax.runs.reader import RunView
 from esjax.watch.downsampling import COLUMN_OF, make_curve
+from esjax.watch.panels import PANELS, drawn, unit_of
 
-COLUMNS = ("held_out", "loss", "member_tokens_per_second", "update_norm")
+COLUMNS = (*PANELS, "member_tokens_per_second", "update_norm")
 """Metrics that the page draws."""
 
 LAST = ("step", "seconds", "member_tokens", "loss", "held_out", "member_tokens_per_second", "population", "void_pairs")
@@ -52,7 +53,7 @@ def summary(view: RunView, run: str) -> dict[str, Any]:
         "run": run,
         "name": view.name,
         "state": view.state,
-        "unit": view.unit,
+        "units": {column: unit_of(view, column) for column in PANELS},
         "last": {name: view.last(name) for name in LAST},
         "best": view.lowest("held_out"),
     }
@@ -81,7 +82,7 @@ def curves(view: RunView, known: Mapping[str, tuple[int, int]] | None = None) ->
     """
     points: dict[str, Any] = {}
     for column in COLUMNS:
-        curve = make_curve(view.metrics, column)
+        curve = make_curve(drawn(view), column)
         stride, count = (known or {}).get(column, (0, 0))
         start = count if stride == curve.stride and 0 <= count <= len(curve.value) else 0
         points[column] = {

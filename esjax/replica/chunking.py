@@ -43,6 +43,10 @@ def call_pairs(config: Config, most: int) -> int:
     return most if config.es.time_per_step is not None else min(most, config.es.pairs)
 
 
+CALLS_OF_TEXT = 4
+"""Least number of calls of a population that writes: the text of one is scored in Python while the next is written."""
+
+
 def shape_of_call(pairs: int, chunk_pairs: int, mesh: Mesh) -> tuple[int, int]:
     """Return (chunks, pairs per chunk) of a call: at least `pairs` in all, and equally many chunks for every device."""
     return -(-pairs // (chunk_pairs * mesh.size)) * mesh.size, chunk_pairs
@@ -83,7 +87,8 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
     if config.es.space == "activation":
         pairs //= ACTIVATION_ROOM
     if config.es.time_per_step is None:
-        pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if on_cpu else mesh.size)))
+        calls = CALLS_OF_TEXT if config.writes else 1
+        pairs = min(pairs, -(-config.es.pairs // (CPU_CHUNKS if on_cpu else mesh.size * calls)))
     return max(min(pairs, estimator.most_pairs), 2)
 
 

@@ -1,5 +1,7 @@
 """From settings to an optax transformation. `esjax.replica.transformation` adapts custom ones."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -56,7 +58,7 @@ def last_step(config: OptimConfig, steps: int | None) -> int | None:
 
 
 def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTransformation:
-    """Build the named optimizer: adam (Kingma & Ba 2015, algorithm 1) or sgd with momentum; decoupled weight decay.
+    """Build the named optimizer: adam (Kingma & Ba 2015, algorithm 1) or sgd with momentum, with decoupled decays.
 
     Raises:
         EsjaxError: See `learning_rate`.
@@ -66,4 +68,15 @@ def make_optimizer(config: OptimConfig, steps: int | None) -> optax.GradientTran
     else:
         direction = optax.trace(config.momentum)
     decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    decay += [_toward_start(config.anchor)] if config.anchor else []
     return optax.chain(direction, *decay, optax.scale_by_learning_rate(learning_rate(config, steps)))
+
+
+def _toward_start(strength: float) -> optax.GradientTransformation:
+    """Add `strength` times the distance of each weight from its first value, which the state keeps."""
+
+    def update(updates: optax.Updates, start: optax.Params, params: optax.Params | None = None) -> tuple[Any, Any]:
+        moved = jax.tree.map(lambda update, now, first: update + strength * (now - first), updates, params, start)
+        return moved, start
+
+    return optax.GradientTransformation(lambda params: params, update)

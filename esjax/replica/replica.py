@@ -29,10 +29,12 @@ from esjax.models.model import Model, Params
 from esjax.replica import chunking
 from esjax.replica.estimators.carried_state import first_states
 from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.estimators.output_layer import OutputGradient, make_output_gradient
 from esjax.replica.estimators.partial_sums import Chunk, SumChunk, rows_read
 from esjax.replica.optimizer import make_optimizer
 from esjax.replica.streams import INIT, WINDOWS
+from esjax.replica.texts import TextLosses, TextScorer
 from esjax.replica.transformation import fit_optimizer
 from esjax.replica.update import Apply, TrainState, UpdateInfo, init_state, make_apply, make_apply_sum
 
@@ -66,6 +68,7 @@ class Replica:
         mesh: Mesh,
         loss: Loss | None = None,
         optimizer: optax.GradientTransformation | None = None,
+        scorer: TextScorer | None = None,
     ) -> None:
         """Make the initial parameters and the functions; nothing is compiled yet.
 
@@ -76,6 +79,7 @@ class Replica:
             mesh: Devices that share the population, of this process or of several.
             loss: Loss of one member on one window, the burn-in included. None: cross entropy.
             optimizer: Any optax transformation. None: the one that the settings name.
+            scorer: Scores text that members write, if the settings name prompts. None: pairs cannot be scored then.
 
         Raises:
             EsjaxError: The text is shorter than a window, a parameter is not float32, or the estimator or the optimizer
@@ -112,11 +116,12 @@ class Replica:
         self.reads_tokens = False
         self.halves = () if es.weights_per_pair == 1 else (es.weights_per_pair,)
         self._mesh = mesh
+        self._texts: TextLosses | None = None
         self._window_length = window_length
         self._scored_at_once = chunking.shape_of_call(
             chunking.call_pairs(config, chunking.CALL_PAIRS), chunk_pairs, mesh
         )
-        apply = make_apply(optimizer, units, config.optim.average)
+        apply = make_apply(optimizer, units, config.optim.average, trained_of(config.es.frozen, params))
         if isinstance(estimator, LossEstimator):
             weighed_pairs = chunking.weighed_pairs(config, estimator, mesh)
             self._weighed_at_once = chunking.shape_of_call(
@@ -139,6 +144,8 @@ class Replica:
             )
             self._no_totals = self._on_every_device(estimator.zeros)
             self.reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
+            if scorer is not None:
+                self._texts = TextLosses(config, model, estimator.noise, scorer, mesh, chunk_pairs)
         else:
             self._sum = _for_sums(estimator.sum_chunk, draw, estimator.vector_length, mesh)
             self._apply_sum = jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros))
@@ -149,8 +156,12 @@ class Replica:
 
         self._skip = jax.jit(skip)
         feedback = () if isinstance(estimator, LossEstimator) else estimator.feedback
-        first = init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
-        self.state: TrainState = self._on_every_device(first)
+
+        def first(params: Params) -> TrainState:
+            return init_state(params, in_units(optimizer, units), first_states(config, model, params), feedback)
+
+        self._first = first
+        self.state: TrainState = self._on_every_device(first(params))
         # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = _Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
@@ -176,6 +187,11 @@ class Replica:
         """
         check_stream(len(stream), self._window_length)
         self._tokens = self._on_every_device(stream)
+
+    @default_flags()
+    def start_with(self, params: Params) -> None:
+        """Make the state of step 0 from these parameters in place of random ones."""
+        self.state = self._on_every_device(self._first(params))
 
     @default_flags()
     def use_params(self, params: Params) -> None:
@@ -239,6 +255,8 @@ class Replica:
         Args:
             pairs: Numbers of pairs, from 0 to 2^32 - 1, in any order; at least one.
         """
+        if self._texts is not None:
+            return self._texts(self.state.params, self._streams, self.state.step, pairs.astype(np.uint32))
         assert self._tokens is not None, "there is nothing to score on before use_tokens"
         calls = [
             self._score(self.state.params, self._tokens, self._streams, self.state.step, part, count)

@@ -7,4 +7,4 @@ INIT = 2
 """Stream for the initial parameters."""
 
 HELD_OUT = 3
-"""Stream for the windows of held-out text, for a custom loss."""
+"""Stream for the windows of held-out text, for a custom loss, and for completions of held-out prompts."""

@@ -12,6 +12,7 @@ from flax import struct
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from esjax.core.leaves import leaf_names
 from esjax.core.noise import Totals
 from esjax.core.units import in_units
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, TAIL
@@ -81,7 +82,12 @@ def init_state(
     )
 
 
-def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_fraction: float) -> Apply:
+def make_apply(
+    optimizer: optax.GradientTransformation,
+    units: PyTree,
+    average_fraction: float,
+    is_trained: Callable[[str], bool] = lambda path: True,
+) -> Apply:
     """Make the function that turns an estimate of the gradient into the next state.
 
     Args:
@@ -89,6 +95,7 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
         units: Unit of each leaf, see `Model.units`.
         average_fraction: Fraction of the run so far, from 0 to 1, over which `TrainState.average` averages, by
             polynomial-decay averaging (Shamir & Zhang 2013, section 4). 0: no average.
+        is_trained: Whether the parameter at a path changes; decay would change frozen ones, too.
 
     Returns:
         `(state, gradient, loss) -> (state, info)`; jit it. The loss goes to optimizers that take a `value`.
@@ -97,6 +104,9 @@ def make_apply(optimizer: optax.GradientTransformation, units: PyTree, average_f
 
     def apply(state: TrainState, gradient: Params, loss: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
         updates, opt_state = scaled.update(gradient, state.opt_state, state.params, value=loss)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, update: update if is_trained("/".join(leaf_names(path))) else jnp.zeros_like(update), updates
+        )
         params = jax.tree.map(jnp.add, state.params, updates)
         step = state.step + 1
         if average_fraction == 0:

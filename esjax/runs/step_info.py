@@ -88,6 +88,11 @@ class StepInfo(NamedTuple):
         held_out: Nats per token over the held-out documents, with the averaged parameters; with a custom loss or
             reward, the same quantity as `loss`, over windows of these documents. None if not measured.
         hosts: Hosts that scored pairs of this step; None without hosts.
+        reward: Mean reward of the population, for a reward in Python; else None.
+        greedy_reward: Mean reward on held-out prompts of completions of most probable tokens, with the averaged
+            parameters. None if not measured. With a reward in Python, `held_out` stays nats per token over the held-out
+            documents of the text: it rises if the model forgets that.
+        pass_at_k: Fraction of the held-out prompts for which one of `reward.samples` completions passes, or more.
     """
 
     step: int
@@ -102,6 +107,9 @@ class StepInfo(NamedTuple):
     member_tokens_per_second: float
     held_out: float | None = None
     hosts: int | None = None
+    reward: float | None = None
+    greedy_reward: float | None = None
+    pass_at_k: float | None = None
 
     def row(self) -> dict[str, float]:
         """Return the fields that are not None, by name."""

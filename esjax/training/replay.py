@@ -19,6 +19,7 @@ from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import digest, find_newest, find_oldest
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, beginning, read
+from esjax.training.start import start_of
 
 
 class Replayed(NamedTuple):
@@ -111,6 +112,9 @@ def replay_with(
     replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
     if replica.reads_tokens:
         replica.use_tokens(load_run_corpus(folder, text).stream())
+    params = start_of(config, custom).params
+    if params is not None:
+        replica.start_with(params)
     newest = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
     first = _begin(folder, replica, max(kept, default=0), tell)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from esjax.config.settings import Config, replace
+from esjax.core.seeds import stream_seed
 from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.devices.mesh import local_mesh, whole_mesh
 from esjax.devices.process_group import any_of, here, leads
@@ -25,12 +26,16 @@ from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
+from esjax.replica.streams import HELD_OUT
+from esjax.rewards.held_out import MeasureRewards, make_measure_rewards
+from esjax.rewards.scoring import begin, make_scorer
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import RunView, read_run
 from esjax.runs.step_info import Limits, StepInfo
 from esjax.signals import STOPPING
 from esjax.training.local_steps import LocalSteps
+from esjax.training.start import start_of
 from esjax.watch.history import History
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.summary import describe_kinds
@@ -82,11 +87,16 @@ class Trainer(RecordedRun, RunInference):
         if flags := changed_flags():
             self.tell(flags)
         # With token blocks, the first block is set before the first step.
-        stream = None if config.data.block_tokens else corpus.stream()
-        self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer)
+        stream = None if config.data.block_tokens or config.writes else corpus.stream()
+        self._scorer = make_scorer(config, custom, vocabulary, lambda line: self.tell(line))
+        self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer, self._scorer)
         self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
         self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
+        self._measure_rewards: MeasureRewards | None = None
+        if self._scorer is not None:
+            seed = stream_seed(config.seed, HELD_OUT)
+            self._measure_rewards = make_measure_rewards(built, config.reward, self._scorer, seed)
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
@@ -97,6 +107,7 @@ class Trainer(RecordedRun, RunInference):
         self._member_tokens = 0
         self._is_finite = True
         self._history = History()
+        self._best_reward, self._evaluations = -math.inf, 0  # the highest greedy reward, and evaluations since
 
     def __repr__(self) -> str:
         """Show the settings and the progress in one line."""
@@ -145,6 +156,8 @@ class Trainer(RecordedRun, RunInference):
             try:
                 yield from self._train(recorder)
             finally:
+                if self._scorer is not None:
+                    self._scorer.close()
                 recorder.save(self._replica.state)
 
     def _open(self, recorder: Recorder) -> None:
@@ -156,8 +169,10 @@ class Trainer(RecordedRun, RunInference):
         if self.folder and done != self.step:
             raise EsjaxError(f"{str(self.folder.path)!r} was trained on to step {done} since; resume it from there")
         recorder.start(self.step, self._seconds, self._member_tokens)
-        if recorder.ledger and not newest:
-            recorder.save(self._replica.state)  # a replay starts from it: the first weights may come from custom code
+        if (recorder.ledger or self.config.init) and not newest:
+            recorder.save(
+                self._replica.state
+            )  # a replay starts from it: the first weights may not follow from the seed
 
     def _train(self, recorder: Recorder) -> Generator[StepInfo]:
         config = self.config
@@ -182,16 +197,41 @@ class Trainer(RecordedRun, RunInference):
             if self.stopped:
                 self.tell(STOPPING)
             done = any_of(self.stopped or (leads() and recorder.is_done(info.step)))
-            if leads() and self._measure is not None and (done or now >= evaluate_at):
-                info = info._replace(held_out=self._measure(self.params))
+            if leads() and (done or now >= evaluate_at):
+                info = self._evaluated(info)
+                done = done or self._has_settled(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
+            info = recorder.log(info)
             self._history.add(info)
-            recorder.log(info)
             if self.folder and (done or now >= checkpoint_at):
                 recorder.save(self._replica.state)
                 recorder.watch.sample(info.step, self.sample())
                 checkpoint_at = time.perf_counter() + config.checkpoint_time
             yield info
+
+    def _evaluated(self, info: StepInfo) -> StepInfo:
+        """Add what is measured on held-out documents and prompts."""
+        if self._measure is not None:
+            info = info._replace(held_out=self._measure(self.params))
+        if self._measure_rewards is not None:
+            info = info._replace(**self._measure_rewards(self.params)._asdict())
+        return info
+
+    def _has_settled(self, info: StepInfo) -> bool:
+        """Return whether the greedy reward on held-out prompts has not risen in `reward.patience` evaluations."""
+        patience = self.config.reward.patience
+        if patience is None or info.greedy_reward is None:
+            return False
+        if info.greedy_reward > self._best_reward:
+            self._best_reward, self._evaluations = info.greedy_reward, 0
+        else:
+            self._evaluations += 1
+        if self._evaluations < patience:
+            return False
+        self.tell(
+            f"no greedy reward above {self._best_reward:.4g} in {patience} evaluations (reward.patience); stopping"
+        )
+        return True
 
     def _is_measured(self) -> bool:
         """Return whether a held-out loss of this run is known."""
@@ -260,8 +300,9 @@ def train(
             `esjax.Model`.
         loss: A custom loss in place of cross entropy: `(member, tokens, key) -> float32 scalar`, lower is better; see
             `esjax.Member`.
-        reward: A custom reward, `(member, tokens, key) -> float32 scalar`, higher is better; `loss` and `held_out` of
-            an info are minus the reward.
+        reward: A custom reward, higher is better. `(member, tokens, key) -> float32 scalar`, jitted; `loss` and
+            `held_out` of an info are then minus the reward. Or plain Python over what members write, with the setting
+            `reward.prompts`: `(prompts, completions) -> list of floats`, or with `answers` as a third argument.
         optimizer: A custom optimizer in place of the one in the settings: an optax transformation that needs only
             gradients, parameters and `value`, the mean loss of the step. In a file, a function without arguments that
             returns it.
@@ -287,9 +328,14 @@ def train_with(
     """`train`, given all custom parts."""
     if config.ledger_horizon is not None and not config.ledger:
         raise EsjaxError("ledger_horizon is of no use without a ledger; set ledger to true (--ledger), or leave it out")
-    config, out = locate_text(config), None if out is None else given_path(out)
-    corpus = load_corpus(config.data)
+    out = None if out is None else given_path(out)
+    config, custom, vocabulary, params = start_of(config, custom)
+    config = locate_text(config)
+    corpus = load_corpus(config.data, vocabulary)
+    config = begin(config, custom, corpus.vocabulary)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
+    if params is not None:
+        trainer._replica.start_with(params)
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
@@ -355,8 +401,11 @@ def resume_with(
     if text is not None:
         folder.keep_config()
     trainer = Trainer(folder.config, corpus, folder, custom=custom, trackers=trackers, tell=tell)
-    restored = restore_run(folder, trainer._replica.state, trainer.tell)
+    first = trainer._replica.state
+    restored = restore_run(folder, first, trainer.tell)
     trainer._replica.state = restored.state
+    if restored.state is first and (params := start_of(folder.config, custom).params) is not None:
+        trainer._replica.start_with(params)
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()
     # Older ledgers do not record the training time; the metrics do.

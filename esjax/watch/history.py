@@ -14,7 +14,8 @@ MOST = 4096
 class History:
     """Step infos of a run. In a long run, a row stands for several consecutive steps.
 
-    A row is the info of its last step, with the mean of the losses and the newest held-out loss of its steps.
+    A row is the info of its last step, with the mean of the losses and rewards of its steps, and what was last measured
+    on held-out documents and prompts.
     """
 
     def __init__(self) -> None:
@@ -49,4 +50,8 @@ def _join(first: StepInfo, then: StepInfo, weight: int) -> StepInfo:
     finite = [(loss, parts) for loss, parts in losses if math.isfinite(loss)]
     count = sum(parts for _, parts in finite)
     loss = sum(loss * parts for loss, parts in finite) / count if count else math.nan
-    return then._replace(loss=loss, held_out=first.held_out if then.held_out is None else then.held_out)
+    newest = {
+        name: getattr(first, name) if getattr(then, name) is None else getattr(then, name)
+        for name in ("held_out", "greedy_reward", "pass_at_k")
+    }
+    return then._replace(loss=loss, reward=None if then.reward is None else -loss, **newest)

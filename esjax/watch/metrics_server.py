@@ -34,6 +34,9 @@ HELP = {
     "member_tokens": "Tokens scored, times members.",
     "member_tokens_per_second": "Speed of a step.",
     "held_out": "The same quantity over the held-out documents, as last measured.",
+    "reward": "Mean reward of the population, for a reward in Python.",
+    "greedy_reward": "Mean reward on held-out prompts of completions of most probable tokens, as last measured.",
+    "pass_at_k": "Fraction of held-out prompts for which one of k completions passes, as last measured.",
     "hosts": "Hosts that scored pairs of the last step.",
 }
 

@@ -12,6 +12,7 @@ from esjax.errors import EsjaxError
 from esjax.paths import given_path
 from esjax.runs.reader import RunView, find_runs, group_by_seed, read_runs
 from esjax.watch.downsampling import Axis, make_curve, mean_and_range, smooth
+from esjax.watch.panels import LOSSES, PANELS, drawn, unit_of
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, spread_labels
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ UNIT_WIDTH = 54
 
 NAME_WIDTH = 24
 """Characters of a run's name beside an n-gram line; the legend shows the whole name."""
+
+SMOOTHED = ("loss", "reward")
+"""Columns with a number for each step, which smoothing averages."""
 
 
 def plot(
@@ -74,30 +78,27 @@ def plot(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
-    titles = {
-        "held_out": "held-out text",
-        "loss": "population, training text" + (f"\naveraged over {smoothing:g} steps" if smoothing else ""),
-    }
-    panels = [column for column in titles if any(len(make_curve(view.metrics, column).value) for view in views)]
+    panels = [column for column in PANELS if any(len(make_curve(drawn(view), column).value) for view in views)]
     if not panels:
         raise EsjaxError(f"there is nothing to draw: no loss is finite in {', '.join(view.name for view in views)}")
     groups = group_by_seed(views) if mean_over_seeds else [[view] for view in views]
     styles = [style for _, style in zip(groups, cycle(STYLES), strict=False)]
     figure = Figure(figsize=(1 + 5 * len(panels), 4.7), layout="constrained")
     lines: list[Line2D] = []
-    drawn = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    plots = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     for group, style in zip(groups, styles, strict=True):
         by_label: dict[str, Line2D] = {}  # both panels have lines of the same labels
-        for column, axes in drawn.items():
-            by_label |= _draw(axes, group, column, style, over, smoothing if column == "loss" else 0.0)
+        for column, axes in plots.items():
+            by_label |= _draw(axes, group, column, style, over, smoothing if column in SMOOTHED else 0.0)
         lines += by_label.values()
-    labels = _draw_baselines(drawn["held_out"], groups, styles) if "held_out" in drawn else []
-    for column, axes in drawn.items():
-        axes.set_title(titles[column])
+    labels = _draw_baselines(plots["held_out"], groups, styles) if "held_out" in plots else []
+    for column, axes in plots.items():
+        averaged = f"\naveraged over {smoothing:g} steps" if smoothing and column in SMOOTHED else ""
+        axes.set_title(PANELS[column] + averaged)
         axes.set_xlabel(over)
-        axes.set_ylabel(fill(", ".join(sorted({view.unit for view in views})), UNIT_WIDTH), **LITERAL)
+        axes.set_ylabel(fill(", ".join(sorted({unit_of(view, column) for view in views})), UNIT_WIDTH), **LITERAL)
         axes.set_xscale("log" if log_x else "linear")
-        axes.set_yscale("log" if log_y else "linear")
+        axes.set_yscale("log" if log_y and column in LOSSES else "linear")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     add_legend(figure, lines, columns=4)
@@ -141,10 +142,10 @@ def check_log_y(views: Sequence[RunView]) -> None:
         EsjaxError: No held-out loss, or no loss of the population, is above 0, as with a positive reward.
     """
     for column, what in (("held_out", "held-out loss"), ("loss", "loss")):
-        values = np.concatenate([view.metrics.get(column, np.zeros(0)) for view in views])
+        values = np.concatenate([drawn(view).get(column, np.zeros(0)) for view in views])
         values = values[~np.isnan(values)]
         if len(values) and not (values > 0).any():
-            unit = ", ".join(sorted({view.unit for view in views}))
+            unit = ", ".join(sorted({unit_of(view, column) for view in views}))
             raise EsjaxError(f"no {what} ({unit}) is above 0, so it has no logarithm; leave log-y out")
 
 
@@ -152,7 +153,7 @@ def _draw(
     axes: "Axes", group: Sequence[RunView], column: str, style: dict[str, Any], over: Axis, span: float
 ) -> "dict[str, Line2D]":
     """Draw one run, or the mean and range of several; return the lines by their labels."""
-    found = [(view.name, make_curve(view.metrics, column)) for view in group]
+    found = [(view.name, make_curve(drawn(view), column)) for view in group]
     found = [(name, curve) for name, curve in found if len(curve.value)]
     curves = [(name, curve.over(over), smooth(curve.step, curve.value, span)) for name, curve in found]
     if len(curves) > 1:

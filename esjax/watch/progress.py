@@ -83,6 +83,9 @@ class Progress:
         self._limits = limits
         self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
         self._last: tuple[StepInfo, float] | None = None  # and when it arrived
+        self._first_held_out: float | None = None
+        self._prompts: tuple[float, float] | None = None  # greedy reward and pass@k
+        self._forgets = False  # whether a reward may make the model forget its text
         self._step_seconds = 0.0  # time between the last two steps
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss, self._rate = Average(), Average()
@@ -118,6 +121,10 @@ class Progress:
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out, now
+            self._first_held_out = info.held_out if self._first_held_out is None else self._first_held_out
+        if info.greedy_reward is not None and info.pass_at_k is not None:
+            self._prompts = info.greedy_reward, info.pass_at_k
+        self._forgets = info.reward is not None
         self._step_seconds = now - self._last[1] if self._last else 0.0
         self._last = info, now
         if not self._live and (info.held_out is not None or now >= self._plain_at):
@@ -134,7 +141,8 @@ class Progress:
         parts = [
             Part(8, Text(f"step {info.step:,}", "bold")),
             Part(1, Text(_clock(info.seconds))),
-            Part(7, Text(f"loss {self._mean_loss:.3f}")),
+            Part(7, Text(f"loss {self._mean_loss:.3f}" if info.reward is None else f"reward {-self._mean_loss:.3f}")),
+            *self._on_held_out_prompts(),
             self._against_baselines(),
         ]
         age = now - self._held_out[1] if self._held_out else 0.0
@@ -156,6 +164,11 @@ class Progress:
             parts.append(Part(5, Text(f"{_clock(left)} left", "dim")))
         return parts
 
+    def _on_held_out_prompts(self) -> list[Part]:
+        if self._prompts is None:
+            return []
+        return [Part(8, Text(f"greedy {self._prompts[0]:.3f}")), Part(6, Text(f"pass@k {self._prompts[1]:.3f}"))]
+
     def _against_baselines(self) -> Part:
         """Return the held-out loss beside all baselines; shortened, beside the next one to beat, or alone."""
         if self._held_out is None:
@@ -172,6 +185,8 @@ class Progress:
         most = max([FEWEST_DIGITS + 1, *(number or 0 for number in digits.values())])
         alone = Text.assemble("held-out ", (f"{held_out:.{most}f}", "bold green" if beaten else "bold"))
         part = Part(9, alone)
+        if self._forgets and self._first_held_out is not None:  # the text of the start, beside its first value
+            return Part(5, alone.copy().append(f" (first {self._first_held_out:.{most}f})", "dim"), part)
         if marks:
             ahead = [mark for name, mark in marks.items() if name not in beaten] or [*marks.values()][-1:]
             part = Part(5, alone.copy().append(f" ({ahead[0]})", color), part)

@@ -188,8 +188,10 @@ class Recorder:
                 keep_within(horizon, self.ledger, self.checkpoints)
 
     def log(self, info: StepInfo) -> StepInfo:
-        """Pass on the info of a step to files and trackers, and return it."""
+        """Pass on the info of a step to files and trackers, and return it, with the mean reward if text is scored."""
         started()
+        if self._run.config.writes:
+            info = info._replace(reward=-info.loss)
         self._run.last = info
         self.watch.log(info)
         return info

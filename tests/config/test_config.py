@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 from esjax.config import models as models_module
+from esjax.config import reward as reward_module
 from esjax.config import settings as config_module
 from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
+from esjax.config.reward import RewardConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
 from esjax.errors import EsjaxError
@@ -30,6 +32,7 @@ SECTIONS: list[type[Section]] = [
     EsConfig,
     HostsConfig,
     OptimConfig,
+    RewardConfig,
     RnnConfig,
     GruConfig,
     MinGruConfig,
@@ -384,7 +387,7 @@ def test_every_section_refuses_a_wrong_name_and_is_copied_and_sent(section: type
 
 
 def sections_in_source() -> dict[str, ast.ClassDef]:
-    bodies = [ast.parse(inspect.getsource(module)).body for module in (config_module, models_module)]
+    bodies = [ast.parse(inspect.getsource(module)).body for module in (config_module, models_module, reward_module)]
     return {node.name: node for body in bodies for node in body if isinstance(node, ast.ClassDef)}
 
 
@@ -397,7 +400,7 @@ def test_every_setting_has_a_help(section: type[Section]) -> None:
             match after:
                 case ast.Expr(ast.Constant(str(text))) if text.strip():
                     documented.add(field.target.id)
-    groups = {"data", "es", "optim", "hosts", "model"} if section is Config else set()
+    groups = {"data", "es", "optim", "reward", "hosts", "model"} if section is Config else set()
     assert documented | groups == {field.name for field in msgspec.structs.fields(section)}
 
 

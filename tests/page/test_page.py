@@ -60,12 +60,12 @@ def test_runs_are_listed(page: TestClient, runs: Path) -> None:
 
 def test_each_run_tells_what_its_losses_are_in(page: TestClient, runs: Path) -> None:
     make(runs / "own", done=2, custom={"reward": "right"})
-    assert {run["run"]: run["unit"] for run in page.get("/api/runs").json()} == {
+    assert {run["run"]: run["units"]["loss"] for run in page.get("/api/runs").json()} == {
         "a": "nats per token",
         "deep/b": "nats per token",
         "own": "minus right",
     }
-    assert ask(page, "own")["unit"] == "minus right"
+    assert ask(page, "own")["units"]["loss"] == "minus right"
 
 
 def test_a_run_that_cannot_be_read_is_listed_with_its_reason(page: TestClient, runs: Path) -> None:

@@ -68,3 +68,17 @@ def test_a_loss_that_is_not_finite_is_left_out_of_a_mean() -> None:
         kept.add(info(step, loss))
     np.testing.assert_array_equal(kept.columns()["loss"], [1.0, 4.0, math.nan, 8.0])
     assert len(History().columns()["loss"]) == 0
+
+
+def test_a_row_keeps_the_mean_reward_and_what_was_last_measured_on_prompts() -> None:
+    """Reference: a reward is minus the loss of the row; greedy rewards are numbers of their steps."""
+    kept = History()
+    for step in range(1, 33):
+        greedy = float(step) if step % 3 == 0 else None
+        kept.add(info(step, -float(step))._replace(reward=float(step), greedy_reward=greedy, pass_at_k=greedy))
+    columns = kept.columns()
+    np.testing.assert_array_equal(columns["reward"], -columns["loss"])
+    newest = columns["step"] - columns["step"] % 3
+    assert len(columns["step"]) < 32
+    np.testing.assert_array_equal(columns["greedy_reward"][1:], newest[1:])
+    np.testing.assert_array_equal(columns["pass_at_k"][1:], newest[1:])

@@ -237,7 +237,7 @@ def test_a_report_stands_alone(runs: Path) -> None:
     assert a["settings"]["es.sigma"] == 0.1
     assert a["curves"]["loss"]["value"] == [4.0, 3.0, 2.0, 1.0, 0.0, -1.0]
     assert a["curves"]["loss"]["member_tokens"] == [100, 200, 300, 400, 500, 600]
-    assert a["unit"] == "nats per token"
+    assert a["units"]["held_out"] == "nats per token"
     assert b["samples"] == [{"step": 4, "text": text}]
     assert "<title>runs/a, b, more/a - esjax</title>" in page
 

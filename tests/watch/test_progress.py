@@ -184,3 +184,10 @@ def test_hosts_and_time_left_are_shown_where_there_are_some() -> None:
 )
 def test_rates_are_short(rate: float, text: str) -> None:
     assert f"  {text}  " in shown([INFO._replace(member_tokens_per_second=rate)])[0]
+
+
+def test_a_line_shows_rewards_and_what_is_forgotten_beside_its_first_value() -> None:
+    first = INFO._replace(loss=-0.25, reward=0.25, held_out=2.0, greedy_reward=0.5, pass_at_k=0.75)
+    later = INFO._replace(loss=-0.25, reward=0.25, held_out=2.5, greedy_reward=0.625, pass_at_k=0.875)
+    line = shown([first, later], width=200)[0]
+    assert "  reward 0.250  greedy 0.625  pass@k 0.875  held-out 2.500 (first 2.000)  " in line

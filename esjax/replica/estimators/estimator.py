@@ -22,6 +22,7 @@ from esjax.replica.estimators import discount, gates
 from esjax.replica.estimators.carried_state import LARGEST_STATE, first_states
 from esjax.replica.estimators.carried_state import STEPS as STATE_STEPS
 from esjax.replica.estimators.feedback import shapes_of
+from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.estimators.partial_sums import SumChunk, make_sum_of_activations, make_sum_of_weights
 from esjax.replica.estimators.taps import LOGITS, find_taps
 
@@ -31,7 +32,7 @@ class LossEstimator(NamedTuple):
 
     Attributes:
         noise: How members differ.
-        loss: `(params, windows, key) -> loss` of a member on the windows of its pair.
+        loss: `(params, windows, key) -> loss` of a member on the windows of its pair; unused for a reward in Python.
         zeros: Totals of 0, see `Layout.zeros`.
         pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
@@ -132,17 +133,22 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     es, data = config.es, config.data
     if es.space == "activation":
         return _on_activations(config, model, params, units, loss, packed)
+    is_custom = loss is not None or config.writes
     vector_length = size + TAIL if es.sums(size) else 0
-    if loss is not None and es.exchange == "auto":
-        vector_length = 0  # gradient sums have room for losses of the size of nats; a custom loss may be larger
-    is_output_exact = _is_output_exact(config, model, loss, vector_length)
+    if (is_custom or es.frozen) and es.exchange == "auto":
+        # Gradient sums have room for losses of the size of nats, where a custom loss may be larger, and for all leaves.
+        vector_length = 0
+    is_output_exact = _is_output_exact(config, model, is_custom, vector_length)
+    is_trained = trained_of(es.frozen, params)
     noise = Noise(
         sigma=es.deviation,
         rank=es.rank if es.space == "low_rank" else 0,
         gaussian=es.noise == "gaussian",
         split=es.pairing == "split",
         units=units,
-        where=(lambda path, leaf: not is_below(path, model.output_layer)) if is_output_exact else None,
+        where=(lambda path, leaf: is_trained(path) and not (is_output_exact and is_below(path, model.output_layer)))
+        if is_output_exact or es.frozen
+        else None,
         packed=packed,
     )
     layout = noise.lay_out(params)
@@ -156,8 +162,8 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
-    embeddings = () if loss is not None or data.block_tokens is not None else model.embeddings
-    bounds = CROSS_ENTROPY if loss is None else ANYTHING
+    embeddings = () if is_custom or data.block_tokens is not None else model.embeddings
+    bounds = ANYTHING if is_custom else CROSS_ENTROPY
     if not vector_length:
         return LossEstimator(
             noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact, bounds
@@ -176,7 +182,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     )
 
 
-def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_length: int) -> bool:
+def _is_output_exact(config: Config, model: Model, is_custom: bool, vector_length: int) -> bool:
     """Return whether the output layer gets its exact gradient, with noise on weights.
 
     Raises:
@@ -185,7 +191,7 @@ def _is_output_exact(config: Config, model: Model, loss: Loss | None, vector_len
     if config.es.output_layer == "noise":
         return False
     reason = ""
-    if loss is not None:
+    if is_custom:
         reason = "the gradient of a custom loss or reward is not known"
     elif not model.output_layer:
         reason = "the model does not say which layer is its output (Model.output_layer)"

@@ -1,0 +1,58 @@
+"""Settings of rewards in Python, and of the prompts that members write after."""
+
+from __future__ import annotations
+
+import math
+
+from esjax.config.section import Section, check, check_positive, check_range
+
+
+class RewardConfig(Section):
+    """A reward in Python: a function that scores text which the model writes after prompts. See docs/rewards.md."""
+
+    prompts: str | None = None
+    """File of prompts: one a line; if its name ends in .jsonl, one JSON object a line, with "prompt" and, for a reward
+    that takes answers, "answer". Or PATH.py:FUNCTION, which takes nothing and returns a list. None: no reward in
+    Python."""
+
+    length: int = 32
+    """Most tokens of a completion."""
+
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn. 0: the most probable token."""
+
+    stop: str = ""
+    r"""Characters that end a completion, in Bash $'
+' for the end of a line. They are left out of it. The end of a
+    document always ends it."""
+
+    seconds: float = 10.0
+    """Time limit of a call of the reward. A call that takes longer is ended, and its pair does not count."""
+
+    processes: int | None = None
+    """Processes that call the reward, on each host. None: one for each core. 0: calls run in the training process, one
+    after another and without a time limit; for functions that a file does not hold."""
+
+    held_out: float = 0.1
+    """Fraction of the prompts that is kept for evaluation, chosen by a hash of their text."""
+
+    samples: int = 4
+    """k of pass@k: completions that are drawn for each held-out prompt, beside the greedy one."""
+
+    passing: float = 1.0
+    """Least reward of a completion that counts as passed."""
+
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a higher greedy reward on held-out prompts. None: go on."""
+
+    digest: str = ""
+    """Hash of the prompts; a run records it, so that all hosts draw from the same prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "length", "seconds", "samples", "patience")
+        check_range(self, 0, math.inf, "temperature")
+        check_range(self, 0, 1, "held_out")
+        check(self.processes is None or self.processes >= 0, f"processes must be at least 0, got {self.processes}")
+        check(math.isfinite(self.passing), f"passing must be finite, got {self.passing}")
+        check(self.prompts is None or bool(self.prompts), "prompts must name a file")

@@ -1,0 +1,202 @@
+"""Worker processes that call a reward: they may raise, hang or be killed, and the run goes on.
+
+Processes are started as programs, never forked: JAX has threads. The reward is loaded in them from its file, so nothing
+but text travels. A thread for each process sends it calls and waits for their results.
+"""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from esjax.config.custom_names import Code
+from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.rewards.worker import REPORT
+
+START = 120.0
+"""Seconds that a process has to load the reward, with all that its file imports."""
+
+BATCHES = 1
+"""Messages to each process for the calls of one `score`: few, since each costs as much as many calls."""
+
+SLACK = 0.2
+"""Seconds on top of a call's time limit for the way of its result."""
+
+
+class Pool:
+    """Calls a reward in several processes, which start with the first call."""
+
+    def __init__(self, code: Code, processes: int, seconds: float) -> None:
+        """Set up.
+
+        Args:
+            code: The reward's file and function.
+            processes: Number of processes, at least 1.
+            seconds: Time limit of a call.
+        """
+        self._code, self._count, self._seconds = code, processes, seconds
+        self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._workers: set[_Worker] = set()
+        self._is_closed = False
+
+    def score(self, texts: Texts) -> list[Future[Scored]]:
+        """Queue calls; the results of all futures, joined, are theirs, in their order."""
+        self._start()
+        size = -(-texts.calls // (BATCHES * self._count))
+        batches = [_Batch(texts.part(first, first + size)) for first in range(0, texts.calls, size)]
+        for batch in batches:
+            self._batches.put(batch)
+        return [batch.future for batch in batches]
+
+    def close(self) -> None:
+        """End all processes. `score` starts new ones."""
+        self._is_closed = True
+        for worker in [*self._workers]:
+            worker.kill()
+        for _ in self._threads:
+            self._batches.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _start(self) -> None:
+        if not self._threads:
+            self._is_closed = False
+            self._threads = [
+                threading.Thread(target=self._serve, daemon=True, name=f"esjax-reward-{number}")
+                for number in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _serve(self) -> None:
+        """Make the calls of one batch after another in one process, which is replaced when it breaks."""
+        worker: _Worker | None = None
+        while (batch := self._batches.get()) is not None:
+            size, calls = batch.texts.size, batch.texts.calls
+            scored = Scored([], {})
+            one_by_one = False
+            failure = Failure("closed", "the run was ended")
+            try:
+                while (done := len(scored.rewards) // size) < calls and not self._is_closed:
+                    if worker is None:
+                        worker = self._new_worker()
+                    if not worker.broken:
+                        worker.send(batch.texts.part(done, calls), one_by_one)
+                    while not worker.broken and len(scored.rewards) < size * calls:
+                        patience = self._seconds + SLACK + (0 if one_by_one else REPORT)
+                        scored.add(worker.receive(patience, self._seconds), size)
+                    if worker.broken:
+                        if not worker.is_loaded:
+                            scored.fail(worker.broken, calls - done, size)
+                        elif one_by_one:
+                            scored.fail(worker.broken, 1, size)
+                        one_by_one = True  # any call without a result may be the one that failed
+                        self._end(worker)
+                        worker = None
+            except Exception as error:  # no process can be started, or an answer cannot be sent: the run goes on
+                failure = Failure(type(error).__name__, f"it cannot be called: {type(error).__name__}: {error}")
+                self._end(worker)
+                worker = None
+            scored.fail(failure, calls - len(scored.rewards) // size, size)
+            batch.future.set_result(scored)
+        self._end(worker)
+
+    def _new_worker(self) -> "_Worker":
+        worker = _Worker(self._code)
+        self._workers.add(worker)
+        worker.load()
+        return worker
+
+    def _end(self, worker: "_Worker | None") -> None:
+        """End a process and forget it."""
+        if worker is not None:
+            worker.close()
+            self._workers.discard(worker)
+
+
+class _Batch:
+    """Calls that one process makes, and the future of their results."""
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+        self.future: Future[Scored] = Future()
+
+
+class _Worker:
+    """A worker process.
+
+    Attributes:
+        is_loaded: Whether it has loaded the reward.
+        broken: Why it can no longer be used, or None.
+    """
+
+    def __init__(self, code: Code) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), code.path, code.name],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # The same imports as here; a reward that uses JAX leaves accelerators to the training.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"},
+                start_new_session=True,  # Ctrl-C is for the training process, which then ends this one
+            )
+        self._connection = Connection(ours.detach())
+        self._code = code
+        self.is_loaded = False
+        self.broken: Failure | None = None
+
+    def load(self) -> None:
+        """Wait until the process has loaded the reward."""
+        said = self._receive(START, f"its file took more than {START:g} s to load")
+        if said:
+            self.broken = Failure("load", f"cannot load {self._code}: {said}")
+        self.is_loaded = self.broken is None
+
+    def send(self, texts: Texts, one_by_one: bool) -> None:
+        """Have the process make calls, and report after each or now and then."""
+        try:
+            self._connection.send((texts, one_by_one))
+        except OSError:
+            self._ended()
+
+    def receive(self, patience: float, seconds: float) -> Scored:
+        """Wait for results; there are none from a process that is broken, as it then is after `patience`."""
+        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored([], {})
+
+    def _receive(self, patience: float, too_long: str) -> Any:
+        try:
+            if self._connection.poll(patience):
+                return self._connection.recv()
+            self.broken = Failure("time", too_long)
+        except (OSError, EOFError):
+            self._ended()
+        return None
+
+    def _ended(self) -> None:
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self.broken = Failure("killed", f"its worker process {how}")
+
+    def kill(self) -> None:
+        """End the process, and those that the reward has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and free the socket."""
+        self.kill()
+        self._process.wait()
+        self._connection.close()

@@ -1,0 +1,152 @@
+"""Prompts: read from a file or made by a function, split, and encoded for members to read."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from esjax.config.custom_names import Code, is_code
+from esjax.data.text_files import read_text
+from esjax.data.tokens import STOP
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.paths import given_path
+from esjax.python_files import load_function
+
+SHOWN = 5
+"""Unknown characters that an error message names."""
+
+
+class Prompt(NamedTuple):
+    """A prompt.
+
+    Attributes:
+        text: What a member reads before it writes; may be empty.
+        answer: What a reward compares with: any JSON value. None: there is none.
+    """
+
+    text: str
+    answer: Any = None
+
+
+class PromptTokens(NamedTuple):
+    """Encoded prompts, one a row.
+
+    Attributes:
+        tokens: Ids, int32 [prompts, longest]; STOP fills the rest of a row.
+        lengths: Number of tokens of each prompt, int32 [prompts].
+    """
+
+    tokens: Int32[ndarray, "prompts longest"]
+    lengths: Int32[ndarray, " prompts"]
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """Read the prompts that the setting reward.prompts names.
+
+    Args:
+        source: A file of lines, a file of JSON lines (.jsonl), or PATH.py:FUNCTION. Blank lines are left out.
+
+    Raises:
+        EsjaxError: The source cannot be read, a line or a value is not a prompt, or there is no prompt.
+    """
+    if is_code(source):
+        prompts = _from_function(source)
+    else:
+        path = given_path(source)
+        lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+        if path.suffix == ".jsonl":
+            prompts = [_from_json(f"{str(path)!r}, line {number}", line) for number, line in lines]
+        else:
+            prompts = [Prompt(line) for _, line in lines]
+    if not prompts:
+        raise EsjaxError(f"{source!r} holds no prompt; put one in each line")
+    return prompts
+
+
+def _from_json(where: str, line: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise EsjaxError(f"{where} is not JSON: {error.msg}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise EsjaxError(f'{where} is no prompt; write it as {{"prompt": "TEXT", "answer": ...}}')
+    return Prompt(value["prompt"], value.get("answer"))
+
+
+def _from_function(source: str) -> list[Prompt]:
+    named, _, name = source.rpartition(":")
+    path = given_path(named)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    function = load_function(Code(str(path), name, hashlib.sha256(content).hexdigest()), content)
+    prompts = []
+    for value in function():
+        text, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+        if not isinstance(text, str):
+            raise EsjaxError(f"{source} returns {value!r} among its prompts; return strings, or (string, answer)")
+        prompts.append(Prompt(text, answer))
+    return prompts
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """Return a hash of the prompts, in order, with their answers."""
+    text = json.dumps([*prompts], default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def split_prompts(prompts: Sequence[Prompt], held_out: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Split prompts into training and held-out ones by a hash of their text: equal ones are in the same split.
+
+    Args:
+        prompts: The prompts.
+        held_out: Fraction to hold out, in [0, 1).
+
+    Raises:
+        EsjaxError: No prompt is left to train on.
+    """
+    parts: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for prompt in prompts:
+        digest = hashlib.blake2b(prompt.text.encode(), digest_size=8).digest()
+        parts[int.from_bytes(digest, "little") < held_out * 2**64].append(prompt)
+    if not parts[0]:
+        raise EsjaxError(f"all {len(prompts)} prompts are held out; lower reward.held_out or add prompts")
+    return parts
+
+
+def encode_prompts(prompts: Sequence[Prompt], vocabulary: Vocabulary) -> PromptTokens:
+    """Encode prompts and pad them to the length of the longest one.
+
+    Raises:
+        EsjaxError: A prompt holds characters outside the vocabulary.
+    """
+    for prompt in prompts:
+        if unknown := vocabulary.unknown(prompt.text):
+            shown = ", ".join(map(repr, unknown[:SHOWN]))
+            raise EsjaxError(
+                f"the prompt {prompt.text[:60]!r} holds {shown}, which the vocabulary does not; leave out such "
+                "prompts, or take a text that holds these characters, or data.vocabulary byte"
+            )
+    rows = [vocabulary.encode(prompt.text) for prompt in prompts]
+    tokens = np.full((len(rows), max(map(len, rows))), STOP, np.int32)
+    for row, encoded in zip(tokens, rows, strict=True):
+        row[: len(encoded)] = encoded
+    return PromptTokens(tokens, np.array([len(row) for row in rows], np.int32))
+
+
+def stop_tokens(stop: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Return the token of each character of the setting reward.stop.
+
+    Raises:
+        EsjaxError: A character is not one token of the vocabulary.
+    """
+    for character in stop:
+        if vocabulary.unknown(character) or len(vocabulary.encode(character)) != 1:
+            raise EsjaxError(f"reward.stop holds {character!r}, which is no token of the vocabulary; leave it out")
+    return tuple(int(vocabulary.encode(character)[0]) for character in stop)

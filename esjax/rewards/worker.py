@@ -1,0 +1,64 @@
+"""The program of a worker process: loads a reward from its file, and calls it on texts that come through a socket."""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from esjax.config.custom_names import Code
+from esjax.python_files import load_function
+from esjax.rewards.calls import Scored, call, takes_answers
+
+REPORT = 0.05
+"""Seconds of calls after which their results are sent; one by one they would take longer than many rewards."""
+
+PARENT = 1.0
+"""Seconds between looks whether the training process still runs."""
+
+
+def main(words: Sequence[str]) -> None:
+    """Serve calls until the training process closes the socket.
+
+    Args:
+        words: File descriptor of the socket, path of the file, and name of the function.
+    """
+    connection = Connection(int(words[0]))
+    os.dup2(2, 1)  # standard output may be a pipe of the training program
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    path, name = words[1:]
+    try:
+        source = Path(path).read_bytes()
+        reward = load_function(Code(path, name, hashlib.sha256(source).hexdigest()), source)
+    except BaseException as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    connection.send("")
+    with_answers = takes_answers(reward)
+    while True:
+        try:
+            texts, one_by_one = connection.recv()
+        except EOFError:
+            return
+        done, sent_at = Scored([], {}), time.monotonic()
+        for number in range(texts.calls):
+            done.add_call(call(reward, texts.part(number, number + 1), with_answers), texts.size)
+            if one_by_one or time.monotonic() - sent_at > REPORT:
+                connection.send(done)
+                done, sent_at = Scored([], {}), time.monotonic()
+        if done.rewards:
+            connection.send(done)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, also within a call that never returns."""
+    while os.getppid() == parent:
+        time.sleep(PARENT)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

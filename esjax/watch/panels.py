@@ -1,0 +1,43 @@
+"""What plots and the page draw of a run: columns of its metrics, their titles and units."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy import ndarray
+
+from esjax.runs.reader import RunView
+
+PANELS: Mapping[str, str] = MappingProxyType(
+    {
+        "held_out": "held-out text",
+        "loss": "population, training text",
+        "reward": "population, training prompts",
+        "greedy_reward": "held-out prompts, greedy",
+        "pass_at_k": "held-out prompts, pass@k",
+    }
+)
+"""Title of the panel for each column, in the order of the panels."""
+
+LOSSES = ("held_out", "loss")
+"""Columns that a logarithmic axis is for; rewards may be 0 or less."""
+
+
+def drawn(view: RunView) -> Mapping[str, ndarray]:
+    """Return the metrics of a run without what repeats others: a loss that is minus the mean reward."""
+    if not _scores_text(view):
+        return view.metrics
+    return {name: values for name, values in view.metrics.items() if name != "loss"}
+
+
+def unit_of(view: RunView, column: str) -> str:
+    """Return the unit of a column; with a reward in Python, the held-out loss stays in nats per token."""
+    if column == "pass_at_k":
+        return "fraction of prompts"
+    if column not in LOSSES:
+        return view.unit.removeprefix("minus ")
+    return "nats per token" if column == "held_out" and _scores_text(view) else view.unit
+
+
+def _scores_text(view: RunView) -> bool:
+    return bool(np.isfinite(view.metrics.get("reward", np.zeros(0))).any())

@@ -1,0 +1,108 @@
+"""Worker processes: rewards come back in order, and a call that goes wrong costs itself alone."""
+
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esjax.config.custom_names import Code
+from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.rewards.pool import Pool
+
+BAD = {
+    "hang": r"took more than 0\.5 s \(reward\.seconds\)",
+    "leave": "its worker process ended with code 3",
+    "killed": "its worker process was killed by signal 9",
+    "exit": r"SystemExit: enough \(bad\.py, line \d+\)",
+    "raise": r"ValueError: two lines \(bad\.py, line \d+\)",
+    "string": "it returned a str; it must return a list of 2 numbers",
+    "strings": "it returned a str in its list",
+    "short": "it returned 1 values; it must return a list of 2 numbers",
+    "nan": "it returned nan; rewards must be finite",
+    "infinite": "it returned inf; rewards must be finite",
+    "nothing": "it returned a NoneType",
+}
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool(Code(str(Path(__file__).with_name("bad.py")), "reward", ""), processes=2, seconds=0.5)
+    yield pool
+    pool.close()
+
+
+def score(pool: Pool, words: list[str]) -> Scored:
+    """Score each word twice, in a call of two texts."""
+    texts = [word for word in words for _ in range(2)]
+    scored = Scored([], {})
+    for future in pool.score(Texts(2, ["prompt"] * len(texts), texts, [None] * len(texts))):
+        scored.add(future.result(120), 2)
+    return scored
+
+
+def test_each_bad_call_fails_alone(pool: Pool) -> None:
+    """Reference: the lengths of the words."""
+    words = ["a", "bb", "ccc"]
+    for word in BAD:
+        words += [word, "dddd", "eeeee"]
+    scored = score(pool, words)
+    assert len(scored.rewards) == 2 * len(words)
+    for number, word in enumerate(words):
+        pair = scored.rewards[2 * number : 2 * number + 2]
+        if word in BAD:
+            assert all(map(math.isnan, pair)), word
+        else:
+            assert pair == [len(word)] * 2
+    assert sorted(scored.failures) == [number for number, word in enumerate(words) if word in BAD]
+
+
+@pytest.mark.parametrize("word", BAD)
+def test_the_reason_is_one_line(pool: Pool, word: str) -> None:
+    scored = score(pool, [word])
+    assert re.search(BAD[word], scored.failures[0].reason)
+    assert "\n" not in scored.failures[0].reason
+
+
+def test_a_pool_goes_on_after_its_processes_were_killed(pool: Pool) -> None:
+    assert score(pool, ["abc"] * 8).rewards == [3.0] * 16
+    for worker in [*pool._workers]:
+        os.kill(worker._process.pid, signal.SIGKILL)
+    assert score(pool, ["ab"] * 8).rewards == [2.0] * 16  # the calls are made again in new processes
+
+
+def test_closing_ends_all_processes_and_scoring_starts_new_ones(pool: Pool) -> None:
+    score(pool, ["abc"])
+    processes = [worker._process for worker in pool._workers]
+    pool.close()
+    assert all(process.poll() is not None for process in processes)
+    assert score(pool, ["abc"]).rewards == [3.0, 3.0]
+
+
+def test_closing_ends_calls_that_hang() -> None:
+    pool = Pool(Code(str(Path(__file__).with_name("bad.py")), "reward", ""), processes=1, seconds=600.0)
+    (future,) = pool.score(Texts(2, ["", ""], ["hang", "hang"], [None, None]))
+    while not any(worker.is_loaded for worker in [*pool._workers]):
+        time.sleep(0.01)
+    pool.close()
+    assert future.result(60).failures == {0: Failure("closed", "the run was ended")}
+
+
+def test_an_answer_that_cannot_be_sent_fails_its_batch_alone(pool: Pool) -> None:
+    (future, *_) = pool.score(Texts(1, [""], ["abc"], [lambda: None]))
+    assert "it cannot be called" in future.result(120).failures[0].reason
+    assert score(pool, ["abc"]).rewards == [3.0, 3.0]
+
+
+def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> None:
+    (tmp_path / "gone.py").write_text("import no_such_module\n")
+    for name in ("gone.py", "missing.py"):
+        pool = Pool(Code(str(tmp_path / name), "reward", ""), processes=1, seconds=1.0)
+        scored = score(pool, ["a", "b", "c"])
+        pool.close()
+        assert [failure.kind for failure in scored.failures.values()] == ["load"] * 3
+        assert "cannot load" in scored.failures[0].reason

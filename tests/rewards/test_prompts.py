@@ -1,0 +1,96 @@
+"""Prompts: read, split and encoded; and what is said of wrong ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esjax.data.tokens import STOP
+from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
+from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, stop_tokens
+
+ABC = Vocabulary("char", ("a", "b", "c"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "lines.txt").write_text("one\n\n  two \n")
+    (tmp_path / "json.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": ""}\n')
+    (tmp_path / "made.py").write_text(
+        "def make():\n    return ['x', ('y', 5)]\n\ndef wrong():\n    return [3]\n\ndef none():\n    return []\n"
+    )
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text("prompt\n")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("lines.txt", [Prompt("one"), Prompt("  two ")]),
+        ("json.jsonl", [Prompt("1+1=", "2"), Prompt("")]),
+        ("made.py:make", [Prompt("x"), Prompt("y", 5)]),
+    ],
+)
+def test_prompts_come_from_lines_json_lines_or_a_function(folder: Path, name: str, prompts: list[Prompt]) -> None:
+    assert read_prompts(str(folder / name)) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.txt", "cannot read .*missing.txt.*No such file"),
+        ("missing.py:make", "cannot read .*missing.py.*No such file"),
+        ("made.py:other", "has no other"),
+        ("made.py:wrong", "returns 3 among its prompts"),
+        ("made.py:none", "holds no prompt"),
+        ("bad.jsonl", "line 2 is no prompt"),
+        ("broken.jsonl", "line 1 is not JSON"),
+        ("blank.txt", "holds no prompt"),
+    ],
+)
+def test_a_source_without_prompts_is_one_clear_line(folder: Path, name: str, message: str) -> None:
+    with pytest.raises(EsjaxError, match=message) as raised:
+        read_prompts(str(folder / name))
+    assert "\n" not in str(raised.value)
+
+
+def test_prompts_are_padded_with_stop() -> None:
+    encoded = encode_prompts([Prompt("ab"), Prompt(""), Prompt("c")], ABC)
+    np.testing.assert_array_equal(encoded.tokens, [[2, 3], [STOP, STOP], [4, STOP]])
+    np.testing.assert_array_equal(encoded.lengths, [2, 0, 1])
+
+
+def test_characters_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(EsjaxError, match="prompt 'a!' holds '!'"):
+        encode_prompts([Prompt("a!")], ABC)
+    with pytest.raises(EsjaxError, match=r"reward\.stop holds '!'"):
+        stop_tokens("b!", ABC)
+    assert stop_tokens("cb", ABC) == (4, 3)
+
+
+def test_the_split_goes_by_the_text_of_a_prompt() -> None:
+    prompts = [Prompt(str(number), number) for number in range(400)]
+    train, held_out = split_prompts(prompts, 0.25)
+    assert sorted(train + held_out, key=lambda prompt: prompt.answer) == prompts
+    assert 60 < len(held_out) < 140  # binomial: 100 ± 4.6 deviations
+    assert split_prompts(prompts[::-1], 0.25)[1] == held_out[::-1]
+    assert split_prompts(prompts, 0.0) == (prompts, [])
+    with pytest.raises(EsjaxError, match="all 1 prompts are held out"):
+        split_prompts(held_out[:1], 0.25)
+
+
+def test_the_digest_covers_texts_answers_and_order() -> None:
+    digests = [
+        digest_of(prompts)
+        for prompts in (
+            [Prompt("a"), Prompt("b")],
+            [Prompt("b"), Prompt("a")],
+            [Prompt("a", 1), Prompt("b")],
+            [Prompt("ab")],
+        )
+    ]
+    assert len(set(digests)) == 4
+    assert digests[0] == digest_of([Prompt("a"), Prompt("b")])
