@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.config.models import GruConfig, MinGruConfig, RnnConfig
+    from esjax.config.models import GruConfig, LlamaConfig, MinGruConfig, RnnConfig
     from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
         Noise,
@@ -62,6 +62,7 @@ __all__ = [
     "GruConfig",
     "Hosts",
     "HostsConfig",
+    "LlamaConfig",
     "LoadedRun",
     "Member",
     "MetricsServer",
@@ -112,6 +113,7 @@ __all__ = [
 
 _HOME = {
     "GruConfig": "config.models",
+    "LlamaConfig": "config.models",
     "MinGruConfig": "config.models",
     "RnnConfig": "config.models",
     "Evaluation": "inference.language_model",

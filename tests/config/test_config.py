@@ -19,7 +19,7 @@ import pytest
 
 from esjax.config import models as models_module
 from esjax.config import settings as config_module
-from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
+from esjax.config.models import MODELS, GruConfig, LlamaConfig, MinGruConfig, RnnConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
 from esjax.errors import EsjaxError
@@ -32,6 +32,7 @@ SECTIONS: list[type[Section]] = [
     OptimConfig,
     RnnConfig,
     GruConfig,
+    LlamaConfig,
     MinGruConfig,
 ]
 
@@ -146,8 +147,8 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
             "model: {name: gru, n_layers: 1}",
             "model.n_layers is a setting of the model rnn; choose that model, or leave it out",
         ),
-        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru"),
-        ("model: {name: [1]}", "model.name must be rnn or gru or mingru, not a list"),
+        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru or llama"),
+        ("model: {name: [1]}", "model.name must be rnn or gru or mingru or llama, not a list"),
         ("es: {noise: 3}", "es.noise must be rademacher or gaussian, not a whole number"),
         ("es: {layer_sigma: {a: -1}}", "es.layer_sigma must be above 0 and finite, got -1.0 for a"),
         ("es: {layer_discount: {a: 2}}", "es.layer_discount must be from 0 to 1, got 2.0 for a"),
@@ -161,7 +162,7 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("- 1", "the whole must be a group of settings, not a list"),
         ("steps: [1]", "steps must be a whole number or None, not a list"),
         ("es: {noise: pink}", "es.noise must be rademacher or gaussian, not 'pink'"),
-        ("model: {name: lstm}", "model.name must be rnn or gru or mingru, not 'lstm'"),
+        ("model: {name: lstm}", "model.name must be rnn or gru or mingru or llama, not 'lstm'"),
         ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
         ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
         (
@@ -283,7 +284,7 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
         (lambda: Config(es=None), "es must be a group of settings, not None"),  # type: ignore[arg-type]
         (lambda: Config(es=OptimConfig()), "es must be a group of settings, not OptimConfig"),  # type: ignore[arg-type]
         (lambda: Config(model="rnn"), "model must be a group of settings, not 'rnn'"),  # type: ignore[arg-type]
-        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru"),  # type: ignore[arg-type]
+        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru or llama"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number or None, not a text"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": -1}), "es.sigma must be above 0 and finite, got -1.0"),  # type: ignore[arg-type]
         (
