@@ -1,6 +1,7 @@
 """The text of a run: cut into documents, split into training and held-out ones, and encoded."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from esjax.data.packing import pack_stream
 from esjax.data.sources import load_documents, locate, split_documents
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
+from esjax.paths import given_path
 
 Split = Literal["train", "held_out", "all"]
 
@@ -24,7 +26,7 @@ class Corpus(NamedTuple):
     """Encoded documents.
 
     Attributes:
-        vocabulary: Maps characters or bytes to ids.
+        vocabulary: Maps characters, bytes or subwords to ids.
         train: Documents to train on.
         held_out: Documents to evaluate on.
         train_bytes: UTF-8 bytes of the training documents, plus one for the end of each.
@@ -56,6 +58,12 @@ class Corpus(NamedTuple):
             raise EsjaxError(f"the {name} split holds no document; raise data.held_out, add text or take another split")
         return documents, size
 
+    @property
+    def bits_of_a_nat(self) -> float:
+        """Bits per byte of the held-out documents if the loss is 1 nat per token; 0 if there is none."""
+        tokens = sum(len(document) + 1 for document in self.held_out)
+        return tokens / self.held_out_bytes / math.log(2) if tokens else 0.0
+
     def stream(self) -> Integer[ndarray, " length"]:
         """Pack the training documents, in the smallest type that holds their ids: every device has a copy."""
         return pack_stream(self.train).astype(token_type(self.vocabulary.size))
@@ -70,8 +78,10 @@ class Corpus(NamedTuple):
 
 
 def locate_text(config: Config) -> Config:
-    """Make the path of the text in the settings absolute, see `esjax.data.sources.locate`."""
-    return replace(config, data=replace(config.data, text=locate(config.data.text)))
+    """Make the paths of the text and of the tokenizer in the settings absolute, see `esjax.data.sources.locate`."""
+    way, _, file = config.data.vocabulary.partition(":")
+    vocabulary = f"{way}:{given_path(file)}" if way == "tokenizer" else config.data.vocabulary
+    return replace(config, data=replace(config.data, text=locate(config.data.text), vocabulary=vocabulary))
 
 
 def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpus:
@@ -82,7 +92,8 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         vocabulary: Vocabulary of an existing run. None: made from the training split.
 
     Raises:
-        EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on.
+        EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on; or the
+            tokenizer cannot be read.
     """
     text = load_documents(config.text, config.documents)
     train, held_out = split_documents(text.documents, config.held_out)

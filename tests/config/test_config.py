@@ -396,7 +396,7 @@ def test_every_section_is_tried_here() -> None:
 def test_the_original_programs_settings_have_their_place(original: str, section: type[Section]) -> None:
     holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
     assert section in holders
-    assert not set(holders) - {section, GruConfig, MinGruConfig}  # in one place, beside the other models
+    assert not set(holders) - {section, GruConfig, LlamaConfig, MinGruConfig}  # in one place, beside the other models
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -405,9 +405,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert type(config.sigma) is float
 
 
-def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
-    with pytest.raises(EsjaxError, match="256 bytes"):
-        DataConfig(vocabulary="byte", vocab_size=100)
+@pytest.mark.parametrize("vocabulary", ["byte", "bpe:512", "tokenizer:tokenizer.json"])
+def test_a_vocabulary_of_bytes_or_subwords_has_no_size_to_set(vocabulary: str) -> None:
+    with pytest.raises(EsjaxError, match="vocab_size is for characters; leave it out"):
+        DataConfig(vocabulary=vocabulary, vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "said"),
+    [
+        ("bpe:257", "vocabulary must be bpe:258 or more, got bpe:257"),
+        ("bpe:", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'bpe:'"),
+        ("bpe:x", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'bpe:x'"),
+        ("tokenizer:", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'tokenizer:'"),
+        ("word", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'word'"),
+    ],
+)
+def test_a_vocabulary_has_one_of_four_forms(vocabulary: str, said: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        DataConfig(vocabulary=vocabulary)
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(
