@@ -81,12 +81,19 @@ def sample(
 def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
     greedy = jnp.argmax(logits)
     scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    descending = jnp.sort(scaled, descending=True)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
-    reached = jnp.cumsum(jax.nn.softmax(descending))
-    # The token at which the sum crosses top_p belongs to the nucleus, so the nucleus is never empty.
-    p = jnp.sum(reached < sampling.top_p) + 1
-    floor = descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
+
+    def least() -> Float[Array, ""]:
+        """Return the smallest logit that may be drawn."""
+        descending = jnp.sort(scaled, descending=True)
+        k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
+        reached = jnp.cumsum(jax.nn.softmax(descending))
+        # The token at which the sum crosses top_p belongs to the nucleus, so the nucleus is never empty.
+        p = jnp.sum(reached < sampling.top_p) + 1
+        return descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
+
+    # To sort a large vocabulary can take as long as a forward pass.
+    is_cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+    floor = jax.lax.cond(is_cut, least, lambda: jnp.full((), -jnp.inf, scaled.dtype))
     drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), mode="low")
     return jnp.where(sampling.temperature > 0, drawn, greedy).astype(jnp.int32)
 

@@ -36,7 +36,8 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
     size = f" of {corpus.train_bytes / tokens:.1f} bytes" if corpus.vocabulary.kind == "tokenizer" else ""
     parts = [
         devices,
-        f"text {_short(data.text)}: {tokens:,} tokens{size}, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
+        f"text {_short(data.text)}: {tokens:,} tokens{size}, {held_out:,} held out, "
+        f"{corpus.vocabulary.size:,} token ids",
         f"model {custom.get('model', named)}: {parameters:,} parameters",
         *(f"{kind} {name}" for kind, name in custom.items() if kind != "model"),
         population,

@@ -32,7 +32,10 @@ NAMES = {
 }
 """Names of the tensors, see `esjax.weights.llama_weights.Tensors`."""
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [],
@@ -123,8 +126,8 @@ def _make_vocabulary(path: str, values: dict[str, Any]) -> TokenizerVocabulary:
     kind = of.get("pre", "gpt-2") if of["model"] == "gpt2" else of["model"]
     if kind not in SPLITS:
         raise EsjaxError(
-            f"the tokenizer of {path!r} is of the kind {kind!r}; esjax reads {', '.join(SPLITS)} alone: take the folder of "
-            "the same model with safetensors and tokenizer.json"
+            f"the tokenizer of {path!r} is of the kind {kind!r}; esjax reads {', '.join(SPLITS)} alone: take the "
+            "folder of the same model with safetensors and tokenizer.json"
         )
     tokens, stop_id = of["tokens"], of["eos_token_id"]
     special = [i for i, type_ in enumerate(of["token_type"]) if type_ in (CONTROL, USER_DEFINED)]

@@ -62,13 +62,13 @@ def assemble(
         kind: Type of the result.
 
     Raises:
-        EsjaxError: A tensor is missing, has another shape or values that are not finite; or the vocabulary does not fit.
+        EsjaxError: A tensor is missing, has another shape or values that are not finite; or the vocabulary does not
+            fit.
     """
     order, hidden, mlp = vocabulary.order, config.hidden_size, config.mlp_size
     if order.min() < 0 or order.max() >= vocab_size:
-        raise EsjaxError(
-            f"{tensors.path!r} holds {vocab_size} embeddings, and its tokenizer needs {max(len(order), order.max() + 1)}"
-        )
+        needed = max(len(order), order.max() + 1)
+        raise EsjaxError(f"{tensors.path!r} holds {vocab_size} embeddings, and its tokenizer needs {needed}")
     keys = hidden // config.n_heads * config.n_kv_heads
 
     def take(field: str, *shape: int, layer: int = 0) -> Float32[ndarray, "..."]:

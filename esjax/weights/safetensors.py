@@ -130,6 +130,11 @@ def _describe(tensor: Any) -> str:
 
 
 def safetensors_library() -> ModuleType:
+    """Return the library safetensors.
+
+    Raises:
+        EsjaxError: It is missing.
+    """
     try:
         import safetensors.numpy
     except ImportError as error:

@@ -35,9 +35,8 @@ def words(*symbols: str, unknown: str | None = None, special: tuple[str, ...] = 
 def test_the_most_frequent_pairs_are_joined() -> None:
     """By hand: ab comes seven times, then abab three times, or twice after a space; 256 bytes, UNK and STOP."""
     assert FITTED.size == len(FITTED) == 260
-    ids = FITTED.encode("abab")
-    assert (ids.dtype, len(ids)) == (np.int32, 1)
-    assert [len(FITTED.encode(text)) for text in ("ab", "ba", "cd", "ü")] == [1, 2, 2, 2]
+    assert FITTED.encode("ab").dtype == np.int32
+    assert [len(FITTED.encode(text)) for text in ("abab", "ab", "ba", "cd", "ü")] == [1, 1, 2, 2, 2]
 
 
 def test_the_same_text_gives_the_same_tokens() -> None:
@@ -68,7 +67,7 @@ def test_broken_utf8_is_marked_as_python_does(ids: list[int]) -> None:
 
 
 def test_stop_is_left_out_and_unk_is_marked() -> None:
-    (ab,) = FITTED.encode("ab")
+    (ab,) = map(int, FITTED.encode("ab"))
     assert FITTED.decode([ab, STOP, UNK, ab, STOP]) == f"ab{UNKNOWN_MARK}ab"
 
 

@@ -27,7 +27,12 @@ TOKENS = [1, 3, 2, 6, 1, 4, 5, 2, 3, 3, 6, 1]
 CONFIG = LlamaConfig(
     hidden_size=24, mlp_size=10, n_layers=2, n_heads=6, n_kv_heads=2, context=16, rope_theta=50.0, norm_eps=0.01
 )
-KINDS = {"tied": {}, "untied": {"tied": False}, "a head each": {"n_kv_heads": 6}, "one for all": {"n_kv_heads": 1}}
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tied": False},
+    "a head each": {"n_kv_heads": 6},
+    "one for all": {"n_kv_heads": 1},
+}
 
 
 def built(**changes: Any) -> tuple[Model, Any]:
@@ -52,7 +57,7 @@ def test_the_logits_are_the_equations(kind: str) -> None:
     model, params = built(**KINDS[kind])
     expected = llama_logits(wide(params), TOKENS, 6, 50.0, 0.01)
     # float32 through two layers of sums of up to 24 products of size 1.
-    np.testing.assert_allclose(model.logits(params, jnp.array(TOKENS)), expected, atol=2e-4)  # type: ignore[misc]
+    np.testing.assert_allclose(model.logits(params, jnp.array(TOKENS)), expected, atol=2e-4)
     np.testing.assert_allclose(stepwise(model, params, TOKENS), expected, atol=2e-4)
 
 
@@ -65,7 +70,7 @@ def test_it_reads_on_after_a_stop_in_both_ways() -> None:
 
 
 def test_beyond_the_context_the_oldest_token_is_forgotten() -> None:
-    """Reference: one layer whose cache holds 4 tokens knows the last 4 alone; turning all by as much changes nothing."""
+    """Reference: one layer whose cache holds 4 tokens knows the last 4 alone, at any position."""
     model, params = built(n_layers=1, context=4)
     rows = stepwise(model, params, TOKENS)
     for last in range(4, len(TOKENS)):
@@ -114,11 +119,11 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
     model, params = built()
     rounded = jax.tree.map(partial(jnp.asarray, dtype=jnp.bfloat16), params)
     tokens = jnp.array(TOKENS)
-    got = model.logits(rounded, tokens)  # type: ignore[misc]
-    expected = model.logits(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), rounded), tokens)  # type: ignore[misc]
+    got = model.logits(rounded, tokens)
+    expected = model.logits(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), rounded), tokens)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
-    text = str(jax.make_jaxpr(model.logits)(rounded, tokens))  # type: ignore[arg-type]
+    text = str(jax.make_jaxpr(model.logits)(rounded, tokens))
     assert f"f32[{24},{10}]" not in text, "a matrix was widened"
 
 

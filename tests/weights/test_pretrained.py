@@ -213,7 +213,7 @@ def assert_says(path: Path, weights: dict[str, ndarray]) -> None:
     mine = found.vocabulary.encode(TEXT)[:20]
     np.testing.assert_array_equal(order[mine], ids)
     model = load_pretrained(path).language_model.model
-    got = model.logits(found.params, jnp.asarray(mine))  # type: ignore[misc]
+    got = model.logits(found.params, jnp.asarray(mine))
     expected = expected_logits(weights, ids)[:, order]
     np.testing.assert_allclose(got, expected, atol=1e-3 * max(1.0, np.abs(expected).max() / 20))
 
@@ -250,7 +250,8 @@ def test_text_is_generated_and_scored(tmp_path: Path) -> None:
     weights = write_folder(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     model = esjax.load_pretrained(tmp_path / "model")
-    ids, written = [1, *TOKENIZER.encode("the cat").ids], []
+    ids = [1, *TOKENIZER.encode("the cat").ids]
+    written: list[int] = []
     for _ in range(8):
         logits = expected_logits(weights, [*ids, *written])[-1]
         logits[2] = -np.inf  # UNK
