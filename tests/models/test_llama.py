@@ -17,6 +17,7 @@ from esjax.config.settings import replace
 from esjax.core.seeds import pair_seeds
 from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
+from esjax.inference import score
 from esjax.models import Model, build_model
 from esjax.models.check import check_model
 from esjax.models.member import Member
@@ -125,6 +126,18 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
     np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
     text = str(jax.make_jaxpr(model.logits)(rounded, tokens))
     assert f"f32[{24},{10}]" not in text, "a matrix was widened"
+
+
+def test_long_texts_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: all at once. A large vocabulary would fill the memory."""
+    model, params = built()
+    tokens = jnp.array([TOKENS, TOKENS[::-1], TOKENS[3:] + TOKENS[:3]])
+    scored = jnp.ones(tokens.shape, bool)
+    whole = score.make_score(model)(params, tokens, scored)
+    monkeypatch.setattr(score, "MOST_LOGITS", 2 * VOCAB * len(TOKENS))
+    np.testing.assert_allclose(score.make_score(model)(params, tokens, scored), whole, rtol=1e-6)
+    text = str(jax.make_jaxpr(score.make_score(model))(params, tokens, scored))
+    assert f"f32[3,{len(TOKENS)},{VOCAB}]" not in text
 
 
 def test_it_keeps_the_interface_of_models() -> None:
