@@ -124,7 +124,7 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
     expected = model.logits(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), rounded), tokens)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
-    text = str(jax.make_jaxpr(model.logits)(rounded, tokens))
+    text = str(jax.make_jaxpr(lambda *given: model.logits(*given))(rounded, tokens))
     assert f"f32[{24},{10}]" not in text, "a matrix was widened"
 
 
