@@ -1,6 +1,7 @@
 """The transformer of pretrained models against its equations in float64, and its two ways of reading."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from small import VOCAB, noise_of
 
 import esjax
 from esjax.config.models import LlamaConfig
-from esjax.config.settings import replace
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.core.seeds import pair_seeds
 from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
@@ -159,3 +160,26 @@ def test_it_keeps_the_interface_of_models() -> None:
 def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(EsjaxError, match=message):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_of_subwords_trains_it_and_keeps_its_tokenizer(tied: bool, tmp_path: Path) -> None:
+    """Reference: what the run itself writes and scores, after its folder is read again."""
+    pytest.importorskip("tokenizers")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(40)))
+    data = DataConfig(text=str(text), vocabulary="bpe:270", window=4, held_out=0.2)
+    config = Config(model=replace(CONFIG, tied=tied), steps=2, data=data, es=EsConfig(population_size=8))
+    run = esjax.train(config, tmp_path / "run", tell=lambda line: None)
+    first = jax.tree.map(np.asarray, run.params)
+    infos = list(run)
+    assert "tokens of " in run.summary()
+    assert infos[-1].held_out is not None
+    moved = jax.tree.map(lambda one, two: bool((one != two).any()), first, run.params)
+    assert all(jax.tree.leaves(moved)), "a leaf was not trained"
+    loaded = esjax.load(tmp_path / "run")
+    assert loaded.vocabulary == run.corpus.vocabulary
+    assert loaded.generate("the ", seed=1, max_tokens=8) == run.generate("the ", seed=1, max_tokens=8)
+    evaluation = loaded.evaluate()
+    assert evaluation.bits_per_byte == pytest.approx(evaluation.nats_per_token * run.corpus.bits_of_a_nat)
