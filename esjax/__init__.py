@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.config.models import GruConfig, MinGruConfig, RnnConfig
+    from esjax.config.models import GruConfig, LlamaConfig, MinGruConfig, RnnConfig
     from esjax.config.reward import RewardConfig
     from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from esjax.watch.plotting import plot
     from esjax.watch.tracking import TrackedRun, Tracker
     from esjax.weights.files import export, import_weights
+    from esjax.weights.pretrained import PretrainedModel, load_pretrained
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "GruConfig",
     "Hosts",
     "HostsConfig",
+    "LlamaConfig",
     "LoadedRun",
     "Member",
     "MetricsServer",
@@ -71,6 +73,7 @@ __all__ = [
     "Noise",
     "OptimConfig",
     "Outcome",
+    "PretrainedModel",
     "Replayed",
     "RewardConfig",
     "RnnConfig",
@@ -94,6 +97,7 @@ __all__ = [
     "join",
     "linen_model",
     "load",
+    "load_pretrained",
     "low_rank",
     "nnx_model",
     "pair_seeds",
@@ -115,6 +119,7 @@ __all__ = [
 _HOME = {
     "RewardConfig": "config.reward",
     "GruConfig": "config.models",
+    "LlamaConfig": "config.models",
     "MinGruConfig": "config.models",
     "RnnConfig": "config.models",
     "Evaluation": "inference.language_model",
@@ -133,6 +138,8 @@ _HOME = {
     "Trainer": "training.run",
     "export": "weights.files",
     "import_weights": "weights.files",
+    "PretrainedModel": "weights.pretrained",
+    "load_pretrained": "weights.pretrained",
     "Hosts": "tuning.sweep",
     "Sweep": "tuning.sweep",
     "resume_sweep": "tuning.sweep",

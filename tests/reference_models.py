@@ -66,3 +66,45 @@ def mingru_step(
         if i < len(p.layers):
             a = new[-1] @ p.layers[i].matrix + p.layers[i].bias
     return (new, seen[:-1]), logits
+
+
+def llama_logits(p: Any, tokens: list[int], heads: int, theta: float, eps: float) -> np.ndarray:
+    """Logits of `esjax.models.llama` after each token: one head and one pair of dimensions at a time."""
+    hidden, layers = p.embedding.shape[1], range(len(p.layers))
+    size = hidden // heads
+    shared = heads // (p.layers[0].key.shape[1] // size)
+
+    def rms(x: np.ndarray, norm: Any) -> np.ndarray:
+        return x / np.sqrt((x**2).mean() + eps) * norm.scale
+
+    def turned(x: np.ndarray, place: int) -> np.ndarray:
+        """Turn the pair (i, i + size/2) of a head as a complex number."""
+        half = size // 2
+        pairs = x[:half] + 1j * x[half:]
+        pairs = pairs * np.exp(1j * place * np.array([theta ** (-2 * i / size) for i in range(half)]))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    keys: list[list[np.ndarray]] = [[] for _ in layers]
+    values: list[list[np.ndarray]] = [[] for _ in layers]
+    rows = []
+    for place, token in enumerate(tokens):
+        x = p.embedding[token]
+        for number, layer in enumerate(p.layers):
+            a = rms(x, layer.attention_norm)
+            keys[number].append(a @ layer.key)
+            values[number].append(a @ layer.value)
+            mixed = []
+            for head in range(heads):
+                part, of_head = slice(head // shared * size, (head // shared + 1) * size), slice(head * size, None)
+                query = turned((a @ layer.query)[of_head][:size], place)
+                scores = np.array([query @ turned(key[part], s) for s, key in enumerate(keys[number])]) / np.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                weights = weights / weights.sum()
+                mixed.append(sum(w * value[part] for w, value in zip(weights, values[number], strict=True)))
+            x = x + np.concatenate(mixed) @ layer.output
+            b = rms(x, layer.mlp_norm)
+            gate = b @ layer.gate
+            x = x + (gate / (1 + np.exp(-gate)) * (b @ layer.up)) @ layer.down
+        x = rms(x, p.norm)
+        rows.append(x @ p.embedding.T if isinstance(p.output, tuple) else x @ p.output)
+    return np.array(rows)

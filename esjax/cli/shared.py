@@ -191,7 +191,10 @@ def show(run: "Trainer | Server", console: Console) -> None:
                 pass
         return
     assert run.folder is not None
-    with run.handling_signals(), Progress(console, run.baselines, run.limits) as progress:
+    per_byte = run.corpus.bits_of_a_nat if run.baselines else 0.0
+    is_subword = run.corpus.vocabulary.kind == "tokenizer"
+    shown_per_byte = per_byte if is_subword else 0.0
+    with run.handling_signals(), Progress(console, run.baselines, run.limits, shown_per_byte) as progress:
         run.tell = progress.tell
         run.on_start = lambda: run.tell(run.summary())
         try:
@@ -201,7 +204,8 @@ def show(run: "Trainer | Server", console: Console) -> None:
             raise EsjaxError(f"{error}; {_way_on(run, error.remedy)}") from error
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
-        run.tell(f"held-out {run.last.held_out:.4f} nats/token ({against})")
+        bits = f", {run.last.held_out * per_byte:.4f} bits/byte" if per_byte else ""
+        run.tell(f"held-out {run.last.held_out:.4f} nats/token{bits} ({against})")
     run.tell(f"kept in {run.folder.path}")
 
 

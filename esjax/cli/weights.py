@@ -43,11 +43,12 @@ class Export:
 class Import:
     """Make a run folder from a file of weights.
 
-    The file is a .safetensors file that export wrote, or a .npy file of the original program.
+    The file is a .safetensors file that export wrote, a .npy file of the original program, or a pretrained model.
     """
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """File that ends in .safetensors or .npy. A .npy file is a vector: D, V, L and the weights."""
+    """File that ends in .safetensors or .npy. A .npy file is a vector: D, V, L and the weights. Or a pretrained Llama
+    model: a file that ends in .gguf, a folder of Hugging Face, or builtin:smollm2."""
 
     chars: Path | None = None
     """For .npy: JSON list of characters, or of [character, count] pairs; token ids 2 and up in this order. None: the

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import ClassVar, get_args
 
-from esjax.config.section import Section, check_positive
+from esjax.config.section import Section, check, check_positive
 
-__all__ = ["GruConfig", "MinGruConfig", "RnnConfig"]
+__all__ = ["GruConfig", "LlamaConfig", "MinGruConfig", "RnnConfig"]
 
 
 class _Architecture(Section, tag_field="name"):
@@ -78,7 +78,53 @@ class MinGruConfig(_Architecture, tag="mingru"):
         check_positive(self, "hidden_size", "head_size", "n_layers", "gate_tokens")
 
 
-ModelConfig = RnnConfig | GruConfig | MinGruConfig
+class LlamaConfig(_Architecture, tag="llama"):
+    """A transformer (Touvron et al. 2023), as of many pretrained models: rotary embedding, grouped-query attention."""
+
+    built_by: ClassVar = "esjax.models.llama:llama"
+
+    hidden_size: int = 64
+    """Width of the state of a token."""
+
+    mlp_size: int = 176
+    """Width of the hidden layer after the attention."""
+
+    n_layers: int = 2
+    """Number of layers."""
+
+    n_heads: int = 4
+    """Attention heads; hidden_size / n_heads, the width of a head, must be an even number."""
+
+    n_kv_heads: int = 2
+    """Heads of keys and values; divides n_heads."""
+
+    context: int = 256
+    """Most tokens that attention reaches back to, the current one included."""
+
+    rope_theta: float = 10000.0
+    """Base of the wavelengths of the rotary embedding."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square in the norms."""
+
+    tied: bool = True
+    """Whether the embedding is the output layer, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "context", "rope_theta")
+        check_positive(self, "norm_eps")
+        check(
+            self.hidden_size % self.n_heads == 0 and self.hidden_size // self.n_heads % 2 == 0,
+            f"hidden_size / n_heads must be an even number, got {self.hidden_size} / {self.n_heads}",
+        )
+        check(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_kv_heads must divide n_heads, got {self.n_kv_heads} for {self.n_heads}",
+        )
+
+
+ModelConfig = RnnConfig | GruConfig | MinGruConfig | LlamaConfig
 """The settings of any architecture of this package."""
 
 MODELS: dict[str, type[ModelConfig]] = {str(kind.__struct_config__.tag): kind for kind in get_args(ModelConfig)}

@@ -28,6 +28,20 @@ MOST_WEIGHED = 2**24
 """Most pairs of a step, times the rank, whose weighted noise is sure to fit into 32 bits: weights are 127 at most."""
 
 
+LEAST_SUBWORDS = 258
+"""Fewest ids of byte-pair encoding: the 256 bytes, UNK and STOP."""
+
+
+def check_vocabulary(vocabulary: str) -> None:
+    """Raise ValueError unless this is char, byte, bpe:N or tokenizer:FILE."""
+    way, _, value = vocabulary.partition(":")
+    if way == "bpe" and value.isdecimal():
+        check(int(value) >= LEAST_SUBWORDS, f"vocabulary must be bpe:{LEAST_SUBWORDS} or more, got {vocabulary}")
+        return
+    known = vocabulary in ("char", "byte") or (way == "tokenizer" and bool(value))
+    check(known, f"vocabulary must be char or byte or bpe:N or tokenizer:FILE, not {vocabulary!r}")
+
+
 class DataConfig(Section):
     """The text, and how it is cut into documents and windows."""
 
@@ -38,8 +52,9 @@ class DataConfig(Section):
     documents: Literal["paragraph", "line", "file"] = "paragraph"
     """What a document is. paragraph: lines up to a blank one."""
 
-    vocabulary: Literal["char", "byte"] = "char"
-    """Whether tokens are characters or bytes of UTF-8."""
+    vocabulary: str = "char"
+    """What tokens are. char: characters. byte: bytes of UTF-8. bpe:N: at most N token ids, by byte-pair encoding fitted
+    to the text. tokenizer:FILE: those of a tokenizer.json of Hugging Face."""
 
     vocab_size: int | None = None
     """Most token ids, UNK and STOP included; rarer characters become UNK. None: all characters of the text."""
@@ -81,10 +96,10 @@ class DataConfig(Section):
             f"block_tokens must be at least window + burn_in = {self.window + self.burn_in}, got {self.block_tokens}",
         )
         check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
-        if self.vocabulary == "byte":
-            check(self.vocab_size is None, "vocab_size is for characters; there are 256 bytes")
-            check(self.symbols is None, "symbols are for characters; leave them out for bytes")
+        check_vocabulary(self.vocabulary)
+        check(self.vocabulary == "char" or self.vocab_size is None, "vocab_size is for characters; leave it out")
         if self.symbols is not None:
+            check(self.vocabulary == "char", "symbols are for characters; leave them out")
             check(
                 len(set(self.symbols)) == len(self.symbols) > 0,
                 f"symbols must be distinct characters, at least one, not {self.symbols[:40]!r}",

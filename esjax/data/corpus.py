@@ -1,6 +1,7 @@
 """The text of a run: cut into documents, split into training and held-out ones, and encoded."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,7 @@ class Corpus(NamedTuple):
     """Encoded documents.
 
     Attributes:
-        vocabulary: Maps characters or bytes to ids.
+        vocabulary: Maps characters, bytes or subwords to ids.
         train: Documents to train on.
         held_out: Documents to evaluate on.
         train_bytes: UTF-8 bytes of the training documents, plus one for the end of each.
@@ -57,6 +58,12 @@ class Corpus(NamedTuple):
             raise EsjaxError(f"the {name} split holds no document; raise data.held_out, add text or take another split")
         return documents, size
 
+    @property
+    def bits_of_a_nat(self) -> float:
+        """Bits per byte of the held-out documents if the loss is 1 nat per token; 0 if there is none."""
+        tokens = sum(len(document) + 1 for document in self.held_out)
+        return tokens / self.held_out_bytes / math.log(2) if tokens else 0.0
+
     def stream(self) -> Integer[ndarray, " length"]:
         """Pack the training documents, in the smallest type that holds their ids: every device has a copy."""
         return pack_stream(self.train).astype(token_type(self.vocabulary.size))
@@ -71,8 +78,10 @@ class Corpus(NamedTuple):
 
 
 def locate_text(config: Config) -> Config:
-    """Make the paths of the text and of the prompts in the settings absolute, see `esjax.data.sources.locate`."""
-    config = replace(config, data=replace(config.data, text=locate(config.data.text)))
+    """Make the paths of text, tokenizer and prompts in the settings absolute, see `esjax.data.sources.locate`."""
+    way, _, file = config.data.vocabulary.partition(":")
+    vocabulary = f"{way}:{given_path(file)}" if way == "tokenizer" else config.data.vocabulary
+    config = replace(config, data=replace(config.data, text=locate(config.data.text), vocabulary=vocabulary))
     if config.reward.prompts is None:
         return config
     return replace(config, reward=replace(config.reward, prompts=str(given_path(config.reward.prompts))))
@@ -86,7 +95,8 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         vocabulary: Vocabulary of an existing run. None: that of the settings, or made from the training split.
 
     Raises:
-        EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on.
+        EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on; or the
+            tokenizer cannot be read.
     """
     text = load_documents(config.text, config.documents)
     train, held_out = split_documents(text.documents, config.held_out)

@@ -1,4 +1,4 @@
-"""From characters or bytes to token ids and back."""
+"""From characters, bytes or subwords to token ids and back."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from esjax.data.tokens import STOP, UNK
+from esjax.paths import given_path
 
 FIRST = max(UNK, STOP) + 1
 """Id of the first symbol."""
@@ -24,11 +25,12 @@ class Vocabulary:
     """The symbols of a text. The id of `symbols[i]` is `i + FIRST`; `len` is the number of ids.
 
     Attributes:
-        kind: char: symbols are characters. byte: symbols are the 256 bytes, and no text has unknown ones.
+        kind: char: symbols are characters. byte: symbols are the 256 bytes, and no text has unknown ones. tokenizer:
+            see `esjax.data.tokenizer.TokenizerVocabulary`.
         symbols: Distinct characters, the most frequent first; empty for bytes.
     """
 
-    kind: Literal["char", "byte"]
+    kind: Literal["char", "byte", "tokenizer"]
     symbols: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -81,7 +83,12 @@ def parse_vocabulary(stored: Any) -> Vocabulary:
 
     Raises:
         ValueError: The value is not a vocabulary.
+        EsjaxError: It is that of a tokenizer, and the library tokenizers is missing.
     """
+    if isinstance(stored, dict) and stored.get("kind") == "tokenizer":
+        from esjax.data.tokenizer import parse_tokenizer
+
+        return parse_tokenizer(stored)
     kind, symbols = (stored.get("kind"), stored.get("symbols", ())) if isinstance(stored, dict) else (None, ())
     distinct = isinstance(symbols, list) and all(map(is_symbol, symbols)) and len(set(symbols)) == len(symbols)
     if kind not in ("char", "byte") or not distinct:
@@ -89,16 +96,24 @@ def parse_vocabulary(stored: Any) -> Vocabulary:
     return Vocabulary(kind, tuple(symbols))
 
 
-def fit_vocabulary(kind: Literal["char", "byte"], documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
-    """Make the vocabulary of a text: its characters by falling frequency, then by code point.
+def fit_vocabulary(kind: str, documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
+    """Make the vocabulary of a text: for characters, those of the text by falling frequency, then by code point.
 
     Args:
-        kind: Characters, or the 256 bytes.
+        kind: The setting data.vocabulary.
         documents: The text to train on.
-        vocab_size: Most ids, UNK and STOP included. None: all characters.
+        vocab_size: For characters: most ids, UNK and STOP included. None: all characters.
+
+    Raises:
+        EsjaxError: A tokenizer cannot be read, or the library tokenizers is missing.
     """
     if kind == "byte":
         return Vocabulary("byte")
+    if kind != "char":
+        from esjax.data.tokenizer import fit_bpe, read_tokenizer
+
+        way, _, value = kind.partition(":")
+        return fit_bpe(documents, int(value)) if way == "bpe" else read_tokenizer(given_path(value))
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(document)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from esjax.data.tokens import STOP, UNK
 from esjax.models.member import consume
@@ -39,15 +39,18 @@ class Beams(NamedTuple):
 
 
 def sample(
-    model: Model, params: Params, state: State, key: Key[Array, ""], max_tokens: int, sampling: Sampling
-) -> Int[Array, " max_tokens"]:
-    """Sample tokens until STOP or until there are `max_tokens`. UNK is never sampled.
+    model: Model, params: Params, state: State, keys: Key[Array, " texts"], max_tokens: int, sampling: Sampling
+) -> Int[Array, "texts max_tokens"]:
+    """Sample texts, each until STOP or until it has `max_tokens`. UNK is never sampled.
+
+    All texts are extended together until the last one ends: a loop for each under `jax.vmap` would copy their states,
+    the caches of a transformer for example, at every token.
 
     Args:
         model: The architecture.
         params: Its parameters.
         state: State after the prompt.
-        key: Random key.
+        keys: Random key of each text.
         max_tokens: Length of the result, static under jit.
         sampling: How to choose each token.
 
@@ -55,30 +58,42 @@ def sample(
         Token ids, int32; STOP fills the rest after the first STOP.
     """
 
-    def going(carry: tuple[Array, State, Array]) -> Array:
-        position, _, tokens = carry
-        ended = (position > 0) & (tokens[position - 1] == STOP)
-        return (position < max_tokens) & ~ended
+    def going(carry: tuple[Array, State, Array, Array]) -> Array:
+        position, _, ended, _ = carry
+        return (position < max_tokens) & ~jnp.all(ended)
 
-    def extend(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
-        position, state, tokens = carry
-        logits = model.predict(params, state).at[UNK].set(-jnp.inf)
-        token = _choose(logits, jax.random.fold_in(key, position), sampling)
-        return position + 1, consume(model, params, state, token), tokens.at[position].set(token)
+    def extend(carry: tuple[Array, State, Array, Array]) -> tuple[Array, State, Array, Array]:
+        position, states, ended, tokens = carry
 
-    blank = jnp.full(max_tokens, STOP, jnp.int32)
-    return jax.lax.while_loop(going, extend, (jnp.int32(0), state, blank))[2]
+        def choose(state: State, key: Key[Array, ""], ended: Bool[Array, ""]) -> tuple[State, Int[Array, ""]]:
+            logits = model.predict(params, state).at[UNK].set(-jnp.inf)
+            token = jnp.where(ended, STOP, _choose(logits, jax.random.fold_in(key, position), sampling))
+            return consume(model, params, state, token), token
+
+        states, column = jax.vmap(choose)(states, keys, ended)
+        return position + 1, states, column == STOP, tokens.at[:, position].set(column)
+
+    states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(keys), *leaf.shape)), state)
+    blank = jnp.full((len(keys), max_tokens), STOP, jnp.int32)
+    return jax.lax.while_loop(going, extend, (jnp.int32(0), states, jnp.zeros(len(keys), bool), blank))[3]
 
 
 def _choose(logits: Logits, key: Key[Array, ""], sampling: Sampling) -> Int[Array, ""]:
     greedy = jnp.argmax(logits)
     scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
-    descending = jnp.sort(scaled, descending=True)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
-    reached = jnp.cumsum(jax.nn.softmax(descending))
-    # The token at which the sum crosses top_p belongs to the nucleus, so the nucleus is never empty.
-    p = jnp.sum(reached < sampling.top_p) + 1
-    floor = descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
+
+    def least() -> Float[Array, ""]:
+        """Return the smallest logit that may be drawn."""
+        descending = jnp.sort(scaled, descending=True)
+        k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.size), logits.size)
+        reached = jnp.cumsum(jax.nn.softmax(descending))
+        # The token at which the sum crosses top_p belongs to the nucleus, so the nucleus is never empty.
+        p = jnp.sum(reached < sampling.top_p) + 1
+        return descending[jnp.minimum(jnp.minimum(k, p), logits.size) - 1]
+
+    # To sort a large vocabulary can take as long as a forward pass.
+    is_cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+    floor = jax.lax.cond(is_cut, least, lambda: jnp.full((), -jnp.inf, scaled.dtype))
     drawn = jax.random.categorical(key, jnp.where(scaled >= floor, scaled, -jnp.inf), mode="low")
     return jnp.where(sampling.temperature > 0, drawn, greedy).astype(jnp.int32)
 

@@ -79,9 +79,7 @@ class LanguageModel:
         self._mesh = mesh
         self._score = jax.jit(make_score(model))
         self._read = jax.jit(lambda params, prompt: Member(model, params).read(prompt))
-        self._sample = jax.jit(
-            jax.vmap(partial(sample, model), in_axes=(None, None, 0, None, None)), static_argnums=(3,)
-        )
+        self._sample = jax.jit(partial(sample, model), static_argnums=(3,))
         self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
 
     @default_flags()

@@ -16,9 +16,11 @@ from esjax.models.sequence import sequence_nats, token_loss
 def consume(model: Model, params: Params, state: State, token: Token, tap: Tap | None = None) -> State:
     """Return the state after a token; after STOP, the initial state, since the next token begins another document.
 
-    `tap` is for models that are `tapped`.
+    `tap` is for models that are `tapped`. A model with `resets` False reads on after STOP.
     """
     after = model.consume(params, state, token, tap) if tap else model.consume(params, state, token)
+    if not model.resets:
+        return after
     fresh = model.initial_state(params)
     return jax.tree.map(lambda fresh, after: jnp.where(token == STOP, fresh, after), fresh, after)
 

@@ -59,6 +59,8 @@ class Model(NamedTuple):
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
+        resets: Whether callers put the initial state in place of the state after STOP, the end of a document. False:
+            the model reads on across it, as `logits` does.
         embeddings: Paths of parameters whose rows are looked up by token and used for nothing else, such as `embedding`
             or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
         output_layer: Path of the parameters of the last layer, which makes the logits and is used for nothing else.
@@ -75,6 +77,7 @@ class Model(NamedTuple):
     state_taps: tuple[str, ...] = ()
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
+    resets: bool = True
     embeddings: tuple[str, ...] = ()
     output_layer: str = ""
 

@@ -70,17 +70,22 @@ def join(parts: Sequence[Part]) -> Text:
 class Progress:
     """Shows the infos of a run; a context manager."""
 
-    def __init__(self, console: Console, baselines: Mapping[str, float], limits: "Limits") -> None:
+    def __init__(
+        self, console: Console, baselines: Mapping[str, float], limits: "Limits", per_byte: float = 0.0
+    ) -> None:
         """Prepare.
 
         Args:
             console: Console to write to.
             baselines: Nats per token of the n-gram models over the held-out documents, by name, worst first.
             limits: Limits of the run, for the time left.
+            per_byte: Bits per byte of a held-out loss of 1 nat per token; 0: not shown. Losses of subwords can only be
+                compared by byte.
         """
         self._console = console
         self._baselines = baselines
         self._limits = limits
+        self._per_byte = per_byte
         self._live = Live(self, console=console, refresh_per_second=4) if console.is_interactive else None
         self._last: tuple[StepInfo, float] | None = None  # and when it arrived
         self._first_held_out: float | None = None
@@ -145,6 +150,8 @@ class Progress:
             *self._on_held_out_prompts(),
             self._against_baselines(),
         ]
+        if self._held_out and self._per_byte:
+            parts.append(Part(6, Text(f"{self._held_out[0] * self._per_byte:.3f} bits/byte")))
         age = now - self._held_out[1] if self._held_out else 0.0
         if age >= 1:
             parts.append(Part(0, Text(f"{_clock(age)} ago", "dim")))

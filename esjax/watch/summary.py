@@ -33,9 +33,11 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
         if es.time_per_step is None
         else f"as many members as {es.time_per_step:g} s a step allow, {a_member:,} tokens each"
     )
+    size = f" of {corpus.train_bytes / tokens:.1f} bytes" if corpus.vocabulary.kind == "tokenizer" else ""
     parts = [
         devices,
-        f"text {_short(data.text)}: {tokens:,} tokens, {held_out:,} held out, {corpus.vocabulary.size:,} token ids",
+        f"text {_short(data.text)}: {tokens:,} tokens{size}, {held_out:,} held out, "
+        f"{corpus.vocabulary.size:,} token ids",
         f"model {custom.get('model', named)}: {parameters:,} parameters",
         *(f"{kind} {name}" for kind, name in custom.items() if kind != "model"),
         population,

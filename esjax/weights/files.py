@@ -11,6 +11,7 @@ from esjax.models.rnn import RnnParams
 from esjax.paths import given_path
 from esjax.runs.durable import write_new_files
 from esjax.weights.npy import export_npy, import_npy
+from esjax.weights.pretrained import begin_run, is_pretrained
 from esjax.weights.safetensors import export_safetensors, import_safetensors
 
 Format = Literal["safetensors", "npy"]
@@ -82,7 +83,8 @@ def import_weights(
     """Make a run folder, at step 0, from a file of weights.
 
     Args:
-        weights: A file that `export` wrote, or a .npy file of the original program.
+        weights: A file that `export` wrote, a .npy file of the original program, or a pretrained model, see
+            `load_pretrained`.
         out: Run folder to make.
         characters: The table of characters of a .npy file, see `esjax.weights.npy.import_npy`. None: the file beside
             it with the same name and the suffix .chars.json.
@@ -91,7 +93,13 @@ def import_weights(
     Raises:
         EsjaxError: A file cannot be read, the weights do not fit the model, or the folder exists.
     """
-    weights, out = given_path(weights), given_path(out)
+    out = given_path(out)
+    if is_pretrained(weights):
+        if characters is not None or model is not None:
+            raise EsjaxError(f"{str(weights)!r} holds its vocabulary and its model; leave --chars and --model out")
+        begin_run(weights, out)
+        return
+    weights = given_path(weights)
     if weights.suffix == ".npy":
         table = table_of(weights)
         if characters is None and not table.exists():
@@ -104,7 +112,7 @@ def import_weights(
             raise EsjaxError(f"{str(weights)!r} holds its vocabulary; leave --chars out")
         import_safetensors(weights, out, model)
     else:
-        raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy; rename it by its format")
+        raise EsjaxError(f"{str(weights)!r} is neither .safetensors nor .npy nor .gguf; rename it by its format")
 
 
 def table_of(weights: Path) -> Path:

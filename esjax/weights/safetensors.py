@@ -64,7 +64,7 @@ def export_safetensors(
         "step": str(step),
         "weights": "average",
     }
-    return _library().numpy.save(tensors, metadata)
+    return safetensors_library().numpy.save(tensors, metadata)
 
 
 def import_safetensors(path: Path, out: Path, model: ModelFactory | str | None = None) -> None:
@@ -107,7 +107,7 @@ class _Read(NamedTuple):
 
 
 def _read(path: Path) -> _Read:
-    library = _library()
+    library = safetensors_library()
     try:
         with library.safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -129,7 +129,12 @@ def _describe(tensor: Any) -> str:
     return "absent" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
 
 
-def _library() -> ModuleType:
+def safetensors_library() -> ModuleType:
+    """Return the library safetensors.
+
+    Raises:
+        EsjaxError: It is missing.
+    """
     try:
         import safetensors.numpy
     except ImportError as error:

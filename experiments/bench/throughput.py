@@ -22,7 +22,7 @@ from bench.ours import VOCAB, evaluation, member_tokens, random_tokens, replica_
 from bench.report import Report, Row, print_row
 from bench.rivals import NumpyRnn, Rival, evosax_open_es, forward, normal_low_rank
 from bench.settings import Models, Throughput
-from esjax.config.models import GruConfig, ModelConfig, RnnConfig
+from esjax.config.models import GruConfig, MinGruConfig, RnnConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, Precision, replace
 from esjax.core.noise import round_products
 from esjax.core.rules import HIGHEST
@@ -45,7 +45,7 @@ FORWARD_AT_ONCE = (512, 256, 1024, 2048, 128), (2**15, 2**17, 2**18)
 class Size(NamedTuple):
     """A model and its population."""
 
-    model: ModelConfig
+    model: RnnConfig | GruConfig | MinGruConfig
     sequences: int
     population: int
 

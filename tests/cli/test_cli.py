@@ -652,9 +652,9 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--config"], "--config needs a value"),
         (
             ["train", "--ledger=true"],
-            "'true' is neither the value of an option nor a model; models are rnn, gru, mingru",
+            "'true' is neither the value of an option nor a model; models are rnn, gru, mingru, llama",
         ),
-        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru, mingru"),
+        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru, mingru, llama"),
         (["sweep", "--axis"], "--axis needs a value"),
         (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
     ],

@@ -20,7 +20,7 @@ import pytest
 from esjax.config import models as models_module
 from esjax.config import reward as reward_module
 from esjax.config import settings as config_module
-from esjax.config.models import MODELS, GruConfig, MinGruConfig, RnnConfig
+from esjax.config.models import MODELS, GruConfig, LlamaConfig, MinGruConfig, RnnConfig
 from esjax.config.reward import RewardConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
@@ -35,6 +35,7 @@ SECTIONS: list[type[Section]] = [
     RewardConfig,
     RnnConfig,
     GruConfig,
+    LlamaConfig,
     MinGruConfig,
 ]
 
@@ -149,8 +150,8 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
             "model: {name: gru, n_layers: 1}",
             "model.n_layers is a setting of the model rnn; choose that model, or leave it out",
         ),
-        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru"),
-        ("model: {name: [1]}", "model.name must be rnn or gru or mingru, not a list"),
+        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru or llama"),
+        ("model: {name: [1]}", "model.name must be rnn or gru or mingru or llama, not a list"),
         ("es: {noise: 3}", "es.noise must be rademacher or gaussian, not a whole number"),
         ("es: {layer_sigma: {a: -1}}", "es.layer_sigma must be above 0 and finite, got -1.0 for a"),
         ("es: {layer_discount: {a: 2}}", "es.layer_discount must be from 0 to 1, got 2.0 for a"),
@@ -164,7 +165,7 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("- 1", "the whole must be a group of settings, not a list"),
         ("steps: [1]", "steps must be a whole number or None, not a list"),
         ("es: {noise: pink}", "es.noise must be rademacher or gaussian, not 'pink'"),
-        ("model: {name: lstm}", "model.name must be rnn or gru or mingru, not 'lstm'"),
+        ("model: {name: lstm}", "model.name must be rnn or gru or mingru or llama, not 'lstm'"),
         ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
         ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
         (
@@ -317,7 +318,7 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
         (lambda: Config(es=None), "es must be a group of settings, not None"),  # type: ignore[arg-type]
         (lambda: Config(es=OptimConfig()), "es must be a group of settings, not OptimConfig"),  # type: ignore[arg-type]
         (lambda: Config(model="rnn"), "model must be a group of settings, not 'rnn'"),  # type: ignore[arg-type]
-        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru"),  # type: ignore[arg-type]
+        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru or llama"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number or None, not a text"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": -1}), "es.sigma must be above 0 and finite, got -1.0"),  # type: ignore[arg-type]
         (
@@ -429,7 +430,7 @@ def test_every_section_is_tried_here() -> None:
 def test_the_original_programs_settings_have_their_place(original: str, section: type[Section]) -> None:
     holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
     assert section in holders
-    assert not set(holders) - {section, GruConfig, MinGruConfig}  # in one place, beside the other models
+    assert not set(holders) - {section, GruConfig, LlamaConfig, MinGruConfig}  # in one place, beside the other models
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -438,9 +439,26 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert type(config.sigma) is float
 
 
-def test_a_vocabulary_of_bytes_has_no_size_to_set() -> None:
-    with pytest.raises(EsjaxError, match="256 bytes"):
-        DataConfig(vocabulary="byte", vocab_size=100)
+@pytest.mark.parametrize("vocabulary", ["byte", "bpe:512", "tokenizer:tokenizer.json"])
+def test_a_vocabulary_of_bytes_or_subwords_has_no_size_to_set(vocabulary: str) -> None:
+    with pytest.raises(EsjaxError, match="vocab_size is for characters; leave it out"):
+        DataConfig(vocabulary=vocabulary, vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "said"),
+    [
+        ("bpe:257", "vocabulary must be bpe:258 or more, got bpe:257"),
+        ("bpe:", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'bpe:'"),
+        ("bpe:x", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'bpe:x'"),
+        ("tokenizer:", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'tokenizer:'"),
+        ("word", "vocabulary must be char or byte or bpe:N or tokenizer:FILE, not 'word'"),
+    ],
+)
+def test_a_vocabulary_has_one_of_four_forms(vocabulary: str, said: str) -> None:
+    with pytest.raises(EsjaxError) as caught:
+        DataConfig(vocabulary=vocabulary)
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def fixed(logits: list[float]) -> Model:
 
 
 def draws(model: Model, sampling: Sampling, count: int = 2000) -> np.ndarray:
-    one = jax.jit(jax.vmap(lambda key: sample(model, jnp.zeros(1), jnp.zeros(1), key, 1, sampling)[0]))
+    one = jax.jit(lambda keys: sample(model, jnp.zeros(1), jnp.zeros(1), keys, 1, sampling)[:, 0])
     return np.asarray(one(jax.random.split(jax.random.key(0), count)))
 
 
@@ -58,7 +58,7 @@ def test_a_wide_beam_search_finds_the_most_probable_texts_of_all() -> None:
 def test_a_beam_of_one_is_greedy() -> None:
     state = MODEL.initial_state(PARAMS)
     beams = beam_search(MODEL, PARAMS, state, 1, 12)
-    greedy = sample(MODEL, PARAMS, state, jax.random.key(0), 12, Sampling(temperature=0.0))
+    greedy = sample(MODEL, PARAMS, state, jax.random.key(0)[None], 12, Sampling(temperature=0.0))[0]
     np.testing.assert_array_equal(beams.tokens[0], greedy)
 
 
@@ -106,15 +106,21 @@ def test_cutting_off_the_tail(sampling: Sampling, allowed: set[int]) -> None:
 
 
 def test_nothing_follows_a_stop() -> None:
-    tokens = np.asarray(
-        jax.vmap(lambda key: sample(MODEL, PARAMS, MODEL.initial_state(PARAMS), key, 30, Sampling()))(
-            jax.random.split(jax.random.key(1), 20)
-        )
-    )
+    keys = jax.random.split(jax.random.key(1), 20)
+    tokens = np.asarray(sample(MODEL, PARAMS, MODEL.initial_state(PARAMS), keys, 30, Sampling()))
     assert (tokens == STOP).any()
     for row in tokens:
         ended = np.flatnonzero(row == STOP)
         assert not ended.size or (row[ended[0] :] == STOP).all()
+
+
+def test_texts_written_together_are_those_written_alone() -> None:
+    """Reference: one text at a time. They end at different lengths."""
+    keys, start = jax.random.split(jax.random.key(1), 6), MODEL.initial_state(PARAMS)
+    together = sample(MODEL, PARAMS, start, keys, 30, Sampling())
+    alone = [sample(MODEL, PARAMS, start, key[None], 30, Sampling())[0] for key in keys]
+    np.testing.assert_array_equal(together, alone)
+    assert len({int(np.argmax(np.asarray(row) == STOP)) for row in alone}) > 1
 
 
 def test_reading_a_prompt_is_consuming_it_token_by_token() -> None:

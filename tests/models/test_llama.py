@@ -1,0 +1,185 @@
+"""The transformer of pretrained models against its equations in float64, and its two ways of reading."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+from reference_models import busy, llama_logits, wide
+from small import VOCAB, noise_of
+
+import esjax
+from esjax.config.models import LlamaConfig
+from esjax.config.settings import Config, DataConfig, EsConfig, replace
+from esjax.core.seeds import pair_seeds
+from esjax.data.tokens import STOP
+from esjax.errors import EsjaxError
+from esjax.inference import score
+from esjax.models import Model, build_model
+from esjax.models.check import check_model
+from esjax.models.member import Member
+
+TOKENS = [1, 3, 2, 6, 1, 4, 5, 2, 3, 3, 6, 1]
+"""Begins with STOP, as documents do, with two more ends among them."""
+
+CONFIG = LlamaConfig(
+    hidden_size=24, mlp_size=10, n_layers=2, n_heads=6, n_kv_heads=2, context=16, rope_theta=50.0, norm_eps=0.01
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tied": False},
+    "a head each": {"n_kv_heads": 6},
+    "one for all": {"n_kv_heads": 1},
+}
+
+
+def built(**changes: Any) -> tuple[Model, Any]:
+    model = build_model(replace(CONFIG, **changes), VOCAB)
+    return model, busy(model.init(jax.random.key(0)))
+
+
+def stepwise(model: Model, params: Any, tokens: list[int]) -> Array:
+    """Logits after the first token, which is STOP, and after each other one."""
+    first = model.initial_state(params)
+
+    def read(state: Any, token: Array) -> tuple[Any, Array]:
+        after = model.consume(params, state, token)
+        return after, model.predict(params, after)
+
+    rest = jax.lax.scan(read, first, jnp.array(tokens[1:]))[1]
+    return jnp.concatenate([model.predict(params, first)[None], rest])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_logits_are_the_equations(kind: str) -> None:
+    model, params = built(**KINDS[kind])
+    expected = llama_logits(wide(params), TOKENS, 6, 50.0, 0.01)
+    # float32 through two layers of sums of up to 24 products of size 1.
+    np.testing.assert_allclose(model.logits(params, jnp.array(TOKENS)), expected, atol=2e-4)
+    np.testing.assert_allclose(stepwise(model, params, TOKENS), expected, atol=2e-4)
+
+
+def test_it_reads_on_after_a_stop_in_both_ways() -> None:
+    """Reference: the nats of whole sequences, and of the same token by token."""
+    model, params = built()
+    tokens = jnp.array(TOKENS[1:])
+    token_by_token = Member(model._replace(logits=None), params).nats(tokens)
+    np.testing.assert_allclose(Member(model, params).nats(tokens), token_by_token, atol=2e-4)
+
+
+def test_beyond_the_context_the_oldest_token_is_forgotten() -> None:
+    """Reference: one layer whose cache holds 4 tokens knows the last 4 alone, at any position."""
+    model, params = built(n_layers=1, context=4)
+    rows = stepwise(model, params, TOKENS)
+    for last in range(4, len(TOKENS)):
+        expected = llama_logits(wide(params), TOKENS[last - 3 : last + 1], 6, 50.0, 0.01)[-1]
+        np.testing.assert_allclose(rows[last], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_nothing_is_added_up(kind: str) -> None:
+    """A population shares every matrix: whole windows, and the cached steps of generation."""
+    model, params = built(**KINDS[kind])
+    noise = noise_of(model)
+
+    def loss(params: Any, tokens: Array) -> Array:
+        member = Member(model, params)
+        written = member.generate(member.read(tokens), 3, jax.random.key(1))
+        return member.cross_entropy(tokens) + jnp.sum(written).astype(jnp.float32)
+
+    assert esjax.explain(loss, noise, params, jnp.array(TOKENS)) == []
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_a_member_is_the_model_with_its_noise_added(kind: str) -> None:
+    """Reference: the logits of plain weights to which the noise of the pair was added."""
+    model, params = built(**KINDS[kind])
+    noise = noise_of(model)
+    tokens = jnp.array(TOKENS)
+    seeds = pair_seeds(0, 3, 2)
+
+    def loss(params: Any, tokens: Array) -> Array:
+        return Member(model, params).cross_entropy(tokens)
+
+    got = esjax.evaluate(loss, noise)(params, seeds, tokens[None])
+    layout = noise.lay_out(params)
+    for pair, seed in enumerate(seeds):
+        epsilon = layout.epsilon(seed, params)
+        for half, sign in enumerate((1, -1)):
+            moved = jax.tree.map(
+                lambda leaf, unit, e, sign=sign: leaf + sign * noise.sigma * unit * e, params, layout.units, epsilon
+            )
+            np.testing.assert_allclose(got[pair, half], loss(moved, tokens), rtol=1e-4)
+
+
+def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
+    """Reference: float32 products of the rounded weights; the inputs of products are rounded, too."""
+    model, params = built()
+    rounded = jax.tree.map(partial(jnp.asarray, dtype=jnp.bfloat16), params)
+    tokens = jnp.array(TOKENS)
+    got = model.logits(rounded, tokens)
+    expected = model.logits(jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), rounded), tokens)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
+    text = str(jax.make_jaxpr(lambda *given: model.logits(*given))(rounded, tokens))
+    assert f"f32[{24},{10}]" not in text, "a matrix was widened"
+
+
+def test_long_texts_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: all at once. A large vocabulary would fill the memory."""
+    model, params = built()
+    tokens = jnp.array([TOKENS, TOKENS[::-1], TOKENS[3:] + TOKENS[:3]])
+    scored = jnp.ones(tokens.shape, bool)
+    whole = score.make_score(model)(params, tokens, scored)
+    monkeypatch.setattr(score, "MOST_LOGITS", 2 * VOCAB * len(TOKENS))
+    np.testing.assert_allclose(score.make_score(model)(params, tokens, scored), whole, rtol=1e-6)
+    text = str(jax.make_jaxpr(score.make_score(model))(params, tokens, scored))
+    assert f"f32[3,{len(TOKENS)},{VOCAB}]" not in text
+
+
+def test_it_keeps_the_interface_of_models() -> None:
+    model = build_model(CONFIG, VOCAB)
+    assert check_model("llama", model, VOCAB) is model
+    assert model.initial_state(model.init(jax.random.key(0))).position == 1
+    assert TOKENS[0] == STOP
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_size": 20}, "hidden_size / n_heads must be an even number, got 20 / 6"),
+        ({"hidden_size": 18}, "even number, got 18 / 6"),
+        ({"n_kv_heads": 4}, "n_kv_heads must divide n_heads, got 4 for 6"),
+        ({"context": 0}, "context must be above 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(EsjaxError, match=message):
+        replace(CONFIG, **wrong)
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_of_subwords_trains_it_and_keeps_its_tokenizer(tied: bool, tmp_path: Path) -> None:
+    """Reference: what the run itself writes and scores, after its folder is read again."""
+    pytest.importorskip("tokenizers")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat {n} times" for n in range(40)))
+    data = DataConfig(text=str(text), vocabulary="bpe:270", window=4, held_out=0.2)
+    config = Config(model=replace(CONFIG, tied=tied), steps=2, data=data, es=EsConfig(population_size=8))
+    run = esjax.train(config, tmp_path / "run", tell=lambda line: None)
+    first = jax.tree.map(np.asarray, run.params)
+    infos = list(run)
+    assert "tokens of " in run.summary()
+    assert infos[-1].held_out is not None
+    moved = jax.tree.map(lambda one, two: bool((one != two).any()), first, run.params)
+    assert all(jax.tree.leaves(moved)), "a leaf was not trained"
+    loaded = esjax.load(tmp_path / "run")
+    assert loaded.vocabulary == run.corpus.vocabulary
+    assert loaded.generate("the ", seed=1, max_tokens=8) == run.generate("the ", seed=1, max_tokens=8)
+    evaluation = loaded.evaluate()
+    assert evaluation.bits_per_byte == pytest.approx(evaluation.nats_per_token * run.corpus.bits_of_a_nat)
