@@ -180,7 +180,7 @@ def test_outliers_change_no_other_weight(shaping: Shape, method: str, is_split: 
 def test_a_fifth_of_the_pairs_cannot_make_the_estimate_twice_as_long(
     false: list[tuple[float, float]], method: Any, is_split: bool
 ) -> None:
-    """Reference: the same pairs with those of the liar void. The length is that of the weights, if noise is independent."""
+    """Reference: the same pairs, a liar's void. As noise is independent, the length is that of the weights."""
     losses, examples = noisy(64), np.arange(64) // 4 if is_split else None
     honest = losses.copy()
     losses[::5], honest[::5] = false, np.nan
