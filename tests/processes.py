@@ -98,11 +98,18 @@ class Process:
         self.popen.send_signal(number)
 
     def child(self) -> int:
+        """Return the number of the only process that it has started."""
+        (child,) = self._children()
+        return child
+
+    def worker(self) -> int:
         """Return the number of the only process that it has started to join its run."""
+        (worker,) = (child for child in self._children() if b"\0join\0" in Path(f"/proc/{child}/cmdline").read_bytes())
+        return worker
+
+    def _children(self) -> list[int]:
         number = self.popen.pid
-        children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
-        (child,) = (child for child in children if b"\0join\0" in Path(f"/proc/{child}/cmdline").read_bytes())
-        return int(child)
+        return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
 
     def ends(self) -> int:
         """Wait for its end, and return its exit code."""

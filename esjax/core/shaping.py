@@ -47,9 +47,9 @@ class Shaped(NamedTuple):
         slope: Shaped value for each unit of difference, by least squares: for z-scores one over the standard deviation.
             The estimate is about `2 * sigma * slope` times the gradient.
         outliers: Number of pairs whose difference (or, for split pairs, whose summed loss relative to the others) lies
-            beyond `OUTLYING` robust standard deviations. Their weights are clipped to ±127, and all other weights are
-            what they would be if these pairs were void. The robust standard deviation is the median of the absolute
-            values that are not 0, over 0.6745 (Huber 1981, section 5.1).
+            beyond `OUTLYING` robust standard deviations. The squares of their weights add up to no more than those of
+            all other pairs, and the other weights are what they would be if the outliers were void. The robust standard
+            deviation is the median of the absolute values that are not 0, over 0.6745 (Huber 1981, section 5.1).
     """
 
     weights: Int8[Numbers, "pairs ..."]
@@ -127,6 +127,8 @@ def shape(
     value, step = _SHAPINGS[method](xp, compared.ravel(), counts.ravel(), sigma)
     usable = (2 * counted >= len(losses)) & xp.any(compared != 0)
     weights = xp.clip(xp.rint(value / step), -LIMIT, LIMIT).reshape(compared.shape)
+    most = _most_of_outliers(xp, weights, counts, finite[:, None] & ~counts)
+    weights = xp.where(counts, weights, xp.clip(weights, -most, most))
     weights = xp.where(usable & finite[:, None], weights, 0).astype(np.int8)
     scale = xp.where(usable, step / xp.maximum(counted, 1), 0.0)
     weights = weights if examples is not None else weights[:, 0]
@@ -148,6 +150,13 @@ def _outlying(xp: Any, values: Numbers, counts: Numbers) -> Numbers:
     ordered = xp.sort(xp.where(counts, sizes, xp.inf))
     median = ordered[xp.sum(counts, dtype=np.int32) // 2]
     return sizes > OUTLYING / NORMAL_MEDIAN * median
+
+
+def _most_of_outliers(xp: Any, weights: Numbers, typical: Numbers, outlying: Numbers) -> Numbers:
+    """Return the largest weight of an outlier, by half: the squares of all add up to at most those of typical pairs."""
+    squares = xp.sum(xp.where(typical, weights**2, 0), axis=0, keepdims=True)
+    outliers = xp.sum(outlying.astype(weights.dtype), axis=0, keepdims=True)
+    return xp.maximum(xp.floor(xp.sqrt(squares / xp.maximum(outliers, 1))), 1)
 
 
 def _groups(xp: Any, examples: Numbers) -> Numbers:

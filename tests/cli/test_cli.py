@@ -890,7 +890,7 @@ def test_of_a_disk_that_is_full_to_the_end_is_said_what_there_is(work: Path, mon
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("esjax.runs.checkpoint.write_durably", full)
+    monkeypatch.setattr("esjax.runs.seal.write_durably", full)
     called = call("resume", "kept", "--steps", "5")
     assert called.err.splitlines()[-1] == (
         f"error: cannot write the checkpoint '{work}/kept/checkpoints/5': No space left on device; the run is kept to "

@@ -113,7 +113,7 @@ def test_row_61_hosts_of_this_machine_that_compile(fleet: Fleet) -> None:
     process = fleet.start(*training(fleet, "--workers", "1"))
     log = fleet.run / "worker-0.log"
     wait_until(lambda: log.exists() and "it hangs" in log.read_text())
-    worker = process.child()
+    worker = process.worker()
     process.send(signal.SIGINT)
     assert process.ends() == 0
     assert "Traceback" not in process.output

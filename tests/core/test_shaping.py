@@ -165,9 +165,28 @@ def test_outliers_change_no_other_weight(shaping: Shape, method: str, is_split: 
     np.testing.assert_array_equal(others, np.delete(expected.weights, places, axis=0))
     assert np.count_nonzero(others) > 50
     np.testing.assert_allclose(got.slope, expected.slope, rtol=1e-6)
-    # An outlier points where it should, with the largest weight that there is.
+    # An outlier points where it should, and all outliers together weigh as much as all other pairs at most.
     half = 0 if which == "a sum" else -1
-    assert np.atleast_1d(got.weights[5])[half] == (-1 if which == "several" else 1) * (1 if method == "sign" else LIMIT)
+    squares = np.sum(np.atleast_2d(others.T)[half].astype(float) ** 2)
+    most = 1 if method == "sign" else min(LIMIT, int(np.sqrt(squares / len(places))))
+    assert np.atleast_1d(got.weights[5])[half] == (-1 if which == "several" else 1) * most
+
+
+@given(
+    st.lists(st.tuples(st.floats(-8e8, 8e8), st.floats(-8e8, 8e8)), min_size=13, max_size=13),
+    st.sampled_from([method for method in METHODS if method != "raw"]),
+    st.booleans(),
+)
+def test_a_fifth_of_the_pairs_cannot_make_the_estimate_twice_as_long(
+    false: list[tuple[float, float]], method: Any, is_split: bool
+) -> None:
+    """Reference: the same pairs, a liar's void. As noise is independent, the length is that of the weights."""
+    losses, examples = noisy(64), np.arange(64) // 4 if is_split else None
+    honest = losses.copy()
+    losses[::5], honest[::5] = false, np.nan
+    got, expected = (shape(some, method, 0.1, examples) for some in (losses, honest))
+    length, reference = (one.scale * np.linalg.norm(one.weights.astype(float)) for one in (got, expected))
+    assert length <= 2 * reference
 
 
 def test_few_pairs_and_many_zeros_are_no_outliers(shaping: Shape) -> None:

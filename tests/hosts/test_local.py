@@ -74,7 +74,7 @@ def test_row_60_a_killed_process_is_replaced(fleet: Fleet) -> None:
     words = [*SMALL, "--out", str(fleet.run), "--data.text", str(TEXT)]
     run = fleet.start("train", "--workers", "1", *words)
     wait_until(lambda: (fleet.run / "ledger").exists() and steps_done(fleet.run) >= 3)
-    os.kill(run.child(), signal.SIGKILL)
+    os.kill(run.worker(), signal.SIGKILL)
     run.wait_for("worker-0 was killed by signal 9; it is started again, 1 of 3 times")
     done = steps_done(fleet.run)
     wait_until(lambda: steps_done(fleet.run) >= done + 3)
@@ -91,7 +91,7 @@ def test_row_60_processes_that_cannot_be_kept_end_the_run_with_an_error(fleet: F
     run = fleet.start("train", "--workers", "1", "--steps", "1000000", *given)
     wait_until(lambda: (fleet.run / "ledger").exists() and steps_done(fleet.run) >= 3)
     code.write_text("raise RuntimeError('broken')\n")
-    os.kill(run.child(), signal.SIGKILL)
+    os.kill(run.worker(), signal.SIGKILL)
     assert run.ends() == 2
     *before, last = run.output.splitlines()
     assert last.startswith("error: worker-0 ended 4 times and could not be kept")
