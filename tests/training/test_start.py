@@ -81,6 +81,20 @@ def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path:
     assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
 
 
+def test_behind_the_horizon_a_replay_does_not_need_them(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "base", tmp_path / "base")
+    config = Config(
+        init=str(tmp_path / "base"), es=esjax.EsConfig(**SMALL), ledger=True, ledger_horizon=1, keep_checkpoints=1
+    )
+    list(esjax.train(replace(config, steps=2), tmp_path / "run", tell=print))
+    for steps in (4, 6):
+        list(esjax.resume(tmp_path / "run", steps=steps, tell=print))
+    shutil.rmtree(tmp_path / "base")
+    replayed = esjax.replay(tmp_path / "run", tell=print)
+    assert replayed.first
+    assert replayed.agrees
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
