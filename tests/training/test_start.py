@@ -78,6 +78,8 @@ def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path:
     replayed = esjax.replay(tmp_path / "run")
     assert replayed.digest == digest(whole._replica.state)
     shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(esjax.EsjaxError, match="rebuild its state first"):
+        list(esjax.resume_serving(tmp_path / "run", bind="tcp://127.0.0.1:0", tell=print))
     assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
 
 
