@@ -308,7 +308,7 @@ def test_a_gate_leaves_the_folder_for_the_next_one_if_it_fails(
                 raise RuntimeError
 
     monkeypatch.setattr(gate, "Gate", Once)
-    monkeypatch.setattr(gate.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     plan = {"control": 0, "folder": str(tmp_path / "sockets"), "doors": []}
     numbers = dict.fromkeys(("frame", "parts", "handshake", "half_open", "each", "most"), 1)
     (tmp_path / "sockets").mkdir()
