@@ -38,7 +38,7 @@ class UpdateHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         scale: Factor of the weighted sum, see `esjax.core.Shaped`.
         applied: False for a void step, which is counted and leaves the parameters as they are.
         loss: Mean of the finite losses, in nats per token if the loss is not custom; None: none is finite.
-        void_pairs: Number of pairs of weight 0, with a loss that is not finite.
+        void_pairs: Number of pairs of weight 0: with a loss that is not finite, or in a sum that is left out.
         vector_length: Length of the gradient sum; 0: the body holds a weight for each pair.
         dtype: Type of the weights, or of the gradient in the sum.
         halves: Weights of each pair: 2 for split pairs, else 1.

@@ -85,9 +85,9 @@ class Executor:
         norms: tuple[float | None, float | None] = (None, None)
         match task:
             case tasks.Score():
-                started = time.perf_counter()
+                began = time.perf_counter()
                 values = replica.score(task.spans)
-                return tasks.Scored(values, share_number(time.perf_counter() - started))
+                return tasks.Scored(values, share_number(time.perf_counter() - began))
             case tasks.TakeDigest():
                 return tasks.Value(digest(replica.state))
             case tasks.TakeSnapshot():

@@ -189,6 +189,11 @@ class Server(RecordedRun):
     def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
         restored = restore_run(folder, replica.state, self.tell)
+        if config.init is not None and restored.state is replica.state:
+            raise EsjaxError(
+                f"{str(folder.path)!r} has no whole checkpoint and began with the weights of {config.init!r}; "
+                "rebuild its state first: esjax resume, on one machine"
+            )
         recorder.open_files()
         ledger = recorder.ledger
         assert ledger is not None

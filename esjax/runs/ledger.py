@@ -251,7 +251,7 @@ def beginning(path: Path, start: int) -> int:
         if record.kind == UPDATE:
             first = first if record.step == due else record.step
             due = record.step + 1
-    return first if due is None or due >= start else start
+    return first if due is not None and due >= start else start
 
 
 def _read(path: Path, start: int | None) -> Iterator[Record]:

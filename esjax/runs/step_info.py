@@ -77,7 +77,8 @@ class StepInfo(NamedTuple):
         loss: Mean of the finite losses of the population: nats per token, the custom loss, or minus the reward. NaN if
             none is finite.
         population: Members that were scored, two for each pair.
-        void_pairs: Pairs that were left out because one of their losses is not finite.
+        void_pairs: Pairs that were left out because one of their losses is not finite, or because their gradient sum is
+            far larger than usual.
         applied: Whether the update was made. It is not made if most pairs are void, all losses are equal, or the
             update is not finite.
         gradient_norm: Euclidean norm of the estimate, in units of each leaf.

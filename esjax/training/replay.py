@@ -112,12 +112,11 @@ def replay_with(
     replica = Replica(config, custom.build(config.model, size), None, whole_mesh(), custom.objective, custom.optimizer)
     if replica.reads_tokens:
         replica.use_tokens(load_run_corpus(folder, text).stream())
-    params = start_of(config, custom).params
-    if params is not None:
-        replica.start_with(params)
     newest = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
     first = _begin(folder, replica, max(kept, default=0), tell)
+    if not first and (params := start_of(config, custom).params) is not None:
+        replica.start_with(params)
     kept = {step: one for step, one in kept.items() if step > first or not first}
     compared, compared_step, differs_at = 0, 0, None
 

@@ -67,7 +67,7 @@ class Trainer(RecordedRun, RunInference):
         on_start: Called after an iteration has opened its files, before its first step.
         trackers: Trackers of the run; may be changed between iterations.
         last: Info of the last step, or None.
-        stopped: Whether Ctrl-C, SIGTERM or `stop` ended the last iteration.
+        stopped: Whether Ctrl-C or SIGTERM came, or `stop` was called, during the last iteration.
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class Trainer(RecordedRun, RunInference):
                 recorder.watch.sample(info.step, self.sample())
                 checkpoint_at = time.perf_counter() + config.checkpoint_time
             yield info
+        self.stopped = recorder.asked.is_set()  # also while the last step was evaluated: a sweep must end, too
 
     def _evaluated(self, info: StepInfo) -> StepInfo:
         """Add what is measured on held-out documents and prompts."""

@@ -123,7 +123,9 @@ class _Vitals:
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}  # made with their first number, so that an unknown number is absent, not 0
         self._void_pairs = Counter(
-            "esjax_void_pairs", "Pairs left out because one of their losses is not finite.", registry=self.registry
+            "esjax_void_pairs",
+            "Pairs left out: a loss is not finite, or their gradient sum is far larger than usual.",
+            registry=self.registry,
         )
         self._baselines = Gauge(
             "esjax_baseline",

@@ -1,5 +1,6 @@
 """What the guard of the ports lets through, and which connections it closes: limits by hand, with few connections."""
 
+import json
 import os
 import resource
 import signal
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
+from pathlib import Path
 
 import pytest
 from transports import (
@@ -35,7 +37,7 @@ from transports import (
     until,
 )
 
-from esjax.hosts.transport import flood_guard
+from esjax.hosts.transport import flood_guard, gate
 from esjax.hosts.transport.allowances import Pool, Rates
 from esjax.hosts.transport.crowd import Crowd, group_of
 from esjax.hosts.transport.flood_guard import BROADCAST_FRAMES, FRAMES, prepare_process
@@ -291,6 +293,28 @@ def test_the_guard_is_started_again_and_ends_with_its_coordinator() -> None:
         assert process is not None
     assert process.poll() == 0
     assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gate_leaves_the_folder_for_the_next_one_if_it_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
+) -> None:
+    class Once:
+        def __init__(self, plan: gate.Plan) -> None:
+            pass
+
+        def run(self) -> None:
+            if fails:
+                raise RuntimeError
+
+    monkeypatch.setattr(gate, "Gate", Once)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    plan = {"control": 0, "folder": str(tmp_path / "sockets"), "doors": []}
+    numbers = dict.fromkeys(("frame", "parts", "handshake", "half_open", "each", "most"), 1)
+    (tmp_path / "sockets").mkdir()
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        gate.main(json.dumps(plan | numbers))
+    assert (tmp_path / "sockets").exists() == fails
 
 
 def test_a_peer_that_leaves_is_disconnected(server: ServerTransport) -> None:

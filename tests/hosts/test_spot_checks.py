@@ -183,6 +183,20 @@ def test_row_48_a_check_comes_after_all_answers_and_looks_like_a_lease(sums: boo
     assert 2 <= len(checked) <= 50
 
 
+def test_a_check_may_take_longer_than_the_time_budget() -> None:
+    """All pairs of the fast host are one sum: 2.5 times as long as a slower host scores in the budget."""
+    sim = Simulation(config_of(budget=4.0, sums=True, spot_check=1.0))
+    for name in ("a", "b", "c"):
+        sim.add(name, speed=20.0)
+    fast = sim.add("fast", speed=50.0)
+    sim.run_steps(10)
+    assert sim.server._registry.called("fast") in sim.server.inspector._proofs
+    assert set(states_of(sim).values()) == {"ready"}
+    assert not [line for line in sim.lines if "late" in line or "held up" in line]
+    fast.device.twist = lambda losses, pairs: losses[:, ::-1]
+    run_until_aside(sim, {"fast"})
+
+
 @both_exchanges
 def test_late_and_doubled_answers_of_checks_are_no_faults(sums: bool) -> None:
     sim = Simulation(config_of(population=128, sums=sums, spot_check=1.0))

@@ -116,6 +116,11 @@ def test_row_63_a_tail_that_was_lost_below_the_state_is_passed_over_and_said(pat
         list(read(path, 8))
 
 
+def test_without_updates_a_ledger_is_whole_from_the_state_on(path: Path) -> None:
+    path.write_bytes(HEAD)
+    assert (beginning(path, 0), beginning(path, 9)) == (0, 9)
+
+
 def test_a_ledger_that_begins_after_the_state_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "ledger", start=5) as ledger:
         append(ledger, 5, 6)

@@ -695,6 +695,16 @@ def test_a_run_stops_when_the_loop_says_so(config: Config) -> None:
     assert (taken, run.stopped) == ([1, 2, 3], True)
     run.limits = Limits(5, None)
     assert [info.step for info in run] == [4, 5]
+    assert not run.stopped
+
+
+def test_a_stop_after_the_last_step_counts(config: Config) -> None:
+    """As one that comes while the last step is evaluated; a sweep would go on with its next run otherwise."""
+    run = train(replace(config, steps=2))
+    for info in run:
+        if info.step == 2:
+            run.stop()
+    assert run.stopped
 
 
 def test_a_new_iteration_closes_the_one_that_was_left(config: Config, tmp_path: Path) -> None:

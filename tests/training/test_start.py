@@ -78,7 +78,23 @@ def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path:
     replayed = esjax.replay(tmp_path / "run")
     assert replayed.digest == digest(whole._replica.state)
     shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(esjax.EsjaxError, match="rebuild its state first"):
+        list(esjax.resume_serving(tmp_path / "run", bind="tcp://127.0.0.1:0", tell=print))
     assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
+
+
+def test_behind_the_horizon_a_replay_does_not_need_them(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "base", tmp_path / "base")
+    config = Config(
+        init=str(tmp_path / "base"), es=esjax.EsConfig(**SMALL), ledger=True, ledger_horizon=1, keep_checkpoints=1
+    )
+    list(esjax.train(replace(config, steps=2), tmp_path / "run", tell=print))
+    for steps in (4, 6):
+        list(esjax.resume(tmp_path / "run", steps=steps, tell=print))
+    shutil.rmtree(tmp_path / "base")
+    replayed = esjax.replay(tmp_path / "run", tell=print)
+    assert replayed.first
+    assert replayed.agrees
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,8 @@ class Inspector:
         """Choose any unit half of the time, else the one with the most extreme values: outliers do the most harm."""
         if self._rng.random() < 0.5:
             return units[int(self._rng.integers(len(units)))]
-        with np.errstate(invalid="ignore"):
-            spreads = [np.ptp(unit.values, axis=1).max() for unit in units]
+        with np.errstate(invalid="ignore"):  # in float64: the difference of two int32 may not fit
+            spreads = [np.ptp(unit.values.astype(np.float64), axis=1).max() for unit in units]
         return units[int(np.argmax(np.nan_to_num(spreads, nan=np.inf)))]
 
     def _begin(self, case: _Case, slot: int, leases: CheckedLeases, speed: float, now: float) -> list[Lease]:
@@ -204,7 +204,7 @@ class Inspector:
         assert host is not None
         was_busy = leases.busy(slot)
         case.asked.append((host, self._voter(host), leases.begin_check(slot, case.unit)))
-        host.set_leased(pairs_of(leases, slot), speed, speed, 0.0, now, was_busy=was_busy)
+        host.set_leased(leases.open_pairs(slot), speed, speed, 0.0, now, was_busy=was_busy)
         return [Lease(slot, *span) for span in case.unit.spans]
 
     def _settle(self, case: _Case, leases: CheckedLeases, helpers: Sequence[Host], now: float) -> list[Lease]:
@@ -242,7 +242,7 @@ class Inspector:
         if not others:
             return []
         speeds = _speeds_of(helpers)
-        seconds = {host: (pairs_of(leases, host.slot) + case.unit.pairs) / speeds[host.slot] for host in others}
+        seconds = {host: (leases.open_pairs(host.slot) + case.unit.pairs) / speeds[host.slot] for host in others}
         leased = case.unit.leased
         best = min(others, key=lambda host: (host.slot in leased, host.kind != suspect.kind, seconds[host]))
         return self._begin(case, best.slot, leases, speeds[best.slot], now)
@@ -284,8 +284,3 @@ class Inspector:
 def _speeds_of(hosts: Sequence[Host]) -> dict[int, float]:
     usual = usual_speed(hosts) or 1.0
     return {host.slot: host.speed or usual for host in hosts}
-
-
-def pairs_of(leases: CheckedLeases, slot: int) -> int:
-    """Return the number of a host's open pairs."""
-    return sum(count for _, count in leases.open_spans(slot))

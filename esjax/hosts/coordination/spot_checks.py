@@ -100,6 +100,10 @@ class CheckedLeases(Leases):
         """See `Leases.open_spans`."""
         return self._leases.open_spans(slot) + [span for check in self._open.get(slot, ()) for span in check.missing]
 
+    def open_pairs(self, slot: int) -> int:
+        """Return the number of a host's open pairs."""
+        return sum(count for _, count in self.open_spans(slot))
+
     def count(self, slot: int) -> int:
         """See `Leases.count`."""
         return self._leases.count(slot)

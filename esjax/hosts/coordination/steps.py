@@ -185,7 +185,7 @@ class Steps:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
             self.release(host)
-        elif now - host.leased_at > self._allowed(usually, usual is None and not host.speed) and (
+        elif now - host.leased_at > self._allowed(host, usually, usual is None and not host.speed) and (
             are_idle or usual is not None
         ):
             if is_measuring:
@@ -196,17 +196,17 @@ class Steps:
             if not host.late:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             is_fixed = self._config.es.time_per_step is None
-            host.set_late(self._open_pairs(host) if is_fixed else 0, now)
+            host.set_late(self.leases.open_pairs(host.slot) if is_fixed else 0, now)
             self.release(host)
 
-    def _allowed(self, usually: float, is_first: bool) -> float:
-        """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known."""
-        budget = self._config.es.time_per_step
+    def _allowed(self, host: Host, usually: float, is_first: bool) -> float:
+        """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known.
+
+        A time budget does not hold for a check, which is as long as what another host scored in its own time.
+        """
+        budget = None if self.leases.is_checking(host.slot) else self._config.es.time_per_step
         allowed = max(DEADLINE_FLOOR, usually) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
         return max(FIRST_DEADLINE, allowed) if is_first else allowed
-
-    def _open_pairs(self, host: Host) -> int:
-        return sum(count for _, count in self.leases.open_spans(host.slot))
 
     def _check_answers(self, now: float) -> list[Lease]:
         """Let hosts score some answers again; return the leases."""
@@ -234,7 +234,7 @@ class Steps:
         for host in hosts:
             slot = host.slot
             if slot in given:
-                pairs = self._open_pairs(host) if budget is None else math.ceil(budget * speeds[slot])
+                pairs = self.leases.open_pairs(slot) if budget is None else math.ceil(budget * speeds[slot])
                 speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
                 host.set_leased(pairs, speed, usual, delay, now, was_busy=slot in busy)
             if slot in given & trials and not host.late:

@@ -8,12 +8,15 @@ from esjax.hosts.coordination.registry import Host
 
 
 class Verdict(NamedTuple):
-    """What the votes decide."""
+    """What the votes decide.
 
-    right: str  # the right digest; "": as many owners are for another one
-    is_confirmed: (
-        bool  # whether hosts of two owners have it, or a host of the trusted owner, or there is one owner alone
-    )
+    Attributes:
+        right: The right digest; "": as many owners are for another one.
+        is_confirmed: Whether hosts of two owners have it, a host of the trusted owner has it, or the run has one owner.
+    """
+
+    right: str
+    is_confirmed: bool
 
 
 def decide(digests: Mapping[Host, str], kind: str, trusted: str | None, *, is_alone: bool) -> Verdict:

@@ -104,7 +104,7 @@ class Closed(NamedTuple):
     step: int  # number of steps done so far
     loss: float  # mean of the finite losses, or NaN
     population: int  # number of members scored
-    void_pairs: int  # number of pairs with a loss that is not finite
+    void_pairs: int  # number of pairs with a loss that is not finite, or in a gradient sum that is left out
     trouble: str  # why the step is void, or ""
     hosts: int  # number of hosts that scored some of its pairs
     notice: str  # line about the step for the user, or ""

@@ -377,7 +377,7 @@ class Worker:
         if isinstance(request, wire.Losses):
             self._begin_step()
         elif isinstance(request, wire.Join) and message.wait:
-            self.waiting = message.reason
+            self.waiting = legible(message.reason)
             self._joining.wait(now, message.wait)
         elif isinstance(request, wire.Fetch) and message.wait:
             self._fetch_at = now + message.wait

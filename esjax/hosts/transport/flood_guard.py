@@ -27,7 +27,8 @@ EACH = 256
 """Most connections of an address to a port; libzmq takes up to 150 KB for each."""
 
 MOST = 8192
-"""Most connections of all; half of them for handshakes and broadcasts' port less than this."""
+"""Most connections of all: three eighths of them at each port, an eighth that have not begun a handshake, and an eighth
+that have not finished it."""
 
 SPARE = 24
 """Descriptors that the coordinator and the guard keep for files."""
@@ -91,11 +92,7 @@ class FloodGuard:
             self.endpoints = [f"ipc://{path}" for path in paths]
             bounds = (
                 (True, FRAMES, limits.frames * (limits.frame + OVERHEAD) + ROOM),
-                (
-                    False,
-                    BROADCAST_FRAMES,
-                    BROADCAST_BYTES,
-                ),
+                (False, BROADCAST_FRAMES, BROADCAST_BYTES),
             )
             most = most_connections()
             self._plan = {
