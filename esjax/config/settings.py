@@ -370,8 +370,9 @@ class HostsConfig(Section):
     """Most hosts that one token lets in at a time; further ones wait. A run has at most 1,024 hosts."""
 
     trusted_token: str | None = None
-    """Name of the token whose hosts decide where the digests of as many tokens differ. None: such digests do not count,
-    and the hosts fetch the newest kept state."""
+    """Name of the token whose hosts are right where as many tokens have one digest as another, and in a spot check
+    between two tokens. None: such digests do not count, and the hosts fetch the newest kept state; no host is put aside
+    by such a check."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

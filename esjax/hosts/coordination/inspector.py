@@ -29,6 +29,9 @@ PROOFS = 3
 UNPROVEN = 0.1
 """Chance of checks in a step while a host has not passed them: one that invents its answers makes steps very short."""
 
+KIND_OWNERS = 3
+"""Owners that a kind of hardware needs so that its hosts check each other, and others do not."""
+
 LEAST = 0.25
 """Least chance of checks in a step, as a multiple of the share of time: one stalled check must not end all others."""
 
@@ -163,9 +166,11 @@ class Inspector:
         self._owners_vote = len({host.owner for host in [*suspects, *helpers]}) > 1
         of_voter: defaultdict[str, set[int]] = defaultdict(set)
         of_kind: defaultdict[str, set[int]] = defaultdict(set)
+        owners: defaultdict[str, set[str]] = defaultdict(set)  # by kind
         for host in helpers:
             of_voter[self._voter(host)].add(host.slot)
             of_kind[host.kind].add(host.slot)
+            owners[host.kind].add(self._voter(host))
         speeds = _speeds_of(helpers)
         queue = Queue(dict.fromkeys(speeds, 0), {slot: 1 / speed for slot, speed in speeds.items()}, {})
         loads = dict.fromkeys(speeds, 0)
@@ -177,8 +182,11 @@ class Inspector:
             unit = self._choose(leases.units(host.slot))
             # A host that had a lease of the same pairs may have them on their way, and would not score them again.
             barred = of_voter[voter] | full | unit.leased
-            alike = of_kind[host.kind] - of_voter[voter]
-            slot = queue.take(barred | (speeds.keys() - alike) if alike else barred)
+            # Hosts of other hardware round differently. But two owners could invent a kind, and check each other alone.
+            alike = of_kind[host.kind] if len(owners[host.kind]) >= KIND_OWNERS else set()
+            slot = queue.take(barred | (speeds.keys() - alike)) if alike else None
+            if slot is None:
+                slot = queue.take(barred)
             if slot is None:
                 continue
             loads[slot] += 1
