@@ -384,6 +384,8 @@ def serve_with(
     """`serve`, given all custom parts."""
     if config.init is not None:
         raise EsjaxError("a run over hosts starts from random weights; leave init out, or train on one machine")
+    if config.writes and config.data.vocabulary not in ("char", "byte"):  # settings, which hosts get, hold no tokenizer
+        raise EsjaxError("a reward in Python over hosts needs data.vocabulary char or byte; or train on one machine")
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
     corpus = load_corpus(config.data)

@@ -149,7 +149,7 @@ class _Here:
 
 def decode_all(vocabulary: Vocabulary, tokens: Int[ndarray, "texts length"]) -> list[str]:
     """Decode many texts that STOP fills up, as `Vocabulary.decode` does one."""
-    if vocabulary.kind == "byte" or "\0" in vocabulary.symbols:
+    if vocabulary.kind != "char" or "\0" in vocabulary.symbols:
         return [vocabulary.decode(row) for row in tokens]
     table = np.full(vocabulary.size, UNKNOWN_MARK)
     table[FIRST:] = vocabulary.symbols

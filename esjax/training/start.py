@@ -77,12 +77,13 @@ def _data(data: DataConfig, loaded: LoadedRun, name: str) -> DataConfig:
     if data.text == DataConfig().text and RunFolder(loaded.path).text_digest:
         data = replace(data, text=theirs.text, documents=theirs.documents, held_out=theirs.held_out)
     symbols = "".join(vocabulary.symbols) or None
+    kind = theirs.vocabulary if vocabulary.kind == "tokenizer" else vocabulary.kind
     asked = {"vocabulary": data.vocabulary, "symbols": data.symbols, "vocab_size": data.vocab_size}
-    has = {"vocabulary": vocabulary.kind, "symbols": symbols, "vocab_size": vocabulary.size}
+    has = {"vocabulary": kind, "symbols": symbols, "vocab_size": vocabulary.size}
     for setting, value in asked.items():
         if value != getattr(DataConfig(), setting) and value != has[setting]:
             raise EsjaxError(
                 f"init {name!r} was trained with data.{setting} {has[setting]!r}, and the settings ask for {value!r}; "
                 f"leave data.{setting} out"
             )
-    return replace(data, vocabulary=vocabulary.kind, symbols=symbols, vocab_size=None)
+    return replace(data, vocabulary=kind, symbols=symbols, vocab_size=None)

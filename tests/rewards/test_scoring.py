@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import esjax
 from esjax.config.reward import RewardConfig
-from esjax.config.settings import Config, replace
+from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.tokens import STOP, UNK
-from esjax.data.vocabulary import Vocabulary
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.models.custom_code import load_custom
@@ -92,8 +93,16 @@ def test_a_failed_call_costs_its_pair_and_is_told_once(prompts: Path) -> None:
 
 def test_many_texts_are_decoded_as_one_is() -> None:
     tokens = np.array([[2, UNK, 4], [3, STOP, STOP], [STOP] * 3], np.int32)
-    for vocabulary in (ABC, Vocabulary("char", ("\0", "ß", "\n")), Vocabulary("byte")):
+    pytest.importorskip("tokenizers")
+    subwords = fit_vocabulary("bpe:260", ["ab ab"], None)
+    for vocabulary in (ABC, Vocabulary("char", ("\0", "ß", "\n")), Vocabulary("byte"), subwords):
         assert decode_all(vocabulary, tokens) == [vocabulary.decode(row) for row in tokens]
+
+
+def test_hosts_cannot_decode_subwords(prompts: Path, tmp_path: Path) -> None:
+    config = replace(config_of(prompts), data=DataConfig(vocabulary="bpe:260"))
+    with pytest.raises(EsjaxError, match=r"over hosts needs data\.vocabulary char or byte"):
+        esjax.serve(config, tmp_path / "run", reward=count_a)
 
 
 def test_a_run_records_vocabulary_and_prompts(prompts: Path) -> None:

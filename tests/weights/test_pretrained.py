@@ -274,6 +274,32 @@ def test_text_is_generated_and_scored(tmp_path: Path) -> None:
         model.evaluate()
 
 
+def count_a(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(text.count("a")) for text in completions]
+
+
+def test_a_run_starts_from_a_pretrained_model(tmp_path: Path) -> None:
+    """With a reward in Python over its subwords; reference: the weights before the first step, and the tokenizer."""
+    write_folder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sat\n\n" * 20)
+    (tmp_path / "prompts.txt").write_text("the cat\nthe\n")
+    esjax.import_weights(tmp_path / "model", tmp_path / "start")
+    model = esjax.load(tmp_path / "start")
+    config = esjax.Config(
+        steps=1,
+        init=str(tmp_path / "start"),
+        data=esjax.DataConfig(text=str(tmp_path / "text.txt"), batch_size=2),
+        es=esjax.EsConfig(population_size=8),
+        reward=esjax.RewardConfig(prompts=str(tmp_path / "prompts.txt"), length=3, held_out=0.0, processes=0),
+    )
+    run = esjax.train(config, tmp_path / "run", reward=count_a)
+    jax.tree.map(np.testing.assert_array_equal, run.params, model.params)
+    (info,) = [*run]
+    assert info.reward is not None
+    assert info.reward == -info.loss
+    assert esjax.load(tmp_path / "run").vocabulary == model.vocabulary
+
+
 def test_weights_may_be_bfloat16(tmp_path: Path) -> None:
     write_folder(tmp_path)
     model = esjax.load_pretrained(tmp_path, kind="bfloat16", context=8)
