@@ -239,21 +239,31 @@ def test_the_draws_are_of_no_generator_whose_numbers_are_sent() -> None:
 
 
 def test_hosts_of_one_kind_check_each_other() -> None:
-    """Of two kinds with two hosts each: each checks the other one of its kind; a single host takes any."""
+    """Of two kinds with three hosts each: each checks one of its kind; a single host takes any."""
     sim = Simulation(config_of(population=128, spot_check=1.0))
-    for name, kind in (("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")):
+    for name, kind in zip("abcdef", "xyxyxy", strict=True):
         sim.add(name, kind=kind)
     sim.run_steps(5)
     first = len(sim.log)
     sim.run_steps(10)
-    partner = {0: 2, 2: 0, 1: 3, 3: 1}
     scored: dict[int, list[int]] = {}
     for _, _, name, message in sim.log[first:]:
         if name == "a" and isinstance(message, wire.Step):
             scored = {slot: list(range(at, at + count)) for slot, at, count in message.leases}
         elif name == "a" and isinstance(message, wire.Extra) and scored:
-            assert all(at in scored[partner[slot]] for slot, at, _ in message.leases)
+            for slot, at, _ in message.leases:
+                assert any(at in scored[other] for other in scored.keys() - {slot} if other % 2 == slot % 2)
     assert sim.server.inspector.checks > 20
-    lone = sim.add("e", kind="z", make_worker=partial(LyingWorker, "scaled"))
+    lone = sim.add("lone", kind="z", make_worker=partial(LyingWorker, "scaled"))
     sim.run_steps(10)
     assert "put aside" in lone.worker.refused
+
+
+def test_two_owners_that_invent_a_kind_are_checked_by_others() -> None:
+    """Both send the same false losses, so that each would confirm the other."""
+    sim = Simulation(config_of(population=128, spot_check=1.0))
+    liars = [sim.add(name, kind="invented", make_worker=partial(LyingWorker, "two of one token")) for name in ("l", "m")]
+    for name in "abcd":
+        sim.add(name, kind="x")
+    sim.run_steps(20)
+    assert ["put aside" in host.worker.refused for host in liars] == [True, True]
