@@ -262,7 +262,9 @@ def test_hosts_of_one_kind_check_each_other() -> None:
 def test_two_owners_that_invent_a_kind_are_checked_by_others() -> None:
     """Both send the same false losses, so that each would confirm the other."""
     sim = Simulation(config_of(population=128, spot_check=1.0))
-    liars = [sim.add(name, kind="invented", make_worker=partial(LyingWorker, "two of one token")) for name in ("l", "m")]
+    liars = [
+        sim.add(name, kind="invented", make_worker=partial(LyingWorker, "two of one token")) for name in ("l", "m")
+    ]
     for name in "abcd":
         sim.add(name, kind="x")
     sim.run_steps(20)
