@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,8 @@ import typechecker
 from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; several tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(50_000)  # JAX keeps so many objects that looking for cycles among them took a twelfth of the time
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -58,6 +58,7 @@ def link() -> Iterator[Link]:
             made.close()
 
 
+@pytest.mark.nightly  # it waits for more than a minute
 def test_a_host_that_is_cut_off_for_a_while_changes_nothing(fleet: Fleet, link: Link, lenient_promotion: None) -> None:
     """The updates are those of one process: nothing is lost or doubled."""
     server = fleet.serve("--plain-text-anywhere", bind=f"tcp://{link.address}:0")

@@ -1,6 +1,8 @@
 """What both sides of the wire may count on, over real sockets on loopback."""
 
 import os
+import select
+import signal
 import socket
 import struct
 import subprocess
@@ -298,8 +300,11 @@ def test_row_05_the_kernel_notices_a_dead_connection_within_20_seconds(server: S
     with client_of(server) as client:
         round_trip(server, client, [b"hello"])
         listen(server, client)
+        gate = server._guard._process
+        assert gate is not None
+        gate.send_signal(signal.SIGSTOP)  # so that the connections come here
         for listener in server._guard._listeners:
-            with socket.create_connection(listener.getsockname()), listener.accept()[0] as tcp:
+            with socket.create_connection(listener.getsockname()), accept(listener) as tcp:
                 assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 idle, interval, count = (
                     tcp.getsockopt(socket.IPPROTO_TCP, option)
@@ -307,6 +312,12 @@ def test_row_05_the_kernel_notices_a_dead_connection_within_20_seconds(server: S
                 )
                 assert idle + interval * count <= 20
                 assert 0 < tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 20_000
+        gate.send_signal(signal.SIGCONT)
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    assert select.select([listener], [], [], PATIENCE)[0]
+    return listener.accept()[0]
 
 
 @pytest.mark.parametrize("at", ["router", "publisher"])
