@@ -21,6 +21,7 @@ import numpy as np
 
 from bench.report import Report, Row
 from bench.settings import Coordinator as Settings
+from bench.sockets import pass_messages
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import STEPS_PER_DEVIATION
@@ -230,7 +231,7 @@ def run_hosts(address: str, first: int, count: int) -> None:
         worker = Worker(f"host-{i}", "", "", answers, {}, now=time.monotonic(), jitter=random.random)
         line.append((worker, ClientTransport(address, token=None, limits=limits)))
     devices: dict[str, FakeDevices] = {}
-    listening = set()
+    listening = set[str]()
     while True:
         for worker, transport in line:
             now = time.monotonic()
@@ -238,17 +239,7 @@ def run_hosts(address: str, first: int, count: int) -> None:
                 if worker.name not in devices:
                     devices[worker.name] = FakeDevices(worker.joined.vector_length)
                 worker.finished(devices[worker.name].do(task), now)
-            if worker.joined and worker.name not in listening:
-                listening.add(worker.name)
-                transport.subscribe(worker.joined.publish_port)
-            request = worker.request(now)
-            if request is not None:
-                transport.request(wire.encode(request))
-            received = transport.poll(0.0)
-            for frames in received.broadcasts:
-                worker.receive(wire.decode(frames, "broadcast"), now)
-            if received.reply is not None:
-                worker.receive(wire.decode(received.reply, "reply"), now)
+            pass_messages(worker, transport, listening, now)
 
 
 def _step(

@@ -22,6 +22,7 @@ import numpy as np
 from bench.lies import LyingWorker
 from bench.report import Report, Row, print_row
 from bench.settings import Liars as Settings
+from bench.sockets import pass_messages
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.data.corpus import Corpus, load_corpus
@@ -310,17 +311,7 @@ def run_hosts(
             now = time.monotonic()
             if (task := worker.task()) is not None:
                 worker.finished(devices.do(task, worker.step), time.monotonic())
-            if worker.joined and worker.name not in listening:
-                listening.add(worker.name)
-                transport.subscribe(worker.joined.publish_port)
-            request = worker.request(now)
-            if request is not None:
-                transport.request(wire.encode(request))
-            received = transport.poll(0.0)
-            for frames in received.broadcasts:
-                worker.receive(wire.decode(frames, "broadcast"), now)
-            if received.reply is not None:
-                worker.receive(wire.decode(received.reply, "reply"), now)
+            pass_messages(worker, transport, listening, now)
         if line.poll():
             line.recv()
             line.send(devices.held_out())
