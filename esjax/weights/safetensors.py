@@ -25,7 +25,7 @@ from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.flags import default_flags
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.model import ModelFactory, Params
 from esjax.runs.folder import check_custom
 from esjax.weights.start import begin_with
