@@ -118,6 +118,13 @@ def test_they_keep_the_interface_and_carry_nothing_over_a_stop(name: str) -> Non
     )
 
 
+def test_states_of_another_form_are_refused() -> None:
+    model = PARALLEL["lru of one token"]
+    one = model._replace(states=lambda params, state, tokens: state)
+    with pytest.raises(EsjaxError, match=r"states of own returns .* for 2 tokens; it must return"):
+        check_model("own", one, VOCAB)
+
+
 def test_sizes_of_heads_that_do_not_fit_are_refused() -> None:
     with pytest.raises(EsjaxError, match="head_size must divide hidden_size, got 5 for 32"):
         Rwkv7Config(head_size=5)
