@@ -198,7 +198,8 @@ THERE = jnp.ones(2, bool)
     ("name", "burn_in"),
     [
         *[("gru", 0), ("gru", 1), ("mingru", 1), ("mingru, two layers", 0), ("mingru, two layers", 1)],
-        *[("lstm", 0), ("lstm", 1), ("lru", 0), ("lru", 1)],
+        *[("lstm", 0), ("lru", 1)],
+        *(pytest.param(*one, marks=pytest.mark.nightly) for one in (("lstm", 1), ("lru", 0))),
     ],
 )
 def test_with_orthogonal_noise_it_is_the_credit_of_the_gates(name: str, burn_in: int) -> None:
