@@ -190,6 +190,18 @@ def test_a_run_has_one_lock(path: Path) -> None:
     second.unlock()
 
 
+def test_a_new_run_is_locked_from_its_creation_on(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "new", CONFIG, VOCABULARY, "")
+    assert is_running(tmp_path / "new")
+    with pytest.raises(EsjaxError, match="another process"):
+        RunFolder(tmp_path / "new").lock()
+    with folder.locked():
+        assert is_running(tmp_path / "new")
+    assert not is_running(tmp_path / "new")
+    with RunFolder(tmp_path / "new").locked():
+        assert is_running(tmp_path / "new")
+
+
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_is_named_as_such(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Lustre and some of NFS are: nobody trains the run, and so it is not said to be running either."""
