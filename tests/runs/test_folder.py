@@ -366,7 +366,7 @@ def test_of_several_that_make_a_folder_at_once_one_succeeds(tmp_path: Path, is_t
         folder = RunFolder(path)
         assert (folder.config.seed, folder.text_digest) == (seed, f"{seed}")
         assert all("exists already" in str(one) for number, one in enumerate(found) if number != seed)
-        assert contents(path).keys() == {"config.yaml", "vocabulary.json", "run.json"}
+        assert contents(path).keys() == {"config.yaml", "vocabulary.json", "run.json", ".lock"}
 
 
 def test_of_several_that_write_new_files_one_succeeds_and_the_others_leave_nothing(tmp_path: Path) -> None:
