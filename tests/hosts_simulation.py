@@ -424,7 +424,9 @@ class Simulation:
             elif isinstance(action, Store):
                 if hash_state(action.snapshot.data[:STATE_BYTES]) != action.digest:
                     self.server.audits.is_false(action.snapshot)
-                elif not self.store_fails:
+                elif self.store_fails:
+                    self.server.audits.not_stored(action.snapshot)
+                else:
                     self.checkpoints.append(action.snapshot)
                     self.server.audits.stored(action.snapshot)
             elif isinstance(action, Closed):

@@ -252,7 +252,7 @@ def _print(status: "StatusReply") -> None:
     print(f"run {status.run}  step {status.step:,}  loss {loss}{held_out}  {'paused' if status.paused else rate}")
     table = Table("host", "state", "step", "members/s", "share", "last seen", "digest", "device", "note", box=None)
     for host in status.hosts:
-        mark = " *" if host.slot == status.anchor else ""
+        mark = " *" if host.slot == status.reference else ""
         table.add_row(
             host.name + mark,
             host.state,
@@ -265,7 +265,7 @@ def _print(status: "StatusReply") -> None:
             host.note,
         )
     open_console().print(table)
-    if any(host.slot == status.anchor for host in status.hosts):
+    if any(host.slot == status.reference for host in status.hosts):
         print("* checkpoints save the state of this host")
     for reason, count in sorted(status.counters.items()):
         print(f"turned down: {count:,} x {reason}")

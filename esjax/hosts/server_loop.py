@@ -167,17 +167,16 @@ class ServerLoop:
         return None if self._held_out == before else self._held_out
 
     def _store(self, store: Store) -> None:
-        snapshot = store.snapshot
+        snapshot, audits = store.snapshot, self._coordinator.audits
+        done = audits.is_false
         try:
             state = from_bytes(snapshot.data, self._like)
-            if int(state.step) != snapshot.step:
-                raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
-            if digest(state) != store.digest:
-                self._coordinator.audits.is_false(snapshot)
+            if digest(state) != store.digest or int(state.step) != snapshot.step:
                 raise EsjaxError("a host sent another state than its digest names")
-            self._recorder.save(state, self._marks.get(snapshot.step))
+            done = audits.not_stored
+            self._recorder.save(state, self._marks.get(snapshot.step), is_confirmed=store.is_confirmed)
+            done = audits.stored
         except EsjaxError as error:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
             self._tell(f"no checkpoint at step {snapshot.step}: {error}")
-            return
-        self._coordinator.audits.stored(snapshot)
+        done(snapshot)

@@ -158,6 +158,8 @@ def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str
     assert restored is not None  # the newest one is late enough
     replica.state = restored.state
     first = int(restored.state.step)
+    if doubt := restored.doubt():
+        tell(doubt)
     tell(
         f"the ledger is whole from step {begins:,} on: replaying from the checkpoint of step {first:,}; earlier steps "
         "cannot be replayed"

@@ -174,15 +174,16 @@ class Recorder:
         if self.ledger:
             self.ledger.append(DIGEST, step, digest.encode())
 
-    def save(self, state: TrainState, progress: tuple[float, int] | None = None) -> None:
+    def save(self, state: TrainState, progress: tuple[float, int] | None = None, *, is_confirmed: bool = True) -> None:
         """Write a checkpoint, and drop updates behind the horizon.
 
         Args:
             state: The state.
             progress: Training time and member-tokens at its step. None: the present ones.
+            is_confirmed: False for a state of a host that no other owner's host has confirmed.
         """
         if self.checkpoints:
-            self.checkpoints.save(state, *(progress or self.progress))
+            self.checkpoints.save(state, *(progress or self.progress), is_confirmed=is_confirmed)
             horizon = self._run.config.ledger_horizon
             if horizon is not None and self.ledger:
                 keep_within(horizon, self.ledger, self.checkpoints)

@@ -1,5 +1,6 @@
 """What honest values can be: bounds by hand, sums of real replicas, and a run in which a false sum arrives once."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -148,6 +149,26 @@ def test_what_stays_larger_becomes_usual_and_a_liar_does_not() -> None:
         rows = rows_of(rng, [64] * 4)
         rows[1, :50] *= 10
         assert usual.take(rows).tolist() == [True, False, True, True]
+
+
+def test_one_host_of_five_makes_a_sum_less_than_three_times_as_long() -> None:
+    """It knows the sum of the others, and sends as much of it as is taken. Reference: the sum of honest hosts."""
+    rng, usual = np.random.default_rng(0), UsualSums([slice(0, 2000)])
+
+    def honest() -> np.ndarray:
+        rows = np.concatenate([rng.normal(0, 160 * 32, (5, 2000)), np.tile([1024, 0, 1024000], (5, 1))], axis=1)
+        return np.rint(rows).astype(np.int64)
+
+    for _ in range(20):
+        assert usual.take(honest()).all()
+    longest = 0.0
+    for factor in np.arange(1.0, 3.0, 0.05):
+        rows = honest()
+        length = np.linalg.norm(rows[:, :2000].sum(axis=0).astype(float))
+        rows[0, :2000] = factor * rows[1:, :2000].sum(axis=0)
+        if copy.deepcopy(usual).take(rows)[0]:
+            longest = max(longest, float(np.linalg.norm(rows[:, :2000].sum(axis=0).astype(float)) / length))
+    assert 2 < longest < 3
 
 
 SETTINGS: dict[str, Config] = {

@@ -80,7 +80,9 @@ def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path:
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(esjax.EsjaxError, match="rebuild its state first"):
         list(esjax.resume_serving(tmp_path / "run", bind="tcp://127.0.0.1:0", tell=print))
-    assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
+    lines: list[str] = []
+    assert digest(esjax.resume(tmp_path / "run", steps=4, tell=lines.append)._replica.state) == replayed.digest
+    assert f"rebuilt from the weights of {str(tmp_path / 'base')!r} and the ledger" in lines[-1]
 
 
 def test_behind_the_horizon_a_replay_does_not_need_them(base: Path, tmp_path: Path) -> None:

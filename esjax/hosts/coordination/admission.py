@@ -41,9 +41,13 @@ class Admission:
         """Set up; `make_room` ends the session of one of some hosts, if one of them is lost, or else returns False."""
         self._config, self._terms, self._registry, self._make_room = config, terms, registry, make_room
         self._joins, self._fetched = _Meter(), _Meter()
+        self._excluded: dict[str, str] = {}  # reasons, by owner
 
     def objection(self, join: wire.Join, former: Host | None, key: str | None, now: float) -> Objection | None:
         """Return why a host with a key may not join now, or None; `former` has its name, and would end."""
+        excluded = self._excluded.get(key or join.name)
+        if excluded:
+            return Objection(excluded, "hosts turned away")
         reason = self._terms.objection(join, self._config.es.noise)
         if reason:
             return Objection(reason, "hosts turned away")
@@ -62,6 +66,12 @@ class Admission:
         if len(everyone) >= MAX_HOSTS and not self._make_room(everyone):
             return Objection(f"the run has {MAX_HOSTS} hosts, and takes no more", "too many hosts", FULL_WAIT)
         return None
+
+    def exclude(self, host: Host, reason: str) -> None:
+        """Let no host of the owner of a host join any more."""
+        what = f"a host with this token, {host.name}," if host.key else "a host of this name"
+        why = f"{what} was put aside, and the coordinator lets it in only after a restart: {reason}"
+        self._excluded.setdefault(host.owner, why)
 
     def fetch(self, host: Host, part: int, copy: int, now: float) -> float:
         """Count a part of a text or a state, in bytes; return 0, or the seconds to wait if it is above the quota.

@@ -37,8 +37,8 @@ class Coordinator:
     Attributes:
         terms: What is fixed for all hosts of the run.
         counters: Number of rejected requests, by reason.
-        gradient_norm: Norm of the last estimate, as the anchor reported it, or NaN.
-        update_norm: Norm of the last update, as the anchor reported it, or NaN.
+        gradient_norm: Norm of the last estimate, as the reference host reported it, or NaN.
+        update_norm: Norm of the last update, as the reference host reported it, or NaN.
         audits: Checkpoints, digests and held-out losses.
         finished: Whether the goodbye was sent after `stop`.
     """
@@ -197,7 +197,7 @@ class Coordinator:
         hosts = [
             host.status(now, 3 * PULSE, members) for host in self._registry if not (host.superseded or host.dropped)
         ]
-        anchor = self.audits.anchor
+        reference = self.audits.reference
         return wire.Status(
             run=self.terms.run,
             incarnation=self.terms.incarnation,
@@ -206,7 +206,7 @@ class Coordinator:
             held_out=self.audits.held_out,
             member_tokens_per_second=0.0 if self._paused else self._steps.rate,
             paused=self._paused,
-            anchor=None if anchor is None else anchor.slot,
+            reference=None if reference is None else reference.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
             counters=dict(+self.counters),
         )
@@ -214,8 +214,6 @@ class Coordinator:
     # Requests.
 
     def _join(self, message: wire.Join, key: str | None, peer: bytes, now: float) -> Message:
-        if key in self.inspector.liars:
-            return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
         if former and former.key == key and former.instance == message.instance:
             if message.attempt <= former.attempt:
@@ -254,8 +252,6 @@ class Coordinator:
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
-        if message.what == "state":
-            host.resync = False
         part = self._downloads.part(message, self.step, self.audits.snapshots)
         if isinstance(part, str):
             return self._rejected(part)
@@ -264,6 +260,8 @@ class Coordinator:
         if wait:
             self.counters["downloads above the quota of a token"] += 1
             return self._rejected("the hosts of this token fetch too much", wait=wait)
+        if message.what == "state" and message.offset + len(part.body) == self.terms.state_bytes:
+            host.has_fetched = True
         return part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
@@ -281,6 +279,8 @@ class Coordinator:
             self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
+        if host.has_fetched and message.phase == "ready":
+            host.resync = host.has_fetched = False
         if message.note and message.note != host.note:
             self._out.tell(f"{host.name}: {message.note}")
         host.note = message.note
@@ -303,13 +303,13 @@ class Coordinator:
             self.counters["losses for an old step"] += 1
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
-            return self._rejected("the state of this host is wrong; it must fetch the anchor's first")
+            return self._rejected("the state of this host is wrong; it must fetch the newest kept one first")
         is_new = not host.speed
         fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
-        if host is self.audits.anchor and message.gradient_norm is not None and message.update_norm is not None:
+        if host is self.audits.reference and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
         self._steps.go_on(now, is_new and host.speed > 0)  # it gets its share once its speed is known
         return self._ok(host)
@@ -340,7 +340,8 @@ class Coordinator:
 
     def _ok(self, host: Host) -> wire.Ok:
         spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
-        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
+        must_fetch = host.resync and not host.has_fetched
+        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), must_fetch)
 
     def _rejected(self, reason: str, rejoin: bool = False, wait: float = 0.0) -> wire.Rejected:
         return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin, wait)
@@ -390,12 +391,14 @@ class Coordinator:
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
+        if not self._registry.has_one_owner:  # else nobody could take its place
+            self._admission.exclude(host, reason)
         self._out.tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
         """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""
-        host.resync = True
+        host.resync, host.has_fetched = True, False
         if is_wrong:
             self._steps.leases.revoke(host.slot)
         else:

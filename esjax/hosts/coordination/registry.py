@@ -52,7 +52,8 @@ class Host:
         hung: Whether it sends messages but makes no progress.
         is_gone: Whether it is lost (until its next message), or its session has ended.
         resyncs: How often in a row its state differed from the right one.
-        resync: Whether it must fetch the anchor's state.
+        resync: Whether it must fetch the newest kept state, and has not reported since then that it is ready.
+        has_fetched: Whether it has fetched a whole state since it was last ready.
         aside: Why it is put aside, or "".
         superseded: Whether a newer host has its name.
         dropped: Whether its session has ended; it stays in the registry while this step has values of it.
@@ -73,7 +74,8 @@ class Host:
         self._most_speed = math.inf
         self.slowness: float | None = None
         self.probe_after = PROBE
-        self.has_failed = self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
+        self.has_failed = self.late = self.hung = self.is_gone = self.superseded = self.dropped = False
+        self.resync = self.has_fetched = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
@@ -199,6 +201,11 @@ class Registry:
     def get(self, session: int) -> Host | None:
         """Return the host of a session, or None."""
         return self._hosts.get(session)
+
+    @property
+    def has_one_owner(self) -> bool:
+        """Whether all hosts that are there have one owner."""
+        return len({host.owner for host in self._hosts.values() if not host.is_gone}) <= 1
 
     def called(self, name: str) -> Host | None:
         """Return the host of a name that is not superseded or dropped, or None."""

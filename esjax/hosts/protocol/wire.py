@@ -14,7 +14,7 @@ import msgspec
 from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 from esjax.exchange.values import MAX_REQUEST
 
-VERSION = 5
+VERSION = 6
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
@@ -259,7 +259,7 @@ class Status(Message, frozen=True, tag="status"):
     held_out: float | None  # last held-out loss, or None
     member_tokens_per_second: float  # speed over the last steps; 0 while the run is paused
     paused: bool  # whether no host is ready
-    anchor: int | None  # slot of the host whose state is kept, or None
+    reference: int | None  # slot of the reference host, whose state is kept, or None
     hosts: list[HostStatus]
     counters: dict[str, int]  # number of rejected requests, by reason
 
