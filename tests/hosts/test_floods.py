@@ -4,16 +4,16 @@ References: steps go on, an honest host joins, checkpoints are written, and the 
 """
 
 import errno
+import math
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
 import pytest
-from bench import flooders
+from bench.floods import join, process
 from processes import PATIENCE, TEXT, Fleet, fleet, free_port, steps_done, wait_until
 from transports import is_closed
 
@@ -59,24 +59,22 @@ def test_row_57_a_token_holder_floods_fetches_and_subscriptions(
 
     server.while_open = giving_up
     counters: dict[str, int] = {}
-    late_at = None  # step at which a host joins although there is a flood
+    joining: Future[tuple[float, int]] | None = None
     with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
         for count, _ in enumerate(server):
-            status = server.status()
-            counters = status.counters
+            counters = server.status().counters
             if count == 5:
                 token = ServerKeys(keys, new_keypair, print).new_token("greedy", server.address)
                 for flood in FLOODS:
-                    words = [flood, "127.0.0.1", str(port), str(port + 1), str(token)]
-                    flooder = subprocess.Popen([sys.executable, flooders.__file__, *words])
-                    stack.callback(flooder.wait)
-                    stack.callback(flooder.kill)
-            if late_at is None and all(counters.get(sign, 0) >= 4 for sign in FLOODS.values()):
-                late_at = count
-                fleet.join("late", "--token-file", str(server.token))
-            is_in = any((host.name, host.state) == ("late", "ready") for host in status.hosts)
-            if late_at is not None and count >= late_at + 20 and is_in:
+                    stack.enter_context(process(flood, "127.0.0.1", str(port), str(port + 1), str(token)))
+            if joining is None and all(counters.get(sign, 0) >= 4 for sign in FLOODS.values()):
+                joining = pool.submit(join, server)
+                begun = count
+            if joining is not None and joining.done() and count >= begun + 20:
                 break
+        assert joining is not None
+        assert joining.result()[0] < math.inf
     assert counters.get("downloads above the quota of a token", 0) < 200  # thousands if each request had an answer
 
 
