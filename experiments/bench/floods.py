@@ -229,7 +229,7 @@ def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
 
     It begins after `wait` seconds.
 
-    The seconds are infinite if that takes more than `PATIENCE`.
+    The seconds are infinite if that takes more than `PATIENCE`, or the host gives up.
     """
     token = None if server.token is None else load_token(server.token)
     time.sleep(wait)
@@ -242,6 +242,8 @@ def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
                 client.request(wire.encode(Envelope(message)))
                 asked = time.perf_counter()
             received = client.poll(0.1)
+            if received.refused:
+                break
             heard = heard or bool(received.broadcasts)
             if received.reply is not None:
                 reply = wire.decode(received.reply, "reply")

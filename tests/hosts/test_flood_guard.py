@@ -202,6 +202,32 @@ def test_an_unfinished_handshake_ends_after_its_time(server: ServerTransport) ->
     assert time.monotonic() - begun > 4
 
 
+RESTING = f"""
+{flood_guard.COMMAND.rpartition(";")[0]}
+from esjax.hosts.transport import gate
+settle = gate.Gate._settle
+def settle_and_rest(*words):
+    gate.STRANGERS_SHARE = 1e-12
+    settle(*words)
+gate.Gate._settle = settle_and_rest
+main(sys.argv[2])
+"""
+"""A guard that after the first reply gives strangers next to none of its time."""
+
+
+def test_row_55_strangers_rest_for_the_time_that_they_took_and_hosts_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flood_guard, "COMMAND", RESTING)
+    with server_of() as server, client_of(server) as client:
+        round_trip(server, client, [b"from now on it is no stranger"])
+        with closing(connect(server)) as late:
+            late.sendall(GREETING)
+            for _ in range(50):
+                round_trip(server, client, [b"unhindered"])
+            late.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+
+
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServerTransport, list[str]]]:
     """A server that lets an address have 4 connections without a handshake, and 4 with one."""

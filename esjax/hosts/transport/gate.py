@@ -47,8 +47,11 @@ STALL_SECONDS, POOL_RATE = 1.0, 2**18
 ACCEPTS = 8
 """Most new connections of a port at once."""
 
-STRANGERS_SHARE, STINT = 0.1, 0.001
+STRANGERS_SHARE, STINT = 0.05, 0.0005
 """Most of the time that goes to strangers, and seconds of it at once, so that hosts wait for no flood."""
+
+LARGE = 8
+"""How many times as long as a port a stranger with a large message waits for its turn."""
 
 TURN = 0.1
 """Most seconds between two checks of deadlines, and between two reports; also a pause without descriptors."""
@@ -122,9 +125,8 @@ class Gate:
     def _attend_to_strangers(self, now: float) -> None:
         """Serve ports and strangers for a while, and then let them rest."""
         began, pause = time.thread_time(), 0.0
-        events = self._outside.select(0)
-        random.shuffle(events)  # not all are served now, and none shall come last again and again
-        for key, mask in events:
+        # Not all are served now. So that what is accepted is served, ports come after it.
+        for key, mask in sorted(self._outside.select(0), key=lambda event: _rank(event[0].data)):
             if isinstance(key.data, Door):
                 pause = self._accept(key.data, now)
             else:
@@ -359,6 +361,13 @@ def _greeting(inner: str) -> bytes:
                 raise ConnectionError("the coordinator has gone")
             greeting += part
         return greeting
+
+
+def _rank(data: Door | Link) -> float:
+    """Return when a port or a stranger has its turn, by chance: the lowest first."""
+    if isinstance(data, Link) and data.held <= SMALL:
+        return random.random()
+    return 1 + random.random() * (LARGE if isinstance(data, Link) else 1)
 
 
 def _since(door: Door) -> str:
