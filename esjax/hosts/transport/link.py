@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     frame: int  # most bytes of a frame
     parts: int  # most frames of a message
     handshake: int  # frames of a host's handshake
-    half_open: int  # most connections of an address that have not begun a handshake, and that have not finished it
-    each: int  # most connections of an address to a port
+    half_open: int  # most connections of an address that have not begun the handshake
+    each: int  # most connections of an address to a port, and most that have begun the handshake and had no reply
     most: int  # most connections of all
 
 
