@@ -498,6 +498,30 @@ def test_row_53_downloads_of_a_token_are_limited_and_go_on_later(monkeypatch: py
 # Far hosts, and closed connections.
 
 
+def test_row_57_updates_that_a_token_asks_for_are_limited_and_are_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: four requests a minute for each host."""
+    monkeypatch.setattr(admission, "ASKS", 4)
+    sim = Simulation(config_of())
+    greedy = sim.add("greedy", key="bad")
+    sim.add("honest", key="x")
+    sim.run_steps(3)
+    joined = greedy.worker.joined
+    assert joined is not None
+    replies = [sim.server.receive(Envelope(wire.CatchUp(joined.session, 0)), sim.now, "bad") for _ in range(20)]
+    rejected = [reply.message for reply in replies if isinstance(reply.message, wire.Rejected)]
+    assert len(rejected) >= 16
+    assert all(0 < message.wait <= admission.MINUTE for message in rejected)
+    assert sim.server.counters["downloads above the quota of a token"] == len(rejected)
+    greedy.cut = {"broadcast"}
+    sim.run(5)
+    greedy.cut = set()
+    asked = len(sim.messages(wire.CatchUp, "greedy"))
+    missed = sim.server.step
+    sim.run(admission.MINUTE)
+    assert greedy.worker.step >= missed
+    assert len(sim.messages(wire.CatchUp, "greedy")) - asked <= 5  # it waited as long as it was told to
+
+
 @both_exchanges
 def test_row_58_far_hosts_do_not_slow_a_near_one(sums: bool) -> None:
     """Reference: the near host alone, whose answers no other host checks."""

@@ -19,6 +19,9 @@ COPIES = 4
 LEAST_BYTES = 2**26
 """Bytes of texts and states that an owner may fetch in a minute in any case."""
 
+ASKS = 2**14
+"""Parts of blocks, and series of updates, that an owner may ask for in a minute, for each of its hosts."""
+
 FULL_WAIT = 5.0
 """Seconds after which a host that finds no place should ask again."""
 
@@ -40,7 +43,7 @@ class Admission:
     def __init__(self, config: Config, terms: Terms, registry: Registry, make_room: Callable[[Sequence[Host]], bool]):
         """Set up; `make_room` ends the session of one of some hosts, if one of them is lost, or else returns False."""
         self._config, self._terms, self._registry, self._make_room = config, terms, registry, make_room
-        self._joins, self._fetched = _Meter(), _Meter()
+        self._joins, self._fetched, self._asked = _Meter(), _Meter(), _Meter()
         self._excluded: dict[str, str] = {}  # reasons, by owner
 
     def objection(self, join: wire.Join, former: Host | None, key: str | None, now: float) -> Objection | None:
@@ -84,6 +87,10 @@ class Admission:
         """
         quota = max(COPIES * copy * len(self._registry.of(host.owner)), LEAST_BYTES)
         return self._fetched.use(host.owner, part / quota, now)
+
+    def ask(self, host: Host, now: float) -> float:
+        """Count a request for a part of a block, or for updates; return 0, or the seconds to wait, as `fetch` does."""
+        return self._asked.use(host.owner, 1 / (ASKS * len(self._registry.of(host.owner))), now)
 
 
 class _Meter:

@@ -88,7 +88,7 @@ class Coordinator:
         )
         self._admission = Admission(config, terms, registry, self._make_room)
         self._pulse_at = now
-        self._paused = True
+        self.paused = True
         self._first = step
         self._stopping: bool | None = None  # whether training has ended
         self._stop_at = now  # until then the last audits may take
@@ -204,8 +204,8 @@ class Coordinator:
             step=self.step,
             loss=self._steps.loss,
             held_out=self.audits.held_out,
-            member_tokens_per_second=0.0 if self._paused else self._steps.rate,
-            paused=self._paused,
+            member_tokens_per_second=0.0 if self.paused else self._steps.rate,
+            paused=self.paused,
             reference=None if reference is None else reference.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
             counters=dict(+self.counters),
@@ -256,18 +256,28 @@ class Coordinator:
         if isinstance(part, str):
             return self._rejected(part)
         copy = len(self._downloads.text.data) + self.terms.state_bytes
-        wait = self._admission.fetch(host, len(part.body), copy, now) if message.what != "block" else 0.0
+        wait = (
+            self._admission.ask(host, now)
+            if message.what == "block"
+            else self._admission.fetch(host, len(part.body), copy, now)
+        )
         if wait:
-            self.counters["downloads above the quota of a token"] += 1
-            return self._rejected("the hosts of this token fetch too much", wait=wait)
+            return self._above_quota(wait)
         if message.what == "state" and message.offset + len(part.body) == self.terms.state_bytes:
             host.has_fetched = True
         return part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
+        wait = self._admission.ask(host, now)
+        if wait:
+            return self._above_quota(wait)
         updates = self._downloads.updates(message.step, self.step, self.audits.snapshots)
         return updates or wire.Ok(self.terms.incarnation, self.step, [], resync=True)
+
+    def _above_quota(self, wait: float) -> Message:
+        self.counters["downloads above the quota of a token"] += 1
+        return self._rejected("the hosts of this token fetch too much", wait=wait)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
         if message.incarnation != self.terms.incarnation:
@@ -405,8 +415,8 @@ class Coordinator:
             self._steps.leases.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
-        before, self._paused = self._paused, not self._registry.workers(now)
-        if self._paused and not before:
+        before, self.paused = self.paused, not self._registry.workers(now)
+        if self.paused and not before:
             self._out.tell("no host is ready; training is paused until one joins, and nothing is lost")
 
     # The end.

@@ -248,9 +248,10 @@ class Worker:
             return None if isinstance(self._task, tasks.Score) else Envelope(wire.Leave(session, self.leaving))
         if now >= self._beat_at:
             return self._beat(self.joined, now)
-        fetch = self._supplies.request(session, self._wanted(self.joined)) if now >= self._fetch_at else None
+        may_fetch = now >= self._fetch_at
+        fetch = self._supplies.request(session, self._wanted(self.joined)) if may_fetch else None
         part = fetch or self._side_tasks.part(session)
-        if part is None and self._misses_update(now):
+        if part is None and may_fetch and self._misses_update(now):
             return Envelope(wire.CatchUp(session, self.step))
         return part
 
@@ -379,7 +380,7 @@ class Worker:
         elif isinstance(request, wire.Join) and message.wait:
             self.waiting = legible(message.reason)
             self._joining.wait(now, message.wait)
-        elif isinstance(request, wire.Fetch) and message.wait:
+        elif isinstance(request, wire.Fetch | wire.CatchUp) and message.wait:
             self._fetch_at = now + message.wait
         elif isinstance(request, wire.Fetch):
             self._supplies.give_up()
