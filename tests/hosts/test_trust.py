@@ -127,6 +127,19 @@ def test_row_43_a_host_holds_no_more_than_half_of_a_long_step_while_another_is_i
     check_updates(sim.updates, sim.config)
 
 
+def test_row_43_a_host_that_is_too_slow_for_any_pairs_is_tried_ever_more_rarely() -> None:
+    """A step takes the fast host 10 s, and a quantum the slow one 16 s. Reference: the steps of the fast host alone."""
+    sim = Simulation(config_of(population=512, spot_check=0.0))
+    sim.add("fast", speed=25.6)
+    sim.run_steps(1)
+    sim.add("slow", speed=QUANTUM / 16)
+    began = sim.server.step
+    sim.run(1200)
+    assert sim.server.step - began >= 0.9 * 1200 / 10
+    assert sim.hosts["slow"].device.scored
+    check_updates(sim.updates, sim.config)
+
+
 @both_exchanges
 def test_row_44_a_host_that_beats_and_never_answers_loses_its_pairs(sums: bool) -> None:
     """It has all pairs, and no host has finished any: the others get them after the first deadline."""

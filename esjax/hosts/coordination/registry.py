@@ -49,6 +49,7 @@ class Host:
         has_failed: Whether it lost its pairs in this step, or joined after a host of its owner did.
         late: Whether it took much longer than the others.
         probe_at: Time at which it gets work again after it was late or too slow for any.
+        is_tried: Whether it has pairs as a trial, since its speed is too low for any.
         hung: Whether it sends messages but makes no progress.
         is_gone: Whether it is lost (until its next message), or its session has ended.
         resyncs: How often in a row its state differed from the right one.
@@ -74,7 +75,7 @@ class Host:
         self._most_speed = math.inf
         self.slowness: float | None = None
         self.probe_after = PROBE
-        self.has_failed = self.late = self.hung = self.is_gone = self.superseded = self.dropped = False
+        self.is_tried = self.has_failed = self.late = self.hung = self.is_gone = self.superseded = self.dropped = False
         self.resync = self.has_fetched = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
@@ -116,7 +117,7 @@ class Host:
             was_busy: Whether it had pairs before.
         """
         if not was_busy:
-            self.leased_at, self.answered = now, 0
+            self.leased_at, self.answered, self.is_tried = now, 0, False
         self._leased_pairs, self._leased_speed, self._delay = self.answered + pairs, speed, delay
         self._most_speed = GROWTH * max(speed, self.speed or usual) if speed and usual else math.inf
         self.slowness = None
@@ -136,7 +137,7 @@ class Host:
         if self.answered:
             self.took(self.answered, seconds)
         self.late = False
-        if self.slowness is not None and self.slowness < MISSED:
+        if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
             self.probe_after = PROBE
 
     def set_late(self, open_pairs: int, now: float) -> None:

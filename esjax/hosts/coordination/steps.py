@@ -238,6 +238,7 @@ class Steps:
                 speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
                 host.set_leased(pairs, speed, usual, delay, now, was_busy=slot in busy)
             if slot in given & trials and not host.late:
+                host.is_tried = True
                 host.put_off_trial(now)
         return leases
 
