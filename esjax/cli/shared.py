@@ -108,7 +108,7 @@ class CustomOptions:
 
     def load(self) -> "Custom":
         """Load the custom parts that are given, after `prepare`."""
-        from esjax.models.custom_code import load_custom
+        from esjax.models.custom.code import load_custom
 
         return load_custom(model=self.model, loss=self.loss, reward=self.reward, optimizer=self.optimizer)
 

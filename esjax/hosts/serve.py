@@ -34,7 +34,7 @@ from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path

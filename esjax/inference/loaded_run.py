@@ -17,7 +17,7 @@ from esjax.flags import default_flags
 from esjax.inference.language_model import LanguageModel
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom
-from esjax.models.custom_code import complete, load_custom
+from esjax.models.custom.code import complete, load_custom
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.update import TrainState

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from esjax.core.rules import HIGHEST
 from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
+from esjax.models.layers import Norm
 from esjax.models.model import Logits, Model, Token
 
 FIRST_LOGITS = 0.1
@@ -31,13 +32,6 @@ FIRST_LOGITS = 0.1
 
 Heads = Float[Array, "length heads head"]
 Past = Float[Array, "past key_heads head"]
-
-
-class Norm(NamedTuple):
-    """The weights of an RMS norm, or their unit."""
-
-    scale: Any
-    """g, [hidden]."""
 
 
 class LlamaLayer(NamedTuple):

@@ -56,6 +56,8 @@ class Model(NamedTuple):
         state_taps: For `es.credit gates`: names of taps in `consume` on its result, one for each leaf of the state of
             floating type, in their order. The recurrence must be elementwise: with the other taps given, an entry of a
             new leaf depends on the same entry of the old leaf alone. Empty: it is not, or the model does not say.
+        states: `(params, state, tokens) -> states` after each token, with a leading axis like `tokens`, for a
+            recurrence that is parallel over tokens; after STOP, the initial state. None: `consume`, token by token.
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
@@ -75,6 +77,7 @@ class Model(NamedTuple):
     unit: Params | None = None
     tapped: bool = False
     state_taps: tuple[str, ...] = ()
+    states: Callable[[Params, State, Int[Array, " length"]], State] | None = None
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
     resets: bool = True

@@ -23,7 +23,7 @@ from esjax.data.packing import check_stream, draw_windows, follow_windows
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span, pairs_of, unpack_update
 from esjax.flags import default_flags
-from esjax.models.check import check_float32
+from esjax.models.custom.check import check_float32
 from esjax.models.member import Loss
 from esjax.models.model import Model, Params
 from esjax.replica import chunking

@@ -10,7 +10,7 @@ from esjax.devices.mesh import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.inference.loaded_run import complete_custom, load_run_corpus
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path

@@ -21,7 +21,7 @@ from esjax.inference.language_model import LanguageModel
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom, Reward
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path

@@ -26,7 +26,7 @@ from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.extras import needing
 from esjax.flags import default_flags
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.model import ModelFactory, Params
 from esjax.runs.folder import check_custom
 from esjax.weights.start import begin_with

@@ -21,7 +21,7 @@ from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
 from esjax.inference import score
 from esjax.models import Model, build_model
-from esjax.models.check import check_model
+from esjax.models.custom.check import check_model
 from esjax.models.member import Member
 
 TOKENS = [1, 3, 2, 6, 1, 4, 5, 2, 3, 3, 6, 1]

@@ -14,7 +14,7 @@ from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.rewards.prompts import digest_of, read_prompts
 from esjax.rewards.scoring import Scorer, begin, code_of, decode_all, make_scorer
 
