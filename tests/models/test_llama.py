@@ -193,3 +193,27 @@ def test_a_run_of_subwords_trains_it_and_keeps_its_tokenizer(tied: bool, tmp_pat
     assert loaded.generate("the ", seed=1, max_tokens=8) == run.generate("the ", seed=1, max_tokens=8)
     evaluation = loaded.evaluate()
     assert evaluation.bits_per_byte == pytest.approx(evaluation.nats_per_token * run.corpus.bits_of_a_nat)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 11])
+def test_a_prompt_is_read_at_once_or_token_by_token(count: int) -> None:
+    model, params = built()
+    prompt = jnp.array(TOKENS[1:])
+    at_once, one_by_one = Member(model, params), Member(model._replace(read=None), params)
+    states = [member.read(prompt, count=jnp.int32(count)) for member in (at_once, one_by_one)]
+    for token in [4, 2, 1, 5]:  # what follows the first `count` tokens of the prompt must leave no trace
+        one, two = (model.predict(params, state) for state in states)
+        np.testing.assert_allclose(one, two, atol=2e-5)
+        states = [model.consume(params, state, jnp.int32(token)) for state in states]
+    assert states[0].position == states[1].position == 1 + count + 4
+
+
+def test_with_smaller_caches_it_writes_the_same() -> None:
+    model, params = built()
+    assert model.shortened is not None
+    small = model.shortened(10)
+    prompt = jnp.array(TOKENS[1:5])
+    texts = [Member(each, params).generate(Member(each, params).read(prompt), 5) for each in (model, small)]
+    assert texts[0].tolist() == texts[1].tolist()
+    assert [len(each.initial_state(params).keys[0]) for each in (model, small)] == [CONFIG.context, 10]
+    assert model.shortened(1000).context == CONFIG.context
