@@ -260,8 +260,8 @@ def _nothing_whole(folder: Path) -> EsjaxError:
     return EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: resume it")
 
 
-def digest(state: TrainState) -> str:
-    """Hash the dtypes, shapes and bits of all leaves of a state, with BLAKE2b.
+def digest(state: PyTree) -> str:
+    """Hash the dtypes, shapes and bits of all leaves of a state, or of weights, with BLAKE2b.
 
     Returns:
         32 hexadecimal digits; equal digests mean equal states.
