@@ -22,6 +22,7 @@ from esjax.hosts.protocol import tasks
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
 from esjax.models.custom import NOTHING_CUSTOM, Custom
+from esjax.models.model import Params
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import HELD_OUT
@@ -129,6 +130,7 @@ class Executor:
         if flags := changed_flags():
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
+        start = self._start(config)  # first: what is missing here is known before anything is compiled
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         model = self._custom.build(config.model, task.vocab_size)
         mesh = whole_mesh()
@@ -157,11 +159,12 @@ class Executor:
             measure_rewards = make_measure_rewards(model, config.reward, scorer, stream_seed(config.seed, HELD_OUT))
             if measure_rewards:
                 self._measure_rewards = lambda: measure_rewards(here(replica.state.average))
-        has_start = self._start(replica, config)
-        return tasks.Built(replica.device_batch, 0 if has_start else -1)
+        if start is not None:
+            replica.start_with(start)
+        return tasks.Built(replica.device_batch, -1 if start is None else 0)
 
-    def _start(self, replica: Replica, config: Config) -> bool:
-        """Give the replica the weights that the run starts from; return False if it must fetch a state.
+    def _start(self, config: Config) -> Params | None:
+        """Return the weights that the run starts from; None: the host fetches a state.
 
         Raises:
             EsjaxError: They are not here, or other weights are, and the run sends none.
@@ -169,19 +172,16 @@ class Executor:
         if config.init is None:
             if self._init is not None:
                 raise EsjaxError("the run starts from random weights; join without --init")
-            return False
+            return None
         try:
-            params = first_params(config, self._custom, self._init)
+            return first_params(config, self._custom, self._init)
         except EsjaxError as error:
             if self._init is None and config.hosts.send_init:
-                return False
+                return None
             raise EsjaxError(
                 f"{error}; the run starts from weights that every host reads for itself: copy the run or the file "
                 f"{config.init} here and join with --init PATH, or let serve send them, --hosts.send-init"
             ) from error
-        assert params is not None
-        replica.start_with(params)
-        return True
 
 
 class Background:

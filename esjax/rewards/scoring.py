@@ -228,11 +228,12 @@ def make_scorer(config: Config, custom: Custom, vocabulary: Vocabulary, tell: Ca
         raise EsjaxError(
             "a reward in Python is scored by one process; leave --distributed out, and start a host for each process"
         )
-    prompts = read_prompts(settings.prompts)
+    try:
+        prompts = read_prompts(settings.prompts)
+    except EsjaxError as error:
+        raise EsjaxError(f"{error}; put the prompts there that the run was begun with") from error
     if settings.digest and digest_of(prompts) != settings.digest:
-        raise EsjaxError(
-            f"the prompts {settings.prompts!r} are not those that the run was begun with; put the old file there"
-        )
+        raise EsjaxError(f"the prompts {settings.prompts!r} are not those that the run was begun with; put these there")
     processes = _cores() if settings.processes is None else settings.processes
     caller = Pool(code_of(custom, reward), processes, settings.seconds) if processes else _Here(reward)
     return Scorer(settings, prompts, vocabulary, caller, name_of(reward), tell)
