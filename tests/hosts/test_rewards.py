@@ -60,12 +60,13 @@ def test_no_pair_of_a_slow_reward_is_given_twice() -> None:
 
 
 @pytest.mark.parametrize("hosts", [2, 9])
-def test_calls_near_their_time_limit_make_no_host_late(hosts: int) -> None:
-    """A task takes 100 seconds, in which the host's beats say that calls end."""
-    sim = Simulation(with_reward(seconds=30.0))
+@pytest.mark.parametrize(("limit", "call"), [(30.0, 25.0), (120.0, 100.0), (1.0, 50.0)])
+def test_long_tasks_make_no_host_late(hosts: int, limit: float, call: float) -> None:
+    """A task is four calls, near their time limit, whose ends are in the host's beats; or a large model writes."""
+    sim = Simulation(with_reward(seconds=limit))
     for number in range(hosts):
-        sim.add(f"host {number}", speed=0.04)
-    sim.run_steps(3, limit=10_000)
+        sim.add(f"host {number}", speed=1 / call)
+    sim.run_steps(3, limit=100_000)
     assert not complaints(sim)
     check_nothing_twice(sim)
 
@@ -162,11 +163,11 @@ def test_rewards_agree_within_their_tolerance() -> None:
 @pytest.mark.parametrize("steps", [3, FAR + 10])
 def test_a_host_that_has_the_start_gets_the_updates_alone(steps: int) -> None:
     """However far behind it is: a state would be larger than all updates."""
-    sim = Simulation(config_of(population=2 * QUANTUM, init="base", spot_check=0.0))
+    sim = Simulation(config_of(population=2 * QUANTUM, init="base", spot_check=0.0, checkpoint_time=0.5))
     sim.fate = lambda direction, host, message: [DELAY / 10]
     first = sim.add("first", has_start=True, speed=1e6)
     sim.run_steps(steps, limit=10_000)
-    sim.checkpoints.append(sim.checkpoints[0]._replace(step=steps))
+    assert sim.server.audits.snapshots[-1].step > 0
     late = sim.add("late", has_start=True)
     sim.run(300, until=lambda: late.worker.phase == "ready")
     assert late.device.step >= steps

@@ -30,8 +30,8 @@ FIRST_DEADLINE = 10.0
 """Seconds that a host without a speed has at least while no host has finished its pairs of the step."""
 
 FIRST_TEXTS = 300.0
-"""Seconds without progress after which a host counts as hung while no speed is known, if members write: a large model
-writes for long before the first reward is called."""
+"""The same, and seconds without progress after which a host counts as hung, while no speed is known and members write:
+a large model writes for long before the first reward is called."""
 
 DEADLINE_FACTOR = 3.0
 """Time that a host may take for its pairs, as a multiple of its own and of the other hosts' usual time."""
@@ -104,8 +104,7 @@ class Steps:
             pairs = 0
         if not was_busy:
             if pairs:  # it was late with them
-                host.answered += pairs
-                host.took(host.answered, now - host.leased_at)
+                host.took(pairs, now - host.leased_at)
             return ""
         is_finished = not self.leases.busy(host.slot)
         host.set_answered(pairs, now, is_finished=is_finished)
@@ -216,7 +215,7 @@ class Steps:
         if not is_first:
             return allowed if budget is None else allowed + self._call
         calls = self.leases.open_pairs(host.slot) if budget is None else self._terms.quantum
-        return max(FIRST_DEADLINE, allowed) + self._call * calls
+        return max(FIRST_TEXTS if self._call else FIRST_DEADLINE, allowed) + self._call * calls
 
     def _check_answers(self, now: float) -> list[Lease]:
         """Let hosts score some answers again; return the leases."""
