@@ -78,6 +78,9 @@ def first_params(config: Config, custom: Custom, init: Path | None = None) -> Pa
     if config.init is None:
         return None
     path = init or given_path(config.init)
+    if path.is_dir() and custom.model is None and "model" in RunFolder(path).custom:
+        # A host gets this path from a coordinator, and must not run code that it was not given.
+        raise EsjaxError(f"{str(path)!r} holds a custom model, and the run has none; give the weights of the run")
     params: Params = _load(path, custom)[1].params
     found = digest(params)
     if config.init_digest not in ("", found):

@@ -12,9 +12,11 @@ import pytest
 import esjax
 from esjax.config.settings import Config, OptimConfig, replace
 from esjax.core.units import in_units
+from esjax.models.custom import Custom
 from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.optimizer import make_optimizer
 from esjax.runs.checkpoint import digest
+from esjax.weights.first import first_params
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -168,3 +170,16 @@ def test_frozen_paths_name_parameters() -> None:
 def test_gradient_sums_have_no_frozen_parameters() -> None:
     with pytest.raises(esjax.EsjaxError, match="for frozen ones set exchange to losses"):
         esjax.EsConfig(exchange="sums", frozen="embedding")
+
+
+def test_code_of_weights_that_only_a_coordinator_names_is_not_run(base: Path, tmp_path: Path) -> None:
+    code = tmp_path / "model.py"
+    code.write_text(
+        "import esjax\nfrom esjax.models import build_model\n\n\n"
+        "def build(size):\n    return build_model(esjax.RnnConfig(hidden_size=3), size)\n"
+    )
+    config = Config(steps=1, data=esjax.DataConfig(text=str(base / "text.txt"), window=8), es=esjax.EsConfig(**SMALL))
+    list(esjax.train(config, tmp_path / "custom", model=f"{code}:build", tell=print))
+    code.write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(esjax.EsjaxError, match="holds a custom model, and the run has none"):
+        first_params(replace(config, init=str(tmp_path / "custom")), Custom())
