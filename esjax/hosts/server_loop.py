@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
@@ -55,7 +56,7 @@ class ServerLoop:
         self._config, self._coordinator, self._transport = config, coordinator, transport
         self._recorder, self._like, self._keys, self._tell = recorder, like, keys, tell
         self._closed_at: float | None = None
-        self._held_out: float | None = None
+        self._measured = coordinator.audits.measured
         self._tick_at = self._check_at = 0.0
         self._side: Turns[tuple[Request, Envelope]] = Turns()
         self._side_at = 0.0  # when the next side requests may be answered
@@ -177,14 +178,14 @@ class ServerLoop:
             update_norm=coordinator.update_norm,
             member_tokens=self._recorder.member_tokens,
             member_tokens_per_second=rate,
-            held_out=self.new_held_out(),
             hosts=closed.hosts,
+            **self.new_measurement(),
         )
 
-    def new_held_out(self) -> float | None:
-        """Return the held-out loss if it changed since the last call, else None."""
-        before, self._held_out = self._held_out, self._coordinator.audits.held_out
-        return None if self._held_out == before else self._held_out
+    def new_measurement(self) -> dict[str, Any]:
+        """Return what was measured since the last call, by name of the field of `StepInfo`; {}: nothing."""
+        before, self._measured = self._measured, self._coordinator.audits.measured
+        return {} if self._measured is before else self._measured._asdict()
 
     def _store(self, store: Store) -> None:
         snapshot, audits = store.snapshot, self._coordinator.audits

@@ -220,9 +220,7 @@ def llama(
 
     def shortened(tokens: int) -> Model:
         less = min(tokens, context)
-        return llama(
-            vocab_size, hidden_size, mlp_size, n_layers, n_heads, n_kv_heads, less, rope_theta, norm_eps, tied
-        )
+        return llama(vocab_size, hidden_size, mlp_size, n_layers, n_heads, n_kv_heads, less, rope_theta, norm_eps, tied)
 
     return Model(
         init,

@@ -247,7 +247,7 @@ def test_another_host_takes_over_from_a_reference_host(how: str, seconds: float)
     sim.run(seconds + 8)  # long before the next one is due
     assert len(sim.checkpoints) > stored
     assert sim.server.status(sim.now).reference == 1
-    assert sim.server.audits.held_out is not None
+    assert sim.server.audits.measured.held_out is not None
     check_snapshots(sim)
 
 
@@ -405,7 +405,7 @@ def test_a_host_that_measures_gets_no_pairs_meanwhile() -> None:
     for _ in range(60):
         sim.run(1)
         assert sim.server.status(sim.now).hosts[0].state in ("joining", "ready")
-    assert sim.server.audits.held_out is not None
+    assert sim.server.audits.measured.held_out is not None
     assert not sim.printed("hung")
     assert max(np.diff([at for at, _, _, message in sim.log if isinstance(message, wire.Step)])) < 12
     check_updates(sim.updates, FIXED)
@@ -418,7 +418,7 @@ def test_a_host_alone_measures_and_trains(config: Config) -> None:
     sim.run(200)
     assert len(sim.closed) > 10
     assert not sim.printed("hung")
-    assert sim.server.audits.held_out is not None
+    assert sim.server.audits.measured.held_out is not None
 
 
 # The end.
@@ -456,7 +456,7 @@ def test_it_ends_though_hosts_die(config: Config, dying: list[str], delay: float
     survivors = list(sim.hosts.values())
     if survivors:
         assert sim.checkpoints[-1].step == step
-        assert sim.server.audits.held_out == 1 + 1 / (1 + step)
+        assert sim.server.audits.measured.held_out == 1 + 1 / (1 + step)
     assert all(host.worker.left for host in survivors)
     check_snapshots(sim)
 
@@ -619,7 +619,7 @@ def test_the_status_describes_run_and_hosts() -> None:
     assert isinstance(reply, wire.Status)
     assert (reply.run, reply.incarnation, reply.step, reply.paused, reply.reference) == (RUN, 1, 20, False, 0)
     assert reply.loss == sim.closed[-1].loss
-    assert reply.held_out == sim.server.audits.held_out
+    assert reply.held_out == sim.server.audits.measured.held_out
     fast, slow = reply.hosts
     assert (fast.name, fast.slot, fast.state, slow.name) == ("a", 0, "ready", "b")
     assert fast.members_per_second == pytest.approx(60, rel=0.1)

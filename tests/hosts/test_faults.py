@@ -1205,7 +1205,7 @@ def test_row_36_a_coordinator_that_is_stopped_keeps_the_newest_state(config: Con
     assert len(sim.ledger) == step
     assert sim.checkpoints[-1].step == step
     assert sim.digests[-1][0] == step
-    assert sim.server.audits.held_out == 1 + 1 / (1 + step)
+    assert sim.server.audits.measured.held_out == 1 + 1 / (1 + step)
     assert isinstance(sim.messages(wire.Bye, "a")[-1], wire.Bye)
     check_checkpoints(sim)
     sim.kill()

@@ -120,7 +120,7 @@ def test_row_65_what_a_coordinator_says_is_one_printable_line() -> None:
     assert str(caught.value) == r"no\nerror: forged\x1b[2J"
     odd = wire.HostStatus(said, 0, said, said, 0, 0.0, 0.0, said, 0.0, said)
     found = status._read(
-        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, 0.0, True, None, [odd], {said: 1}))), ""
+        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, None, None, 0.0, True, None, [odd], {said: 1}))), ""
     )
     texts = [
         found.run,

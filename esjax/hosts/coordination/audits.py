@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from esjax.config.reward import MOST_HELD_OUT
 from esjax.config.settings import Config
 from esjax.data.delivery import hash_bytes
 from esjax.hosts.coordination.registry import STRIKES, Host, Registry
@@ -19,7 +20,7 @@ GRACE = 30.0
 """Seconds to wait for the next digest, or the next part of a snapshot."""
 
 PATIENCE = 300.0
-"""Seconds to wait for a held-out loss."""
+"""Seconds to wait for a held-out loss, beside the time limits of a reward on all held-out prompts."""
 
 
 class Plan(NamedTuple):
@@ -31,6 +32,20 @@ class Plan(NamedTuple):
 
 
 NOTHING_ELSE = Plan()
+
+
+class Measurement(NamedTuple):
+    """What a host measured last; None: not known.
+
+    Attributes:
+        held_out: Held-out loss, in nats per token if the loss is not custom.
+        greedy_reward: See `esjax.rewards.held_out.HeldOutRewards`.
+        pass_at_k: See there.
+    """
+
+    held_out: float | None = None
+    greedy_reward: float | None = None
+    pass_at_k: float | None = None
 
 
 class _Audit:
@@ -61,7 +76,7 @@ class Audits:
     """State machine of the audits.
 
     Attributes:
-        held_out: Last held-out loss, in nats per token if the loss is not custom, or None.
+        measured: The last measurement.
         measure_seconds: Time that this measurement took.
         reference: The reference host, or None.
         snapshots: The newest states for hosts that join, the newest last; at most two.
@@ -87,7 +102,7 @@ class Audits:
         `put_aside` gives a host no more work; it is called with the host and the reason. `resync` lets a host fetch the
         newest state; it is called with the host and whether its state is wrong. Hosts get side tasks only if `is_on`.
         """
-        self.held_out: float | None = None
+        self.measured = Measurement()
         self.measure_seconds = 0.0
         self.reference: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
@@ -103,6 +118,7 @@ class Audits:
         self._disputing: set[Host] = set()  # hosts that fetched the state because of a tie
         self._is_unconfirmed = self._is_said = False  # the last state that was to be stored, and whether that is known
         self._measuring: _Measuring | None = None
+        self._reward_seconds = MOST_HELD_OUT * config.reward_seconds
         self._measured_step = -1
         self._measure_at = now + config.evaluate_time if measured else now
 
@@ -170,14 +186,14 @@ class Audits:
             self._round.heard_at = now
 
     def take_measure(self, host: Host, message: wire.Measured, now: float) -> None:
-        """Store a held-out loss; it is of a later step if the request for it reached the host late."""
+        """Store a measurement; it is of a later step if the request for it reached the host late."""
         if self._measuring and self.is_measuring(host) and message.step >= self._measuring.step:
             self.measure_seconds = now - self._measuring.since
             self._measuring = None
             self._measured_step = message.step
             self._measure_at = now + self._config.evaluate_time
-            if math.isfinite(message.held_out):
-                self.held_out = message.held_out
+            found = (message.held_out, message.greedy_reward, message.pass_at_k)
+            self.measured = Measurement(*(one if one is not None and math.isfinite(one) else None for one in found))
 
     def take_part(self, host: Host, message: wire.Upload, body: bytes, now: float) -> str:
         """Store a part of a snapshot; return why it is rejected, or ""."""
@@ -228,7 +244,7 @@ class Audits:
 
     def check(self, now: float) -> None:
         """Judge the states when all answers are in, and stop waiting for late ones."""
-        if self._measuring and now - self._measuring.since > PATIENCE:
+        if self._measuring and now - self._measuring.since > PATIENCE + self._reward_seconds:
             self._give_up_on(self._measuring.host, "held-out loss")
             self._measuring = None
         round = self._round

@@ -28,7 +28,7 @@ PULSE = 2.0
 """Seconds between pulses, the coordinator's signs of life."""
 
 LAST_ROUND = 2 * GRACE
-"""Seconds that hosts have for the last checkpoint and the last held-out loss."""
+"""Seconds that hosts have for the last checkpoint and the last held-out loss; if it took long before, twice that."""
 
 
 class Coordinator:
@@ -67,9 +67,10 @@ class Coordinator:
         self.finished = False
         self._rng = rng
         self._settings = to_yaml(config)
-        self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
+        starts_from_disk = config.init is not None and not config.hosts.send_init
+        self._downloads = Downloads(text, block, config.data.new_tokens_interval, history, starts_from_disk)
         self._out = Outbox()
-        self._registry = registry = Registry(now)
+        self._registry = registry = Registry(now, config.reward_seconds)
         self.audits = Audits(
             config,
             registry,
@@ -188,7 +189,7 @@ class Coordinator:
         self._stopping = done
         self._steps.stop()
         if self.step > self._first:
-            self._stop_at = now + LAST_ROUND
+            self._stop_at = now + max(LAST_ROUND, 2 * self.audits.measure_seconds)
             self._steps.announce(self.audits.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
@@ -203,7 +204,9 @@ class Coordinator:
             incarnation=self.terms.incarnation,
             step=self.step,
             loss=self._steps.loss,
-            held_out=self.audits.held_out,
+            held_out=self.audits.measured.held_out,
+            greedy_reward=self.audits.measured.greedy_reward,
+            pass_at_k=self.audits.measured.pass_at_k,
             member_tokens_per_second=0.0 if self.paused else self._steps.rate,
             paused=self.paused,
             reference=None if reference is None else reference.slot,

@@ -186,6 +186,8 @@ class Inspector:
             slot = queue.take(barred | (speeds.keys() - alike)) if alike else None
             if slot is None:
                 slot = queue.take(barred)
+            if slot is None:  # all others had a lease of these pairs: they score them when asked again
+                slot = queue.take(of_voter[voter] | full)
             if slot is None:
                 continue
             loads[slot] += 1

@@ -179,7 +179,7 @@ class FixedPopulation(Leases):
         queue = Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
         shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)
         for slot, numbers in self._held.items():
-            for i in sorted(numbers)[shares[slot] :]:  # the host scores these last
+            for i in sorted(numbers)[max(shares[slot], 1) :]:  # the host scores these last, and has begun the first
                 self._drop(i, slot)
 
     def _hold_back(
