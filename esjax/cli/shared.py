@@ -155,9 +155,11 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         server: The run, after its address is known.
         more: Further options of the command.
     """
+    config = server.config
     token = [] if server.token is None else ["--token-file", str(server.token)]
-    print(command_line("esjax", "join", server.address, *token, *server.custom.words(), *more), flush=True)
-    files = [*token[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
+    start = [] if config.init is None or config.hosts.send_init else ["--init", config.init]
+    print(command_line("esjax", "join", server.address, *token, *start, *server.custom.words(), *more), flush=True)
+    files = [*token[1:], *start[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:

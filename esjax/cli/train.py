@@ -65,7 +65,7 @@ class Train:
                 self.workers,
                 server.folder.path,
                 lambda line: server.tell(line),
-                given=custom.words(),
+                given=server.custom.words(),
                 oversubscribe=self.oversubscribe,
             )
             server.while_open = lambda: workers.joined(server.address)

@@ -65,6 +65,8 @@ class Member(NamedTuple):
             state: State to begin with. None: the start of a document.
             count: Number of first tokens to consume. None: all.
         """
+        if state is None and self.model.read is not None and len(tokens) < self.model.context:
+            return self.model.read(self.params, tokens, len(tokens) if count is None else count)
         first = self.initial_state() if state is None else state
         if count is None and self._reads_at_once(tokens):
             return self._around(first, tokens)[1]

@@ -244,7 +244,10 @@ class Replica:
         if self.vector_length:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
-            self.losses(pairs)
+            if self._texts is not None:
+                self._texts.warm_up(self.state.params, self._streams, self.state.step, pairs)
+            else:
+                self.losses(pairs)
             self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
         self.state = first
 

@@ -14,6 +14,7 @@ from esjax.core.noise import Noise
 from esjax.core.population import map_members
 from esjax.core.seeds import pair_seeds
 from esjax.data.packing import draw_places
+from esjax.flags import default_flags
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
 from esjax.rewards.writing import Prompted, make_write, shape_of
@@ -30,6 +31,9 @@ class TextScorer(Protocol):
     @property
     def stops(self) -> tuple[int, ...]:
         """Tokens that end a completion."""
+
+    def load(self) -> None:
+        """Get ready to score."""
 
     def losses(
         self, drawn: Int[np.ndarray, "pairs prompts"], tokens: Int[np.ndarray, "pairs members prompts length"]
@@ -79,6 +83,13 @@ class TextLosses:
             return drawn, members(params, pair_seeds(streams.perturbations, step, pairs), examples, count)
 
         self._write = write_pairs
+
+    @default_flags()
+    def warm_up(self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]) -> None:
+        """Let members write, and load the reward, which is not called: it may be slow."""
+        for count, part in chunking.calls(self._at_once, pairs):
+            jax.block_until_ready(self._write(params, self._prompts, streams, step, count, part))
+        self._scorer.load()
 
     def __call__(
         self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]

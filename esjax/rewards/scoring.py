@@ -16,13 +16,13 @@ from numpy import ndarray
 
 from esjax.config.custom_names import Code, name_of
 from esjax.config.reward import RewardConfig
-from esjax.config.settings import Config, DataConfig, replace
+from esjax.config.settings import Config, replace
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.rewards.calls import Failure, Scored, TextReward, Texts, call, takes_answers
-from esjax.rewards.pool import Pool
+from esjax.rewards.pool import CLOSED, Pool
 from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, stop_tokens
 
 SHOWN = 80
@@ -32,6 +32,11 @@ SHOWN = 80
 @runtime_checkable
 class _Caller(Protocol):
     """Makes calls: a `Pool`, or this process."""
+
+    calls: int
+    """Calls that have ended so far, about."""
+
+    def load(self) -> Failure | None: ...
 
     def score(self, texts: Texts) -> list[Future[Scored]]: ...
 
@@ -115,11 +120,28 @@ class Scorer:
 
         return wait
 
+    @property
+    def calls(self) -> int:
+        """Calls that have ended so far, about."""
+        return self._caller.calls
+
+    def load(self) -> None:
+        """Start the processes, and wait until they have loaded the reward.
+
+        Raises:
+            EsjaxError: One of them cannot load it.
+        """
+        failure = self._caller.load()
+        if failure is not None:
+            raise EsjaxError(f"the reward {self._name} cannot be called: {failure.reason}")
+
     def close(self) -> None:
         """End the processes; the next call starts new ones."""
         self._caller.close()
 
     def _failed(self, texts: Texts, failure: Failure) -> None:
+        if failure.kind == CLOSED:
+            return
         self.failures += 1
         if failure.kind not in self._reported:
             self._reported.add(failure.kind)
@@ -134,11 +156,16 @@ class _Here:
 
     def __init__(self, reward: TextReward) -> None:
         self._reward, self._with_answers = reward, takes_answers(reward)
+        self.calls = 0
+
+    def load(self) -> None:
+        pass
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         scored = Scored([], {})
         for number in range(texts.calls):
             scored.add_call(call(self._reward, texts.part(number, number + 1), self._with_answers), texts.size)
+            self.calls += 1
         future: Future[Scored] = Future()
         future.set_result(scored)
         return [future]
@@ -157,8 +184,8 @@ def decode_all(vocabulary: Vocabulary, tokens: Int[ndarray, "texts length"]) -> 
     return np.ascontiguousarray(table[tokens]).view(f"<U{tokens.shape[1]}").ravel().tolist()
 
 
-def begin(config: Config, custom: Custom, vocabulary: Vocabulary) -> Config:
-    """Record in the settings of a new run what all of its hosts must share: the vocabulary, and a hash of the prompts.
+def begin(config: Config, custom: Custom) -> Config:
+    """Record in the settings of a new run a hash of its prompts, which all of its hosts must share.
 
     Raises:
         EsjaxError: There is a reward in Python without prompts, or the other way round; or the prompts cannot be read.
@@ -166,11 +193,7 @@ def begin(config: Config, custom: Custom, vocabulary: Vocabulary) -> Config:
     check_reward(config, custom)
     if config.reward.prompts is None:
         return config
-    reward = replace(config.reward, digest=digest_of(read_prompts(config.reward.prompts)))
-    data = config.data
-    if vocabulary.kind == "char":
-        data = replace(data, symbols="".join(vocabulary.symbols), vocab_size=None)
-    return replace(config, reward=reward, data=data)
+    return replace(config, reward=replace(config.reward, digest=digest_of(read_prompts(config.reward.prompts))))
 
 
 def check_reward(config: Config, custom: Custom) -> None:
@@ -205,11 +228,12 @@ def make_scorer(config: Config, custom: Custom, vocabulary: Vocabulary, tell: Ca
         raise EsjaxError(
             "a reward in Python is scored by one process; leave --distributed out, and start a host for each process"
         )
-    prompts = read_prompts(settings.prompts)
+    try:
+        prompts = read_prompts(settings.prompts)
+    except EsjaxError as error:
+        raise EsjaxError(f"{error}; put the prompts there that the run was begun with") from error
     if settings.digest and digest_of(prompts) != settings.digest:
-        raise EsjaxError(
-            f"the prompts {settings.prompts!r} are not those that the run was begun with; put the old file there"
-        )
+        raise EsjaxError(f"the prompts {settings.prompts!r} are not those that the run was begun with; put these there")
     processes = _cores() if settings.processes is None else settings.processes
     caller = Pool(code_of(custom, reward), processes, settings.seconds) if processes else _Here(reward)
     return Scorer(settings, prompts, vocabulary, caller, name_of(reward), tell)
@@ -238,8 +262,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def vocabulary_of(config: DataConfig) -> Vocabulary:
-    """Return the vocabulary that the settings of a run with a reward in Python hold, see `begin`."""
-    return Vocabulary("byte") if config.vocabulary == "byte" else Vocabulary("char", tuple(config.symbols or ""))

@@ -19,7 +19,7 @@ from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import digest, find_newest, find_oldest
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, beginning, read
-from esjax.training.start import start_of
+from esjax.weights.first import first_params
 
 
 class Replayed(NamedTuple):
@@ -115,7 +115,7 @@ def replay_with(
     newest = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
     first = _begin(folder, replica, max(kept, default=0), tell)
-    if not first and (params := start_of(config, custom).params) is not None:
+    if not first and (params := first_params(config, custom)) is not None:
         replica.start_with(params)
     kept = {step: one for step, one in kept.items() if step > first or not first}
     compared, compared_step, differs_at = 0, 0, None
@@ -158,6 +158,8 @@ def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str
     assert restored is not None  # the newest one is late enough
     replica.state = restored.state
     first = int(restored.state.step)
+    if doubt := restored.doubt():
+        tell(doubt)
     tell(
         f"the ledger is whole from step {begins:,} on: replaying from the checkpoint of step {first:,}; earlier steps "
         "cannot be replayed"

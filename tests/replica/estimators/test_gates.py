@@ -5,7 +5,7 @@ the matrix product of a gru, and through the memory of the layers above. They ar
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -139,6 +139,7 @@ KEYS = {"gru": 2, "mingru": 1, "mingru, two layers": 4, "lstm": 3, "lru": 4}
 """Keys of parameters at which noise takes no unit of the head across the kink of its relu."""
 
 
+@cache
 def params_of(name: str) -> Params:
     """Draw parameters at which all of them matter, the start state and the biases too."""
     leaves, treedef = jax.tree.flatten(MODELS[name].init(jax.random.key(KEYS[name])))
@@ -147,7 +148,9 @@ def params_of(name: str) -> Params:
     return jax.tree.unflatten(treedef, moved)
 
 
+@cache
 def make(name: str, sigma: float = SIGMA, copies: int = COPIES, **changes: Any) -> Callable[..., Estimate]:
+    """Make and compile once what several tests call."""
     model = MODELS[name]
     taps = find_taps(model, model.init(jax.random.key(0)))
     settings: dict[str, Any] = {"burn_in": 0, "exact_logits": True, "lanes": 64} | changes
