@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from processes import SMALL, TEXT, Fleet, fleet, steps_done, updates, wait_until
 
 import esjax
