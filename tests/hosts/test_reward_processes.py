@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from esjax.models.custom.code import load_custom
 from processes import SMALL, TEXT, Fleet, fleet, steps_done, updates, wait_until
 
 import esjax
@@ -17,6 +16,7 @@ from esjax.hosts.executor import Executor
 from esjax.hosts.protocol.tasks import Build, Failed
 from esjax.hosts.status import fetch_status
 from esjax.models.custom import Custom
+from esjax.models.custom.code import load_custom
 from esjax.runs.reader import read_run
 from esjax.training.replay import replay
 
