@@ -1,9 +1,10 @@
-"""Worker processes that call a reward: they may raise, hang or be killed, and the run goes on.
+"""Worker processes that call a reward or a tool: they may raise, hang or be killed, and the run goes on.
 
-Processes are started as programs, never forked: JAX has threads. The reward is loaded in them from its file, so nothing
-but text travels. A thread for each process sends it calls and waits for their results.
+Processes are started as programs, never forked: JAX has threads. The function is loaded in them from its file, so only
+text travels. A thread for each process sends it calls and waits for their results.
 """
 
+import json
 import os
 import queue
 import signal
@@ -11,17 +12,19 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any
 
 from esjax.config.custom_names import Code
-from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.rewards.calls import Failure, Kind, Scored, Texts
 from esjax.rewards.worker import REPORT
 
 START = 120.0
-"""Seconds that a process has to load the reward, with all that its file imports."""
+"""Seconds that a process has to load the function, with all that its file imports."""
 
 BATCHES = 1
 """Messages to each process for the calls of one `score`: few, since each costs as much as many calls."""
@@ -30,18 +33,27 @@ SLACK = 0.2
 """Seconds on top of a call's time limit for the way of its result."""
 
 
-class Pool:
-    """Calls a reward in several processes, which start with the first call."""
+NONE: Mapping[str, float] = MappingProxyType({})
+"""No weights: each reward weighs 1."""
 
-    def __init__(self, code: Code, processes: int, seconds: float) -> None:
+
+class Pool:
+    """Calls a function in several processes, which start with the first call."""
+
+    def __init__(
+        self, code: Code, processes: int, seconds: float, kind: Kind = "reward", weights: Mapping[str, float] = NONE
+    ) -> None:
         """Set up.
 
         Args:
-            code: The reward's file and function.
+            code: The file and the function in it.
             processes: Number of processes, at least 1.
             seconds: Time limit of a call.
+            kind: What the function is.
+            weights: Weights of rewards by their names.
         """
         self._code, self._count, self._seconds = code, processes, seconds
+        self._words = [code.path, code.name, kind, json.dumps(dict(weights))]
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
@@ -82,16 +94,16 @@ class Pool:
         worker: _Worker | None = None
         while (batch := self._batches.get()) is not None:
             size, calls = batch.texts.size, batch.texts.calls
-            scored = Scored([], {})
+            scored = Scored.nothing()
             one_by_one = False
             failure = Failure("closed", "the run was ended")
             try:
-                while (done := len(scored.rewards) // size) < calls and not self._is_closed:
+                while (done := len(scored.values) // size) < calls and not self._is_closed:
                     if worker is None:
                         worker = self._new_worker()
                     if not worker.broken:
                         worker.send(batch.texts.part(done, calls), one_by_one)
-                    while not worker.broken and len(scored.rewards) < size * calls:
+                    while not worker.broken and len(scored.values) < size * calls:
                         patience = self._seconds + SLACK + (0 if one_by_one else REPORT)
                         scored.add(worker.receive(patience, self._seconds), size)
                     if worker.broken:
@@ -106,12 +118,12 @@ class Pool:
                 failure = Failure(type(error).__name__, f"it cannot be called: {type(error).__name__}: {error}")
                 self._end(worker)
                 worker = None
-            scored.fail(failure, calls - len(scored.rewards) // size, size)
+            scored.fail(failure, calls - len(scored.values) // size, size)
             batch.future.set_result(scored)
         self._end(worker)
 
     def _new_worker(self) -> "_Worker":
-        worker = _Worker(self._code)
+        worker = _Worker(self._code, self._words)
         self._workers.add(worker)
         worker.load()
         return worker
@@ -135,15 +147,15 @@ class _Worker:
     """A worker process.
 
     Attributes:
-        is_loaded: Whether it has loaded the reward.
+        is_loaded: Whether it has loaded the function.
         broken: Why it can no longer be used, or None.
     """
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, words: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), code.path, code.name],
+                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), *words],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # The same imports as here; a reward that uses JAX leaves accelerators to the training.
@@ -156,7 +168,7 @@ class _Worker:
         self.broken: Failure | None = None
 
     def load(self) -> None:
-        """Wait until the process has loaded the reward."""
+        """Wait until the process has loaded the function."""
         said = self._receive(START, f"its file took more than {START:g} s to load")
         if said:
             self.broken = Failure("load", f"cannot load {self._code}: {said}")
@@ -171,7 +183,7 @@ class _Worker:
 
     def receive(self, patience: float, seconds: float) -> Scored:
         """Wait for results; there are none from a process that is broken, as it then is after `patience`."""
-        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored([], {})
+        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored.nothing()
 
     def _receive(self, patience: float, too_long: str) -> Any:
         try:

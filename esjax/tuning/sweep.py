@@ -28,7 +28,7 @@ from esjax.errors import EsjaxError
 from esjax.hosts.local import LocalWorkers, check_workers
 from esjax.hosts.serve import Server, resume_serving_with, serve_with
 from esjax.hosts.transport.address import is_loopback
-from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward
+from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward, Tool
 from esjax.models.custom_code import complete, load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -277,6 +277,7 @@ def sweep(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -288,10 +289,11 @@ def sweep(
         config: Settings that are not axes; None: the defaults.
         out: Folder of the sweep. An existing sweep must have the same settings and axes, in any order.
         hosts: Hosts that train. None: this process trains.
-        model: A custom model for all runs, see `esjax.train`. Workers need it as "PATH.py:FUNCTION", like the three
+        model: A custom model for all runs, see `esjax.train`. Workers need it as "PATH.py:FUNCTION", like the four
             below.
         loss: A custom loss for all runs.
         reward: A custom reward for all runs.
+        tool: A tool for all runs.
         optimizer: A custom optimizer for all runs.
         show: Called with each run; it has to iterate over the run to train it. None: iterate and print nothing.
         tell: Called with each line for the user. None: print to standard error.
@@ -300,7 +302,7 @@ def sweep(
         EsjaxError: An axis is not allowed, a run has no limit, a text cannot be used, or the folder exists and holds
             something else.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return sweep_with(custom, axes, config or Config(), out=out, hosts=hosts, show=show, tell=tell)
 
 
@@ -340,6 +342,7 @@ def resume_sweep(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -352,6 +355,7 @@ def resume_sweep(
         model: The custom model of the runs, if they have one, see `esjax.resume`.
         loss: The custom loss of the runs, likewise.
         reward: The custom reward of the runs, likewise.
+        tool: The tool of the runs, likewise.
         optimizer: The custom optimizer of the runs, likewise.
         show: See `sweep`.
         tell: See `sweep`.
@@ -359,7 +363,7 @@ def resume_sweep(
     Raises:
         EsjaxError: The path is not the folder of a sweep, it is damaged, or custom code is missing or has changed.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return resume_sweep_with(custom, path, hosts=hosts, show=show, tell=tell)
 
 

@@ -1,4 +1,4 @@
-"""Rewards that go wrong for some completions; for others, the reward is the number of letters."""
+"""Rewards and tools that go wrong; for other completions, the reward is the number of letters."""
 
 import os
 import signal
@@ -33,3 +33,29 @@ def reward(prompts: list[str], completions: list[str], answers: list[Any]) -> An
             return None
     print("a reward may print")
     return [len(one) for one in completions]
+
+
+def tool_raises(text: str) -> str:
+    """Fail, always."""
+    raise ValueError("not now")
+
+
+def tool_hangs(text: str) -> str:
+    """Hang, always."""
+    while True:
+        pass
+
+
+def tool_of_numbers(text: str) -> Any:
+    """Return what is no string."""
+    return 7
+
+
+def tool_of_others(text: str) -> str:
+    """Return what a vocabulary may not hold."""
+    return "é"
+
+
+def named(prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
+    """Return two rewards: the number of letters, and whether there is none."""
+    return {"letters": [float(len(one)) for one in completions], "empty": [float(not one) for one in completions]}
