@@ -27,7 +27,7 @@ from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.streams import HELD_OUT
-from esjax.rewards.held_out import MeasureRewards, make_measure_rewards
+from esjax.rewards.held_out import HeldOutRewards, MeasureRewards, make_measure_rewards
 from esjax.rewards.scoring import begin, make_scorer, move_prompts
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
@@ -125,6 +125,10 @@ class Trainer(RecordedRun, RunInference):
         """The averaged parameters, for evaluation and generation."""
         return here(self._replica.state.average)
 
+    def measure_rewards(self) -> HeldOutRewards | None:
+        """Measure rewards on held-out prompts now; None without a reward in Python or held-out prompts."""
+        return None if self._measure_rewards is None else self._measure_rewards(self.params)
+
     def sample(self) -> str:
         """Generate four documents, separated by lines of dashes; the step is the seed."""
         texts = self.generate(count=SAMPLE_DOCUMENTS, max_tokens=SAMPLE_TOKENS, seed=self.step)
@@ -216,8 +220,8 @@ class Trainer(RecordedRun, RunInference):
         """Add what is measured on held-out documents and prompts."""
         if self._measure is not None:
             info = info._replace(held_out=self._measure(self.params))
-        if self._measure_rewards is not None:
-            info = info._replace(**self._measure_rewards(self.params)._asdict())
+        if (rewards := self.measure_rewards()) is not None:
+            info = info._replace(**rewards._asdict())
         return info
 
     def _has_settled(self, info: StepInfo) -> bool:
