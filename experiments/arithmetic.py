@@ -85,9 +85,10 @@ def make_files(folder: Path) -> tuple[Path, Path]:
     return text, prompts
 
 
-def text_config(text: Path, steps: int) -> esjax.Config:
+def text_config(text: Path, steps: int, seed: int) -> esjax.Config:
     """Make the settings of training on the text, by noise on activations."""
     return esjax.Config(
+        seed=seed,
         steps=steps,
         data=esjax.DataConfig(text=str(text), documents="line"),
         es=esjax.EsConfig(space="activation"),
@@ -96,9 +97,10 @@ def text_config(text: Path, steps: int) -> esjax.Config:
     )
 
 
-def reward_config(start: Path, prompts: Path, steps: int, population: int) -> esjax.Config:
+def reward_config(start: Path, prompts: Path, steps: int, population: int, seed: int) -> esjax.Config:
     """Make the settings of training by reward, by noise of low rank on the weights that the text taught."""
     return esjax.Config(
+        seed=seed,
         steps=steps,
         init=str(start),
         data=esjax.DataConfig(batch_size=4),
@@ -151,17 +153,18 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--text-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--population", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
     esjax.prepare_devices()
     began = time.perf_counter()
     arguments.out.mkdir(parents=True)
     text, prompts = make_files(arguments.out)
-    taught = esjax.train(text_config(text, arguments.text_steps), arguments.out / "text")
+    taught = esjax.train(text_config(text, arguments.text_steps, arguments.seed), arguments.out / "text")
     for _ in taught:
         pass
     print(f"{time.perf_counter() - began:4.0f} s  the text is read: {taught.summary()}")
     code = Path(__file__).resolve()
-    config = reward_config(arguments.out / "text", prompts, arguments.steps, arguments.population)
+    config = reward_config(arguments.out / "text", prompts, arguments.steps, arguments.population, arguments.seed)
     run = esjax.train(config, arguments.out / "reward", reward=f"{code}:reward", tool=f"{code}:calculate")
     curve: list[Point] = []
     show(run, curve, began)

@@ -15,6 +15,9 @@ better. Several rewards come as a mapping from their names to such lists. The or
 Kind = Literal["reward", "tool"]
 """What is called."""
 
+FLOATS = {float}
+"""The types in a list of plain floats, which need no closer look."""
+
 LONGEST = 300
 """Most characters of an exception that a message shows."""
 
@@ -57,16 +60,20 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Result(NamedTuple):
-    """The result of a call.
+class Weighed(NamedTuple):
+    """The result of a call of rewards that have names.
 
     Attributes:
-        values: For each text, its reward, finite; or what a tool wrote.
-        means: Mean over the texts of each reward that has a name.
+        values: For each text, the weighted sum of its rewards.
+        means: Mean over the texts of each reward.
     """
 
-    values: list[Any]
+    values: list[float]
     means: Mapping[str, float]
+
+
+Result = list[Any] | Weighed | Failure
+"""The result of a call: for each text, its reward, or what a tool wrote; or why there is none."""
 
 
 class Scored(NamedTuple):
@@ -94,22 +101,23 @@ class Scored(NamedTuple):
         self.failures.update({calls + number: failure for number, failure in more.failures.items()})
         self.means.update({calls + number: means for number, means in more.means.items()})
 
-    def add_call(self, result: Result | Failure, size: int) -> None:
+    def add_call(self, result: Result, size: int) -> None:
         """Append the result of one call."""
-        if isinstance(result, Failure):
-            self.fail(result, 1, size)
-            return
-        if result.means:
+        if isinstance(result, list):
+            self.values.extend(result)
+        elif isinstance(result, Weighed):
             self.means[len(self.values) // size] = result.means
-        self.values.extend(result.values)
+            self.values.extend(result.values)
+        else:
+            self.fail(result, 1, size)
 
     def fail(self, failure: Failure, calls: int, size: int) -> None:
         """Append calls that failed."""
         self.add(Scored([math.nan] * (calls * size), dict.fromkeys(range(calls), failure), {}), size)
 
 
-Call = Callable[[Texts], Result | Failure]
-"""Makes one call, of all of the texts; whatever it raises is a failure."""
+Call = Callable[[Texts, int], Result]
+"""`(texts, number) -> result`: makes one of the calls; whatever it raises is a failure."""
 
 
 def make_call(kind: Kind, function: Callable[..., Any], weights: Mapping[str, float]) -> Call:
@@ -122,13 +130,20 @@ def make_call(kind: Kind, function: Callable[..., Any], weights: Mapping[str, fl
     """
     with_answers = kind == "reward" and takes_answers(function)
 
-    def call(texts: Texts) -> Result | Failure:
+    def call(texts: Texts, number: int) -> Result:
+        size, prompts, completions, answers = texts
+        begin, end = number * size, number * size + size
         try:
             if kind == "tool":
-                pairs = zip(texts.prompts, texts.completions, strict=True)
+                pairs = zip(prompts[begin:end], completions[begin:end], strict=True)
                 return _inserted([function(prompt + completion) for prompt, completion in pairs])
-            more = (texts.answers,) if with_answers else ()
-            return _weighed(function(texts.prompts, texts.completions, *more), texts.size, weights)
+            if with_answers:
+                values = function(prompts[begin:end], completions[begin:end], answers[begin:end])
+            else:
+                values = function(prompts[begin:end], completions[begin:end])
+            return (
+                _weighed(values, size, weights) if weights or type(values) is not list else _checked(values, size, "")
+            )
         except (Exception, SystemExit) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             said = " ".join(traceback.format_exception_only(error)[-1].split())[:LONGEST]
@@ -147,22 +162,17 @@ def takes_answers(reward: Callable[..., Any]) -> bool:
     return True
 
 
-def _inserted(values: list[Any]) -> Result | Failure:
-    bad = [value for value in values if not isinstance(value, str)]
-    return (
-        Failure("type", f"it returned a {type(bad[0]).__name__}; it must return a string")
-        if bad
-        else Result(values, {})
-    )
+def _inserted(values: list[Any]) -> Result:
+    bad = [type(value).__name__ for value in values if not isinstance(value, str)]
+    return Failure("type", f"it returned a {bad[0]}; it must return a string") if bad else values
 
 
-def _weighed(values: Any, count: int, weights: Mapping[str, float]) -> Result | Failure:
+def _weighed(values: Any, count: int, weights: Mapping[str, float]) -> Result:
     """Return the weighted sum of the rewards that have names, or the values if they are one list."""
     if not isinstance(values, Mapping):
         if weights:
             return Failure("weights", f"it returned a {type(values).__name__}; {_wants(weights)}")
-        found = _checked(values, count, "")
-        return found if isinstance(found, Failure) else Result(found, {})
+        return _checked(values, count, "")
     if bad := [name for name in values if not (isinstance(name, str) and name.isidentifier())]:
         return Failure("names", f"it returned the name {bad[0]!r}; names consist of letters, digits and _")
     if not values or not weights.keys() <= values.keys():
@@ -175,7 +185,7 @@ def _weighed(values: Any, count: int, weights: Mapping[str, float]) -> Result | 
         weight = weights.get(name, 1.0)
         total = [one + weight * value for one, value in zip(total, found, strict=True)]
         means[name] = math.fsum(found) / count
-    return Result(total, means)
+    return Weighed(total, means)
 
 
 def _wants(weights: Mapping[str, float]) -> str:
@@ -184,6 +194,8 @@ def _wants(weights: Mapping[str, float]) -> str:
 
 def _checked(values: Any, count: int, which: str) -> list[float] | Failure:
     """Return the values as floats, or what is wrong with them."""
+    if type(values) is list and len(values) == count and {*map(type, values)} == FLOATS and math.isfinite(sum(values)):
+        return values
     wanted = f"it must return a list of {count} numbers, one for each completion{which}"
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         return Failure("type", f"it returned a {type(values).__name__}; {wanted}")

@@ -82,7 +82,7 @@ def make_measure_rewards(
         tokens = write_on(*encoded, np.zeros_like(encoded.lengths))
         failed = np.zeros(len(texts), bool)
         if tool is not None:
-            tokens, failed = tool.finish(texts, encoded, tokens, write_on)
+            tokens, failed = tool.finish([one.text for one in texts], encoded, tokens, write_on)
         rewards = np.where(failed, np.nan, scorer.rewards(texts, tokens, size)).reshape(-1, size)
         known = rewards[np.isfinite(rewards[:, 0]), 0]
         passed = (rewards[:, 1:] >= config.passing).any(axis=1)

@@ -5,6 +5,7 @@ text travels. A thread for each process sends it calls and waits for their resul
 """
 
 import json
+import math
 import os
 import queue
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,8 +28,8 @@ from esjax.rewards.worker import REPORT
 START = 120.0
 """Seconds that a process has to load the function, with all that its file imports."""
 
-BATCHES = 1
-"""Messages to each process for the calls of one `score`: few, since each costs as much as many calls."""
+WORTH = 0.01
+"""Seconds of calls for which another process is sent a message; with less to do, one process makes them all."""
 
 SLACK = 0.2
 """Seconds on top of a call's time limit for the way of its result."""
@@ -58,11 +60,13 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
         self._is_closed = False
+        self._call_seconds = math.inf  # of a call, as last measured
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         """Queue calls; the results of all futures, joined, are theirs, in their order."""
         self._start()
-        size = -(-texts.calls // (BATCHES * self._count))
+        parts = math.ceil(min(max(texts.calls * self._call_seconds / WORTH, 1), self._count))
+        size = -(-texts.calls // parts)
         batches = [_Batch(texts.part(first, first + size)) for first in range(0, texts.calls, size)]
         for batch in batches:
             self._batches.put(batch)
@@ -101,6 +105,7 @@ class Pool:
                 while (done := len(scored.values) // size) < calls and not self._is_closed:
                     if worker is None:
                         worker = self._new_worker()
+                    began = time.monotonic()
                     if not worker.broken:
                         worker.send(batch.texts.part(done, calls), one_by_one)
                     while not worker.broken and len(scored.values) < size * calls:
@@ -114,6 +119,7 @@ class Pool:
                         one_by_one = True  # any call without a result may be the one that failed
                         self._end(worker)
                         worker = None
+                    self._call_seconds = (time.monotonic() - began) / (calls - done)
             except Exception as error:  # no process can be started, or an answer cannot be sent: the run goes on
                 failure = Failure(type(error).__name__, f"it cannot be called: {type(error).__name__}: {error}")
                 self._end(worker)

@@ -70,8 +70,9 @@ class Scorer:
         tell: Callable[[str], None],
     ) -> None:
         """Set up with names and callers; use `make_scorer`."""
-        self._texts, self.held_out = split_prompts(prompts, config.held_out)
-        self.prompts = encode_prompts(self._texts, vocabulary)
+        trained, self.held_out = split_prompts(prompts, config.held_out)
+        self.prompts = encode_prompts(trained, vocabulary)
+        self._texts, self._answers = _arrays(trained)
         self.stops = tokens_of(config.stop, "stop", vocabulary)
         self.vocabulary = vocabulary
         self.failures = 0
@@ -108,9 +109,9 @@ class Scorer:
             The completions, and whether a call of the tool failed.
         """
         assert self.tool is not None
-        numbers = np.repeat(drawn[:, None], tokens.shape[1], axis=1).ravel()
+        numbers = _for_members(drawn, tokens)
         encoded = PromptTokens(self.prompts.tokens[numbers], self.prompts.lengths[numbers])
-        prompts = [self._texts[number] for number in numbers.tolist()]
+        prompts = self._texts[numbers].tolist()
         written = self.tool.finish(prompts, encoded, tokens.reshape(-1, tokens.shape[-1]), write_on)
         return written.tokens.reshape(tokens.shape), np.any(written.failed.reshape(len(tokens), -1), axis=1)
 
@@ -131,9 +132,9 @@ class Scorer:
             A function that waits for the losses, minus the mean reward over a member's prompts. A pair whose call
             failed gets NaN.
         """
-        members = tokens.shape[1]
-        prompts = [self._texts[number] for row in drawn.tolist() for number in row * members]
-        wait_for = self._begin(prompts, tokens.reshape(-1, tokens.shape[-1]), members * drawn.shape[1])
+        numbers = _for_members(drawn, tokens)
+        prompts, answers = self._texts[numbers].tolist(), self._answers[numbers].tolist()
+        wait_for = self._begin(prompts, answers, tokens.reshape(-1, tokens.shape[-1]), len(numbers) // len(drawn))
 
         def wait() -> Float32[ndarray, "pairs members"]:
             scored = wait_for()
@@ -165,7 +166,8 @@ class Scorer:
         Returns:
             The rewards; NaN in a call that failed.
         """
-        return np.array(self._begin(prompts, tokens, size)().values)
+        texts, answers = _arrays(prompts)
+        return np.array(self._begin(texts.tolist(), answers.tolist(), tokens, size)().values)
 
     def close(self) -> None:
         """End the processes; the next call starts new ones."""
@@ -173,12 +175,11 @@ class Scorer:
             caller.close()
 
     def _begin(
-        self, prompts: Sequence[Prompt], tokens: Int[ndarray, "completions length"], size: int
+        self, prompts: list[str], answers: list[Any], tokens: Int[ndarray, "completions length"], size: int
     ) -> Callable[[], Scored]:
         """Begin to call the reward, and return a function that waits for the results."""
         name, caller = self._reward
-        completions = decode_all(self.vocabulary, tokens)
-        texts = Texts(size, [one.text for one in prompts], completions, [one.answer for one in prompts])
+        texts = Texts(size, prompts, decode_all(self.vocabulary, tokens), answers)
         futures = caller.score(texts)
 
         def wait() -> Scored:
@@ -200,6 +201,21 @@ class Scorer:
             )
 
 
+def _arrays(prompts: Sequence[Prompt]) -> tuple[ndarray, ndarray]:
+    """Return the texts and the answers of prompts as arrays of objects, which numpy draws from fast."""
+    found = np.empty((2, len(prompts)), object)
+    for number, prompt in enumerate(prompts):
+        found[:, number] = prompt
+    return found[0], found[1]
+
+
+def _for_members(
+    drawn: Int[ndarray, "pairs prompts"], tokens: Int[ndarray, "pairs members prompts length"]
+) -> Int[ndarray, " texts"]:
+    """Return the number of the prompt of each text that members wrote."""
+    return np.repeat(drawn[:, None], tokens.shape[1], axis=1).ravel()
+
+
 def _collect(futures: Sequence[Future[Scored]], size: int) -> Scored:
     """Wait for the results of calls of `size` texts each, and join them."""
     scored = Scored.nothing()
@@ -217,7 +233,7 @@ class _Here:
     def score(self, texts: Texts) -> list[Future[Scored]]:
         scored = Scored.nothing()
         for number in range(texts.calls):
-            scored.add_call(self._call(texts.part(number, number + 1)), texts.size)
+            scored.add_call(self._call(texts, number), texts.size)
         future: Future[Scored] = Future()
         future.set_result(scored)
         return [future]

@@ -11,7 +11,7 @@ from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary
 from esjax.rewards.calls import Failure, Scored, Texts
 from esjax.rewards.decoding import decode_all
-from esjax.rewards.prompts import Prompt, PromptTokens
+from esjax.rewards.prompts import PromptTokens
 
 Ids = Int[ndarray, "texts longest"]
 Counts = Int[ndarray, " texts"]
@@ -61,7 +61,7 @@ class ToolUse:
 
     def finish(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[str],
         encoded: PromptTokens,
         tokens: Int[ndarray, "texts length"],
         write_on: WriteOn,
@@ -98,12 +98,12 @@ class ToolUse:
         return Written(tokens, failed)
 
     def _answers(
-        self, prompts: Sequence[Prompt], tokens: Int[ndarray, "texts length"], waiting: Int[ndarray, " waiting"]
+        self, prompts: Sequence[str], tokens: Int[ndarray, "texts length"], waiting: Int[ndarray, " waiting"]
     ) -> Iterator[tuple[int, Int[ndarray, " answer"] | None]]:
         """Return the tool's answer for each of these rows; None where it failed."""
         texts = Texts(
             1,
-            [prompts[row].text for row in waiting],
+            [prompts[row] for row in waiting],
             decode_all(self._vocabulary, tokens[waiting]),
             [None] * len(waiting),
         )

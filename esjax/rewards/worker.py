@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> None:
             return
         done, sent_at = Scored.nothing(), time.monotonic()
         for number in range(texts.calls):
-            done.add_call(call(texts.part(number, number + 1)), texts.size)
+            done.add_call(call(texts, number), texts.size)
             if one_by_one or time.monotonic() - sent_at > REPORT:
                 connection.send(done)
                 done, sent_at = Scored.nothing(), time.monotonic()

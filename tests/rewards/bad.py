@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 
@@ -59,3 +61,12 @@ def tool_of_others(text: str) -> str:
 def named(prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
     """Return two rewards: the number of letters, and whether there is none."""
     return {"letters": [float(len(one)) for one in completions], "empty": [float(not one) for one in completions]}
+
+
+def meet(prompts: list[str], completions: list[str]) -> list[float]:
+    """Return the process; wait for another process that makes a call in the same folder, whose path is the prompt."""
+    folder = Path(prompts[0])
+    (folder / str(os.getpid())).touch()
+    while len([*folder.iterdir()]) < 2:
+        time.sleep(0.01)
+    return [float(os.getpid())] * len(prompts)

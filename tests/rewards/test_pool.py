@@ -106,3 +106,23 @@ def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> No
         pool.close()
         assert [failure.kind for failure in scored.failures.values()] == ["load"] * 3
         assert "cannot load" in scored.failures[0].reason
+
+
+def test_calls_are_made_by_all_processes_at_once(tmp_path: Path) -> None:
+    """Reference: a call that waits for one in another process returns only if both run at the same time."""
+    pool = Pool(Code(str(Path(__file__).with_name("bad.py")), "meet", ""), processes=2, seconds=60.0)
+    scored = Scored.nothing()
+    for future in pool.score(Texts(1, [str(tmp_path)] * 4, ["a"] * 4, [None] * 4)):
+        scored.add(future.result(120), 1)
+    pool.close()
+    assert not scored.failures
+    assert len({*scored.values}) == 2
+
+
+def test_one_process_makes_few_fast_calls_and_all_make_slow_ones(pool: Pool) -> None:
+    score(pool, ["abc"] * 64)
+    assert pool._call_seconds < 0.5
+    texts = Texts(1, ["prompt"] * 64, ["abc"] * 64, [None] * 64)
+    for call_seconds, batches in ((1e-6, 1), (0.05, 2)):
+        pool._call_seconds = call_seconds
+        assert len([future.result(60) for future in pool.score(texts)]) == batches

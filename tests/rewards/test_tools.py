@@ -49,7 +49,7 @@ def tool_use(most: int, called: list[str], reported: list[str]) -> ToolUse:
         scored = Scored.nothing()
         called.extend(prompt + text for prompt, text in zip(texts.prompts, texts.completions, strict=True))
         for number in range(texts.calls):
-            scored.add_call(make_call("tool", calculate, {})(texts.part(number, number + 1)), 1)
+            scored.add_call(make_call("tool", calculate, {})(texts, number), 1)
         return scored
 
     def report(texts: Texts, failure: Failure) -> None:
@@ -83,7 +83,7 @@ def test_answers_stand_where_members_paused() -> None:
     reported: list[str] = []
     seen: list[list[str]] = []
     encoded = encode_prompts(PROMPTS, SYMBOLS)
-    written = tool_use(1, called, reported).finish(PROMPTS, encoded, FIRST, write_on(seen))
+    written = tool_use(1, called, reported).finish([one.text for one in PROMPTS], encoded, FIRST, write_on(seen))
     assert [SYMBOLS.decode(row) for row in written.tokens] == [
         "[12+7]1919",
         "[3+4+93]100[",
@@ -110,7 +110,7 @@ def test_a_second_call_needs_a_second_pause() -> None:
         return rows_of(*(more.get(text, "") for text in texts))
 
     use = tool_use(3, called, [])
-    written = use.finish(prompts, encoded, rows_of("[1+1]", "[2+0]"), write)
+    written = use.finish([one.text for one in prompts], encoded, rows_of("[1+1]", "[2+0]"), write)
     assert [SYMBOLS.decode(row) for row in written.tokens] == ["[1+1]2[2+2]4", "[2+0]2"]
     assert called == ["1=[1+1]", "2=[2+0]", "1=[1+1]2[2+2]"]
 
