@@ -32,8 +32,9 @@ BAD = str(Path(__file__).with_name("bad.py"))
 
 
 def calculate(text: str) -> str:
-    """Add up the numbers in the last brackets."""
-    return str(sum(map(int, text[text.rindex("[") + 1 : -1].split("+"))))
+    """Add up the numbers in the last brackets; return nothing for 0."""
+    total = sum(map(int, text[text.rindex("[") + 1 : -1].split("+")))
+    return str(total) if total else ""
 
 
 def rows_of(*texts: str) -> np.ndarray:
@@ -103,16 +104,16 @@ def test_a_second_call_needs_a_second_pause() -> None:
     """Reference: by hand. A member that writes nothing after an empty answer has paused once, not twice."""
     prompts, encoded = [Prompt("1="), Prompt("2=")], encode_prompts([Prompt("1="), Prompt("2=")], SYMBOLS)
     called: list[str] = []
-    more = {"1=[1+1]2": "[2+2]", "1=[1+1]2[2+2]4": "4", "2=[2+0]2": ""}
+    more = {"1=[1+1]2": "[2+2]", "1=[1+1]2[2+2]4": "4", "2=[0+0]": ""}
 
     def write(tokens: np.ndarray, lengths: np.ndarray, begun: np.ndarray) -> np.ndarray:
         texts = [SYMBOLS.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
         return rows_of(*(more.get(text, "") for text in texts))
 
     use = tool_use(3, called, [])
-    written = use.finish([one.text for one in prompts], encoded, rows_of("[1+1]", "[2+0]"), write)
-    assert [SYMBOLS.decode(row) for row in written.tokens] == ["[1+1]2[2+2]4", "[2+0]2"]
-    assert called == ["1=[1+1]", "2=[2+0]", "1=[1+1]2[2+2]"]
+    written = use.finish([one.text for one in prompts], encoded, rows_of("[1+1]", "[0+0]"), write)
+    assert [SYMBOLS.decode(row) for row in written.tokens] == ["[1+1]2[2+2]4", "[0+0]"]
+    assert called == ["1=[1+1]", "2=[0+0]", "1=[1+1]2[2+2]"]
 
 
 TEXT = "\n\n".join(["abc cab bac [ab] acb bca cba", "abc cab [b] bac"] * 8)
