@@ -16,7 +16,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esjax.config.models import GruConfig, LlamaConfig, MinGruConfig, RnnConfig
+    from esjax.config.models import (
+        GruConfig,
+        LlamaConfig,
+        LruConfig,
+        LstmConfig,
+        MinGruConfig,
+        RnnConfig,
+        Rwkv7Config,
+        TransformerConfig,
+    )
     from esjax.config.reward import RewardConfig
     from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig
     from esjax.core import (
@@ -66,6 +75,8 @@ __all__ = [
     "HostsConfig",
     "LlamaConfig",
     "LoadedRun",
+    "LruConfig",
+    "LstmConfig",
     "Member",
     "MetricsServer",
     "MinGruConfig",
@@ -77,6 +88,7 @@ __all__ = [
     "Replayed",
     "RewardConfig",
     "RnnConfig",
+    "Rwkv7Config",
     "Server",
     "Shaped",
     "StepInfo",
@@ -84,6 +96,7 @@ __all__ = [
     "TrackedRun",
     "Tracker",
     "Trainer",
+    "TransformerConfig",
     "Written",
     "equinox_model",
     "estimate",
@@ -122,6 +135,10 @@ _HOME = {
     "LlamaConfig": "config.models",
     "MinGruConfig": "config.models",
     "RnnConfig": "config.models",
+    "LruConfig": "config.models",
+    "LstmConfig": "config.models",
+    "Rwkv7Config": "config.models",
+    "TransformerConfig": "config.models",
     "Evaluation": "inference.language_model",
     "LoadedRun": "inference.loaded_run",
     "Member": "models.member",

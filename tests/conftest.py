@@ -4,8 +4,10 @@ import gc
 import os
 import signal
 import tempfile
+import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Compiling is most of the work of the tests. Processes that tests start inherit this. 0 compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -17,6 +19,7 @@ import jax
 import pytest
 import typechecker
 from beartype.claw import beartype_package
+from jax._src.interpreters import mlir
 from jaxtyping import install_import_hook
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; several tests send it
@@ -33,6 +36,20 @@ PROGRAMS = os.environ[CACHE]
 jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+OF_THREAD = threading.local()
+
+
+def context_of_thread() -> Any:
+    """Return one MLIR context for all programs of a thread. JAX makes one for each, a third of the time of lowering."""
+    if not hasattr(OF_THREAD, "context"):
+        OF_THREAD.context = make_ir_context()
+    return OF_THREAD.context
+
+
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and hasattr(mlir, "make_ir_context"):
+    make_ir_context = mlir.make_ir_context
+    mlir.make_ir_context = context_of_thread
 
 # In hosts jaxtyping would take most of the time of what a simulation says and hears: it sees to the files with arrays,
 # and beartype alone to the others.
@@ -52,7 +69,6 @@ install_import_hook(
 )
 
 from collections.abc import Iterator  # noqa: E402
-from typing import Any  # noqa: E402
 
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
@@ -72,6 +88,11 @@ if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
 def mesh_of(devices: int) -> Mesh:
     """Line up the first few devices."""
     return jax.make_mesh((devices,), (PAIRS_AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests of several processes: one worker waits for them, and the others compute meanwhile."""
+    items.sort(key=lambda item: "fleet" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture

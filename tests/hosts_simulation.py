@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
 from esjax.data.delivery import PackedText, hash_bytes
@@ -62,9 +63,13 @@ def config_of(
     block_interval: int | None = None,
     sums: bool = False,
     split: bool = False,
+    reward: RewardConfig | None = None,
+    init: str | None = None,
 ) -> Config:
     blocks = None if block_interval is None else 64
     return Config(
+        init=init,
+        reward=reward or RewardConfig(),
         checkpoint_time=checkpoint_time,
         evaluate_time=evaluate_time,
         data=DataConfig(block_tokens=blocks, new_tokens_interval=block_interval or 1),
@@ -179,10 +184,27 @@ class Device:
         measure_seconds: float = 0.2,
         snapshot_bytes: int = STATE_BYTES,
         twist: Twist | None = None,
+        has_start: bool = False,
+        seconds_of: Callable[[int], float] | None = None,
     ) -> None:
+        """Set up.
+
+        Args:
+            speed: Pairs per second.
+            device_batch: See `Worker`.
+            compile_seconds: Time of `Build`.
+            load_seconds: Time of `Load`.
+            measure_seconds: Time of `Measure`.
+            snapshot_bytes: Size of a snapshot.
+            twist: Changes losses.
+            has_start: Whether it has the weights that the run starts from.
+            seconds_of: Time to score so many pairs, if `speed` does not say it; calls of a reward end one by one.
+        """
         self.config = LOSSES
         self.speed, self.device_batch, self.twist, self.snapshot_bytes = speed, device_batch, twist, snapshot_bytes
         self.compile_seconds, self.load_seconds, self.measure_seconds = compile_seconds, load_seconds, measure_seconds
+        self.has_start = has_start
+        self.seconds_of = seconds_of or (lambda pairs: pairs / self.speed)
         self.state = FIRST_STATE
         self.block: bytes | None = None
         self.hung = False
@@ -200,7 +222,7 @@ class Device:
         if isinstance(task, tasks.Build):
             if task.text != TEXT or task.text_digest != hash_bytes(TEXT):
                 return tasks.Failed("the text has another hash"), 0.0
-            return tasks.Built(self.device_batch), self.compile_seconds
+            return tasks.Built(self.device_batch, 0 if self.has_start else -1), self.compile_seconds
         if isinstance(task, tasks.Load):
             self.state = task.snapshot[:STATE_BYTES]
             self.loaded.append(self.step)
@@ -217,14 +239,14 @@ class Device:
             pairs = update_record.pairs_of(task.spans)
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
-            seconds = len(pairs) / self.speed
+            seconds = self.seconds_of(len(pairs))
             return tasks.Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
         elif isinstance(task, tasks.TakeDigest):
             return tasks.Value(hash_state(self.state)), 0.001
         elif isinstance(task, tasks.TakeSnapshot):
             return tasks.Value(self.state.ljust(self.snapshot_bytes, b"+")), 0.001
         elif isinstance(task, tasks.Measure):
-            return tasks.Value(1.0 + 1 / (1 + self.step)), self.measure_seconds
+            return tasks.Measured(1.0 + 1 / (1 + self.step)), self.measure_seconds
         return tasks.Done(self.step), 0.001
 
 
@@ -253,6 +275,8 @@ class Host:
         self.phases: list[str] = []
         self._sim = sim
         self._done: list[tasks.Result] = []
+        self._scoring = (0.0, 1.0, 0)  # beginning and seconds of the last task that scores, and its pairs
+        self._calls = 0  # before that task
         settings: dict[str, Any] = {
             "device": "fake",
             "kind": "fake",
@@ -271,12 +295,18 @@ class Host:
         worker = self.worker
         if not self.running or self.over:
             return
+        if self._sim.config.writes and not self.device.hung:
+            began, seconds, pairs = self._scoring
+            worker.calls = self._calls + int(pairs * min((now - began) / seconds, 1.0))
         worker.tick(now)
         if self._done and not self.device.hung:
             worker.finished(self._done.pop(), now)
         task = worker.task()
         if task is not None:
             result, seconds = self.device.do(task)
+            if isinstance(task, tasks.Score):
+                self._calls += self._scoring[2]
+                self._scoring = now, seconds, sum(count for _, count in task.spans)
             self._sim.at(now + seconds, lambda: self._finish(result))
         if worker.reconnect:
             self.connection += 1
@@ -373,7 +403,9 @@ class Simulation:
                 {},
                 publish_port=1,
                 state_bytes=self.snapshot_bytes,
-                exchange=make_exchange(VECTOR_LENGTH if self.config.es.exchange == "sums" else 0, SCALE),
+                exchange=make_exchange(
+                    VECTOR_LENGTH if self.config.es.exchange == "sums" else 0, SCALE, tolerance=self.config.tolerance
+                ),
             ),
             step=len(self.ledger),
             now=self.now,
@@ -424,7 +456,9 @@ class Simulation:
             elif isinstance(action, Store):
                 if hash_state(action.snapshot.data[:STATE_BYTES]) != action.digest:
                     self.server.audits.is_false(action.snapshot)
-                elif not self.store_fails:
+                elif self.store_fails:
+                    self.server.audits.not_stored(action.snapshot)
+                else:
                     self.checkpoints.append(action.snapshot)
                     self.server.audits.stored(action.snapshot)
             elif isinstance(action, Closed):

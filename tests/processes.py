@@ -135,9 +135,15 @@ class Fleet:
         self._started.append(process)
         return process
 
-    def serve(self, *words: str, bind: str = "tcp://127.0.0.1:0", file_blocks: int | None = None) -> Process:
+    def serve(
+        self,
+        *words: str,
+        bind: str = "tcp://127.0.0.1:0",
+        file_blocks: int | None = None,
+        within: Sequence[str] = (),
+    ) -> Process:
         settings = ["--out", str(self.run), "--data.text", str(TEXT), *SMALL, "--bind", bind, *words]
-        process = self.start("serve", *settings, file_blocks=file_blocks)
+        process = self.start("serve", *settings, file_blocks=file_blocks, within=within)
         self.hear_address(process)
         return process
 

@@ -17,6 +17,7 @@ def make(path: Path, done: int = 0, custom: Mapping[str, str] = NOTHING, **setti
     folder = RunFolder.create(path, Config(**settings), Vocabulary("char", ("a", "b")), "", custom)
     with folder.open_metrics(0, print) as metrics:
         metrics.write("".join(line_of(step) for step in range(1, done + 1)))
+    folder.unlock()
     return folder
 
 

@@ -22,6 +22,7 @@ MODELS = {
     "rnn": rnn(VOCAB, hidden_size=4, n_layers=2),
     "gru": gru(VOCAB, hidden_size=4, head_size=6),
 }
+DRAW = jax.jit(draw, static_argnames=("kind", "count"))
 
 
 def noise_of(
@@ -71,7 +72,8 @@ def epsilons_of(noise: Noise, params: Params, seeds: Array) -> list[np.ndarray]:
     """
     rank, pairs = noise.rank, seeds.shape[:-1]
     layout = noise.lay_out(params)
-    numbers = np.asarray(draw("gaussian" if noise.gaussian else "rademacher", seeds, layout.numbers), np.float64)
+    kind = "gaussian" if noise.gaussian else "rademacher"
+    numbers = np.asarray(DRAW(kind, seeds, count=layout.numbers), np.float64)
     place, found = 0, []
 
     def take(*shape: int) -> np.ndarray:

@@ -32,6 +32,8 @@ SPEAKERS = [
     "coordination/coordinator",
     "coordination/steps",
     "coordination/audits",
+    "coordination/inspector",
+    "protocol/actions",
     "server_loop",
     "transport/keys",
     "transport/server",
@@ -202,18 +204,20 @@ def test_the_runbook_has_the_times_of_the_code() -> None:
         assert getattr(module, name) == float(value), f"{name} in {file}"
 
 
+def fixed_part(text: ast.expr) -> str:
+    """Return a fixed part of a text."""
+    parts = [node.value for node in ast.walk(text) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return next((part for part in parts if len(part) > 11), max(parts, key=len, default="")).strip(" :;,.")
+
+
 def sayings(path: Path) -> Iterator[str]:
-    """Find a fixed part of each line that is said, and the names under which refusals are counted."""
+    """Find a fixed part of each line and each objection, and the names under which refusals are counted."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in SAYING:
-            fixed = [
-                part.value
-                for argument in node.args[:1]
-                for part in ast.walk(argument)
-                if isinstance(part, ast.Constant) and isinstance(part.value, str)
-            ]
-            long = (part for part in fixed if len(part) > 11)
-            yield next(long, max(fixed, key=len, default="")).strip(" :;,.")
+            yield from map(fixed_part, node.args[:1])
+        if isinstance(node, ast.FunctionDef) and node.name == "objection":
+            values = [part.value for part in ast.walk(node) if isinstance(part, ast.Return | ast.Assign)]
+            yield from (fixed_part(value) for value in values if isinstance(value, ast.JoinedStr | ast.Constant))
         match node:
             case ast.Subscript(value=ast.Attribute(attr="counters"), slice=ast.Constant(value=str(counter))):
                 yield counter

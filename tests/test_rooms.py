@@ -19,7 +19,7 @@ PURE = (
     "esjax.replica",
 )
 IMPURE = {"time", "os", "pathlib", "logging", "socket", "random", "datetime", "threading", "signal", "io", "glob"}
-READS_FILES = {"esjax.models.custom_code"}
+READS_FILES = {"esjax.models.custom.code"}
 MOST_FILES = 14
 
 

@@ -130,6 +130,9 @@ class Join:
     stay: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """After the end of the run, wait for the next run at the address, as in a sweep."""
 
+    init: Path | None = None
+    """Copy of the weights that the run starts from: a run folder or a file, see train. None: where its settings say."""
+
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
@@ -149,6 +152,7 @@ class Join:
                 lifetime=self.lifetime,
                 patience=self.patience,
                 stay=self.stay,
+                init=self.init,
                 tell=teller(console),
             )
         except EsjaxError as error:
@@ -249,10 +253,12 @@ def _print(status: "StatusReply") -> None:
     loss = "none yet" if status.loss is None else f"{status.loss:.3f}"
     held_out = "" if status.held_out is None else f"  held-out {status.held_out:.3f}"
     rate = f"{status.member_tokens_per_second / 1e6:.2f} M/s"
+    for name, value in (("greedy reward", status.greedy_reward), ("pass@k", status.pass_at_k)):
+        held_out += "" if value is None else f"  {name} {value:.3f}"
     print(f"run {status.run}  step {status.step:,}  loss {loss}{held_out}  {'paused' if status.paused else rate}")
     table = Table("host", "state", "step", "members/s", "share", "last seen", "digest", "device", "note", box=None)
     for host in status.hosts:
-        mark = " *" if host.slot == status.anchor else ""
+        mark = " *" if host.slot == status.reference else ""
         table.add_row(
             host.name + mark,
             host.state,
@@ -265,7 +271,7 @@ def _print(status: "StatusReply") -> None:
             host.note,
         )
     open_console().print(table)
-    if any(host.slot == status.anchor for host in status.hosts):
+    if any(host.slot == status.reference for host in status.hosts):
         print("* checkpoints save the state of this host")
     for reason, count in sorted(status.counters.items()):
         print(f"turned down: {count:,} x {reason}")

@@ -113,7 +113,7 @@ class CustomOptions:
 
     def load(self) -> "Custom":
         """Load the custom parts that are given, after `prepare`."""
-        from esjax.models.custom_code import load_custom
+        from esjax.models.custom.code import load_custom
 
         return load_custom(
             model=self.model, loss=self.loss, reward=self.reward, tool=self.tool, optimizer=self.optimizer
@@ -162,9 +162,11 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
         server: The run, after its address is known.
         more: Further options of the command.
     """
+    config = server.config
     token = [] if server.token is None else ["--token-file", str(server.token)]
-    print(command_line("esjax", "join", server.address, *token, *server.custom.words(), *more), flush=True)
-    files = [*token[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
+    start = [] if config.init is None or config.hosts.send_init else ["--init", config.init]
+    print(command_line("esjax", "join", server.address, *token, *start, *server.custom.words(), *more), flush=True)
+    files = [*token[1:], *start[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:

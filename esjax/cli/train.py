@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Train:
     """Train a model from scratch.
 
-    The name of a model, gru, mingru, rnn or PATH.py:FUNCTION, anywhere among the options chooses it:
+    The name of a model, such as gru, mingru or transformer, or PATH.py:FUNCTION, anywhere among the options chooses it:
     esjax train gru --help lists its settings.
     """
 
@@ -65,7 +65,7 @@ class Train:
                 self.workers,
                 server.folder.path,
                 lambda line: server.tell(line),
-                given=custom.words(),
+                given=server.custom.words(),
                 oversubscribe=self.oversubscribe,
             )
             server.while_open = lambda: workers.joined(server.address)

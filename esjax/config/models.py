@@ -10,7 +10,16 @@ from typing import ClassVar, get_args
 
 from esjax.config.section import Section, check, check_positive
 
-__all__ = ["GruConfig", "LlamaConfig", "MinGruConfig", "RnnConfig"]
+__all__ = [
+    "GruConfig",
+    "LlamaConfig",
+    "LruConfig",
+    "LstmConfig",
+    "MinGruConfig",
+    "RnnConfig",
+    "Rwkv7Config",
+    "TransformerConfig",
+]
 
 
 class _Architecture(Section, tag_field="name"):
@@ -41,7 +50,7 @@ class RnnConfig(_Architecture, tag="rnn"):
 
 
 class GruConfig(_Architecture, tag="gru"):
-    """A gated recurrent unit (Cho et al. 2014) with a hidden layer before the prediction."""
+    """Gated recurrent units (Cho et al. 2014) with a hidden layer before the prediction."""
 
     built_by: ClassVar = "esjax.models.gru:gru"
 
@@ -49,11 +58,33 @@ class GruConfig(_Architecture, tag="gru"):
     """Width of the state."""
 
     head_size: int = 64
-    """Width of the hidden layer between the state and the prediction."""
+    """Width of the hidden layer between the states and the prediction."""
+
+    n_layers: int = 1
+    """Number of layers; each reads the new state of the layer below."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "hidden_size", "head_size")
+        check_positive(self, "hidden_size", "head_size", "n_layers")
+
+
+class LstmConfig(_Architecture, tag="lstm"):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997) with a hidden layer before the prediction."""
+
+    built_by: ClassVar = "esjax.models.lstm:lstm"
+
+    hidden_size: int = 32
+    """Width of the cells, and of the output, of a layer."""
+
+    head_size: int = 64
+    """Width of the hidden layer between the outputs and the prediction."""
+
+    n_layers: int = 1
+    """Number of layers; each reads the new output of the layer below."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "head_size", "n_layers")
 
 
 class MinGruConfig(_Architecture, tag="mingru"):
@@ -76,6 +107,28 @@ class MinGruConfig(_Architecture, tag="mingru"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "hidden_size", "head_size", "n_layers", "gate_tokens")
+
+
+class LruConfig(_Architecture, tag="lru"):
+    """Gated linear recurrent units (related to Hawk: De et al. 2024) in residual blocks, with gated MLPs between."""
+
+    built_by: ClassVar = "esjax.models.lru:lru"
+
+    hidden_size: int = 32
+    """Width of the residual stream and of the state of a layer."""
+
+    mlp_size: int = 64
+    """Width of the hidden layer of the MLPs."""
+
+    n_layers: int = 2
+    """Number of layers."""
+
+    gate_tokens: int = 3
+    """Number of tokens that the first layer sees at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "mlp_size", "n_layers", "gate_tokens")
 
 
 class LlamaConfig(_Architecture, tag="llama"):
@@ -114,17 +167,78 @@ class LlamaConfig(_Architecture, tag="llama"):
         super().__post_init__()
         check_positive(self, "hidden_size", "mlp_size", "n_layers", "n_heads", "n_kv_heads", "context", "rope_theta")
         check_positive(self, "norm_eps")
-        check(
-            self.hidden_size % self.n_heads == 0 and self.hidden_size // self.n_heads % 2 == 0,
-            f"hidden_size / n_heads must be an even number, got {self.hidden_size} / {self.n_heads}",
-        )
+        _check_heads(self.hidden_size, self.n_heads)
         check(
             self.n_heads % self.n_kv_heads == 0,
             f"n_kv_heads must divide n_heads, got {self.n_kv_heads} for {self.n_heads}",
         )
 
 
-ModelConfig = RnnConfig | GruConfig | MinGruConfig | LlamaConfig
+class TransformerConfig(_Architecture, tag="transformer"):
+    """A decoder to train from scratch (Vaswani et al. 2017, with the parts of llama): rotary embedding, gated MLPs."""
+
+    built_by: ClassVar = "esjax.models.transformer:transformer"
+
+    hidden_size: int = 64
+    """Width of the state of a token."""
+
+    mlp_size: int = 128
+    """Width of the hidden layer of the MLPs."""
+
+    n_layers: int = 2
+    """Number of layers."""
+
+    n_heads: int = 4
+    """Attention heads; hidden_size / n_heads, the width of a head, must be an even number."""
+
+    context: int = 256
+    """Most tokens that attention reaches back to, the current one included."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "mlp_size", "n_layers", "n_heads", "context")
+        _check_heads(self.hidden_size, self.n_heads)
+
+
+class Rwkv7Config(_Architecture, tag="rwkv7"):
+    """RWKV-7 (Peng et al. 2025): a recurrent network with a matrix as state, which the delta rule changes."""
+
+    built_by: ClassVar = "esjax.models.rwkv7:rwkv7"
+
+    hidden_size: int = 32
+    """Width of the residual stream."""
+
+    head_size: int = 16
+    """Width of a head; divides hidden_size."""
+
+    mlp_size: int = 64
+    """Width of the hidden layer of the MLPs."""
+
+    n_layers: int = 2
+    """Number of layers."""
+
+    gate_size: int = 8
+    """Width of the products that make the gates: what is kept, replaced, taken from the first layer, and shown."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden_size", "head_size", "mlp_size", "n_layers", "gate_size")
+        check(
+            self.hidden_size % self.head_size == 0,
+            f"head_size must divide hidden_size, got {self.head_size} for {self.hidden_size}",
+        )
+
+
+def _check_heads(hidden_size: int, n_heads: int) -> None:
+    check(
+        hidden_size % n_heads == 0 and hidden_size // n_heads % 2 == 0,
+        f"hidden_size / n_heads must be an even number, got {hidden_size} / {n_heads}",
+    )
+
+
+ModelConfig = (
+    RnnConfig | GruConfig | LstmConfig | MinGruConfig | LruConfig | TransformerConfig | LlamaConfig | Rwkv7Config
+)
 """The settings of any architecture of this package."""
 
 MODELS: dict[str, type[ModelConfig]] = {str(kind.__struct_config__.tag): kind for kind in get_args(ModelConfig)}

@@ -8,6 +8,9 @@ import msgspec
 
 from esjax.config.section import Section, check, check_positive, check_range
 
+MOST_HELD_OUT = 256
+"""Most held-out prompts that are written after; the first ones."""
+
 
 class RewardConfig(Section):
     """A reward in Python: a function that scores text which the model writes after prompts. See docs/rewards.md."""
@@ -43,6 +46,10 @@ class RewardConfig(Section):
     """Time limit of a call of the reward, or of the tool. A call that takes longer is ended, and its pair does not
     count."""
 
+    tolerance: float = 0.0
+    """Largest difference between two means of a member's rewards for the same texts, of a reward that is random; spot
+    checks of hosts allow it. 0: the reward of a text is always the same."""
+
     processes: int | None = None
     """Processes that call the reward, on each host, and as many for the tool. None: one for each core. 0: calls run in
     the training process, one after another and without a time limit; for functions that a file does not hold."""
@@ -65,7 +72,7 @@ class RewardConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "length", "tool_calls", "seconds", "samples", "patience")
-        check_range(self, 0, math.inf, "temperature")
+        check_range(self, 0, math.inf, "temperature", "tolerance")
         check_range(self, 0, 1, "held_out")
         check(self.processes is None or self.processes >= 0, f"processes must be at least 0, got {self.processes}")
         check(math.isfinite(self.passing), f"passing must be finite, got {self.passing}")

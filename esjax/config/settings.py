@@ -60,8 +60,7 @@ class DataConfig(Section):
     """Most token ids, UNK and STOP included; rarer characters become UNK. None: all characters of the text."""
 
     symbols: str | None = None
-    """The characters of the vocabulary, in the order of their ids. None: those of the text. A run with a reward in
-    Python records them here, so that all hosts decode alike."""
+    """The characters of the vocabulary, in the order of their ids. None: those of the text."""
 
     held_out: float = 0.05
     """Fraction of the documents that is kept for evaluation, chosen by a hash of their text."""
@@ -374,6 +373,10 @@ class HostsConfig(Section):
     between two tokens. None: such digests do not count, and the hosts fetch the newest kept state; no host is put aside
     by such a check."""
 
+    send_init: bool = False
+    """Send the state of a run that starts from given weights (`init`) to hosts that lack these weights. False: every
+    host reads them from its own disk, and gets the updates alone."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "digest_interval", "hosts_per_token")
@@ -389,6 +392,9 @@ class Config(Section):
     init: str | None = None
     """Weights to start from, with their model and vocabulary: a run folder, or a file that `export` wrote or that
     `import` reads (.safetensors, .npy). None: random weights."""
+
+    init_digest: str = ""
+    """Hash of these weights; a run records it, so that all hosts start from the same ones."""
 
     steps: int | None = None
     """Stop after this number of steps. None: no limit."""
@@ -428,6 +434,16 @@ class Config(Section):
     def writes(self) -> bool:
         """Whether members write text after prompts, for a reward in Python, and read no windows."""
         return self.reward.prompts is not None
+
+    @property
+    def tolerance(self) -> float | None:
+        """Largest difference of two hosts' rewards of a member, for a reward in Python; None: there is no such one."""
+        return self.reward.tolerance if self.writes else None
+
+    @property
+    def reward_seconds(self) -> float:
+        """Time limit of a call of a reward in Python; 0: there is no such one."""
+        return self.reward.seconds if self.writes else 0.0
 
     @property
     def tokens_per_sequence(self) -> int:

@@ -7,6 +7,7 @@ sent to every host that joins, so its size matters most.
 
 import bz2
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,12 +19,14 @@ from numpy import ndarray
 
 from esjax.data.packing import pack_stream
 from esjax.data.tokens import STOP
+from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 
 MAX_BYTES = 2**32
 """Largest text that is sent or accepted, in bytes before compression."""
 
-_HEADER = struct.Struct("<QQ")  # bytes per token, tokens of the stream; the tokens follow
+_HEADER = struct.Struct("<QQQ")
+"""Bytes per token, tokens of the stream, bytes of the vocabulary; then come the tokens, and the vocabulary as JSON."""
 
 
 class PackedText(NamedTuple):
@@ -46,30 +49,38 @@ class TextPayload(NamedTuple):
     Attributes:
         stream: Packed training documents, in the smallest type that holds the text's ids.
         held_out: Documents to evaluate on.
+        vocabulary: The vocabulary, if it was packed.
     """
 
     stream: Integer[ndarray, " length"]
     held_out: list[Int32[ndarray, "..."]]
+    vocabulary: Vocabulary | None = None
 
 
-def pack_text(stream: Integer[ndarray, " length"], held_out: Sequence[Int32[ndarray, "..."]]) -> PackedText:
+def pack_text(
+    stream: Integer[ndarray, " length"],
+    held_out: Sequence[Int32[ndarray, "..."]],
+    vocabulary: Vocabulary | None = None,
+) -> PackedText:
     """Compress a text.
 
     Args:
         stream: Packed training documents, see `esjax.data.packing.pack_stream`, or a block of them.
         held_out: Documents to evaluate on.
+        vocabulary: The vocabulary, for hosts that decode what members write.
 
     Raises:
         EsjaxError: The text is larger than `MAX_BYTES`.
     """
+    stored = b"" if vocabulary is None else json.dumps(vocabulary.stored(), ensure_ascii=False).encode()
     tokens = np.concatenate([stream, pack_stream(held_out)])
     smallest = np.min_scalar_type(tokens.max()).newbyteorder("<")
-    size = _HEADER.size + tokens.size * smallest.itemsize
+    size = _HEADER.size + tokens.size * smallest.itemsize + len(stored)
     if size > MAX_BYTES:
         raise EsjaxError(
             f"the text takes {size:,} bytes, and {MAX_BYTES:,} at most are sent to hosts; set data.block_tokens"
         )
-    content = _HEADER.pack(smallest.itemsize, len(stream)) + tokens.astype(smallest).tobytes()
+    content = _HEADER.pack(smallest.itemsize, len(stream), len(stored)) + tokens.astype(smallest).tobytes() + stored
     return PackedText(bz2.compress(content), size, hash_bytes(content))
 
 
@@ -83,7 +94,8 @@ def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPay
         vocab_size: Number of token ids.
 
     Raises:
-        EsjaxError: The bytes are not a text, or size, hash or token ids are not as expected.
+        EsjaxError: The bytes are not a text, or size, hash or token ids are not as expected; or a tokenizer needs a
+            library that is missing.
     """
     if not _HEADER.size <= size <= MAX_BYTES:
         raise EsjaxError(f"a text of {size:,} bytes is not taken; {MAX_BYTES:,} are the most")
@@ -97,10 +109,11 @@ def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPay
     found = hash_bytes(content)
     if found != digest:
         raise EsjaxError(f"the text has the hash {found}, and that of the run has {digest}; fetch it again")
-    itemsize, length = _HEADER.unpack_from(content)
-    if itemsize not in (1, 2, 4) or (size - _HEADER.size) % itemsize:
+    itemsize, length, stored = _HEADER.unpack_from(content)
+    rest_size = size - _HEADER.size - stored
+    if itemsize not in (1, 2, 4) or rest_size < 0 or rest_size % itemsize:
         raise EsjaxError("the text is packed in no way that this version of esjax knows; use the run's version")
-    tokens = np.frombuffer(content, f"<u{itemsize}", offset=_HEADER.size)
+    tokens = np.frombuffer(content, f"<u{itemsize}", rest_size // itemsize, _HEADER.size)
     stream, rest = tokens[:length], tokens[length:]
     stops = np.flatnonzero(rest == STOP)
     if not stops.size or rest[0] != STOP or rest[-1] != STOP:
@@ -109,7 +122,15 @@ def unpack_text(data: bytes, size: int, digest: str, vocab_size: int) -> TextPay
         raise EsjaxError(
             f"the text holds the token {tokens.max()}, and the ids end before {vocab_size}; fetch it again"
         )
-    return TextPayload(stream, [rest[before + 1 : end].astype(np.int32) for before, end in pairwise(stops)])
+    held_out = [rest[before + 1 : end].astype(np.int32) for before, end in pairwise(stops)]
+    return TextPayload(stream, held_out, _read_vocabulary(content[size - stored :]) if stored else None)
+
+
+def _read_vocabulary(stored: bytes) -> Vocabulary:
+    try:
+        return parse_vocabulary(json.loads(stored))
+    except (ValueError, RecursionError) as error:
+        raise EsjaxError("the text has a vocabulary that cannot be read; use the run's version of esjax") from error
 
 
 def token_block(

@@ -20,6 +20,7 @@ from esjax.data.text_files import read_text
 from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,8 @@ def library() -> ModuleType:
     Raises:
         EsjaxError: It is missing.
     """
-    try:
+    with needing("a tokenizer", "tokenizers"):
         import tokenizers
-    except ImportError as error:
-        raise EsjaxError(f"this needs the library tokenizers ({error}): pip install 'esjax[tokenizers]'") from error
     return tokenizers
 
 

@@ -4,12 +4,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import msgspec
 import numpy as np
 
-from esjax.config.settings import from_yaml, replace
+from esjax.config.settings import Config, from_yaml, replace
+from esjax.core.seeds import stream_seed
 from esjax.data.delivery import token_type, unpack_block, unpack_text
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices.mesh import device_failure, local_mesh, whole_mesh
@@ -20,11 +22,15 @@ from esjax.hosts.protocol import tasks
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
 from esjax.models.custom import NOTHING_CUSTOM, Custom
+from esjax.models.model import Params
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
-from esjax.rewards.scoring import make_scorer, vocabulary_of
+from esjax.replica.streams import HELD_OUT
+from esjax.rewards.held_out import make_measure_rewards
+from esjax.rewards.scoring import Scorer, make_scorer
 from esjax.runs.checkpoint import digest
 from esjax.signals import started
+from esjax.weights.first import first_params
 
 IDLE = 5.0
 """Seconds without a task after which process 0 sends the others a sign of life: collectives time out without one."""
@@ -50,17 +56,34 @@ class Executor:
         vocab_size: int = 0,
         *,
         custom: Custom = NOTHING_CUSTOM,
+        init: Path | None = None,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`."""
+        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`.
+
+        `init` is the place of the weights that the run starts from, if it is not the one that its settings name.
+        """
         self._replica, self._vocab_size, self._custom, self._tell = replica, vocab_size, custom, tell
+        self._init = init
+        self._scorer: Scorer | None = None
         self._measure: Callable[[], float | None] = lambda: None
+        self._measure_rewards: Callable[[], tuple[float, float] | None] = lambda: None
 
     @property
     def replica(self) -> Replica:
         """The replica, which must be built."""
         assert self._replica is not None
         return self._replica
+
+    @property
+    def calls(self) -> int:
+        """Calls of a reward in Python that have ended so far."""
+        return self._scorer.calls if self._scorer else 0
+
+    def close(self) -> None:
+        """End the processes that call a reward."""
+        if self._scorer:
+            self._scorer.close()
 
     def do(self, task: tasks.Task) -> tasks.Result:
         """Run a task. Errors of the run and of the devices are returned as `Failed`, with a reason of one line."""
@@ -93,7 +116,7 @@ class Executor:
             case tasks.TakeSnapshot():
                 return tasks.Value(to_bytes(replica.state))
             case tasks.Measure():
-                return tasks.Value(self._measure())
+                return tasks.Measured(self._measure(), *(self._measure_rewards() or ()))
             case tasks.Apply():
                 for payload in task.updates:
                     norms = replica.update(payload)
@@ -107,11 +130,12 @@ class Executor:
         if flags := changed_flags():
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
+        start = self._start(config)  # first: what is missing here is known before anything is compiled
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         model = self._custom.build(config.model, task.vocab_size)
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
-        scorer = make_scorer(config, self._custom, vocabulary_of(config.data), self._tell)
+        scorer = self._scorer = make_scorer(config, self._custom, text.vocabulary or Vocabulary("byte"), self._tell)
         stream = text.stream
         if config.data.block_tokens:  # tokens come later; zeros are enough to compile the programs
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
@@ -131,7 +155,33 @@ class Executor:
         measure = make_measure(language_model, config, text.held_out, self._custom.objective)
         if measure:
             self._measure = lambda: measure(here(replica.state.average))
-        return tasks.Built(replica.device_batch)
+        if scorer is not None:
+            measure_rewards = make_measure_rewards(model, config.reward, scorer, stream_seed(config.seed, HELD_OUT))
+            if measure_rewards:
+                self._measure_rewards = lambda: measure_rewards(here(replica.state.average))
+        if start is not None:
+            replica.start_with(start)
+        return tasks.Built(replica.device_batch, -1 if start is None else 0)
+
+    def _start(self, config: Config) -> Params | None:
+        """Return the weights that the run starts from; None: the host fetches a state.
+
+        Raises:
+            EsjaxError: They are not here, or other weights are, and the run sends none.
+        """
+        if config.init is None:
+            if self._init is not None:
+                raise EsjaxError("the run starts from random weights; join without --init")
+            return None
+        try:
+            return first_params(config, self._custom, self._init)
+        except EsjaxError as error:
+            if self._init is None and config.hosts.send_init:
+                return None
+            raise EsjaxError(
+                f"{error}; the run starts from weights that every host reads for itself: copy the run or the file "
+                f"{config.init} here and join with --init PATH, or let serve send them, --hosts.send-init"
+            ) from error
 
 
 class Background:
@@ -152,6 +202,11 @@ class Background:
         """Queue a task."""
         self._tasks.put(task)
 
+    @property
+    def calls(self) -> int:
+        """Calls of a reward in Python that have ended so far."""
+        return self._executor.calls
+
     def results(self) -> list[tasks.Result]:
         """Return the results of the tasks that finished since the last call."""
         found = []
@@ -166,6 +221,7 @@ class Background:
         """End the thread after its running task; wait `CLOSE` or `CLOSE_TOGETHER` for it."""
         self._tasks.put(None)
         self._thread.join(CLOSE if jax.process_count() == 1 else CLOSE_TOGETHER)
+        self._executor.close()
 
     def _run(self) -> None:
         while True:

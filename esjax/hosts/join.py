@@ -23,7 +23,7 @@ from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
 from esjax.models.custom import Custom, Reward, Tool
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -57,6 +57,7 @@ def join(
     lifetime: float | None = None,
     patience: float = 600.0,
     stay: bool = False,
+    init: str | Path | None = None,
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
@@ -73,6 +74,8 @@ def join(
         lifetime: Seconds after which the host leaves. None: no limit.
         patience: Seconds to wait for a coordinator that does not answer.
         stay: Whether to wait for the next run at the address when a run has ended, and take part in that, too.
+        init: Weights that the run starts from, if it starts from given ones: a run folder or a file, see the setting
+            `init`. None: the place that the settings of the run name.
         model: The custom model, if the run has one: the function, or PATH.py:FUNCTION with a copy of the coordinator's
             file. Code is never sent.
         loss: The custom loss, if the run has one; given like the model.
@@ -82,11 +85,20 @@ def join(
         tell: Prints a line for the user.
 
     Raises:
-        EsjaxError: The coordinator refuses the host or cannot be reached, or the devices failed.
+        EsjaxError: The coordinator refuses the host or cannot be reached, the devices failed, or the weights or the
+            prompts that the run needs are not here.
     """
     custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     join_with(
-        custom, address, token_file=token_file, name=name, lifetime=lifetime, patience=patience, stay=stay, tell=tell
+        custom,
+        address,
+        token_file=token_file,
+        name=name,
+        lifetime=lifetime,
+        patience=patience,
+        stay=stay,
+        init=init,
+        tell=tell,
     )
 
 
@@ -99,17 +111,19 @@ def join_with(
     lifetime: float | None = None,
     patience: float = 600.0,
     stay: bool = False,
+    init: str | Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
     """`join`, given all custom parts."""
     if stay and jax.process_count() > 1:
         raise EsjaxError("a host of several processes takes part in a single run; leave out stay")
     token = None if token_file is None else load_token(given_path(token_file))
+    start = None if init is None else given_path(init)
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0
     try:
-        while _take_part(address, token, name, ends_at, patience, stay, custom, tell) and stay:
+        while _take_part(address, token, name, ends_at, patience, stay, start, custom, tell) and stay:
             ended += 1
             tell(f"{name}: waiting for the next run")
     except _SilenceError:
@@ -125,6 +139,7 @@ def _take_part(
     ends_at: float,
     patience: float,
     stay: bool,
+    init: Path | None,
     custom: Custom,
     tell: Callable[[str], None],
 ) -> bool:
@@ -145,7 +160,7 @@ def _take_part(
         jitter=random.random,
         flags=names_of_changed(),
     )
-    executor = Executor(custom=custom, tell=tell)
+    executor = Executor(custom=custom, init=init, tell=tell)
     if not leads():
         with stop_on_signals(), starting():  # process 0 gets the signal, too, and ends the others
             executor.follow()
@@ -168,6 +183,7 @@ def _take_part(
                 worker.leave("it was stopped")
             elif now >= ends_at:
                 worker.leave("its lifetime is over")
+            worker.calls = background.calls
             worker.tick(now)
             for result in background.results():
                 worker.finished(result, now)

@@ -34,7 +34,7 @@ from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.models.custom import Custom, Reward, Tool
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -49,6 +49,7 @@ from esjax.signals import STOPPING, started
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.trackers import find_trackers
 from esjax.watch.tracking import Tracker
+from esjax.weights.first import first_params, start_of
 
 REQUEST_LIMITS = Sizes(MAX_REQUEST, wire.FRAMES)
 """Largest message that a host may send."""
@@ -161,7 +162,7 @@ class Server(RecordedRun):
                     closed += server_loop.turn()
                     while closed:
                         info = closed.popleft()
-                        if recorder.is_done(info.step) and not stopping:
+                        if (recorder.is_done(info.step) or self._has_settled(info)) and not stopping:
                             stopping, pending = True, info
                             coordinator.stop(time.monotonic(), done=True)
                         else:
@@ -175,11 +176,11 @@ class Server(RecordedRun):
                     recorder.log(info)
                 raise
             self.stopped = recorder.asked.is_set()
-            held_out = server_loop.new_held_out()
+            measured = server_loop.new_measurement()
             if pending is not None:
-                yield recorder.log(pending if held_out is None else pending._replace(held_out=held_out))
-            elif self.last is not None and held_out is not None:
-                self.last = self.last._replace(held_out=held_out)
+                yield recorder.log(pending._replace(**measured))
+            elif self.last is not None:
+                self.last = self.last._replace(**measured)
 
     def _open(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         """Open files and port, and restore the state of the run."""
@@ -189,11 +190,11 @@ class Server(RecordedRun):
     def _begin(self, stack: ExitStack, recorder: Recorder) -> tuple[Coordinator, ServerLoop]:
         config, folder, corpus, replica = self.config, self.folder, self.corpus, self._replica
         restored = restore_run(folder, replica.state, self.tell)
-        if config.init is not None and restored.state is replica.state:
-            raise EsjaxError(
-                f"{str(folder.path)!r} has no whole checkpoint and began with the weights of {config.init!r}; "
-                "rebuild its state first: esjax resume, on one machine"
-            )
+        if restored.state is replica.state and not folder.is_new:
+            params = first_params(config, self.custom)
+            if params is not None:
+                replica.start_with(params)
+                restored = restored._replace(state=replica.state)
         recorder.open_files()
         ledger = recorder.ledger
         assert ledger is not None
@@ -238,12 +239,14 @@ class Server(RecordedRun):
                 custom=identities(folder.custom, folder.code),
                 publish_port=transport.publish_port,
                 state_bytes=len(data),
-                exchange=make_exchange(replica.vector_length, replica.scale, replica.bounds),
+                exchange=make_exchange(replica.vector_length, replica.scale, replica.bounds, config.tolerance),
             ),
             step=step,
             now=time.monotonic(),
             rng=np.random.default_rng(),
-            text=pack_text(stream[:0] if blocks else stream, corpus.held_out),
+            text=pack_text(
+                stream[:0] if blocks else stream, corpus.held_out, corpus.vocabulary if config.writes else None
+            ),
             snapshot=Snapshot(first, data, hash_bytes(data)),
             history=ledger,
             last_update=b"".join(ledger.updates(ledger.next - 1, 0)),
@@ -355,9 +358,9 @@ def serve(
         tell: Prints a line for the user. None: print to standard error.
 
     Raises:
-        EsjaxError: The text cannot be used, the folder exists already, the package of a tracker is missing, a custom
-            loss or reward does not return one float32, or the optimizer needs more arguments than it gets. Iteration
-            raises it, and removes the folder, if it cannot listen at the address.
+        EsjaxError: The text or the weights of `init` cannot be used, the folder exists already, the package of a
+            tracker is missing, a custom loss or reward does not return one float32, or the optimizer needs more
+            arguments than it gets. Iteration raises it, and removes the folder, if it cannot listen at the address.
     """
     custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return serve_with(
@@ -384,15 +387,14 @@ def serve_with(
     tell: Callable[[str], None] | None = None,
 ) -> Server:
     """`serve`, given all custom parts."""
-    if config.init is not None:
-        raise EsjaxError("a run over hosts starts from random weights; leave init out, or train on one machine")
-    if config.writes and config.data.vocabulary not in ("char", "byte"):  # settings, which hosts get, hold no tokenizer
-        raise EsjaxError("a reward in Python over hosts needs data.vocabulary char or byte; or train on one machine")
+    config, custom, vocabulary, params = start_of(config, custom)
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
-    corpus = load_corpus(config.data)
-    config = begin(config, custom, corpus.vocabulary)
+    corpus = load_corpus(config.data, vocabulary)
+    config = begin(config, custom)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
+    if params is not None:
+        replica.start_with(params)
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)

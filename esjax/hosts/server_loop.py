@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
@@ -28,9 +29,14 @@ TICK = 0.02
 CHECK = 0.2
 """Seconds between checks of the connections."""
 
-BULK = 8
-"""Parts of texts and snapshots, and series of updates, that are sent in one turn. At most half of the time goes to
-them, so that hosts that fetch do not delay those that train."""
+SIDE = 2
+"""Side requests that are answered in one turn."""
+
+SIDE_SHARE, PAUSED_SHARE = 0.1, 0.5
+"""Most of the time that goes to side requests: while hosts train, and while none is ready."""
+
+SideRequest = wire.Fetch | wire.CatchUp | wire.Join | wire.AskStatus
+"""Requests that training does not wait for."""
 
 
 class ServerLoop:
@@ -50,42 +56,51 @@ class ServerLoop:
         self._config, self._coordinator, self._transport = config, coordinator, transport
         self._recorder, self._like, self._keys, self._tell = recorder, like, keys, tell
         self._closed_at: float | None = None
-        self._held_out: float | None = None
+        self._measured = coordinator.audits.measured
         self._tick_at = self._check_at = 0.0
-        self._bulk: Turns[tuple[Request, Envelope]] = Turns()
-        self._bulk_at = 0.0  # when the next parts may be sent
+        self._side: Turns[tuple[Request, Envelope]] = Turns()
+        self._side_at = 0.0  # when the next side requests may be answered
+        self._put_off: dict[bytes, float] = {}  # until when a connection is surely to wait
         self._marks: dict[int, tuple[float, int]] = {}  # progress at the step of an expected state
 
     def turn(self) -> list[StepInfo]:
         """Wait up to `POLL` seconds for requests, answer them, and return the infos of the steps that were closed."""
-        wait = min(self._bulk_at - time.monotonic(), POLL) if self._bulk else POLL
+        wait = min(self._side_at - time.monotonic(), POLL) if self._side else POLL
         requests = self._transport.poll(max(wait, 0.0))
         now = time.monotonic()
         closed: list[StepInfo] = []
         for request in requests:
             closed += self._answer(request, now)
-        if self._bulk and now >= self._bulk_at:
-            self._send_bulk()
+        if self._side and now >= self._side_at:
+            closed += self._answer_side_requests()
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
             self._tick_at = now + TICK
         if now >= self._check_at:
             self._transport.check()
-            self._coordinator.disconnected(self._transport.disconnected(), now)
+            peers = self._transport.disconnected()
+            self._coordinator.disconnected(peers, now)
+            for peer in peers:
+                self._put_off.pop(peer, None)
             self._count()
             self._check_at = now + CHECK
         return closed
 
-    def _send_bulk(self) -> None:
+    def _answer_side_requests(self) -> list[StepInfo]:
         began = time.monotonic()
-        for _ in range(BULK):
-            if self._bulk:
-                request, envelope = self._bulk.take()
+        closed: list[StepInfo] = []
+        for _ in range(SIDE):
+            if self._side:
+                request, envelope = self._side.take()
                 reply = self._coordinator.receive(envelope, began, request.key, request.peer)
-                self._transport.reply(request, wire.encode(reply))
+                if isinstance(reply.message, wire.Rejected) and reply.message.wait:
+                    self._put_off[request.peer] = began + reply.message.wait / 2  # hosts vary how long they wait
+                closed += self._reply(request, reply, began)
         ended = time.monotonic()
-        self._bulk_at = ended + (ended - began)
+        share = PAUSED_SHARE if self._coordinator.paused else SIDE_SHARE
+        self._side_at = ended + (ended - began) * (1 / share - 1)
+        return closed
 
     def _count(self) -> None:
         """Add the transport's counters to those of the status."""
@@ -107,10 +122,16 @@ class ServerLoop:
                 coordinator.counters["no message of esjax"] += 1
                 return []
             else:
-                if isinstance(envelope.message, wire.Fetch | wire.CatchUp):
-                    self._bulk.add(request.key or "", request.peer, (request, envelope))
+                if isinstance(envelope.message, SideRequest):
+                    if now < self._put_off.get(request.peer, now):
+                        coordinator.counters["requests before their time"] += 1
+                    else:
+                        self._side.add(request.key or "", request.peer, (request, envelope))
                     return []
                 reply = coordinator.receive(envelope, now, request.key, request.peer)
+        return self._reply(request, reply, now)
+
+    def _reply(self, request: Request, reply: Envelope, now: float) -> list[StepInfo]:
         closed = self._carry_out(now)  # first: an update must be on the disk before a reply reports it
         self._transport.reply(request, wire.encode(reply))
         return closed
@@ -157,27 +178,26 @@ class ServerLoop:
             update_norm=coordinator.update_norm,
             member_tokens=self._recorder.member_tokens,
             member_tokens_per_second=rate,
-            held_out=self.new_held_out(),
             hosts=closed.hosts,
+            **self.new_measurement(),
         )
 
-    def new_held_out(self) -> float | None:
-        """Return the held-out loss if it changed since the last call, else None."""
-        before, self._held_out = self._held_out, self._coordinator.audits.held_out
-        return None if self._held_out == before else self._held_out
+    def new_measurement(self) -> dict[str, Any]:
+        """Return what was measured since the last call, by name of the field of `StepInfo`; {}: nothing."""
+        before, self._measured = self._measured, self._coordinator.audits.measured
+        return {} if self._measured is before else self._measured._asdict()
 
     def _store(self, store: Store) -> None:
-        snapshot = store.snapshot
+        snapshot, audits = store.snapshot, self._coordinator.audits
+        done = audits.is_false
         try:
             state = from_bytes(snapshot.data, self._like)
-            if int(state.step) != snapshot.step:
-                raise EsjaxError(f"a host sent the state of step {int(state.step)} as that of {snapshot.step}")
-            if digest(state) != store.digest:
-                self._coordinator.audits.is_false(snapshot)
+            if digest(state) != store.digest or int(state.step) != snapshot.step:
                 raise EsjaxError("a host sent another state than its digest names")
-            self._recorder.save(state, self._marks.get(snapshot.step))
+            done = audits.not_stored
+            self._recorder.save(state, self._marks.get(snapshot.step), is_confirmed=store.is_confirmed)
+            done = audits.stored
         except EsjaxError as error:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
             self._tell(f"no checkpoint at step {snapshot.step}: {error}")
-            return
-        self._coordinator.audits.stored(snapshot)
+        done(snapshot)

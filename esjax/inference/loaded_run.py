@@ -17,7 +17,7 @@ from esjax.flags import default_flags
 from esjax.inference.language_model import LanguageModel
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom
-from esjax.models.custom_code import complete, load_custom
+from esjax.models.custom.code import complete, load_custom
 from esjax.models.model import Model, ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.update import TrainState
@@ -102,8 +102,9 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
 
     Args:
         folder: The run.
-        first: State after 0 steps, which follows from the seed. A checkpoint is restored to its shardings.
-        tell: Called with each line for the user.
+        first: State after 0 steps, from the seed; the caller replaces its weights if the run has `init`. A checkpoint
+            is restored to its shardings.
+        tell: Called with each line for the user, also if no other host confirmed the state.
 
     Raises:
         EsjaxError: The run has done steps but has neither an undamaged checkpoint nor a ledger from step 0 on; or the
@@ -111,6 +112,8 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
     """
     restored = find_newest(folder.checkpoints, first, tell)
     if restored is not None:
+        if doubt := restored.doubt():
+            tell(doubt)
         return restored
     path, steps = folder.path, read_run(folder.path).step
     has_ledger = folder.ledger.exists()
@@ -123,7 +126,9 @@ def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None
             f"from a copy, or train anew: esjax train --config {shlex.quote(str(path / 'config.yaml'))} --out NEW"
         )
     if begins == 0 or steps:
-        tell(f"{path} has no whole checkpoint: its state is rebuilt from the seed and the ledger")
+        init = folder.config.init
+        beginning = "the seed" if init is None else f"the weights of {init!r}"
+        tell(f"{path} has no whole checkpoint: its state is rebuilt from {beginning} and the ledger")
     return Restored(first, 0.0, 0)
 
 

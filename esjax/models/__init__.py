@@ -7,12 +7,26 @@ import msgspec
 from esjax.config.models import ModelConfig
 from esjax.models.gru import gru
 from esjax.models.llama import llama
+from esjax.models.lru import lru
+from esjax.models.lstm import lstm
 from esjax.models.mingru import mingru
 from esjax.models.model import Model
 from esjax.models.rnn import rnn
+from esjax.models.rwkv7 import rwkv7
 from esjax.models.sequence import sequence_model
 
-__all__ = ["Model", "build_model", "gru", "llama", "mingru", "rnn", "sequence_model"]
+__all__ = [
+    "Model",
+    "build_model",
+    "gru",
+    "llama",
+    "lru",
+    "lstm",
+    "mingru",
+    "rnn",
+    "rwkv7",
+    "sequence_model",
+]
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> Model:

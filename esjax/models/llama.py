@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from esjax.core.rules import HIGHEST
 from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
+from esjax.models.layers import Norm
 from esjax.models.model import Logits, Model, Token
 
 FIRST_LOGITS = 0.1
@@ -31,13 +32,6 @@ FIRST_LOGITS = 0.1
 
 Heads = Float[Array, "length heads head"]
 Past = Float[Array, "past key_heads head"]
-
-
-class Norm(NamedTuple):
-    """The weights of an RMS norm, or their unit."""
-
-    scale: Any
-    """g, [hidden]."""
 
 
 class LlamaLayer(NamedTuple):
@@ -191,6 +185,20 @@ def llama(
     def logits(params: LlamaParams, tokens: Int[Array, " length"]) -> Float[Array, "length vocabulary"]:
         return read_out(params, run(params, tokens, 0, lambda _, key, value: (key, value)))
 
+    def read(params: LlamaParams, tokens: Int[Array, " length"], count: Int[Array, ""] | int) -> LlamaState:
+        # Rows of the caches after the first `count` tokens hold what follows them; new tokens take their places before
+        # they are seen.
+        caches: list[tuple[Past, Past]] = []
+
+        def keep(_: int, key: Heads, value: Heads) -> tuple[Past, Past]:
+            free = ((0, context - len(key)), (0, 0), (0, 0))
+            caches.append((jnp.pad(key, free), jnp.pad(value, free)))
+            return key, value
+
+        hidden = run(params, jnp.concatenate([jnp.full(1, STOP, tokens.dtype), tokens]), 0, keep)[count]
+        keys, values = zip(*caches, strict=True)
+        return LlamaState(keys, values, jnp.int32(count) + 1, hidden)
+
     def initial_state(params: LlamaParams) -> LlamaState:
         empty = (jnp.zeros((context, n_kv_heads, head_size)),) * n_layers
         blank = LlamaState(empty, empty, jnp.int32(0), jnp.zeros(hidden_size))
@@ -210,6 +218,10 @@ def llama(
         hidden = run(params, token[None], state.position, keep)[0]
         return LlamaState(tuple(after_keys), tuple(after_values), state.position + 1, hidden)
 
+    def shortened(tokens: int) -> Model:
+        less = min(tokens, context)
+        return llama(vocab_size, hidden_size, mlp_size, n_layers, n_heads, n_kv_heads, less, rope_theta, norm_eps, tied)
+
     return Model(
         init,
         initial_state,
@@ -218,6 +230,8 @@ def llama(
         unit=unit,
         logits=logits,
         context=context,
+        read=read,
+        shortened=shortened,
         resets=False,
         embeddings=() if tied else ("embedding",),
         output_layer="" if tied else "output",

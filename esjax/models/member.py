@@ -12,6 +12,9 @@ from esjax.data.tokens import STOP, UNK
 from esjax.models.model import Logits, Model, Params, State, Tap, Token
 from esjax.models.sequence import sequence_nats, token_loss
 
+PIECE = 256
+"""Tokens of a long text that a model with `states` reads at a time."""
+
 
 def consume(model: Model, params: Params, state: State, token: Token, tap: Tap | None = None) -> State:
     """Return the state after a token; after STOP, the initial state, since the next token begins another document.
@@ -62,7 +65,11 @@ class Member(NamedTuple):
             state: State to begin with. None: the start of a document.
             count: Number of first tokens to consume. None: all.
         """
+        if state is None and self.model.read is not None and len(tokens) < self.model.context:
+            return self.model.read(self.params, tokens, len(tokens) if count is None else count)
         first = self.initial_state() if state is None else state
+        if count is None and self._reads_at_once(tokens):
+            return self._around(first, tokens)[1]
         if count is None:
             return jax.lax.scan(lambda state, token: (self.consume(state, token), None), first, tokens)[0]
 
@@ -79,7 +86,19 @@ class Member(NamedTuple):
             return self.consume(state, token), state
 
         first = self.initial_state() if state is None else state
+        if self._reads_at_once(tokens):
+            return self._around(first, tokens)[0]
         return jax.lax.scan(read, first, tokens)[1]
+
+    def _reads_at_once(self, tokens: Int[Array, " length"]) -> bool:
+        return self.model.states is not None and len(tokens) > 0
+
+    def _around(self, first: State, tokens: Int[Array, " length"]) -> tuple[State, State]:
+        """Return the state before each token and the state after the last, of a model with `states`."""
+        assert self.model.states is not None
+        after = self.model.states(self.params, first, tokens)
+        every = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more]), first, after)
+        return jax.tree.map(lambda leaf: leaf[:-1], every), jax.tree.map(lambda leaf: leaf[-1], every)
 
     def nats(self, tokens: Int[Array, " length"], state: State | None = None) -> Float[Array, " length"]:
         """Score the prediction of each token: its -log probability, in nats, at least 0.
@@ -96,11 +115,26 @@ class Member(NamedTuple):
             return self.consume(state, token), scored
 
         first = self.initial_state() if state is None else state
+        if self._reads_at_once(tokens):
+            return self._nats_of_pieces(first, tokens)
         return jax.lax.scan(score, first, tokens)[1]
+
+    def _nats_of_pieces(self, first: State, tokens: Int[Array, " length"]) -> Float[Array, " length"]:
+        """Score tokens by a model with `states`; a long text in pieces, so that memory stays small."""
+
+        def score(state: State, piece: Int[Array, " piece"]) -> tuple[State, Float[Array, " piece"]]:
+            before, after = self._around(state, piece)
+            return after, jax.vmap(token_loss)(jax.vmap(self.predict)(before), piece)
+
+        length = len(tokens)
+        if length <= PIECE:
+            return score(first, tokens)[1]
+        pieces = jnp.pad(tokens, (0, -length % PIECE)).reshape(-1, PIECE)
+        return jax.lax.scan(score, first, pieces)[1].reshape(-1)[:length]
 
     def cross_entropy(self, tokens: Int[Array, " length"], burn_in: int = 0) -> Float[Array, ""]:
         """Average the nats of a window's tokens; the first `burn_in` are read and not scored."""
-        if self.model.logits is not None:
+        if self.model.logits is not None or self.model.states is not None:
             return jnp.mean(self.nats(tokens)[burn_in:])
         return jnp.mean(self.nats(tokens[burn_in:], self.read(tokens[:burn_in])))
 

@@ -7,9 +7,10 @@ reads the state of its own layer, so an entry of a state depends on the same ent
     a = h' U + b, with h' the new state of the layer below     in later layers
     z = sigmoid(a_z + 1)      n = tanh(a_n)      h <- z * h + (1 - z) * n
     logits = relu(h_all W1 + b1) W2 + b2, with h_all the states of all layers
+
+All h of a sequence are computed by an associative scan over its tokens (Blelloch 1990), or one after another.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.data.tokens import STOP
-from esjax.models.layers import Affine, affine
+from esjax.models.layers import (
+    BIAS_UNIT,
+    Affine,
+    affine,
+    head_units,
+    init_head,
+    last_tokens,
+    linear_recurrence,
+    predict_by_head,
+)
 from esjax.models.model import Logits, Model, Tap, Token, untouched
-
-BIAS_UNIT = 0.3
-"""Unit of the biases, as in `esjax.models.gru`."""
-
-FIRST_LOGITS = 0.1
-"""Size of the initial logits: small, so that a run starts near the uniform distribution."""
 
 KEEP = 1.0
 """Added to the gate before the sigmoid, so that a state is remembered at first."""
@@ -70,43 +74,36 @@ def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gat
         gate_tokens: K, number of tokens that the gates of the first layer see, at least 1.
     """
     later = n_layers - 1
+    width = n_layers * hidden_size
     unit = MinGruParams(
-        start=(1.0,) * n_layers,
-        embedding=(1.0,) * gate_tokens,
-        bias=BIAS_UNIT,
-        layers=(Affine(hidden_size**-0.5, BIAS_UNIT),) * later,
-        head_hidden=Affine((n_layers * hidden_size) ** -0.5, BIAS_UNIT),
-        head_output=Affine(head_size**-0.5, BIAS_UNIT),
+        (1.0,) * n_layers,
+        (1.0,) * gate_tokens,
+        BIAS_UNIT,
+        (Affine(hidden_size**-0.5, BIAS_UNIT),) * later,
+        *head_units(width, head_size),
     )
 
     def init(key: Key[Array, ""]) -> MinGruParams:
         hidden_key, output_key, *keys = jax.random.split(key, 2 + gate_tokens + later)
-        width = n_layers * hidden_size
-        hidden = math.sqrt(2 / width) * jax.random.normal(hidden_key, (width, head_size))
-        output = FIRST_LOGITS * head_size**-0.5 * jax.random.normal(output_key, (head_size, vocab_size))
         tables = [jax.random.normal(k, (vocab_size, 2 * hidden_size)) for k in keys[:gate_tokens]]
         matrices = [jax.random.normal(k, (hidden_size, 2 * hidden_size)) for k in keys[gate_tokens:]]
         return MinGruParams(
-            start=(jnp.zeros(hidden_size),) * n_layers,
-            embedding=tuple(gate_tokens**-0.5 * table for table in tables),
-            bias=jnp.zeros(2 * hidden_size),
-            layers=tuple(Affine(hidden_size**-0.5 * matrix, jnp.zeros(2 * hidden_size)) for matrix in matrices),
-            head_hidden=Affine(hidden, jnp.zeros(head_size)),
-            head_output=Affine(output, jnp.zeros(vocab_size)),
+            (jnp.zeros(hidden_size),) * n_layers,
+            tuple(gate_tokens**-0.5 * table for table in tables),
+            jnp.zeros(2 * hidden_size),
+            tuple(Affine(hidden_size**-0.5 * matrix, jnp.zeros(2 * hidden_size)) for matrix in matrices),
+            *init_head(hidden_key, output_key, width, head_size, vocab_size),
         )
 
     def initial_state(params: MinGruParams) -> MinGruState:
         return MinGruState(params.start, jnp.full(gate_tokens - 1, STOP, jnp.int32))
 
     def predict(params: MinGruParams, state: MinGruState, tap: Tap = untouched) -> Logits:
-        hidden = tap("hidden", affine(jnp.concatenate(state.hidden), params.head_hidden), jax.nn.relu)
-        return tap("logits", affine(hidden, params.head_output))
+        return predict_by_head(jnp.concatenate(state.hidden), params.head_hidden, params.head_output, tap)
 
     def consume(params: MinGruParams, state: MinGruState, token: Token, tap: Tap = untouched) -> MinGruState:
         tokens = jnp.concatenate([token[None].astype(jnp.int32), state.tokens])
-        rows = [table[tokens[i]] for i, table in enumerate(params.embedding)]
-        given = sum(rows[1:], rows[0]) + params.bias
-        new: list[Array] = []
+        given, new = _embed(params, tokens), list[Array]()
         for i, old in enumerate(state.hidden, start=1):
             gate, candidate = jnp.split(given, 2)
             keep = tap(f"gate_{i}", gate + KEEP, jax.nn.sigmoid)
@@ -114,6 +111,19 @@ def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gat
             if i < n_layers:
                 given = affine(new[-1], params.layers[i - 1])
         return MinGruState(tuple(new), tokens[:-1])
+
+    def states(params: MinGruParams, state: MinGruState, tokens: Int[Array, " length"]) -> MinGruState:
+        is_stop = (tokens == STOP)[:, None]
+        seen = last_tokens(tokens, state.tokens)
+        given, new = jax.vmap(lambda row: _embed(params, row))(seen), list[Array]()
+        for i, (start, old) in enumerate(zip(params.start, state.hidden, strict=True)):
+            if i > 0:
+                given = jax.vmap(lambda x, layer=params.layers[i - 1]: affine(x, layer))(new[-1])
+            gate, candidate = jnp.split(given, 2, axis=1)
+            keep = jax.nn.sigmoid(gate + KEEP)
+            added = jnp.where(is_stop, start[None], (1 - keep) * jnp.tanh(candidate))
+            new.append(linear_recurrence(jnp.where(is_stop, 0.0, keep), added, old))
+        return MinGruState(tuple(new), seen[:, :-1])
 
     return Model(
         init,
@@ -123,6 +133,13 @@ def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gat
         unit=unit,
         tapped=True,
         state_taps=tuple(f"state_{i}" for i in range(1, n_layers + 1)),
+        states=states,
         embeddings=("embedding",),
         output_layer="head_output",
     )
+
+
+def _embed(params: MinGruParams, tokens: Int[Array, " last"]) -> Float[Array, " gates"]:
+    """Return a of the first layer, from the last tokens."""
+    rows = [table[tokens[i]] for i, table in enumerate(params.embedding)]
+    return sum(rows[1:], rows[0]) + params.bias

@@ -56,9 +56,15 @@ class Model(NamedTuple):
         state_taps: For `es.credit gates`: names of taps in `consume` on its result, one for each leaf of the state of
             floating type, in their order. The recurrence must be elementwise: with the other taps given, an entry of a
             new leaf depends on the same entry of the old leaf alone. Empty: it is not, or the model does not say.
+        states: `(params, state, tokens) -> states` after each token, with a leading axis like `tokens`, for a
+            recurrence that is parallel over tokens; after STOP, the initial state. None: `consume`, token by token.
         logits: `(params, tokens) -> logits` of a whole sequence, [length] to [length, vocabulary]: row i predicts the
             token after tokens[i]. A document begins with STOP. None: sequences are scored token by token.
         context: Most tokens that `logits` takes. Longer texts are scored in overlapping pieces.
+        read: `(params, tokens, count) -> state` after the first `count` tokens of a document, all at once; `tokens`
+            holds fewer than `context`. None: documents are read token by token.
+        shortened: `(tokens) -> model`: the same model for documents of at most that many tokens, STOP before the first
+            included, with smaller states. None: its states do not grow with the context.
         resets: Whether callers put the initial state in place of the state after STOP, the end of a document. False:
             the model reads on across it, as `logits` does.
         embeddings: Paths of parameters whose rows are looked up by token and used for nothing else, such as `embedding`
@@ -75,8 +81,11 @@ class Model(NamedTuple):
     unit: Params | None = None
     tapped: bool = False
     state_taps: tuple[str, ...] = ()
+    states: Callable[[Params, State, Int[Array, " length"]], State] | None = None
     logits: Callable[[Params, Int[Array, " length"]], Float[Array, "length vocabulary"]] | None = None
     context: int = 0
+    read: Callable[[Params, Int[Array, " length"], Int[Array, ""] | int], State] | None = None
+    shortened: "Callable[[int], Model] | None" = None
     resets: bool = True
     embeddings: tuple[str, ...] = ()
     output_layer: str = ""

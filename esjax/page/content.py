@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.runs.reader import RunView
 from esjax.watch.downsampling import COLUMN_OF, make_curve
 from esjax.watch.panels import PANELS, drawn, unit_of
@@ -36,10 +36,8 @@ def plotly_script(extra: str) -> str:
     Raises:
         EsjaxError: The package is missing.
     """
-    try:
+    with needing("the page", extra):
         return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    except ModuleNotFoundError as error:
-        raise EsjaxError(f"the page needs plotly: pip install 'esjax[{extra}]'") from error
 
 
 def summary(view: RunView, run: str) -> dict[str, Any]:

@@ -242,12 +242,12 @@ function drawHosts() {
           make("tr", {}, ...heads.map((head, i) => make("th", {}, ...(i ? [] : [swatch(run.run)]), head))),
           ...run.hosts.hosts.map((host) =>
             make("tr", {}, ...[
-              host.name + (host.anchor ? " *" : ""), host.state, whole(host.step), whole(host.members_per_second),
+              host.name + (host.reference ? " *" : ""), host.state, whole(host.step), whole(host.members_per_second),
               `${Math.round(host.share * 100)}%`, `${Math.round(host.last_seen)} s`, host.device, host.note,
             ].map((cell) => make("td", {}, cell))),
           ),
         ),
-        make("p", { className: "quiet" }, run.hosts.hosts.some((host) => host.anchor) ? "* checkpoints save the state of this host" : ""),
+        make("p", { className: "quiet" }, run.hosts.hosts.some((host) => host.reference) ? "* checkpoints save the state of this host" : ""),
       );
     }),
   );

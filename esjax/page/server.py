@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.page.content import page_file, plotly_script
 from esjax.page.follow import Follower
 from esjax.signals import stop_on_signals
@@ -60,17 +61,13 @@ def make_app(folder: Path) -> "Starlette":
     Raises:
         EsjaxError: The folder does not exist, or a package is missing.
     """
-    try:
+    with needing("the dashboard", "dashboard"):
         from starlette.applications import Starlette
         from starlette.middleware import Middleware
         from starlette.middleware.gzip import GZipMiddleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
         from starlette.responses import Response
         from starlette.routing import Route
-    except ImportError as error:
-        raise EsjaxError(
-            f"the dashboard needs starlette and uvicorn ({error}): pip install 'esjax[dashboard]'"
-        ) from error
     follower = Follower(folder)
 
     def file(text: str, kind: str) -> Callable[["Request"], Response]:
@@ -133,9 +130,9 @@ def ask_hosts(run: Path) -> dict[str, Any]:
         return {"hosts": [], "note": str(error)}
     if status.run != folder.name:
         return {"hosts": [], "note": f"another run is at {address} by now"}
-    kept = status.anchor
+    kept = status.reference
     return {
-        "hosts": [{**msgspec.structs.asdict(host), "anchor": host.slot == kept} for host in status.hosts],
+        "hosts": [{**msgspec.structs.asdict(host), "reference": host.slot == kept} for host in status.hosts],
         "note": "" if status.hosts else "no host has joined yet",
     }
 
@@ -172,7 +169,8 @@ def serve_page(folder: Path, port: int, tell: Callable[[str], None]) -> None:
         EsjaxError: The folder does not exist, the port is taken, or a package is missing.
     """
     app = make_app(folder)
-    import uvicorn
+    with needing("the dashboard", "dashboard"):
+        import uvicorn
 
     with open_port(port) as listening:
         tell(f"http://{HOST}:{listening.getsockname()[1]}/")

@@ -23,7 +23,7 @@ from esjax.data.packing import check_stream, draw_windows, follow_windows
 from esjax.errors import EsjaxError
 from esjax.exchange.update_record import Span, pairs_of, unpack_update
 from esjax.flags import default_flags
-from esjax.models.check import check_float32
+from esjax.models.custom.check import check_float32
 from esjax.models.member import Loss
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
@@ -244,7 +244,10 @@ class Replica:
         if self.vector_length:
             self.apply_sum(self.sums(pairs), 0.0)
         else:
-            self.losses(pairs)
+            if self._texts is not None:
+                self._texts.warm_up(self.state.params, self._streams, self.state.step, pairs)
+            else:
+                self.losses(pairs)
             self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
         self.state = first
 

@@ -15,6 +15,7 @@ from esjax.core.population import map_members
 from esjax.core.seeds import pair_seeds
 from esjax.data.packing import draw_places
 from esjax.data.tokens import STOP
+from esjax.flags import default_flags
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
 from esjax.rewards.tools import WriteOn
@@ -44,6 +45,9 @@ class TextScorer(Protocol):
         write_on: WriteOn,
     ) -> tuple[Int[np.ndarray, "pairs members prompts length"], Bool[np.ndarray, " pairs"]]:
         """Call the tool, let members write on, and return what they wrote, and for which pairs the tool failed."""
+
+    def load(self) -> None:
+        """Get ready to score."""
 
     def losses(
         self,
@@ -108,6 +112,13 @@ class TextLosses:
             return members(True)(params, seeds, texts, count)
 
         self._write, self._write_on = write_pairs, write_on
+
+    @default_flags()
+    def warm_up(self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]) -> None:
+        """Let members write, and load the reward, which is not called: it may be slow."""
+        for count, part in chunking.calls(self._at_once, pairs):
+            jax.block_until_ready(self._write(params, self._prompts, streams, step, count, part))
+        self._scorer.load()
 
     def __call__(
         self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]

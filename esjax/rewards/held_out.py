@@ -9,16 +9,13 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 from numpy import ndarray
 
-from esjax.config.reward import RewardConfig
+from esjax.config.reward import MOST_HELD_OUT, RewardConfig
 from esjax.core.seeds import loss_key
 from esjax.flags import default_flags
 from esjax.models.model import Model, Params
 from esjax.rewards.prompts import encode_prompts
 from esjax.rewards.scoring import Scorer
 from esjax.rewards.writing import Prompted, make_write
-
-MOST = 256
-"""Most held-out prompts that are written after; the first ones."""
 
 
 class HeldOutRewards(NamedTuple):
@@ -53,7 +50,7 @@ def make_measure_rewards(
     Returns:
         The function; None if no prompt is held out.
     """
-    chosen = scorer.held_out[:MOST]
+    chosen = scorer.held_out[:MOST_HELD_OUT]
     if not chosen:
         return None
     tool, size = scorer.tool, 1 + config.samples

@@ -31,6 +31,9 @@ START = 120.0
 WORTH = 0.01
 """Seconds of calls for which another process is sent a message; with less to do, one process makes them all."""
 
+CLOSED = "closed"
+"""Kind of the failure of calls that the end of the run leaves out."""
+
 SLACK = 0.2
 """Seconds on top of a call's time limit for the way of its result."""
 
@@ -40,7 +43,11 @@ NONE: Mapping[str, float] = MappingProxyType({})
 
 
 class Pool:
-    """Calls a function in several processes, which start with the first call."""
+    """Calls a function in several processes, which start with the first call, or with `load`.
+
+    Attributes:
+        calls: Calls that have ended so far, about: threads count without a lock.
+    """
 
     def __init__(
         self, code: Code, processes: int, seconds: float, kind: Kind = "reward", weights: Mapping[str, float] = NONE
@@ -59,8 +66,17 @@ class Pool:
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
+        self._spare: list[_Worker] = []  # loaded, and of no thread
         self._is_closed = False
         self._call_seconds = math.inf  # of a call, as last measured
+        self.calls = 0
+
+    def load(self) -> Failure | None:
+        """Start all processes and wait until they have loaded the function; return why one of them has not, or None."""
+        self._spare = [self._begin_worker() for _ in range(self._count - len(self._workers))]
+        for worker in self._spare:
+            worker.load()
+        return next((worker.broken for worker in self._spare if worker.broken), None)
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         """Queue calls; the results of all futures, joined, are theirs, in their order."""
@@ -82,6 +98,8 @@ class Pool:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        while self._spare:
+            self._end(self._spare.pop())
 
     def _start(self) -> None:
         if not self._threads:
@@ -100,7 +118,7 @@ class Pool:
             size, calls = batch.texts.size, batch.texts.calls
             scored = Scored.nothing()
             one_by_one = False
-            failure = Failure("closed", "the run was ended")
+            failure = Failure(CLOSED, "the run was ended")
             try:
                 while (done := len(scored.values) // size) < calls and not self._is_closed:
                     if worker is None:
@@ -110,7 +128,9 @@ class Pool:
                         worker.send(batch.texts.part(done, calls), one_by_one)
                     while not worker.broken and len(scored.values) < size * calls:
                         patience = self._seconds + SLACK + (0 if one_by_one else REPORT)
-                        scored.add(worker.receive(patience, self._seconds), size)
+                        found = worker.receive(patience, self._seconds)
+                        scored.add(found, size)
+                        self.calls += len(found.values) // size
                     if worker.broken:
                         if not worker.is_loaded:
                             scored.fail(worker.broken, calls - done, size)
@@ -128,9 +148,16 @@ class Pool:
             batch.future.set_result(scored)
         self._end(worker)
 
-    def _new_worker(self) -> "_Worker":
+    def _begin_worker(self) -> "_Worker":
         worker = _Worker(self._code, self._words)
         self._workers.add(worker)
+        return worker
+
+    def _new_worker(self) -> "_Worker":
+        if self._spare:
+            with suppress(IndexError):  # another thread was faster
+                return self._spare.pop()
+        worker = self._begin_worker()
         worker.load()
         return worker
 

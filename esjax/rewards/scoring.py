@@ -16,14 +16,14 @@ from numpy import ndarray
 
 from esjax.config.custom_names import Code, name_of
 from esjax.config.reward import RewardConfig
-from esjax.config.settings import Config, DataConfig, replace
+from esjax.config.settings import Config, replace
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.paths import given_path
 from esjax.rewards.calls import Call, Failure, Kind, Scored, Texts, make_call
 from esjax.rewards.decoding import decode_all
-from esjax.rewards.pool import Pool
+from esjax.rewards.pool import CLOSED, Pool
 from esjax.rewards.prompts import (
     Prompt,
     PromptTokens,
@@ -35,6 +35,9 @@ from esjax.rewards.prompts import (
 )
 from esjax.rewards.tools import ToolUse, WriteOn
 
+WHERE = "their place: resume --reward.prompts FILE"
+"""Way out for prompts that were moved."""
+
 SHOWN = 80
 """Most characters of a prompt or a completion that a message shows."""
 
@@ -42,6 +45,11 @@ SHOWN = 80
 @runtime_checkable
 class _Caller(Protocol):
     """Makes calls of a function: a `Pool`, or this process."""
+
+    calls: int
+    """Calls that have ended so far, about."""
+
+    def load(self) -> Failure | None: ...
 
     def score(self, texts: Texts) -> list[Future[Scored]]: ...
 
@@ -76,12 +84,14 @@ class Scorer:
         self.stops = tokens_of(config.stop, "stop", vocabulary)
         self.vocabulary = vocabulary
         self.failures = 0
-        self._reward, self._tool, self._tell = reward, tool, tell
+        self._reward, self._tell = reward, tell
+        self._callers = [(f"reward {reward[0]}", reward[1])]
         self._reported: set[str] = set()
         self._means: dict[str, list[float]] = {}
         self.tool: ToolUse | None = None
         if tool is not None:
             name, caller = tool
+            self._callers.append((f"tool {name}", caller))
             pauses = tokens_of(config.tool_at, "tool_at", vocabulary)
 
             def call(texts: Texts) -> Scored:
@@ -169,9 +179,24 @@ class Scorer:
         texts, answers = _arrays(prompts)
         return np.array(self._begin(texts.tolist(), answers.tolist(), tokens, size)().values)
 
+    @property
+    def calls(self) -> int:
+        """Calls that have ended so far, about."""
+        return sum(caller.calls for _, caller in self._callers)
+
+    def load(self) -> None:
+        """Start the processes, and wait until they have loaded the reward and the tool.
+
+        Raises:
+            EsjaxError: One of them cannot load it.
+        """
+        for what, caller in self._callers:
+            if (failure := caller.load()) is not None:
+                raise EsjaxError(f"the {what} cannot be called: {failure.reason}")
+
     def close(self) -> None:
         """End the processes; the next call starts new ones."""
-        for _, caller in filter(None, (self._reward, self._tool)):
+        for _, caller in self._callers:
             caller.close()
 
     def _begin(
@@ -191,6 +216,8 @@ class Scorer:
         return wait
 
     def _failed(self, what: str, texts: Texts, failure: Failure) -> None:
+        if failure.kind == CLOSED:
+            return
         self.failures += 1
         kind = f"{what}: {failure.kind}"
         if kind not in self._reported:
@@ -229,11 +256,16 @@ class _Here:
 
     def __init__(self, call: Call) -> None:
         self._call = call
+        self.calls = 0
+
+    def load(self) -> None:
+        pass
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         scored = Scored.nothing()
         for number in range(texts.calls):
             scored.add_call(self._call(texts, number), texts.size)
+            self.calls += 1
         future: Future[Scored] = Future()
         future.set_result(scored)
         return [future]
@@ -242,8 +274,8 @@ class _Here:
         pass
 
 
-def begin(config: Config, custom: Custom, vocabulary: Vocabulary) -> Config:
-    """Record in the settings of a new run what all of its hosts must share: the vocabulary, and a hash of the prompts.
+def begin(config: Config, custom: Custom) -> Config:
+    """Record in the settings of a new run a hash of its prompts, which all of its hosts must share.
 
     Raises:
         EsjaxError: There is a reward in Python without prompts, or the other way round; or the prompts cannot be read.
@@ -251,11 +283,7 @@ def begin(config: Config, custom: Custom, vocabulary: Vocabulary) -> Config:
     check_reward(config, custom)
     if config.reward.prompts is None:
         return config
-    reward = replace(config.reward, digest=digest_of(read_prompts(config.reward.prompts)))
-    data = config.data
-    if vocabulary.kind == "char":
-        data = replace(data, symbols="".join(vocabulary.symbols), vocab_size=None)
-    return replace(config, reward=reward, data=data)
+    return replace(config, reward=replace(config.reward, digest=digest_of(read_prompts(config.reward.prompts))))
 
 
 def move_prompts(config: Config, place: str) -> Config:
@@ -274,11 +302,14 @@ def move_prompts(config: Config, place: str) -> Config:
 def _same_prompts(config: RewardConfig) -> list[Prompt]:
     """Read the prompts of a run, and compare them with the recorded hash."""
     assert config.prompts is not None
-    prompts = read_prompts(config.prompts)
+    try:
+        prompts = read_prompts(config.prompts)
+    except EsjaxError as error:
+        raise EsjaxError(f"{error}; put the prompts there that the run was begun with, or name {WHERE}") from error
     if config.digest and digest_of(prompts) != config.digest:
         raise EsjaxError(
-            f"the prompts {config.prompts!r} are not those that the run was begun with; put the old file back, or name "
-            "where it is: --reward.prompts FILE"
+            f"the prompts {config.prompts!r} are not those that the run was begun with; put these there, or "
+            f"name {WHERE}"
         )
     return prompts
 
@@ -356,8 +387,3 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def vocabulary_of(config: DataConfig) -> Vocabulary:
-    """Return the vocabulary that the settings of a run with a reward in Python hold, see `begin`."""
-    return Vocabulary("byte") if config.vocabulary == "byte" else Vocabulary("char", tuple(config.symbols or ""))

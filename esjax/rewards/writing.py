@@ -56,7 +56,9 @@ def make_write(
         )
 
     def write(params: Params, prompts: Prompted, key: Key[Array, ""]) -> Int[Array, "prompts length"]:
-        member, keys = Member(model, params), sequence_keys(key, len(prompts.tokens))
+        needed = 1 + prompts.tokens.shape[1] + length  # STOP, the prompt, the completion
+        model_for = model if model.shortened is None else model.shortened(needed)
+        member, keys = Member(model_for, params), sequence_keys(key, len(prompts.tokens))
         if len(prompts.tokens) == 1:  # an axis of size 1 makes XLA's loops slower
             return write_one(member, jax.tree.map(lambda leaf: leaf[0], prompts), keys[0])[None]
         return jax.vmap(partial(write_one, member))(prompts, keys)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
@@ -53,11 +54,22 @@ class Restored(NamedTuple):
         state: The training state, as it was saved.
         seconds: Training time at that step.
         member_tokens: Tokens scored up to that step, times members.
+        is_confirmed: False if a host sent the state, and no other owner's host confirmed it.
     """
 
     state: TrainState
     seconds: float
     member_tokens: int
+    is_confirmed: bool = True
+
+    def doubt(self) -> str:
+        """Return a line about a state that was not confirmed, or ""."""
+        if self.is_confirmed:
+            return ""
+        return (
+            f"the state of step {int(self.state.step)} came from a host and was not confirmed by one of another token; "
+            "esjax replay compares it with the ledger"
+        )
 
 
 class Weights(NamedTuple):
@@ -119,13 +131,14 @@ class Checkpoints:
         """Return the path of a checkpoint."""
         return self._folder / str(step)
 
-    def save(self, state: TrainState, seconds: float, member_tokens: int) -> None:
+    def save(self, state: TrainState, seconds: float, member_tokens: int, *, is_confirmed: bool = True) -> None:
         """Write a state, unless its step has a checkpoint already.
 
         Args:
             state: The training state.
             seconds: Training time so far.
             member_tokens: Tokens scored so far, times members.
+            is_confirmed: False for a state of a host that no other owner's host has confirmed.
 
         Raises:
             DiskError: The disk is full or cannot be written. Older checkpoints are not touched.
@@ -143,8 +156,16 @@ class Checkpoints:
                 _see_room(partial, state)
                 with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
                     checkpointer.save(plain / partial.name / STATE, arrays)
-                leaves, files = leaf_types(state), hash_files(partial / STATE)
-                Seal(seconds, member_tokens, leaves, files, digest(arrays), versions()).write(partial)
+                Seal(
+                    seconds,
+                    member_tokens,
+                    leaf_types(state),
+                    hash_files(partial / STATE),
+                    digest(arrays),
+                    versions(),
+                    weights=digest(Weights(arrays.step, arrays.params, arrays.average)),
+                    is_unconfirmed=msgspec.UNSET if is_confirmed else True,
+                ).write(partial)
                 if not self._is_read_back:
                     _restore(partial, arrays)
                 os.replace(partial, path)
@@ -183,21 +204,34 @@ def restore(path: Path, like: TrainState) -> Restored:
 def _restore(path: Path, like: TrainState) -> Restored:
     """Read a checkpoint whose files are whole, and compare the state with the one that was saved."""
     seal = read_seal(path)
+    with _comparing(path, seal) as compare, _plain_path(path) as plain, _checkpointer() as checkpointer:
+        state = checkpointer.restore(plain / STATE, like)
+        compare(state, seal.digest)
+    return Restored(state, seal.seconds, seal.member_tokens, seal.is_unconfirmed is not True)
+
+
+@contextmanager
+def _comparing(path: Path, seal: Seal) -> Iterator[Callable[[PyTree, str], None]]:
+    """Give a function that compares arrays with a digest of the seal; "": there is none.
+
+    Raises:
+        EsjaxError: They differ, or the body fails in any way but by an `EsjaxError` or an `OSError`.
+    """
+
+    def compare(arrays: PyTree, expected: str) -> None:
+        if expected and digest(arrays) != expected:
+            raise ValueError("it differs from the state that was saved")
+
     try:
-        with _plain_path(path) as plain, _checkpointer() as checkpointer:
-            state = checkpointer.restore(plain / STATE, like)
-        wrong = "" if seal.digest in ("", digest(state)) else "it differs from the state that was saved"
+        yield compare
     except (EsjaxError, OSError):
         raise
     except Exception as error:  # of any kind: they come from orbax and from what it is built on
-        wrong = _first_line(error)
-    if wrong:
         raise EsjaxError(
-            f"the checkpoint {str(path)!r} cannot be restored, though its files are whole: {wrong} "
+            f"the checkpoint {str(path)!r} cannot be restored, though its files are whole: {_first_line(error)} "
             f"({changed_versions(seal)}); install the versions of {', '.join(seal.versions) or 'JAX and orbax'} that "
             "wrote it"
-        )
-    return Restored(state, seal.seconds, seal.member_tokens)
+        ) from error
 
 
 def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> Weights:
@@ -209,11 +243,13 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         tell: Called with a line for each damaged checkpoint.
 
     Raises:
-        EsjaxError: There is no undamaged checkpoint, or it holds the weights of another model.
+        EsjaxError: There is no undamaged checkpoint, or it holds the weights of another model, or the libraries do not
+            restore what was saved.
     """
     path = _newest_whole(folder, tell)
     if path is None:
         raise _nothing_whole(folder)
+    seal = read_seal(path)
     sharding = jax.tree.leaves(like)[0].sharding
     wanted = Weights(jax.ShapeDtypeStruct((), np.int32, sharding=sharding), like, like)
     _check_leaves(path, wanted, lambda name: name.startswith(tuple(f".{part}" for part in Weights._fields)))
@@ -223,10 +259,13 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
         partial_restore=True,
     )
     with (
+        _comparing(path, seal) as compare,
         _plain_path(path) as plain,
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer,
     ):
-        return Weights(**checkpointer.restore(plain / STATE, args=found))
+        weights = Weights(**checkpointer.restore(plain / STATE, args=found))
+        compare(weights, seal.weights or "")
+    return weights
 
 
 def find_oldest(folder: Path, like: TrainState, beginning: int, tell: Callable[[str], None]) -> Restored | None:
@@ -260,8 +299,8 @@ def _nothing_whole(folder: Path) -> EsjaxError:
     return EsjaxError(f"{folder} holds no checkpoint; the run ended before its first one: resume it")
 
 
-def digest(state: TrainState) -> str:
-    """Hash the dtypes, shapes and bits of all leaves of a state, with BLAKE2b.
+def digest(state: PyTree) -> str:
+    """Hash the dtypes, shapes and bits of all leaves of a state, or of a part of one, with BLAKE2b.
 
     Returns:
         32 hexadecimal digits; equal digests mean equal states.

@@ -115,7 +115,7 @@ class RunFolder:
         custom: Mapping[str, str] = MappingProxyType({}),
         code: Mapping[str, Code] = MappingProxyType({}),
     ) -> "RunFolder":
-        """Make a new run folder.
+        """Make a new run folder, and lock it until `unlock`.
 
         Args:
             path: Path of the folder. If several processes make it at the same time, one of them succeeds.
@@ -153,6 +153,7 @@ class RunFolder:
             raise EsjaxError(f"cannot write the run folder {str(path)!r}: {error.strerror}") from error
         folder = cls(path)
         folder.is_new, folder._is_made = True, is_made
+        folder.lock()  # until training ends, so that nobody resumes it before it has begun
         return folder
 
     def remove(self) -> None:
@@ -246,11 +247,13 @@ class RunFolder:
         return incarnation
 
     def lock(self) -> None:
-        """Lock the run for this process, until the process ends or calls `unlock`.
+        """Lock the run for this object, until the process ends or calls `unlock`; once more is no error.
 
         Raises:
             EsjaxError: Another process trains the run, or the folder cannot be written or locked.
         """
+        if self._lock is not None:
+            return
         try:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
@@ -272,7 +275,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the run while the context is open, see `lock`."""
+        """Lock the run, unless it is locked, and unlock it at the end; see `lock`."""
         self.lock()
         try:
             yield

@@ -21,7 +21,7 @@ LIBRARIES = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore")
 
 
 class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is in a checkpoint. Earlier seals lack the last three fields.
+    """What is in a checkpoint. Earlier seals lack the last fields; what is unset is not in the hash.
 
     Attributes:
         seconds: Training time at its step.
@@ -31,6 +31,8 @@ class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         digest: Digest of the state that was saved, see `esjax.runs.checkpoint.digest`; "" if it is unknown.
         versions: Versions of `LIBRARIES` that wrote it.
         hash: Hash of all other fields; "" if there is none.
+        weights: Digest of the step, the parameters and their average, see `esjax.runs.checkpoint.Weights`.
+        is_unconfirmed: Whether the state came from a host, and no other owner's host confirmed it.
     """
 
     seconds: float
@@ -40,6 +42,8 @@ class Seal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str = ""
     versions: dict[str, str] = {}
     hash: str = ""
+    weights: str | msgspec.UnsetType = msgspec.UNSET
+    is_unconfirmed: bool | msgspec.UnsetType = msgspec.UNSET
 
     def write(self, checkpoint: Path) -> None:
         """Write it, with its hash, into the folder of a checkpoint."""

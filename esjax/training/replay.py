@@ -10,7 +10,7 @@ from esjax.devices.mesh import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.inference.loaded_run import complete_custom, load_run_corpus
 from esjax.models.custom import Custom, Reward, Tool
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -19,7 +19,7 @@ from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import digest, find_newest, find_oldest
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import DIGEST, UPDATE, beginning, read
-from esjax.training.start import start_of
+from esjax.weights.first import first_params
 
 
 class Replayed(NamedTuple):
@@ -117,7 +117,7 @@ def replay_with(
     newest = find_newest(folder.checkpoints, replica.state, tell)
     kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
     first = _begin(folder, replica, max(kept, default=0), tell)
-    if not first and (params := start_of(config, custom).params) is not None:
+    if not first and (params := first_params(config, custom)) is not None:
         replica.start_with(params)
     kept = {step: one for step, one in kept.items() if step > first or not first}
     compared, compared_step, differs_at = 0, 0, None
@@ -160,6 +160,8 @@ def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str
     assert restored is not None  # the newest one is late enough
     replica.state = restored.state
     first = int(restored.state.step)
+    if doubt := restored.doubt():
+        tell(doubt)
     tell(
         f"the ledger is whole from step {begins:,} on: replaying from the checkpoint of step {first:,}; earlier steps "
         "cannot be replayed"

@@ -21,7 +21,7 @@ from esjax.inference.language_model import LanguageModel
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.inference.run_inference import RunInference
 from esjax.models.custom import Custom, Reward, Tool
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
@@ -35,11 +35,11 @@ from esjax.runs.reader import RunView, read_run
 from esjax.runs.step_info import Limits, StepInfo
 from esjax.signals import STOPPING
 from esjax.training.local_steps import LocalSteps
-from esjax.training.start import start_of
 from esjax.watch.history import History
 from esjax.watch.recorded_run import RecordedRun, Recorder
 from esjax.watch.summary import describe_kinds
 from esjax.watch.tracking import Tracker
+from esjax.weights.first import first_params, start_of
 
 SAMPLE_DOCUMENTS = 4
 """Documents of a sample."""
@@ -107,7 +107,6 @@ class Trainer(RecordedRun, RunInference):
         self._member_tokens = 0
         self._is_finite = True
         self._history = History()
-        self._best_reward, self._evaluations = -math.inf, 0  # the highest greedy reward, and evaluations since
 
     def __repr__(self) -> str:
         """Show the settings and the progress in one line."""
@@ -224,22 +223,6 @@ class Trainer(RecordedRun, RunInference):
             info = info._replace(**rewards._asdict())
         return info
 
-    def _has_settled(self, info: StepInfo) -> bool:
-        """Return whether the greedy reward on held-out prompts has not risen in `reward.patience` evaluations."""
-        patience = self.config.reward.patience
-        if patience is None or info.greedy_reward is None:
-            return False
-        if info.greedy_reward > self._best_reward:
-            self._best_reward, self._evaluations = info.greedy_reward, 0
-        else:
-            self._evaluations += 1
-        if self._evaluations < patience:
-            return False
-        self.tell(
-            f"no greedy reward above {self._best_reward:.4g} in {patience} evaluations (reward.patience); stopping"
-        )
-        return True
-
     def _is_measured(self) -> bool:
         """Return whether a held-out loss of this run is known."""
         if self.folder is not None:
@@ -343,7 +326,7 @@ def train_with(
     config, custom, vocabulary, params = start_of(config, custom)
     config = locate_text(config)
     corpus = load_corpus(config.data, vocabulary)
-    config = begin(config, custom, corpus.vocabulary)
+    config = begin(config, custom)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if params is not None:
         trainer._replica.start_with(params)
@@ -424,7 +407,7 @@ def resume_with(
     first = trainer._replica.state
     restored = restore_run(folder, first, trainer.tell)
     trainer._replica.state = restored.state
-    if restored.state is first and (params := start_of(folder.config, custom).params) is not None:
+    if restored.state is first and (params := first_params(folder.config, custom)) is not None:
         trainer._replica.start_with(params)
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()

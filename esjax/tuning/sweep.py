@@ -30,7 +30,7 @@ from esjax.hosts.local import LocalWorkers, check_workers
 from esjax.hosts.serve import Server, resume_serving_with, serve_with
 from esjax.hosts.transport.address import is_loopback
 from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward, Tool
-from esjax.models.custom_code import complete, load_custom
+from esjax.models.custom.code import complete, load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path

@@ -5,7 +5,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.tuning.sweep import Outcome, RankedBy
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, turn_overlapping_ticks
 
@@ -54,10 +54,8 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     Raises:
         EsjaxError: matplotlib is missing.
     """
-    try:
+    with needing("a plot", "plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.paths import given_path
 from esjax.runs.reader import RunView, find_runs, group_by_seed, read_runs
 from esjax.watch.downsampling import Axis, make_curve, mean_and_range, smooth
@@ -74,10 +75,8 @@ def plot(
     views = open_runs(runs)
     if log_y:
         check_log_y(views)
-    try:
+    with needing("a plot", "plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EsjaxError(f"a plot needs matplotlib ({error}): pip install 'esjax[plot]'") from error
     panels = panels_of(views)
     if not panels:
         raise EsjaxError(f"there is nothing to draw: no loss is finite in {', '.join(view.name for view in views)}")

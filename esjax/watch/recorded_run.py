@@ -1,5 +1,6 @@
 """What runs on one machine and runs over hosts share: attributes, files, trackers, clock and limits."""
 
+import math
 import secrets
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -53,6 +54,7 @@ class RecordedRun:
         self._id = secrets.token_hex(8)
         self._asked = Event()
         self._iteration: ReferenceType[Iteration] | None = None
+        self._best_reward, self._evaluations = -math.inf, 0  # the highest greedy reward, and evaluations since
 
     def __iter__(self) -> Iteration:
         """Return an iterator over the steps, see the class; an earlier one that was left half-way is closed."""
@@ -77,6 +79,22 @@ class RecordedRun:
         """Return one line with the devices, the text, the model and the population."""
         params = self._replica.state.params
         return describe_run(self._devices, self.config, self.corpus, params, self.custom.names())
+
+    def _has_settled(self, info: StepInfo) -> bool:
+        """Return whether the greedy reward on held-out prompts has not risen in `reward.patience` evaluations."""
+        patience = self.config.reward.patience
+        if patience is None or info.greedy_reward is None:
+            return False
+        if info.greedy_reward > self._best_reward:
+            self._best_reward, self._evaluations = info.greedy_reward, 0
+        else:
+            self._evaluations += 1
+        if self._evaluations < patience:
+            return False
+        self.tell(
+            f"no greedy reward above {self._best_reward:.4g} in {patience} evaluations (reward.patience); stopping"
+        )
+        return True
 
     def _tracked(self, step: int) -> TrackedRun:
         if self.folder is not None:
@@ -174,15 +192,16 @@ class Recorder:
         if self.ledger:
             self.ledger.append(DIGEST, step, digest.encode())
 
-    def save(self, state: TrainState, progress: tuple[float, int] | None = None) -> None:
+    def save(self, state: TrainState, progress: tuple[float, int] | None = None, *, is_confirmed: bool = True) -> None:
         """Write a checkpoint, and drop updates behind the horizon.
 
         Args:
             state: The state.
             progress: Training time and member-tokens at its step. None: the present ones.
+            is_confirmed: False for a state of a host that no other owner's host has confirmed.
         """
         if self.checkpoints:
-            self.checkpoints.save(state, *(progress or self.progress))
+            self.checkpoints.save(state, *(progress or self.progress), is_confirmed=is_confirmed)
             horizon = self._run.config.ledger_horizon
             if horizon is not None and self.ledger:
                 keep_within(horizon, self.ledger, self.checkpoints)

@@ -14,6 +14,7 @@ import msgspec
 
 from esjax.config.settings import to_plain
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.runs.durable import writing
 from esjax.runs.folder import RunFolder, json_line
 from esjax.texts import PROSE, legible
@@ -230,6 +231,7 @@ def _make(name: str) -> Tracker:
     if name not in _NAMED:
         raise EsjaxError(f"there is no tracker {name!r}; there are {', '.join(_NAMED)}")
     package, make = _NAMED[name]
-    if find_spec(package) is None:
-        raise EsjaxError(f"tracker {name} needs the package {package}: pip install 'esjax[{name}]'")
+    with needing(f"tracker {name}", name):
+        if find_spec(package) is None:  # it may take seconds to import
+            raise ModuleNotFoundError(f"No module named {package!r}")
     return make()

@@ -14,6 +14,7 @@ from numpy import ndarray
 from esjax.config.models import LlamaConfig
 from esjax.data.tokenizer import TokenizerVocabulary, library, make_vocabulary
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.weights.llama_weights import Kind, Pretrained, Tensors, assemble, make_config, unknown_of
 
 NAMES = {
@@ -181,9 +182,7 @@ def _begins_with(token: str, number: int) -> dict[str, Any]:
 
 
 def _library() -> ModuleType:
-    try:
+    with needing("a file .gguf", "pretrained"):
         import gguf
         import gguf.quants
-    except ImportError as error:
-        raise EsjaxError(f"this needs the library gguf ({error}): pip install 'esjax[pretrained]'") from error
     return gguf

@@ -12,7 +12,8 @@ from numpy import ndarray
 from esjax.config.models import LlamaConfig
 from esjax.data.tokenizer import TokenizerVocabulary
 from esjax.errors import EsjaxError
-from esjax.models.llama import LlamaLayer, LlamaParams, Norm
+from esjax.models.layers import Norm
+from esjax.models.llama import LlamaLayer, LlamaParams
 
 Kind = Literal["float32", "bfloat16"]
 """Type of the weights in memory."""

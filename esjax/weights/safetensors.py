@@ -24,8 +24,9 @@ from numpy import ndarray
 from esjax.config.settings import Config, from_yaml, to_yaml
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
+from esjax.extras import needing
 from esjax.flags import default_flags
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.models.model import ModelFactory, Params
 from esjax.runs.folder import check_custom
 from esjax.weights.start import begin_with
@@ -135,8 +136,6 @@ def safetensors_library() -> ModuleType:
     Raises:
         EsjaxError: It is missing.
     """
-    try:
+    with needing("a file .safetensors", "safetensors"):
         import safetensors.numpy
-    except ImportError as error:
-        raise EsjaxError(f"this needs the library safetensors ({error}): pip install 'esjax[safetensors]'") from error
     return safetensors

@@ -44,3 +44,4 @@ def begin_with(
         undo.callback(folder.remove)  # a folder without a checkpoint is useless
         Checkpoints(folder.checkpoints, config.keep_checkpoints).save(state, 0.0, 0)
         undo.pop_all()
+    folder.unlock()

@@ -38,6 +38,7 @@ from esjax.hosts.protocol.tasks import Apply, Build, Built, Done, Load, Result, 
 from esjax.hosts.protocol.worker import Worker
 from esjax.hosts.serve import serve
 from esjax.hosts.transport.client import ClientTransport
+from esjax.hosts.transport.keys import load_token
 from esjax.hosts.transport.sockets import Limits
 from esjax.models import build_model
 from esjax.replica.replica import Replica
@@ -204,12 +205,12 @@ def _clocks() -> tuple[float, float, float]:
 
 
 @contextmanager
-def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
-    """Run simulated hosts in a few processes."""
+def simulated_hosts(address: str, hosts: int, token: Path | None = None) -> Iterator[None]:
+    """Run simulated hosts in a few processes; a coordinator with keys needs a token file."""
     context = multiprocessing.get_context("spawn")
     sizes = [min(HOSTS_A_PROCESS, hosts - first) for first in range(0, hosts, HOSTS_A_PROCESS)]
     processes = [
-        context.Process(target=run_hosts, args=(address, i * HOSTS_A_PROCESS, size), daemon=True)
+        context.Process(target=run_hosts, args=(address, i * HOSTS_A_PROCESS, size, token), daemon=True)
         for i, size in enumerate(sizes)
     ]
     for process in processes:
@@ -222,14 +223,15 @@ def simulated_hosts(address: str, hosts: int) -> Iterator[None]:
             process.join()
 
 
-def run_hosts(address: str, first: int, count: int) -> None:
+def run_hosts(address: str, first: int, count: int, token_file: Path | None) -> None:
     """Run some simulated hosts until the process is killed."""
     answers = known_answers()
     limits = Limits(wire.MAX_BODY, wire.FRAMES)
+    token = load_token(token_file) if token_file else None
     line = []
     for i in range(first, first + count):
         worker = Worker(f"host-{i}", "", "", answers, {}, now=time.monotonic(), jitter=random.random)
-        line.append((worker, ClientTransport(address, token=None, limits=limits)))
+        line.append((worker, ClientTransport(address, token=token, limits=limits)))
     devices: dict[str, FakeDevices] = {}
     listening = set[str]()
     while True:

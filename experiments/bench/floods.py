@@ -4,7 +4,7 @@ A coordinator and real hosts train on this machine. Each flood has three phases:
 processes that use as much processor time as the flooders did and touch no port. Flooders share the cores and the
 address with hosts and coordinator, so the ratio to the equal load shows what the coordinator itself loses. Memory is
 the growth of coordinator and guard together, at its peak. A new host joins while the flood goes on: it fetches the
-state and hears a broadcast.
+state and hears a broadcast. With keys, flooders that are let in have a token of their own.
 """
 
 import math
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import flooders
+from bench.coordinator import config_of, simulated_hosts
 from bench.report import Report, Row, print_row
-from bench.settings import Floods
+from bench.settings import Coordinator, Floods
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.hosts.known_answers import known_answers
@@ -34,8 +35,8 @@ from esjax.hosts.protocol.wire import Envelope, Message
 from esjax.hosts.serve import Server, serve
 from esjax.hosts.transport.address import parse_address
 from esjax.hosts.transport.client import ClientTransport
-from esjax.hosts.transport.keys import load_token
-from esjax.hosts.transport.sockets import Limits
+from esjax.hosts.transport.keys import ServerKeys, load_token
+from esjax.hosts.transport.sockets import Limits, new_keypair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,11 +54,15 @@ def run(settings: Floods) -> Report:
 def of_coordinator(settings: Floods, keys: bool) -> list[Row]:
     """Measure the floods of one coordinator."""
     names = settings.keyed if keys else settings.floods
+    if not names:
+        return []
     config = Config(
         es=EsConfig(population_size=settings.population),
         data=DataConfig(text=settings.text),
         model=GruConfig(hidden_size=16, head_size=16),
     )
+    if settings.simulated:
+        config = config_of(Coordinator(members=settings.population), "losses")
     with tempfile.TemporaryDirectory() as folder:
         server = serve(
             config,
@@ -67,7 +72,9 @@ def of_coordinator(settings: Floods, keys: bool) -> list[Row]:
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
 
-        def workers() -> AbstractContextManager[Callable[[], None]]:
+        def workers() -> AbstractContextManager[Callable[[], None] | None]:
+            if settings.simulated:
+                return simulated_hosts(server.address, settings.simulated, server.token)
             given = ["--token-file", str(server.token)] if server.token else []
             these = LocalWorkers(settings.hosts, Path(folder), print, given=given, oversubscribe=True)
             return these.joined(server.address)
@@ -95,6 +102,7 @@ class Driver:
         self.rows: list[Row] = []
         self._server, self._settings, self._names = server, settings, names
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._token: Path | None = None  # of flooders that are let in
 
     def begin(self) -> bool:
         """Start with the first step; return whether all is measured."""
@@ -104,18 +112,24 @@ class Driver:
 
     def _run(self) -> None:
         self._rate(min(self._settings.seconds, 15.0))  # hosts compile
-        ports = (parse_address(self._server.address).port, join(self._server)[1])
+        address, token = self._server.address, self._server.token
+        ports = (parse_address(address).port, join(self._server)[1])
+        if token:
+            self._token = ServerKeys(token.parent, new_keypair, print).new_token("greedy", address)
         for name in self._names:
             self.rows.append(print_row(self._measure(name, ports)))
 
     def _measure(self, name: str, ports: tuple[int, int]) -> Row:
         server, seconds = self._server, self._settings.seconds
-        words = ["127.0.0.1", *map(str, ports), *([str(server.token)] if server.token else [])]
+        words = ["127.0.0.1", *map(str, ports), *([str(self._token)] if self._token else [])]
+        guard = [_guard_seconds()]
         before = self._rate(seconds / 2)
+        guard.append(_guard_seconds())
         used = _children()
         with ThreadPoolExecutor() as pool, Memory() as memory, process(name, *words):
             joining = pool.submit(join, server, seconds / 4)
             during = self._rate(seconds)
+            guard.append(_guard_seconds())
             joined_after, _ = joining.result()
         share = (_children() - used) / seconds
         with process("burn", f"{min(share, 1.0):.3f}"):
@@ -124,9 +138,11 @@ class Driver:
             "keys": "yes" if server.token else "no",
             "flood": name,
             "steps/s before": before,
+            "guard ms/step before": 2e3 * (guard[1] - guard[0]) / (before * seconds),
             "rate ÷ before": during / before,
             "rate ÷ equal load": during / equal,
             "flooders' cores": share,
+            "guard's cores": (guard[2] - guard[1]) / seconds,
             "memory MB": memory.growth,
             "joined after s": joined_after,
         }
@@ -164,18 +180,31 @@ class Memory:
             self.growth = max(self.growth, _resident_mb() - before)
 
 
+def _guards() -> list[Path]:
+    """List the folders in /proc of the guards of ports among this process's children."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int(_stat(folder)[1])
+            if parent == os.getpid() and b"transport.gate" in (folder / "cmdline").read_bytes():
+                found.append(folder)
+    return found
+
+
+def _stat(folder: Path) -> list[str]:
+    """Read what /proc says of a process, from its state on."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
 def _resident_mb() -> float:
-    """Return the memory of this process and of the guards of ports among its children."""
-    kilobytes = 0
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with suppress(OSError, KeyError):
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-            is_guard = (
-                int(fields["PPid"]) == os.getpid() and b"transport.gate" in (status.parent / "cmdline").read_bytes()
-            )
-            if int(fields["Pid"]) == os.getpid() or is_guard:
-                kilobytes += int(fields["VmRSS"].split()[0])
-    return kilobytes / 1000
+    """Return the memory of this process and of the guards of its ports."""
+    pages = sum(int(_stat(folder)[21]) for folder in [Path("/proc/self"), *_guards()])
+    return pages * resource.getpagesize() / 1e6
+
+
+def _guard_seconds() -> float:
+    """Return the processor time of the guards of ports so far."""
+    return sum(int(word) for folder in _guards() for word in _stat(folder)[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 def _children() -> float:
@@ -200,7 +229,7 @@ def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
 
     It begins after `wait` seconds.
 
-    The seconds are infinite if that takes more than `PATIENCE`.
+    The seconds are infinite if that takes more than `PATIENCE`, or the host gives up.
     """
     token = None if server.token is None else load_token(server.token)
     time.sleep(wait)
@@ -213,6 +242,8 @@ def join(server: Server, wait: float = 0.0) -> tuple[float, int]:
                 client.request(wire.encode(Envelope(message)))
                 asked = time.perf_counter()
             received = client.poll(0.1)
+            if received.refused:
+                break
             heard = heard or bool(received.broadcasts)
             if received.reply is not None:
                 reply = wire.decode(received.reply, "reply")

@@ -148,7 +148,9 @@ class Devices:
             return tasks.Built(QUANTUM)
         if isinstance(task, tasks.Score):
             return tasks.Scored(self.replica.score(task.spans), sum(count for _, count in task.spans) / SPEED)
-        if isinstance(task, tasks.TakeDigest | tasks.TakeSnapshot | tasks.Measure):
+        if isinstance(task, tasks.Measure):
+            return tasks.Measured()
+        if isinstance(task, tasks.TakeDigest | tasks.TakeSnapshot):
             return tasks.Value(None)
         if isinstance(task, tasks.Load):  # there is only the state of the beginning
             return tasks.Done(0)

@@ -21,7 +21,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.vocabulary import FIRST, Vocabulary
 from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.replica.replica import Replica
 from esjax.rewards.prompts import PromptTokens
 from esjax.rewards.scoring import Scorer, make_scorer
@@ -58,6 +58,9 @@ class NoScorer:
         """Take the prompts of a scorer."""
         self.prompts: PromptTokens = scorer.prompts
         self.stops = scorer.stops
+
+    def load(self) -> None:
+        """Do nothing."""
 
     def finish(self, *_: object) -> tuple[np.ndarray, np.ndarray]:
         """Never called: there is no tool."""

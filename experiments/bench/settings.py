@@ -436,6 +436,9 @@ class Floods(Section):
     hosts: int = 2
     """Hosts that train."""
 
+    simulated: int = 0
+    """If it is not 0: so many simulated hosts, with made-up losses, in place of real ones."""
+
     population: int = 1024
     """Members of the run."""
 

@@ -349,8 +349,8 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
         (["train", "--populaton", "64"], "did you mean --es.population-size?"),
         (["train", "--vocab", "64"], "did you mean --data.vocab-size?"),
         (["train", "--es", "3"], "--es is a group of settings; name one of them"),
-        (["train", "--model.n-layers", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
-        (["train", "--n-layer", "2"], "--model.n-layers is a setting of the model rnn; choose that model, or"),
+        (["train", "--model.gate-tokens", "2"], "--model.gate-tokens is a setting of the model mingru; choose that"),
+        (["train", "--gate-token", "2"], "--model.gate-tokens is a setting of the model mingru; choose that"),
         (["train", "rnn", "--n-layer", "2"], "did you mean --model.n-layers?"),
         (["generate", "."], "/work' is not a run folder: it has no run.json; there is /"),
         (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),
@@ -652,9 +652,10 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
         (["train", "--config"], "--config needs a value"),
         (
             ["train", "--ledger=true"],
-            "'true' is neither the value of an option nor a model; models are rnn, gru, mingru, llama",
+            "'true' is neither the value of an option nor a model; models are rnn, gru, lstm, mingru, lru, "
+            "transformer, llama, rwkv7",
         ),
-        (["train", "lstm"], "'lstm' is neither the value of an option nor a model; models are rnn, gru, mingru, llama"),
+        (["train", "gpt"], "'gpt' is neither the value of an option nor a model; models are rnn, gru, lstm, mingru, "),
         (["sweep", "--axis"], "--axis needs a value"),
         (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
     ],

@@ -20,7 +20,7 @@ import pytest
 from esjax.config import models as models_module
 from esjax.config import reward as reward_module
 from esjax.config import settings as config_module
-from esjax.config.models import MODELS, GruConfig, LlamaConfig, MinGruConfig, RnnConfig
+from esjax.config.models import MODELS, GruConfig, RnnConfig
 from esjax.config.reward import RewardConfig
 from esjax.config.section import Section
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig, OptimConfig, from_yaml, replace, to_yaml
@@ -33,11 +33,9 @@ SECTIONS: list[type[Section]] = [
     HostsConfig,
     OptimConfig,
     RewardConfig,
-    RnnConfig,
-    GruConfig,
-    LlamaConfig,
-    MinGruConfig,
+    *MODELS.values(),
 ]
+NAMES = "rnn or gru or lstm or mingru or lru or transformer or llama or rwkv7"
 
 UNUSUAL = Config(
     seed=2**32 - 1,
@@ -85,7 +83,7 @@ def test_yaml_names_the_model(name: str, model: type[Section]) -> None:
         ("es: {noise: pink}", "noise"),
         ("steps: 1.5", "steps"),
         ("data: 7", "data"),
-        ("model: {name: transformer}", "model"),
+        ("model: {name: mamba}", "model"),
         ("model: {name: rnn, head_size: 3}", "head_size"),
         ("seed: -1", "seed"),
         ("seed: 4294967296", "seed"),
@@ -147,11 +145,11 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("sigma: 1", "there is no setting sigma; did you mean es.sigma?"),
         ("model: {name: rnn, n_layer: 1}", "there is no setting model.n_layer; did you mean model.n_layers?"),
         (
-            "model: {name: gru, n_layers: 1}",
-            "model.n_layers is a setting of the model rnn; choose that model, or leave it out",
+            "model: {name: gru, gate_tokens: 1}",
+            "model.gate_tokens is a setting of the model mingru; choose that model, or leave it out",
         ),
-        ("model: {hidden_size: 4}", "model needs a name: rnn or gru or mingru or llama"),
-        ("model: {name: [1]}", "model.name must be rnn or gru or mingru or llama, not a list"),
+        ("model: {hidden_size: 4}", f"model needs a name: {NAMES}"),
+        ("model: {name: [1]}", f"model.name must be {NAMES}, not a list"),
         ("es: {noise: 3}", "es.noise must be rademacher or gaussian, not a whole number"),
         ("es: {layer_sigma: {a: -1}}", "es.layer_sigma must be above 0 and finite, got -1.0 for a"),
         ("es: {layer_discount: {a: 2}}", "es.layer_discount must be from 0 to 1, got 2.0 for a"),
@@ -165,7 +163,7 @@ def test_a_mistake_is_one_line_that_names_the_setting_and_the_file(text: str, se
         ("- 1", "the whole must be a group of settings, not a list"),
         ("steps: [1]", "steps must be a whole number or None, not a list"),
         ("es: {noise: pink}", "es.noise must be rademacher or gaussian, not 'pink'"),
-        ("model: {name: lstm}", "model.name must be rnn or gru or mingru or llama, not 'lstm'"),
+        ("model: {name: gpt}", f"model.name must be {NAMES}, not 'gpt'"),
         ("es: {sigma: -1}", "es.sigma must be above 0 and finite, got -1.0"),
         ("es: {exchange: sums, noise: gaussian}", "es: exchange sums needs noise rademacher, whose sums are integers"),
         (
@@ -318,7 +316,7 @@ def test_a_wrong_type_is_refused_in_python_too(make: Callable[[], object], named
         (lambda: Config(es=None), "es must be a group of settings, not None"),  # type: ignore[arg-type]
         (lambda: Config(es=OptimConfig()), "es must be a group of settings, not OptimConfig"),  # type: ignore[arg-type]
         (lambda: Config(model="rnn"), "model must be a group of settings, not 'rnn'"),  # type: ignore[arg-type]
-        (lambda: Config(model={"hidden_size": 3}), "model needs a name: rnn or gru or mingru or llama"),  # type: ignore[arg-type]
+        (lambda: Config(model={"hidden_size": 3}), f"model needs a name: {NAMES}"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": "0.1"}), "es.sigma must be a number or None, not a text"),  # type: ignore[arg-type]
         (lambda: Config(es={"sigma": -1}), "es.sigma must be above 0 and finite, got -1.0"),  # type: ignore[arg-type]
         (
@@ -430,7 +428,7 @@ def test_every_section_is_tried_here() -> None:
 def test_the_original_programs_settings_have_their_place(original: str, section: type[Section]) -> None:
     holders: list[Any] = [s for s in SECTIONS if original in {f.name for f in msgspec.structs.fields(s)}]
     assert section in holders
-    assert not set(holders) - {section, GruConfig, LlamaConfig, MinGruConfig}  # in one place, beside the other models
+    assert not set(holders) - {section, *MODELS.values()}  # in one place, beside the other models
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

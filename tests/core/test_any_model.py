@@ -23,7 +23,7 @@ def tokens_of(pairs: int = PAIRS) -> Array:
     return jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (pairs, LENGTH + 1)), jnp.int32)
 
 
-def moved(case: Case, noise: esjax.Noise, units: Any, seed: Array, sign: float) -> Any:
+def moved(case: Case, noise: esjax.Noise, units: Any, seed: Array, sign: Array) -> Any:
     """Reference: the parameters plus sign * sigma * unit * ε, every matrix added up."""
     epsilon = noise.lay_out(case.params).epsilon(seed, case.params)
     return jax.tree.map(lambda w, e, u: w + sign * SIGMA * u * e, case.params, epsilon, units)
@@ -35,11 +35,8 @@ def test_losses_are_those_of_added_up_weights_and_nothing_is_added_up(name: str,
     units = esjax.initial_units(case.params)
     noise = esjax.low_rank(SIGMA, rank, units=units, **case.noise)
     losses = jax.jit(esjax.evaluate(case.loss, noise))(case.params, seeds, tokens)
-    loss = jax.jit(case.loss)
-    expected = [
-        [loss(moved(case, noise, units, seed, sign), window) for sign in (1.0, -1.0)]
-        for seed, window in zip(seeds, tokens, strict=True)
-    ]
+    loss = jax.jit(lambda seed, sign, window: case.loss(moved(case, noise, units, seed, sign), window))
+    expected = [[loss(seed, sign, window) for sign in (1.0, -1.0)] for seed, window in zip(seeds, tokens, strict=True)]
     np.testing.assert_allclose(losses, expected, rtol=3e-6, atol=1e-6)
     # The noise moves losses by far more than that.
     assert np.abs(losses[:, 0] - losses[:, 1]).max() > 1e-3
@@ -54,8 +51,8 @@ def test_the_estimate_is_the_sum_of_weighted_noise_to_the_bit(name: str, rank: i
     noise = esjax.low_rank(SIGMA, rank, units=units, **case.noise)
     weights = np.random.default_rng(5).integers(-LIMIT, LIMIT + 1, PAIRS).astype(np.int8)
     scale = np.float32(0.0123)
-    layout = noise.lay_out(case.params)
-    epsilons = [layout.epsilon(seed, case.params) for seed in seeds]
+    epsilon = jax.jit(noise.lay_out(case.params).epsilon)
+    epsilons = [epsilon(seed, case.params) for seed in seeds]
     shaped = esjax.Shaped(jnp.asarray(weights), scale, 0)
 
     def expected(unit: float, *leaves: Array) -> np.ndarray:
@@ -113,12 +110,13 @@ def test_layers_that_are_stacked_have_noise_of_their_own() -> None:
     """Reference: the layers' ε are uncorrelated products of vectors; without `stacked` they would share one side."""
     params = {"w": jnp.zeros((3, 5, 4))}
     stacked = esjax.low_rank(0.1, stacked=lambda path, leaf: True).lay_out(params)
-    samples = np.stack([stacked.epsilon(seed, params)["w"] for seed in esjax.pair_seeds(0, 0, 200)])
+    epsilon = jax.jit(stacked.epsilon)
+    samples = np.stack([epsilon(seed, params)["w"] for seed in esjax.pair_seeds(0, 0, 200)])
     assert all(np.linalg.matrix_rank(layer) == 1 for layer in samples[0])
     flat = samples.reshape(200, -1)
     moments = np.abs(flat.T @ flat / 200 - np.eye(60))
     assert moments.max() < 5.5 / math.sqrt(200)
-    one_array = esjax.low_rank(0.1).lay_out(params).epsilon(esjax.pair_seeds(0, 0, 1)[0], params)["w"]
+    one_array = jax.jit(esjax.low_rank(0.1).lay_out(params).epsilon)(esjax.pair_seeds(0, 0, 1)[0], params)["w"]
     assert np.linalg.matrix_rank(one_array.reshape(15, 4)) == 1 or np.linalg.matrix_rank(one_array.reshape(3, 20)) == 1
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,9 @@ def test_the_seed_alone_names_a_perturbation(name: str, noise: str, space: str, 
     together = jax.jit(sample, compiler_options=NEWER_EMITTERS)(seeds)
     mapped = jax.jit(jax.vmap(sample), compiler_options=NEWER_EMITTERS)(seeds)
     sums = 1e-6 if name == "gru" and noise == "gaussian" and rank > 1 else 0.0
+    by_itself = jax.jit(sample, compiler_options=NEWER_EMITTERS)
     for pair in range(PAIRS):
-        alone = sample(seeds[pair])
+        alone = by_itself(seeds[pair])
         for one, batch, vmapped in zip(*map(jax.tree.leaves, (alone, together, mapped)), strict=True):
             np.testing.assert_allclose(one, batch[..., pair], rtol=0, atol=sums)
             np.testing.assert_allclose(one, vmapped[pair], rtol=0, atol=sums)
@@ -55,7 +57,7 @@ def test_a_perturbation_written_out_is_its_factors(name: str, noise: str, space:
         params_of(MODELS[name]),
         seeds_of()[2],
     )
-    written = chosen.lay_out(params).epsilon(seed, params)
+    written = jax.jit(chosen.lay_out(params).epsilon)(seed, params)
     jax.tree.map(lambda leaf, like: np.testing.assert_equal(leaf.shape, like.shape), written, params)
     for got, expected in zip(jax.tree.leaves(written), epsilons_of(chosen, params, seed), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
@@ -70,7 +72,7 @@ def test_a_bias_is_a_row_of_its_matrix_whatever_comes_first(rank: int) -> None:
     assert layout.numbers == rank * (1 + 4 + 3)
     numbers = np.asarray(draw("rademacher", seed, layout.numbers), np.float64)
     shift, left, right = numbers[:rank], numbers[rank : 5 * rank].reshape(4, rank), numbers[5 * rank :].reshape(3, rank)
-    written = layout.epsilon(seed, params)
+    written = jax.jit(layout.epsilon)(seed, params)
     np.testing.assert_allclose(written["kernel"], left @ right.T / math.sqrt(rank), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(written["bias"], right @ shift / math.sqrt(rank), rtol=1e-6, atol=1e-6)
 
@@ -103,8 +105,9 @@ def test_a_member_is_the_parameters_plus_a_step_along_its_noise(
     model = MODELS["gru"]
     chosen = noise_of(model, noise=noise, space=space, rank=rank, sigma=0.3)
     params, seed = params_of(model), seeds_of()[2]
+    make = jax.jit(partial(dense_member if is_dense else member_of, chosen))
     for sign in (1.0, -1.0):
-        member = dense_member(chosen, params, seed, sign) if is_dense else member_of(chosen, params, seed, sign)
+        member = make(params, seed, sign)
         assert len(kept_in_factors(member)) == (4 if space == "low_rank" and not is_dense else 0)
         rest = (params, model.unit, added_up(member))
         for leaf, unit, got, epsilon in zip(
@@ -123,8 +126,9 @@ def test_members_of_a_split_pair_have_every_other_column_in_common(
     model = MODELS[name]
     chosen = noise_of(model, space=space, rank=rank, sigma=0.3, split=True, packed=packed)
     params, seed = params_of(model), seeds_of()[2]
+    make = jax.jit(partial(member_of, chosen))
     for sign in (1.0, -1.0):
-        member = member_of(chosen, params, seed, sign)
+        member = make(params, seed, sign)
         assert len(kept_in_factors(member)) == (0 if space == "full" else {"rnn": 6, "gru": 4}[name])
         rest = (params, model.unit, added_up(member))
         for path, leaf, unit, got, epsilon in zip(
@@ -146,8 +150,9 @@ def test_the_two_halves_of_split_pairs_are_weighed_apart(space: str, rank: int) 
     model = MODELS["gru"]
     split, whole = (layout_of(model, space=space, rank=rank, split=value) for value in (True, False))
     weights = np.random.default_rng(1).integers(-127, 128, (PAIRS, 2)).astype(np.float32)
-    common, turned = (whole.weigh(seeds_of(), jnp.asarray(weights[:, half])) for half in (0, 1))
-    got = split.weigh(seeds_of(), jnp.asarray(weights))
+    weigh = jax.jit(whole.weigh)
+    common, turned = (weigh(seeds_of(), jnp.asarray(weights[:, half])) for half in (0, 1))
+    got = jax.jit(split.weigh)(seeds_of(), jnp.asarray(weights))
     for name, leaf, one, two in zip(names_of(params_of(model)), got, common, turned, strict=True):
         expected = np.where(places_of(is_full(whole.noise, name), one) % 2 == 0, one, two)
         np.testing.assert_array_equal(leaf, expected)
@@ -157,10 +162,10 @@ def test_the_two_halves_of_split_pairs_are_weighed_apart(space: str, rank: int) 
 def test_the_weighted_sum_is_exact_in_any_order(model: str, space: str, rank: int) -> None:
     """Reference: integer arithmetic in Python's order; then the same pairs backwards."""
     chosen, params, seeds = noise_of(MODELS[model], space=space, rank=rank), params_of(MODELS[model]), seeds_of()
-    layout = chosen.lay_out(params)
+    weigh = jax.jit(chosen.lay_out(params).weigh)
     weights = np.random.default_rng(1).integers(-127, 128, PAIRS).astype(np.float32)
-    totals = layout.weigh(seeds, jnp.asarray(weights))
-    backwards = layout.weigh(seeds[::-1], jnp.asarray(weights[::-1].copy()))
+    totals = weigh(seeds, jnp.asarray(weights))
+    backwards = weigh(seeds[::-1], jnp.asarray(weights[::-1].copy()))
     for name, total, again, epsilon in zip(
         names_of(params), totals, backwards, epsilons_of(chosen, params, seeds), strict=True
     ):
@@ -177,7 +182,7 @@ def test_the_gradient_scales_the_sum_and_divides_by_the_unit_and_the_root_of_the
     chosen, params, seeds = noise_of(model, space=space, rank=rank), params_of(model), seeds_of()
     layout = chosen.lay_out(params)
     weights = jnp.arange(PAIRS, dtype=jnp.float32) - 5
-    gradient = layout.gradient(layout.weigh(seeds, weights), jnp.float32(1 / PAIRS), params)
+    gradient = jax.jit(layout.gradient)(jax.jit(layout.weigh)(seeds, weights), jnp.float32(1 / PAIRS), params)
     jax.tree.map(lambda leaf, like: np.testing.assert_equal(leaf.shape, like.shape), gradient, params)
     for leaf, unit, epsilon in zip(
         *map(jax.tree.leaves, (gradient, model.unit)), epsilons_of(chosen, params, seeds), strict=True
@@ -192,7 +197,7 @@ def test_a_number_beside_another_leaf_is_no_bias(shape: tuple[int, ...], make: C
     params = {"number": jnp.float32(1), "other": jnp.zeros(shape)}
     layout, seed = make(0.1).lay_out(params), seeds_of()[0]
     numbers = draw("rademacher", seed, layout.numbers)
-    written = layout.epsilon(seed, params)
+    written = jax.jit(layout.epsilon)(seed, params)
     np.testing.assert_array_equal(written["number"], numbers[0])
     if make is full or len(shape) != 2:
         np.testing.assert_array_equal(written["other"], numbers[1:].reshape(shape))

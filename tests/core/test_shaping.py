@@ -1,7 +1,7 @@
 """Shaping: hand arithmetic, and what must happen to losses that are not finite; on the host and in jitted code."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -19,9 +19,15 @@ Shape = Callable[..., Shaped]
 """`(losses, method, sigma, examples) -> shaped`."""
 
 
+@cache
+def compiled(method: Any, sigma: float) -> Callable[..., Shaped]:
+    """Compile once what several tests call."""
+    return jax.jit(partial(shape, method=method, sigma=sigma))
+
+
 def in_jax(losses: np.ndarray, method: Any, sigma: float, examples: np.ndarray | None = None) -> Shaped:
     given = None if examples is None else jnp.asarray(examples, jnp.int32)
-    return jax.jit(partial(shape, method=method, sigma=sigma))(jnp.asarray(losses), examples=given)
+    return compiled(method, sigma)(jnp.asarray(losses), examples=given)
 
 
 @pytest.fixture(params=[shape, in_jax], ids=["numpy", "jax"])

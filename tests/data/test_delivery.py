@@ -22,11 +22,12 @@ from esjax.data.corpus import load_corpus
 from esjax.data.delivery import PackedText, TextPayload, pack_text, token_block, unpack_text
 from esjax.data.packing import pack_stream
 from esjax.data.tokens import STOP
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 
 DOCUMENTS = [np.array(ids, np.int32) for ids in ([2, 3, 3], [0], [4, 2])]
 HELD_OUT = [np.array(ids, np.int32) for ids in ([3, 2], [4])]
-CONTENT = struct.pack("<QQ", 1, 10) + bytes([1, 2, 3, 3, 1, 0, 1, 4, 2, 1]) + bytes([1, 3, 2, 1, 4, 1])
+CONTENT = struct.pack("<QQQ", 1, 10, 0) + bytes([1, 2, 3, 3, 1, 0, 1, 4, 2, 1]) + bytes([1, 3, 2, 1, 4, 1])
 VOCAB = 5
 
 
@@ -78,6 +79,22 @@ def test_a_whole_corpus_comes_back() -> None:
     for got, document in zip(text.held_out, corpus.held_out, strict=True):
         np.testing.assert_array_equal(got, document)
     assert len(sent.data) < sent.size / 4
+
+
+def test_a_vocabulary_comes_back_beside_the_text() -> None:
+    pytest.importorskip("tokenizers")
+    for vocabulary in (Vocabulary("byte"), Vocabulary("char", ("ß", "\0")), fit_vocabulary("bpe:260", ["ab ab"], None)):
+        text = unpack_text(*pack_text(pack_stream(DOCUMENTS), HELD_OUT, vocabulary), VOCAB)
+        assert text.vocabulary == vocabulary
+        np.testing.assert_array_equal(text.stream, pack_stream(DOCUMENTS))
+        assert [ids.tolist() for ids in text.held_out] == [ids.tolist() for ids in HELD_OUT]
+
+
+@pytest.mark.parametrize("stored", [b"{", b'{"kind": "words"}', b"\xff", b"[" * 100_000], ids=range(4))
+def test_a_vocabulary_that_cannot_be_read_is_refused(stored: bytes) -> None:
+    content = struct.pack("<QQQ", 1, 10, len(stored)) + CONTENT[24:] + stored
+    assert "a vocabulary that cannot be read" in refused(packed(content))
+    assert "packed in no way" in refused(packed(struct.pack("<QQQ", 1, 10, 2**40) + CONTENT[24:]))
 
 
 def test_a_block_is_sent_as_a_text_without_held_out_documents() -> None:
@@ -147,7 +164,7 @@ def test_a_text_with_a_flipped_bit_is_refused_or_the_same(bit: int) -> None:
     changed = packed(CONTENT)._replace(data=bytes(data))
     with contextlib.suppress(EsjaxError):
         text = unpack_text(*changed, VOCAB)
-        np.testing.assert_array_equal(text.stream, list(CONTENT[16:26]))
+        np.testing.assert_array_equal(text.stream, list(CONTENT[24:34]))
 
 
 @given(st.binary(max_size=100), st.integers(0, 200))
@@ -158,7 +175,7 @@ def test_arbitrary_bytes_are_refused(data: bytes, size: int) -> None:
 @given(st.binary(max_size=60), st.sampled_from([0, 1, 2, 3, 4, 8, 2**63]), st.integers(0, 70) | st.just(2**64 - 1))
 def test_any_content_that_somebody_sealed_is_refused_or_a_text(tokens: bytes, itemsize: int, length: int) -> None:
     try:
-        text = unpack_text(*packed(struct.pack("<QQ", itemsize, length) + tokens), VOCAB)
+        text = unpack_text(*packed(struct.pack("<QQQ", itemsize, length, 0) + tokens), VOCAB)
     except EsjaxError:
         return
     # A text, then, whose tokens are those that were sent.
@@ -171,12 +188,12 @@ def test_any_content_that_somebody_sealed_is_refused_or_a_text(tokens: bytes, it
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (CONTENT[:16], "no held-out"),
-        (CONTENT[:16] + CONTENT[17:], "no held-out"),
+        (CONTENT[:24], "no held-out"),
+        (CONTENT[:24] + CONTENT[25:], "no held-out"),
         (CONTENT[:-1], "no held-out"),
-        (struct.pack("<QQ", 1, 2**64 - 1) + CONTENT[16:], "no held-out"),
-        (struct.pack("<QQ", 3, 2) + CONTENT[16:], "no way"),
-        (struct.pack("<QQ", 4, 2) + CONTENT[16:-1], "no way"),
+        (struct.pack("<QQQ", 1, 2**64 - 1, 0) + CONTENT[24:], "no held-out"),
+        (struct.pack("<QQQ", 3, 2, 0) + CONTENT[24:], "no way"),
+        (struct.pack("<QQQ", 4, 2, 0) + CONTENT[24:-1], "no way"),
         (b"", "is not taken"),
     ],
 )

@@ -1,5 +1,6 @@
 """What honest values can be: bounds by hand, sums of real replicas, and a run in which a false sum arrives once."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -148,6 +149,29 @@ def test_what_stays_larger_becomes_usual_and_a_liar_does_not() -> None:
         rows = rows_of(rng, [64] * 4)
         rows[1, :50] *= 10
         assert usual.take(rows).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("knows_the_others", "least", "most"), [(False, 1.5, 2.0), (True, 2.0, 3.0)], ids=["ignorant", "omniscient"]
+)
+def test_how_much_longer_one_host_of_five_makes_a_sum(knows_the_others: bool, least: float, most: float) -> None:
+    """It sends as much as is taken, in any direction or in that of the others' sum. Reference: the honest sum."""
+    rng, usual = np.random.default_rng(0), UsualSums([slice(0, 2000)])
+
+    def honest() -> np.ndarray:
+        rows = np.concatenate([rng.normal(0, 160 * 32, (5, 2000)), np.tile([1024, 0, 1024000], (5, 1))], axis=1)
+        return np.rint(rows).astype(np.int64)
+
+    for _ in range(20):
+        assert usual.take(honest()).all()
+    longest = 0.0
+    for factor in np.arange(1.0, 6.0, 0.05):
+        rows = honest()
+        length = np.linalg.norm(rows[:, :2000].sum(axis=0).astype(float))
+        rows[0, :2000] = factor * (rows[1:, :2000].sum(axis=0) if knows_the_others else rows[0, :2000])
+        if copy.deepcopy(usual).take(rows)[0]:
+            longest = max(longest, float(np.linalg.norm(rows[:, :2000].sum(axis=0).astype(float)) / length))
+    assert least < longest < most
 
 
 SETTINGS: dict[str, Config] = {

@@ -36,7 +36,7 @@ from esjax.hosts.coordination.audits import GRACE
 from esjax.hosts.coordination.coordinator import LAST_ROUND, Coordinator
 from esjax.hosts.coordination.registry import FORGET, MAX_HOSTS, SILENT
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Closed, Publish, Record, Terms
+from esjax.hosts.protocol.actions import Closed, Publish, Record, Snapshot, Terms
 from esjax.hosts.protocol.tasks import Apply
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
@@ -221,7 +221,7 @@ def with_audits(*names: str, seconds: float = 5.0) -> Simulation:
 
 
 def until_upload(sim: Simulation) -> str:
-    """Run until the first part of a snapshot has come, and name the anchor."""
+    """Run until the first part of a snapshot has come, and name the reference host."""
     before = len(sim.messages(wire.Upload))
     sim.run(60, lambda: len(sim.messages(wire.Upload)) > before)
     return next(name for _, _, name, message in reversed(sim.log) if isinstance(message, wire.Upload))
@@ -230,24 +230,24 @@ def until_upload(sim: Simulation) -> str:
 @pytest.mark.parametrize(
     ("how", "seconds"), [("kill", SILENT), ("leave", 0.0), ("cut", SILENT), ("mute", GRACE)], ids=str
 )
-def test_another_host_takes_over_from_an_anchor(how: str, seconds: float) -> None:
+def test_another_host_takes_over_from_a_reference_host(how: str, seconds: float) -> None:
     sim = with_audits("a", "b", seconds=40.0)
     sim.fate = lambda way, host, message: [1.0] if isinstance(message, wire.Upload) else [DELAY]
-    anchor = sim.hosts[until_upload(sim)]
-    assert anchor.name == "a"
+    reference = sim.hosts[until_upload(sim)]
+    assert reference.name == "a"
     stored = len(sim.checkpoints)
     if how == "kill":
         sim.kill_host("a")
     elif how == "leave":
-        anchor.worker.leave("it was stopped")
+        reference.worker.leave("it was stopped")
     elif how == "cut":
-        anchor.cut = {"request"}
+        reference.cut = {"request"}
     else:
         sim.fate = lambda way, host, message: [] if host == "a" and isinstance(message, wire.Upload) else [DELAY]
     sim.run(seconds + 8)  # long before the next one is due
     assert len(sim.checkpoints) > stored
-    assert sim.server.status(sim.now).anchor == 1
-    assert sim.server.audits.held_out is not None
+    assert sim.server.status(sim.now).reference == 1
+    assert sim.server.audits.measured.held_out is not None
     check_snapshots(sim)
 
 
@@ -342,6 +342,46 @@ def test_a_disk_that_fails_stops_no_training() -> None:
     check_snapshots(sim)
 
 
+def test_a_state_that_the_disk_does_not_take_at_the_end_is_not_taken_for_kept() -> None:
+    """The state is asked for once, and the goodbye does not wait for it; a restart keeps it."""
+    sim = with_audits("a", "b", seconds=1e6)
+    sim.store_fails = True
+    step = sim.server.step
+    sim.server.stop(sim.now, done=False)
+    before = sim.now
+    sim.run(60, lambda: sim.server.finished)
+    assert sim.now - before < 5
+    assert {message.step for message in sim.messages(wire.Upload)} == {step}
+    assert sim.server.audits.plan(step, sim.now, last=True).upload is None
+    assert sim.server.audits._kept_step == 0
+    sim.kill()
+    sim.start()
+    sim.store_fails = False
+    sim.run_steps(2)
+    sim.server.stop(sim.now, done=False)
+    sim.run(60, lambda: sim.server.finished)
+    assert sim.checkpoints[-1].step == step + 2
+    check_snapshots(sim)
+
+
+def test_a_state_counts_as_kept_only_when_it_is_written() -> None:
+    """The audits wait for the caller, however long it writes."""
+    sim = with_audits("a", "b", seconds=1e6)
+    step = sim.server.step
+    sim.server.stop(sim.now, done=False)
+    audits, written = sim.server.audits, list[Snapshot]()
+    stored = audits.stored
+    audits.stored = written.append  # type: ignore[method-assign,assignment]
+    sim.run(60, lambda: bool(written))
+    assert (audits._kept_step, audits.under_way) == (0, True)
+    sim.run(5)
+    assert not sim.server.finished
+    stored(*written)
+    assert (audits._kept_step, audits.under_way) == (step, False)
+    sim.run(1)
+    assert sim.server.finished
+
+
 @pytest.mark.parametrize(("measured", "first"), [(False, 0.0), (True, 30.0)])
 def test_after_a_restart_the_next_held_out_loss_is_not_beside_the_one_before(measured: bool, first: float) -> None:
     """Reference: the clock, from the restart to the first step that asks for it."""
@@ -365,7 +405,7 @@ def test_a_host_that_measures_gets_no_pairs_meanwhile() -> None:
     for _ in range(60):
         sim.run(1)
         assert sim.server.status(sim.now).hosts[0].state in ("joining", "ready")
-    assert sim.server.audits.held_out is not None
+    assert sim.server.audits.measured.held_out is not None
     assert not sim.printed("hung")
     assert max(np.diff([at for at, _, _, message in sim.log if isinstance(message, wire.Step)])) < 12
     check_updates(sim.updates, FIXED)
@@ -378,7 +418,7 @@ def test_a_host_alone_measures_and_trains(config: Config) -> None:
     sim.run(200)
     assert len(sim.closed) > 10
     assert not sim.printed("hung")
-    assert sim.server.audits.held_out is not None
+    assert sim.server.audits.measured.held_out is not None
 
 
 # The end.
@@ -416,7 +456,7 @@ def test_it_ends_though_hosts_die(config: Config, dying: list[str], delay: float
     survivors = list(sim.hosts.values())
     if survivors:
         assert sim.checkpoints[-1].step == step
-        assert sim.server.audits.held_out == 1 + 1 / (1 + step)
+        assert sim.server.audits.measured.held_out == 1 + 1 / (1 + step)
     assert all(host.worker.left for host in survivors)
     check_snapshots(sim)
 
@@ -577,9 +617,9 @@ def test_the_status_describes_run_and_hosts() -> None:
     sim.run_steps(20)
     reply = sim.server.receive(Envelope(wire.AskStatus()), sim.now).message
     assert isinstance(reply, wire.Status)
-    assert (reply.run, reply.incarnation, reply.step, reply.paused, reply.anchor) == (RUN, 1, 20, False, 0)
+    assert (reply.run, reply.incarnation, reply.step, reply.paused, reply.reference) == (RUN, 1, 20, False, 0)
     assert reply.loss == sim.closed[-1].loss
-    assert reply.held_out == sim.server.audits.held_out
+    assert reply.held_out == sim.server.audits.measured.held_out
     fast, slow = reply.hosts
     assert (fast.name, fast.slot, fast.state, slow.name) == ("a", 0, "ready", "b")
     assert fast.members_per_second == pytest.approx(60, rel=0.1)

@@ -42,6 +42,7 @@ from esjax.hosts.transport.allowances import Pool, Rates
 from esjax.hosts.transport.crowd import Crowd, group_of
 from esjax.hosts.transport.flood_guard import BROADCAST_FRAMES, FRAMES, prepare_process
 from esjax.hosts.transport.keys import ServerKeys
+from esjax.hosts.transport.link import SMALL
 from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.hosts.transport.sockets import Limits
 from esjax.hosts.transport.zmtp import Stream, ViolationError
@@ -49,6 +50,9 @@ from esjax.hosts.transport.zmtp import Stream, ViolationError
 __all__ = ["keys", "server"]
 
 READY = b"\x04\x06\x05READY"
+
+REQUEST = more_frames(b"1234") + more_frames(b"")
+"""Beginning of a request."""
 
 
 def connect(server: ServerTransport) -> socket.socket:
@@ -111,15 +115,17 @@ def test_a_network_of_ipv6_counts_as_one_address() -> None:
     assert group_of("2001:db8:0:1::1") != group_of("2001:db8::1")
 
 
-def test_one_address_gets_half_of_the_pool() -> None:
+def test_one_address_gets_half_of_the_pool_and_a_stranger_nothing_beyond_a_quarter() -> None:
     pool = Pool(100)
-    assert pool.take("a", 50)
-    assert not pool.take("a", 1)
-    assert pool.take("b", 30)
-    assert not pool.take("c", 21)
+    assert pool.take("a", 25, is_stranger=True)
+    assert not pool.take("a", 1, is_stranger=True)
+    assert pool.take("a", 25, is_stranger=False)
+    assert not pool.take("a", 1, is_stranger=False)
+    assert pool.take("b", 30, is_stranger=False)
+    assert not pool.take("c", 21, is_stranger=False)
     pool.give_back("a", 10)
-    assert pool.take("c", 30)
-    assert not pool.take("b", 1)
+    assert pool.take("c", 30, is_stranger=False)
+    assert not pool.take("b", 1, is_stranger=False)
 
 
 def test_handshakes_have_a_rate() -> None:
@@ -196,6 +202,32 @@ def test_an_unfinished_handshake_ends_after_its_time(server: ServerTransport) ->
     assert time.monotonic() - begun > 4
 
 
+RESTING = f"""
+{flood_guard.COMMAND.rpartition(";")[0]}
+from esjax.hosts.transport import gate
+settle = gate.Gate._settle
+def settle_and_rest(*words):
+    gate.STRANGERS_SHARE = 1e-12
+    settle(*words)
+gate.Gate._settle = settle_and_rest
+main(sys.argv[2])
+"""
+"""A guard that after the first reply gives strangers next to none of its time."""
+
+
+def test_row_55_strangers_rest_for_the_time_that_they_took_and_hosts_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flood_guard, "COMMAND", RESTING)
+    with server_of() as server, client_of(server) as client:
+        round_trip(server, client, [b"from now on it is no stranger"])
+        with closing(connect(server)) as late:
+            late.sendall(GREETING)
+            for _ in range(50):
+                round_trip(server, client, [b"unhindered"])
+            late.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                late.recv(1)
+
+
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServerTransport, list[str]]]:
     """A server that lets an address have 4 connections without a handshake, and 4 with one."""
@@ -221,18 +253,44 @@ def test_row_56_of_idle_connections_the_oldest_are_closed_and_that_is_said_once(
         assert "127.0.0.1 has more than 4 unfinished handshakes" in line
 
 
-def test_row_56_of_silent_hosts_some_make_room_for_a_new_one(
-    narrow: tuple[ServerTransport, list[str]], monkeypatch: pytest.MonkeyPatch
+def test_row_56_of_connections_without_a_reply_the_oldest_makes_room(
+    narrow: tuple[ServerTransport, list[str]],
 ) -> None:
     server, lines = narrow
     with ExitStack() as stack:
-        silent = [stack.enter_context(closing(stranger(port_of(server)))) for _ in range(4)]
+        client = stack.enter_context(client_of(server))
+        round_trip(server, client, [b"has a reply, and stays"])
+        silent = [stack.enter_context(closing(stranger(port_of(server)))) for _ in range(7)]
+        round_trip(server, client, [b"unhindered"])
+        new = stack.enter_context(client_of(server))
+        round_trip(server, new, [b"unhindered"])
+        assert [is_closed(connection) for connection in silent] == [True] * 4 + [False] * 3
+        until(lambda: server.poll(0.01) == [] and len(lines) == 1)
+        assert "127.0.0.1 has more than 4 connections without a reply" in lines[0]
+
+
+def test_row_56_of_connections_with_replies_an_idle_one_makes_room(narrow: tuple[ServerTransport, list[str]]) -> None:
+    server, lines = narrow
+    with ExitStack() as stack:
+        idle = [stack.enter_context(closing(host_of(server))) for _ in range(4)]
         time.sleep(5.5)  # until they count as idle
         client = stack.enter_context(client_of(server))
         round_trip(server, client, [b"unhindered"])
-        assert [is_closed(connection) for connection in silent].count(True) == 1
+        assert [is_closed(connection) for connection in idle].count(True) == 1
         until(lambda: server.poll(0.01) == [] and len(lines) == 1)
         assert "127.0.0.1 has more than 4 connections" in lines[0]
+
+
+def host_of(server: ServerTransport) -> socket.socket:
+    """Connect by hand, and get a reply."""
+    connection = stranger(port_of(server), b"DEALER")
+    connection.sendall(REQUEST + last_frame(b"hello"))
+    (asked,) = server.poll(PATIENCE)
+    server.reply(asked, [b"reply"])
+    reply = b""
+    while not reply.endswith(b"reply"):
+        reply += connection.recv(100)
+    return connection
 
 
 def test_row_55_unfinished_messages_leave_room_for_others() -> None:
@@ -257,6 +315,42 @@ def test_row_55_unfinished_messages_leave_room_for_others() -> None:
         assert most < 60
         client.request([bytes(2**20)])  # those that hold the room back lose it
         assert next_request(server, client).frames == [bytes(2**20)]
+
+
+def test_row_55_a_reply_lets_a_host_read_on_that_waits_for_the_pool() -> None:
+    """Others of its address hold all room of the address, and go on too fast to be cut off."""
+    limits, held = Limits(2**22, 2), []
+    with (
+        ServerTransport("tcp://127.0.0.1:0", keys=None, limits=limits, tell=lambda line: None) as server,
+        ExitStack() as stack,
+    ):
+        host = stack.enter_context(closing(host_of(server)))
+        for size in [limits.frame] * 4 + [SMALL + 2**17 - 1000]:  # all but about 1,000 bytes of 2^24
+            connection = stack.enter_context(closing(host_of(server)))
+            connection.sendall(REQUEST + b"\x02" + struct.pack(">Q", size) + b"begun")
+            held.append(connection)
+        taken: list[Request] = []
+
+        def take_one() -> bool:
+            for connection in held:
+                connection.sendall(b"x")
+            taken.extend(server.poll(0.1))
+            return bool(taken)
+
+        client = stack.enter_context(client_of(server))
+        round_trip(server, client, [b"the guard has read so far"])
+        assert not take_one()  # room is taken at the next bytes
+        round_trip(server, client, [b"the guard has read so far"])
+        # The guard reads SMALL bytes without the pool: the first request, and not all of the second.
+        for number in (b"1", b"2"):
+            host.sendall(REQUEST + b"\x02" + struct.pack(">Q", 20_000) + number * 20_000)
+        for number in (b"1", b"2"):
+            until(take_one)
+            (asked,) = taken
+            assert asked.frames == [number * 20_000]
+            server.reply(asked, [b"so the host reads on"])
+            taken.clear()
+        assert server.cut_off == 0
 
 
 def memory_of(server: ServerTransport) -> float:

@@ -65,6 +65,32 @@ def test_leases_are_in_proportion_to_speed(speeds: dict[int, float], shares: dic
     assert quanta_of(FixedPopulation(12 * QUANTUM, QUANTUM, LossExchange()).lease(speeds)) == shares
 
 
+def test_while_a_host_is_idle_no_other_holds_more_than_half_of_a_step() -> None:
+    """Reference: counts by hand. The step takes the fast host 40 s, and a quantum takes the slow one 80 s."""
+    speeds = {0: 2.0, 1: 0.05}
+    work = FixedPopulation(20 * QUANTUM, QUANTUM, LossExchange())
+    first = work.lease(speeds)
+    assert quanta_of(first) == {0: 10}
+    assert work.waits
+    assert work.lease(speeds) == []  # the slow one does not get what was held back
+    ((start, _),) = spans_of(first, 0)
+    assert not hand_in(work, 0, [(start, 3 * QUANTUM)], final=False)
+    assert quanta_of(work.lease(speeds)) == {0: 3}
+    while not work.complete:
+        held = work.open_spans(0)
+        assert sum(count for _, count in held) <= 10 * QUANTUM
+        assert not hand_in(work, 0, held)
+        assert quanta_of(work.lease(speeds))[1] == 0
+    assert work.count(0) == 20 * QUANTUM
+
+
+def test_a_host_ten_times_as_fast_gets_ten_times_the_pairs() -> None:
+    """None is idle, so none waits; and steps of a second are leased at once also while one is."""
+    assert quanta_of(FixedPopulation(44 * QUANTUM, QUANTUM, LossExchange()).lease({0: 1.0, 1: 0.1})) == {0: 40, 1: 4}
+    speeds = {0: 20.0 * QUANTUM, 1: 0.1}
+    assert quanta_of(FixedPopulation(20 * QUANTUM, QUANTUM, LossExchange()).lease(speeds)) == {0: 20}
+
+
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     """List the ways to write a number as a sum."""
     for bars in itertools.combinations(range(total + parts - 1), parts - 1):
@@ -75,7 +101,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 @settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(1, 20), min_size=1, max_size=4))
 def test_no_other_shares_are_done_sooner(quanta: int, speeds: list[int]) -> None:
-    leases = FixedPopulation(quanta * QUANTUM, QUANTUM, LossExchange()).lease(
+    leases = FixedPopulation(quanta * QUANTUM, QUANTUM, LossExchange(), most_held=1).lease(
         {slot: float(speed) for slot, speed in enumerate(speeds)}
     )
     counts = quanta_of(leases)
@@ -94,7 +120,7 @@ def test_no_other_shares_are_done_sooner(quanta: int, speeds: list[int]) -> None
     st.dictionaries(st.integers(0, 20), st.floats(0.01, 100), min_size=1, max_size=6),
 )
 def test_every_pair_is_leased_once(pairs: int, quantum: int, speeds: dict[int, float]) -> None:
-    work = FixedPopulation(pairs, quantum, LossExchange())
+    work = FixedPopulation(pairs, quantum, LossExchange(), most_held=1)
     leases = work.lease(speeds)
     leased = [pair for lease in leases for pair in range(lease.first, lease.first + lease.pairs)]
     assert sorted(leased) == list(range(pairs))
@@ -130,7 +156,7 @@ def test_who_comes_back_takes_its_share_again() -> None:
 
 
 def test_who_is_too_slow_to_help_is_given_nothing() -> None:
-    work = FixedPopulation(3 * QUANTUM, QUANTUM, LossExchange())
+    work = FixedPopulation(3 * QUANTUM, QUANTUM, LossExchange(), most_held=1)
     leases = work.lease({0: 1.0, 1: 0.3})
     assert quanta_of(leases) == {0: 3}
     assert work.lease({0: 1.0, 1: 0.3}) == []

@@ -120,7 +120,7 @@ def test_row_65_what_a_coordinator_says_is_one_printable_line() -> None:
     assert str(caught.value) == r"no\nerror: forged\x1b[2J"
     odd = wire.HostStatus(said, 0, said, said, 0, 0.0, 0.0, said, 0.0, said)
     found = status._read(
-        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, 0.0, True, None, [odd], {said: 1}))), ""
+        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, None, None, 0.0, True, None, [odd], {said: 1}))), ""
     )
     texts = [
         found.run,
@@ -131,7 +131,7 @@ def test_row_65_what_a_coordinator_says_is_one_printable_line() -> None:
     assert {*texts} == {r"no\nerror: forged\x1b[2J"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGINT])
 def test_rows_36_and_37_a_host_that_is_stopped_leaves_in_order(fleet: Fleet, number: signal.Signals) -> None:
     server = fleet.serve()
     host = fleet.join("guest")
@@ -142,7 +142,7 @@ def test_rows_36_and_37_a_host_that_is_stopped_leaves_in_order(fleet: Fleet, num
     assert "Traceback" not in host.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_rows_36_and_37_a_coordinator_that_is_stopped_keeps_a_checkpoint(
     fleet: Fleet, number: signal.Signals, lenient_promotion: None
 ) -> None:

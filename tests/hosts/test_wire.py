@@ -127,7 +127,9 @@ def test_the_longest_messages_fit() -> None:
     """The coordinator never says anything that hosts would take for no message."""
     far, long, high = "ä" * 128, 2**63 - 1, 2**32 - 1
     host = wire.HostStatus(far, high, far, far, high, 1e300, 1e300, far, 1e300, "ä" * wire.NOTE)
-    status = wire.Status(far, high, high, 1e300, 1e300, 1e300, True, high, [host] * 1024, dict.fromkeys([far], long))
+    status = wire.Status(
+        far, high, high, 1e300, 1e300, 1e300, 1e300, 1e300, True, high, [host] * 1024, dict.fromkeys([far], long)
+    )
     spans = [(2**31 - 1, 2**31 - 1)] * update_record.SPAN_LIMIT
     leases = [(high, *span) for span in spans]
     for kind, message in [

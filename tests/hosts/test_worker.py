@@ -28,7 +28,7 @@ from esjax.hosts.protocol import scoring as scoring_module
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.request_channel import BACK_OFF, BACK_OFF_LONGEST, DEAF, TIMEOUT
 from esjax.hosts.protocol.scoring import HAND_IN, SLICE, Scored, Scoring
-from esjax.hosts.protocol.tasks import Apply, Build, Done, Failed, TakeDigest, Value
+from esjax.hosts.protocol.tasks import Apply, Build, Done, Failed, Measured, TakeDigest, Value
 from esjax.hosts.protocol.transfers import PENDING, Backlog, Download, Sending
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import BEAT, Worker
@@ -538,14 +538,14 @@ def test_a_host_that_lags_behind_hands_in_the_digest_of_the_step_that_was_asked_
         if isinstance(task, Apply):
             worker.finished(Done(worker.step + len(task.updates)), 0.0)
         else:
-            worker.finished(Value("digest" if isinstance(task, TakeDigest) else 1.5), 0.0)
+            worker.finished(Value("digest") if isinstance(task, TakeDigest) else Measured(1.5, 0.5), 0.0)
     assert done == ["Apply", "TakeDigest", "Apply", "Measure", "Apply"]
     reports = []
     while not isinstance((request := worker.request(0.0)).message, wire.Beat):  # type: ignore[union-attr]
         assert request is not None
         reports.append(request.message)
         worker.receive(Envelope(wire.Ok(1, 6, [])), 0.0)
-    assert reports == [wire.Digest(5, 3, "digest"), wire.Measured(5, 5, 1.5)]
+    assert reports == [wire.Digest(5, 3, "digest"), wire.Measured(5, 5, 1.5, 0.5)]
 
 
 def test_a_slow_result_of_a_closed_step_is_dropped() -> None:

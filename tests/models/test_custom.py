@@ -209,7 +209,7 @@ def test_a_refused_loss_is_not_told_under_frames_of_its_tracing(config: Config) 
     assert "esjax/replica/estimators/estimator.py" in shown
     assert "esjax/core/" not in shown
     assert "esjax/models/member.py" not in shown
-    assert "esjax/models/custom.py" not in shown
+    assert "esjax/models/custom/parts.py" not in shown
 
 
 def test_any_model_takes_bfloat16(config: Config) -> None:

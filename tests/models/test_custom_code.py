@@ -20,7 +20,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.errors import EsjaxError
 from esjax.hosts.protocol.actions import Terms
 from esjax.hosts.protocol.wire import Join
-from esjax.models.custom_code import complete, load_custom
+from esjax.models.custom.code import complete, load_custom
 from esjax.runs.reader import read_run
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")

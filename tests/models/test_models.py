@@ -32,8 +32,9 @@ TOKENS = np.array([3, 0, 1, 5, 6, 2, 2, 1, 1, 4])
 def test_a_step_is_the_equations(name: str) -> None:
     model, params = MODELS[name], busy(params_of(MODELS[name]))
     state = reference = np.random.default_rng(1).normal(size=4)
+    step = jax.jit(model.step)
     for token in TOKENS:
-        got_state, got_logits = model.step(params, jnp.asarray(state, jnp.float32), jnp.int32(token))
+        got_state, got_logits = step(params, jnp.asarray(state, jnp.float32), jnp.int32(token))
         reference, logits = STEPS[name](wide(params), np.asarray(state, np.float64), int(token))
         # float32 through a handful of sums of up to 16 products of size 1: 1e-6 relative, times a few.
         np.testing.assert_allclose(got_logits, logits, atol=2e-5)
@@ -56,9 +57,8 @@ def test_the_score_counts_just_the_tokens_of_documents(name: str) -> None:
     tokens = np.stack([TOKENS, TOKENS[::-1]]).astype(np.int32)
     scored = np.arange(10)[None, :] < np.array([[10], [7]])
     both = np.concatenate([reference_losses(name, params, row)[keep] for row, keep in zip(tokens, scored, strict=True)])
-    np.testing.assert_allclose(
-        make_score(model)(params, jnp.asarray(tokens), jnp.asarray(scored)), both.mean(), rtol=2e-5
-    )
+    score = jax.jit(make_score(model))
+    np.testing.assert_allclose(score(params, jnp.asarray(tokens), jnp.asarray(scored)), both.mean(), rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,7 +89,7 @@ def test_a_state_of_any_type_and_value_is_kept_and_begins_anew() -> None:
 def test_the_layers_of_mingru_are_the_equations(n_layers: int, gate_tokens: int) -> None:
     """State and logits after each token, through two ends of documents in a row."""
     model = mingru(VOCAB, 4, 6, n_layers, gate_tokens)
-    params = busy(model.init(jax.random.key(3)))
+    params = busy(jax.eval_shape(model.init, jax.random.key(3)))
     state = model.initial_state(params)
     p, reads = wide(params), jax.jit(lambda *given: (consume(model, *given), model.predict(*given[:2])))
     first = [*p.start], [STOP] * (gate_tokens - 1)
@@ -110,10 +110,10 @@ def test_the_layers_of_mingru_are_the_equations(n_layers: int, gate_tokens: int)
 def test_an_entry_of_mingru_depends_on_itself_alone() -> None:
     """Reference: the Jacobian of each layer's new state by its old one, with what the layers below pass on."""
     model = mingru(VOCAB, 4, 6, 2, 3)
-    params = busy(model.init(jax.random.key(3)))
+    params = busy(jax.eval_shape(model.init, jax.random.key(3)))
     state = jax.tree.map(lambda leaf: leaf + 1, model.initial_state(params))
     jacobian = jax.jacobian(lambda hidden: model.consume(params, state._replace(hidden=hidden), jnp.int32(4)).hidden)
-    found = np.asarray(jacobian(state.hidden))  # [new layer, old layer, entries, entries]
+    found = np.asarray(jax.jit(jacobian)(state.hidden))  # [new layer, old layer, entries, entries]
     for layer in (0, 1):
         assert (np.diag(found[layer, layer]) != 0).all()
         np.testing.assert_array_equal(found[layer, layer], np.diag(np.diag(found[layer, layer])))
@@ -136,9 +136,9 @@ def test_an_entry_of_gru_depends_on_itself_alone_with_its_other_taps_given() -> 
 
     model.consume(params, state, jnp.int32(4), record)
     assert set(values) == {"reset", "update", "new", "state"}
-    found = jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4), given))(state)
+    found = jax.jit(jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4), given)))(state)
     np.testing.assert_allclose(found, np.diag(1 / (1 + np.exp(-np.asarray(values["update"])))), atol=1e-6)
-    whole = jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4)))(state)
+    whole = jax.jit(jax.jacobian(lambda state: model.consume(params, state, jnp.int32(4))))(state)
     assert (whole - found != 0).all()
 
 
@@ -213,9 +213,15 @@ def test_in_bfloat16_products_are_those_of_rounded_numbers(is_factored: bool) ->
 def test_a_first_model_predicts_about_uniformly() -> None:
     for kind in BY_NAME.values():
         model = build_model(kind(), 80)
-        params = model.init(jax.random.key(0))
-        state = consume(model, params, model.initial_state(params), jnp.int32(9))
-        assert np.ptp(model.predict(params, state)) < 1.5  # ±0.1-ish logits: a factor e^1.5 at the very most
+
+        @jax.jit
+        def predict(key: Array, token: Array, model: Model = model) -> Array:
+            params = model.init(key)
+            return model.predict(params, consume(model, params, model.initial_state(params), token))
+
+        assert (
+            np.ptp(predict(jax.random.key(0), jnp.int32(9))) < 1.5
+        )  # ±0.1-ish logits: a factor e^1.5 at the very most
 
 
 @pytest.mark.parametrize("name", MODELS)

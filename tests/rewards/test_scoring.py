@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import esjax
 from esjax.config.reward import RewardConfig
-from esjax.config.settings import Config, DataConfig, replace
+from esjax.config.settings import Config, replace
 from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
-from esjax.models.custom_code import load_custom
+from esjax.models.custom.code import load_custom
 from esjax.rewards.decoding import decode_all
 from esjax.rewards.prompts import digest_of, read_prompts
 from esjax.rewards.scoring import Scorer, begin, code_of, make_scorer
@@ -141,17 +140,10 @@ def test_many_texts_are_decoded_as_one_is() -> None:
         assert decode_all(vocabulary, tokens) == [vocabulary.decode(row) for row in tokens]
 
 
-def test_hosts_cannot_decode_subwords(prompts: Path, tmp_path: Path) -> None:
-    config = replace(config_of(prompts), data=DataConfig(vocabulary="bpe:260"))
-    with pytest.raises(EsjaxError, match=r"over hosts needs data\.vocabulary char or byte"):
-        esjax.serve(config, tmp_path / "run", reward=count_a)
-
-
-def test_a_run_records_vocabulary_and_prompts(prompts: Path) -> None:
-    begun = begin(config_of(prompts), Custom(reward=count_a), ABC)
-    assert begun.data.symbols == "abc"
+def test_a_run_records_the_hash_of_its_prompts(prompts: Path) -> None:
+    begun = begin(config_of(prompts), Custom(reward=count_a))
     assert begun.reward.digest == digest_of(read_prompts(str(prompts)))
-    assert begin(Config(), Custom(), ABC) == Config()
+    assert begin(Config(), Custom()) == Config()
     make_scorer(begun, Custom(reward=count_a), ABC, print)
     prompts.write_text('{"prompt": "b"}\n')
     with pytest.raises(EsjaxError, match="are not those that the run was begun with"):
@@ -160,10 +152,10 @@ def test_a_run_records_vocabulary_and_prompts(prompts: Path) -> None:
 
 def test_a_reward_and_its_prompts_belong_together(prompts: Path) -> None:
     with pytest.raises(EsjaxError, match=r"count_a scores completions of prompts; name their file: --reward\.prompts"):
-        begin(Config(), Custom(reward=count_a), ABC)
+        begin(Config(), Custom(reward=count_a))
     for custom in (Custom(), Custom(reward=lambda member, tokens, key: 0.0)):
         with pytest.raises(EsjaxError, match=r"reward\.prompts .* is for a reward in Python"):
-            begin(config_of(prompts), custom, ABC)
+            begin(config_of(prompts), custom)
     with pytest.raises(EsjaxError, match="or \\(prompts, completions\\) to score text"):
         Custom(reward=lambda texts: 0.0)
 

@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_prompts_in_another_place(folder: Path) -> None:
     train(config, "share_of_a", out=folder / "run")
     (folder / "prompts.txt").rename(folder / "moved.txt")
     (folder / "prompts.txt").write_text("a\n")
-    with pytest.raises(EsjaxError, match=r"are not those .*: --reward\.prompts FILE"):
+    with pytest.raises(EsjaxError, match=r"are not those .* --reward\.prompts FILE"):
         esjax.resume(folder / "run", steps=3, tell=print)
     with pytest.raises(EsjaxError, match=r"prompts\.txt' are not those that the run was begun with"):
         esjax.resume(folder / "run", steps=3, prompts=str(folder / "prompts.txt"), tell=print)

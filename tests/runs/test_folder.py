@@ -190,6 +190,18 @@ def test_a_run_has_one_lock(path: Path) -> None:
     second.unlock()
 
 
+def test_a_new_run_is_locked_from_its_creation_on(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "new", CONFIG, VOCABULARY, "")
+    assert is_running(tmp_path / "new")
+    with pytest.raises(EsjaxError, match="another process"):
+        RunFolder(tmp_path / "new").lock()
+    with folder.locked():
+        assert is_running(tmp_path / "new")
+    assert not is_running(tmp_path / "new")
+    with RunFolder(tmp_path / "new").locked():
+        assert is_running(tmp_path / "new")
+
+
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_is_named_as_such(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Lustre and some of NFS are: nobody trains the run, and so it is not said to be running either."""
@@ -354,7 +366,7 @@ def test_of_several_that_make_a_folder_at_once_one_succeeds(tmp_path: Path, is_t
         folder = RunFolder(path)
         assert (folder.config.seed, folder.text_digest) == (seed, f"{seed}")
         assert all("exists already" in str(one) for number, one in enumerate(found) if number != seed)
-        assert contents(path).keys() == {"config.yaml", "vocabulary.json", "run.json"}
+        assert contents(path).keys() == {"config.yaml", "vocabulary.json", "run.json", ".lock"}
 
 
 def test_of_several_that_write_new_files_one_succeeds_and_the_others_leave_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from checkpoints import restore, save, state_at, steps_in
 
 from esjax.errors import EsjaxError
 from esjax.runs import checkpoint
-from esjax.runs.checkpoint import Checkpoints, find_newest
+from esjax.runs.checkpoint import Checkpoints, find_newest, restore_weights
 from esjax.runs.seal import find_damage, versions
 
 
@@ -50,6 +50,7 @@ def test_an_earlier_seal_is_read(tmp_path: Path) -> None:
     assert fields["versions"]["jax"] == jax.__version__
     path.write_text(json.dumps({name: fields[name] for name in ("seconds", "member_tokens", "leaves", "files")}))
     assert restore(tmp_path) == (1, [])
+    assert restore_weights(tmp_path, state_at(0).params, pytest.fail).step == 1
 
 
 def one_bit_off(state: Any) -> Any:
@@ -117,3 +118,33 @@ def test_a_restored_state_is_compared_with_the_one_that_was_saved(
     with pytest.raises(EsjaxError, match=rf"2' cannot be restored.*\(tensorstore 0\.1\.2, now {now}\); install the"):
         find_newest(tmp_path, state_at(0), pytest.fail)
     assert steps_in(tmp_path) == [1, 2]
+
+
+def test_weights_alone_are_compared_with_those_that_were_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    like = state_at(0).params
+    assert restore_weights(tmp_path, like, pytest.fail).step == 1
+    really = ocp.Checkpointer.restore
+
+    def changed(self: Any, *given: Any, **named: Any) -> Any:
+        found = really(self, *given, **named)
+        return {**found, "average": one_bit_off(found["average"])}
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", changed)
+    with pytest.raises(
+        EsjaxError, match=r"1' cannot be restored, though its files are whole: it differs .* install the"
+    ):
+        restore_weights(tmp_path, like, pytest.fail)
+
+
+def test_a_state_that_no_other_host_confirmed_is_said_to_be_so(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(state_at(1), 0.0, 0, is_confirmed=False)
+    assert find_damage(tmp_path / "1") == ""
+    restored = find_newest(tmp_path, state_at(0), pytest.fail)
+    assert restored is not None
+    assert "the state of step 1 came from a host and was not confirmed" in restored.doubt()
+    checkpoints.save(state_at(2), 0.0, 0)
+    restored = find_newest(tmp_path, state_at(0), pytest.fail)
+    assert restored is not None
+    assert restored.doubt() == ""

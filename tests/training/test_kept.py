@@ -1,11 +1,14 @@
 """What is kept of a run is enough to go on and to replay it, whatever is damaged or was dropped; rows of the faults."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import jax.numpy as jnp
 import pytest
 from processes import SMALL, TEXT, Fleet, fleet
 
@@ -13,7 +16,10 @@ import esjax
 from esjax.cli import main
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, replace
+from esjax.data.delivery import hash_bytes
 from esjax.errors import EsjaxError
+from esjax.hosts.protocol.actions import Snapshot, Store
+from esjax.replica.snapshot import to_bytes
 from esjax.runs.checkpoint import digest, kept_steps
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import read_run
@@ -123,6 +129,33 @@ def test_row_63_a_ledger_damaged_below_the_newest_checkpoint_is_passed_over(
         ]
     assert any(said in line for line in lines)
     assert f"the ledger begins at step {begins}: the run can be replayed from the oldest checkpoint" in " ".join(lines)
+
+
+def test_what_becomes_of_the_state_of_a_host(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A false one puts its host aside, one that the disk does not take is not kept, an unconfirmed one is called so."""
+    run, lines = tmp_path / "run", list[str]()
+    list(train(replace(config, steps=2), run))
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lines.append)
+    with ExitStack() as stack:
+        coordinator, server_loop = server._open(stack, stack.enter_context(server._recording()))
+        state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
+        data = to_bytes(state)
+        snapshot, no_state = Snapshot(3, data, hash_bytes(data)), Snapshot(3, b"no state", hash_bytes(b"no state"))
+        called: list[str] = []
+        for name in ("stored", "not_stored", "is_false"):
+            monkeypatch.setattr(coordinator.audits, name, lambda _, name=name: called.append(name))
+        for given, expected in ((snapshot, "another"), (no_state, ""), (snapshot._replace(step=4), digest(state))):
+            server_loop._store(Store(given, expected, is_confirmed=True))
+        with monkeypatch.context() as full:
+            full.setattr(server_loop._recorder, "save", Mock(side_effect=EsjaxError("the disk is full")))
+            server_loop._store(Store(snapshot, digest(state), is_confirmed=False))
+        assert lines[-1] == "no checkpoint at step 3: the disk is full"
+        assert kept_steps(run / "checkpoints")[0] == 2
+        server_loop._store(Store(snapshot, digest(state), is_confirmed=False))
+        assert called == ["is_false", "is_false", "is_false", "not_stored", "stored"]
+    assert kept_steps(run / "checkpoints")[0] == 3
+    resume(run, tell=lines.append)
+    assert any("the state of step 3 came from a host and was not confirmed" in line for line in lines)
 
 
 def test_damage_above_the_newest_checkpoint_is_an_error(config: Config, tmp_path: Path) -> None:
@@ -312,5 +345,5 @@ def test_row_66_of_two_starts_into_one_folder_one_wins(fleet: Fleet) -> None:
     )
     assert read_run(fleet.run).settings["seed"] == winner
     assert read_run(fleet.run).step == 3
-    assert kept_steps(fleet.run / "checkpoints") == [3]
+    assert kept_steps(fleet.run / "checkpoints")[0] == 3  # a slow machine keeps another one before
     assert "Traceback" not in started[0].output + started[1].output

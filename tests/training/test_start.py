@@ -12,9 +12,11 @@ import pytest
 import esjax
 from esjax.config.settings import Config, OptimConfig, replace
 from esjax.core.units import in_units
+from esjax.models.custom import Custom
 from esjax.replica.estimators.frozen import trained_of
 from esjax.replica.optimizer import make_optimizer
 from esjax.runs.checkpoint import digest
+from esjax.weights.first import first_params
 
 pytestmark = pytest.mark.usefixtures("lenient_promotion")
 
@@ -78,9 +80,13 @@ def test_it_is_resumed_without_them_and_replayed_with_them(base: Path, tmp_path:
     replayed = esjax.replay(tmp_path / "run")
     assert replayed.digest == digest(whole._replica.state)
     shutil.rmtree(tmp_path / "run/checkpoints")
-    with pytest.raises(esjax.EsjaxError, match="rebuild its state first"):
-        list(esjax.resume_serving(tmp_path / "run", bind="tcp://127.0.0.1:0", tell=print))
-    assert digest(esjax.resume(tmp_path / "run", steps=4, tell=print)._replica.state) == replayed.digest
+    lines: list[str] = []
+    assert digest(esjax.resume(tmp_path / "run", steps=4, tell=lines.append)._replica.state) == replayed.digest
+    assert f"rebuilt from the weights of {str(tmp_path / 'base')!r} and the ledger" in lines[-1]
+    list(esjax.resume(tmp_path / "base", steps=3, tell=print))  # now they are others
+    for again in (esjax.replay, esjax.resume):
+        with pytest.raises(esjax.EsjaxError, match="are not those that the run began with"):
+            again(tmp_path / "run", tell=print)
 
 
 def test_behind_the_horizon_a_replay_does_not_need_them(base: Path, tmp_path: Path) -> None:
@@ -111,11 +117,6 @@ def test_behind_the_horizon_a_replay_does_not_need_them(base: Path, tmp_path: Pa
 def test_what_does_not_fit_the_weights_is_refused(base: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(esjax.EsjaxError, match=message):
         begin(base, **settings)
-
-
-def test_hosts_do_not_start_from_weights_yet(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(esjax.EsjaxError, match="starts from random weights"):
-        esjax.serve(Config(init=str(base / "base")), tmp_path / "run")
 
 
 def test_the_anchor_pulls_toward_the_first_weights_in_units() -> None:
@@ -171,3 +172,16 @@ def test_frozen_paths_name_parameters() -> None:
 def test_gradient_sums_have_no_frozen_parameters() -> None:
     with pytest.raises(esjax.EsjaxError, match="for frozen ones set exchange to losses"):
         esjax.EsConfig(exchange="sums", frozen="embedding")
+
+
+def test_code_of_weights_that_only_a_coordinator_names_is_not_run(base: Path, tmp_path: Path) -> None:
+    code = tmp_path / "model.py"
+    code.write_text(
+        "import esjax\nfrom esjax.models import build_model\n\n\n"
+        "def build(size):\n    return build_model(esjax.RnnConfig(hidden_size=3), size)\n"
+    )
+    config = Config(steps=1, data=esjax.DataConfig(text=str(base / "text.txt"), window=8), es=esjax.EsConfig(**SMALL))
+    list(esjax.train(config, tmp_path / "custom", model=f"{code}:build", tell=print))
+    code.write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(esjax.EsjaxError, match="holds a custom model, and the run has none"):
+        first_params(replace(config, init=str(tmp_path / "custom")), Custom())

@@ -19,7 +19,8 @@ from reference_models import llama_logits
 import esjax
 from esjax.data.tokens import STOP, UNK
 from esjax.errors import EsjaxError
-from esjax.models.llama import LlamaLayer, LlamaParams, Norm
+from esjax.models.layers import Norm
+from esjax.models.llama import LlamaLayer, LlamaParams
 from esjax.weights.gguf import SPLITS
 from esjax.weights.pretrained import BUILTIN, load_pretrained, read_pretrained
 

@@ -19,6 +19,9 @@ COPIES = 4
 LEAST_BYTES = 2**26
 """Bytes of texts and states that an owner may fetch in a minute in any case."""
 
+ASKS = 2**14
+"""Parts of blocks, and series of updates, that an owner may ask for in a minute, for each of its hosts."""
+
 FULL_WAIT = 5.0
 """Seconds after which a host that finds no place should ask again."""
 
@@ -40,10 +43,14 @@ class Admission:
     def __init__(self, config: Config, terms: Terms, registry: Registry, make_room: Callable[[Sequence[Host]], bool]):
         """Set up; `make_room` ends the session of one of some hosts, if one of them is lost, or else returns False."""
         self._config, self._terms, self._registry, self._make_room = config, terms, registry, make_room
-        self._joins, self._fetched = _Meter(), _Meter()
+        self._joins, self._fetched, self._asked = _Meter(), _Meter(), _Meter()
+        self._excluded: dict[str, str] = {}  # reasons, by owner
 
     def objection(self, join: wire.Join, former: Host | None, key: str | None, now: float) -> Objection | None:
         """Return why a host with a key may not join now, or None; `former` has its name, and would end."""
+        excluded = self._excluded.get(key or join.name)
+        if excluded:
+            return Objection(excluded, "hosts turned away")
         reason = self._terms.objection(join, self._config.es.noise)
         if reason:
             return Objection(reason, "hosts turned away")
@@ -63,6 +70,12 @@ class Admission:
             return Objection(f"the run has {MAX_HOSTS} hosts, and takes no more", "too many hosts", FULL_WAIT)
         return None
 
+    def exclude(self, host: Host, reason: str) -> None:
+        """Let no host of the owner of a host join any more."""
+        what = f"a host with this token, {host.name}," if host.key else "a host of this name"
+        why = f"{what} was put aside, and the coordinator lets it in only after a restart: {reason}"
+        self._excluded.setdefault(host.owner, why)
+
     def fetch(self, host: Host, part: int, copy: int, now: float) -> float:
         """Count a part of a text or a state, in bytes; return 0, or the seconds to wait if it is above the quota.
 
@@ -74,6 +87,10 @@ class Admission:
         """
         quota = max(COPIES * copy * len(self._registry.of(host.owner)), LEAST_BYTES)
         return self._fetched.use(host.owner, part / quota, now)
+
+    def ask(self, host: Host, now: float) -> float:
+        """Count a request for a part of a block, or for updates; return 0, or the seconds to wait, as `fetch` does."""
+        return self._asked.use(host.owner, 1 / (ASKS * len(self._registry.of(host.owner))), now)
 
 
 class _Meter:

@@ -1,17 +1,18 @@
 """Audits: the side tasks that hosts do beside the steps (digests, checkpoints, held-out loss), and their judgement.
 
-Hosts do side tasks when a step opens. One host is the anchor: its state is kept as the checkpoint, and the other states
-are compared with it. A state is kept only after the digests of the hosts have confirmed it.
+Hosts do side tasks when a step opens. One of them, the reference host, sends its state. It is kept as the checkpoint if
+its digest is the one for which the most owners vote.
 """
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from esjax.config.reward import MOST_HELD_OUT
 from esjax.config.settings import Config
 from esjax.data.delivery import hash_bytes
 from esjax.hosts.coordination.registry import STRIKES, Host, Registry
-from esjax.hosts.coordination.votes import choose_anchor, decide
+from esjax.hosts.coordination.votes import choose_reference, decide
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Outbox, RecordDigest, Snapshot, Store
 
@@ -19,7 +20,7 @@ GRACE = 30.0
 """Seconds to wait for the next digest, or the next part of a snapshot."""
 
 PATIENCE = 300.0
-"""Seconds to wait for a held-out loss."""
+"""Seconds to wait for a held-out loss, beside the time limits of a reward on all held-out prompts."""
 
 
 class Plan(NamedTuple):
@@ -31,6 +32,20 @@ class Plan(NamedTuple):
 
 
 NOTHING_ELSE = Plan()
+
+
+class Measurement(NamedTuple):
+    """What a host measured last; None: not known.
+
+    Attributes:
+        held_out: Held-out loss, in nats per token if the loss is not custom.
+        greedy_reward: See `esjax.rewards.held_out.HeldOutRewards`.
+        pass_at_k: See there.
+    """
+
+    held_out: float | None = None
+    greedy_reward: float | None = None
+    pass_at_k: float | None = None
 
 
 class _Audit:
@@ -61,9 +76,9 @@ class Audits:
     """State machine of the audits.
 
     Attributes:
-        held_out: Last held-out loss, in nats per token if the loss is not custom, or None.
+        measured: The last measurement.
         measure_seconds: Time that this measurement took.
-        anchor: The host whose state is kept, or None.
+        reference: The reference host, or None.
         snapshots: The newest states for hosts that join, the newest last; at most two.
     """
 
@@ -87,9 +102,9 @@ class Audits:
         `put_aside` gives a host no more work; it is called with the host and the reason. `resync` lets a host fetch the
         newest state; it is called with the host and whether its state is wrong. Hosts get side tasks only if `is_on`.
         """
-        self.held_out: float | None = None
+        self.measured = Measurement()
         self.measure_seconds = 0.0
-        self.anchor: Host | None = None
+        self.reference: Host | None = None
         self.snapshots = [snapshot] if snapshot else []
         self._config, self._registry, self._state_bytes, self._is_on = config, registry, state_bytes, is_on
         self._trusted = trusted
@@ -97,18 +112,20 @@ class Audits:
         self._round: _Audit | None = None
         self._compared_step = self._kept_step = snapshot.step if snapshot else 0
         self._checkpoint_at = now + config.checkpoint_time
+        self._storing: Host | None = None  # uploader of the state that is being stored
+        self._failed_step = -1  # of the last state that could not be stored
         self._drifted: list[Host] = []  # hosts that fetch the state once it is stored
-        self._uploader: Host | None = None  # of the last state that was to be stored
         self._disputing: set[Host] = set()  # hosts that fetched the state because of a tie
-        self._is_unconfirmed = False  # the last state that was to be stored
+        self._is_unconfirmed = self._is_said = False  # the last state that was to be stored, and whether that is known
         self._measuring: _Measuring | None = None
+        self._reward_seconds = MOST_HELD_OUT * config.reward_seconds
         self._measured_step = -1
         self._measure_at = now + config.evaluate_time if measured else now
 
     @property
     def under_way(self) -> bool:
-        """Whether an answer is still missing."""
-        return self._round is not None or self._measuring is not None
+        """Whether an answer is still missing, or a state is being stored."""
+        return any(one is not None for one in (self._round, self._measuring, self._storing))
 
     def is_measuring(self, host: Host) -> bool:
         """Return whether a host is measuring the held-out loss."""
@@ -117,25 +134,25 @@ class Audits:
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
         """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
         hosts = self._registry.workers(now)
-        anchor = self.anchor = choose_anchor(self.anchor, hosts, self._trusted)
-        if anchor is None or not self._is_on:
+        reference = self.reference = choose_reference(self.reference, hosts, self._trusted)
+        if reference is None or not self._is_on:
             return NOTHING_ELSE
         digest, upload, measure = False, False, False
         if last:
-            upload, measure = self._kept_step != step, self._measured_step != step
+            upload, measure = step not in (self._kept_step, self._failed_step), self._measured_step != step
         else:
             measure = self._measuring is None and now >= self._measure_at
             if self._round is None:
                 upload = now >= self._checkpoint_at
                 digest = step - self._compared_step >= self._config.hosts.digest_interval
         if digest or upload:
-            self._round = _Audit(step, hosts, anchor if upload else None, now)
+            self._round = _Audit(step, hosts, reference if upload else None, now)
             self._compared_step = step
         if upload:
             self._checkpoint_at = now + self._config.checkpoint_time
         if measure:
-            self._measuring = _Measuring(anchor, step, now)
-        return Plan(digest or upload, anchor.slot if upload else None, anchor.slot if measure else None)
+            self._measuring = _Measuring(reference, step, now)
+        return Plan(digest or upload, reference.slot if upload else None, reference.slot if measure else None)
 
     def owed(self, host: Host, step: int) -> list[wire.SideTask]:
         """List the side tasks that a host has not finished at this step."""
@@ -152,8 +169,8 @@ class Audits:
     def let_go(self, host: Host) -> None:
         """Wait no longer for answers of a host."""
         self._disputing.discard(host)
-        if self.anchor is host:
-            self.anchor = None
+        if self.reference is host:
+            self.reference = None
         if self.is_measuring(host):
             self._measuring = None
             self._measure_at = -math.inf
@@ -169,14 +186,14 @@ class Audits:
             self._round.heard_at = now
 
     def take_measure(self, host: Host, message: wire.Measured, now: float) -> None:
-        """Store a held-out loss; it is of a later step if the request for it reached the host late."""
+        """Store a measurement; it is of a later step if the request for it reached the host late."""
         if self._measuring and self.is_measuring(host) and message.step >= self._measuring.step:
             self.measure_seconds = now - self._measuring.since
             self._measuring = None
             self._measured_step = message.step
             self._measure_at = now + self._config.evaluate_time
-            if math.isfinite(message.held_out):
-                self.held_out = message.held_out
+            found = (message.held_out, message.greedy_reward, message.pass_at_k)
+            self.measured = Measurement(*(one if one is not None and math.isfinite(one) else None for one in found))
 
     def take_part(self, host: Host, message: wire.Upload, body: bytes, now: float) -> str:
         """Store a part of a snapshot; return why it is rejected, or ""."""
@@ -209,20 +226,25 @@ class Audits:
     def stored(self, snapshot: Snapshot) -> None:
         """Offer a snapshot to hosts; called when it is written as a checkpoint."""
         self.snapshots = [*self.snapshots[-1:], snapshot]
+        self._storing, self._kept_step = None, snapshot.step
         for host in self._drifted:
             self._resync(host, False)
         self._drifted = []
 
+    def not_stored(self, snapshot: Snapshot) -> None:
+        """Note that a snapshot could not be written: the next one is asked for when it is due."""
+        self._storing, self._failed_step = None, snapshot.step
+
     def is_false(self, snapshot: Snapshot) -> None:
         """Put the host aside that sent a snapshot, which is not the state of its digest, and ask for another one."""
+        liar, self._storing = self._storing, None
         self._checkpoint_at = -math.inf
-        self._kept_step = self.snapshots[-1].step if self.snapshots else 0
-        if self._uploader:
-            self._put_aside(self._uploader, f"it sent another state of step {snapshot.step} than its digest names")
+        if liar:
+            self._put_aside(liar, f"it sent another state of step {snapshot.step} than its digest names")
 
     def check(self, now: float) -> None:
         """Judge the states when all answers are in, and stop waiting for late ones."""
-        if self._measuring and now - self._measuring.since > PATIENCE:
+        if self._measuring and now - self._measuring.since > PATIENCE + self._reward_seconds:
             self._give_up_on(self._measuring.host, "held-out loss")
             self._measuring = None
         round = self._round
@@ -241,7 +263,7 @@ class Audits:
         self._checkpoint_at = -math.inf
 
     def _give_up_on(self, host: Host, what: str) -> None:
-        """Choose another anchor, until this host makes progress again."""
+        """Choose another reference host, until this host makes progress again."""
         host.hung = True
         self._out.tell(f"{host.name} sent no {what} in time; another host is asked")
 
@@ -252,38 +274,43 @@ class Audits:
             if round.snapshot:
                 self._checkpoint_at = -math.inf
             return
-        anchor = self.anchor if self.anchor in digests else next(iter(digests))
-        is_alone = len({host.owner for host in self._registry if not host.is_gone}) == 1
-        preferred = {anchor: digests[anchor], **digests}
-        right, is_confirmed = decide(preferred, anchor.kind, self._trusted, is_alone=is_alone)
+        reference = self.reference if self.reference in digests else next(iter(digests))
+        preferred = {reference: digests[reference], **digests}
+        is_alone = self._registry.has_one_owner
+        right, is_confirmed = decide(preferred, reference.kind, self._trusted, is_alone=is_alone)
         if is_confirmed:
             self._out.add(RecordDigest(round.step, right))
         kept = round.uploader is not None and digests.get(round.uploader) == right
         if round.snapshot and kept:
-            self._store(round.step, round.snapshot, round.uploader, right, is_confirmed)
+            self._store(round, round.snapshot, right, is_confirmed)
         elif round.snapshot:
             self._checkpoint_at = -math.inf if right else self._checkpoint_at
         if not right:
-            self._settle_dispute([host for host in digests if host.kind == anchor.kind], round.step)
+            self._settle_dispute([host for host in digests if host.kind == reference.kind], round.step)
             return
         self._disputing.clear()
         for host, digest in digests.items():
             if digest == right:
                 host.resyncs = 0
-            elif host.kind == anchor.kind:
+            elif host.kind == reference.kind:
                 self._astray(host, round.step)
             elif kept:
                 # Other hardware rounds differently, which is not a fault; a new state now and then limits the drift.
                 self._drifted.append(host)
 
-    def _store(self, step: int, snapshot: Snapshot, uploader: Host | None, right: str, is_confirmed: bool) -> None:
-        self._kept_step, self._uploader, self._drifted = step, uploader, []
-        if not is_confirmed and not self._is_unconfirmed:
+    def _store(self, round: _Audit, snapshot: Snapshot, right: str, is_confirmed: bool) -> None:
+        self._storing, self._drifted = round.uploader, []
+        was_unconfirmed, self._is_unconfirmed = self._is_unconfirmed, not is_confirmed
+        if is_confirmed:
+            self._is_said = False
+        # If all hosts of other tokens are still joining, the next state may be confirmed.
+        elif not self._is_said and (was_unconfirmed or len({host.owner for host in round.digests}) > 1):
+            self._is_said = True
             self._out.tell(
-                f"the state of step {step} is kept unconfirmed: no host of another token has the same kind of hardware"
+                f"the state of step {round.step} is kept unconfirmed: no host of another token has the same kind of "
+                "hardware"
             )
-        self._is_unconfirmed = not is_confirmed
-        self._out.add(Store(snapshot, right))
+        self._out.add(Store(snapshot, right, is_confirmed))
 
     def _settle_dispute(self, hosts: list[Host], step: int) -> None:
         """Let hosts whose owners disagree, as many for one digest as for another, fetch the newest kept state, once."""
@@ -304,7 +331,7 @@ class Audits:
         if host.resyncs >= STRIKES:
             self._put_aside(host, "its state differs from the others' again and again")
             return
-        self._out.tell(f"the state of {host.name} differs at step {step}; it fetches the anchor's")
-        if self.anchor is host:
-            self.anchor = None
+        self._out.tell(f"the state of {host.name} differs at step {step}; it fetches the newest kept state")
+        if self.reference is host:
+            self.reference = None
         self._resync(host, True)

@@ -28,7 +28,7 @@ PULSE = 2.0
 """Seconds between pulses, the coordinator's signs of life."""
 
 LAST_ROUND = 2 * GRACE
-"""Seconds that hosts have for the last checkpoint and the last held-out loss."""
+"""Seconds that hosts have for the last checkpoint and the last held-out loss; if it took long before, twice that."""
 
 
 class Coordinator:
@@ -37,8 +37,8 @@ class Coordinator:
     Attributes:
         terms: What is fixed for all hosts of the run.
         counters: Number of rejected requests, by reason.
-        gradient_norm: Norm of the last estimate, as the anchor reported it, or NaN.
-        update_norm: Norm of the last update, as the anchor reported it, or NaN.
+        gradient_norm: Norm of the last estimate, as the reference host reported it, or NaN.
+        update_norm: Norm of the last update, as the reference host reported it, or NaN.
         audits: Checkpoints, digests and held-out losses.
         finished: Whether the goodbye was sent after `stop`.
     """
@@ -67,9 +67,10 @@ class Coordinator:
         self.finished = False
         self._rng = rng
         self._settings = to_yaml(config)
-        self._downloads = Downloads(text, block, config.data.new_tokens_interval, history)
+        starts_from_disk = config.init is not None and not config.hosts.send_init
+        self._downloads = Downloads(text, block, config.data.new_tokens_interval, history, starts_from_disk)
         self._out = Outbox()
-        self._registry = registry = Registry(now)
+        self._registry = registry = Registry(now, config.reward_seconds)
         self.audits = Audits(
             config,
             registry,
@@ -88,7 +89,7 @@ class Coordinator:
         )
         self._admission = Admission(config, terms, registry, self._make_room)
         self._pulse_at = now
-        self._paused = True
+        self.paused = True
         self._first = step
         self._stopping: bool | None = None  # whether training has ended
         self._stop_at = now  # until then the last audits may take
@@ -188,7 +189,7 @@ class Coordinator:
         self._stopping = done
         self._steps.stop()
         if self.step > self._first:
-            self._stop_at = now + LAST_ROUND
+            self._stop_at = now + max(LAST_ROUND, 2 * self.audits.measure_seconds)
             self._steps.announce(self.audits.plan(self.step, now, last=True))
 
     def status(self, now: float) -> wire.Status:
@@ -197,16 +198,18 @@ class Coordinator:
         hosts = [
             host.status(now, 3 * PULSE, members) for host in self._registry if not (host.superseded or host.dropped)
         ]
-        anchor = self.audits.anchor
+        reference = self.audits.reference
         return wire.Status(
             run=self.terms.run,
             incarnation=self.terms.incarnation,
             step=self.step,
             loss=self._steps.loss,
-            held_out=self.audits.held_out,
-            member_tokens_per_second=0.0 if self._paused else self._steps.rate,
-            paused=self._paused,
-            anchor=None if anchor is None else anchor.slot,
+            held_out=self.audits.measured.held_out,
+            greedy_reward=self.audits.measured.greedy_reward,
+            pass_at_k=self.audits.measured.pass_at_k,
+            member_tokens_per_second=0.0 if self.paused else self._steps.rate,
+            paused=self.paused,
+            reference=None if reference is None else reference.slot,
             hosts=sorted(hosts, key=lambda host: host.slot),
             counters=dict(+self.counters),
         )
@@ -214,8 +217,6 @@ class Coordinator:
     # Requests.
 
     def _join(self, message: wire.Join, key: str | None, peer: bytes, now: float) -> Message:
-        if key in self.inspector.liars:
-            return self._refused("put aside: a host with this token sent wrong losses").message
         former = self._registry.called(message.name)
         if former and former.key == key and former.instance == message.instance:
             if message.attempt <= former.attempt:
@@ -254,22 +255,32 @@ class Coordinator:
 
     def _fetch(self, host: Host, message: wire.Fetch, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
-        if message.what == "state":
-            host.resync = False
         part = self._downloads.part(message, self.step, self.audits.snapshots)
         if isinstance(part, str):
             return self._rejected(part)
         copy = len(self._downloads.text.data) + self.terms.state_bytes
-        wait = self._admission.fetch(host, len(part.body), copy, now) if message.what != "block" else 0.0
+        wait = (
+            self._admission.ask(host, now)
+            if message.what == "block"
+            else self._admission.fetch(host, len(part.body), copy, now)
+        )
         if wait:
-            self.counters["downloads above the quota of a token"] += 1
-            return self._rejected("the hosts of this token fetch too much", wait=wait)
+            return self._above_quota(wait)
+        if message.what == "state" and message.offset + len(part.body) == self.terms.state_bytes:
+            host.has_fetched = True
         return part
 
     def _catch_up(self, host: Host, message: wire.CatchUp, body: bytes, now: float) -> Envelope | Message:
         host.made_progress(now)
+        wait = self._admission.ask(host, now)
+        if wait:
+            return self._above_quota(wait)
         updates = self._downloads.updates(message.step, self.step, self.audits.snapshots)
         return updates or wire.Ok(self.terms.incarnation, self.step, [], resync=True)
+
+    def _above_quota(self, wait: float) -> Message:
+        self.counters["downloads above the quota of a token"] += 1
+        return self._rejected("the hosts of this token fetch too much", wait=wait)
 
     def _beat(self, host: Host, message: wire.Beat, body: bytes, now: float) -> Message:
         if message.incarnation != self.terms.incarnation:
@@ -281,6 +292,8 @@ class Coordinator:
             self._steps.release(host)
         host.progress, host.phase, host.step = message.progress, message.phase, min(message.step, self.step)
         host.is_gone = False
+        if host.has_fetched and message.phase == "ready":
+            host.resync = host.has_fetched = False
         if message.note and message.note != host.note:
             self._out.tell(f"{host.name}: {message.note}")
         host.note = message.note
@@ -303,13 +316,13 @@ class Coordinator:
             self.counters["losses for an old step"] += 1
             return self._rejected(f"step {message.step} is closed")
         if host.resync:
-            return self._rejected("the state of this host is wrong; it must fetch the anchor's first")
+            return self._rejected("the state of this host is wrong; it must fetch the newest kept one first")
         is_new = not host.speed
         fault = self._steps.take(host, message, values, now)
         if fault:
             return self._strike(host, fault)
         host.step = self.step
-        if host is self.audits.anchor and message.gradient_norm is not None and message.update_norm is not None:
+        if host is self.audits.reference and message.gradient_norm is not None and message.update_norm is not None:
             self.gradient_norm, self.update_norm = message.gradient_norm, message.update_norm
         self._steps.go_on(now, is_new and host.speed > 0)  # it gets its share once its speed is known
         return self._ok(host)
@@ -340,7 +353,8 @@ class Coordinator:
 
     def _ok(self, host: Host) -> wire.Ok:
         spans = self._steps.leases.open_spans(host.slot)[: update_record.SPAN_LIMIT]
-        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), host.resync)
+        must_fetch = host.resync and not host.has_fetched
+        return wire.Ok(self.terms.incarnation, self.step, spans, self.audits.owed(host, self.step), must_fetch)
 
     def _rejected(self, reason: str, rejoin: bool = False, wait: float = 0.0) -> wire.Rejected:
         return wire.Rejected(reason[:1000], self.terms.incarnation, self.step, rejoin, wait)
@@ -390,20 +404,22 @@ class Coordinator:
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
+        if not self._registry.has_one_owner:  # else nobody could take its place
+            self._admission.exclude(host, reason)
         self._out.tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
         """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""
-        host.resync = True
+        host.resync, host.has_fetched = True, False
         if is_wrong:
             self._steps.leases.revoke(host.slot)
         else:
             self._steps.leases.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
-        before, self._paused = self._paused, not self._registry.workers(now)
-        if self._paused and not before:
+        before, self.paused = self.paused, not self._registry.workers(now)
+        if self.paused and not before:
             self._out.tell("no host is ready; training is paused until one joins, and nothing is lost")
 
     # The end.

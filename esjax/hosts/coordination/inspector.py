@@ -62,7 +62,6 @@ class Inspector:
     """State machine of the spot checks.
 
     Attributes:
-        liars: Keys whose hosts were put aside; they do not come back.
         checks: Number of answers that a second host scored again.
         seconds: Seconds that steps were held open for checks.
     """
@@ -88,10 +87,10 @@ class Inspector:
             put_aside: Gives a host no more work; it is called with the host and the reason.
             trusted: Owner whose host is right if it differs from another voter's and there is no third voter, or None.
         """
-        self.liars: set[str] = set()
         self.checks, self.seconds = 0, 0.0
         self._share, self._exchange, self._registry, self._rng = share, exchange, registry, rng
         self._out, self._put_aside, self._trusted = out, put_aside, trusted
+        self._values = "gradient sums" if exchange.adds_up else "losses"
         self._steps: deque[float] = deque(maxlen=32)  # seconds of the last steps without their checks
         self._rounds: deque[float] = deque(maxlen=8)  # seconds of the last checks
         self._proofs: dict[Host, tuple[int, float]] = {}  # checks that it passed, and its speed at the first of them
@@ -187,6 +186,8 @@ class Inspector:
             slot = queue.take(barred | (speeds.keys() - alike)) if alike else None
             if slot is None:
                 slot = queue.take(barred)
+            if slot is None:  # all others had a lease of these pairs: they score them when asked again
+                slot = queue.take(of_voter[voter] | full)
             if slot is None:
                 continue
             loads[slot] += 1
@@ -267,14 +268,12 @@ class Inspector:
 
     def _exclude(self, answer: _Answer, leases: CheckedLeases) -> None:
         """Put the hosts of a voter aside, and drop their values of this step."""
-        reason = "its losses differ from those of other hosts"
+        reason = f"its {self._values} differ from those of other hosts"
         for host in self._registry:
             if self._voter(host) == answer.voter:
                 leases.revoke(host.slot)
                 if not (host.aside or host.dropped):
                     self._put_aside(host, reason if host is answer.host else f"it has the token of {answer.host.name}")
-        if self._owners_vote and answer.host.key:
-            self.liars.add(answer.host.key)
 
     def _tell_undecided(self, answers: Sequence[_Answer]) -> None:
         voters = frozenset(answer.voter for answer in answers)
@@ -282,7 +281,7 @@ class Inspector:
             self._undecided.add(voters)
             names = " and ".join(answer.host.name for answer in answers)
             self._out.tell(
-                f"the losses of {names} differ, and no host of a further token can decide; nobody is put aside"
+                f"the {self._values} of {names} differ, and no host of a further token can decide; nobody is put aside"
             )
 
     def _voter(self, host: Host) -> str:

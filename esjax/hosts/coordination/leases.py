@@ -19,6 +19,12 @@ from esjax.exchange.values import Exchange, Values
 PART = 1.5
 """Most quanta whose gradients a host adds up, as a multiple of the median host's share of the quanta."""
 
+MOST_HELD = 0.5
+"""Part of a step's quanta that a host holds at most while another one is idle; it gets more as it answers."""
+
+HELD_SECONDS = 1.0
+"""Seconds of work that a host may hold in any case, so that short steps need no further messages."""
+
 NO_DELAYS: Mapping[int, float] = {}
 
 
@@ -128,9 +134,10 @@ class _Part(NamedTuple):
 class FixedPopulation(Leases):
     """Leases of the pairs 0 to `pairs - 1`, in quanta."""
 
-    def __init__(self, pairs: int, quantum: int, exchange: Exchange) -> None:
-        """Set up without leases. The last quantum may be smaller."""
+    def __init__(self, pairs: int, quantum: int, exchange: Exchange, most_held: float = MOST_HELD) -> None:
+        """Set up without leases; for `most_held` see `MOST_HELD`. The last quantum may be smaller."""
         super().__init__(exchange)
+        self._most_held = most_held
         self._pairs, self._quantum = pairs, quantum
         self._quanta = [_Quantum(slice(first, min(first + quantum, pairs))) for first in range(0, pairs, quantum)]
         self._missing = len(self._quanta)
@@ -153,14 +160,16 @@ class FixedPopulation(Leases):
         neighbours = (slot for slot in taken for _ in range(shares[slot]))  # a host gets consecutive quanta
         for i, slot in zip(fresh, neighbours, strict=True):
             taken[slot].append(i)
-            self._give(i, slot)
-        for i in sorted(self._lacking):
+        for i in sorted(self._lacking.difference(fresh)):
             found = queue.take(self._quanta[i].given)
             if found is None:  # no other host is left: a host that lost it for being slow gets it again
                 found = queue.take(())
             if found is not None:
                 taken[found].append(i)
-                self._give(i, found)
+        self._hold_back(taken, speeds, delays)
+        for slot, numbers in taken.items():
+            for i in numbers:
+                self._give(i, slot)
         return [Lease(slot, *span) for slot, numbers in taken.items() for span in self._spans(sorted(numbers))]
 
     def _make_room(self, speeds: Mapping[int, float], delays: Mapping[int, float]) -> None:
@@ -170,8 +179,19 @@ class FixedPopulation(Leases):
         queue = Queue(dict.fromkeys(speeds, 0), self._seconds(speeds), delays)
         shares = Counter(queue.take(()) for numbers in self._held.values() for _ in numbers)
         for slot, numbers in self._held.items():
-            for i in sorted(numbers)[shares[slot] :]:  # the host scores these last
+            for i in sorted(numbers)[max(shares[slot], 1) :]:  # the host scores these last, and has begun the first
                 self._drop(i, slot)
+
+    def _hold_back(
+        self, taken: Mapping[int, list[int]], speeds: Mapping[int, float], delays: Mapping[int, float]
+    ) -> None:
+        """Leave quanta without a host that one would hold beyond `MOST_HELD` while another one would be idle."""
+        held = {slot: len(self._held.get(slot, ())) for slot in taken}
+        if all(numbers or held[slot] or delays.get(slot) for slot, numbers in taken.items()):
+            return
+        for slot, numbers in taken.items():
+            most = max(self._most_held * len(self._quanta), HELD_SECONDS * speeds[slot] / self._quantum, 1)
+            del numbers[max(int(most) - held[slot], 0) :]
 
     def accept(self, slot: int, spans: Sequence[Span], values: Values, final: bool) -> str:
         """See `Leases.accept`: whole quanta that were leased to the host; a quantum that has its values is ignored."""

@@ -49,10 +49,12 @@ class Host:
         has_failed: Whether it lost its pairs in this step, or joined after a host of its owner did.
         late: Whether it took much longer than the others.
         probe_at: Time at which it gets work again after it was late or too slow for any.
+        is_tried: Whether it has pairs as a trial, since its speed is too low for any.
         hung: Whether it sends messages but makes no progress.
         is_gone: Whether it is lost (until its next message), or its session has ended.
         resyncs: How often in a row its state differed from the right one.
-        resync: Whether it must fetch the anchor's state.
+        resync: Whether it must fetch the newest kept state, and has not reported since then that it is ready.
+        has_fetched: Whether it has fetched a whole state since it was last ready.
         aside: Why it is put aside, or "".
         superseded: Whether a newer host has its name.
         dropped: Whether its session has ended; it stays in the registry while this step has values of it.
@@ -73,7 +75,8 @@ class Host:
         self._most_speed = math.inf
         self.slowness: float | None = None
         self.probe_after = PROBE
-        self.has_failed = self.late = self.hung = self.is_gone = self.resync = self.superseded = self.dropped = False
+        self.is_tried = self.has_failed = self.late = self.hung = self.is_gone = self.superseded = self.dropped = False
+        self.resync = self.has_fetched = False
         self.note = self.aside = self.digest = ""
         self.share = 0.0
 
@@ -114,7 +117,7 @@ class Host:
             was_busy: Whether it had pairs before.
         """
         if not was_busy:
-            self.leased_at, self.answered = now, 0
+            self.leased_at, self.answered, self.is_tried = now, 0, False
         self._leased_pairs, self._leased_speed, self._delay = self.answered + pairs, speed, delay
         self._most_speed = GROWTH * max(speed, self.speed or usual) if speed and usual else math.inf
         self.slowness = None
@@ -134,7 +137,7 @@ class Host:
         if self.answered:
             self.took(self.answered, seconds)
         self.late = False
-        if self.slowness is not None and self.slowness < MISSED:
+        if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
             self.probe_after = PROBE
 
     def set_late(self, open_pairs: int, now: float) -> None:
@@ -186,9 +189,9 @@ class Registry:
         hold_ups: The account of their owners' hold-ups.
     """
 
-    def __init__(self, now: float) -> None:
-        """Set up without hosts."""
-        self.now, self.hold_ups = now, HoldUps(now)
+    def __init__(self, now: float, call: float = 0.0) -> None:
+        """Set up without hosts; `call` is the time limit of a call of a reward."""
+        self.now, self.hold_ups = now, HoldUps(now, call)
         self._hosts: dict[int, Host] = {}
         self._by_slot: dict[int, Host] = {}
 
@@ -199,6 +202,11 @@ class Registry:
     def get(self, session: int) -> Host | None:
         """Return the host of a session, or None."""
         return self._hosts.get(session)
+
+    @property
+    def has_one_owner(self) -> bool:
+        """Whether all hosts that are there have one owner."""
+        return len({host.owner for host in self._hosts.values() if not host.is_gone}) <= 1
 
     def called(self, name: str) -> Host | None:
         """Return the host of a name that is not superseded or dropped, or None."""

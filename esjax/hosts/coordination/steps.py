@@ -29,6 +29,10 @@ DEADLINE_FLOOR = 1.0
 FIRST_DEADLINE = 10.0
 """Seconds that a host without a speed has at least while no host has finished its pairs of the step."""
 
+FIRST_TEXTS = 300.0
+"""The same, and seconds without progress after which a host counts as hung, while no speed is known and members write:
+a large model writes for long before the first reward is called."""
+
 DEADLINE_FACTOR = 3.0
 """Time that a host may take for its pairs, as a multiple of its own and of the other hosts' usual time."""
 
@@ -83,6 +87,7 @@ class Steps:
         )
         self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
         self._closed_at: float | None = None
+        self._call = config.reward_seconds
         self._notices = Notices(config, terms.custom)
         self._is_stopped = False
 
@@ -177,10 +182,10 @@ class Steps:
             now: The time.
         """
         usual = self._registry.usual_slowness(host)
-        usually = DEADLINE_FACTOR * max(usual or 1.0, 1.0) * expected
+        usually = DEADLINE_FACTOR * (max(usual or 1.0, 1.0) * expected + self._call)
         is_measuring = self._audits.is_measuring(host)
         idle = now - max(host.progress_at, host.leased_at)
-        if idle > max(STUCK, usually):
+        if idle > max(FIRST_TEXTS if self._call and not expected else STUCK, usually):
             if not is_measuring:
                 host.hung = True
                 self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
@@ -202,11 +207,15 @@ class Steps:
     def _allowed(self, host: Host, usually: float, is_first: bool) -> float:
         """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known.
 
-        A time budget does not hold for a check, which is as long as what another host scored in its own time.
+        A time budget does not hold for a check, which is as long as what another host scored in its own time. A single
+        call of a reward may take its whole time limit; while no speed is known, so may all of them.
         """
         budget = None if self.leases.is_checking(host.slot) else self._config.es.time_per_step
         allowed = max(DEADLINE_FLOOR, usually) if budget is None else budget + max(budget, DEADLINE_FLOOR) / 2
-        return max(FIRST_DEADLINE, allowed) if is_first else allowed
+        if not is_first:
+            return allowed if budget is None else allowed + self._call
+        calls = self.leases.open_pairs(host.slot) if budget is None else self._terms.quantum
+        return max(FIRST_TEXTS if self._call else FIRST_DEADLINE, allowed) + self._call * calls
 
     def _check_answers(self, now: float) -> list[Lease]:
         """Let hosts score some answers again; return the leases."""
@@ -238,6 +247,7 @@ class Steps:
                 speed, delay = speeds[slot] if usual else None, delays.get(slot, 0.0)
                 host.set_leased(pairs, speed, usual, delay, now, was_busy=slot in busy)
             if slot in given & trials and not host.late:
+                host.is_tried = True
                 host.put_off_trial(now)
         return leases
 

@@ -40,17 +40,17 @@ def decide(digests: Mapping[Host, str], kind: str, trusted: str | None, *, is_al
     return Verdict(right, bool(right) and (len(owners) > 1 or is_alone or trusted in owners))
 
 
-def choose_anchor(anchor: Host | None, hosts: Sequence[Host], trusted: str | None) -> Host | None:
-    """Choose the host whose state is kept: the former one, or the first one, of the kind that most owners have.
+def choose_reference(reference: Host | None, hosts: Sequence[Host], trusted: str | None) -> Host | None:
+    """Choose the reference host: the former one, or the first one, of the kind that most owners have.
 
-    An invented kind has a single owner, so its host becomes the anchor only where every kind has. A host of the trusted
-    owner comes first.
+    An invented kind has a single owner, so its host becomes the reference host only where every kind has one. A
+    host of the trusted owner comes first.
     """
     owners: dict[str, set[str]] = {}
     for host in hosts:
         owners.setdefault(host.kind, set()).add(host.owner)
     most = max(map(len, owners.values()), default=0)
     able = [host for host in hosts if host.owner == trusted] or [
-        host for host in hosts if len(owners[host.kind]) == most or (host is anchor and len(owners[host.kind]) > 1)
+        host for host in hosts if len(owners[host.kind]) == most or (host is reference and len(owners[host.kind]) > 1)
     ]
-    return anchor if anchor in able else next(iter(able), None)
+    return reference if reference in able else next(iter(able), None)

@@ -86,10 +86,14 @@ class RecordDigest(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Write a checkpoint, then call `Audits.stored`; or call `Audits.is_false` if the state has another digest."""
+    """Write a checkpoint, then call `Audits.stored`, or `Audits.not_stored` if it could not be written.
+
+    If the state has another digest, call `Audits.is_false` instead.
+    """
 
     snapshot: Snapshot
     digest: str
+    is_confirmed: bool  # whether another owner's host has this digest, see `Verdict`
 
 
 class Tell(NamedTuple):

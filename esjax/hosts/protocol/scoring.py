@@ -48,7 +48,7 @@ class Scoring:
         self._spans: list[Span] = []
         self._parts: list[Scored] = []
         self._offered = 0  # parts in the open request
-        self._since = 0.0  # when the first of the parts was scored
+        self._since = 0.0  # when the first of the parts was begun
         self._spent = 0.0
         self._is_over = False  # the budget is spent
         self._budgeted: list[Span] = []  # pairs that are scored within the budget
@@ -72,6 +72,10 @@ class Scoring:
             self._budgeted += new
         self._spans = (self._spans + new)[:SPAN_LIMIT]
 
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Drop pairs that another host was leased; if they are being scored, their values are sent all the same."""
+        self._spans = without(self._spans, spans)
+
     def next_slice(self, speed: float) -> list[Span]:
         """Choose the pairs of the next device task: whole device batches for about `SLICE` seconds.
 
@@ -93,7 +97,7 @@ class Scoring:
     def take(self, scored: Scored, speed: float, now: float) -> None:
         """Store the values of a slice; `speed` as in `next_slice`."""
         if not self._parts:
-            self._since = now
+            self._since = now - scored.seconds
         end = sum(scored.spans[-1])
         is_cut = any(first < end < first + count for first, count in self._spans)
         goes_on = self._cut_at == scored.spans[0][0] and len(scored.spans) == 1

@@ -3,7 +3,6 @@
 Tasks are messages: a host may be several processes, which all run the same tasks, see `esjax.hosts.executor`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,16 +59,17 @@ class TakeSnapshot(msgspec.Struct, frozen=True, tag=True):
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):
-    """Score the held-out documents."""
+    """Score the held-out documents, and what the model writes after the held-out prompts."""
 
 
 Task = Build | Load | UseBlock | Apply | Score | TakeDigest | TakeSnapshot | Measure
 
 
 class Built(msgspec.Struct, frozen=True):
-    """Result of `Build`: the pairs that the devices score at a time."""
+    """Result of `Build`: the pairs that the devices score at a time, and the step of the parameters, -1 without."""
 
     device_batch: int
+    step: int = -1
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -88,9 +88,17 @@ class Scored(msgspec.Struct, frozen=True):
 
 
 class Value(msgspec.Struct, frozen=True):
-    """Result of a side task: a digest, the bytes of a snapshot, or a held-out loss (None: no held-out documents)."""
+    """Result of a side task: a digest, or the bytes of a snapshot."""
 
     value: Any
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Result of `Measure`; None: there is nothing to measure it on."""
+
+    held_out: float | None = None
+    greedy_reward: float | None = None
+    pass_at_k: float | None = None
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -99,7 +107,7 @@ class Failed(msgspec.Struct, frozen=True):
     reason: str
 
 
-Result = Built | Done | Scored | Value | Failed
+Result = Built | Done | Scored | Value | Measured | Failed
 
 
 _TASKS: dict[SideTask, type[TakeDigest | TakeSnapshot | Measure]] = {
@@ -117,12 +125,12 @@ class SideTasks:
         self._due: dict[SideTask, int] = {}
         self._doing: SideTask | None = None
         self._digest: tuple[int, str] | None = None  # with its step
-        self._held_out: tuple[int, float] | None = None
+        self._measured: tuple[int, Measured] | None = None
         self._sending: Sending | None = None
 
     def add(self, side_tasks: Sequence[SideTask], step: int) -> None:
         """Add side tasks that are due at a step, except those that are running or have a result to send."""
-        under_way = {"digest": self._digest, "measure": self._held_out, "upload": self._sending}
+        under_way = {"digest": self._digest, "measure": self._measured, "upload": self._sending}
         for side_task in side_tasks:
             if side_task != self._doing and under_way[side_task] is None:
                 self._due[side_task] = step
@@ -146,16 +154,19 @@ class SideTasks:
         side_task, self._doing = self._doing, None
         if side_task == "digest" and isinstance(value, str):
             self._digest = (step, value)
-        elif side_task == "measure":
-            self._held_out = (step, value if isinstance(value, float) else math.nan)
+        elif side_task == "measure" and isinstance(value, Measured):
+            self._measured = (step, value)
         elif side_task == "upload" and isinstance(value, bytes):
             self._sending = Sending(step, value)
 
     def report(self, session: int) -> Envelope | None:
-        """Return a message with a digest or a held-out loss to send, or None."""
+        """Return a message with a digest or a measurement to send, or None."""
         if self._digest:
             return Envelope(wire.Digest(session, *self._digest))
-        return Envelope(wire.Measured(session, *self._held_out)) if self._held_out else None
+        if self._measured is None:
+            return None
+        step, found = self._measured
+        return Envelope(wire.Measured(session, step, found.held_out, found.greedy_reward, found.pass_at_k))
 
     def part(self, session: int) -> Envelope | None:
         """Return a message with the next part of the state, or None."""
@@ -166,11 +177,11 @@ class SideTasks:
         if isinstance(request, wire.Digest):
             self._digest = None
         elif isinstance(request, wire.Measured):
-            self._held_out = None
+            self._measured = None
         elif isinstance(request, wire.Upload) and self._sending and (not is_taken or self._sending.arrived()):
             self._sending = None
 
     def clear(self) -> None:
         """Drop all side tasks except the running one."""
         self._due.clear()
-        self._digest = self._held_out = self._sending = None
+        self._digest = self._measured = self._sending = None

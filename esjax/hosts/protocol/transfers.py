@@ -25,11 +25,24 @@ class Downloads:
     """Answers requests for parts and updates."""
 
     def __init__(
-        self, text: PackedText, block: Callable[[int], bytes] | None, interval: int, history: History | None
+        self,
+        text: PackedText,
+        block: Callable[[int], bytes] | None,
+        interval: int,
+        history: History | None,
+        saves_states: bool = False,
     ) -> None:
-        """Set up; `interval` is the number of steps that use the same block, for the others see `Coordinator`."""
+        """Set up.
+
+        Args:
+            text: See `Coordinator`.
+            block: See `Coordinator`.
+            interval: Number of steps that use the same block.
+            history: See `Coordinator`.
+            saves_states: Whether a host that is far behind gets all updates, and a newer state only if they are gone.
+        """
         self.text = text
-        self._block, self._interval, self._history = block, interval, history
+        self._block, self._interval, self._history, self._saves_states = block, interval, history, saves_states
         self._hash_block = lru_cache(maxsize=3)(lambda number: hash_bytes(block(number)) if block else "")
 
     def block_bytes(self, step: int) -> int:
@@ -56,7 +69,7 @@ class Downloads:
         """Return updates from step `first` on, as many as fit into a part; None: the host needs a snapshot instead."""
         if self._history is None or not self._history.first <= first <= step:
             return None
-        if step - first > FAR and snapshots and snapshots[-1].step > first:
+        if step - first > FAR and snapshots and snapshots[-1].step > first and not self._saves_states:
             return None
         updates = self._history.updates(first, wire.PART)
         return Envelope(wire.Updates(first, [len(update) for update in updates]), b"".join(updates))

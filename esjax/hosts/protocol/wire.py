@@ -14,7 +14,7 @@ import msgspec
 from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 from esjax.exchange.values import MAX_REQUEST
 
-VERSION = 5
+VERSION = 6
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
@@ -111,7 +111,7 @@ class Beat(Message, frozen=True, tag="beat"):
     incarnation: Whole
     step: Whole  # step of the host's parameters
     phase: Phase
-    progress: Long  # number of device tasks finished so far
+    progress: Long  # number of device tasks, and of calls of a reward, finished so far
     note: Reason = ""  # line for the user, or ""
 
 
@@ -137,11 +137,13 @@ class Digest(Message, frozen=True, tag="digest"):
 
 
 class Measured(Message, frozen=True, tag="measured"):
-    """Send the held-out loss at a step."""
+    """Send what was measured at a step; None: there is nothing to measure it on."""
 
     session: Long
     step: Whole
-    held_out: float
+    held_out: float | None = None  # held-out loss
+    greedy_reward: float | None = None  # rewards on held-out prompts, see `esjax.rewards.held_out`
+    pass_at_k: float | None = None
 
 
 class Upload(Message, frozen=True, tag="upload"):
@@ -257,9 +259,11 @@ class Status(Message, frozen=True, tag="status"):
     step: int
     loss: float | None  # mean loss of the last finished step, or None
     held_out: float | None  # last held-out loss, or None
+    greedy_reward: float | None  # last rewards on held-out prompts, see `esjax.rewards.held_out`, or None
+    pass_at_k: float | None
     member_tokens_per_second: float  # speed over the last steps; 0 while the run is paused
     paused: bool  # whether no host is ready
-    anchor: int | None  # slot of the host whose state is kept, or None
+    reference: int | None  # slot of the reference host, whose state is kept, or None
     hosts: list[HostStatus]
     counters: dict[str, int]  # number of rejected requests, by reason
 

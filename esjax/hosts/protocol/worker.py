@@ -41,6 +41,7 @@ class Worker:
         left: Whether the host has left after `leave`, or training has ended.
         run_ended: Whether training has ended for all hosts.
         coordinator_stopped: Whether the coordinator stopped and announced that it will restart.
+        calls: Calls of a reward that have ended; the caller sets it. They are progress, also within a task.
     """
 
     _scoring: Scoring
@@ -74,6 +75,7 @@ class Worker:
         self.joined: wire.Welcome | None = None
         self.waiting = self.refused = self.failed = self.leaving = ""
         self.left = self.run_ended = self.coordinator_stopped = False
+        self.calls = 0
         hello = wire.Join(name[:128], device, kind, [*known_answers.items()], [*custom.items()], "", 0, 0, flags[:1000])
         self._joining = Joining(hello, jitter, now)
         self._built, self._device_batch, self._text = built, device_batch, text
@@ -167,7 +169,7 @@ class Worker:
             self.failed = self._note = result.reason[:1000]
             self.leave(self.failed)
         elif isinstance(task, tasks.Build) and isinstance(result, tasks.Built):
-            self._built, self._device_batch = True, max(1, result.device_batch)
+            self._built, self._device_batch, self.step = True, max(1, result.device_batch), result.step
             self._text, self._supplies.text = task.text_digest, None
             self._begin_step()
         elif isinstance(task, tasks.Score) and isinstance(result, tasks.Scored):
@@ -176,6 +178,8 @@ class Worker:
             self._done(task, result)
         elif isinstance(result, tasks.Value):
             self._side_tasks.done(self.step, result.value)
+        elif isinstance(result, tasks.Measured):
+            self._side_tasks.done(self.step, result)
         self._settle()
 
     def reconnected(self, now: float) -> None:
@@ -248,9 +252,10 @@ class Worker:
             return None if isinstance(self._task, tasks.Score) else Envelope(wire.Leave(session, self.leaving))
         if now >= self._beat_at:
             return self._beat(self.joined, now)
-        fetch = self._supplies.request(session, self._wanted(self.joined)) if now >= self._fetch_at else None
+        may_fetch = now >= self._fetch_at
+        fetch = self._supplies.request(session, self._wanted(self.joined)) if may_fetch else None
         part = fetch or self._side_tasks.part(session)
-        if part is None and self._misses_update(now):
+        if part is None and may_fetch and self._misses_update(now):
             return Envelope(wire.CatchUp(session, self.step))
         return part
 
@@ -264,7 +269,8 @@ class Worker:
     def _beat(self, joined: wire.Welcome, now: float) -> Envelope:
         self._beat_at = now + BEAT
         step = max(self.step, 0)
-        return Envelope(wire.Beat(joined.session, joined.incarnation, step, self.phase, self._progress, self._note))
+        progress = self._progress + self.calls
+        return Envelope(wire.Beat(joined.session, joined.incarnation, step, self.phase, progress, self._note))
 
     def _wanted(self, joined: wire.Welcome) -> Download | None:
         """Return the download that the host needs next, or None."""
@@ -328,6 +334,7 @@ class Worker:
         self._side_tasks.add([side_task for side_task, is_asked in asked.items() if is_asked], message.step)
 
     def _take_leases(self, joined: wire.Welcome, message: wire.Step | wire.Extra) -> None:
+        self._scoring.drop([(first, count) for slot, first, count in message.leases if slot != joined.slot])
         self._scoring.add([(first, count) for slot, first, count in message.leases if slot == joined.slot])
 
     def _learn(self, step: int, now: float) -> None:
@@ -379,7 +386,7 @@ class Worker:
         elif isinstance(request, wire.Join) and message.wait:
             self.waiting = legible(message.reason)
             self._joining.wait(now, message.wait)
-        elif isinstance(request, wire.Fetch) and message.wait:
+        elif isinstance(request, wire.Fetch | wire.CatchUp) and message.wait:
             self._fetch_at = now + message.wait
         elif isinstance(request, wire.Fetch):
             self._supplies.give_up()

@@ -2,17 +2,17 @@
 
 
 class Pool:
-    """Room for bytes, of which one group gets at most a half."""
+    """Room for bytes, of which one group gets at most a half, and a stranger none beyond a quarter."""
 
     def __init__(self, most: int) -> None:
         """Set up with room for `most` bytes."""
         self._most, self._taken = most, 0
         self._groups: dict[str, int] = {}
 
-    def take(self, group: str, size: int) -> bool:
+    def take(self, group: str, size: int, is_stranger: bool) -> bool:
         """Take room, if there is enough."""
         mine = self._groups.get(group, 0) + size
-        if mine > self._most // 2 or self._taken + size > self._most:
+        if mine > self._most // (4 if is_stranger else 2) or self._taken + size > self._most:
             return False
         self._groups[group] = mine
         self._taken += size

@@ -3,6 +3,7 @@
 import ipaddress
 import random
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 Member = TypeVar("Member")
@@ -11,6 +12,7 @@ TRIES = 16
 """Random members that are asked whether they may be sent away."""
 
 
+@lru_cache(maxsize=1024)
 def group_of(address: str) -> str:
     """Return what counts as one address: an IPv4 address, or the /64 network of an IPv6 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])

@@ -21,14 +21,15 @@ from esjax.hosts.transport.address import IPAddress
 from esjax.hosts.transport.sockets import OVERHEAD, Limits
 
 HALF_OPEN = 1024
-"""Most connections of an address without a finished handshake."""
+"""Most connections of an address that have not begun the handshake."""
 
 EACH = 256
-"""Most connections of an address to a port; libzmq takes up to 150 KB for each."""
+"""Most connections of an address to a port, and most that have begun the handshake and had no reply; libzmq takes up to
+150 KB for each."""
 
 MOST = 8192
-"""Most connections of all: three eighths of them at each port, an eighth that have not begun a handshake, and an eighth
-that have not finished it."""
+"""Most connections of all: three eighths of them at each port, an eighth that have not begun the handshake, and an
+eighth that have begun it and had no reply."""
 
 SPARE = 24
 """Descriptors that the coordinator and the guard keep for files."""

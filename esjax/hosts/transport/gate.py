@@ -10,7 +10,7 @@ waits, unread, until the pool has room for it.
 
 import errno
 import json
-import re
+import random
 import selectors
 import shutil
 import signal
@@ -23,6 +23,7 @@ from contextlib import suppress
 from esjax.hosts.transport.allowances import Pool, Rates
 from esjax.hosts.transport.crowd import Crowd
 from esjax.hosts.transport.link import READ, SMALL, Door, Link, Plan
+from esjax.hosts.transport.reports import Reports
 from esjax.hosts.transport.zmtp import GREETING, ViolationError
 
 POOL = 2**25
@@ -38,111 +39,123 @@ HANDSHAKE_RATE, HANDSHAKE_BURST = 200.0, 1024.0
 """Most handshakes that an address may begin: a second over a while, and at once. With keys, each takes 0.2 ms."""
 
 IDLE_SECONDS = 5.0
-"""Seconds without bytes after which a connection may be closed in favor of a new one of its address."""
+"""Seconds without bytes after which a connection with replies may be closed in favor of a new one of its address."""
 
 STALL_SECONDS, POOL_RATE = 1.0, 2**18
 """While others wait for the pool: seconds that a large message may pause, and bytes a second that it must reach."""
 
-ACCEPTS, PAUSE = 8, 0.01
-"""Most new connections of a port in one turn, and seconds until the next ones, so that hosts wait for no flood."""
+ACCEPTS = 8
+"""Most new connections of a port at once."""
+
+STRANGERS_SHARE, STINT = 0.05, 0.0005
+"""Most of the time that goes to strangers, and seconds of it at once, so that hosts wait for no flood."""
+
+LARGE = 8
+"""How many times as long as a port a stranger with a large message waits for its turn."""
 
 TURN = 0.1
-"""Most seconds between two checks of deadlines, and between two reports."""
+"""Most seconds between two checks of deadlines, and between two reports; also a pause without descriptors."""
 
 FAREWELL = 0.5
 """Seconds for the last bytes after the coordinator has closed."""
 
-NUMBER = re.compile(r"[\d,]+")
-
-LINES = 32
-"""Most lines for the user."""
-
 
 class Gate:
-    """All connections."""
+    """All connections.
+
+    A *stranger* is a connection without a reply so far; at the port of broadcasts, one that has not subscribed. Ports
+    and strangers have a selector of their own, which is looked at for a share of the time.
+    """
 
     def __init__(self, plan: Plan) -> None:
         """Take over the ports."""
         self._plan = plan
-        self._selector = selectors.DefaultSelector()
+        self._selector, self._outside = selectors.DefaultSelector(), selectors.DefaultSelector()
         self._links: dict[Link, None] = {}  # oldest first
-        # Without a word, with an unfinished handshake, and with a finished one. Each may send away its own kind alone.
-        self._silent, self._shaking = (Crowd[Link](plan.half_open, max(4, plan.most // 8)) for _ in range(2))
+        # Without a word, strangers known to libzmq, and the others. Each may send away its own kind alone.
+        self._silent = Crowd[Link](plan.half_open, max(4, plan.most // 8))
+        self._strangers = Crowd[Link](plan.each, max(4, plan.most // 8))
         self._settled = {door: Crowd[Link](plan.each, max(1, plan.most * 3 // 8)) for door in plan.doors}
         self._rates = Rates(HANDSHAKE_RATE, HANDSHAKE_BURST)
         self._greetings = {door: _greeting(door.inner) for door in plan.doors}
         self._pool = Pool(POOL)
         self._waiting: dict[Link, None] = {}
-        self._accepted = self._cut_off = 0
-        self._said: set[tuple[str, str]] = set()
-        self._news = b""
-        self._reported = (0, 0)
-        self._resting: dict[Door, float] = {}  # ports that accept nothing until a time
-        self._control = socket.socket(fileno=plan.control)
-        self._control.setblocking(False)
-        self._selector.register(self._control, selectors.EVENT_READ, None)
+        self._resting_until: float | None = None  # when strangers are looked at again; None: they are now
+        control = socket.socket(fileno=plan.control)
+        control.setblocking(False)
+        self._reports = Reports(control)
+        self._selector.register(control, selectors.EVENT_READ)
+        self._selector.register(self._outside, selectors.EVENT_READ)
         self._listeners = {door: socket.socket(fileno=door.fd) for door in plan.doors}
         for door, listener in self._listeners.items():
             listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ, door)
+            self._outside.register(listener, selectors.EVENT_READ, door)
 
     def run(self) -> None:
         """Pass bytes until the coordinator has closed, and a little longer."""
         ends, checked = float("inf"), 0.0
         while (now := time.monotonic()) < ends and (self._links or ends == float("inf")):
-            for door in [door for door, until in self._resting.items() if now >= until]:
-                del self._resting[door]
-                self._selector.register(self._listeners[door], selectors.EVENT_READ, door)
-            for key, events in self._selector.select(PAUSE if self._resting else TURN):
-                if key.data is None:
-                    if self._control_ended():
-                        self._selector.unregister(self._control)
-                        for door in self._listeners.keys() - self._resting:
-                            self._selector.unregister(self._listeners[door])
-                        self._resting.clear()
-                        ends = now + FAREWELL
-                elif isinstance(key.data, Door):
-                    if ends == float("inf"):
-                        self._accept(key.data, now)
-                else:
+            rest = TURN
+            if self._resting_until is not None:
+                rest = min(TURN, self._resting_until - now)
+                if rest <= 0:
+                    self._selector.register(self._outside, selectors.EVENT_READ)
+                    self._resting_until = None
+            strangers_ready = False
+            for key, events in self._selector.select(max(rest, 0.0)):
+                if key.data is not None:
                     self._pass(key.data, key.fileobj, events, now)
+                elif key.fileobj is self._outside:
+                    strangers_ready = True
+                elif self._reports.coordinator_ended():
+                    self._selector.unregister(self._reports.control)
+                    for listener in self._listeners.values():
+                        self._outside.unregister(listener)
+                    ends = now + FAREWELL
+            if strangers_ready:
+                self._attend_to_strangers(now)
             if now >= checked + TURN:
                 checked = now
                 self._check(now)
-                self._report()
+                self._reports.send()
             if ends < float("inf"):
                 for link in [link for link in self._links if link.inner is None]:
                     self._close(link)
 
-    def _control_ended(self) -> bool:
-        try:
-            return not self._control.recv(4096)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+    def _attend_to_strangers(self, now: float) -> None:
+        """Serve ports and strangers for a while, and then let them rest."""
+        began, pause = time.thread_time(), 0.0
+        # Not all are served now. So that what is accepted is served, ports come after it.
+        for key, mask in sorted(self._outside.select(0), key=lambda event: _rank(event[0].data)):
+            if isinstance(key.data, Door):
+                pause = self._accept(key.data, now)
+            else:
+                self._pass(key.data, key.fileobj, mask, now)
+            used = time.thread_time() - began
+            if used > STINT or pause:
+                break
+        self._resting_until = now + max(pause, (time.thread_time() - began) / STRANGERS_SHARE)
+        self._selector.unregister(self._outside)
 
-    def _accept(self, door: Door, now: float) -> None:
+    def _accept(self, door: Door, now: float) -> float:
+        """Accept a few connections; return seconds in which no more shall be accepted."""
         for _ in range(ACCEPTS):
             try:
                 outer, (address, *_) = self._listeners[door].accept()
             except BlockingIOError:
-                return
+                return 0.0
             except OSError as error:  # the other side has left already, or there are no descriptors
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(TURN)
-                return
-            self._accepted += 1
+                return TURN if error.errno in (errno.EMFILE, errno.ENFILE) else 0.0
+            self._reports.accepted += 1
             outer.setblocking(False)
             outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link = Link(outer, door, address, self._plan, self._silent, now)
+            link = Link(outer, door, address, self._plan, self._silent, self._outside, now)
             self._links[link] = None
             self._watch(link)
             crowded = self._silent.enter(link.group, link)
             if crowded is not None:
                 self._make_room(self._silent, self._silent.oldest(crowded), crowded, "unfinished handshakes")
-        self._resting[door] = now + PAUSE
-        self._selector.unregister(self._listeners[door])
+        return 0.0
 
     def _pass(self, link: Link, ready: object, events: int, now: float) -> None:
         """Read and write at one side of a connection."""
@@ -158,7 +171,7 @@ class Gate:
                 if events & selectors.EVENT_WRITE:
                     link.to_inner = _send(link.inner, link.to_inner)
                 if events & selectors.EVENT_READ:
-                    self._read_inner(link)
+                    self._read_inner(link, now)
         except ViolationError as violation:
             self._cut(link, str(violation))
         except OSError:
@@ -167,10 +180,11 @@ class Gate:
             self._watch(link)
 
     def _read_outer(self, link: Link, now: float) -> None:
-        if link.need > link.granted and not self._grant(link, now):
+        if not self._grant(link, now):
             self._waiting[link] = None
             return
-        data = link.outer.recv(min(READ, SMALL + link.granted - link.held))
+        most = HANDSHAKE_BYTES if link.crowd is self._silent else min(READ, SMALL + link.granted - link.held)
+        data = link.outer.recv(most)
         if not data:
             self._end(link)
             return
@@ -191,28 +205,37 @@ class Gate:
         Raises:
             ViolationError: It exceeds a limit.
         """
-        door, settled = link.door, self._settled[link.door]
+        door, finished = link.door, link.inward.finished
         if link.held > door.bytes:
             raise ViolationError(f"sent more than {door.bytes:,} bytes {_since(door)}")
-        if link.crowd is settled:
+        if link.crowd is self._settled[door]:
             return
-        if link.held > HANDSHAKE_BYTES and link.inward.finished < self._plan.handshake:
+        if link.held > HANDSHAKE_BYTES and finished < self._plan.handshake:
             raise ViolationError(f"sent more than {HANDSHAKE_BYTES:,} bytes without a handshake")
-        if link.inner is None and link.inward.finished:
+        if link.crowd is self._silent and finished:
             if not self._rates.take(link.group, now):
                 raise ViolationError(f"begins more than {HANDSHAKE_RATE:.0f} handshakes a second")
             link.inner = socket.socket(socket.AF_UNIX)
             link.inner.setblocking(False)
             link.inner.connect(door.inner)
-        if link.inward.finished >= self._plan.handshake:
-            crowded = self._advance(link, settled)
+            crowded = self._advance(link, self._strangers)
             if crowded is not None:
-                leaves = settled.idle(crowded, lambda other: now - other.active > IDLE_SECONDS)
-                self._make_room(settled, leaves, crowded, "connections")
-        elif link.inward.finished and link.crowd is self._silent:
-            crowded = self._advance(link, self._shaking)
-            if crowded is not None:
-                self._make_room(self._shaking, self._shaking.oldest(crowded), crowded, "unfinished handshakes")
+                leaves = self._strangers.oldest(crowded)
+                self._make_room(self._strangers, leaves, crowded, "connections without a reply")
+        if link in self._links and not door.replies and finished > self._plan.handshake:
+            self._settle(link, now)
+
+    def _settle(self, link: Link, now: float) -> None:
+        """Count a connection as that of a host from now on."""
+        for end, mask in zip((link.outer, link.inner), link.masks, strict=True):
+            if end is not None and mask:
+                link.selector.unregister(end)
+        link.selector, link.masks = self._selector, [0, 0]
+        crowd = self._settled[link.door]
+        crowded = self._advance(link, crowd)
+        if crowded is not None:
+            leaves = crowd.idle(crowded, lambda other: now - other.active > IDLE_SECONDS)
+            self._make_room(crowd, leaves, crowded, "connections")
 
     def _advance(self, link: Link, crowd: "Crowd[Link]") -> str | None:
         link.crowd.leave(link.group, link)
@@ -222,53 +245,54 @@ class Gate:
     def _make_room(self, crowd: "Crowd[Link]", link: Link, group: str, what: str) -> None:
         """Close a connection in favor of others."""
         self._cut(link, "")
-        self._say(
-            group, f"{group} has more than {crowd.each} {what}, or all have more than {crowd.most}: some are closed"
-        )
+        line = f"{group} has more than {crowd.each} {what}, or all have more than {crowd.most}: some are closed"
+        self._reports.say(group, line)
 
-    def _read_inner(self, link: Link) -> None:
+    def _read_inner(self, link: Link, now: float) -> None:
         assert link.inner is not None
         data = link.inner.recv(READ)
         if not data:
             self._end(link)
             return
         heard, link.unheard = link.unheard, max(0, link.unheard - len(data))
+        link.to_outer = _send(link.outer, link.to_outer + data[heard:])
         if link.door.replies:
             replies = link.outward.messages
             link.outward.follow(data)
             if link.outward.messages > replies:
                 link.held, link.begun = 0, link.inward.frames
-                self._release(link)
-        link.to_outer = _send(link.outer, link.to_outer + data[heard:])
+                self._release(link, now)
+                if link.crowd is self._strangers:
+                    self._settle(link, now)
 
     def _grant(self, link: Link, now: float) -> bool:
-        """Give a connection the room in the pool that it needs."""
+        """Give a connection the room in the pool that it needs to read on; return False if there is none."""
         more = link.need - link.granted
-        if not self._pool.take(link.group, more):
+        if more <= 0:
+            return True
+        if not self._pool.take(link.group, more, link.crowd is self._strangers):
             return False
         if not link.granted:
             link.granted_at = now
         link.granted += more
         return True
 
-    def _release(self, link: Link) -> None:
+    def _release(self, link: Link, now: float) -> None:
+        """Give a connection's room back; those that can have what they need now read on, in their order."""
+        resuming = list(self._waiting) if link.granted else [link] if link in self._waiting else []
         if link.granted:
             self._pool.give_back(link.group, link.granted)
             link.granted = 0
-            self._resume(time.monotonic())
-
-    def _resume(self, now: float) -> None:
-        """Let connections read on that wait for the pool, in their order."""
-        for link in list(self._waiting):
-            if self._grant(link, now):
-                del self._waiting[link]
-                self._watch(link)
+        for waiting in resuming:
+            if self._grant(waiting, now):
+                del self._waiting[waiting]
+                self._watch(waiting)
 
     def _check(self, now: float) -> None:
         """Close connections whose time is over."""
         self._rates.tidy(now)
         for link in list(self._links):
-            if link.crowd in (self._silent, self._shaking):
+            if link.inward.finished < self._plan.handshake:
                 if now - link.opened > HANDSHAKE_SECONDS:
                     self._cut(link, "")
             elif link.granted and self._waiting:
@@ -284,12 +308,12 @@ class Gate:
 
     def _cut(self, link: Link, why: str) -> None:
         """Close a connection at once, so that the other side stops sending; count it."""
-        self._cut_off += 1
+        self._reports.cut_off += 1
         with suppress(OSError):
             link.outer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._close(link)
         if why:
-            self._say(link.group, f"{link.address} was cut off: it {why}")
+            self._reports.say(link.group, f"{link.address} was cut off: it {why}")
 
     def _close(self, link: Link) -> None:
         if link not in self._links:
@@ -299,10 +323,10 @@ class Gate:
         for end, mask in zip((link.outer, link.inner), link.masks, strict=True):
             if end is not None:
                 if mask:
-                    self._selector.unregister(end)
+                    link.selector.unregister(end)
                 end.close()
         link.crowd.leave(link.group, link)
-        self._release(link)
+        self._release(link, time.monotonic())
 
     def _watch(self, link: Link) -> None:
         """Wait for what a connection can do next."""
@@ -316,28 +340,12 @@ class Gate:
         for side, (end, mask) in enumerate(((link.outer, outer), (link.inner, inner))):
             if end is not None and mask != link.masks[side]:
                 if not link.masks[side]:
-                    self._selector.register(end, mask, link)
+                    link.selector.register(end, mask, link)
                 elif mask:
-                    self._selector.modify(end, mask, link)
+                    link.selector.modify(end, mask, link)
                 else:
-                    self._selector.unregister(end)
+                    link.selector.unregister(end)
                 link.masks[side] = mask
-
-    def _say(self, group: str, line: str) -> None:
-        """Give the coordinator a line for the user, once for an address and a reason."""
-        about = (group, NUMBER.sub("", line))
-        if about not in self._said and len(self._said) < LINES:
-            self._said.add(about)
-            self._news += json.dumps({"line": line}).encode() + b"\n"
-
-    def _report(self) -> None:
-        """Send news and counts; they wait while the coordinator is busy."""
-        counts = (self._accepted, self._cut_off)
-        if counts != self._reported and len(self._news) < READ:
-            self._reported = counts
-            self._news += json.dumps({"accepted": counts[0], "cut_off": counts[1]}).encode() + b"\n"
-        with suppress(OSError):
-            self._news = self._news[self._control.send(self._news) :] if self._news else b""
 
 
 def _greeting(inner: str) -> bytes:
@@ -353,6 +361,13 @@ def _greeting(inner: str) -> bytes:
                 raise ConnectionError("the coordinator has gone")
             greeting += part
         return greeting
+
+
+def _rank(data: Door | Link) -> float:
+    """Return when a port or a stranger has its turn, by chance: the lowest first."""
+    if isinstance(data, Link) and data.held <= SMALL:
+        return random.random()
+    return 1 + random.random() * (LARGE if isinstance(data, Link) else 1)
 
 
 def _since(door: Door) -> str:

@@ -1,5 +1,6 @@
 """A connection as the gate sees it, and what the coordinator asks the gate for."""
 
+import selectors
 import socket
 from typing import NamedTuple
 
@@ -32,8 +33,8 @@ class Plan(NamedTuple):
     frame: int  # most bytes of a frame
     parts: int  # most frames of a message
     handshake: int  # frames of a host's handshake
-    half_open: int  # most connections of an address that have not begun a handshake, and that have not finished it
-    each: int  # most connections of an address to a port
+    half_open: int  # most connections of an address that have not begun the handshake
+    each: int  # most connections of an address to a port, and most that have begun the handshake and had no reply
     most: int  # most connections of all
 
 
@@ -42,11 +43,18 @@ class Link:
 
     __slots__ = (
         *("outer", "inner", "door", "address", "group", "inward", "outward", "opened", "active", "crowd"),
-        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "unheard", "ending", "masks"),
+        *("held", "begun", "granted", "granted_at", "to_inner", "to_outer", "unheard", "ending", "selector", "masks"),
     )
 
     def __init__(
-        self, outer: socket.socket, door: Door, address: str, plan: Plan, crowd: "Crowd[Link]", now: float
+        self,
+        outer: socket.socket,
+        door: Door,
+        address: str,
+        plan: Plan,
+        crowd: "Crowd[Link]",
+        selector: selectors.BaseSelector,
+        now: float,
     ) -> None:
         """Begin without a connection to libzmq."""
         self.outer, self.door, self.address, self.group = outer, door, address, group_of(address)
@@ -59,6 +67,7 @@ class Link:
         self.to_inner = self.to_outer = b""
         self.unheard = GREETING  # bytes of libzmq that the host already has
         self.ending = False  # one side has closed
+        self.selector = selector
         self.masks = [0, 0]  # events that are waited for: outer, inner
 
     @property

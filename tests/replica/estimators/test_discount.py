@@ -1,6 +1,7 @@
 """Noise on activations against exact gradients, which `jax.grad` knows and the estimator does not."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ SIGMA = 0.005
 CHUNKS, WINDOWS, COPIES = 8, 32, 128
 
 
+@cache
 def layer(vocab_size: int = VOCAB) -> Model:
     """One linear layer from the last token to the next: pre-activations are all there is."""
 
@@ -44,21 +46,23 @@ def layer(vocab_size: int = VOCAB) -> Model:
     )
 
 
+@cache
 def make(
     model: Model,
     *,
     sigma: float = SIGMA,
-    layer_sigma: dict[str, float] | None = None,
+    layer_sigma: tuple[tuple[str, float], ...] = (),
     discount: float = 1.0,
     copies: int = COPIES,
     **changes: Any,
 ) -> tuple[Params, Taps, Callable[..., Estimate]]:
+    """Make and compile once what several tests call."""
     first = model.init(jax.random.key(3))
     params = jax.tree.map(lambda leaf, key: leaf + 0.5 * jax.random.normal(key, leaf.shape), first, keys_like(first))
     taps = find_taps(model, params)
     names = [*taps.consume, *taps.predict]
     settings: dict[str, Any] = {
-        "sigma": dict.fromkeys(names, sigma) | (layer_sigma or {}),
+        "sigma": dict.fromkeys(names, sigma) | dict(layer_sigma),
         "discount": dict.fromkeys(taps.consume, discount),
         "copies": copies,
         "burn_in": 0,
@@ -78,7 +82,7 @@ def seeds_of(chunk: int, windows: int = WINDOWS) -> Array:
 
 
 def exact(model: Model, params: Params, tokens: Array = TOKENS) -> Params:
-    return jax.grad(lambda params: len(tokens) * Member(model, params).cross_entropy(tokens))(params)
+    return jax.jit(jax.grad(lambda params: len(tokens) * Member(model, params).cross_entropy(tokens)))(params)
 
 
 def flat(tree: Params) -> np.ndarray:
@@ -149,7 +153,7 @@ def test_sigma_of_a_layer_is_its_own() -> None:
     """In the limit of small sigma the estimate does not depend on it: another one changes it, and next to nothing."""
     model = MODELS["gru"]
     params, _, estimate = make(model)
-    _, _, other = make(model, layer_sigma={"hidden": SIGMA / 2, "new": SIGMA / 4})
+    _, _, other = make(model, layer_sigma=(("hidden", SIGMA / 2), ("new", SIGMA / 4)))
     one, two = estimates(estimate, params)[0], estimates(other, params)[0]
     assert 0 < np.linalg.norm(one - two) < 0.05 * np.linalg.norm(one)
 

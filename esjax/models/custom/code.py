@@ -14,7 +14,7 @@ import optax
 
 from esjax.config.custom_names import OPTIONS, SHOWN, Code, is_code
 from esjax.errors import EsjaxError
-from esjax.models.custom import Custom, Reward, Tool, check_given
+from esjax.models.custom.parts import Custom, Reward, Tool, check_given
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: those of another run, or of a file."""
+"""The weights that a run starts from: those of another run, or of a file, known by their hash."""
 
 import tempfile
 from dataclasses import replace as with_parts
@@ -13,15 +13,19 @@ from esjax.inference.loaded_run import LoadedRun, load, load_custom_model
 from esjax.models.custom import Custom
 from esjax.models.model import Params
 from esjax.paths import given_path
+from esjax.runs.checkpoint import digest
 from esjax.runs.folder import RunFolder
 from esjax.weights.files import import_weights
+
+SHOWN = 12
+"""Digits of a hash that messages show."""
 
 
 class Start(NamedTuple):
     """What a run starts with.
 
     Attributes:
-        config: Settings of the run, with the model and the vocabulary of the weights.
+        config: Settings of the run, with the model, the vocabulary and the hash of the weights.
         custom: Custom parts of the run, with the model of the weights if that is custom.
         vocabulary: Vocabulary of the weights; None: there are no weights.
         params: The weights; None: random ones.
@@ -34,7 +38,7 @@ class Start(NamedTuple):
 
 
 def start_of(config: Config, custom: Custom) -> Start:
-    """Load the weights that the setting `init` names.
+    """Load the weights that the setting `init` names, for a new run.
 
     The averaged weights of a run are taken, with its model and vocabulary; with its text, too, unless the settings name
     one.
@@ -45,19 +49,8 @@ def start_of(config: Config, custom: Custom) -> Start:
     if config.init is None:
         return Start(config, custom)
     path = given_path(config.init)
-    if path.suffix not in (".safetensors", ".npy"):
-        if not path.is_dir():
-            raise EsjaxError(f"init {str(path)!r} is neither a run folder nor a file of weights (.safetensors, .npy)")
-        return _start_with(config, custom, path, str(path))
-    with tempfile.TemporaryDirectory() as folder:
-        import_weights(path, Path(folder) / "run", model=custom.model)
-        return _start_with(config, custom, Path(folder) / "run", str(path))
-
-
-def _start_with(config: Config, custom: Custom, folder: Path, name: str) -> Start:
-    run = RunFolder(folder)
-    found = load_custom_model(run, custom.model, "esjax.train", lambda line: None)
-    loaded = load(folder, model=found.model)
+    found, loaded = _load(path, custom)
+    name = str(path)
     if found.model is None and config.model not in (GruConfig(), loaded.config.model):
         raise EsjaxError(
             f"init {name!r} holds the model {loaded.config.model}, and the settings ask for {config.model}; leave the "
@@ -67,14 +60,57 @@ def _start_with(config: Config, custom: Custom, folder: Path, name: str) -> Star
         code = {**custom.code, **{kind: code for kind, code in found.code.items() if kind == "model"}}
         custom = with_parts(custom, model=found.model, code=code)
     data = _data(config.data, loaded, name)
-    config = replace(config, init=name, model=loaded.config.model, data=data)
+    config = replace(config, init=name, init_digest=digest(loaded.params), model=loaded.config.model, data=data)
     return Start(config, custom, loaded.vocabulary, loaded.params)
+
+
+def first_params(config: Config, custom: Custom, init: Path | None = None) -> Params | None:
+    """Load the weights that a run began with; None: random ones.
+
+    Args:
+        config: Settings of the run.
+        custom: Custom parts of the run.
+        init: Place of the weights, as in the setting `init`. None: the place in the settings.
+
+    Raises:
+        EsjaxError: The weights cannot be read, or are not those that the run began with.
+    """
+    if config.init is None:
+        return None
+    path = init or given_path(config.init)
+    if path.is_dir() and custom.model is None and "model" in RunFolder(path).custom:
+        # A host gets this path from a coordinator, and must not run code that it was not given.
+        raise EsjaxError(f"{str(path)!r} holds a custom model, and the run has none; give the weights of the run")
+    params: Params = _load(path, custom)[1].params
+    found = digest(params)
+    if config.init_digest not in ("", found):
+        raise EsjaxError(
+            f"the weights of {str(path)!r} (hash {found[:SHOWN]}) are not those that the run began with "
+            f"({config.init_digest[:SHOWN]}); put the old ones there"
+        )
+    return params
+
+
+def _load(path: Path, custom: Custom) -> tuple[Custom, LoadedRun]:
+    """Load the weights of a run or a file, and the custom model, if that is what they are of."""
+    if path.suffix not in (".safetensors", ".npy"):
+        if not path.is_dir():
+            raise EsjaxError(f"init {str(path)!r} is neither a run folder nor a file of weights (.safetensors, .npy)")
+        return _load_run(path, custom)
+    with tempfile.TemporaryDirectory() as folder:
+        import_weights(path, Path(folder) / "run", model=custom.model)
+        return _load_run(Path(folder) / "run", custom)
+
+
+def _load_run(folder: Path, custom: Custom) -> tuple[Custom, LoadedRun]:
+    found = load_custom_model(RunFolder(folder), custom.model, "esjax.train", lambda line: None)
+    return found, load(folder, model=found.model)
 
 
 def _data(data: DataConfig, loaded: LoadedRun, name: str) -> DataConfig:
     """Return the settings of the data, with the vocabulary of the weights."""
     theirs, vocabulary = loaded.config.data, loaded.vocabulary
-    if data.text == DataConfig().text and RunFolder(loaded.path).text_digest:
+    if data.text == DataConfig().text and Path(name).is_dir() and RunFolder(loaded.path).text_digest:
         data = replace(data, text=theirs.text, documents=theirs.documents, held_out=theirs.held_out)
     symbols = "".join(vocabulary.symbols) or None
     kind = theirs.vocabulary if vocabulary.kind == "tokenizer" else vocabulary.kind

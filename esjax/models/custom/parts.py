@@ -17,7 +17,7 @@ from esjax.config.models import ModelConfig
 from esjax.errors import EsjaxError
 from esjax.flags import default_flags
 from esjax.models import Model, build_model
-from esjax.models.check import check_model
+from esjax.models.custom.check import check_model
 from esjax.models.member import Loss, Member
 from esjax.models.model import ModelFactory
 
@@ -50,7 +50,7 @@ class Custom:
         reward: Reward of one member on one sequence; excludes `loss`.
         tool: Tool that members call while they write for a reward in Python.
         optimizer: Any optax transformation.
-        code: By kind, the file and function if PATH.py:FUNCTION was given, see `esjax.models.custom_code`.
+        code: By kind, the file and function if PATH.py:FUNCTION was given, see `esjax.models.custom.code`.
 
     Raises:
         EsjaxError: There is a loss and a reward, or one of the values cannot be used.

@@ -64,6 +64,8 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
                 f"consume of {name} returns {_described(after)}, and initial_state {_described(state)}; a state must "
                 "keep its form, shapes and types"
             )
+    if model.states is not None:
+        _check_states(name, shapes, params, state)
     if model.logits is not None:
         _check_logits(name, shapes, params, model.context, vocab_size)
     return model
@@ -79,6 +81,16 @@ def _check_paths(name: str, model: Model, params: Params) -> None:
                 raise EsjaxError(
                     f"{field} of {name} is {prefix!r}, which names no parameter; there are {', '.join(known)}"
                 )
+
+
+def _check_states(name: str, shapes: Callable[..., Any], params: Params, state: Any) -> None:
+    tokens = jax.ShapeDtypeStruct((2,), jnp.int32)
+    found = _described(shapes("states", params, state, tokens))
+    wanted = _described(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), state))
+    if found != wanted:
+        raise EsjaxError(
+            f"states of {name} returns {found} for 2 tokens; it must return the state after each, {wanted}"
+        )
 
 
 def _check_logits(name: str, shapes: Callable[..., Any], params: Params, context: int, vocab_size: int) -> None:

@@ -1,0 +1,174 @@
+"""Rewards in Python over hosts as real processes: starts from weights, subwords, and what may be wrong at a host."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import SMALL, TEXT, Fleet, fleet, steps_done, updates, wait_until
+
+import esjax
+from esjax.config.settings import to_yaml
+from esjax.data.corpus import load_corpus
+from esjax.data.delivery import pack_text
+from esjax.hosts.executor import Executor
+from esjax.hosts.protocol.tasks import Build, Failed
+from esjax.hosts.status import fetch_status
+from esjax.models.custom import Custom
+from esjax.models.custom.code import load_custom
+from esjax.runs.reader import read_run
+from esjax.training.replay import replay
+
+__all__ = ["fleet"]
+
+REWARD = """
+import os, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def share_of_e(prompts, completions):
+    try:
+        (HERE / "killed").touch(exist_ok=False)
+    except FileExistsError:
+        return [text.count("e") / max(len(text), 1) for text in completions]
+    os.kill(os.getpid(), 9)  # once: the call is made again
+
+def slow(prompts, completions):
+    with (HERE / "calls").open("a") as calls:
+        calls.write("call\\n")
+    time.sleep(0.3)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def write_files(folder: Path) -> None:
+    (folder / "rewards.py").write_text(REWARD)
+    (folder / "prompts.txt").write_text("".join(f"{number} to be\n" for number in range(40)))
+
+
+def begin_base(out: Path, vocabulary: str = "char") -> None:
+    """Train the weights that a run starts from, with the model of `SMALL`."""
+    config = esjax.Config(
+        steps=2,
+        data=esjax.DataConfig(text=str(TEXT), window=8, vocabulary=vocabulary),
+        es=esjax.EsConfig(population_size=64),
+        model=esjax.GruConfig(hidden_size=8, head_size=8),
+    )
+    list(esjax.train(config, out, tell=print))
+
+
+def words_of(folder: Path, reward: str) -> tuple[list[str], list[str]]:
+    """Return the words of `serve` and `train`, and those of `join`."""
+    function = ["--reward.function", f"{folder / 'rewards.py'}:{reward}"]
+    prompts = ["--reward.prompts", str(folder / "prompts.txt"), "--reward.length", "6", "--reward.processes", "1"]
+    return [*function, *prompts, "--data.batch-size", "2"], function
+
+
+def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promotion: None) -> None:
+    """From the weights of a run with subwords; a host and the coordinator are killed, and a worker process, too."""
+    pytest.importorskip("tokenizers")
+    folder = fleet.folder
+    write_files(folder)
+    begin_base(folder / "base", vocabulary="bpe:290")
+    shutil.copytree(folder / "base", folder / "copy")
+    shutil.copytree(folder / "base", folder / "other")
+    list(esjax.resume(folder / "other", steps=3, tell=print))
+    begin, function = words_of(folder, "share_of_e")
+    begin += ["--init", str(folder / "base")]
+    server = fleet.serve(*begin)
+    survivor = fleet.join("survivor", *function)
+    victim = fleet.join("victim", *function, "--init", str(folder / "copy"))
+    other = fleet.join("other", *function, "--init", str(folder / "other"))
+    missing = fleet.join("missing", *function, "--init", str(folder / "nothing"))
+    assert [other.ends(), missing.ends()] == [2, 2]
+    assert "are not those that the run began with" in other.output
+    assert "join with --init PATH" in " ".join(missing.output.split())
+    wait_until(lambda: steps_done(fleet.run) >= 3 and all_ready(fleet, 2))
+    victim.send(signal.SIGKILL)
+    done = steps_done(fleet.run)
+    wait_until(lambda: steps_done(fleet.run) >= done + 3)
+    status = fetch_status(fleet.address)
+    assert status.greedy_reward is not None
+    assert status.pass_at_k is not None
+    server.send(signal.SIGKILL)
+    server.ends()
+    again = fleet.serve_again()
+    done = steps_done(fleet.run)
+    wait_until(lambda: steps_done(fleet.run) >= done + 3)
+    again.send(signal.SIGTERM)
+    assert again.ends() == 0
+    assert survivor.popen.poll() is None
+    assert (folder / "killed").exists()
+    for process in (server, survivor, again):
+        assert "Traceback" not in process.output
+        assert "failed" not in process.output
+    steps, local = steps_done(fleet.run), folder / "local"
+    settings = ["--data.text", str(TEXT), *SMALL, *begin, "--ledger", "--steps", str(steps), "--out", str(local)]
+    assert fleet.start("train", *settings).ends() == 0
+    assert updates(fleet.run) == updates(local)
+    assert replay(fleet.run).agrees
+    for measure in ("greedy_reward", "pass_at_k", "held_out"):
+        assert np.isfinite(read_run(fleet.run).metrics[measure]).any()
+    for info in esjax.resume(fleet.run, steps=steps + 1):
+        assert info.step == steps + 1
+    shutil.rmtree(fleet.run / "checkpoints")
+    assert esjax.resume(fleet.run, steps=steps + 2).step == steps + 1
+
+
+def all_ready(fleet: Fleet, count: int) -> bool:
+    return [host.state for host in fetch_status(fleet.address).hosts].count("ready") == count
+
+
+def test_a_host_with_another_reward_ends_with_one_line_and_no_call_is_made_twice(
+    fleet: Fleet, lenient_promotion: None
+) -> None:
+    """Reference: three steps with a call for each of 32 pairs; and the four pairs that each host may have begun of the
+    step after. The start is sent, since the settings say so.
+    """
+    folder = fleet.folder
+    write_files(folder)
+    begin_base(folder / "base")
+    begin, function = words_of(folder, "slow")
+    begin += ["--steps", "3", "--reward.held-out", "0", "--hosts.spot-check", "0"]
+    server = fleet.serve(*begin, "--init", str(folder / "base"), "--hosts.send-init")
+    (folder / "base").rename(folder / "gone")
+    (folder / "changed.py").write_text(REWARD + "\n")
+    changed = fleet.join("changed", "--reward.function", f"{folder / 'changed.py'}:slow")
+    missing = fleet.join("missing", "--reward.function", f"{folder / 'none.py'}:slow")
+    assert [changed.ends(), missing.ends()] == [2, 2]
+    assert "is not the coordinator's" in " ".join(changed.output.split())
+    assert "copy that one here" in " ".join(changed.output.split())
+    assert f"there is no file '{folder / 'none.py'}'" in " ".join(missing.output.split())
+    hosts = [fleet.join(name, *function) for name in ("one", "two")]
+    assert [server.ends(), *(host.ends() for host in hosts)] == [0, 0, 0]
+    assert not any(word in server.output for word in ("is late", "is hung", "held up"))
+    assert 0 <= len((folder / "calls").read_text().splitlines()) - 3 * 32 <= 2 * 4
+
+
+@pytest.mark.parametrize("kind", ["lambda", "file", "prompts"])
+def test_what_a_host_lacks_is_one_line(tmp_path: Path, kind: str) -> None:
+    """A function of no file; a file that is gone when the processes start; and no prompts."""
+    write_files(tmp_path)
+    config = esjax.Config(
+        data=esjax.DataConfig(text=str(TEXT)),
+        reward=esjax.RewardConfig(prompts=str(tmp_path / "prompts.txt"), processes=1),
+        es=esjax.EsConfig(population_size=8, chunk_pairs=2),
+    )
+    custom = Custom(reward=lambda prompts, completions: [0.0] * len(prompts))
+    if kind != "lambda":
+        custom = load_custom(reward=f"{tmp_path / 'rewards.py'}:slow")
+        (tmp_path / {"file": "rewards.py", "prompts": "prompts.txt"}[kind]).unlink()
+    corpus = load_corpus(config.data)
+    text = pack_text(corpus.stream(), corpus.held_out, corpus.vocabulary)
+    build = Build(to_yaml(config), corpus.vocabulary.size, text.data, text.digest, text.size)
+    result = Executor(custom=custom, tell=print).do(build)
+    assert isinstance(result, Failed)
+    assert "\n" not in result.reason
+    lacks = {
+        "lambda": "put it into a file",
+        "file": "the reward slow cannot be called: cannot load",
+        "prompts": "put the prompts there that the run was begun with",
+    }
+    assert lacks[kind] in result.reason

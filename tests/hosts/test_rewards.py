@@ -1,0 +1,183 @@
+"""Rewards in Python over hosts, in simulated time: they are slow and may be random, and honest hosts stay."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hosts_simulation import DELAY, QUANTUM, Simulation, Twist, check_updates, config_of
+
+from esjax.config.reward import RewardConfig
+from esjax.config.settings import Config
+from esjax.exchange.update_record import pairs_of
+from esjax.exchange.values import make_exchange
+from esjax.hosts.protocol import wire
+from esjax.hosts.protocol.transfers import FAR
+
+COMPLAINTS = ("is late", "is hung", "held up", "is lost", "in time", "is put aside")
+"""What is said of hosts that do not do their work."""
+
+
+def with_reward(seconds: float = 10.0, tolerance: float = 0.0, population: int = 64, spot_check: float = 0.0) -> Config:
+    reward = RewardConfig(prompts="prompts.txt", seconds=seconds, tolerance=tolerance)
+    return config_of(population=population, spot_check=spot_check, reward=reward)
+
+
+def complaints(sim: Simulation) -> list[str]:
+    return [line for line in sim.lines if any(words in line for words in COMPLAINTS)]
+
+
+def check_nothing_twice(sim: Simulation) -> None:
+    """Check that no pair was scored twice, or leased twice after the step in which the hosts joined."""
+    scored = Counter(pair for host in sim.hosts.values() for pair in host.device.scored)
+    assert set(scored.values()) == {1}
+    leased = Counter[tuple[int, int]]()
+    some = next(iter(sim.hosts))  # every host hears every broadcast
+    for message in [*sim.messages(wire.Step, some), *sim.messages(wire.Extra, some)]:
+        if message.step:
+            pairs = pairs_of([(first, count) for _, first, count in message.leases])
+            leased.update((message.step, int(pair)) for pair in pairs)
+    assert set(leased.values()) == {1}
+
+
+def states_of(sim: Simulation) -> dict[str, str]:
+    return {host.name: host.state for host in sim.server.status(sim.now).hosts}
+
+
+def test_no_pair_of_a_slow_reward_is_given_twice() -> None:
+    """A call takes two seconds: a task, of four pairs, takes eight."""
+    for hosts in (1, 2, 3, 11):  # of eight quanta: also more hosts than quanta
+        sim = Simulation(with_reward())
+        for number in range(hosts):
+            sim.add(f"host {number}", speed=0.5)
+        sim.run_steps(5, limit=2000)
+        assert not complaints(sim)
+        check_nothing_twice(sim)
+        check_updates(sim.updates, sim.config)
+
+
+@pytest.mark.parametrize("hosts", [2, 9])
+@pytest.mark.parametrize(("limit", "call"), [(30.0, 25.0), (120.0, 100.0), (1.0, 50.0)])
+def test_long_tasks_make_no_host_late(hosts: int, limit: float, call: float) -> None:
+    """A task is four calls, near their time limit, whose ends are in the host's beats; or a large model writes."""
+    sim = Simulation(with_reward(seconds=limit))
+    for number in range(hosts):
+        sim.add(f"host {number}", speed=1 / call)
+    sim.run_steps(3, limit=100_000)
+    assert not complaints(sim)
+    check_nothing_twice(sim)
+
+
+def seconds_with_a_tail(seed: int) -> Callable[[int], float]:
+    """Most calls take a tenth of a second, one of fifty takes nine."""
+    draws = random.Random(seed)
+    return lambda pairs: sum(9.0 if draws.random() < 0.02 else 0.1 for _ in range(pairs))
+
+
+def test_a_rare_long_call_makes_no_host_late_and_none_rests() -> None:
+    sim = Simulation(with_reward(population=256))
+    for number in range(3):
+        sim.add(f"host {number}", seconds_of=seconds_with_a_tail(number))
+    sim.run_steps(40, limit=10_000)
+    assert not complaints(sim)
+
+
+def test_a_host_that_hangs_in_a_reward_is_noticed_and_its_pairs_go_to_others() -> None:
+    sim = Simulation(with_reward())
+    for name in ("a", "b"):
+        sim.add(name, speed=0.5)
+    sim.run_steps(2, limit=1000)
+    sim.hosts["b"].device.hung = True
+    began = sim.now
+    sim.run_steps(3, limit=1000)
+    assert sim.now - began < 500
+    check_updates(sim.updates, sim.config)
+
+
+def noisy(size: float, seed: int) -> Twist:
+    """A random reward: another number for the same text each time."""
+    draws = np.random.default_rng(seed)
+    return lambda losses, pairs: (losses + draws.uniform(-size / 2, size / 2, losses.shape)).astype(np.float32)
+
+
+def failing(share: float, seed: int) -> Twist:
+    """A reward that exceeds its time limit now and then."""
+    draws = np.random.default_rng(seed)
+
+    def twist(losses: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        return np.where(draws.random((len(losses), 1)) < share, np.float32(np.nan), losses)
+
+    return twist
+
+
+def adds(more: float) -> Twist:
+    """A host that claims more reward for one member of each pair."""
+    return lambda losses, pairs: losses - np.array([more, 0.0], np.float32)
+
+
+@pytest.mark.parametrize("twist", [partial(noisy, 0.1), partial(failing, 0.1)], ids=["noisy", "failing"])
+def test_spot_checks_find_the_host_that_adds_to_its_rewards_and_no_honest_one(twist: Callable[[int], Twist]) -> None:
+    """All steps are checked; the noise reaches the tolerance, and calls fail at one host alone."""
+    sim = Simulation(with_reward(tolerance=0.1, spot_check=1.0, population=128))
+    for number, name in enumerate("abc"):
+        sim.add(name, twist=twist(number))
+    sim.run_steps(40)
+    assert set(states_of(sim).values()) == {"ready"}
+    sim.add("liar", twist=adds(0.5))
+    sim.run(3000, until=lambda: states_of(sim).get("liar") == "put aside")
+    sim.run_steps(10)
+    assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready", "liar": "put aside"}
+
+
+def test_a_deterministic_reward_is_compared_exactly() -> None:
+    """A thousandth is far less than what devices may differ by in a loss of several nats, but no reward."""
+    sim = Simulation(with_reward(spot_check=1.0, population=128))
+    for name in "abc":
+        sim.add(name)
+    sim.add("liar", twist=adds(1e-5))
+    sim.run(3000, until=lambda: states_of(sim).get("liar") == "put aside")
+    assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready", "liar": "put aside"}
+
+
+def test_rewards_agree_within_their_tolerance() -> None:
+    """Reference: by hand."""
+    one = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], np.float32)
+    exact, tolerant = make_exchange(0, tolerance=0.0), make_exchange(0, tolerance=0.5)
+    one = np.concatenate([one] * 10)
+    some, half, most = one.copy(), one.copy(), one.copy()
+    some[0, 1] += 0.4
+    half[::2, 0] = np.nan
+    most[:21] = np.nan
+    assert exact.agree(one, np.nextafter(one, np.float32(9)))
+    assert (exact.agree(one, some), tolerant.agree(one, some)) == (False, True)
+    assert not tolerant.agree(one, one + np.float32(0.6))
+    assert exact.agree(one, half)  # its calls took too long
+    assert exact.agree(half, one)
+    assert not exact.agree(one, most)
+    assert exact.agree(most, most.copy())
+
+
+@pytest.mark.parametrize("steps", [3, FAR + 10])
+def test_a_host_that_has_the_start_gets_the_updates_alone(steps: int) -> None:
+    """However far behind it is: a state would be larger than all updates."""
+    sim = Simulation(config_of(population=2 * QUANTUM, init="base", spot_check=0.0, checkpoint_time=0.5))
+    sim.fate = lambda direction, host, message: [DELAY / 10]
+    first = sim.add("first", has_start=True, speed=1e6)
+    sim.run_steps(steps, limit=10_000)
+    assert sim.server.audits.snapshots[-1].step > 0
+    late = sim.add("late", has_start=True)
+    sim.run(300, until=lambda: late.worker.phase == "ready")
+    assert late.device.step >= steps
+    assert first.device.loaded == late.device.loaded == []
+    assert not [message for message in sim.messages(wire.Fetch) if message.what == "state"]
+    assert all(two == one + 1 for one, two in pairwise(late.device.made))
+
+
+def test_a_host_without_the_start_fetches_a_state() -> None:
+    sim = Simulation(config_of(init="base", spot_check=0.0))
+    host = sim.add("one")
+    sim.run_steps(2)
+    assert host.device.loaded == [0]
