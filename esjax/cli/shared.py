@@ -40,6 +40,8 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
 
 Moved = Annotated[str | None, tyro.conf.arg(name="data.text")]
 
+MovedPrompts = Annotated[str | None, tyro.conf.arg(name="reward.prompts")]
+
 ModelOption = Annotated[str | None, tyro.conf.arg(metavar="PATH.py:FUNCTION")]
 
 
@@ -103,6 +105,9 @@ class CustomOptions:
     """Custom reward to maximise: (member, tokens, key) -> float32, or (prompts, completions) -> list of floats in plain
     Python, with --reward.prompts. See docs/rewards.md."""
 
+    tool: Annotated[str | None, tyro.conf.arg(name="reward.tool", metavar="PATH.py:FUNCTION")] = None
+    """Tool that members call while they write for a reward in Python: (text) -> string. See --reward.tool-at."""
+
     optimizer: Annotated[str | None, tyro.conf.arg(name="optim.custom", metavar="PATH.py:FUNCTION")] = None
     """Custom optimizer: a function without arguments that returns an optax transformation."""
 
@@ -110,7 +115,9 @@ class CustomOptions:
         """Load the custom parts that are given, after `prepare`."""
         from esjax.models.custom.code import load_custom
 
-        return load_custom(model=self.model, loss=self.loss, reward=self.reward, optimizer=self.optimizer)
+        return load_custom(
+            model=self.model, loss=self.loss, reward=self.reward, tool=self.tool, optimizer=self.optimizer
+        )
 
 
 def prepare(processes: str | None = None) -> None:

@@ -162,7 +162,8 @@ def conclusion(means: "Sequence[SeedMean]") -> str:
     if not means or means[0].seeds < 2:
         return "fewer than two seeds have finished for all settings, so they cannot be compared"
     if len(means) == 1:
-        interval = f"{means[0].held_out:.4f} ± {means[0].interval:.4f} nats per token over {means[0].seeds} seeds"
+        unit = "nats per token" if means[0].ranked_by == "held-out loss" else means[0].ranked_by
+        interval = f"{means[0].mean:.4f} ± {means[0].interval:.4f} {unit} over {means[0].seeds} seeds"
         return f"{interval}; nothing to compare it with"
     ahead = [" ".join(f"{name}={value}" for name, value in mean.values.items()) for mean in means if mean.ahead]
     if len(ahead) == 1:
@@ -175,11 +176,11 @@ def _mean_table(means: "Sequence[SeedMean]") -> Table:
     table = Table(box=None)
     for name in means[0].values:
         table.add_column(name)
-    for name in ("mean held-out", "± 95%", "seeds"):
+    for name in (f"mean {means[0].ranked_by}", "± 95%", "seeds"):
         table.add_column(name, justify="right")
     for mean in means:
         interval = f"{mean.interval:.4f}" if math.isfinite(mean.interval) else "-"
-        table.add_row(*map(str, mean.values.values()), f"{mean.held_out:.4f}", interval, str(mean.seeds))
+        table.add_row(*map(str, mean.values.values()), f"{mean.mean:.4f}", interval, str(mean.seeds))
     return table
 
 
@@ -188,18 +189,18 @@ def _announce(server: "Server") -> None:
 
 
 def _table(outcomes: "Sequence[Outcome]") -> Table:
-    """Make the table of runs by held-out loss, with the values of the axes."""
+    """Make the table of runs, with the values of the axes."""
     table = Table(box=None)
     for name in outcomes[0].values:
         table.add_column(name)
-    for name in ("held-out", "seconds", "member-tokens", "steps"):
+    for name in (outcomes[0].ranked_by, "seconds", "member-tokens", "steps"):
         table.add_column(name, justify="right")
     table.add_column("")
     for one in outcomes:
         note = f"{one.state}: {legible(one.note)}" if one.note else "" if one.state == "finished" else one.state
         table.add_row(
             *map(str, one.values.values()),
-            "-" if one.held_out is None else f"{one.held_out:.4f}" if one.held_out < 1000 else f"{one.held_out:.2g}",
+            "-" if one.value is None else f"{one.value:.4f}" if one.value < 1000 else f"{one.value:.2g}",
             f"{one.seconds:.1f}",
             f"{one.member_tokens:,}",
             f"{one.step:,}",

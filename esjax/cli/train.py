@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from esjax.cli.shared import CustomOptions, Moved, Run, Watching, new_folder, prepare, show, teller
+from esjax.cli.shared import CustomOptions, Moved, MovedPrompts, Run, Watching, new_folder, prepare, show, teller
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
 from esjax.hosts.local import LocalWorkers, check_workers
@@ -99,6 +99,9 @@ class Resume:
     text: Moved = None
     """New place of the run's text, which must be unchanged. None: the place in its settings."""
 
+    prompts: MovedPrompts = None
+    """New place of the run's prompts, which must be unchanged. None: the place in its settings."""
+
     watching: Annotated[Watching, tyro.conf.arg(name="")] = field(default_factory=Watching)
 
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
@@ -116,6 +119,7 @@ class Resume:
             steps=self.steps,
             seconds=self.seconds,
             text=self.text,
+            prompts=self.prompts,
             trackers=trackers,
             tell=tell,
         )

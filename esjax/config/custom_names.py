@@ -1,4 +1,4 @@
-"""Names of custom models, losses, rewards and optimizers: in records, in errors and on the command line."""
+"""Names of custom models, losses, rewards, tools and optimizers: in records, in errors and on the command line."""
 
 import hashlib
 import inspect
@@ -10,7 +10,13 @@ from typing import Any
 import msgspec
 
 OPTIONS: Mapping[str, str] = MappingProxyType(
-    {"model": "--model", "loss": "--loss.function", "reward": "--reward.function", "optimizer": "--optim.custom"}
+    {
+        "model": "--model",
+        "loss": "--loss.function",
+        "reward": "--reward.function",
+        "tool": "--reward.tool",
+        "optimizer": "--optim.custom",
+    }
 )
 """The command-line option of each kind; it takes PATH.py:FUNCTION."""
 

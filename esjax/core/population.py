@@ -88,6 +88,7 @@ def map_members(
     mesh: Mesh | None = None,
     chunk_pairs: int | None = None,
     precision: Precision = "float32",
+    by_member: bool = False,
 ) -> Callable[..., Any]:
     """Make the function that applies any function to both members of every pair; jit it.
 
@@ -101,6 +102,7 @@ def map_members(
         mesh: See `evaluate`.
         chunk_pairs: See `evaluate`.
         precision: See `evaluate`.
+        by_member: Whether each example has a leading axis of 2, with an entry for each member.
 
     Returns:
         `(params, seeds, batch, count=None) -> results`, a pytree like `result`, each leaf [pairs, 2, ...].
@@ -118,10 +120,10 @@ def map_members(
         def of_pair(params: Params, seed: UInt32[Array, "2"], drawn: Any, example: Any) -> Any:
             key = loss_key(seed)
 
-            def of_member(sign: Float[Array, ""]) -> Any:
+            def of_member(sign: Float[Array, ""], example: Any) -> Any:
                 return interpret(function)(layout.member(params, drawn, sign, precision), example, key)
 
-            return jax.vmap(of_member)(signs)
+            return jax.vmap(of_member, in_axes=(0, 0 if by_member else None))(signs, example)
 
         def of_chunk(numbers: Int[Array, " chunk"], seeds: UInt32[Array, "chunk 2"], params: Params, batch: Any) -> Any:
             leaves, treedef = jax.tree.flatten(batch)

@@ -22,7 +22,7 @@ from esjax.hosts.rounding import rounding_kind
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import Token, load_token
 from esjax.hosts.transport.sockets import Limits
-from esjax.models.custom import Custom, Reward
+from esjax.models.custom import Custom, Reward, Tool
 from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -61,6 +61,7 @@ def join(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
@@ -79,6 +80,7 @@ def join(
             file. Code is never sent.
         loss: The custom loss, if the run has one; given like the model.
         reward: The custom reward, if the run has one; given like the model.
+        tool: The tool, if the run has one; given like the model.
         optimizer: The custom optimizer, if the run has one: an optax transformation, or PATH.py:FUNCTION.
         tell: Prints a line for the user.
 
@@ -86,7 +88,7 @@ def join(
         EsjaxError: The coordinator refuses the host or cannot be reached, the devices failed, or the weights or the
             prompts that the run needs are not here.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     join_with(
         custom,
         address,

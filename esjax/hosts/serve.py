@@ -33,7 +33,7 @@ from esjax.hosts.transport.server import ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
-from esjax.models.custom import Custom, Reward
+from esjax.models.custom import Custom, Reward, Tool
 from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -334,6 +334,7 @@ def serve(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
@@ -351,6 +352,7 @@ def serve(
             a text PATH.py:FUNCTION, a copy of the same file, see `esjax.train`.
         loss: A custom loss.
         reward: A custom reward, in place of a loss.
+        tool: A tool that members call while they write for a reward in Python, see `esjax.train`.
         optimizer: A custom optimizer: any optax transformation.
         trackers: Trackers of the run, see `esjax.Tracker`, or names: tensorboard, wandb, trackio.
         tell: Prints a line for the user. None: print to standard error.
@@ -360,7 +362,7 @@ def serve(
             tracker is missing, a custom loss or reward does not return one float32, or the optimizer needs more
             arguments than it gets. Iteration raises it, and removes the folder, if it cannot listen at the address.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return serve_with(
         custom,
         config or Config(),
@@ -411,6 +413,7 @@ def resume_serving(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     steps: int | None = None,
     seconds: float | None = None,
@@ -428,6 +431,7 @@ def resume_serving(
         model: The custom model, if the run has one, see `esjax.resume`.
         loss: The custom loss, if the run has one.
         reward: The custom reward, if the run has one.
+        tool: The tool, if the run has one.
         optimizer: The custom optimizer, if the run has one.
         steps: End when the run has done so many steps in all.
         seconds: End so many seconds after the next step finishes. If both are None, the limits of the settings hold.
@@ -438,7 +442,7 @@ def resume_serving(
     Raises:
         EsjaxError: The path is not a run folder, its text or code has changed, or a custom part is missing.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return resume_serving_with(
         custom,
         path,

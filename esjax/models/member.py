@@ -145,6 +145,8 @@ class Member(NamedTuple):
         key: Key[Array, ""] | None = None,
         temperature: float = 1.0,
         stops: Sequence[int] = (),
+        pauses: Sequence[int] = (),
+        first: Int[Array, ""] | int = 0,
     ) -> Int[Array, " length"]:
         """Generate tokens. All tokens after the first STOP are STOP; UNK never occurs.
 
@@ -154,19 +156,25 @@ class Member(NamedTuple):
             key: Random key. None: each token is the most probable one.
             temperature: Divides the logits before a token is drawn, above 0.
             stops: Further tokens at which a text ends; STOP takes their place.
+            pauses: Further tokens after which a text ends; they stay in it.
+            first: Position of the first token among those that were generated with this key; each position has its own
+                random numbers.
         """
 
         def write(carry: tuple[State, Array], position: Array) -> tuple[tuple[State, Array], Array]:
             state, ended = carry
             logits = self.predict(state).at[UNK].set(-jnp.inf)
             if key is not None:
-                drawn = jax.random.gumbel(jax.random.fold_in(key, position), logits.shape, logits.dtype, "low")
+                drawn = jax.random.gumbel(jax.random.fold_in(key, first + position), logits.shape, logits.dtype, "low")
                 logits = logits / temperature + drawn
             token = jnp.argmax(logits)
             for stop in stops:
                 ended |= token == stop
             token = jnp.where(ended, STOP, token).astype(jnp.int32)
-            return (self.consume(state, token), token == STOP), token
+            ended = token == STOP
+            for pause in pauses:
+                ended |= token == pause
+            return (self.consume(state, token), ended), token
 
         return jax.lax.scan(write, (state, jnp.bool_(False)), jnp.arange(length))[1]
 

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Int, UInt32
+from jaxtyping import Array, Bool, Float32, Int, UInt32
 
 from esjax.config.settings import Config
 from esjax.core.noise import Noise
 from esjax.core.population import map_members
 from esjax.core.seeds import pair_seeds
 from esjax.data.packing import draw_places
+from esjax.data.tokens import STOP
 from esjax.flags import default_flags
 from esjax.models.model import Model, Params
 from esjax.replica import chunking
-from esjax.rewards.writing import Prompted, make_write, shape_of
+from esjax.rewards.tools import WriteOn
+from esjax.rewards.writing import Prompted, beginnings, make_write, shape_of
 
 
 @runtime_checkable
@@ -32,11 +34,26 @@ class TextScorer(Protocol):
     def stops(self) -> tuple[int, ...]:
         """Tokens that end a completion."""
 
+    @property
+    def tool(self) -> Any:
+        """What calls a tool for members, see `esjax.rewards.tools.ToolUse`, or None."""
+
+    def finish(
+        self,
+        drawn: Int[np.ndarray, "pairs prompts"],
+        tokens: Int[np.ndarray, "pairs members prompts length"],
+        write_on: WriteOn,
+    ) -> tuple[Int[np.ndarray, "pairs members prompts length"], Bool[np.ndarray, " pairs"]]:
+        """Call the tool, let members write on, and return what they wrote, and for which pairs the tool failed."""
+
     def load(self) -> None:
         """Get ready to score."""
 
     def losses(
-        self, drawn: Int[np.ndarray, "pairs prompts"], tokens: Int[np.ndarray, "pairs members prompts length"]
+        self,
+        drawn: Int[np.ndarray, "pairs prompts"],
+        tokens: Int[np.ndarray, "pairs members prompts length"],
+        failed: Bool[np.ndarray, " pairs"],
     ) -> Callable[[], Float32[np.ndarray, "pairs members"]]:
         """Begin to score, and return a function that waits for the losses."""
 
@@ -61,16 +78,21 @@ class TextLosses:
         self._scorer = scorer
         # One chunk for each device in a call: its texts are scored while the next call is written.
         self._at_once = chunking.shape_of_call(1, chunk_pairs, mesh)
-        self._prompts = Prompted(*map(jnp.asarray, scorer.prompts))
-        write = make_write(model, reward.length, reward.temperature, scorer.stops)
-        members = map_members(
-            write,
-            noise,
-            shape_of(data.batch_size, reward.length),
-            mesh=mesh,
-            chunk_pairs=chunk_pairs,
-            precision=es.precision,
-        )
+        self._prompts = beginnings(scorer.prompts)
+        self._shape = (-1, 2, data.batch_size)
+        pauses = () if scorer.tool is None else scorer.tool.pauses
+        write = make_write(model, reward.length, reward.temperature, scorer.stops, pauses)
+
+        def members(by_member: bool) -> Callable[..., Array]:
+            return map_members(
+                write,
+                noise,
+                shape_of(data.batch_size, reward.length),
+                mesh=mesh,
+                chunk_pairs=chunk_pairs,
+                precision=es.precision,
+                by_member=by_member,
+            )
 
         @jax.jit
         def write_pairs(
@@ -78,11 +100,18 @@ class TextLosses:
         ) -> tuple[Array, Array]:
             pairs = pairs.reshape(-1)
             seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs // es.pairs_a_window)
-            drawn = draw_places(seeds, data.batch_size, len(prompts.tokens))
-            examples = Prompted(prompts.tokens[drawn], prompts.lengths[drawn])
-            return drawn, members(params, pair_seeds(streams.perturbations, step, pairs), examples, count)
+            drawn = draw_places(seeds, data.batch_size, len(prompts.lengths))
+            examples = jax.tree.map(lambda leaf: leaf[drawn], prompts)
+            return drawn, members(False)(params, pair_seeds(streams.perturbations, step, pairs), examples, count)
 
-        self._write = write_pairs
+        @jax.jit
+        def write_on(
+            params: Params, texts: Prompted, streams: Any, step: Array, count: Array, pairs: UInt32[Array, "..."]
+        ) -> Array:
+            seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
+            return members(True)(params, seeds, texts, count)
+
+        self._write, self._write_on = write_pairs, write_on
 
     @default_flags()
     def warm_up(self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]) -> None:
@@ -95,17 +124,27 @@ class TextLosses:
         self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]
     ) -> Float32[np.ndarray, "pairs 2"]:
         """Let both members of some pairs write, and score the texts; see `Replica.losses`."""
-        waiting = []
-        written: tuple[int, Array, Array] | None = None
+        waiting: list[Callable[[], Float32[np.ndarray, "pairs members"]]] = []
 
-        def score(count: int, drawn: Array, tokens: Array) -> None:
-            waiting.append(self._scorer.losses(np.asarray(drawn)[:count], np.asarray(tokens)[:count]))
+        def score(count: np.int32, part: UInt32[np.ndarray, "..."], drawn: Array, written: Array) -> None:
+            def write_on(*text: np.ndarray) -> np.ndarray:
+                texts = Prompted(*(jnp.asarray(leaf.reshape(*self._shape, *leaf.shape[1:])) for leaf in text))
+                more = np.asarray(self._write_on(params, texts, streams, step, count, part))
+                return more.reshape(-1, more.shape[-1])
 
+            prompts, tokens, failed = np.asarray(drawn), np.asarray(written), np.zeros(part.size, bool)
+            if self._scorer.tool is not None:
+                is_there = np.arange(part.size) < count  # the others fill up the chunk
+                tokens = np.where(is_there[:, None, None, None], tokens, STOP)
+                tokens, failed = self._scorer.finish(prompts, tokens, write_on)
+            waiting.append(self._scorer.losses(prompts[:count], tokens[:count], failed[:count]))
+
+        begun: tuple[Any, ...] | None = None
         for count, part in chunking.calls(self._at_once, pairs):
-            begun = self._write(params, self._prompts, streams, step, count, part)
-            if written is not None:
-                score(*written)
-            written = (int(count), *begun)
-        assert written is not None, "there is at least one pair"
-        score(*written)
+            now = count, part, *self._write(params, self._prompts, streams, step, count, part)
+            if begun is not None:
+                score(*begun)
+            begun = now
+        assert begun is not None, "there is at least one pair"
+        score(*begun)
         return np.concatenate([wait() for wait in waiting])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
+from numpy import ndarray
 
 from esjax.config.reward import MOST_HELD_OUT, RewardConfig
 from esjax.core.seeds import loss_key
@@ -52,23 +53,34 @@ def make_measure_rewards(
     chosen = scorer.held_out[:MOST_HELD_OUT]
     if not chosen:
         return None
-    prompts = Prompted(*map(jnp.asarray, encode_prompts(chosen, scorer.vocabulary)))
-    greedy = make_write(model, config.length, 0.0, scorer.stops)
-    sampled = make_write(model, config.length, config.temperature, scorer.stops)
+    tool, size = scorer.tool, 1 + config.samples
+    pauses = () if tool is None else tool.pauses
+    greedy = make_write(model, config.length, 0.0, scorer.stops, pauses)
+    sampled = make_write(model, config.length, config.temperature, scorer.stops, pauses)
 
     @jax.jit
-    def write(params: Params, prompts: Prompted, keys: Key[Array, " samples"]) -> Array:
-        samples = jax.vmap(sampled, (None, None, 0))(params, prompts, keys)
-        return jnp.concatenate([greedy(params, prompts, keys[0])[None], samples]).swapaxes(0, 1)
+    def write(params: Params, texts: Prompted, keys: Key[Array, " samples"]) -> Array:
+        """Continue texts [prompts, 1 + samples, ...]: the first one of each prompt greedily."""
+        first = jax.tree.map(lambda leaf: leaf[:, 0], texts)
+        others = jax.tree.map(lambda leaf: leaf[:, 1:], texts)
+        samples = jax.vmap(sampled, (None, 1, 0), 1)(params, others, keys)
+        return jnp.concatenate([greedy(params, first, keys[0])[:, None], samples], axis=1)
 
     keys = jax.random.split(loss_key(seed), config.samples)
-    texts = [prompt for prompt in chosen for _ in range(1 + config.samples)]
+    texts = [prompt for prompt in chosen for _ in range(size)]
+    encoded = encode_prompts(texts, scorer.vocabulary)
 
     @default_flags()
     def measure(params: Params) -> HeldOutRewards:
-        tokens = np.asarray(write(params, prompts, keys))
-        rewards = scorer.rewards(texts, tokens.reshape(-1, config.length), 1 + config.samples)()
-        rewards = rewards.reshape(tokens.shape[:2])
+        def write_on(*text: ndarray) -> ndarray:
+            shaped = [jnp.asarray(leaf.reshape(len(chosen), size, *leaf.shape[1:])) for leaf in text]
+            return np.asarray(write(params, Prompted(*shaped), keys)).reshape(-1, config.length)
+
+        tokens = write_on(*encoded, np.zeros_like(encoded.lengths))
+        failed = np.zeros(len(texts), bool)
+        if tool is not None:
+            tokens, failed = tool.finish([one.text for one in texts], encoded, tokens, write_on)
+        rewards = np.where(failed, np.nan, scorer.rewards(texts, tokens, size)).reshape(-1, size)
         known = rewards[np.isfinite(rewards[:, 0]), 0]
         passed = (rewards[:, 1:] >= config.passing).any(axis=1)
         return HeldOutRewards(float(known.mean()) if len(known) else float("nan"), float(passed.mean()))

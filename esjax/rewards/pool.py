@@ -1,9 +1,11 @@
-"""Worker processes that call a reward: they may raise, hang or be killed, and the run goes on.
+"""Worker processes that call a reward or a tool: they may raise, hang or be killed, and the run goes on.
 
-Processes are started as programs, never forked: JAX has threads. The reward is loaded in them from its file, so nothing
-but text travels. A thread for each process sends it calls and waits for their results.
+Processes are started as programs, never forked: JAX has threads. The function is loaded in them from its file, so only
+text travels. A thread for each process sends it calls and waits for their results.
 """
 
+import json
+import math
 import os
 import queue
 import signal
@@ -11,20 +13,23 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any
 
 from esjax.config.custom_names import Code
-from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.rewards.calls import Failure, Kind, Scored, Texts
 from esjax.rewards.worker import REPORT
 
 START = 120.0
-"""Seconds that a process has to load the reward, with all that its file imports."""
+"""Seconds that a process has to load the function, with all that its file imports."""
 
-BATCHES = 1
-"""Messages to each process for the calls of one `score`: few, since each costs as much as many calls."""
+WORTH = 0.01
+"""Seconds of calls for which another process is sent a message; with less to do, one process makes them all."""
 
 CLOSED = "closed"
 """Kind of the failure of calls that the end of the run leaves out."""
@@ -33,31 +38,41 @@ SLACK = 0.2
 """Seconds on top of a call's time limit for the way of its result."""
 
 
+NONE: Mapping[str, float] = MappingProxyType({})
+"""No weights: each reward weighs 1."""
+
+
 class Pool:
-    """Calls a reward in several processes, which start with the first call, or with `load`.
+    """Calls a function in several processes, which start with the first call, or with `load`.
 
     Attributes:
         calls: Calls that have ended so far, about: threads count without a lock.
     """
 
-    def __init__(self, code: Code, processes: int, seconds: float) -> None:
+    def __init__(
+        self, code: Code, processes: int, seconds: float, kind: Kind = "reward", weights: Mapping[str, float] = NONE
+    ) -> None:
         """Set up.
 
         Args:
-            code: The reward's file and function.
+            code: The file and the function in it.
             processes: Number of processes, at least 1.
             seconds: Time limit of a call.
+            kind: What the function is.
+            weights: Weights of rewards by their names.
         """
         self._code, self._count, self._seconds = code, processes, seconds
+        self._words = [code.path, code.name, kind, json.dumps(dict(weights))]
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
         self._spare: list[_Worker] = []  # loaded, and of no thread
         self._is_closed = False
+        self._call_seconds = math.inf  # of a call, as last measured
         self.calls = 0
 
     def load(self) -> Failure | None:
-        """Start all processes and wait until they have loaded the reward; return why one of them has not, or None."""
+        """Start all processes and wait until they have loaded the function; return why one of them has not, or None."""
         self._spare = [self._begin_worker() for _ in range(self._count - len(self._workers))]
         for worker in self._spare:
             worker.load()
@@ -66,7 +81,8 @@ class Pool:
     def score(self, texts: Texts) -> list[Future[Scored]]:
         """Queue calls; the results of all futures, joined, are theirs, in their order."""
         self._start()
-        size = -(-texts.calls // (BATCHES * self._count))
+        parts = math.ceil(min(max(texts.calls * self._call_seconds / WORTH, 1), self._count))
+        size = -(-texts.calls // parts)
         batches = [_Batch(texts.part(first, first + size)) for first in range(0, texts.calls, size)]
         for batch in batches:
             self._batches.put(batch)
@@ -100,20 +116,21 @@ class Pool:
         worker: _Worker | None = None
         while (batch := self._batches.get()) is not None:
             size, calls = batch.texts.size, batch.texts.calls
-            scored = Scored([], {})
+            scored = Scored.nothing()
             one_by_one = False
             failure = Failure(CLOSED, "the run was ended")
             try:
-                while (done := len(scored.rewards) // size) < calls and not self._is_closed:
+                while (done := len(scored.values) // size) < calls and not self._is_closed:
                     if worker is None:
                         worker = self._new_worker()
+                    began = time.monotonic()
                     if not worker.broken:
                         worker.send(batch.texts.part(done, calls), one_by_one)
-                    while not worker.broken and len(scored.rewards) < size * calls:
+                    while not worker.broken and len(scored.values) < size * calls:
                         patience = self._seconds + SLACK + (0 if one_by_one else REPORT)
                         found = worker.receive(patience, self._seconds)
                         scored.add(found, size)
-                        self.calls += len(found.rewards) // size
+                        self.calls += len(found.values) // size
                     if worker.broken:
                         if not worker.is_loaded:
                             scored.fail(worker.broken, calls - done, size)
@@ -122,16 +139,17 @@ class Pool:
                         one_by_one = True  # any call without a result may be the one that failed
                         self._end(worker)
                         worker = None
+                    self._call_seconds = (time.monotonic() - began) / (calls - done)
             except Exception as error:  # no process can be started, or an answer cannot be sent: the run goes on
                 failure = Failure(type(error).__name__, f"it cannot be called: {type(error).__name__}: {error}")
                 self._end(worker)
                 worker = None
-            scored.fail(failure, calls - len(scored.rewards) // size, size)
+            scored.fail(failure, calls - len(scored.values) // size, size)
             batch.future.set_result(scored)
         self._end(worker)
 
     def _begin_worker(self) -> "_Worker":
-        worker = _Worker(self._code)
+        worker = _Worker(self._code, self._words)
         self._workers.add(worker)
         return worker
 
@@ -162,15 +180,15 @@ class _Worker:
     """A worker process.
 
     Attributes:
-        is_loaded: Whether it has loaded the reward.
+        is_loaded: Whether it has loaded the function.
         broken: Why it can no longer be used, or None.
     """
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, words: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), code.path, code.name],
+                [sys.executable, "-m", "esjax.rewards.worker", str(theirs.fileno()), *words],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # The same imports as here; a reward that uses JAX leaves accelerators to the training.
@@ -183,7 +201,7 @@ class _Worker:
         self.broken: Failure | None = None
 
     def load(self) -> None:
-        """Wait until the process has loaded the reward."""
+        """Wait until the process has loaded the function."""
         said = self._receive(START, f"its file took more than {START:g} s to load")
         if said:
             self.broken = Failure("load", f"cannot load {self._code}: {said}")
@@ -198,7 +216,7 @@ class _Worker:
 
     def receive(self, patience: float, seconds: float) -> Scored:
         """Wait for results; there are none from a process that is broken, as it then is after `patience`."""
-        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored([], {})
+        return self._receive(patience, f"it took more than {seconds:g} s (reward.seconds)") or Scored.nothing()
 
     def _receive(self, patience: float, too_long: str) -> Any:
         try:

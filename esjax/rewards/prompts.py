@@ -140,13 +140,13 @@ def encode_prompts(prompts: Sequence[Prompt], vocabulary: Vocabulary) -> PromptT
     return PromptTokens(tokens, np.array([len(row) for row in rows], np.int32))
 
 
-def stop_tokens(stop: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Return the token of each character of the setting reward.stop.
+def tokens_of(characters: str, setting: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Return the token of each character of a setting of rewards.
 
     Raises:
         EsjaxError: A character is not one token of the vocabulary.
     """
-    for character in stop:
+    for character in characters:
         if vocabulary.unknown(character) or len(vocabulary.encode(character)) != 1:
-            raise EsjaxError(f"reward.stop holds {character!r}, which is no token of the vocabulary; leave it out")
-    return tuple(int(vocabulary.encode(character)[0]) for character in stop)
+            raise EsjaxError(f"reward.{setting} holds {character!r}, which is no token of the vocabulary; leave it out")
+    return tuple(int(vocabulary.encode(character)[0]) for character in characters)

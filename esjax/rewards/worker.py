@@ -1,6 +1,7 @@
-"""The program of a worker process: loads a reward from its file, and calls it on texts that come through a socket."""
+"""The program of a worker process: loads a function from its file, and calls it on texts that come through a socket."""
 
 import hashlib
+import json
 import os
 import sys
 import threading
@@ -8,10 +9,11 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 from esjax.config.custom_names import Code
 from esjax.python_files import load_function
-from esjax.rewards.calls import Scored, call, takes_answers
+from esjax.rewards.calls import Kind, Scored, make_call
 
 REPORT = 0.05
 """Seconds of calls after which their results are sent; one by one they would take longer than many rewards."""
@@ -24,32 +26,32 @@ def main(words: Sequence[str]) -> None:
     """Serve calls until the training process closes the socket.
 
     Args:
-        words: File descriptor of the socket, path of the file, and name of the function.
+        words: File descriptor of the socket, path of the file, name and kind of the function, and weights in JSON.
     """
     connection = Connection(int(words[0]))
     os.dup2(2, 1)  # standard output may be a pipe of the training program
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    path, name = words[1:]
+    path, name, kind, weights = words[1:]
     try:
         source = Path(path).read_bytes()
-        reward = load_function(Code(path, name, hashlib.sha256(source).hexdigest()), source)
+        function = load_function(Code(path, name, hashlib.sha256(source).hexdigest()), source)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
     connection.send("")
-    with_answers = takes_answers(reward)
+    call = make_call(cast("Kind", kind), function, json.loads(weights))
     while True:
         try:
             texts, one_by_one = connection.recv()
         except EOFError:
             return
-        done, sent_at = Scored([], {}), time.monotonic()
+        done, sent_at = Scored.nothing(), time.monotonic()
         for number in range(texts.calls):
-            done.add_call(call(reward, texts.part(number, number + 1), with_answers), texts.size)
+            done.add_call(call(texts, number), texts.size)
             if one_by_one or time.monotonic() - sent_at > REPORT:
                 connection.send(done)
-                done, sent_at = Scored([], {}), time.monotonic()
-        if done.rewards:
+                done, sent_at = Scored.nothing(), time.monotonic()
+        if done.values:
             connection.send(done)
 
 

@@ -1,8 +1,12 @@
 """Information about a step, the limits of a run, and its clock."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from esjax.errors import EsjaxError
+
+NAMED_REWARD = "reward_"
+"""Begin of the name of a metric: the mean of a reward that has a name, see `StepInfo.rewards`."""
 
 
 class Limits(NamedTuple):
@@ -94,6 +98,8 @@ class StepInfo(NamedTuple):
             parameters. None if not measured. With a reward in Python, `held_out` stays nats per token over the held-out
             documents of the text: it rises if the model forgets that.
         pass_at_k: Fraction of the held-out prompts for which one of `reward.samples` completions passes, or more.
+        rewards: Means over the population of the rewards that have names, without their weights. None if there are
+            none, and over hosts.
     """
 
     step: int
@@ -111,7 +117,11 @@ class StepInfo(NamedTuple):
     reward: float | None = None
     greedy_reward: float | None = None
     pass_at_k: float | None = None
+    rewards: Mapping[str, float] | None = None
 
     def row(self) -> dict[str, float]:
-        """Return the fields that are not None, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        """Return the numbers that are not None by name; those of `rewards` as `reward_NAME`."""
+        named = {f"{NAMED_REWARD}{name}": value for name, value in (self.rewards or {}).items()}
+        return {
+            name: value for name, value in self._replace(rewards=None)._asdict().items() if value is not None
+        } | named

@@ -9,7 +9,7 @@ import optax
 from esjax.devices.mesh import whole_mesh
 from esjax.errors import EsjaxError
 from esjax.inference.loaded_run import complete_custom, load_run_corpus
-from esjax.models.custom import Custom, Reward
+from esjax.models.custom import Custom, Reward, Tool
 from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -71,6 +71,7 @@ def replay(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     text: str | None = None,
     tell: Callable[[str], None] = print,
@@ -85,6 +86,7 @@ def replay(
         model: The custom model of the run, if it has one, see `esjax.resume`.
         loss: The custom loss of the run, likewise.
         reward: The custom reward of the run, likewise.
+        tool: The tool of the run, likewise.
         optimizer: The custom optimizer of the run, likewise.
         text: New place of the run's text, see `esjax.resume`. An exact output layer, and noise on the rows of an
             embedding, follow from the windows of each step.
@@ -95,7 +97,7 @@ def replay(
             since a checkpoint, or the text or custom code of the run is missing or has changed.
     """
     return replay_with(
-        load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer), path, text=text, tell=tell
+        load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer), path, text=text, tell=tell
     )
 
 

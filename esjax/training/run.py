@@ -20,15 +20,15 @@ from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
 from esjax.inference.run_inference import RunInference
-from esjax.models.custom import Custom, Reward
+from esjax.models.custom import Custom, Reward, Tool
 from esjax.models.custom.code import load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.streams import HELD_OUT
-from esjax.rewards.held_out import MeasureRewards, make_measure_rewards
-from esjax.rewards.scoring import begin, make_scorer
+from esjax.rewards.held_out import HeldOutRewards, MeasureRewards, make_measure_rewards
+from esjax.rewards.scoring import begin, make_scorer, move_prompts
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
 from esjax.runs.reader import RunView, read_run
@@ -59,7 +59,7 @@ class Trainer(RecordedRun, RunInference):
     Attributes:
         config: Settings.
         corpus: The text.
-        custom: Custom model, loss, reward and optimizer.
+        custom: Custom model, loss, reward, tool and optimizer.
         limits: Limits of the iteration; may be changed.
         baselines: Nats per token of the n-gram models over the held-out documents; empty without held-out documents,
             and with a custom loss or reward.
@@ -123,6 +123,10 @@ class Trainer(RecordedRun, RunInference):
     def params(self) -> Params:
         """The averaged parameters, for evaluation and generation."""
         return here(self._replica.state.average)
+
+    def measure_rewards(self) -> HeldOutRewards | None:
+        """Measure rewards on held-out prompts now; None without a reward in Python or held-out prompts."""
+        return None if self._measure_rewards is None else self._measure_rewards(self.params)
 
     def sample(self) -> str:
         """Generate four documents, separated by lines of dashes; the step is the seed."""
@@ -200,6 +204,8 @@ class Trainer(RecordedRun, RunInference):
                 info = self._evaluated(info)
                 done = done or self._has_settled(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
+            if self._scorer is not None:
+                info = info._replace(rewards=self._scorer.take_means() or None)
             info = recorder.log(info)
             self._history.add(info)
             if self.folder and (done or now >= checkpoint_at):
@@ -213,8 +219,8 @@ class Trainer(RecordedRun, RunInference):
         """Add what is measured on held-out documents and prompts."""
         if self._measure is not None:
             info = info._replace(held_out=self._measure(self.params))
-        if self._measure_rewards is not None:
-            info = info._replace(**self._measure_rewards(self.params)._asdict())
+        if (rewards := self.measure_rewards()) is not None:
+            info = info._replace(**rewards._asdict())
         return info
 
     def _is_measured(self) -> bool:
@@ -268,14 +274,15 @@ def train(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
     """Begin a run; iterate over the result to train.
 
-    Each of `model`, `loss`, `reward` and `optimizer` may be given as "PATH.py:FUNCTION". The run folder records this
-    place, so `resume`, `load` and the command line find the code again.
+    Each of `model`, `loss`, `reward`, `tool` and `optimizer` may be given as "PATH.py:FUNCTION". The run folder records
+    this place, so `resume`, `load` and the command line find the code again.
 
     Args:
         config: Settings; None: the defaults.
@@ -286,7 +293,10 @@ def train(
             `esjax.Member`.
         reward: A custom reward, higher is better. `(member, tokens, key) -> float32 scalar`, jitted; `loss` and
             `held_out` of an info are then minus the reward. Or plain Python over what members write, with the setting
-            `reward.prompts`: `(prompts, completions) -> list of floats`, or with `answers` as a third argument.
+            `reward.prompts`: `(prompts, completions) -> list of floats`, or with `answers` as a third argument; or a
+            mapping from names to such lists.
+        tool: A tool that members call while they write for a reward in Python: `(text) -> string`, see
+            docs/rewards.md.
         optimizer: A custom optimizer in place of the one in the settings: an optax transformation that needs only
             gradients, parameters and `value`, the mean loss of the step. In a file, a function without arguments that
             returns it.
@@ -297,7 +307,7 @@ def train(
         EsjaxError: The text cannot be used, the folder exists, the package of a tracker is missing, both a loss and a
             reward are given, one of them does not return a float32 scalar, or the optimizer needs other arguments.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return train_with(custom, config or Config(), out, trackers=trackers, tell=tell)
 
 
@@ -333,9 +343,11 @@ def resume(
     steps: int | None = None,
     seconds: float | None = None,
     text: str | None = None,
+    prompts: str | None = None,
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
@@ -351,10 +363,12 @@ def resume(
         seconds: Seconds to train, from the end of the first step. If `steps` and `seconds` are both None, the limits in
             the settings of the run hold.
         text: New place of the run's text, as in the setting data.text. None: the place in the settings.
+        prompts: New place of the run's prompts, as in the setting reward.prompts, likewise.
         model: The custom model of the run, if it has one. Code that was given as "PATH.py:FUNCTION" is found without
             this argument; such a text names the new place of the file.
         loss: The custom loss of the run, likewise.
         reward: The custom reward of the run, likewise.
+        tool: The tool of the run, likewise.
         optimizer: The custom optimizer of the run, likewise.
         trackers: Trackers, see `esjax.Tracker`, or names: "tensorboard", "wandb", "trackio".
         tell: Called with each line for the user. None: print to standard error.
@@ -363,8 +377,10 @@ def resume(
         EsjaxError: The path is not a run folder, its text or its code has changed, it has neither an undamaged
             checkpoint nor a ledger from step 0 on, or a custom part is missing.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
-    return resume_with(custom, path, steps=steps, seconds=seconds, text=text, trackers=trackers, tell=tell)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
+    return resume_with(
+        custom, path, steps=steps, seconds=seconds, text=text, prompts=prompts, trackers=trackers, tell=tell
+    )
 
 
 def resume_with(
@@ -374,6 +390,7 @@ def resume_with(
     steps: int | None = None,
     seconds: float | None = None,
     text: str | None = None,
+    prompts: str | None = None,
     trackers: Sequence[Tracker | str] = (),
     tell: Callable[[str], None] | None = None,
 ) -> Trainer:
@@ -382,7 +399,9 @@ def resume_with(
     folder.check_goes_on()
     custom = complete_custom(folder, custom, "esjax.resume")
     corpus = load_run_corpus(folder, text)
-    if text is not None:
+    if prompts is not None:
+        folder.config = move_prompts(folder.config, prompts)
+    if text is not None or prompts is not None:
         folder.keep_config()
     trainer = Trainer(folder.config, corpus, folder, custom=custom, trackers=trackers, tell=tell)
     first = trainer._replica.state

@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esjax.tuning.intervals import front_runners, half_width
-from esjax.tuning.sweep import Outcome
+from esjax.tuning.sweep import Outcome, RankedBy, order
 
 SEED = "seed"
 
 
 class SeedMean(NamedTuple):
-    """The mean held-out loss of one combination of settings over the seeds.
+    """The mean over the seeds of what runs are compared by, for one combination of settings.
 
     Attributes:
         values: Values by axis, without the seed.
-        held_out: Mean of the held-out losses, nats per token.
+        ranked_by: What runs are compared by.
+        mean: Its mean: of held-out losses in nats per token, or of greedy rewards.
         interval: Half of the 95% interval of the mean (Student's t); infinity for a single seed.
         seeds: Number of seeds.
         ahead: Whether this combination is the best one, or does not differ from it significantly: the 95% interval of
@@ -24,7 +25,8 @@ class SeedMean(NamedTuple):
     """
 
     values: Mapping[str, Any]
-    held_out: float
+    ranked_by: RankedBy
+    mean: float
     interval: float
     seeds: int
     ahead: bool
@@ -42,25 +44,25 @@ def seed_means(outcomes: Sequence[Outcome]) -> list[SeedMean]:
     """
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for one in outcomes:
-        if SEED in one.values and one.held_out is not None and one.state == "finished":
+        if SEED in one.values and one.value is not None and one.state == "finished":
             key = tuple(f"{name}={value}" for name, value in one.values.items() if name != SEED)
             groups.setdefault(key, []).append(one)
-    by_seed = [
-        {one.values[SEED]: one.held_out for one in group if one.held_out is not None} for group in groups.values()
-    ]
+    by_seed = [{one.values[SEED]: one.value for one in group if one.value is not None} for group in groups.values()]
     common = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
     if not common:
         return []
-    losses = [[losses[seed] for seed in common] for losses in by_seed]
-    ahead = front_runners([np.negative(values).tolist() for values in losses])
+    found = [[values[seed] for seed in common] for values in by_seed]
+    ranked_by = next(one.ranked_by for group in groups.values() for one in group)
+    ahead = front_runners([[-order(ranked_by, value) for value in values] for values in found])
     means = [
         SeedMean(
             {name: value for name, value in group[0].values.items() if name != SEED},
+            ranked_by,
             float(np.mean(values)),
             half_width(values),
             len(common),
             i in ahead,
         )
-        for i, (group, values) in enumerate(zip(groups.values(), losses, strict=True))
+        for i, (group, values) in enumerate(zip(groups.values(), found, strict=True))
     ]
-    return sorted(means, key=lambda mean: mean.held_out)
+    return sorted(means, key=lambda mean: order(ranked_by, mean.mean))

@@ -3,13 +3,14 @@
 The folder of a sweep holds:
 
 sweep.yaml   the axes, and the settings that are not axes
-sweep.csv    a line for each run, sorted by held-out loss
+sweep.csv    a line for each run, the best first: by held-out loss, or with a reward in Python by greedy reward
 NAME/        a run folder for each combination, such as es.sigma=0.1,seed=3
 keys/        keys of the hosts that may join, if hosts train, see `esjax.hosts.transport.keys`
 """
 
 import csv
 import io
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from esjax.errors import EsjaxError
 from esjax.hosts.local import LocalWorkers, check_workers
 from esjax.hosts.serve import Server, resume_serving_with, serve_with
 from esjax.hosts.transport.address import is_loopback
-from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward
+from esjax.models.custom import NOTHING_CUSTOM, Custom, Reward, Tool
 from esjax.models.custom.code import complete, load_custom
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
@@ -53,6 +54,11 @@ State = Literal["finished", "stopped", "failed", "waiting"]
 STATES: tuple[State, ...] = ("finished", "stopped", "failed", "waiting")
 
 
+RankedBy = Literal["held-out loss", "greedy reward"]
+"""What runs are compared by: the lowest held-out loss, or with a reward in Python the highest reward on held-out
+prompts."""
+
+
 class Outcome(NamedTuple):
     """Progress of a run of a sweep.
 
@@ -65,6 +71,7 @@ class Outcome(NamedTuple):
         member_tokens: Tokens scored, times members.
         step: Steps done.
         note: What went wrong, or "".
+        greedy_reward: Greedy reward on held-out prompts, as last measured; None without a reward in Python.
     """
 
     name: str
@@ -75,6 +82,22 @@ class Outcome(NamedTuple):
     member_tokens: int
     step: int
     note: str
+    greedy_reward: float | None = None
+
+    @property
+    def ranked_by(self) -> RankedBy:
+        """What runs are compared by."""
+        return "held-out loss" if self.greedy_reward is None else "greedy reward"
+
+    @property
+    def value(self) -> float | None:
+        """The number that runs are compared by; None if it was not measured."""
+        return self.held_out if self.greedy_reward is None else self.greedy_reward
+
+
+def order(ranked_by: RankedBy, value: float | None) -> float:
+    """Return a number that is the lower the better the value is; infinity for None."""
+    return math.inf if value is None else -value if ranked_by == "greedy reward" else value
 
 
 class Hosts(NamedTuple):
@@ -144,14 +167,14 @@ class Sweep:
         return f"<esjax sweep in {str(self.path)!r}: {counted}>"
 
     def outcomes(self) -> list[Outcome]:
-        """Return the progress of each run, sorted by state, finished runs first, and then by held-out loss.
+        """Return the progress of each run, sorted by state, finished runs first, and then by value, the best first.
 
         `esjax.tuning.seed_means.seed_means` compares settings over seeds.
         """
         found = map(self._outcome, self.trials)
         return sorted(
             found,
-            key=lambda one: (STATES.index(one.state), float("inf") if one.held_out is None else one.held_out),
+            key=lambda one: (STATES.index(one.state), order(one.ranked_by, one.value)),
         )
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -256,6 +279,7 @@ class Sweep:
             int(run.last("member_tokens") or 0),
             run.step,
             failed or _trouble(run),
+            run.last("greedy_reward"),
         )
 
     def _write_table(self) -> None:
@@ -277,6 +301,7 @@ def sweep(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -288,10 +313,11 @@ def sweep(
         config: Settings that are not axes; None: the defaults.
         out: Folder of the sweep. An existing sweep must have the same settings and axes, in any order.
         hosts: Hosts that train. None: this process trains.
-        model: A custom model for all runs, see `esjax.train`. Workers need it as "PATH.py:FUNCTION", like the three
+        model: A custom model for all runs, see `esjax.train`. Workers need it as "PATH.py:FUNCTION", like the four
             below.
         loss: A custom loss for all runs.
         reward: A custom reward for all runs.
+        tool: A tool for all runs.
         optimizer: A custom optimizer for all runs.
         show: Called with each run; it has to iterate over the run to train it. None: iterate and print nothing.
         tell: Called with each line for the user. None: print to standard error.
@@ -300,7 +326,7 @@ def sweep(
         EsjaxError: An axis is not allowed, a run has no limit, a text cannot be used, or the folder exists and holds
             something else.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return sweep_with(custom, axes, config or Config(), out=out, hosts=hosts, show=show, tell=tell)
 
 
@@ -340,6 +366,7 @@ def resume_sweep(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
     show: Callable[[Trainer | Server], None] | None = None,
     tell: Callable[[str], None] | None = None,
@@ -352,6 +379,7 @@ def resume_sweep(
         model: The custom model of the runs, if they have one, see `esjax.resume`.
         loss: The custom loss of the runs, likewise.
         reward: The custom reward of the runs, likewise.
+        tool: The tool of the runs, likewise.
         optimizer: The custom optimizer of the runs, likewise.
         show: See `sweep`.
         tell: See `sweep`.
@@ -359,7 +387,7 @@ def resume_sweep(
     Raises:
         EsjaxError: The path is not the folder of a sweep, it is damaged, or custom code is missing or has changed.
     """
-    custom = load_custom(model=model, loss=loss, reward=reward, optimizer=optimizer)
+    custom = load_custom(model=model, loss=loss, reward=reward, tool=tool, optimizer=optimizer)
     return resume_sweep_with(custom, path, hosts=hosts, show=show, tell=tell)
 
 

@@ -1,4 +1,4 @@
-"""Plots a sweep: held-out loss over one axis, a line for each combination of the others."""
+"""Plots a sweep: held-out loss or greedy reward over one axis, a line for each combination of the others."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esjax.extras import needing
-from esjax.tuning.sweep import Outcome
+from esjax.tuning.sweep import Outcome, RankedBy
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, turn_overlapping_ticks
 
 if TYPE_CHECKING:
@@ -17,20 +17,27 @@ WIDE = 8
 """Ratio of the largest to the smallest number from which on an axis is logarithmic."""
 
 
+UNITS: dict[RankedBy, str] = {
+    "held-out loss": "held-out loss, nats/token",
+    "greedy reward": "greedy reward on held-out prompts",
+}
+"""Label of the vertical axis, by what the runs are compared by."""
+
+
 def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draw the held-out losses, and replace the file atomically.
+    """Draw what the runs are compared by, and replace the file atomically.
 
     Args:
         outcomes: Outcomes of one sweep.
         path: File to write, in the format of its suffix.
 
     Returns:
-        Whether there was a held-out loss to draw.
+        Whether there was a number to draw.
 
     Raises:
         EsjaxError: matplotlib is missing.
     """
-    if all(one.held_out is None for one in outcomes):
+    if all(one.value is None for one in outcomes):
         return False
     partial = path.with_suffix(f".partial{path.suffix}")
     make_figure(outcomes).savefig(partial, dpi=150)
@@ -39,10 +46,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> bool:
 
 
 def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
-    """Draw the held-out losses.
+    """Draw what the runs are compared by.
 
     Args:
-        outcomes: Outcomes of one sweep, at least one of them with a held-out loss.
+        outcomes: Outcomes of one sweep, at least one of them with a value.
 
     Raises:
         EsjaxError: matplotlib is missing.
@@ -53,10 +60,10 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in outcomes:
-        if one.held_out is None:
+        if one.value is None:
             continue
         others = ", ".join(f"{name}={value}" for name, value in one.values.items() if name != axis)
-        lines.setdefault(others, []).append((positions[str(one.values[axis])], one.held_out))
+        lines.setdefault(others, []).append((positions[str(one.values[axis])], one.value))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     drawn: list[Line2D] = []
@@ -66,11 +73,11 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     if _is_wide(list(positions.values())):
         plot.set_xscale("log")
     plot.set_xticks(list(positions.values()), list(positions), **LITERAL)
-    if _is_wide([held_out for line in lines.values() for _, held_out in line]):
+    if _is_wide([value for line in lines.values() for _, value in line]):
         plot.set_yscale("log")  # one of the runs diverged
     plot.tick_params(axis="x", which="minor", bottom=False)
     plot.set_xlabel(axis)
-    plot.set_ylabel("held-out loss, nats/token")
+    plot.set_ylabel(UNITS[next(one.ranked_by for one in outcomes if one.value is not None)])
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):

@@ -38,10 +38,11 @@ class History:
             self._stride *= 2
 
     def columns(self) -> dict[str, ndarray]:
-        """Return an array of float64 [rows] for each name of `StepInfo`, NaN where a row has no such number."""
-        rows = self._rows if self._open is None else [*self._rows, self._open]
-        values = np.array([[math.nan if value is None else value for value in row] for row in rows], np.float64)
-        return dict(zip(StepInfo._fields, values.reshape(-1, len(StepInfo._fields)).T, strict=True))
+        """Return an array of float64 [rows] for each number of `StepInfo.row`, NaN where a row has no such number."""
+        rows = [info.row() for info in (self._rows if self._open is None else [*self._rows, self._open])]
+        fields = [name for name in StepInfo._fields if name != "rewards"]
+        names = dict.fromkeys([*fields, *(name for row in rows for name in row)])
+        return {name: np.array([row.get(name, math.nan) for row in rows], np.float64) for name in names}
 
 
 def _join(first: StepInfo, then: StepInfo, weight: int) -> StepInfo:

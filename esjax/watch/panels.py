@@ -1,12 +1,13 @@
 """What plots and the page draw of a run: columns of its metrics, their titles and units."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 from numpy import ndarray
 
 from esjax.runs.reader import RunView
+from esjax.runs.step_info import NAMED_REWARD
 
 PANELS: Mapping[str, str] = MappingProxyType(
     {
@@ -21,6 +22,17 @@ PANELS: Mapping[str, str] = MappingProxyType(
 
 LOSSES = ("held_out", "loss")
 """Columns that a logarithmic axis is for; rewards may be 0 or less."""
+
+
+def panels_of(views: Sequence[RunView]) -> dict[str, str]:
+    """Return the title of each panel for which one of the runs has numbers, by column."""
+    columns = {column for view in views for column, values in drawn(view).items() if np.isfinite(values).any()}
+    named = {
+        column: f"{column.removeprefix(NAMED_REWARD)}, training prompts"
+        for column in sorted(columns)
+        if column.startswith(NAMED_REWARD)
+    }
+    return {column: title for column, title in {**PANELS, **named}.items() if column in columns}
 
 
 def drawn(view: RunView) -> Mapping[str, ndarray]:

@@ -13,7 +13,7 @@ from esjax.extras import needing
 from esjax.paths import given_path
 from esjax.runs.reader import RunView, find_runs, group_by_seed, read_runs
 from esjax.watch.downsampling import Axis, make_curve, mean_and_range, smooth
-from esjax.watch.panels import LOSSES, PANELS, drawn, unit_of
+from esjax.watch.panels import LOSSES, drawn, panels_of, unit_of
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, spread_labels
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def plot(
         check_log_y(views)
     with needing("a plot", "plot"):
         from matplotlib.figure import Figure
-    panels = [column for column in PANELS if any(len(make_curve(drawn(view), column).value) for view in views)]
+    panels = panels_of(views)
     if not panels:
         raise EsjaxError(f"there is nothing to draw: no loss is finite in {', '.join(view.name for view in views)}")
     groups = group_by_seed(views) if mean_over_seeds else [[view] for view in views]
@@ -93,7 +93,7 @@ def plot(
     labels = _draw_baselines(plots["held_out"], groups, styles) if "held_out" in plots else []
     for column, axes in plots.items():
         averaged = f"\naveraged over {smoothing:g} steps" if smoothing and column in SMOOTHED else ""
-        axes.set_title(PANELS[column] + averaged)
+        axes.set_title(panels[column] + averaged)
         axes.set_xlabel(over)
         axes.set_ylabel(fill(", ".join(sorted({unit_of(view, column) for view in views})), UNIT_WIDTH), **LITERAL)
         axes.set_xscale("log" if log_x else "linear")

@@ -95,6 +95,8 @@ class Progress:
         self._held_out: tuple[float, float] | None = None  # and when it was measured
         self._loss, self._rate = Average(), Average()
         self._mean_loss = self._mean_rate = 0.0
+        self._rewards: dict[str, Average] = {}
+        self._mean_rewards: dict[str, float] = {}
         self._void_pairs = 0
         self._began: tuple[float, int] | None = None
         self._plain_at = 0.0
@@ -123,6 +125,8 @@ class Progress:
             self._began = (now, info.step)
         self._mean_loss = self._loss.add(info.loss, SMOOTHING)
         self._mean_rate = self._rate.add(info.member_tokens_per_second, SMOOTHING)
+        for name, value in (info.rewards or {}).items():
+            self._mean_rewards[name] = self._rewards.setdefault(name, Average()).add(value, SMOOTHING)
         self._void_pairs += info.void_pairs
         if info.held_out is not None:
             self._held_out = info.held_out, now
@@ -147,6 +151,7 @@ class Progress:
             Part(8, Text(f"step {info.step:,}", "bold")),
             Part(1, Text(_clock(info.seconds))),
             Part(7, Text(f"loss {self._mean_loss:.3f}" if info.reward is None else f"reward {-self._mean_loss:.3f}")),
+            *(Part(6, Text(f"{name} {self._mean_rewards[name]:.3f}")) for name in info.rewards or ()),
             *self._on_held_out_prompts(),
             self._against_baselines(),
         ]

@@ -36,6 +36,7 @@ class Bench:
 
     throughput: settings.Throughput = field(default_factory=settings.Throughput)
     update: settings.Update = field(default_factory=settings.Update)
+    rewards: settings.Rewards = field(default_factory=settings.Rewards)
     learning: settings.Learning = field(default_factory=settings.Learning)
     start: settings.Start = field(default_factory=settings.Start)
     ablation: settings.Ablation = field(default_factory=settings.Ablation)

@@ -399,6 +399,22 @@ class Liars(Section):
     """Seed of the draws in the simulation."""
 
 
+class Rewards(Section):
+    """What a reward in Python costs beside writing. Model: the default gru."""
+
+    population: int = 4096
+    """Members that write, one completion each."""
+
+    length: int = 32
+    """Tokens of a completion."""
+
+    slow_calls: int = 64
+    """Calls of a reward that sleeps."""
+
+    rounds: int = 9
+    """Turns of each candidate."""
+
+
 class Floods(Section):
     """What floods of a coordinator's ports cost those that train."""
 
@@ -470,6 +486,7 @@ SHORT: dict[str, Any] = {
         processes=False,
         rounds=1,
     ),
+    "rewards": Rewards(population=64, length=4, slow_calls=4, rounds=1),
     "update": Update(
         population=64,
         populations=(64,),

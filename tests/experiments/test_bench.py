@@ -59,6 +59,7 @@ FIGURES = {
         "curve",
     },
     "start": {"start of", "seconds"},
+    "rewards": {"reward", "measured", "value"},
     "ablation": {"choice", "held-out", "worse by"},
     "scale_free": {"choice", "held-out", "worse by"},
     "scaling": {"axis", "value", "step M/s", "÷ first", "memory MB"},

@@ -39,7 +39,7 @@ def pool() -> Iterator[Pool]:
 def score(pool: Pool, words: list[str]) -> Scored:
     """Score each word twice, in a call of two texts."""
     texts = [word for word in words for _ in range(2)]
-    scored = Scored([], {})
+    scored = Scored.nothing()
     for future in pool.score(Texts(2, ["prompt"] * len(texts), texts, [None] * len(texts))):
         scored.add(future.result(120), 2)
     return scored
@@ -51,9 +51,9 @@ def test_each_bad_call_fails_alone(pool: Pool) -> None:
     for word in BAD:
         words += [word, "dddd", "eeeee"]
     scored = score(pool, words)
-    assert len(scored.rewards) == 2 * len(words)
+    assert len(scored.values) == 2 * len(words)
     for number, word in enumerate(words):
-        pair = scored.rewards[2 * number : 2 * number + 2]
+        pair = scored.values[2 * number : 2 * number + 2]
         if word in BAD:
             assert all(map(math.isnan, pair)), word
         else:
@@ -69,10 +69,10 @@ def test_the_reason_is_one_line(pool: Pool, word: str) -> None:
 
 
 def test_a_pool_goes_on_after_its_processes_were_killed(pool: Pool) -> None:
-    assert score(pool, ["abc"] * 8).rewards == [3.0] * 16
+    assert score(pool, ["abc"] * 8).values == [3.0] * 16
     for worker in [*pool._workers]:
         os.kill(worker._process.pid, signal.SIGKILL)
-    assert score(pool, ["ab"] * 8).rewards == [2.0] * 16  # the calls are made again in new processes
+    assert score(pool, ["ab"] * 8).values == [2.0] * 16  # the calls are made again in new processes
 
 
 def test_closing_ends_all_processes_and_scoring_starts_new_ones(pool: Pool) -> None:
@@ -80,7 +80,7 @@ def test_closing_ends_all_processes_and_scoring_starts_new_ones(pool: Pool) -> N
     processes = [worker._process for worker in pool._workers]
     pool.close()
     assert all(process.poll() is not None for process in processes)
-    assert score(pool, ["abc"]).rewards == [3.0, 3.0]
+    assert score(pool, ["abc"]).values == [3.0, 3.0]
 
 
 def test_closing_ends_calls_that_hang() -> None:
@@ -95,7 +95,7 @@ def test_closing_ends_calls_that_hang() -> None:
 def test_an_answer_that_cannot_be_sent_fails_its_batch_alone(pool: Pool) -> None:
     (future, *_) = pool.score(Texts(1, [""], ["abc"], [lambda: None]))
     assert "it cannot be called" in future.result(120).failures[0].reason
-    assert score(pool, ["abc"]).rewards == [3.0, 3.0]
+    assert score(pool, ["abc"]).values == [3.0, 3.0]
 
 
 def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> None:
@@ -106,3 +106,23 @@ def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> No
         pool.close()
         assert [failure.kind for failure in scored.failures.values()] == ["load"] * 3
         assert "cannot load" in scored.failures[0].reason
+
+
+def test_calls_are_made_by_all_processes_at_once(tmp_path: Path) -> None:
+    """Reference: a call that waits for one in another process returns only if both run at the same time."""
+    pool = Pool(Code(str(Path(__file__).with_name("bad.py")), "meet", ""), processes=2, seconds=60.0)
+    scored = Scored.nothing()
+    for future in pool.score(Texts(1, [str(tmp_path)] * 4, ["a"] * 4, [None] * 4)):
+        scored.add(future.result(120), 1)
+    pool.close()
+    assert not scored.failures
+    assert len({*scored.values}) == 2
+
+
+def test_one_process_makes_few_fast_calls_and_all_make_slow_ones(pool: Pool) -> None:
+    score(pool, ["abc"] * 64)
+    assert pool._call_seconds < 0.5
+    texts = Texts(1, ["prompt"] * 64, ["abc"] * 64, [None] * 64)
+    for call_seconds, batches in ((1e-6, 1), (0.05, 2)):
+        pool._call_seconds = call_seconds
+        assert len([future.result(60) for future in pool.score(texts)]) == batches

@@ -8,7 +8,7 @@ import pytest
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
-from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, stop_tokens
+from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, tokens_of
 
 ABC = Vocabulary("char", ("a", "b", "c"))
 
@@ -67,8 +67,8 @@ def test_characters_outside_the_vocabulary_are_refused() -> None:
     with pytest.raises(EsjaxError, match="prompt 'a!' holds '!'"):
         encode_prompts([Prompt("a!")], ABC)
     with pytest.raises(EsjaxError, match=r"reward\.stop holds '!'"):
-        stop_tokens("b!", ABC)
-    assert stop_tokens("cb", ABC) == (4, 3)
+        tokens_of("b!", "stop", ABC)
+    assert tokens_of("cb", "stop", ABC) == (4, 3)
 
 
 def test_the_split_goes_by_the_text_of_a_prompt() -> None:

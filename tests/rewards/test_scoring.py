@@ -1,5 +1,6 @@
 """From tokens to losses, and what is said of a reward and prompts that do not belong together."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.models.custom.code import load_custom
+from esjax.rewards.decoding import decode_all
 from esjax.rewards.prompts import digest_of, read_prompts
-from esjax.rewards.scoring import Scorer, begin, code_of, decode_all, make_scorer
+from esjax.rewards.scoring import Scorer, begin, code_of, make_scorer
 
 ABC = Vocabulary("char", ("a", "b", "c"))
 BAD = str(Path(__file__).with_name("bad.py"))
@@ -55,6 +57,7 @@ TOKENS = np.array(
 """Pairs 0 and 1, two members, two prompts: "aa" and "aba" against "" and "bb"; "c" and "bb" for both."""
 
 DRAWN = np.array([[1, 0], [1, 0]])
+NONE_FAILED = np.zeros(2, bool)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -67,7 +70,7 @@ def test_the_loss_is_minus_the_mean_reward_of_a_members_prompts(prompts: Path, p
         (is_answer, [[0.0, -0.5], [-1.0, -1.0]]),
     ):
         scorer = scorer_of(config, reward, [])
-        found = scorer.losses(DRAWN, TOKENS)()
+        found = scorer.losses(DRAWN, TOKENS, NONE_FAILED)()
         scorer.close()
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, losses)
@@ -83,11 +86,50 @@ def test_a_failed_call_costs_its_pair_and_is_told_once(prompts: Path) -> None:
 
     scorer = scorer_of(config_of(prompts), picky, told)
     for _ in range(2):
-        np.testing.assert_array_equal(scorer.losses(DRAWN, TOKENS)(), [[np.nan, np.nan], [-1.0, -1.0]])
+        np.testing.assert_array_equal(scorer.losses(DRAWN, TOKENS, NONE_FAILED)(), [[np.nan, np.nan], [-1.0, -1.0]])
     assert scorer.failures == 2
     (line,) = told
     assert "ValueError: no aba, please (test_scoring.py, line" in line
     assert "prompt 'b', completion 'aa'" in line
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(("weights", "empty"), [({"letters": 1, "empty": 0.5}, 0.5), ({"empty": -4}, -4), ({}, 1)])
+def test_named_rewards_are_added_up_with_their_weights(
+    prompts: Path, processes: int, weights: dict[str, float], empty: float
+) -> None:
+    """Reference: by hand. The texts have 2, 3, 0, 2 and twice 1, 2 letters; one of eight is empty."""
+    config = config_of(prompts, weights=weights)
+    config = replace(config, reward=replace(config.reward, processes=processes))
+    custom = load_custom(reward=f"{BAD}:named")
+    scorer = make_scorer(config, custom, ABC, print)
+    assert scorer is not None
+    losses = scorer.losses(DRAWN, TOKENS, NONE_FAILED)()
+    scorer.close()
+    np.testing.assert_array_equal(losses, np.array([[-2.5, -(empty + 2) / 2], [-1.5, -1.5]], np.float32))
+    assert scorer.take_means() == {"letters": 13 / 8, "empty": 1 / 8}
+    assert scorer.take_means() == {}
+
+
+@pytest.mark.parametrize(
+    ("returned", "weights", "reason"),
+    [
+        ({"right": [1.0] * 4}, {"format": 1}, r"returned the rewards right; it must .* with format \(reward.weights"),
+        ([1.0] * 4, {"format": 1}, "returned a list; it must return a mapping from names to lists, with format"),
+        ({}, {}, "returned the rewards of no name; it must return a mapping"),
+        ({"not a name": [1.0] * 4}, {}, "returned the name 'not a name'"),
+        ({"right": [1.0] * 4, "format": [1.0]}, {}, "1 values; it must return a list of 4 numbers, .*, format"),
+        ({"right": [float("nan")] * 4}, {}, "returned nan"),
+    ],
+)
+def test_one_named_reward_that_is_wrong_costs_the_whole_pair(
+    prompts: Path, returned: Any, weights: dict[str, float], reason: str
+) -> None:
+    told: list[str] = []
+    scorer = scorer_of(config_of(prompts, weights=weights), lambda prompts, completions: returned, told)
+    assert np.isnan(scorer.losses(DRAWN, TOKENS, NONE_FAILED)()).all()
+    (line,) = told
+    assert re.search(reason, line)
 
 
 def test_many_texts_are_decoded_as_one_is() -> None:
@@ -124,13 +166,16 @@ def test_processes_find_a_reward_in_its_file() -> None:
 
     custom = load_custom(reward=f"{BAD}:reward")
     assert custom.text_reward is not None
-    assert (code_of(custom, custom.text_reward).path, code_of(custom, custom.text_reward).name) == (BAD, "reward")
-    found = code_of(Custom(reward=count_a), count_a)
+    assert (code_of(custom, "reward", custom.text_reward).path, code_of(custom, "reward", custom.text_reward).name) == (
+        BAD,
+        "reward",
+    )
+    found = code_of(Custom(reward=count_a), "reward", count_a)
     assert (found.path, found.name) == (str(Path(__file__)), "count_a")
     nameless: Any = lambda prompts, completions: []  # noqa: E731
     for reward in (inside, nameless):
         with pytest.raises(EsjaxError, match=r"worker processes cannot load it; put it into a file .*processes 0"):
-            code_of(Custom(reward=reward), reward)
+            code_of(Custom(reward=reward), "reward", reward)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +191,11 @@ def test_processes_find_a_reward_in_its_file() -> None:
         ({"reward": {"prompts": "p", "temperature": -1}}, "temperature"),
         ({"reward": {"prompts": "p", "processes": -1}}, "processes"),
         ({"reward": {"prompts": "p", "held_out": 1}}, "held_out"),
+        ({"reward": {"prompts": "p", "tool_calls": 0}}, "tool_calls"),
+        (
+            {"reward": {"prompts": "p", "weights": {"format": float("inf")}}},
+            "weights must be finite, got inf for format",
+        ),
         ({"reward": {"prompts": "p", "patience": 0}}, "patience"),
         ({"reward": {"prompts": "p", "passing": float("nan")}}, "passing"),
         ({"reward": {"prompts": ""}}, "prompts must name a file"),

@@ -1,5 +1,6 @@
 """Training with a reward in Python: it rises, it is the same to the bit each time, and failures never end a run."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 from loopback import Loopback
+from rich.console import Console
 
 import esjax
 from esjax.config.settings import Config
@@ -18,6 +20,7 @@ from esjax.core.seeds import loss_key, pair_seeds, stream_seed
 from esjax.data.packing import draw_places
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary
+from esjax.errors import EsjaxError
 from esjax.flags import default_flags
 from esjax.hosts.executor import Executor
 from esjax.models import build_model
@@ -28,7 +31,9 @@ from esjax.replica.streams import HELD_OUT, WINDOWS
 from esjax.rewards.held_out import make_measure_rewards
 from esjax.rewards.scoring import make_scorer
 from esjax.runs.checkpoint import digest
+from esjax.runs.step_info import Limits
 from esjax.training.local_steps import LocalSteps
+from esjax.watch.progress import Progress
 
 HERE = Path(__file__).parent
 
@@ -105,6 +110,45 @@ def test_a_reward_that_always_fails_ends_no_run(folder: Path) -> None:
     assert run._scorer is not None
     assert run._scorer.failures >= 96
     assert all(math.isnan(info.greedy_reward or 0.0) for info in infos)
+
+
+def test_named_rewards_are_shown_and_recorded(folder: Path) -> None:
+    """Reference: their sum with the weights, which is the reward itself."""
+
+    def reward(prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
+        return {name: [text.count(name) / 6 for text in completions] for name in "ab"}
+
+    config = config_of(folder, reward={"processes": 0, "weights": {"b": -0.5}})
+    run = esjax.train(config, reward=reward, out=folder / "run", tell=print)
+    infos = [*run]
+    for info in infos:
+        assert info.rewards is not None
+        assert list(info.rewards) == ["a", "b"]
+        assert info.reward == pytest.approx(info.rewards["a"] - 0.5 * info.rewards["b"], rel=1e-5)
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["reward_b"] for row in rows] == [info.rewards["b"] for info in infos if info.rewards]
+    np.testing.assert_array_equal(run._history.columns()["reward_a"], [row["reward_a"] for row in rows])
+    written = io.StringIO()
+    console = Console(file=written, width=200)
+    with Progress(console, {}, Limits(None, None)) as progress:
+        progress.update(infos[0])
+    assert infos[0].rewards is not None
+    assert f"a {infos[0].rewards['a']:.3f}" in written.getvalue()
+
+
+def test_a_run_goes_on_with_prompts_in_another_place(folder: Path) -> None:
+    config = config_of(folder, steps=2)
+    train(config, "share_of_a", out=folder / "run")
+    (folder / "prompts.txt").rename(folder / "moved.txt")
+    (folder / "prompts.txt").write_text("a\n")
+    with pytest.raises(EsjaxError, match=r"are not those .* --reward\.prompts FILE"):
+        esjax.resume(folder / "run", steps=3, tell=print)
+    with pytest.raises(EsjaxError, match=r"prompts\.txt' are not those that the run was begun with"):
+        esjax.resume(folder / "run", steps=3, prompts=str(folder / "prompts.txt"), tell=print)
+    moved = esjax.resume(folder / "run", steps=3, prompts=str(folder / "moved.txt"), tell=print)
+    assert [info.step for info in moved] == [3]
+    again = esjax.resume(folder / "run", steps=4, tell=print)  # the new place is in the settings now
+    assert [info.step for info in again] == [4]
 
 
 def test_a_run_stops_when_the_greedy_reward_has_not_risen(folder: Path) -> None:

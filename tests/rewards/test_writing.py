@@ -21,6 +21,7 @@ PAIRS, LENGTH = 6, 7
 PROMPTS = Prompted(
     jnp.asarray(np.random.default_rng(0).integers(2, VOCAB, (PAIRS, 2, 5)), jnp.int32),
     jnp.asarray([[0, 5], [1, 3], [5, 5], [2, 0], [4, 1], [3, 2]], jnp.int32),
+    jnp.zeros((PAIRS, 2), jnp.int32),
 )
 STOPS = (4,)
 

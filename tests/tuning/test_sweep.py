@@ -313,7 +313,7 @@ def test_the_table_shows_every_axis() -> None:
     table = _table([outcome(2.5, sigma=0.1, seed=0), outcome(None, sigma=0.2, seed=0, note="lost")])
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["sigma"] == ["0.1", "0.2"]
-    assert columns["held-out"] == ["2.5000", "-"]
+    assert columns["held-out loss"] == ["2.5000", "-"]
     assert columns[""] == ["", "waiting: lost"]
 
 
@@ -331,7 +331,7 @@ def test_settings_are_compared_seed_by_seed() -> None:
         (0.3, 3, True),
         (0.2, 3, False),
     ]
-    assert [mean.held_out for mean in means] == pytest.approx([2.2, 2.21, 2.25])
+    assert [mean.mean for mean in means] == pytest.approx([2.2, 2.21, 2.25])
     assert means[0].values.keys() == {"sigma", "space"}
     assert means[0].interval > 0.3  # t = 4.3 times 0.2 / √3 or more
     told = conclusion(means)
@@ -342,9 +342,47 @@ def test_settings_are_compared_seed_by_seed() -> None:
     assert conclusion(seed_means(outcomes[3:6])).startswith("2.2000 ± 0.4968 nats per token over 3 seeds")
 
 
+def test_runs_with_a_reward_are_compared_by_it(tmp_path: Path) -> None:
+    """Reference: the highest greedy reward is the best, however much of the text is forgotten."""
+    rewards = {0.1: (0.2, 0.3, 0.25), 0.3: (0.7, 0.8, 0.74)}
+    outcomes = [
+        outcome(3.0 if sigma == 0.3 else 2.0, sigma=sigma, seed=seed)._replace(greedy_reward=rewards[sigma][seed])
+        for sigma in (0.1, 0.3)
+        for seed in (0, 1, 2)
+    ]
+    means = seed_means(outcomes)
+    assert [(mean.values["sigma"], mean.ahead) for mean in means] == [(0.3, True), (0.1, False)]
+    assert [mean.mean for mean in means] == pytest.approx([2.24 / 3, 0.25])
+    assert conclusion(means) == "best over 3 seeds: sigma=0.3"
+    assert "greedy reward over 3 seeds" in conclusion(means[:1])
+    table = _table(outcomes)
+    assert {str(column.header): [*column.cells] for column in table.columns}["greedy reward"][0] == "0.2000"
+    axes = make_figure(outcomes).axes[0]
+    assert axes.get_ylabel() == "greedy reward on held-out prompts"
+    assert max(np.max(np.asarray(line.get_ydata())) for line in axes.get_lines()) == 0.8
+
+
+def test_a_sweep_puts_the_highest_greedy_reward_first(config: Config, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the\ncat\nsat\non\n")
+    settings = esjax.RewardConfig(prompts=str(tmp_path / "prompts.txt"), length=4, held_out=0.3, processes=0)
+    trained = sweep(
+        {"seed": [0, 1, 2]},
+        replace(config, reward=settings, steps=1),
+        out=out,
+        reward=lambda prompts, completions: [float(text.count("t")) for text in completions],
+        tell=quiet,
+    )
+    assert [one.state for one in trained] == ["finished"] * 3
+    rewards = [one.greedy_reward for one in trained.outcomes()]
+    assert rewards == sorted((one for one in rewards if one is not None), reverse=True)
+    assert len({*rewards}) > 1
+    with (out / "sweep.csv").open() as file:
+        assert [float(row["greedy_reward"]) for row in csv.DictReader(file)] == rewards
+
+
 def test_seeds_that_not_all_settings_have_tell_nothing() -> None:
     outcomes = [outcome(2.0, sigma=0.1, seed=0), outcome(2.1, sigma=0.1, seed=1), outcome(2.2, sigma=0.2, seed=1)]
-    assert [(mean.held_out, mean.seeds) for mean in seed_means(outcomes)] == [(2.1, 1), (2.2, 1)]
+    assert [(mean.mean, mean.seeds) for mean in seed_means(outcomes)] == [(2.1, 1), (2.2, 1)]
     assert "so they cannot be compared" in conclusion(seed_means(outcomes))
     assert seed_means(outcomes[::2]) == []
     assert seed_means([outcome(2.0, sigma=0.1)]) == []

@@ -1,5 +1,5 @@
-"""Custom models, losses, rewards and optimizers: `parts` has them as one value, `code` those in files."""
+"""Custom models, losses, rewards, tools and optimizers: `parts` has them as one value, `code` those in files."""
 
-from esjax.models.custom.parts import NOTHING_CUSTOM, Custom, Reward
+from esjax.models.custom.parts import NOTHING_CUSTOM, Custom, Reward, Tool
 
-__all__ = ["NOTHING_CUSTOM", "Custom", "Reward"]
+__all__ = ["NOTHING_CUSTOM", "Custom", "Reward", "Tool"]

@@ -14,7 +14,7 @@ import optax
 
 from esjax.config.custom_names import OPTIONS, SHOWN, Code, is_code
 from esjax.errors import EsjaxError
-from esjax.models.custom.parts import Custom, Reward, check_given
+from esjax.models.custom.parts import Custom, Reward, Tool, check_given
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
@@ -31,6 +31,7 @@ def load_custom(
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
+    tool: Tool | str | None = None,
     optimizer: optax.GradientTransformation | str | None = None,
 ) -> Custom:
     """Collect custom parts as the user gives them, and load those that are code in a file.
@@ -39,12 +40,13 @@ def load_custom(
         model: See `Custom`: a function or a transformation, PATH.py:FUNCTION, or None.
         loss: Likewise.
         reward: Likewise.
+        tool: Likewise.
         optimizer: Likewise. The function in a file takes no arguments and returns the transformation.
 
     Raises:
         EsjaxError: A file cannot be read or loaded or lacks the function, or a value is not valid for its kind.
     """
-    given: dict[str, Any] = {"model": model, "loss": loss, "reward": reward, "optimizer": optimizer}
+    given: dict[str, Any] = {"model": model, "loss": loss, "reward": reward, "tool": tool, "optimizer": optimizer}
     files = {kind: _File.read(kind, value) for kind, value in given.items() if is_code(value)}
     for kind, value in given.items():
         if kind not in files:

@@ -1,4 +1,4 @@
-"""Custom: a model, a loss or reward, and an optimizer that replace those of the settings."""
+"""Custom: a model, a loss or reward, a tool, and an optimizer that replace those of the settings."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -25,12 +25,15 @@ Reward = Callable[..., Any]
 """`(member, tokens, key) -> reward`, like a `Loss`, but higher is better. Or a reward in Python, which scores text:
 `(prompts, completions) -> list of floats`, see docs/rewards.md."""
 
+Tool = Callable[[str], str]
+"""`(text) -> answer`: called while a member writes, see docs/rewards.md."""
 
 WANTED = {
     "model": "a function from the number of token ids to an esjax.Model, or PATH.py:FUNCTION, or for one with a name "
     "the setting model, esjax.GruConfig() for example",
     "loss": "a function, or PATH.py:FUNCTION",
     "reward": "a function, or PATH.py:FUNCTION",
+    "tool": "a function, or PATH.py:FUNCTION",
     "optimizer": "an optax transformation, optax.adam(1e-2) for example, or PATH.py:FUNCTION, or for one with a name "
     "the setting optim.optimizer",
 }
@@ -39,12 +42,13 @@ WANTED = {
 
 @dataclass(frozen=True)
 class Custom:
-    """A custom model, loss or reward, and optimizer. Each replaces that of the settings; None keeps it.
+    """A custom model, loss or reward, tool, and optimizer. Each replaces that of the settings; None keeps it.
 
     Attributes:
         model: `(vocab_size) -> model`.
         loss: Loss of one member on one sequence.
         reward: Reward of one member on one sequence; excludes `loss`.
+        tool: Tool that members call while they write for a reward in Python.
         optimizer: Any optax transformation.
         code: By kind, the file and function if PATH.py:FUNCTION was given, see `esjax.models.custom.code`.
 
@@ -55,6 +59,7 @@ class Custom:
     model: ModelFactory | None = None
     loss: Loss | None = None
     reward: Reward | None = None
+    tool: Tool | None = None
     optimizer: optax.GradientTransformation | None = None
     code: Mapping[str, Code] = field(default_factory=lambda: MappingProxyType({}))
 
