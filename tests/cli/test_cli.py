@@ -655,7 +655,11 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
             "'true' is neither the value of an option nor a model; models are rnn, gru, lstm, mingru, lru, "
             "transformer, llama, rwkv7",
         ),
-        (["train", "gpt"], "'gpt' is neither the value of an option nor a model; models are rnn, gru, lstm, mingru, "),
+        (
+            ["train", "gpt"],
+            "'gpt' is neither the value of an option nor a model; models are rnn, gru, lstm, mingru, lru, "
+            "transformer, llama, rwkv7",
+        ),
         (["sweep", "--axis"], "--axis needs a value"),
         (["sweep", "--es.sigma", "-1"], "es.sigma must be above 0 and finite, got -1.0"),
     ],
