@@ -1,6 +1,6 @@
 """Teach a character model to use a calculator: by a text first, then by a reward for right answers. No backpropagation.
 
-    python experiments/arithmetic.py              # about two minutes on two cores
+    python experiments/arithmetic.py              # a few minutes on two cores
 
 The problems are products, such as 47*85=. In the text, most lines answer at once, 47*85=3995; one line in ten calls a
 calculator first, 47*85=[47*85]3995. A network of 16,608 weights reads it, trained by noise on activations. It learns to

@@ -251,11 +251,11 @@ class Replay:
 
 def _print(status: "StatusReply") -> None:
     loss = "none yet" if status.loss is None else f"{status.loss:.3f}"
-    held_out = "" if status.held_out is None else f"  held-out {status.held_out:.3f}"
+    measured = "" if status.held_out is None else f"  held-out {status.held_out:.3f}"
     rate = f"{status.member_tokens_per_second / 1e6:.2f} M/s"
     for name, value in (("greedy reward", status.greedy_reward), ("pass@k", status.pass_at_k)):
-        held_out += "" if value is None else f"  {name} {value:.3f}"
-    print(f"run {status.run}  step {status.step:,}  loss {loss}{held_out}  {'paused' if status.paused else rate}")
+        measured += "" if value is None else f"  {name} {value:.3f}"
+    print(f"run {status.run}  step {status.step:,}  loss {loss}{measured}  {'paused' if status.paused else rate}")
     table = Table("host", "state", "step", "members/s", "share", "last seen", "digest", "device", "note", box=None)
     for host in status.hosts:
         mark = " *" if host.slot == status.reference else ""

@@ -75,6 +75,9 @@ class RewardConfig(Section):
         check_range(self, 0, math.inf, "temperature", "tolerance")
         check_range(self, 0, 1, "held_out")
         check(self.processes is None or self.processes >= 0, f"processes must be at least 0, got {self.processes}")
+        check(bool(self.tool_at), "tool_at must hold a character")
+        both = sorted({*self.stop} & {*self.tool_at})
+        check(not both, f"stop and tool_at both hold {both[0] if both else ''!r}; leave it out of one")
         check(math.isfinite(self.passing), f"passing must be finite, got {self.passing}")
         for name, weight in self.weights.items():
             check(math.isfinite(weight), f"weights must be finite, got {weight} for {name}")

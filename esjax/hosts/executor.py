@@ -27,6 +27,7 @@ from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import HELD_OUT
 from esjax.rewards.held_out import make_measure_rewards
+from esjax.rewards.prompts import check_for_hosts
 from esjax.rewards.scoring import Scorer, make_scorer
 from esjax.runs.checkpoint import digest
 from esjax.signals import started
@@ -130,6 +131,7 @@ class Executor:
         if flags := changed_flags():
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
+        check_for_hosts(config.reward.prompts)
         start = self._start(config)  # first: what is missing here is known before anything is compiled
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         model = self._custom.build(config.model, task.vocab_size)

@@ -40,6 +40,7 @@ from esjax.models.model import ModelFactory
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import to_bytes
+from esjax.rewards.prompts import check_for_hosts
 from esjax.rewards.scoring import begin
 from esjax.runs.folder import RunFolder
 from esjax.runs.ledger import UPDATE, read
@@ -391,6 +392,7 @@ def serve_with(
     config, out = replace(locate_text(config), ledger=True), given_path(out)
     found = find_trackers(trackers)
     corpus = load_corpus(config.data, vocabulary)
+    check_for_hosts(config.reward.prompts)
     config = begin(config, custom)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     if params is not None:

@@ -14,6 +14,7 @@ from esjax.models.model import Model
 from esjax.models.rnn import rnn
 from esjax.models.rwkv7 import rwkv7
 from esjax.models.sequence import sequence_model
+from esjax.models.transformer import transformer
 
 __all__ = [
     "Model",
@@ -26,6 +27,7 @@ __all__ = [
     "rnn",
     "rwkv7",
     "sequence_model",
+    "transformer",
 ]
 
 

@@ -195,7 +195,7 @@ def rwkv7(vocab_size: int, hidden_size: int, head_size: int, mlp_size: int, n_la
                 key=matrix(hidden_size, hidden_size),
                 value=matrix(hidden_size, hidden_size),
                 output=matrix(hidden_size, hidden_size, deep),
-                decay=gate(jnp.linspace(-6.0, 0.0, hidden_size)),  # memories of 1.4 to 670 tokens
+                decay=gate(jnp.linspace(-6.0, 0.0, hidden_size)),  # memories of 3.3 to 670 tokens
                 rate=gate(zeros),
                 first_value=gate(zeros) if number else (),
                 gate_down=matrix(hidden_size, gate_size),

@@ -164,7 +164,10 @@ def takes_answers(reward: Callable[..., Any]) -> bool:
 
 def _inserted(values: list[Any]) -> Result:
     bad = [type(value).__name__ for value in values if not isinstance(value, str)]
-    return Failure("type", f"it returned a {bad[0]}; it must return a string") if bad else values
+    if bad:
+        return Failure("type", f"it returned a {bad[0]}; it must return a string")
+    "".join(values).encode()  # raises for half a character, which no vocabulary holds
+    return values
 
 
 def _weighed(values: Any, count: int, weights: Mapping[str, float]) -> Result:

@@ -73,10 +73,11 @@ class Pool:
 
     def load(self) -> Failure | None:
         """Start all processes and wait until they have loaded the function; return why one of them has not, or None."""
-        self._spare = [self._begin_worker() for _ in range(self._count - len(self._workers))]
-        for worker in self._spare:
+        fresh = [self._begin_worker() for _ in range(self._count - len(self._workers))]
+        for worker in fresh:
             worker.load()
-        return next((worker.broken for worker in self._spare if worker.broken), None)
+        self._spare += fresh
+        return next((worker.broken for worker in fresh if worker.broken), None)
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         """Queue calls; the results of all futures, joined, are theirs, in their order."""
@@ -136,6 +137,7 @@ class Pool:
                             scored.fail(worker.broken, calls - done, size)
                         elif one_by_one:
                             scored.fail(worker.broken, 1, size)
+                            self.calls += 1
                         one_by_one = True  # any call without a result may be the one that failed
                         self._end(worker)
                         worker = None

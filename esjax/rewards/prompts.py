@@ -45,6 +45,19 @@ class PromptTokens(NamedTuple):
     lengths: Int32[ndarray, " prompts"]
 
 
+def check_for_hosts(source: str | None) -> None:
+    """Check that hosts may read the prompts that a coordinator names: they run no file that they were not given.
+
+    Raises:
+        EsjaxError: The prompts are a function in a file.
+    """
+    if source is not None and is_code(source):
+        raise EsjaxError(
+            f"the prompts {source!r} are a function in a file, and hosts run no file that a coordinator names; write "
+            "the prompts to a .jsonl file"
+        )
+
+
 def read_prompts(source: str) -> list[Prompt]:
     """Read the prompts that the setting reward.prompts names.
 
@@ -65,6 +78,13 @@ def read_prompts(source: str) -> list[Prompt]:
             prompts = [Prompt(line) for _, line in lines]
     if not prompts:
         raise EsjaxError(f"{source!r} holds no prompt; put one in each line")
+    for prompt in prompts:
+        try:
+            prompt.text.encode()
+        except UnicodeEncodeError as error:
+            raise EsjaxError(
+                f"the prompt {prompt.text!r} of {source!r} holds half a character (a lone surrogate); leave it out"
+            ) from error
     return prompts
 
 
@@ -148,5 +168,8 @@ def tokens_of(characters: str, setting: str, vocabulary: Vocabulary) -> tuple[in
     """
     for character in characters:
         if vocabulary.unknown(character) or len(vocabulary.encode(character)) != 1:
-            raise EsjaxError(f"reward.{setting} holds {character!r}, which is no token of the vocabulary; leave it out")
+            raise EsjaxError(
+                f"reward.{setting} holds {character!r}, which is no token of the vocabulary; leave it out, or "
+                "name another"
+            )
     return tuple(int(vocabulary.encode(character)[0]) for character in characters)

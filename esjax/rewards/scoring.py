@@ -35,7 +35,7 @@ from esjax.rewards.prompts import (
 )
 from esjax.rewards.tools import ToolUse, WriteOn
 
-WHERE = "their place: resume --reward.prompts FILE"
+WHERE = "put the run's prompts there; if they were moved, `esjax resume --reward.prompts FILE` names their place"
 """Way out for prompts that were moved."""
 
 SHOWN = 80
@@ -148,9 +148,10 @@ class Scorer:
 
         def wait() -> Float32[ndarray, "pairs members"]:
             scored = wait_for()
-            for means in scored.means.values():
-                for name, value in means.items():
-                    self._means.setdefault(name, []).append(value)
+            for number, means in scored.means.items():  # a call for each pair
+                if not failed[number]:
+                    for name, value in means.items():
+                        self._means.setdefault(name, []).append(value)
             losses = -np.array(scored.values).reshape(tokens.shape[:3]).mean(axis=2).astype(np.float32)
             losses[failed] = np.nan
             return losses
@@ -305,12 +306,9 @@ def _same_prompts(config: RewardConfig) -> list[Prompt]:
     try:
         prompts = read_prompts(config.prompts)
     except EsjaxError as error:
-        raise EsjaxError(f"{error}; put the prompts there that the run was begun with, or name {WHERE}") from error
+        raise EsjaxError(f"{error}; {WHERE}") from error
     if config.digest and digest_of(prompts) != config.digest:
-        raise EsjaxError(
-            f"the prompts {config.prompts!r} are not those that the run was begun with; put these there, or "
-            f"name {WHERE}"
-        )
+        raise EsjaxError(f"the prompts {config.prompts!r} are not those that the run was begun with; {WHERE}")
     return prompts
 
 

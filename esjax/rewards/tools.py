@@ -16,6 +16,9 @@ from esjax.rewards.prompts import PromptTokens
 Ids = Int[ndarray, "texts longest"]
 Counts = Int[ndarray, " texts"]
 
+SHOWN = 80
+"""Most characters of an answer that a message shows."""
+
 WriteOn = Callable[[Ids, Counts, Counts], Int[ndarray, "texts length"]]
 """`(tokens, lengths, begun) -> more`: lets members continue texts, see `esjax.rewards.writing.Prompted`."""
 
@@ -110,8 +113,15 @@ class ToolUse:
         answers, failures, _ = self._call(texts)
         for number, (row, answer) in enumerate(zip(waiting.tolist(), answers, strict=True)):
             failure = failures.get(number)
+            encoded: Int[ndarray, " answer"] | None = None
             if failure is None and (unknown := self._vocabulary.unknown(answer)):
-                failure = Failure("unknown", f"it returned {answer!r}; the vocabulary does not hold {unknown[0]!r}")
+                shown = answer[:SHOWN]
+                failure = Failure("unknown", f"it returned {shown!r}; the vocabulary does not hold {unknown[0]!r}")
+            elif failure is None:
+                encoded = self._vocabulary.encode(answer)
+                if (encoded == STOP).any():
+                    encoded = None
+                    failure = Failure("end", "it returned the token for the end of a document; leave that out")
             if failure is not None:
                 self._report(texts.part(number, number + 1), failure)
-            yield row, None if failure else self._vocabulary.encode(answer)
+            yield row, encoded

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esjax.tuning.intervals import front_runners, half_width
-from esjax.tuning.sweep import Outcome, RankedBy, order
+from esjax.tuning.sweep import Outcome, RankedBy, measure_of, order
 
 SEED = "seed"
 
@@ -43,8 +43,10 @@ def seed_means(outcomes: Sequence[Outcome]) -> list[SeedMean]:
         seed is finished in all combinations.
     """
     groups: dict[tuple[str, ...], list[Outcome]] = {}
+    ranked_by = measure_of(outcomes)
     for one in outcomes:
-        if SEED in one.values and one.value is not None and one.state == "finished":
+        is_finished = one.state == "finished" and one.ranked_by == ranked_by
+        if SEED in one.values and one.value is not None and is_finished:
             key = tuple(f"{name}={value}" for name, value in one.values.items() if name != SEED)
             groups.setdefault(key, []).append(one)
     by_seed = [{one.values[SEED]: one.value for one in group if one.value is not None} for group in groups.values()]
@@ -52,7 +54,6 @@ def seed_means(outcomes: Sequence[Outcome]) -> list[SeedMean]:
     if not common:
         return []
     found = [[values[seed] for seed in common] for values in by_seed]
-    ranked_by = next(one.ranked_by for group in groups.values() for one in group)
     ahead = front_runners([[-order(ranked_by, value) for value in values] for values in found])
     means = [
         SeedMean(

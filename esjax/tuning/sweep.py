@@ -95,6 +95,11 @@ class Outcome(NamedTuple):
         return self.held_out if self.greedy_reward is None else self.greedy_reward
 
 
+def measure_of(outcomes: Sequence[Outcome]) -> RankedBy:
+    """Return what the runs of a sweep are compared by: greedy rewards if one was measured."""
+    return next((one.ranked_by for one in outcomes if one.ranked_by == "greedy reward"), "held-out loss")
+
+
 def order(ranked_by: RankedBy, value: float | None) -> float:
     """Return a number that is the lower the better the value is; infinity for None."""
     return math.inf if value is None else -value if ranked_by == "greedy reward" else value
@@ -171,11 +176,13 @@ class Sweep:
 
         `esjax.tuning.seed_means.seed_means` compares settings over seeds.
         """
-        found = map(self._outcome, self.trials)
-        return sorted(
-            found,
-            key=lambda one: (STATES.index(one.state), order(one.ranked_by, one.value)),
-        )
+        found = [self._outcome(trial) for trial in self.trials]
+        ranked_by = measure_of(found)
+
+        def place(one: Outcome) -> tuple[int, float]:
+            return STATES.index(one.state), order(ranked_by, one.value if one.ranked_by == ranked_by else None)
+
+        return sorted(found, key=place)
 
     def __iter__(self) -> Iterator[Outcome]:
         """Train each run that is not finished, and yield its outcome."""

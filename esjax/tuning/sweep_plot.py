@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esjax.extras import needing
-from esjax.tuning.sweep import Outcome, RankedBy
+from esjax.tuning.sweep import Outcome, RankedBy, measure_of
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, turn_overlapping_ticks
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
     axis = choose_axis(outcomes)
     positions = _positions([one.values[axis] for one in outcomes])
     lines: dict[str, list[tuple[float, float]]] = {}
+    ranked_by = measure_of(outcomes)
     for one in outcomes:
-        if one.value is None:
+        if one.value is None or one.ranked_by != ranked_by:
             continue
         others = ", ".join(f"{name}={value}" for name, value in one.values.items() if name != axis)
         lines.setdefault(others, []).append((positions[str(one.values[axis])], one.value))
@@ -77,7 +78,7 @@ def make_figure(outcomes: Sequence[Outcome]) -> "Figure":
         plot.set_yscale("log")  # one of the runs diverged
     plot.tick_params(axis="x", which="minor", bottom=False)
     plot.set_xlabel(axis)
-    plot.set_ylabel(UNITS[next(one.ranked_by for one in outcomes if one.value is not None)])
+    plot.set_ylabel(UNITS[ranked_by])
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     if any(lines):

@@ -55,4 +55,8 @@ def _join(first: StepInfo, then: StepInfo, weight: int) -> StepInfo:
         name: getattr(first, name) if getattr(then, name) is None else getattr(then, name)
         for name in ("held_out", "greedy_reward", "pass_at_k")
     }
-    return then._replace(loss=loss, reward=None if then.reward is None else -loss, **newest)
+    before = first.rewards or {}
+    rewards = then.rewards and {
+        name: (before.get(name, value) * weight + value) / (weight + 1) for name, value in then.rewards.items()
+    }
+    return then._replace(loss=loss, reward=None if then.reward is None else -loss, rewards=rewards, **newest)

@@ -78,7 +78,7 @@ def first_params(config: Config, custom: Custom, init: Path | None = None) -> Pa
     if config.init is None:
         return None
     path = init or given_path(config.init)
-    if path.is_dir() and custom.model is None and "model" in RunFolder(path).custom:
+    if path.is_dir() and custom.model is None and _has_model_code(RunFolder(path)):
         # A host gets this path from a coordinator, and must not run code that it was not given.
         raise EsjaxError(f"{str(path)!r} holds a custom model, and the run has none; give the weights of the run")
     params: Params = _load(path, custom)[1].params
@@ -89,6 +89,10 @@ def first_params(config: Config, custom: Custom, init: Path | None = None) -> Pa
             f"({config.init_digest[:SHOWN]}); put the old ones there"
         )
     return params
+
+
+def _has_model_code(run: RunFolder) -> bool:
+    return "model" in {*run.custom, *run.code}
 
 
 def _load(path: Path, custom: Custom) -> tuple[Custom, LoadedRun]:

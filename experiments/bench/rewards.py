@@ -23,7 +23,6 @@ from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
 from esjax.models.custom.code import load_custom
 from esjax.replica.replica import Replica
-from esjax.rewards.prompts import PromptTokens
 from esjax.rewards.scoring import Scorer, make_scorer
 
 if TYPE_CHECKING:
@@ -52,19 +51,10 @@ def slow(prompts, completions):
 class NoScorer:
     """Scores nothing: the time of writing alone."""
 
-    tool = None
-
     def __init__(self, scorer: Scorer) -> None:
-        """Take the prompts of a scorer."""
-        self.prompts: PromptTokens = scorer.prompts
-        self.stops = scorer.stops
-
-    def load(self) -> None:
-        """Do nothing."""
-
-    def finish(self, *_: object) -> tuple[np.ndarray, np.ndarray]:
-        """Never called: there is no tool."""
-        raise NotImplementedError
+        """Take all but the losses from a scorer."""
+        self.prompts, self.stops, self.tool = scorer.prompts, scorer.stops, scorer.tool
+        self.load, self.finish = scorer.load, scorer.finish
 
     def losses(self, drawn: np.ndarray, tokens: np.ndarray, failed: np.ndarray) -> Callable[[], np.ndarray]:
         """Return losses of 0."""

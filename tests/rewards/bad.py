@@ -70,3 +70,7 @@ def meet(prompts: list[str], completions: list[str]) -> list[float]:
     while len([*folder.iterdir()]) < 2:
         time.sleep(0.01)
     return [float(os.getpid())] * len(prompts)
+
+
+def tool_of_halves(text: str) -> str:
+    return "\ud800"

@@ -75,6 +75,15 @@ def test_a_pool_goes_on_after_its_processes_were_killed(pool: Pool) -> None:
     assert score(pool, ["ab"] * 8).values == [2.0] * 16  # the calls are made again in new processes
 
 
+def test_loading_twice_starts_each_process_once(pool: Pool) -> None:
+    assert pool.load() is None
+    first = {*pool._workers}
+    assert pool.load() is None
+    assert score(pool, ["a"]).values == [1.0, 1.0]
+    assert {*pool._workers} == first
+    assert len(first) == 2
+
+
 def test_closing_ends_all_processes_and_scoring_starts_new_ones(pool: Pool) -> None:
     score(pool, ["abc"])
     processes = [worker._process for worker in pool._workers]

@@ -5,10 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import esjax
+from esjax.config.reward import RewardConfig
+from esjax.config.settings import Config, to_yaml
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
+from esjax.hosts.executor import Executor
+from esjax.hosts.protocol import tasks
+from esjax.models.custom import Custom
 from esjax.rewards.prompts import Prompt, digest_of, encode_prompts, read_prompts, split_prompts, tokens_of
+
+
+def zero(prompts: list[str], completions: list[str]) -> list[float]:
+    return [0.0] * len(prompts)
+
 
 ABC = Vocabulary("char", ("a", "b", "c"))
 
@@ -55,6 +66,25 @@ def test_a_source_without_prompts_is_one_clear_line(folder: Path, name: str, mes
     with pytest.raises(EsjaxError, match=message) as raised:
         read_prompts(str(folder / name))
     assert "\n" not in str(raised.value)
+
+
+def test_a_host_runs_no_file_of_prompts_that_a_coordinator_names(folder: Path) -> None:
+    code = folder / "prompts.py"
+    code.write_text("raise SystemExit('it was run')\n")
+    config = Config(reward=RewardConfig(prompts=f"{code}:make"))
+    executor = Executor(custom=Custom(reward=zero), tell=print)
+    result = executor.do(tasks.Build(to_yaml(config), 256, b"", "", 0))
+    assert isinstance(result, tasks.Failed)
+    assert "hosts run no file that a coordinator names; write the prompts to a .jsonl file" in result.reason
+    with pytest.raises(EsjaxError, match="hosts run no file that a coordinator names"):
+        esjax.serve(config, folder / "run", reward=zero, bind="tcp://127.0.0.1:0", tell=print)
+    assert not (folder / "run").exists()
+
+
+def test_half_a_character_is_refused(folder: Path) -> None:
+    (folder / "half.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    with pytest.raises(EsjaxError, match="holds half a character"):
+        read_prompts(str(folder / "half.jsonl"))
 
 
 def test_prompts_are_padded_with_stop() -> None:

@@ -231,6 +231,7 @@ def zero(prompts: list[str], completions: list[str]) -> list[float]:
         ("tool_hangs", r"it took more than 0\.3 s \(reward\.seconds\)"),
         ("tool_of_numbers", "it returned a int; it must return a string"),
         ("tool_of_others", "it returned 'é'; the vocabulary does not hold 'é'"),
+        ("tool_of_halves", "UnicodeEncodeError: .*surrogates not allowed"),
     ],
 )
 def test_a_tool_that_fails_costs_its_pair_and_is_told_once(folder: Path, name: str, reason: str) -> None:

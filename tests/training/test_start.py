@@ -1,5 +1,6 @@
 """Starting points: weights of a run or a file, decay toward them, and frozen parameters."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -183,5 +184,11 @@ def test_code_of_weights_that_only_a_coordinator_names_is_not_run(base: Path, tm
     config = Config(steps=1, data=esjax.DataConfig(text=str(base / "text.txt"), window=8), es=esjax.EsConfig(**SMALL))
     list(esjax.train(config, tmp_path / "custom", model=f"{code}:build", tell=print))
     code.write_text("raise SystemExit('it was run')\n")
+    with pytest.raises(esjax.EsjaxError, match="holds a custom model, and the run has none"):
+        first_params(replace(config, init=str(tmp_path / "custom")), Custom())
+    record = tmp_path / "custom/run.json"
+    fields = json.loads(record.read_text())
+    assert fields["code"]["model"]
+    record.write_text(json.dumps({**fields, "own": {}}))  # a folder that somebody prepared
     with pytest.raises(esjax.EsjaxError, match="holds a custom model, and the run has none"):
         first_params(replace(config, init=str(tmp_path / "custom")), Custom())

@@ -350,14 +350,15 @@ def test_runs_with_a_reward_are_compared_by_it(tmp_path: Path) -> None:
         for sigma in (0.1, 0.3)
         for seed in (0, 1, 2)
     ]
-    means = seed_means(outcomes)
+    unmeasured = outcome(0.1, sigma=0.5, seed=0)  # its calls failed: the loss is no reward
+    means = seed_means([unmeasured, *outcomes])
     assert [(mean.values["sigma"], mean.ahead) for mean in means] == [(0.3, True), (0.1, False)]
     assert [mean.mean for mean in means] == pytest.approx([2.24 / 3, 0.25])
     assert conclusion(means) == "best over 3 seeds: sigma=0.3"
     assert "greedy reward over 3 seeds" in conclusion(means[:1])
     table = _table(outcomes)
     assert {str(column.header): [*column.cells] for column in table.columns}["greedy reward"][0] == "0.2000"
-    axes = make_figure(outcomes).axes[0]
+    axes = make_figure([unmeasured, *outcomes]).axes[0]
     assert axes.get_ylabel() == "greedy reward on held-out prompts"
     assert max(np.max(np.asarray(line.get_ydata())) for line in axes.get_lines()) == 0.8
 

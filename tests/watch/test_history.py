@@ -70,6 +70,16 @@ def test_a_loss_that_is_not_finite_is_left_out_of_a_mean() -> None:
     assert len(History().columns()["loss"]) == 0
 
 
+def test_a_row_has_the_mean_of_each_reward_with_a_name() -> None:
+    """Reference: the same numbers as the reward itself."""
+    kept = History()
+    for step in range(1, 33):
+        kept.add(info(step, -float(step))._replace(reward=float(step), rewards={"right": float(step)}))
+    columns = kept.columns()
+    assert len(columns["step"]) < 32
+    np.testing.assert_allclose(columns["reward_right"], columns["reward"])
+
+
 def test_a_row_keeps_the_mean_reward_and_what_was_last_measured_on_prompts() -> None:
     """Reference: a reward is minus the loss of the row; greedy rewards are numbers of their steps."""
     kept = History()
