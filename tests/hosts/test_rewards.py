@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from bench.lies import LyingWorker
 from hosts_simulation import DELAY, QUANTUM, Simulation, Twist, check_updates, config_of
 
 from esjax.config.reward import RewardConfig
@@ -130,6 +131,19 @@ def test_spot_checks_find_the_host_that_adds_to_its_rewards_and_no_honest_one(tw
     sim.run(3000, until=lambda: states_of(sim).get("liar") == "put aside")
     sim.run_steps(10)
     assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready", "liar": "put aside"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_host_whose_calls_all_fail_does_not_decide_for_a_liar(seed: int) -> None:
+    """Its answers agree with any others: a fourth host decides between the liar and an honest one."""
+    sim = Simulation(with_reward(spot_check=1.0, population=128), seed=seed)
+    sim.add("liar", make_worker=partial(LyingWorker, "honest when watched"))
+    sim.add("overloaded", twist=failing(1.0, 0))
+    for name in "ab":
+        sim.add(name)
+    sim.run(3000, until=lambda: "put aside" in states_of(sim).values())
+    sim.run_steps(10)
+    assert states_of(sim) == {"liar": "put aside", "overloaded": "ready", "a": "ready", "b": "ready"}
 
 
 def test_a_deterministic_reward_is_compared_exactly() -> None:
