@@ -264,7 +264,7 @@ class Inspector:
     def _right(self, answers: Sequence[_Answer]) -> _Answer | None:
         """Return an evaluation with which another voter's agrees, or None.
 
-        Two decide only if they agree with the same evaluations: one whose pairs failed agrees with right and wrong ones.
+        Two decide only if they agree with the same evaluations: one whose pairs failed agrees with right and wrong.
         """
         agree = self._exchange.agree
         agreeing = [[agree(one.values, other.values) for other in answers] for one in answers]
