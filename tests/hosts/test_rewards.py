@@ -98,6 +98,23 @@ def test_a_host_that_hangs_in_a_reward_is_noticed_and_its_pairs_go_to_others() -
     check_updates(sim.updates, sim.config)
 
 
+def test_a_long_first_measurement_holds_up_one_step_and_is_no_fault() -> None:
+    """How long the rewards of held-out prompts take is not known, so the reference host gets pairs once, then none."""
+    sim = Simulation(with_reward())
+    sim.add("a", speed=2.0, measure_seconds=1000.0)
+    for name in ("b", "c"):
+        sim.add(name, speed=2.0)
+    sim.run(900)
+    assert sim.server.audits.measured.held_out is None
+    steps = np.diff([at for at, _, name, sent in sim.log if name == "b" and isinstance(sent, wire.Step)])
+    assert sorted(steps)[-2] < 40
+    assert not complaints(sim)
+    sim.run(300)
+    assert sim.server.audits.measured.held_out is not None
+    assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready"}
+    assert sim.hosts["a"].device.scored[-1][0] > 10
+
+
 def noisy(size: float, seed: int) -> Twist:
     """A random reward: another number for the same text each time."""
     draws = np.random.default_rng(seed)
