@@ -132,6 +132,17 @@ def test_with_one_token_for_all_each_host_is_checked_by_the_others(sums: bool) -
     assert states_of(sim)["d"] == "ready"
 
 
+def test_a_host_that_only_joins_does_not_make_a_liar_bar_the_one_token_that_works() -> None:
+    sim = Simulation(config_of(spot_check=1.0))
+    for name in ("a", "b", "c"):
+        sim.add(name, key="token", make_worker=partial(LyingWorker, "scaled") if name == "b" else Worker)
+    sim.add("stranger", key="other", compile_seconds=1e6)
+    run_until_aside(sim, {"b"})
+    sim.add("d", key="token")
+    sim.run_steps(10)
+    assert states_of(sim)["d"] == "ready"
+
+
 def test_a_token_of_a_liar_does_not_come_back() -> None:
     sim = Simulation(config_of(spot_check=1.0))
     for name in ("a", "b"):

@@ -208,6 +208,10 @@ class Registry:
         """Whether all hosts that are there have one owner."""
         return len({host.owner for host in self._hosts.values() if not host.is_gone}) <= 1
 
+    def has_others(self, owner: str) -> bool:
+        """Return whether a host of another owner can work."""
+        return any(host.owner != owner and host.can_work(self.now) for host in self._hosts.values())
+
     def called(self, name: str) -> Host | None:
         """Return the host of a name that is not superseded or dropped, or None."""
         hosts = self._hosts.values()
