@@ -8,6 +8,7 @@ from bench.lies import LIES, LyingWorker
 from hosts_simulation import DELAY, FIRST_STATE, Simulation, check_updates, config_of, next_state
 
 from esjax.exchange.update_record import pairs_of
+from esjax.hosts.coordination.registry import PROBE_LONGEST
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 
@@ -211,6 +212,17 @@ def test_a_check_may_take_longer_than_the_time_budget() -> None:
     assert not [line for line in sim.lines if "late" in line or "held up" in line]
     fast.device.twist = lambda losses, pairs: losses[:, ::-1]
     run_until_aside(sim, {"fast"})
+
+
+def test_a_host_too_slow_for_pairs_is_tried_more_rarely_though_it_answers_checks() -> None:
+    sim = Simulation(config_of(spot_check=1.0))
+    sim.add("a")
+    sim.add("slow", speed=1.0)
+    sim.run(600)
+    slow = sim.server._registry.called("slow")
+    assert slow
+    assert sim.server.inspector.checks > 20
+    assert slow.probe_after == PROBE_LONGEST
 
 
 @both_exchanges

@@ -134,11 +134,11 @@ class Host:
             return
         seconds, expected = now - self.leased_at, self.expected(None)
         self.slowness = seconds / expected if expected else None
-        if self.answered:
-            self.took(self.answered, seconds)
         self.late = False
-        if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
-            self.probe_after = PROBE
+        if self.answered:  # else they were of a check
+            self.took(self.answered, seconds)
+            if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
+                self.probe_after = PROBE
 
     def set_late(self, open_pairs: int, now: float) -> None:
         """Note that it is late with some pairs: it loses speed, and gets no pairs for a while."""
