@@ -153,8 +153,8 @@ def test_a_token_of_a_liar_does_not_come_back() -> None:
     again = sim.add("another name", key="token")
     sim.run_steps(10)
     assert again.worker.refused == (
-        "a host with this token, liar, was put aside, and the coordinator lets it in only after a restart: its losses "
-        "differ from those of other hosts"
+        "liar, a host with this token, was put aside; hosts with this token may join again after a restart of the "
+        "coordinator: its losses differ from those of other hosts"
     )
     assert sim.add("c", key="c")
     sim.run_steps(10)
