@@ -238,7 +238,7 @@ class Background:
             share(_ENCODER.encode(task))
             try:
                 result = self._executor.do(task)
-            except Exception as error:  # a custom model may raise anything
+            except (Exception, SystemExit) as error:  # a custom model may raise anything
                 result = tasks.Failed(f"{type(error).__name__}: {str(error)[:300]}")
             self._results.put(result)
             self._wake()

@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from storms import volume
 from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.update_record import Span, pairs_of
 from esjax.exchange.values import AGREE, AGREE_STEPS, AGREE_SUMS, SLOT_PAIRS, LossExchange, SumExchange
-from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases
+from esjax.hosts.coordination.leases import FixedPopulation, Lease, Leases, Queue
 from esjax.hosts.coordination.time_budget import TimeBudget
 
 QUANTUM = 4
@@ -82,6 +83,29 @@ def test_while_a_host_is_idle_no_other_holds_more_than_half_of_a_step() -> None:
         assert not hand_in(work, 0, held)
         assert quanta_of(work.lease(speeds))[1] == 0
     assert work.count(0) == 20 * QUANTUM
+
+
+def test_while_nothing_changes_what_is_held_back_is_not_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may have thousands of quanta, and messages come all the time."""
+    queues = []
+
+    class CountedQueue(Queue):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            queues.append(self)
+
+    monkeypatch.setattr("esjax.hosts.coordination.leases.Queue", CountedQueue)
+    work = FixedPopulation(20 * QUANTUM, QUANTUM, LossExchange())
+    ((start, _),) = spans_of(work.lease({0: 2.0, 1: 0.05}), 0)
+    assert work.lease({0: 2.0, 1: 0.05}) == []
+    before = len(queues)
+    assert work.lease({0: 2.0, 1: 0.05}) == []
+    assert len(queues) == before
+    assert quanta_of(work.lease({0: 2.0, 1: 2.0}))[1] > 0
+    work.release(1)
+    work.lease({0: 2.0, 1: 0.05})
+    assert not hand_in(work, 0, [(start, 3 * QUANTUM)], final=False)
+    assert quanta_of(work.lease({0: 2.0, 1: 0.05})) == {0: 3}
 
 
 def test_a_host_ten_times_as_fast_gets_ten_times_the_pairs() -> None:

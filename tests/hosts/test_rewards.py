@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from bench.lies import LyingWorker
 from hosts_simulation import DELAY, QUANTUM, Simulation, Twist, check_updates, config_of
 
 from esjax.config.reward import RewardConfig
@@ -97,6 +98,23 @@ def test_a_host_that_hangs_in_a_reward_is_noticed_and_its_pairs_go_to_others() -
     check_updates(sim.updates, sim.config)
 
 
+def test_a_long_first_measurement_holds_up_one_step_and_is_no_fault() -> None:
+    """How long the rewards of held-out prompts take is not known, so the reference host gets pairs once, then none."""
+    sim = Simulation(with_reward())
+    sim.add("a", speed=2.0, measure_seconds=1000.0)
+    for name in ("b", "c"):
+        sim.add(name, speed=2.0)
+    sim.run(900)
+    assert sim.server.audits.measured.held_out is None
+    steps = np.diff([at for at, _, name, sent in sim.log if name == "b" and isinstance(sent, wire.Step)])
+    assert sorted(steps)[-2] < 40
+    assert not complaints(sim)
+    sim.run(300)
+    assert sim.server.audits.measured.held_out is not None
+    assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready"}
+    assert sim.hosts["a"].device.scored[-1][0] > 10
+
+
 def noisy(size: float, seed: int) -> Twist:
     """A random reward: another number for the same text each time."""
     draws = np.random.default_rng(seed)
@@ -130,6 +148,19 @@ def test_spot_checks_find_the_host_that_adds_to_its_rewards_and_no_honest_one(tw
     sim.run(3000, until=lambda: states_of(sim).get("liar") == "put aside")
     sim.run_steps(10)
     assert states_of(sim) == {"a": "ready", "b": "ready", "c": "ready", "liar": "put aside"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_host_whose_calls_all_fail_does_not_decide_for_a_liar(seed: int) -> None:
+    """Its answers agree with any others: a fourth host decides between the liar and an honest one."""
+    sim = Simulation(with_reward(spot_check=1.0, population=128), seed=seed)
+    sim.add("liar", make_worker=partial(LyingWorker, "honest when watched"))
+    sim.add("overloaded", twist=failing(1.0, 0))
+    for name in "ab":
+        sim.add(name)
+    sim.run(3000, until=lambda: "put aside" in states_of(sim).values())
+    sim.run_steps(10)
+    assert states_of(sim) == {"liar": "put aside", "overloaded": "ready", "a": "ready", "b": "ready"}
 
 
 def test_a_deterministic_reward_is_compared_exactly() -> None:

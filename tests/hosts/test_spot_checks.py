@@ -8,6 +8,7 @@ from bench.lies import LIES, LyingWorker
 from hosts_simulation import DELAY, FIRST_STATE, Simulation, check_updates, config_of, next_state
 
 from esjax.exchange.update_record import pairs_of
+from esjax.hosts.coordination.registry import PROBE_LONGEST
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
 
@@ -132,6 +133,17 @@ def test_with_one_token_for_all_each_host_is_checked_by_the_others(sums: bool) -
     assert states_of(sim)["d"] == "ready"
 
 
+def test_a_host_that_only_joins_does_not_make_a_liar_bar_the_one_token_that_works() -> None:
+    sim = Simulation(config_of(spot_check=1.0))
+    for name in ("a", "b", "c"):
+        sim.add(name, key="token", make_worker=partial(LyingWorker, "scaled") if name == "b" else Worker)
+    sim.add("stranger", key="other", compile_seconds=1e6)
+    run_until_aside(sim, {"b"})
+    sim.add("d", key="token")
+    sim.run_steps(10)
+    assert states_of(sim)["d"] == "ready"
+
+
 def test_a_token_of_a_liar_does_not_come_back() -> None:
     sim = Simulation(config_of(spot_check=1.0))
     for name in ("a", "b"):
@@ -141,8 +153,8 @@ def test_a_token_of_a_liar_does_not_come_back() -> None:
     again = sim.add("another name", key="token")
     sim.run_steps(10)
     assert again.worker.refused == (
-        "a host with this token, liar, was put aside, and the coordinator lets it in only after a restart: its losses "
-        "differ from those of other hosts"
+        "liar, a host with this token, was put aside; hosts with this token may join again after a restart of the "
+        "coordinator: its losses differ from those of other hosts"
     )
     assert sim.add("c", key="c")
     sim.run_steps(10)
@@ -200,6 +212,17 @@ def test_a_check_may_take_longer_than_the_time_budget() -> None:
     assert not [line for line in sim.lines if "late" in line or "held up" in line]
     fast.device.twist = lambda losses, pairs: losses[:, ::-1]
     run_until_aside(sim, {"fast"})
+
+
+def test_a_host_too_slow_for_pairs_is_tried_more_rarely_though_it_answers_checks() -> None:
+    sim = Simulation(config_of(spot_check=1.0))
+    sim.add("a")
+    sim.add("slow", speed=1.0)
+    sim.run(600)
+    slow = sim.server._registry.called("slow")
+    assert slow
+    assert sim.server.inspector.checks > 20
+    assert slow.probe_after == PROBE_LONGEST
 
 
 @both_exchanges

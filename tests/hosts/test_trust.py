@@ -27,7 +27,7 @@ from esjax.config.settings import HostsConfig, replace
 from esjax.errors import EsjaxError
 from esjax.hosts.coordination import admission
 from esjax.hosts.coordination.hold_ups import MOST, PAID_OFF, TOLERANCE, HoldUps
-from esjax.hosts.coordination.registry import GROWTH, SILENT, STRIKES
+from esjax.hosts.coordination.registry import GROWTH, SILENT, STRIKES, Host
 from esjax.hosts.coordination.steps import DEADLINE_FACTOR, FIRST_DEADLINE
 from esjax.hosts.protocol import tasks, wire
 from esjax.hosts.protocol.wire import Envelope
@@ -365,7 +365,7 @@ def test_a_token_whose_host_is_put_aside_for_its_messages_stays_out_until_a_rest
     strike(sim, holder)
     again = sim.add("another name", key="bad")
     sim.run_steps(3)
-    assert "a host with this token, bad 0, was put aside" in again.worker.refused
+    assert "bad 0, a host with this token, was put aside" in again.worker.refused
     assert "losses for step" in again.worker.refused
     assert not own.worker.refused  # what the token's other hosts send is judged by itself
     sim.kill()
@@ -394,6 +394,15 @@ def test_a_host_without_a_token_stays_out_by_its_name() -> None:
     sim.run_steps(3)
     assert "a host of this name was put aside" in again.worker.refused
     assert not other.worker.refused
+
+
+def test_without_tokens_the_number_of_names_that_stay_out_is_limited() -> None:
+    judge, most = Simulation(config_of()).server._admission, admission.MOST_OWNERS
+    for number in range(most + 10):
+        join = wire.Join(f"bad {number}", "", "fake", [], [], "", 1, 1)
+        judge.exclude(Host(join, number, 0, None, b"", 0.0), "false losses")
+    assert len(judge._excluded) == most
+    assert f"bad {most + 9}" in judge._excluded
 
 
 def test_with_one_token_for_all_a_host_that_is_put_aside_may_be_replaced() -> None:

@@ -26,7 +26,7 @@ FULL_WAIT = 5.0
 """Seconds after which a host that finds no place should ask again."""
 
 MOST_OWNERS = 2**12
-"""Owners whose use is kept before those without recent use are dropped."""
+"""Owners whose use is kept before those without recent use are dropped, and most owners that may not join."""
 
 
 class Objection(NamedTuple):
@@ -72,9 +72,13 @@ class Admission:
 
     def exclude(self, host: Host, reason: str) -> None:
         """Let no host of the owner of a host join any more."""
-        what = f"a host with this token, {host.name}," if host.key else "a host of this name"
-        why = f"{what} was put aside, and the coordinator lets it in only after a restart: {reason}"
+        what, which = "a host of this name", "hosts of this name"
+        if host.key:
+            what, which = f"{host.name}, a host with this token,", "hosts with this token"
+        why = f"{what} was put aside; {which} may join again after a restart of the coordinator: {reason}"
         self._excluded.setdefault(host.owner, why)
+        if len(self._excluded) > MOST_OWNERS:  # without keys, each new name is an owner
+            del self._excluded[next(iter(self._excluded))]
 
     def fetch(self, host: Host, part: int, copy: int, now: float) -> float:
         """Count a part of a text or a state, in bytes; return 0, or the seconds to wait if it is above the quota.

@@ -131,6 +131,10 @@ class Audits:
         """Return whether a host is measuring the held-out loss."""
         return self._measuring is not None and self._measuring.host is host
 
+    def delay(self, now: float) -> float:
+        """Return the seconds that a measurement takes: as the last one, or as this one so far if that is longer."""
+        return max(self.measure_seconds, now - self._measuring.since) if self._measuring else 0.0
+
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
         """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
         hosts = self._registry.workers(now)

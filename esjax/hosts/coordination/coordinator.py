@@ -404,7 +404,7 @@ class Coordinator:
 
     def _put_aside(self, host: Host, reason: str) -> None:
         host.aside = reason
-        if not self._registry.has_one_owner:  # else nobody could take its place
+        if self._registry.has_others(host.owner):  # else no host could take its place
             self._admission.exclude(host, reason)
         self._out.tell(f"{host.name} is put aside: {reason}")
         self._let_go(host)

@@ -262,9 +262,14 @@ class Inspector:
         return not check.missing and self._exchange.agree(check.values(), case.unit.values)
 
     def _right(self, answers: Sequence[_Answer]) -> _Answer | None:
-        """Return an evaluation with which another voter's agrees, or None."""
-        pairs = ((one, two) for i, one in enumerate(answers) for two in answers[i + 1 :])
-        return next((one for one, two in pairs if self._exchange.agree(one.values, two.values)), None)
+        """Return an evaluation with which another voter's agrees, or None.
+
+        Two decide only if they agree with the same evaluations: one whose pairs failed agrees with right and wrong.
+        """
+        agree = self._exchange.agree
+        agreeing = [[agree(one.values, other.values) for other in answers] for one in answers]
+        pairs = ((i, j) for i in range(len(answers)) for j in range(i + 1, len(answers)))
+        return next((answers[i] for i, j in pairs if agreeing[i][j] and agreeing[i] == agreeing[j]), None)
 
     def _exclude(self, answer: _Answer, leases: CheckedLeases) -> None:
         """Put the hosts of a voter aside, and drop their values of this step."""

@@ -145,11 +145,15 @@ class FixedPopulation(Leases):
         self._held: dict[int, set[int]] = {}
         self._parts: dict[int, list[_Part]] = {}  # by slot
         self._longest = 0  # most quanta that are added up; 0 before the first lease
+        self._changes = 0  # of the holders and values of quanta
+        self._tried: object = None  # what the last leases were made from
 
     def lease(self, speeds: Mapping[int, float], delays: Mapping[int, float] = NO_DELAYS) -> list[Lease]:
         """See `Leases.lease`: each quantum goes to the host that would finish it first."""
-        if not speeds:
+        situation = self._changes, dict(speeds), dict(delays)
+        if not speeds or situation == self._tried:  # many quanta may be held back while many messages come
             return []
+        self._tried = situation
         self._longest = self._longest or self._choose_longest(speeds)
         self._make_room(speeds, delays)
         load = {slot: len(self._held.get(slot, ())) for slot in speeds}
@@ -306,7 +310,8 @@ class FixedPopulation(Leases):
         self._see(i)
 
     def _see(self, i: int) -> None:
-        """Note whether a host should score a quantum."""
+        """Note whether a host should score a quantum, since its holders or values have changed."""
+        self._changes += 1
         if self._quanta[i].is_settled or self._quanta[i].holders:
             self._lacking.discard(i)
         else:

@@ -134,11 +134,11 @@ class Host:
             return
         seconds, expected = now - self.leased_at, self.expected(None)
         self.slowness = seconds / expected if expected else None
-        if self.answered:
-            self.took(self.answered, seconds)
         self.late = False
-        if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
-            self.probe_after = PROBE
+        if self.answered:  # else they were of a check
+            self.took(self.answered, seconds)
+            if self.slowness is not None and self.slowness < MISSED and not self.is_tried:
+                self.probe_after = PROBE
 
     def set_late(self, open_pairs: int, now: float) -> None:
         """Note that it is late with some pairs: it loses speed, and gets no pairs for a while."""
@@ -207,6 +207,10 @@ class Registry:
     def has_one_owner(self) -> bool:
         """Whether all hosts that are there have one owner."""
         return len({host.owner for host in self._hosts.values() if not host.is_gone}) <= 1
+
+    def has_others(self, owner: str) -> bool:
+        """Return whether a host of another owner can work."""
+        return any(host.owner != owner and host.can_work(self.now) for host in self._hosts.values())
 
     def called(self, name: str) -> Host | None:
         """Return the host of a name that is not superseded or dropped, or None."""

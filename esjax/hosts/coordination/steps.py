@@ -183,26 +183,24 @@ class Steps:
         """
         usual = self._registry.usual_slowness(host)
         usually = DEADLINE_FACTOR * (max(usual or 1.0, 1.0) * expected + self._call)
-        is_measuring = self._audits.is_measuring(host)
         idle = now - max(host.progress_at, host.leased_at)
-        if idle > max(FIRST_TEXTS if self._call and not expected else STUCK, usually):
-            if not is_measuring:
-                host.hung = True
-                self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
-            self.release(host)
-        elif now - host.leased_at > self._allowed(host, usually, usual is None and not host.speed) and (
-            are_idle or usual is not None
-        ):
-            if is_measuring:
-                if self._audits.measure_seconds:  # else none knew how long it takes
-                    self.release(host)
+        is_hung = idle > max(FIRST_TEXTS if self._call and not expected else STUCK, usually)
+        allowed = self._allowed(host, usually, usual is None and not host.speed)
+        is_late = now - host.leased_at > allowed and (are_idle or usual is not None)
+        if not (is_hung or is_late):
+            return
+        if self._audits.is_measuring(host):
+            if not self._audits.measure_seconds:  # how long it takes was not known: no fault
                 self.leases.release(host.slot)
-                return
+        elif is_hung:
+            host.hung = True
+            self._out.tell(f"{host.name} is hung: no progress for {idle:.0f} s")
+        else:
             if not host.late:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             is_fixed = self._config.es.time_per_step is None
             host.set_late(self.leases.open_pairs(host.slot) if is_fixed else 0, now)
-            self.release(host)
+        self.release(host)
 
     def _allowed(self, host: Host, usually: float, is_first: bool) -> float:
         """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known.
@@ -234,7 +232,7 @@ class Steps:
 
     def _lease(self, now: float) -> list[Lease]:
         hosts, budget = self._registry.workers(now), self._config.es.time_per_step
-        delays = {host.slot: self._audits.measure_seconds for host in hosts if self._audits.is_measuring(host)}
+        delays = {host.slot: self._audits.delay(now) for host in hosts if self._audits.is_measuring(host)}
         usual = usual_speed(hosts)
         speeds, trials = self._speeds(hosts, usual, now)
         busy = {host.slot for host in hosts if self.leases.busy(host.slot)}
