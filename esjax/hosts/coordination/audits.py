@@ -132,8 +132,9 @@ class Audits:
         return self._measuring is not None and self._measuring.host is host
 
     def delay(self, now: float) -> float:
-        """Return the seconds that a measurement takes: as the last one, or as this one so far if that is longer."""
-        return max(self.measure_seconds, now - self._measuring.since) if self._measuring else 0.0
+        """Return the seconds of a measurement: those of the last one, or with rewards of this one so far if longer."""
+        so_far = now - self._measuring.since if self._measuring and self._reward_seconds else 0.0
+        return max(self.measure_seconds, so_far)
 
     def plan(self, step: int, now: float, last: bool = False) -> Plan:
         """Choose the side tasks of a step; in the `last` one, checkpoint and held-out loss are due."""
