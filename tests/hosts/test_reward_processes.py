@@ -169,6 +169,6 @@ def test_what_a_host_lacks_is_one_line(tmp_path: Path, kind: str) -> None:
     lacks = {
         "lambda": "put it into a file",
         "file": "the reward slow cannot be called: cannot load",
-        "prompts": "put the prompts there that the run was begun with",
+        "prompts": "put the run's prompts there",
     }
     assert lacks[kind] in result.reason
