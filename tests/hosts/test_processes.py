@@ -134,7 +134,7 @@ def test_row_01_a_killed_host_changes_nothing_of_split_pairs_and_blocks(fleet: F
 
 
 def test_row_01_a_killed_host_changes_nothing_of_what_sums_come_to(fleet: Fleet, lenient_promotion: None) -> None:
-    # Sums of many pairs: the norms of a few vary so much that in a thousand steps one is left out, by how it was leased.
+    # Sums of many pairs: norms of a few vary so much that in a thousand steps one is left out, by how it was leased.
     words = ["--es.space", "activation", "--es.copies", "4", "--es.chunk-pairs", "32", "--data.carry"]
     words += ["--es.population-size", "1024"]
     server = fleet.serve(*words)
