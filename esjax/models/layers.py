@@ -42,6 +42,13 @@ def affine(x: Float[Array, " rows"], layer: Affine) -> Float[Array, " columns"]:
     return matmul(x, layer.matrix) + layer.bias
 
 
+def embed_tokens(tables: tuple[Float[Array, "vocabulary width"], ...], tokens: Int[Array, " last"]) -> Array:
+    """Add up the rows of the last tokens, each from a table of its own; returns [width]."""
+    rows = [table[tokens[i]] for i, table in enumerate(tables)]
+    total: Array = sum(rows[1:], rows[0])
+    return total
+
+
 def head_units(width: int, head_size: int) -> tuple[Affine, Affine]:
     """Return the units of a head with one hidden layer, see `predict_by_head`."""
     return Affine(width**-0.5, BIAS_UNIT), Affine(head_size**-0.5, BIAS_UNIT)

@@ -28,6 +28,7 @@ from esjax.models.layers import (
     Affine,
     Norm,
     affine,
+    embed_tokens,
     last_tokens,
     linear_recurrence,
     matmul,
@@ -140,7 +141,7 @@ def lru(vocab_size: int, hidden_size: int, mlp_size: int, n_layers: int, gate_to
 
     def consume(params: LruParams, state: LruState, token: Token, tap: Tap = untouched) -> LruState:
         tokens = jnp.concatenate([token[None].astype(jnp.int32), state.tokens])
-        x, new = _embed(params, tokens), list[Array]()
+        x, new = embed_tokens(params.embedding, tokens), list[Array]()
         for i, (layer, old) in enumerate(zip(params.layers, state.hidden, strict=True), start=1):
             keep, added, gate = _open(layer, x)
             new.append(tap(f"state_{i}", keep * old + added))
@@ -150,7 +151,7 @@ def lru(vocab_size: int, hidden_size: int, mlp_size: int, n_layers: int, gate_to
     def states(params: LruParams, state: LruState, tokens: Int[Array, " length"]) -> LruState:
         is_stop = tokens == STOP
         seen = last_tokens(tokens, state.tokens)
-        x, new = jax.vmap(lambda row: _embed(params, row))(seen), list[Array]()
+        x, new = jax.vmap(lambda row: embed_tokens(params.embedding, row))(seen), list[Array]()
         for layer, old in zip(params.layers, state.hidden, strict=True):
             keep, added, gate = jax.vmap(lambda x, layer=layer: _open(layer, x))(x)
             new.append(linear_recurrence(jnp.where(is_stop[:, None], 0.0, keep), added, old))
@@ -169,12 +170,6 @@ def lru(vocab_size: int, hidden_size: int, mlp_size: int, n_layers: int, gate_to
         embeddings=("embedding",),
         output_layer="head_output",
     )
-
-
-def _embed(params: LruParams, tokens: Int[Array, " last"]) -> Float[Array, " hidden"]:
-    rows = [table[tokens[i]] for i, table in enumerate(params.embedding)]
-    total: Array = sum(rows[1:], rows[0])
-    return total
 
 
 def _open(

@@ -22,6 +22,7 @@ from esjax.models.layers import (
     BIAS_UNIT,
     Affine,
     affine,
+    embed_tokens,
     head_units,
     init_head,
     last_tokens,
@@ -141,5 +142,4 @@ def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gat
 
 def _embed(params: MinGruParams, tokens: Int[Array, " last"]) -> Float[Array, " gates"]:
     """Return a of the first layer, from the last tokens."""
-    rows = [table[tokens[i]] for i, table in enumerate(params.embedding)]
-    return sum(rows[1:], rows[0]) + params.bias
+    return embed_tokens(params.embedding, tokens) + params.bias

@@ -25,7 +25,7 @@ from esjax.core.rules import HIGHEST
 from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
 from esjax.models.layers import FIRST_LOGITS, matmul
-from esjax.models.model import Logits, Model, Token
+from esjax.models.model import Activation, Logits, Model, Token, identity
 
 NORM_EPS = 1e-5
 """Added to the variance in layer norms; in the norm of a head, times its width."""
@@ -250,7 +250,7 @@ def _between(z: Float[Array, " hidden"], before: Float[Array, " hidden"], m: Any
     return z + (before - z) * m
 
 
-def _opened(z: Float[Array, " hidden"], gate: Gate, activation: Any = lambda inner: inner) -> Float[Array, " hidden"]:
+def _opened(z: Float[Array, " hidden"], gate: Gate, activation: Activation = identity) -> Float[Array, " hidden"]:
     return jax.nn.sigmoid(gate.bias + matmul(activation(matmul(z, gate.down)), gate.up))
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import msgspec
 import numpy as np
 import pytest
+from fault_runs import BUDGET, BUDGET_SUMS, FIXED, FIXED_SUMS, all_modes, both_modes
 from hosts_simulation import (
     DELAY,
     FIRST_STATE,
@@ -41,14 +42,6 @@ from esjax.hosts.protocol.tasks import Apply
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.protocol.worker import Worker
 
-FIXED = config_of()
-BUDGET = config_of(budget=1.0)
-FIXED_SUMS = config_of(sums=True)
-BUDGET_SUMS = config_of(budget=1.0, sums=True)
-both_modes = pytest.mark.parametrize("config", [FIXED, BUDGET], ids=["fixed", "budget"])
-all_modes = pytest.mark.parametrize(
-    "config", [FIXED, BUDGET, FIXED_SUMS, BUDGET_SUMS], ids=["fixed", "budget", "fixed sums", "budget sums"]
-)
 DIRECTIONS = ["request", "reply", "broadcast"]
 EXAMPLES = 8
 """Of simulations that take long."""

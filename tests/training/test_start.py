@@ -189,6 +189,6 @@ def test_code_of_weights_that_only_a_coordinator_names_is_not_run(base: Path, tm
     record = tmp_path / "custom/run.json"
     fields = json.loads(record.read_text())
     assert fields["code"]["model"]
-    record.write_text(json.dumps({**fields, "own": {}}))  # a folder that somebody prepared
+    record.write_text(json.dumps({**fields, "own": {}}))  # as an attacker may write it
     with pytest.raises(esjax.EsjaxError, match="holds a custom model, and the run has none"):
         first_params(replace(config, init=str(tmp_path / "custom")), Custom())
