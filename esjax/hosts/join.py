@@ -165,10 +165,10 @@ def _take_part(
         with stop_on_signals(), starting():  # process 0 gets the signal, too, and ends the others
             executor.follow()
         return False
-    tell(f"{name}: joining {address}")
     with ExitStack() as stack:
-        transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         asked = stack.enter_context(stop_on_signals())
+        tell(f"{name}: joining {address}")
+        transport = stack.enter_context(ClientTransport(address, token=token, limits=LIMITS))
         if jax.process_count() > 1:  # the others may not follow yet, and cannot be waited for
             stack.enter_context(starting())
         background = stack.enter_context(Background(executor, transport.wake))

@@ -89,9 +89,8 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     victim.send(signal.SIGKILL)
     done = steps_done(fleet.run)
     wait_until(lambda: steps_done(fleet.run) >= done + 3)
-    status = fetch_status(fleet.address)
-    assert status.greedy_reward is not None
-    assert status.pass_at_k is not None
+    wait_until(lambda: fetch_status(fleet.address).greedy_reward is not None)  # measured again if the victim had it
+    assert fetch_status(fleet.address).pass_at_k is not None
     server.send(signal.SIGKILL)
     server.ends()
     again = fleet.serve_again()
