@@ -24,11 +24,13 @@ from typing import NamedTuple
 
 import esjax
 
-THINGS = "book concert film game hotel lecture meal museum phone play room school service soup story trip".split()
+THINGS = "book concert film game hotel lecture meal museum phone play room school service soup story trip"
 """What is reviewed."""
 
 WORDS = {
-    "Positive": "amazing brilliant charming delightful excellent fantastic great lovely perfect pleasant superb wonderful",
+    "Positive": (
+        "amazing brilliant charming delightful excellent fantastic great lovely perfect pleasant superb wonderful"
+    ),
     "Negative": "annoying awful bad boring disappointing dreadful dull horrible mediocre poor terrible useless",
 }
 """What is said about it, by the right answer."""
@@ -116,7 +118,7 @@ def make_files(folder: Path) -> tuple[Path, Path]:
         (form.format(thing=thing, word=word), answer)
         for answer, words in WORDS.items()
         for word in words.split()
-        for thing in THINGS
+        for thing in THINGS.split()
         for form in SENTENCES
     ]
     text, prompts = folder / "text.txt", folder / "reviews.jsonl"
