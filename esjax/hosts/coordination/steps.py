@@ -175,7 +175,7 @@ class Steps:
         return CheckedLeases(TimeBudget(es.time_per_step, quantum, exchange), exchange)
 
     def _may_be_late(self, host: Host, now: float) -> bool:
-        """Return whether a host had its pairs for longer than the shortest deadline, so that others are not looked at."""
+        """Return whether a host has had its pairs for longer than the shortest deadline."""
         return now - host.leased_at > DEADLINE_FLOOR / 2 and self.leases.busy(host.slot)
 
     def _check_deadline(self, host: Host, expected: float, are_idle: bool, now: float) -> None:
