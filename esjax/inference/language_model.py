@@ -21,7 +21,10 @@ from esjax.flags import default_flags
 from esjax.inference.generate import Sampling, beam_search, sample
 from esjax.inference.score import make_score
 from esjax.models.member import Member
-from esjax.models.model import Model, Params
+from esjax.models.model import Model, Params, State
+
+SHORTEST = 32
+"""Least number of tokens to which a prompt is padded for a model that reads prompts at once; then powers of two."""
 
 
 class Evaluation(NamedTuple):
@@ -78,7 +81,7 @@ class LanguageModel:
         self.vocabulary = vocabulary
         self._mesh = mesh
         self._score = jax.jit(make_score(model))
-        self._read = jax.jit(lambda params, prompt: Member(model, params).read(prompt))
+        self._read = jax.jit(lambda params, prompt, count: Member(model, params).read(prompt, count=count))
         self._sample = jax.jit(partial(sample, model), static_argnums=(3,))
         self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
 
@@ -137,7 +140,7 @@ class LanguageModel:
         _require(top_k >= 0, f"top_k must be at least 0, got {top_k}")
         _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
-        state = self._read(params, self.vocabulary.encode(prompt))
+        state = self._after(params, prompt)
         keys = jax.random.split(key_of(seed), count)
         tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
         return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
@@ -151,10 +154,21 @@ class LanguageModel:
         """
         _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
         _require(beams >= 1, f"beams must be at least 1, got {beams}")
-        state = self._read(params, self.vocabulary.encode(prompt))
+        state = self._after(params, prompt)
         found = self._beam_search(params, state, beams, max_tokens)
         pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
         return [Written(self.vocabulary.decode(row), float(total)) for row, total in pairs if np.isfinite(total)]
+
+    def _after(self, params: Params, prompt: str) -> State:
+        """Return the state after a prompt.
+
+        Models that read a prompt at once compile for each length, which takes seconds: lengths are rounded up.
+        """
+        tokens = self.vocabulary.encode(prompt)
+        padded = min(max(1 << (len(tokens) - 1).bit_length(), SHORTEST), self.model.context - 1)
+        if self.model.read is None or len(tokens) > padded:
+            return self._read(params, tokens, None)
+        return self._read(params, np.pad(tokens, (0, padded - len(tokens))), np.int32(len(tokens)))
 
 
 def _require(condition: bool, message: str) -> None:

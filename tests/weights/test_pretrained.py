@@ -275,6 +275,22 @@ def test_text_is_generated_and_scored(tmp_path: Path) -> None:
         model.evaluate()
 
 
+def test_prompts_of_different_lengths_share_a_program(tmp_path: Path) -> None:
+    """Reference: the most probable token by the equations; a prompt that fills the context is read by itself."""
+    weights = write_folder(tmp_path)
+    model = esjax.load_pretrained(tmp_path)
+    for prompt in ("", "the", "the cat", "the cat sat\n\non the mat"):
+        logits = expected_logits(weights, [1, *TOKENIZER.encode(prompt).ids])[-1]
+        logits[2] = -np.inf  # UNK
+        (text,) = model.generate(prompt, temperature=0, max_tokens=1)
+        first = TOKENIZER.decode([int(logits.argmax())], skip_special_tokens=True)
+        assert text.text == first
+    read = model.language_model._read
+    assert read._cache_size() == 1
+    model.generate(3 * TEXT, temperature=0, max_tokens=1)
+    assert read._cache_size() == 2
+
+
 def count_a(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(text.count("a")) for text in completions]
 
