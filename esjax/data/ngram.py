@@ -8,7 +8,7 @@ context one token shorter (Witten & Bell 1991, method C):
 and so on down to the uniform distribution. Contexts do not reach across documents: STOPs precede each document.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,10 @@ NAMES = ("unigram", "bigram", "trigram")
 
 DENSE = 2**25
 """Number of possible codes up to which a table of counts is faster than sorting."""
+
+
+PART = 2**22
+"""Tokens that are scored at a time."""
 
 
 class Level(NamedTuple):
@@ -58,8 +62,31 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
     Returns:
         Mean nats per token, STOPs included, by name of the model, in the order of `NAMES`.
     """
+    totals, tokens = dict.fromkeys(NAMES[: len(model.levels)], 0.0), 0
+    for part in _parts(documents):
+        for name, logs in zip(totals, _log_probabilities(model, part), strict=True):
+            totals[name] -= float(np.sum(logs))
+        tokens += sum(len(document) + 1 for document in part)
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def _parts(documents: Sequence[ndarray]) -> Iterator[list[ndarray]]:
+    """Gather documents to lists of about `PART` tokens."""
+    part: list[ndarray] = []
+    size = 0
+    for document in documents:
+        part.append(document)
+        size += len(document) + 1
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _log_probabilities(model: NgramModel, documents: Sequence[ndarray]) -> Iterator[Float64[ndarray, " tokens"]]:
+    """Yield the log probability of each token by the model of each order."""
     probability: Float64[ndarray, " tokens"] | None = None
-    losses = {}
     for n, level in enumerate(model.levels, start=1):
         context, token = _codes(documents, model.vocab_size, n)
         if probability is None:
@@ -70,8 +97,7 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
         # An unseen context has no types: use the shorter model alone.
         weight = np.where(total == 0, 1, types)
         probability = (seen + weight * probability) / (total + weight)
-        losses[NAMES[n - 1]] = float(-np.mean(np.log(probability)))
-    return losses
+        yield np.log(probability)
 
 
 def _codes(documents: Sequence[ndarray], vocab_size: int, n: int) -> tuple[ndarray, ndarray]:

@@ -1,13 +1,12 @@
 """From characters, bytes or subwords to token ids and back."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64, Integer
 from numpy import ndarray
 
 from esjax.data.tokens import STOP, UNK
@@ -15,6 +14,12 @@ from esjax.paths import given_path
 
 FIRST = max(UNK, STOP) + 1
 """Id of the first symbol."""
+
+CODE_POINTS = 0x110000
+"""Number of code points of Unicode."""
+
+BATCH = 2**20
+"""Characters of documents that are worked on at a time."""
 
 UNKNOWN_MARK = "\N{REPLACEMENT CHARACTER}"
 """Text for UNK."""
@@ -48,6 +53,19 @@ class Vocabulary:
         ids = _ids(self.symbols)
         return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " texts"]]:
+        """Turn texts without NUL into ids, one after another, each with STOP behind it.
+
+        Returns:
+            The ids, and the number of them for each text, its STOP included.
+        """
+        joined = "".join(f"{text}\0" for text in texts)
+        if self.kind == "byte":
+            codes, table = np.frombuffer(joined.encode(), np.uint8), _byte_table()
+        else:
+            codes, table = np.frombuffer(joined.encode("utf-32-le"), np.uint32), _table(self.symbols)
+        return table[codes], np.diff(np.flatnonzero(codes == 0), prepend=-1)
+
     def decode(self, ids: Sequence[int] | ndarray) -> str:
         """Turn ids into text without STOP; UNK and invalid UTF-8 become a replacement character."""
         if self.kind == "byte":
@@ -73,6 +91,23 @@ def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
     return {symbol: i + FIRST for i, symbol in enumerate(symbols)}
 
 
+@lru_cache(maxsize=4)
+def _table(symbols: tuple[str, ...]) -> Integer[ndarray, " codes"]:
+    """Return the id of each code point, and STOP for NUL."""
+    table = np.full(CODE_POINTS, UNK, np.min_scalar_type(len(symbols) + FIRST))
+    table[[ord(symbol) for symbol in symbols]] = np.arange(FIRST, FIRST + len(symbols))
+    table[0] = STOP
+    return table
+
+
+@lru_cache(maxsize=1)
+def _byte_table() -> Integer[ndarray, " bytes"]:
+    """Return the id of each byte, and STOP for NUL."""
+    table = np.arange(FIRST, FIRST + 256, dtype=np.uint16)
+    table[0] = STOP
+    return table
+
+
 def is_symbol(value: object) -> bool:
     """Return whether a value can be a symbol: one character that UTF-8 can encode."""
     return isinstance(value, str) and len(value) == 1 and not 0xD800 <= ord(value) < 0xE000
@@ -96,12 +131,12 @@ def parse_vocabulary(stored: Any) -> Vocabulary:
     return Vocabulary(kind, tuple(symbols))
 
 
-def fit_vocabulary(kind: str, documents: Sequence[str], vocab_size: int | None) -> Vocabulary:
+def fit_vocabulary(kind: str, documents: Iterable[str], vocab_size: int | None) -> Vocabulary:
     """Make the vocabulary of a text: for characters, those of the text by falling frequency, then by code point.
 
     Args:
         kind: The setting data.vocabulary.
-        documents: The text to train on.
+        documents: The text to train on, read at most once.
         vocab_size: For characters: most ids, UNK and STOP included. None: all characters.
 
     Raises:
@@ -114,8 +149,22 @@ def fit_vocabulary(kind: str, documents: Sequence[str], vocab_size: int | None) 
 
         way, _, value = kind.partition(":")
         return fit_bpe(documents, int(value)) if way == "bpe" else read_tokenizer(given_path(value))
-    counts: Counter[str] = Counter()
+    counts = np.zeros(CODE_POINTS, np.int64)
+    for batch in batches(documents):
+        counts += np.bincount(np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32), minlength=CODE_POINTS)
+    ranked = sorted(map(int, np.flatnonzero(counts)), key=lambda code: (-counts[code], code))
+    return Vocabulary("char", tuple(map(chr, ranked if vocab_size is None else ranked[: vocab_size - FIRST])))
+
+
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Gather documents to lists of about `BATCH` characters."""
+    batch: list[str] = []
+    size = 0
     for document in documents:
-        counts.update(document)
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    return Vocabulary("char", tuple(ranked if vocab_size is None else ranked[: vocab_size - FIRST]))
+        batch.append(document)
+        size += len(document)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -246,7 +246,7 @@ class Server(RecordedRun):
             now=time.monotonic(),
             rng=np.random.default_rng(),
             text=pack_text(
-                stream[:0] if blocks else stream, corpus.held_out, corpus.vocabulary if config.writes else None
+                stream[:0] if blocks else stream, corpus.measured, corpus.vocabulary if config.writes else None
             ),
             snapshot=Snapshot(first, data, hash_bytes(data)),
             history=ledger,
@@ -399,7 +399,7 @@ def serve_with(
         replica.start_with(params)
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
-    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
+    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files)
     server = Server(folder, corpus, listen, custom, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)
