@@ -14,7 +14,7 @@ from esjax.data.documents import Documents, TextStore, encode_documents
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.data.sources import locate, open_text, split_documents
 from esjax.data.text_files import FileRecord
-from esjax.data.vocabulary import Vocabulary, batches, fit_vocabulary
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
 
@@ -120,7 +120,7 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
     text, digest = open_text(config.text, config.documents), hashlib.blake2b(digest_size=16)
     train, held_out = TextStore(), TextStore()
     between = ""
-    for batch in batches(text):
+    for batch in text.batches():
         digest.update((between + "\0".join(batch)).encode())
         between = "\0"
         for store, documents in zip((train, held_out), split_documents(batch, config.held_out), strict=True):
@@ -131,7 +131,9 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         if not train:
             raise EsjaxError(f"all {sum(1 for _ in held_out)} documents are held out; lower data.held_out or add text")
         if config.symbols is None:
-            vocabulary = fit_vocabulary(config.vocabulary, train, config.vocab_size)
+            pieces = (piece.replace("\0", "") for piece in train.pieces())  # faster to count than documents
+            texts = pieces if config.vocabulary == "char" else train
+            vocabulary = fit_vocabulary(config.vocabulary, texts, config.vocab_size)
         else:
             vocabulary = Vocabulary("char", tuple(config.symbols))
     return Corpus(

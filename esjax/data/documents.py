@@ -15,11 +15,15 @@ from numpy import ndarray
 
 from esjax.data.delivery import token_type
 from esjax.data.tokens import STOP
-from esjax.data.vocabulary import BATCH, Vocabulary, batches
+from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 
 IN_MEMORY = 2**26
 """Most bytes of a store that are kept in memory."""
+
+
+PIECE = 2**20
+"""Bytes of text that are encoded at a time."""
 
 
 class Store:
@@ -70,14 +74,19 @@ class TextStore(Store):
 
     def add(self, documents: Iterable[str]) -> None:
         """Add documents."""
-        self.write("".join(f"{document}\0" for document in documents).encode())
+        self.write("\0".join((*documents, "")).encode())
 
     def __iter__(self) -> Iterator[str]:
         """Yield the documents."""
+        for piece in self.pieces():
+            yield from piece[:-1].split("\0")
+
+    def pieces(self) -> Iterator[str]:
+        """Yield texts of about `PIECE` bytes: whole documents, each with NUL behind it."""
         content, begin = self.read(), 0
         while begin < len(content):
-            end = content.find(b"\0", min(begin + BATCH, len(content) - 1)) + 1
-            yield from content[begin : end - 1].decode().split("\0")
+            end = content.find(b"\0", min(begin + PIECE, len(content) - 1)) + 1
+            yield content[begin:end].decode()
             begin = end
 
 
@@ -132,19 +141,14 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
         return found
 
 
-def encode_documents(texts: Iterable[str], vocabulary: Vocabulary) -> Documents:
-    """Turn documents into tokens.
-
-    Args:
-        texts: Documents, without NUL.
-        vocabulary: Maps them to ids.
-    """
+def encode_documents(texts: TextStore, vocabulary: Vocabulary) -> Documents:
+    """Turn documents into tokens."""
     kind = token_type(vocabulary.size)
     tokens, ends = Store(), Store()
     tokens.write(np.array([STOP], kind))
     size = 1
-    for batch in batches(texts):
-        ids, lengths = vocabulary.encode_batch(batch)
+    for piece in texts.pieces():
+        ids, lengths = vocabulary.encode_piece(piece)
         tokens.write(ids.astype(kind, copy=False))
         ends.write(size + np.cumsum(lengths, dtype=np.int64) - 1)
         size += len(ids)

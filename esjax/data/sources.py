@@ -3,11 +3,15 @@
 import glob
 import hashlib
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from esjax.data.hugging_face import PREFIX, locate_dataset, read_dataset
 from esjax.data.tables import READERS, is_table, read_column
@@ -16,6 +20,10 @@ from esjax.errors import EsjaxError
 from esjax.paths import given_path
 
 Documents = Literal["auto", "paragraph", "line", "file"]
+
+
+BATCH = 2**20
+"""Characters that are worked on at a time."""
 
 
 class Text:
@@ -38,13 +46,26 @@ class Text:
         self._parts, self._documents, self.files, self.note = parts, documents, files, note
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the documents, non-empty strings.
+        """Yield the documents, see `batches`."""
+        return chain.from_iterable(self.batches())
+
+    def batches(self) -> Iterator[list[str]]:
+        """Yield the documents, non-empty strings, in lists of about `BATCH` characters.
 
         Raises:
             EsjaxError: A file cannot be read, is not UTF-8, or is not what its name says.
         """
+        batch: list[str] = []
+        size = 0
         for pieces in self._parts:
-            yield from _cut(pieces, self._documents)
+            for documents in _cut(pieces, self._documents):
+                batch += documents
+                size += sum(map(len, documents))
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
 
 def open_text(source: str, documents: Documents) -> Text:
@@ -96,7 +117,7 @@ def locate(source: str) -> str:
     return source if source.startswith("builtin:") else str(given_path(source))
 
 
-def split_documents(documents: Iterable[str], held_out: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
     """Split documents into training and held-out ones by a hash of their text.
 
     A document stays in its split if others are added, and equal documents are in the same split.
@@ -105,12 +126,9 @@ def split_documents(documents: Iterable[str], held_out: float) -> tuple[list[str
         documents: Non-empty strings.
         held_out: Fraction of the documents to hold out, in [0, 1).
     """
-    train: list[str] = []
-    held: list[str] = []
-    for document in documents:
-        digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-        (held if int.from_bytes(digest, "little") < held_out * 2**64 else train).append(document)
-    return train, held
+    hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
+    held = np.frombuffer(b"".join(hashes), "<u8") < np.uint64(math.ceil(held_out * 2**64))
+    return list(compress(documents, ~held)), list(compress(documents, held))
 
 
 def _split_column(source: str) -> tuple[str, str | None]:
@@ -190,16 +208,15 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _cut(pieces: Iterable[str], documents: Documents) -> Iterator[str]:
+def _cut(pieces: Iterable[str], documents: Documents) -> Iterator[list[str]]:
     """Cut a text, given in pieces, into documents; most documents lie within a piece, but need not."""
     if documents == "file":
-        parts: Iterable[str] = ["".join(pieces)]
+        lists: Iterable[list[str]] = [["".join(pieces)]]
     else:
-        parts = _separated(pieces, _LINE_END if documents == "line" else _BLANK_LINES)
-    for part in parts:
-        document = part.strip("\n")
-        if document and not document.isspace():
-            yield document
+        lists = _separated(pieces, _LINE_END if documents == "line" else _BLANK_LINES)
+    for parts in lists:
+        stripped = [part.strip("\n") for part in parts]
+        yield [document for document in stripped if document and not document.isspace()]
 
 
 _LINE_END = re.compile(r"\n")
@@ -207,18 +224,20 @@ _LINE_END = re.compile(r"\n")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
-def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[str]:
+def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[list[str]]:
     """Split a text as `separator.split` would. A part is held back until its separator is known to have ended."""
     held, blanks = [""], ""  # the part that has begun, without the blanks that it may end in
     for piece in pieces:
         text = blanks + piece
-        begin, end = 0, len(text.rstrip(" \t\n"))
-        for match in separator.finditer(text, 0, end):
-            yield "".join((*held, text[begin : match.start()]))
-            held, begin = [], match.end()
-        held.append(text[begin:end])
-        blanks = text[end:]
-    yield from separator.split("".join((*held, blanks)))
+        solid = text.rstrip(" \t\n")
+        first, *others = separator.split(solid)
+        held.append(first)
+        if others:
+            *whole, last = ["".join(held), *others]
+            yield whole
+            held = [last]
+        blanks = text[len(solid) :]
+    yield separator.split("".join((*held, blanks)))
 
 
 def _shakespeare() -> tuple[list[str], str]:

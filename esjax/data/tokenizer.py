@@ -50,9 +50,9 @@ class TokenizerVocabulary(Vocabulary):
         """Turn text into ids, int32 [length]. Names of special tokens, such as <|im_start|>, become these tokens."""
         return self._ids(_tokenizer(self.json).encode(text).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " texts"]]:
-        """Turn texts into ids, one after another, each with STOP behind it; see `Vocabulary.encode_batch`."""
-        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(list(texts))]
+    def encode_piece(self, text: str) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
+        """Turn documents, each with NUL behind it, into ids, see `Vocabulary.encode_piece`."""
+        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(text[:-1].split("\0"))]
         stop = np.array([STOP], np.int32)
         return np.concatenate([part for ids in found for part in (ids, stop)]), np.array(
             [len(ids) + 1 for ids in found]

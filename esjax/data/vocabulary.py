@@ -1,6 +1,7 @@
 """From characters, bytes or subwords to token ids and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,9 +18,6 @@ FIRST = max(UNK, STOP) + 1
 
 CODE_POINTS = 0x110000
 """Number of code points of Unicode."""
-
-BATCH = 2**20
-"""Characters of documents that are worked on at a time."""
 
 UNKNOWN_MARK = "\N{REPLACEMENT CHARACTER}"
 """Text for UNK."""
@@ -53,17 +51,19 @@ class Vocabulary:
         ids = _ids(self.symbols)
         return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " texts"]]:
-        """Turn texts without NUL into ids, one after another, each with STOP behind it.
+    def encode_piece(self, text: str) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
+        """Turn documents into ids.
+
+        Args:
+            text: Documents, each with NUL behind it.
 
         Returns:
-            The ids, and the number of them for each text, its STOP included.
+            The ids, with STOP behind each document, and the number of them for each document, its STOP included.
         """
-        joined = "".join(f"{text}\0" for text in texts)
         if self.kind == "byte":
-            codes, table = np.frombuffer(joined.encode(), np.uint8), _byte_table()
+            codes, table = np.frombuffer(text.encode(), np.uint8), _byte_table()
         else:
-            codes, table = np.frombuffer(joined.encode("utf-32-le"), np.uint32), _table(self.symbols)
+            codes, table = code_points(text), _table(self.symbols)
         return table[codes], np.diff(np.flatnonzero(codes == 0), prepend=-1)
 
     def decode(self, ids: Sequence[int] | ndarray) -> str:
@@ -94,7 +94,7 @@ def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
 @lru_cache(maxsize=4)
 def _table(symbols: tuple[str, ...]) -> Integer[ndarray, " codes"]:
     """Return the id of each code point, and STOP for NUL."""
-    table = np.full(CODE_POINTS, UNK, np.min_scalar_type(len(symbols) + FIRST))
+    table = np.zeros(CODE_POINTS, np.min_scalar_type(len(symbols) + FIRST))  # UNK
     table[[ord(symbol) for symbol in symbols]] = np.arange(FIRST, FIRST + len(symbols))
     table[0] = STOP
     return table
@@ -136,7 +136,7 @@ def fit_vocabulary(kind: str, documents: Iterable[str], vocab_size: int | None) 
 
     Args:
         kind: The setting data.vocabulary.
-        documents: The text to train on, read at most once.
+        documents: The text to train on; for characters, pieces of it will do.
         vocab_size: For characters: most ids, UNK and STOP included. None: all characters.
 
     Raises:
@@ -149,22 +149,27 @@ def fit_vocabulary(kind: str, documents: Iterable[str], vocab_size: int | None) 
 
         way, _, value = kind.partition(":")
         return fit_bpe(documents, int(value)) if way == "bpe" else read_tokenizer(given_path(value))
-    counts = np.zeros(CODE_POINTS, np.int64)
-    for batch in batches(documents):
-        counts += np.bincount(np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32), minlength=CODE_POINTS)
-    ranked = sorted(map(int, np.flatnonzero(counts)), key=lambda code: (-counts[code], code))
-    return Vocabulary("char", tuple(map(chr, ranked if vocab_size is None else ranked[: vocab_size - FIRST])))
-
-
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Gather documents to lists of about `BATCH` characters."""
-    batch: list[str] = []
-    size = 0
+    counts: Counter[str] = Counter()
     for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        for code, count in zip(*_tally(code_points(document)), strict=True):
+            counts[chr(code)] += count
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    return Vocabulary("char", tuple(ranked if vocab_size is None else ranked[: vocab_size - FIRST]))
+
+
+def _tally(codes: Integer[ndarray, " length"]) -> tuple[list[int], list[int]]:
+    """Return the distinct codes and their counts."""
+    if len(codes) < 2**16:
+        present, counts = np.unique(codes, return_counts=True)
+    else:
+        counts = np.bincount(codes)
+        present = np.flatnonzero(counts)
+        counts = counts[present]
+    return present.tolist(), counts.tolist()
+
+
+def code_points(text: str) -> Integer[ndarray, " length"]:
+    """Return the code point of each character, in the smaller type if the text is ASCII."""
+    if text.isascii():
+        return np.frombuffer(text.encode(), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from esjax.config.settings import DataConfig
 from esjax.data import documents as module
-from esjax.data import text_files, vocabulary
+from esjax.data import sources, text_files
 from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.documents import Documents, Store, TextStore, encode_documents
 from esjax.data.packing import pack_stream
@@ -30,7 +30,9 @@ TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), 
 def test_the_stream_is_that_of_one_document_after_another(kind: Any, texts: list[str]) -> None:
     chosen = Vocabulary(kind, ("a", "b", "é") if kind == "char" else ())
     encoded = [chosen.encode(text) for text in texts]
-    found = encode_documents(texts, chosen)
+    store = TextStore()
+    store.add(texts)
+    found = encode_documents(store, chosen)
     np.testing.assert_array_equal(found.stream, pack_stream(encoded))
     assert found.tokens == sum(len(document) + 1 for document in encoded)
     assert [document.tolist() for document in found] == [document.tolist() for document in encoded]
@@ -40,7 +42,7 @@ def test_the_stream_is_that_of_one_document_after_another(kind: Any, texts: list
 @pytest.mark.parametrize("in_memory", [1, 100, 2**20])
 def test_a_store_gives_back_what_was_written(monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
     monkeypatch.setattr(module, "IN_MEMORY", in_memory)
-    monkeypatch.setattr(module, "BATCH", 20)
+    monkeypatch.setattr(module, "PIECE", 20)
     texts = [f"document {i}" * (i % 5 + 1) for i in range(100)]
     store, numbers = TextStore(), Store()
     for text in texts:
@@ -63,7 +65,8 @@ def test_a_text_in_pieces_is_cut_like_the_whole(text: str, places: list[int]) ->
     cuts = [0, *sorted(places), len(text)]
     pieces = [text[begin:end] for begin, end in pairwise(cuts)]
     for documents in ("file", "line", "paragraph"):
-        assert list(_cut(pieces, documents)) == list(_cut([text], documents))
+        found, whole = (list(chain.from_iterable(_cut(given, documents))) for given in (pieces, [text]))
+        assert found == whole
 
 
 def corpus_of(path: Path, **settings: Any) -> Corpus:
@@ -81,8 +84,8 @@ def test_a_text_larger_than_memory_is_the_same_corpus(
     for where, name, value in [
         (text_files, "PIECE", 7),
         (module, "IN_MEMORY", 50),
-        (module, "BATCH", 30),
-        (vocabulary, "BATCH", 30),
+        (module, "PIECE", 30),
+        (sources, "BATCH", 30),
     ]:
         monkeypatch.setattr(where, name, value)
     pieces = corpus_of(path, vocabulary=kind, held_out=0.3)
