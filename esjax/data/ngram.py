@@ -23,8 +23,8 @@ DENSE = 2**25
 """Number of possible codes up to which a table of counts is faster than sorting."""
 
 
-PART = 2**22
-"""Tokens that are scored at a time."""
+PART = 2**20
+"""Tokens that are counted or scored at a time."""
 
 
 class Level(NamedTuple):
@@ -48,9 +48,12 @@ def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(N
     """Count the n-grams of documents, up to `order`, with a STOP at the end of each document."""
     levels = []
     for n in range(1, order + 1):
-        context, token = _codes(documents, vocab_size, n)
-        grams, gram_counts = _tally(context * vocab_size + token, vocab_size**n)
-        contexts, context_counts = _tally(context, vocab_size ** (n - 1))
+        grams = gram_counts = contexts = context_counts = np.zeros(0, np.int64)
+        for part in _parts(documents):
+            context, token = _codes(part, vocab_size, n)
+            more = _tally(context * vocab_size + token, vocab_size**n)
+            grams, gram_counts = _merge((grams, gram_counts), more)
+            contexts, context_counts = _merge((contexts, context_counts), _tally(context, vocab_size ** (n - 1)))
         _, context_types = _tally(grams // vocab_size, vocab_size ** (n - 1))
         levels.append(Level(contexts, context_counts, context_types, grams, gram_counts))
     return NgramModel(tuple(levels), vocab_size)
@@ -121,6 +124,14 @@ def _tally(codes: ndarray, bound: int) -> tuple[ndarray, ndarray]:
     counts = np.bincount(codes, minlength=bound)
     present = np.flatnonzero(counts)
     return present, counts[present]
+
+
+def _merge(one: tuple[ndarray, ndarray], other: tuple[ndarray, ndarray]) -> tuple[ndarray, ndarray]:
+    """Add up two tables of sorted codes and their counts."""
+    codes, places = np.unique(np.concatenate([one[0], other[0]]), return_inverse=True)
+    counts = np.zeros(len(codes), np.int64)
+    np.add.at(counts, places, np.concatenate([one[1], other[1]]))
+    return codes, counts
 
 
 def _count(codes: ndarray, counts: ndarray, wanted: ndarray) -> ndarray:
