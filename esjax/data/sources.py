@@ -96,10 +96,11 @@ def open_text(source: str, documents: Documents) -> Text:
         tables = _find_tables(path, column)
         return Text(([cell] for table in tables for cell in read_column(table, column, files)), whole, files)
     found = _find(source)
-    table = next((path for path in found if is_table(path)), None)
-    note = (
-        "" if table is None else f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
-    )
+    table, note = next((path for path in found if is_table(path)), None), ""
+    if table is not None and table.suffix == ".parquet":
+        raise EsjaxError(f"{str(table)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
+    if table is not None:
+        note = f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
     return Text((text_pieces(path, files) for path in found), in_text, files, note)
 
 

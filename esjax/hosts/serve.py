@@ -227,7 +227,8 @@ class Server(RecordedRun):
             member_tokens=restored.member_tokens + config.tokens_per_pair * pairs,
         )
         data, stream = to_bytes(restored.state), corpus.stream()
-        check_stream(len(stream), config.data.burn_in + config.data.window)
+        at_a_time = min(len(stream), config.data.block_tokens or len(stream))
+        check_stream(at_a_time, config.data.burn_in + config.data.window)
         blocks = corpus.blocks(config.seed, config.data.block_tokens)
         coordinator = Coordinator(
             config,

@@ -69,6 +69,19 @@ def test_a_text_in_pieces_is_cut_like_the_whole(text: str, places: list[int]) ->
         assert found == whole
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("wrong", [b"\xff and after", b"\0 and after", b"\xc3"])
+def test_a_place_in_a_file_is_counted_over_its_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, wrong: bytes
+) -> None:
+    """Five characters of two bytes come before it; some pieces end within one."""
+    monkeypatch.setattr(text_files, "PIECE", piece)
+    path = tmp_path / "text.txt"
+    path.write_bytes("é".encode() * 5 + wrong)
+    with pytest.raises(EsjaxError, match="at byte 10[;,]"):
+        corpus_of(path)
+
+
 def corpus_of(path: Path, **settings: Any) -> Corpus:
     return load_corpus(DataConfig(text=str(path), **settings))
 

@@ -111,6 +111,12 @@ def test_a_table_without_a_column_is_a_text_and_a_line_says_so(tmp_path: Path) -
     assert "\n" not in loaded.note
 
 
+def test_a_parquet_table_needs_a_column(tmp_path: Path) -> None:
+    source = write(tmp_path / "t.parquet", b"PAR1")
+    with pytest.raises(EsjaxError, match=r"Parquet table and no text; name a column of it: .*t\.parquet#COLUMN"):
+        open_text(source, "auto")
+
+
 def test_the_folder_of_a_column_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert locate("t.csv#a b") == str(tmp_path / "t.csv#a b")
