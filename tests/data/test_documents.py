@@ -78,7 +78,7 @@ def test_a_place_in_a_file_is_counted_over_its_pieces(
     monkeypatch.setattr(text_files, "PIECE", piece)
     path = tmp_path / "text.txt"
     path.write_bytes("é".encode() * 5 + wrong)
-    with pytest.raises(EsjaxError, match="at byte 10[;,]"):
+    with pytest.raises(EsjaxError, match=r"at byte 10[;,]"):
         corpus_of(path)
 
 
