@@ -216,7 +216,10 @@ def show(run: "Trainer | Server", console: Console) -> None:
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         bits = f", {run.last.held_out * per_byte:.4f} bits/byte" if per_byte else ""
-        run.tell(f"held-out {run.last.held_out:.4f} nats/token{bits} ({against})")
+        unit = " nats/token" if run.baselines or run.config.writes else ""
+        run.tell(f"held-out {run.last.held_out:.4f}{unit}{bits}" + (f" ({against})" if against else ""))
+    if run.last is not None and run.last.greedy_reward is not None:
+        run.tell(f"on held-out prompts: greedy reward {run.last.greedy_reward:.4f}, pass@k {run.last.pass_at_k:.4f}")
     run.tell(f"kept in {run.folder.path}")
 
 

@@ -119,6 +119,11 @@ class StepInfo(NamedTuple):
     pass_at_k: float | None = None
     rewards: Mapping[str, float] | None = None
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether something was measured on held-out documents or prompts."""
+        return self.held_out is not None or self.greedy_reward is not None
+
     def row(self) -> dict[str, float]:
         """Return the numbers that are not None by name; those of `rewards` as `reward_NAME`."""
         named = {f"{NAMED_REWARD}{name}": value for name, value in (self.rewards or {}).items()}
