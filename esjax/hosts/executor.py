@@ -111,7 +111,8 @@ class Executor:
             case tasks.Score():
                 began = time.perf_counter()
                 values = replica.score(task.spans)
-                return tasks.Scored(values, share_number(time.perf_counter() - began))
+                means = self._scorer.take_means() if self._scorer else []
+                return tasks.Scored(values, share_number(time.perf_counter() - began), means)
             case tasks.TakeDigest():
                 return tasks.Value(digest(replica.state))
             case tasks.TakeSnapshot():
