@@ -165,14 +165,15 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
     config = server.config
     token = [] if server.token is None else ["--token-file", str(server.token)]
     start = [] if config.init is None or config.hosts.send_init else ["--init", config.init]
-    print(command_line("esjax", "join", server.address, *token, *start, *server.custom.words(), *more), flush=True)
-    prompts = [] if config.reward.prompts is None else [config.reward.prompts]
-    files = [*token[1:], *start[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
+    prompts = [] if config.reward.prompts is None else ["--reward.prompts", config.reward.prompts]
+    words = [*token, *start, *server.custom.words(), *prompts, *more]
+    print(command_line("esjax", "join", server.address, *words), flush=True)
+    code = dict.fromkeys(code.path for code in server.custom.code.values())
+    files = [*token[1:], *start[1:], *code, *prompts[1:]]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:
         how = f"copy {' and '.join(files)} to each machine, and give the line above there, with the paths of the copies"
-        how += f"; copy {prompts[0]} to the same path" if prompts else ""
     else:
         how = "give the line above on each machine"
     server.tell(f"waiting for hosts: {how}; each needs esjax {__version__}. The first one starts the training")

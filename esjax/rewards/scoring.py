@@ -36,8 +36,8 @@ from esjax.rewards.prompts import (
 )
 from esjax.rewards.tools import ToolUse, WriteOn
 
-WHERE = "put the run's prompts there; if they were moved, `esjax resume --reward.prompts FILE` names their place"
-"""Way out for prompts that were moved."""
+WHERE = "put the run's prompts there, or name their place: `esjax resume`, or on a host `join`, --reward.prompts FILE"
+"""Way out for prompts that are elsewhere."""
 
 SHOWN = 80
 """Most characters of a prompt or a completion that a message shows."""
