@@ -21,6 +21,9 @@ FLOATS = {float}
 MOST_NAMES, LONGEST_NAME = 16, 64
 """Most rewards that a function returns by name, and most characters of a name: hosts send their means."""
 
+SHOWN = 80
+"""Most characters of a text that a message shows."""
+
 LONGEST = 300
 """Most characters of an exception that a message shows."""
 
