@@ -91,10 +91,10 @@ print(*(written.text for written in start.generate(count=8, max_tokens=20)), sep
 # %% [markdown]
 # ## The reward
 #
-# The network gets the beginning of an expression, in which a bracket is open, and writes on. The reward takes lists
-# of prompts and completions. It returns two rewards, each with a name: whether the whole is valid, and how many
-# operators it has, up to four. The second one has a small weight, and keeps the network from the shortest way out,
-# which is to close all brackets at once.
+# The network gets the beginning of an expression, in which a bracket is open, and writes on. The reward takes lists of
+# prompts and completions. It returns two rewards, each with a name: whether the whole is valid, and how many operators
+# it has, up to four. The second one has a small weight: it counts against the shortest way out, which is to close all
+# brackets at once.
 
 
 # %%
