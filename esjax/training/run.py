@@ -92,7 +92,7 @@ class Trainer(RecordedRun, RunInference):
         self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer, self._scorer)
         self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
-        self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
+        self._measure = make_measure(self._language_model, config, corpus.measured, custom.objective)
         self._measure_rewards: MeasureRewards | None = None
         if self._scorer is not None:
             seed = stream_seed(config.seed, HELD_OUT)
@@ -205,7 +205,7 @@ class Trainer(RecordedRun, RunInference):
                 done = done or self._has_settled(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
             if self._scorer is not None:
-                info = info._replace(rewards=self._scorer.take_means() or None)
+                info = info._replace(rewards={name: mean for name, mean, _ in self._scorer.take_means()} or None)
             info = recorder.log(info)
             self._history.add(info)
             if self.folder and (done or now >= checkpoint_at):
@@ -333,7 +333,9 @@ def train_with(
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        trainer.folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
+        trainer.folder = RunFolder.create(
+            out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files
+        )
     return trainer
 
 
