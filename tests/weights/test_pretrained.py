@@ -285,7 +285,7 @@ def test_prompts_of_different_lengths_share_a_program(tmp_path: Path) -> None:
         (text,) = model.generate(prompt, temperature=0, max_tokens=1)
         first = TOKENIZER.decode([int(logits.argmax())], skip_special_tokens=True)
         assert text.text == first
-    read = model.language_model._read
+    read: Any = model.language_model._read  # of JAX's own class, which counts its programs
     assert read._cache_size() == 1
     model.generate(3 * TEXT, temperature=0, max_tokens=1)
     assert read._cache_size() == 2
