@@ -32,6 +32,9 @@ Params = Any
 Write = Callable[[Params, int], list[str]]
 """`(params, count) -> molecules` that the model writes, always with the same random keys."""
 
+Measure = Callable[[Params], tuple[float, float]]
+"""`(params) -> (reward, valid)`, see `Point`."""
+
 Steps = Iterable[tuple[float, Params]]
 """The mean reward of what was written in a step, and the averaged weights after it, step by step."""
 
@@ -53,9 +56,9 @@ MEASURED = 1_000
 STEPS_BETWEEN_POINTS = 10
 """Steps between points of a curve."""
 
-TRIALS = {
-    "evolution": [(rate, sigma) for rate in (0.01, 0.03, 0.1) for sigma in (0.05, 0.1)],
-    "reinforce": [(rate,) for rate in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)],
+TRIALS: dict[str, list[tuple[float, ...]]] = {
+    "evolution": [(rate, sigma) for rate in (0.03, 0.1) for sigma in (0.1, 0.2)],
+    "reinforce": [(rate,) for rate in (0.003, 0.01, 0.03, 0.1)],
 }
 """What is tried for each method: step sizes, and standard deviations of the noise."""
 
@@ -87,14 +90,16 @@ class Point(NamedTuple):
     Attributes:
         calls: Calls of the reward so far.
         seconds: Processor seconds so far, measurements left out.
-        reward: Mean reward of 1,000 molecules that the averaged weights write.
-        population: Mean reward of what was written in the last step; None before the first one.
+        reward: Mean reward of 1,000 molecules that the averaged weights write; each counts once, its repeats count 0.
+        valid: Fraction of these that are molecules.
+        written: Mean reward of what was written in the last step; None before the first one.
     """
 
     calls: int
     seconds: float
     reward: float
-    population: float | None
+    valid: float
+    written: float | None
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
@@ -209,10 +214,12 @@ def make_write(start: esjax.LoadedRun) -> Write:
     return write
 
 
-def mean_reward(write: Write, params: Params) -> float:
-    """Return the mean QED of what the model writes, with 0 for texts that are no molecule."""
+def measure_reward(write: Write, params: Params) -> tuple[float, float]:
+    """Return the mean reward of what the model writes, 0 for molecules written before, and the valid fraction."""
     written = write(params, MEASURED)
-    return sum(reward([], written)["qed"]) / MEASURED
+    rewards = reward([], written)
+    once = dict(zip(written, rewards["qed"], strict=True))
+    return sum(once.values()) / MEASURED, sum(rewards["valid"]) / MEASURED
 
 
 def by_evolution(folder: Path, population: int, seed: int, rate: float, sigma: float) -> Steps:
@@ -240,15 +247,13 @@ def by_reinforce(folder: Path, population: int, seed: int, rate: float) -> Steps
     )
 
 
-def follow(
-    steps: Steps, start: Params, measure: Callable[[Params], float], calls: int, count: int, out: Path
-) -> Params:
+def follow(steps: Steps, start: Params, measure: Measure, calls: int, count: int, out: Path) -> Params:
     """Train for some steps, and write a point of the curve every `STEPS_BETWEEN_POINTS`, one a line.
 
     Args:
         steps: The steps.
         start: The weights before them.
-        measure: Returns the mean reward of weights.
+        measure: Measures weights.
         calls: Calls of the reward in a step.
         count: Number of steps.
         out: File of the points.
@@ -260,36 +265,34 @@ def follow(
     iterator = iter(steps)
     with out.open("w") as file:
 
-        def write(point: Point) -> None:
-            print(f"{out.stem:10} {point.calls:7,} calls {point.seconds:6.0f} s  reward {point.reward:.4f}", flush=True)
+        def write(calls: int, written: float | None) -> None:
+            point = Point(calls, seconds, *measure(params), written)
+            print(f"{out.stem}: {', '.join(f'{name} {value}' for name, value in point._asdict().items())}", flush=True)
             file.write(json.dumps(point._asdict()) + "\n")
             file.flush()
 
-        write(Point(0, 0.0, measure(start), None))
+        write(0, None)
         for step in range(1, count + 1):
             began = time.process_time()
-            population, params = next(iterator)
+            written, params = next(iterator)
             seconds += time.process_time() - began
             if step % STEPS_BETWEEN_POINTS == 0 or step == count:
-                write(Point(step * calls, seconds, measure(params), population))
+                write(step * calls, written)
     return params
 
 
 METHODS: dict[str, Callable[..., Steps]] = {"evolution": by_evolution, "reinforce": by_reinforce}
 
 
-def search(
-    method: str, folder: Path, population: int, count: int, measure: Callable[[Params], float]
-) -> tuple[float, ...]:
+def search(method: str, folder: Path, population: int, count: int, measure: Measure) -> tuple[float, ...]:
     """Train for a few steps with each of `TRIALS`, and return the settings of the highest mean reward.
 
     The rewards are kept in the folder, in search.jsonl.
     """
     found = dict[tuple[float, ...], float]()
     for settings in TRIALS[method]:
-        steps = METHODS[method](folder, population, SEED_OF_SEARCH, *settings)
-        *_, (_, params) = islice(steps, count)
-        found[settings] = measure(params)
+        steps = islice(METHODS[method](folder, population, SEED_OF_SEARCH, *settings), count)
+        found[settings], _ = measure([params for _, params in steps][-1])
         print(f"{method} with {settings}: reward {found[settings]:.4f}", flush=True)
         with (folder / "search.jsonl").open("a") as file:
             file.write(json.dumps({"method": method, "settings": settings, "reward": found[settings]}) + "\n")
@@ -328,9 +331,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/molecules"), help="folder; what it holds is not redone")
     parser.add_argument("--molecules", type=int, default=250_000, help="molecules of the text")
     parser.add_argument("--text-steps", type=int, default=30_000)
-    parser.add_argument("--search-steps", type=int, default=20, help="steps of a trial of the search")
+    parser.add_argument("--search-steps", type=int, default=10, help="steps of a trial of the search")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--population", type=int, default=256)
+    parser.add_argument("--population", type=int, default=128)
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS], default=[*METHODS], help="those to train by")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
     esjax.prepare_devices()
@@ -345,15 +349,17 @@ def main(words: list[str] | None = None) -> None:
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
     start, known = esjax.load(folder / "text"), set(molecules)
     write = make_write(start)
-    measure = partial(mean_reward, write)
-    report("text", folder, write(start.params, WRITTEN), known)
+    measure = partial(measure_reward, write)
+    if not (folder / "text.json").exists():
+        report("text", folder, write(start.params, WRITTEN), known)
     calls = arguments.population * COMPLETIONS
-    for method, train in METHODS.items():
+    for method in arguments.methods:
         settings = search(method, folder, arguments.population, arguments.search_steps, measure)
-        steps = train(folder, arguments.population, arguments.seed, *settings)
+        steps = METHODS[method](folder, arguments.population, arguments.seed, *settings)
         params = follow(steps, start.params, measure, calls, arguments.steps, folder / f"{method}.jsonl")
         report(method, folder, write(params, WRITTEN), known)
-    draw(folder, folder / "curves.png")
+    if all((folder / f"{method}.jsonl").exists() for method in METHODS):
+        draw(folder, folder / "curves.png")
 
 
 if __name__ == "__main__":

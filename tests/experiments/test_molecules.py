@@ -109,13 +109,15 @@ def test_reinforce_learns_to_write_what_is_rewarded() -> None:
 
 def test_a_curve_counts_calls_and_leaves_measurements_out(tmp_path: Path) -> None:
     steps = ((0.1 * number, number) for number in itertools.count(1))
-    last = molecules.follow(steps, 0, lambda params: params / 100, calls=8, count=25, out=tmp_path / "curve.jsonl")
+    last = molecules.follow(
+        steps, 0, lambda params: (params / 100, 1.0), calls=8, count=25, out=tmp_path / "curve.jsonl"
+    )
     points = [molecules.Point(**json.loads(line)) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert last == 25
     assert [point.calls for point in points] == [0, 80, 160, 200]
     assert [point.reward for point in points] == [0, 0.1, 0.2, 0.25]
-    assert points[0].population is None
-    assert points[1].population == pytest.approx(1.0)
+    assert points[0].written is None
+    assert points[1].written == pytest.approx(1.0)
     assert all(point.seconds < 1 for point in points)
 
 
@@ -145,7 +147,7 @@ def test_it_runs_in_small(tmp_path: Path) -> None:
         [sys.executable, PROGRAM, "--out", str(out), *words], capture_output=True, text=True, timeout=900, check=True
     )
     assert "reinforce:" in done.stdout
-    assert len((out / "search.jsonl").read_text().splitlines()) == 12
+    assert len((out / "search.jsonl").read_text().splitlines()) == 8
     for method in molecules.METHODS:
         points = [json.loads(line) for line in (out / f"{method}.jsonl").read_text().splitlines()]
         assert [point["calls"] for point in points] == [0, 2 * 8 * molecules.COMPLETIONS]
