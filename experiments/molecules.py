@@ -41,8 +41,8 @@ Steps = Iterable[tuple[float, Params]]
 LENGTH = 64
 """Most characters of a molecule that a member writes; the longest of the text has 57."""
 
-WRITTEN = 12_000
-"""Molecules that are written to be measured, so that 10,000 of them are valid."""
+WRITTEN = 15_000
+"""Texts that are written to be measured, so that 10,000 of them are valid."""
 
 SEED_OF_SEARCH = 1000
 """Seed of the trials of the search."""
@@ -52,6 +52,9 @@ COMPLETIONS = 4
 
 MEASURED = 1_000
 """Molecules that are written for a point of a curve."""
+
+STEPS_BETWEEN_TEXT_POINTS = 1_000
+"""Steps on the text between points of its curve."""
 
 STEPS_BETWEEN_POINTS = 10
 """Steps between points of a curve."""
@@ -73,7 +76,7 @@ class Quality(NamedTuple):
         novel: Different molecules that the text does not hold.
         diversity: 1 minus the mean Tanimoto similarity of the first 1,000 valid ones (Morgan fingerprints, radius 2,
             1,024 bits), as MOSES defines it.
-        qed: Mean QED of the valid ones.
+        qed: Mean QED of the first 2,000 valid ones.
     """
 
     valid: float
@@ -115,6 +118,14 @@ def reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list
         "qed": [scores[text] for text in completions],
         "valid": [float(molecules[text] is not None) for text in completions],
     }
+
+
+def validity(texts: Sequence[str]) -> list[float]:
+    """Return 1 for each text that describes a molecule, and 0 for others."""
+    from rdkit import rdBase
+
+    with rdBase.BlockLogs():
+        return [float(parse(text) is not None) for text in texts]
 
 
 def parse(text: str) -> Any:
@@ -160,12 +171,30 @@ def text_config(text: Path, steps: int, seed: int) -> esjax.Config:
     )
 
 
+def train_on_text(config: esjax.Config, folder: Path) -> None:
+    """Train on the text, and write from time to time which fraction of what the model writes are molecules.
+
+    The points are kept in the folder, in text.jsonl.
+    """
+    run = esjax.train(config, folder / "text")
+    with (folder / "text.jsonl").open("w") as file:
+        for info in run:
+            if info.step % STEPS_BETWEEN_TEXT_POINTS == 0 or info.step == config.steps:
+                written = [one.text for one in run.generate(max_tokens=LENGTH, count=MEASURED, seed=1)]
+                valid = sum(validity(written)) / MEASURED
+                print(f"text: step {info.step}, {info.member_tokens:,} member-tokens, valid {valid:.3f}", flush=True)
+                point = {"step": info.step, "member_tokens": info.member_tokens, "valid": valid}
+                file.write(json.dumps(point) + "\n")
+                file.flush()
+
+
 def reward_config(folder: Path, population: int, seed: int, rate: float, sigma: float) -> esjax.Config:
     """Make the settings of training by reward, by noise of low rank on the weights that the text taught."""
     return esjax.Config(
         seed=seed,
         init=str(folder / "text"),
-        data=esjax.DataConfig(batch_size=COMPLETIONS),
+        # The text is not read any more; a line of it will do.
+        data=esjax.DataConfig(text=str(folder / "line.txt"), documents="line", held_out=0.0, batch_size=COMPLETIONS),
         es=esjax.EsConfig(population_size=population, sigma=sigma),
         optim=esjax.OptimConfig(learning_rate=rate),
         # No other process calls the reward, so that processor seconds of this one are those of all.
@@ -198,7 +227,7 @@ def quality_of(written: list[str], known: set[str]) -> Quality:
         unique_10k=len(set(names[:10_000])) / len(names[:10_000]),
         novel=len(different - known) / len(different),
         diversity=1 - sum(similarities) / len(similarities),
-        qed=sum(map(QED.qed, found)) / len(found),
+        qed=sum(map(QED.qed, found[:2000])) / len(found[:2000]),
     )
 
 
@@ -344,9 +373,9 @@ def main(words: list[str] | None = None) -> None:
     if not (folder / "text").exists():
         write_text(molecules, arguments.molecules, folder / "molecules.txt")
         config = text_config(folder / "molecules.txt", arguments.text_steps, arguments.seed)
-        for _ in esjax.train(config, folder / "text"):
-            pass
+        train_on_text(config, folder)
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
+    (folder / "line.txt").write_text(f"{molecules[0]}\n")
     start, known = esjax.load(folder / "text"), set(molecules)
     write = make_write(start)
     measure = partial(measure_reward, write)

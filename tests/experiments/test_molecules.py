@@ -1,5 +1,6 @@
 """The example of molecules: its text, and the gradient of REINFORCE; and, at night, it runs in small with RDKit."""
 
+import importlib.util
 import itertools
 import json
 import math
@@ -124,6 +125,7 @@ def test_a_curve_counts_calls_and_leaves_measurements_out(tmp_path: Path) -> Non
 @pytest.mark.nightly
 def test_rdkit_scores_molecules() -> None:
     """Reference: values of RDKit, recorded, for aspirin and benzene."""
+    pytest.importorskip("rdkit")
     found = molecules.reward([""] * 4, ["CC(=O)Oc1ccccc1C(=O)O", "c1ccccc1", "c1ccccc", ""])
     np.testing.assert_allclose(found["qed"], [0.55, 0.44, 0, 0], atol=0.005)
     assert found["valid"] == [1, 1, 0, 0]
@@ -132,6 +134,7 @@ def test_rdkit_scores_molecules() -> None:
 @pytest.mark.nightly
 def test_the_quality_of_molecules() -> None:
     """Reference: by hand; OCC is ethanol as CCO is."""
+    pytest.importorskip("rdkit")
     found = molecules.quality_of(["CCO", "OCC", "c1ccccc1", "C(", ""], {"CCO"})
     assert found.valid == 3 / 5
     assert found.unique_1k == found.unique_10k == 2 / 3
@@ -141,6 +144,9 @@ def test_the_quality_of_molecules() -> None:
 
 @pytest.mark.nightly
 def test_it_runs_in_small(tmp_path: Path) -> None:
+    pytest.importorskip("rdkit")
+    if importlib.util.find_spec("moses") is None:
+        pytest.skip("the package molsets is not installed")
     out = tmp_path / "out"
     words = ["--molecules", "3000", "--text-steps", "20", "--search-steps", "1", "--steps", "2", "--population", "8"]
     done = subprocess.run(
