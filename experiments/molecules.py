@@ -35,6 +35,9 @@ Write = Callable[[Params, int], list[str]]
 Measure = Callable[[Params], tuple[float, float]]
 """`(params) -> (reward, valid)`, see `Point`."""
 
+Reward = Callable[[Sequence[str], Sequence[str]], dict[str, list[float]]]
+"""`(prompts, completions) -> rewards` by their names."""
+
 Steps = Iterable[tuple[float, Params]]
 """The mean reward of what was written in a step, and the averaged weights after it, step by step."""
 
@@ -105,34 +108,43 @@ class Point(NamedTuple):
     written: float | None
 
 
-def reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
-    """Return the QED of each molecule, 0 for other texts, and whether it is one, which has no weight."""
-    from rdkit import rdBase
+def make_reward() -> Reward:
+    """Make the reward of training: QED, but 0 for texts that are no molecule, and for molecules of earlier calls.
+
+    Without this memory a model comes to write few molecules of high QED again and again. Whether texts are molecules,
+    and whether these are new, is measured, too; it has no weight.
+    """
+    written = set[str]()
+
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> dict[str, list[float]]:
+        names = {text: name_of(text) for text in completions}  # the two members of a pair often write the same
+        new = {text for text, name in names.items() if name and name not in written}
+        written.update(names.values())
+        scores = {text: qed_of(text) if text in new else 0.0 for text in names}
+        return {
+            "qed": [scores[text] for text in completions],
+            "valid": [float(bool(names[text])) for text in completions],
+            "new": [float(text in new) for text in completions],
+        }
+
+    return reward
+
+
+def name_of(text: str) -> str:
+    """Return the molecule as RDKit writes it; "" for a text that describes none, such as the empty one."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(text)
+    return "" if molecule is None else str(Chem.MolToSmiles(molecule))
+
+
+def qed_of(molecule: str) -> float:
+    """Return the QED of a molecule."""
+    from rdkit import Chem
     from rdkit.Chem import QED
 
-    with rdBase.BlockLogs():
-        molecules = {text: parse(text) for text in completions}
-        # The two members of a pair often write the same.
-        scores = {text: 0.0 if one is None else QED.qed(one) for text, one in molecules.items()}
-    return {
-        "qed": [scores[text] for text in completions],
-        "valid": [float(molecules[text] is not None) for text in completions],
-    }
-
-
-def validity(texts: Sequence[str]) -> list[float]:
-    """Return 1 for each text that describes a molecule, and 0 for others."""
-    from rdkit import rdBase
-
-    with rdBase.BlockLogs():
-        return [float(parse(text) is not None) for text in texts]
-
-
-def parse(text: str) -> Any:
-    """Return the molecule that a text describes; None if it describes none, as the empty text."""
-    from rdkit import Chem
-
-    return Chem.MolFromSmiles(text) if text else None
+    return float(QED.qed(Chem.MolFromSmiles(molecule)))
 
 
 def read_molecules() -> list[str]:
@@ -181,7 +193,7 @@ def train_on_text(config: esjax.Config, folder: Path) -> None:
         for info in run:
             if info.step % STEPS_BETWEEN_TEXT_POINTS == 0 or info.step == config.steps:
                 written = [one.text for one in run.generate(max_tokens=LENGTH, count=MEASURED, seed=1)]
-                valid = sum(validity(written)) / MEASURED
+                valid = sum(name_of(text) != "" for text in written) / MEASURED
                 print(f"text: step {info.step}, {info.member_tokens:,} member-tokens, valid {valid:.3f}", flush=True)
                 point = {"step": info.step, "member_tokens": info.member_tokens, "valid": valid}
                 file.write(json.dumps(point) + "\n")
@@ -199,7 +211,11 @@ def reward_config(folder: Path, population: int, seed: int, rate: float, sigma: 
         optim=esjax.OptimConfig(learning_rate=rate),
         # No other process calls the reward, so that processor seconds of this one are those of all.
         reward=esjax.RewardConfig(
-            prompts=str(folder / "prompts.jsonl"), length=LENGTH, weights={"valid": 0.0}, processes=0, held_out=0.0
+            prompts=str(folder / "prompts.jsonl"),
+            length=LENGTH,
+            weights={"valid": 0.0, "new": 0.0},
+            processes=0,
+            held_out=0.0,
         ),
         evaluate_time=36_000.0,
     )
@@ -212,22 +228,21 @@ def quality_of(written: list[str], known: set[str]) -> Quality:
         written: Texts.
         known: The molecules of the text, as RDKit writes them.
     """
-    from rdkit import Chem, DataStructs, rdBase
-    from rdkit.Chem import QED, rdFingerprintGenerator
+    from rdkit import Chem, DataStructs
+    from rdkit.Chem import rdFingerprintGenerator
 
-    with rdBase.BlockLogs():
-        found = [one for one in map(parse, written) if one is not None]
-    names = [Chem.MolToSmiles(one) for one in found]
-    prints = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024).GetFingerprints(found[:1000])
+    names = [name for name in map(name_of, written) if name]
+    molecules = [Chem.MolFromSmiles(name) for name in names[:1000]]
+    prints = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024).GetFingerprints(molecules)
     similarities = [sum(DataStructs.BulkTanimotoSimilarity(one, prints)) / len(prints) for one in prints]
     different = set(names)
     return Quality(
-        valid=len(found) / len(written),
+        valid=len(names) / len(written),
         unique_1k=len(set(names[:1000])) / len(names[:1000]),
         unique_10k=len(set(names[:10_000])) / len(names[:10_000]),
         novel=len(different - known) / len(different),
         diversity=1 - sum(similarities) / len(similarities),
-        qed=sum(map(QED.qed, found[:2000])) / len(found[:2000]),
+        qed=sum(map(qed_of, names[:2000])) / len(names[:2000]),
     )
 
 
@@ -245,15 +260,13 @@ def make_write(start: esjax.LoadedRun) -> Write:
 
 def measure_reward(write: Write, params: Params) -> tuple[float, float]:
     """Return the mean reward of what the model writes, 0 for molecules written before, and the valid fraction."""
-    written = write(params, MEASURED)
-    rewards = reward([], written)
-    once = dict(zip(written, rewards["qed"], strict=True))
-    return sum(once.values()) / MEASURED, sum(rewards["valid"]) / MEASURED
+    names = [name for name in map(name_of, write(params, MEASURED)) if name]
+    return sum(map(qed_of, set(names))) / MEASURED, len(names) / MEASURED
 
 
 def by_evolution(folder: Path, population: int, seed: int, rate: float, sigma: float) -> Steps:
     """Train by evolution strategies without end."""
-    run = esjax.train(reward_config(folder, population, seed, rate, sigma), reward=reward)
+    run = esjax.train(reward_config(folder, population, seed, rate, sigma), reward=make_reward())
     for info in run:
         assert info.reward is not None
         yield info.reward, run.params
@@ -263,12 +276,19 @@ def by_reinforce(folder: Path, population: int, seed: int, rate: float) -> Steps
     """Train by REINFORCE without end, with as many molecules in a step."""
     from bench.reinforce import reinforce
 
-    start = esjax.load(folder / "text")
+    start, reward = esjax.load(folder / "text"), make_reward()
+
+    def rewards_of(texts: Sequence[str]) -> list[float]:
+        """Call the reward with as many texts at a time as by evolution strategies, those of a pair."""
+        size = 2 * COMPLETIONS
+        parts = (texts[first : first + size] for first in range(0, len(texts), size))
+        return [one for part in parts for one in reward([""] * len(part), part)["qed"]]
+
     yield from reinforce(
         start.language_model.model,
         start.params,
         start.vocabulary,
-        lambda texts: reward([], texts)["qed"],
+        rewards_of,
         esjax.OptimConfig(learning_rate=rate),
         documents=population * COMPLETIONS,
         length=LENGTH,
@@ -288,17 +308,20 @@ def follow(steps: Steps, start: Params, measure: Measure, calls: int, count: int
         out: File of the points.
 
     Returns:
-        The averaged weights after the last step.
+        The averaged weights at the point of the highest reward.
     """
-    seconds, params = 0.0, start
+    seconds, params, highest, best = 0.0, start, -1.0, start
     iterator = iter(steps)
     with out.open("w") as file:
 
         def write(calls: int, written: float | None) -> None:
+            nonlocal highest, best
             point = Point(calls, seconds, *measure(params), written)
             print(f"{out.stem}: {', '.join(f'{name} {value}' for name, value in point._asdict().items())}", flush=True)
             file.write(json.dumps(point._asdict()) + "\n")
             file.flush()
+            if point.reward > highest:
+                highest, best = point.reward, params
 
         write(0, None)
         for step in range(1, count + 1):
@@ -307,7 +330,7 @@ def follow(steps: Steps, start: Params, measure: Measure, calls: int, count: int
             seconds += time.process_time() - began
             if step % STEPS_BETWEEN_POINTS == 0 or step == count:
                 write(step * calls, written)
-    return params
+    return best
 
 
 METHODS: dict[str, Callable[..., Steps]] = {"evolution": by_evolution, "reinforce": by_reinforce}
@@ -359,9 +382,9 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/molecules"), help="folder; what it holds is not redone")
     parser.add_argument("--molecules", type=int, default=250_000, help="molecules of the text")
-    parser.add_argument("--text-steps", type=int, default=30_000)
+    parser.add_argument("--text-steps", type=int, default=10_600)
     parser.add_argument("--search-steps", type=int, default=10, help="steps of a trial of the search")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400, help="steps by reward")
     parser.add_argument("--population", type=int, default=128)
     parser.add_argument("--methods", nargs="*", choices=[*METHODS], default=[*METHODS], help="those to train by")
     parser.add_argument("--seed", type=int, default=0)

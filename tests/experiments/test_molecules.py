@@ -108,27 +108,58 @@ def test_reinforce_learns_to_write_what_is_rewarded() -> None:
     assert np.mean(rewards[-5:]) > 0.9
 
 
-def test_a_curve_counts_calls_and_leaves_measurements_out(tmp_path: Path) -> None:
+def test_a_curve_counts_calls_and_the_best_weights_are_returned(tmp_path: Path) -> None:
     steps = ((0.1 * number, number) for number in itertools.count(1))
-    last = molecules.follow(
-        steps, 0, lambda params: (params / 100, 1.0), calls=8, count=25, out=tmp_path / "curve.jsonl"
-    )
+
+    def measure(params: int) -> tuple[float, float]:
+        return 1 - abs(params - 18) / 100, 1.0
+
+    best = molecules.follow(steps, 0, measure, calls=8, count=25, out=tmp_path / "curve.jsonl")
     points = [molecules.Point(**json.loads(line)) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert last == 25
     assert [point.calls for point in points] == [0, 80, 160, 200]
-    assert [point.reward for point in points] == [0, 0.1, 0.2, 0.25]
+    assert [point.reward for point in points] == pytest.approx([0.82, 0.92, 0.98, 0.93])
+    assert best == 20
     assert points[0].written is None
     assert points[1].written == pytest.approx(1.0)
     assert all(point.seconds < 1 for point in points)
+
+
+@pytest.fixture
+def carbon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of RDKit: texts of C alone are molecules, and the reward of one is its length over 10."""
+    monkeypatch.setattr(molecules, "name_of", lambda text: text if set(text) == {"C"} else "")
+    monkeypatch.setattr(molecules, "qed_of", lambda text: len(text) / 10)
+
+
+@pytest.mark.usefixtures("carbon")
+def test_a_molecule_of_an_earlier_call_gets_no_reward() -> None:
+    """Reference: by hand."""
+    reward = molecules.make_reward()
+    assert reward([""] * 4, ["CC", "x", "CC", "CCC"]) == {
+        "qed": [0.2, 0.0, 0.2, 0.3],
+        "valid": [1.0, 0.0, 1.0, 1.0],
+        "new": [1.0, 0.0, 1.0, 1.0],
+    }
+    assert reward([""] * 2, ["CCC", "CCCC"]) == {"qed": [0.0, 0.4], "valid": [1.0, 1.0], "new": [0.0, 1.0]}
+    assert molecules.make_reward()([""], ["CC"])["new"] == [1.0]
+
+
+@pytest.mark.usefixtures("carbon")
+def test_a_repeated_molecule_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand."""
+    monkeypatch.setattr(molecules, "MEASURED", 4)
+    found = molecules.measure_reward(lambda params, count: ["CCC", "CC", "CCC", "x"][:count], None)
+    assert found == pytest.approx(((0.3 + 0.2) / 4, 3 / 4))
 
 
 @pytest.mark.nightly
 def test_rdkit_scores_molecules() -> None:
     """Reference: values of RDKit, recorded, for aspirin and benzene."""
     pytest.importorskip("rdkit")
-    found = molecules.reward([""] * 4, ["CC(=O)Oc1ccccc1C(=O)O", "c1ccccc1", "c1ccccc", ""])
-    np.testing.assert_allclose(found["qed"], [0.55, 0.44, 0, 0], atol=0.005)
-    assert found["valid"] == [1, 1, 0, 0]
+    found = molecules.make_reward()([""] * 5, ["CC(=O)Oc1ccccc1C(=O)O", "c1ccccc1", "C1=CC=CC=C1", "c1ccccc", ""])
+    np.testing.assert_allclose(found["qed"], [0.55, 0.44, 0.44, 0, 0], atol=0.005)
+    assert found["valid"] == [1, 1, 1, 0, 0]
+    assert molecules.name_of("C1=CC=CC=C1") == "c1ccccc1"
 
 
 @pytest.mark.nightly
