@@ -1,6 +1,7 @@
 """What hosts send for the pairs that they scored: losses or gradient sums, as two classes of one protocol."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -249,7 +250,7 @@ class SumExchange:
 
     def portions(self, quanta: Sequence[Sequence[int]], values: Sums) -> list[tuple[list[int], Sums]]:
         """See `Exchange.portions`: one part for each span."""
-        ends = np.cumsum([len(span) for span in quanta]).tolist()
+        ends = accumulate(len(span) for span in quanta)
         return [
             (list(range(end - len(span), end)), values[row : row + 1])
             for row, (span, end) in enumerate(zip(quanta, ends, strict=True))
@@ -337,4 +338,4 @@ def make_exchange(
 
 def cut(values: Values, rows: Sequence[int]) -> list[Values]:
     """Split values into consecutive parts of the given numbers of rows."""
-    return np.split(values, np.cumsum(rows, dtype=int))[: len(rows)]
+    return [values[end - count : end] for count, end in zip(rows, accumulate(rows), strict=True)]

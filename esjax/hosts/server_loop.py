@@ -23,8 +23,8 @@ from esjax.watch.recorded_run import Recorder
 POLL = 0.05
 """Seconds to wait for requests before time limits are checked."""
 
-TICK = 0.02
-"""Seconds between calls of the state machine's `tick`."""
+TICK = 0.1
+"""Seconds between calls of the state machine's `tick`, which looks at every host; all its time limits are longer."""
 
 CHECK = 0.2
 """Seconds between checks of the connections."""

@@ -18,6 +18,9 @@ Kind = Literal["reward", "tool"]
 FLOATS = {float}
 """The types in a list of plain floats, which need no closer look."""
 
+SHOWN = 80
+"""Most characters of a text that a message shows."""
+
 LONGEST = 300
 """Most characters of an exception that a message shows."""
 

@@ -21,7 +21,7 @@ from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.paths import given_path
-from esjax.rewards.calls import Call, Failure, Kind, Scored, Texts, make_call
+from esjax.rewards.calls import SHOWN, Call, Failure, Kind, Scored, Texts, make_call
 from esjax.rewards.decoding import decode_all
 from esjax.rewards.pool import CLOSED, Pool
 from esjax.rewards.prompts import (
@@ -37,9 +37,6 @@ from esjax.rewards.tools import ToolUse, WriteOn
 
 WHERE = "put the run's prompts there; if they were moved, `esjax resume --reward.prompts FILE` names their place"
 """Way out for prompts that were moved."""
-
-SHOWN = 80
-"""Most characters of a prompt or a completion that a message shows."""
 
 
 @runtime_checkable

@@ -9,15 +9,12 @@ from numpy import ndarray
 
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary
-from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.rewards.calls import SHOWN, Failure, Scored, Texts
 from esjax.rewards.decoding import decode_all
 from esjax.rewards.prompts import PromptTokens
 
 Ids = Int[ndarray, "texts longest"]
 Counts = Int[ndarray, " texts"]
-
-SHOWN = 80
-"""Most characters of an answer that a message shows."""
 
 WriteOn = Callable[[Ids, Counts, Counts], Int[ndarray, "texts length"]]
 """`(tokens, lengths, begun) -> more`: lets members continue texts, see `esjax.rewards.writing.Prompted`."""

@@ -38,6 +38,7 @@ class Bench:
     update: settings.Update = field(default_factory=settings.Update)
     rewards: settings.Rewards = field(default_factory=settings.Rewards)
     learning: settings.Learning = field(default_factory=settings.Learning)
+    growth: settings.Growth = field(default_factory=settings.Growth)
     start: settings.Start = field(default_factory=settings.Start)
     ablation: settings.Ablation = field(default_factory=settings.Ablation)
     scale_free: settings.ScaleFree = field(default_factory=settings.ScaleFree)

@@ -446,6 +446,39 @@ class Floods(Section):
     """What is learned."""
 
 
+class Growth(Section):
+    """Held-out bits per byte by weights and by member-tokens: models, widths, and ways of training."""
+
+    models: tuple[str, ...] = ("gru", "mingru", "lru", "transformer")
+    """Models that are trained."""
+
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    """Widths of the models."""
+
+    methods: tuple[Literal["noise on weights", "noise on activations", "backpropagation"], ...] = (
+        *("noise on weights", "noise on activations", "backpropagation"),
+    )
+    """Ways of training; noise on activations for the models that can have it."""
+
+    seconds: float = 60
+    """Seconds that each trains."""
+
+    turns: int = 6
+    """Turns of each; after each it is evaluated, which is not counted."""
+
+    population: int = 4096
+    """Members a step, with noise on weights."""
+
+    text: str = "builtin:shakespeare"
+    """What is learned."""
+
+    vocabulary: str = "char"
+    """Tokens: see data.vocabulary."""
+
+    seed: int = 0
+    """Seed of the runs."""
+
+
 class Watching(Section):
     """What trackers, metrics and the line of progress cost a run."""
 
@@ -514,6 +547,7 @@ SHORT: dict[str, Any] = {
         population=64,
         batches=(16,),
     ),
+    "growth": Growth(models=("gru", "transformer"), widths=(8,), seconds=0.2, turns=2, population=64, text=PYDOC),
     "start": Start(words=SMALL_RUN, rounds=1),
     "ablation": Ablation(choices=("schedule",), tokens=4096, seeds=1, population=128, text=PYDOC),
     "scale_free": ScaleFree(scaled=("batch",), tokens=4096, seeds=1, population=64, hidden=4, text=PYDOC),

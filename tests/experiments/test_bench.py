@@ -58,6 +58,7 @@ FIGURES = {
         "below 3.33: M tokens",
         "curve",
     },
+    "growth": {"model", "width", "method", "weights", "M member-tokens", "bits/byte", "curve"},
     "start": {"start of", "seconds"},
     "rewards": {"reward", "measured", "value"},
     "ablation": {"choice", "held-out", "worse by"},

@@ -418,7 +418,7 @@ class Coordinator:
             self._steps.leases.release(host.slot)
 
     def _notice_pause(self, now: float) -> None:
-        before, self.paused = self.paused, not self._registry.workers(now)
+        before, self.paused = self.paused, not self._registry.has_worker(now)
         if self.paused and not before:
             self._out.tell("no host is ready; training is paused until one joins, and nothing is lost")
 

@@ -248,6 +248,10 @@ class Registry:
         trusty = [host for host in able if not self.hold_ups.rests(host.owner, now)] or able
         return [host for host in trusty if host.in_time(now) and not host.has_failed] or trusty
 
+    def has_worker(self, now: float) -> bool:
+        """Return whether any host gets pairs."""
+        return any(host.can_work(now) for host in self._hosts.values())
+
     def usual_slowness(self, judged: Host) -> float | None:
         """Return the median slowness of other owners in this step, or else of the host's own owner; None: unknown."""
         found = _by_owner((host.owner, host.slowness) for host in self._hosts.values() if host.slowness is not None)

@@ -136,11 +136,13 @@ class Steps:
 
     def check(self, now: float) -> None:
         """Take the pairs from hosts that are hung or much slower than the others."""
+        overdue = [host for host in self._registry if self._may_be_late(host, now)]
+        if not overdue:
+            return
         workers = self._registry.workers(now)
         are_idle, usual_speed_now = any(not self.leases.busy(host.slot) for host in workers), usual_speed(workers)
-        for host in self._registry:
-            if self.leases.busy(host.slot):
-                self._check_deadline(host, host.expected(usual_speed_now), are_idle, now)
+        for host in overdue:
+            self._check_deadline(host, host.expected(usual_speed_now), are_idle, now)
 
     def go_on(self, now: float, is_host_new: bool = False) -> None:
         """Close the step if all values are in; else lease the pairs that wait for a host."""
@@ -171,6 +173,10 @@ class Steps:
         if es.time_per_step is None:
             return CheckedLeases(FixedPopulation(es.pairs, quantum, exchange), exchange)
         return CheckedLeases(TimeBudget(es.time_per_step, quantum, exchange), exchange)
+
+    def _may_be_late(self, host: Host, now: float) -> bool:
+        """Return whether a host has had its pairs for longer than the shortest deadline."""
+        return now - host.leased_at > DEADLINE_FLOOR / 2 and self.leases.busy(host.slot)
 
     def _check_deadline(self, host: Host, expected: float, are_idle: bool, now: float) -> None:
         """Take the pairs from a host that missed its deadline.
