@@ -1,7 +1,7 @@
 """Teach a character model to write molecules, and then to write drug-like ones. The first needs no backpropagation.
 
     pip install 'esjax[molecules]' && pip install --no-deps molsets
-    python experiments/molecules.py             # about an hour on two cores, most of it the text
+    python experiments/molecules.py             # about half an hour on two cores
 
 Molecules are lines of text in SMILES, such as CC(=O)Oc1ccccc1C(=O)O. The text is a part of the training set of MOSES
 (Polykovskiy et al. 2020), which has 1.6 million molecules. A GRU reads it, trained by noise on activations. RDKit then
@@ -369,7 +369,7 @@ def draw(folder: Path, path: Path) -> None:
         rewards = [point.reward for point in points]
         panels[0].plot([point.calls / 1000 for point in points], rewards, label=label)
         panels[1].plot([point.seconds for point in points], rewards, label=label)
-    panels[0].set(xlabel="calls of the reward, thousands", ylabel="mean QED; 0 for invalid texts")
+    panels[0].set(xlabel="calls of the reward, thousands", ylabel="mean QED; 0 if invalid or repeated")
     panels[1].set(xlabel="processor seconds")
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -384,7 +384,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--molecules", type=int, default=250_000, help="molecules of the text")
     parser.add_argument("--text-steps", type=int, default=10_600)
     parser.add_argument("--search-steps", type=int, default=10, help="steps of a trial of the search")
-    parser.add_argument("--steps", type=int, default=400, help="steps by reward")
+    parser.add_argument("--steps", type=int, default=100, help="steps by reward")
     parser.add_argument("--population", type=int, default=128)
     parser.add_argument("--methods", nargs="*", choices=[*METHODS], default=[*METHODS], help="those to train by")
     parser.add_argument("--seed", type=int, default=0)

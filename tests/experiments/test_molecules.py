@@ -181,7 +181,7 @@ def test_it_runs_in_small(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--molecules", "3000", "--text-steps", "20", "--search-steps", "1", "--steps", "2", "--population", "8"]
     done = subprocess.run(
-        [sys.executable, PROGRAM, "--out", str(out), *words], capture_output=True, text=True, timeout=900, check=True
+        [sys.executable, PROGRAM, "--out", str(out), *words], capture_output=True, text=True, timeout=1800, check=True
     )
     assert "reinforce:" in done.stdout
     assert len((out / "search.jsonl").read_text().splitlines()) == 8
