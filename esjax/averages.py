@@ -1,6 +1,8 @@
-"""Averages that follow a quantity over time."""
+"""Averages: of a quantity over time, and of what several parts of a step measured."""
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 SHORTEST = 1e-6
 """Shortest duration in seconds that a speed is computed from, so that speeds are finite."""
@@ -29,6 +31,25 @@ class Average:
         self._total = keep * self._total + value
         self._weight = keep * self._weight + 1
         return self._total / self._weight
+
+
+class NamedMean(NamedTuple):
+    """The mean of a quantity that has a name, over so many pairs."""
+
+    name: str
+    mean: float
+    pairs: int
+
+
+def join_means(means: Iterable[NamedMean]) -> list[NamedMean]:
+    """Join means of parts to one for each name, in the order of the names."""
+    joined: dict[str, NamedMean] = {}
+    for name, mean, pairs in means:
+        before = joined.get(name, NamedMean(name, 0.0, 0))
+        total = before.pairs + pairs
+        # In this order, means that are large numbers do not overflow.
+        joined[name] = NamedMean(name, before.mean * (before.pairs / total) + mean * (pairs / total), total)
+    return [joined[name] for name in sorted(joined)]
 
 
 def running_speed(before: float, pairs: int, seconds: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from esjax.averages import NamedMean
 from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, HostsConfig
 from esjax.core.shaping import LARGEST_LOSS, shape
@@ -186,6 +187,7 @@ class Device:
         twist: Twist | None = None,
         has_start: bool = False,
         seconds_of: Callable[[int], float] | None = None,
+        rewards: Callable[[np.ndarray], dict[str, float]] | None = None,
     ) -> None:
         """Set up.
 
@@ -199,12 +201,14 @@ class Device:
             twist: Changes losses.
             has_start: Whether it has the weights that the run starts from.
             seconds_of: Time to score so many pairs, if `speed` does not say it; calls of a reward end one by one.
+            rewards: Means of the rewards that have names, from losses.
         """
         self.config = LOSSES
         self.speed, self.device_batch, self.twist, self.snapshot_bytes = speed, device_batch, twist, snapshot_bytes
         self.compile_seconds, self.load_seconds, self.measure_seconds = compile_seconds, load_seconds, measure_seconds
         self.has_start = has_start
         self.seconds_of = seconds_of or (lambda pairs: pairs / self.speed)
+        self.rewards = rewards or (lambda losses: {})
         self.state = FIRST_STATE
         self.block: bytes | None = None
         self.hung = False
@@ -240,7 +244,9 @@ class Device:
             self.scored += [(self.step, int(pair)) for pair in pairs]
             self.blocks_used[self.step] = self.block
             seconds = self.seconds_of(len(pairs))
-            return tasks.Scored(values_of(self.config, self.state, task.spans, self.twist), seconds), seconds
+            values = values_of(self.config, self.state, task.spans, self.twist)
+            means = [NamedMean(name, mean, len(pairs)) for name, mean in self.rewards(values).items()]
+            return tasks.Scored(values, seconds, means), seconds
         elif isinstance(task, tasks.TakeDigest):
             return tasks.Value(hash_state(self.state)), 0.001
         elif isinstance(task, tasks.TakeSnapshot):

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import optax
+import pytest
 
-from esjax.averages import Average, running_speed
+from esjax.averages import Average, NamedMean, join_means, running_speed
 from esjax.watch.downsampling import smooth
 
 
@@ -34,3 +35,17 @@ def test_a_running_speed_by_hand() -> None:
     assert speed == 10
     assert math.isclose(running_speed(speed, 40, 2.0), 13)
     assert running_speed(0.0, 3, 0.0) == 3e6
+
+
+def test_means_of_parts_are_joined_by_name() -> None:
+    """Reference: numpy's weighted average."""
+    draws = np.random.default_rng(0)
+    parts = [NamedMean(name, float(draws.normal()), int(draws.integers(1, 9))) for name in "babcab"]
+    joined = join_means(parts)
+    assert [one.name for one in joined] == ["a", "b", "c"]
+    for name, mean, pairs in joined:
+        means, counts = zip(*((one.mean, one.pairs) for one in parts if one.name == name), strict=True)
+        assert mean == pytest.approx(np.average(means, weights=counts), rel=1e-12)
+        assert pairs == sum(counts)
+    assert join_means(joined) == joined
+    assert join_means([NamedMean("a", 1e308, 3), NamedMean("a", 1e308, 4)]) == [NamedMean("a", 1e308, 7)]

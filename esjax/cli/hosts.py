@@ -16,6 +16,7 @@ from rich.table import Table
 from esjax.cli.shared import (
     CustomOptions,
     Moved,
+    MovedPrompts,
     Run,
     Watching,
     announce_to_hosts,
@@ -133,6 +134,9 @@ class Join:
     init: Path | None = None
     """Copy of the weights that the run starts from: a run folder or a file, see train. None: where its settings say."""
 
+    prompts: MovedPrompts = None
+    """Copy of the prompts of a reward in Python, see train. None: where the settings of the run say."""
+
     custom: Annotated[CustomOptions, tyro.conf.arg(name="")] = field(default_factory=CustomOptions)
 
     def run(self, console: Console) -> None:
@@ -153,6 +157,7 @@ class Join:
                 patience=self.patience,
                 stay=self.stay,
                 init=self.init,
+                prompts=self.prompts,
                 tell=teller(console),
             )
         except EsjaxError as error:

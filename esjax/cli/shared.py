@@ -165,14 +165,15 @@ def announce_to_hosts(server: "Server", *more: str) -> None:
     config = server.config
     token = [] if server.token is None else ["--token-file", str(server.token)]
     start = [] if config.init is None or config.hosts.send_init else ["--init", config.init]
-    print(command_line("esjax", "join", server.address, *token, *start, *server.custom.words(), *more), flush=True)
-    prompts = [] if config.reward.prompts is None else [config.reward.prompts]
-    files = [*token[1:], *start[1:], *dict.fromkeys(code.path for code in server.custom.code.values())]
+    prompts = [] if config.reward.prompts is None else ["--reward.prompts", config.reward.prompts]
+    words = [*token, *start, *server.custom.words(), *prompts, *more]
+    print(command_line("esjax", "join", server.address, *words), flush=True)
+    code = dict.fromkeys(code.path for code in server.custom.code.values())
+    files = [*token[1:], *start[1:], *code, *prompts[1:]]
     if server.is_local:
         how = "give the line above in other terminals of this machine"
     elif files:
         how = f"copy {' and '.join(files)} to each machine, and give the line above there, with the paths of the copies"
-        how += f"; copy {prompts[0]} to the same path" if prompts else ""
     else:
         how = "give the line above on each machine"
     server.tell(f"waiting for hosts: {how}; each needs esjax {__version__}. The first one starts the training")
@@ -216,7 +217,10 @@ def show(run: "Trainer | Server", console: Console) -> None:
     if run.last is not None and run.last.held_out is not None:
         against = ", ".join(f"{name} {value:.3f}" for name, value in run.baselines.items())
         bits = f", {run.last.held_out * per_byte:.4f} bits/byte" if per_byte else ""
-        run.tell(f"held-out {run.last.held_out:.4f} nats/token{bits} ({against})")
+        unit = " nats/token" if run.baselines or run.config.writes else ""
+        run.tell(f"held-out {run.last.held_out:.4f}{unit}{bits}" + (f" ({against})" if against else ""))
+    if run.last is not None and run.last.greedy_reward is not None:
+        run.tell(f"on held-out prompts: greedy reward {run.last.greedy_reward:.4f}, pass@k {run.last.pass_at_k:.4f}")
     run.tell(f"kept in {run.folder.path}")
 
 

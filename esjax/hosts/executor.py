@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import msgspec
@@ -28,7 +29,7 @@ from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import HELD_OUT
 from esjax.rewards.held_out import make_measure_rewards
 from esjax.rewards.prompts import check_for_hosts
-from esjax.rewards.scoring import Scorer, make_scorer
+from esjax.rewards.scoring import Scorer, make_scorer, move_prompts
 from esjax.runs.checkpoint import digest
 from esjax.signals import started
 from esjax.weights.first import first_params
@@ -48,6 +49,22 @@ _DECODER = msgspec.msgpack.Decoder(tasks.Task)
 _NOTHING, _END = b"nothing", b"end"
 
 
+class Places(NamedTuple):
+    """Where a host has files of the run, if not where the settings of the run name them.
+
+    Attributes:
+        init: The weights that the run starts from.
+        prompts: The prompts, see the setting `reward.prompts`.
+    """
+
+    init: Path | None = None
+    prompts: str | None = None
+
+
+AS_SETTINGS = Places()
+"""All files are where the settings name them."""
+
+
 class Executor:
     """Runs tasks on a replica."""
 
@@ -57,15 +74,12 @@ class Executor:
         vocab_size: int = 0,
         *,
         custom: Custom = NOTHING_CUSTOM,
-        init: Path | None = None,
+        places: Places = AS_SETTINGS,
         tell: Callable[[str], None],
     ) -> None:
-        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`.
-
-        `init` is the place of the weights that the run starts from, if it is not the one that its settings name.
-        """
+        """Set up with a replica and the size of its vocabulary, or without them until the task `Build`."""
         self._replica, self._vocab_size, self._custom, self._tell = replica, vocab_size, custom, tell
-        self._init = init
+        self._places = places
         self._scorer: Scorer | None = None
         self._measure: Callable[[], float | None] = lambda: None
         self._measure_rewards: Callable[[], tuple[float, float] | None] = lambda: None
@@ -111,7 +125,8 @@ class Executor:
             case tasks.Score():
                 began = time.perf_counter()
                 values = replica.score(task.spans)
-                return tasks.Scored(values, share_number(time.perf_counter() - began))
+                means = self._scorer.take_means() if self._scorer else []
+                return tasks.Scored(values, share_number(time.perf_counter() - began), means)
             case tasks.TakeDigest():
                 return tasks.Value(digest(replica.state))
             case tasks.TakeSnapshot():
@@ -132,6 +147,8 @@ class Executor:
             self._tell(flags)
         config = from_yaml(task.config, "the run's settings")
         check_for_hosts(config.reward.prompts)
+        if self._places.prompts is not None:
+            config = move_prompts(config, self._places.prompts)
         start = self._start(config)  # first: what is missing here is known before anything is compiled
         text = unpack_text(task.text, task.text_bytes, task.text_digest, task.vocab_size)
         model = self._custom.build(config.model, task.vocab_size)
@@ -172,13 +189,13 @@ class Executor:
             EsjaxError: They are not here, or other weights are, and the run sends none.
         """
         if config.init is None:
-            if self._init is not None:
+            if self._places.init is not None:
                 raise EsjaxError("the run starts from random weights; join without --init")
             return None
         try:
-            return first_params(config, self._custom, self._init)
+            return first_params(config, self._custom, self._places.init)
         except EsjaxError as error:
-            if self._init is None and config.hosts.send_init:
+            if self._places.init is None and config.hosts.send_init:
                 return None
             raise EsjaxError(
                 f"{error}; the run starts from weights that every host reads for itself: copy the run or the file "

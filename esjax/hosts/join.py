@@ -14,7 +14,7 @@ import optax
 from esjax.devices.process_group import leads
 from esjax.errors import EsjaxError
 from esjax.flags import names_of_changed
-from esjax.hosts.executor import Background, Executor
+from esjax.hosts.executor import Background, Executor, Places
 from esjax.hosts.known_answers import known_answers
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.worker import Worker
@@ -58,6 +58,7 @@ def join(
     patience: float = 600.0,
     stay: bool = False,
     init: str | Path | None = None,
+    prompts: str | Path | None = None,
     model: ModelFactory | str | None = None,
     loss: Loss | str | None = None,
     reward: Reward | str | None = None,
@@ -76,6 +77,8 @@ def join(
         stay: Whether to wait for the next run at the address when a run has ended, and take part in that, too.
         init: Weights that the run starts from, if it starts from given ones: a run folder or a file, see the setting
             `init`. None: the place that the settings of the run name.
+        prompts: Prompts of the run, if it has a reward in Python and they lie elsewhere here. None: the place that the
+            settings of the run name.
         model: The custom model, if the run has one: the function, or PATH.py:FUNCTION with a copy of the coordinator's
             file. Code is never sent.
         loss: The custom loss, if the run has one; given like the model.
@@ -98,6 +101,7 @@ def join(
         patience=patience,
         stay=stay,
         init=init,
+        prompts=prompts,
         tell=tell,
     )
 
@@ -112,18 +116,19 @@ def join_with(
     patience: float = 600.0,
     stay: bool = False,
     init: str | Path | None = None,
+    prompts: str | Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> None:
     """`join`, given all custom parts."""
     if stay and jax.process_count() > 1:
         raise EsjaxError("a host of several processes takes part in a single run; leave out stay")
     token = None if token_file is None else load_token(given_path(token_file))
-    start = None if init is None else given_path(init)
+    places = Places(None if init is None else given_path(init), None if prompts is None else str(prompts))
     name = name or f"{platform.node()[:100]}-{secrets.token_hex(3)}"
     ends_at = time.monotonic() + (lifetime if lifetime is not None else float("inf"))
     ended = 0
     try:
-        while _take_part(address, token, name, ends_at, patience, stay, start, custom, tell) and stay:
+        while _take_part(address, token, name, ends_at, patience, stay, places, custom, tell) and stay:
             ended += 1
             tell(f"{name}: waiting for the next run")
     except _SilenceError:
@@ -139,7 +144,7 @@ def _take_part(
     ends_at: float,
     patience: float,
     stay: bool,
-    init: Path | None,
+    places: Places,
     custom: Custom,
     tell: Callable[[str], None],
 ) -> bool:
@@ -160,7 +165,7 @@ def _take_part(
         jitter=random.random,
         flags=names_of_changed(),
     )
-    executor = Executor(custom=custom, init=init, tell=tell)
+    executor = Executor(custom=custom, places=places, tell=tell)
     if not leads():
         with stop_on_signals(), starting():  # process 0 gets the signal, too, and ends the others
             executor.follow()

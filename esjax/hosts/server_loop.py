@@ -179,6 +179,7 @@ class ServerLoop:
             member_tokens=self._recorder.member_tokens,
             member_tokens_per_second=rate,
             hosts=closed.hosts,
+            rewards=closed.rewards or None,
             **self.new_measurement(),
         )
 

@@ -6,15 +6,30 @@ const DASHES = ["solid", "dash", "dashdot", "dot"]; // the next one begins after
 const STROKES = { solid: "", dash: "6 3", dashdot: "6 2 2 2", dot: "2 2" }; // the same line styles in SVG
 const N_GRAM_DASHES = ["dot", "dash", "longdash", "dashdot"];
 const UNIT_LINES = /.{1,38}(?: |$)|.{1,38}/g; // breaks a long unit, at spaces if possible
+const EVALUATIONS = ["held_out", "greedy_reward", "pass_at_k"]; // columns that smoothing leaves as they are
+const NAMED_REWARD = "reward_"; // begin of the columns of rewards that have names
 const CHARTS = [
   { column: "held_out", title: "Held-out loss", loss: true },
   { column: "loss", title: "Training loss, mean of the population", loss: true },
   { column: "reward", title: "Reward, mean of the population" },
   { column: "greedy_reward", title: "Reward on held-out prompts, greedy" },
   { column: "pass_at_k", title: "pass@k on held-out prompts" },
+  // here: a chart for each reward that has a name
   { column: "member_tokens_per_second", title: "Rate", unit: "member-tokens per second", small: true },
   { column: "update_norm", title: "Size of the update", unit: "norm", small: true },
 ];
+
+const named = new Map(); // the charts of rewards that have names, by their columns
+
+// All charts in order; those of rewards that have names stay when a run had them once.
+function allCharts() {
+  const columns = chosen().flatMap((run) => Object.keys(run.curves)).filter((column) => column.startsWith(NAMED_REWARD));
+  for (const column of columns) {
+    if (!named.has(column)) named.set(column, { column, title: `Reward ${column.slice(NAMED_REWARD.length)}, mean of the population` });
+  }
+  const rewards = [...named.values()].sort((a, b) => (a.column < b.column ? -1 : 1));
+  return [...CHARTS.filter(({ small }) => !small), ...rewards, ...CHARTS.filter(({ small }) => small)];
+}
 
 // Color and line style for the index of a run.
 function styleAt(place) {
@@ -69,7 +84,7 @@ function meanAndRange(curves) {
 
 function traces(chart, dark) {
   const lines = [];
-  const span = chart.column === "held_out" ? 0 : Number(view.span);
+  const span = EVALUATIONS.includes(chart.column) ? 0 : Number(view.span);
   for (const group of groups()) {
     const { color, dash } = styleOf(group[0].run);
     const faint = { mode: "lines", hoverinfo: "skip", showlegend: false };
@@ -98,10 +113,10 @@ function traces(chart, dark) {
 
 const shorten = (name) => (name.length <= 24 ? name : `${name.slice(0, 12)}…${name.slice(-11)}`);
 
-// The n-gram lines, once for each text; with several texts, labeled with the name of a run.
+// Lines beside the held-out loss: n-gram models, or its first value. The same ones once; different ones with the name of a run.
 function baselines() {
   const texts = new Map();
-  for (const run of chosen()) {
+  for (const [run] of groups()) { // runs of a group differ only in the seed, so they have the same text
     const key = JSON.stringify(Object.values(run.baselines).map((value) => value.toFixed(6)));
     if (Object.keys(run.baselines).length && !texts.has(key)) texts.set(key, run);
   }
@@ -116,7 +131,7 @@ function baselines() {
 }
 
 // Units of a loss or a reward: nats per token, or the custom loss or reward of a run.
-const units = (column) => [...new Set(chosen().map((run) => run.units[column]))].sort().join(", ");
+const units = (column) => [...new Set(chosen().map((run) => run.units[column]).filter(Boolean))].sort().join(", ");
 
 const escapeText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly interprets some HTML
 
@@ -124,14 +139,15 @@ function drawCharts() {
   const style = getComputedStyle(document.documentElement);
   const ink = style.getPropertyValue("--quiet").trim(), line = style.getPropertyValue("--line").trim();
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  if (!CHARTS[0].box) { // all boxes first, since they set the width of the charts
-    for (const chart of CHARTS) {
-      chart.box = make("div", { id: "chart-" + chart.column });
-      chart.card = make("div", { className: chart.small ? "chart small" : "chart" }, make("h2", {}, chart.title), chart.box);
-      byId("charts").append(chart.card);
+  const charts = allCharts();
+  if (charts.some(({ box }) => !box)) { // all boxes first, since they set the width of the charts
+    for (const chart of charts) {
+      chart.box ??= make("div", { id: "chart-" + chart.column });
+      chart.card ??= make("div", { className: chart.small ? "chart small" : "chart" }, make("h2", {}, chart.title), chart.box);
+      byId("charts").append(chart.card); // moves it, if it is there already
     }
   }
-  for (const chart of CHARTS) {
+  for (const chart of charts) {
     const lines = traces(chart, dark), height = chart.box.clientHeight; // 0 if it was hidden
     chart.card.hidden = !lines.length;
     const marks = chart.column === "held_out" && lines.length ? baselines() : [];

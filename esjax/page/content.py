@@ -10,12 +10,15 @@ from numpy import ndarray
 from esjax.extras import needing
 from esjax.runs.reader import RunView
 from esjax.watch.downsampling import COLUMN_OF, make_curve
-from esjax.watch.panels import PANELS, drawn, unit_of
+from esjax.watch.panels import PANELS, drawn, lines_beside, named_rewards, unit_of
 
 COLUMNS = (*PANELS, "member_tokens_per_second", "update_norm")
-"""Metrics that the page draws."""
+"""Metrics that the page draws, beside rewards that have names."""
 
-LAST = ("step", "seconds", "member_tokens", "loss", "held_out", "member_tokens_per_second", "population", "void_pairs")
+LAST = (
+    *("step", "seconds", "member_tokens", "loss", "held_out", "reward", "greedy_reward", "pass_at_k"),
+    *("member_tokens_per_second", "population", "void_pairs"),
+)
 """Metrics whose last values the page lists."""
 
 SAMPLES = 3
@@ -51,17 +54,17 @@ def summary(view: RunView, run: str) -> dict[str, Any]:
         "run": run,
         "name": view.name,
         "state": view.state,
-        "units": {column: unit_of(view, column) for column in PANELS},
+        "units": {column: unit_of(view, column) for column in (*PANELS, *named_rewards(view.metrics))},
         "last": {name: view.last(name) for name in LAST},
         "best": view.lowest("held_out"),
     }
 
 
 def details(view: RunView) -> dict[str, Any]:
-    """Return the settings, baselines, samples and notes of a run."""
+    """Return the settings, samples and notes of a run, and what its held-out loss is compared with."""
     return {
         "settings": {name: _plain(value) for name, value in view.settings.items()},
-        "baselines": dict(view.baselines),
+        "baselines": dict(lines_beside(view)),
         "samples": [sample._asdict() for sample in view.samples[-SAMPLES:]],
         "notes": list(view.notes),
     }
@@ -79,7 +82,7 @@ def curves(view: RunView, known: Mapping[str, tuple[int, int]] | None = None) ->
         for each axis.
     """
     points: dict[str, Any] = {}
-    for column in COLUMNS:
+    for column in (*COLUMNS, *named_rewards(view.metrics)):
         curve = make_curve(drawn(view), column)
         stride, count = (known or {}).get(column, (0, 0))
         start = count if stride == curve.stride and 0 <= count <= len(curve.value) else 0

@@ -130,7 +130,8 @@ function drawRuns() {
     }
     if (box.children[place] !== row) box.insertBefore(row, box.children[place] ?? null);
     const { last } = run;
-    const facts = `step ${whole(last.step)} · ${clock(last.seconds ?? 0)} · held-out ${fixed(last.held_out)}`;
+    const greedy = last.greedy_reward == null ? "" : ` · greedy ${fixed(last.greedy_reward)}`;
+    const facts = `step ${whole(last.step)} · ${clock(last.seconds ?? 0)} · held-out ${fixed(last.held_out)}${greedy}`;
     const print = JSON.stringify([run, colors.has(run.run) && styleOf(run.run)]);
     if (row.dataset.print === print) return;
     row.dataset.print = print;
@@ -171,6 +172,12 @@ function drawSettings() {
 
 // The table of runs: progress, and settings that differ; a click on a head sorts.
 
+const REWARDS = [
+  { head: "reward", of: (run) => run.last.reward, write: fixed },
+  { head: "greedy reward", of: (run) => run.last.greedy_reward, write: fixed },
+  { head: "pass@k", of: (run) => run.last.pass_at_k, write: fixed },
+]; // columns for runs with a reward in Python
+
 function columnsOf(among) {
   return [
     { head: "run", of: (run) => run.name },
@@ -178,6 +185,7 @@ function columnsOf(among) {
     { head: "held-out loss", of: (run) => run.last.held_out, write: fixed },
     { head: "best held-out loss", of: (run) => run.best, write: fixed },
     { head: "training loss", of: (run) => run.last.loss, write: fixed },
+    ...REWARDS.filter(({ of }) => among.some((run) => of(run) != null)),
     { head: "steps done", of: (run) => run.last.step, write: whole },
     { head: "seconds trained", of: (run) => run.last.seconds, write: (value) => fixed(value, 1) },
     { head: "member-tokens", of: (run) => run.last.member_tokens, write: whole },

@@ -115,9 +115,16 @@ class TextLosses:
 
     @default_flags()
     def warm_up(self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]) -> None:
-        """Let members write, and load the reward, which is not called: it may be slow."""
+        """Let members write, with a tool also on; load the functions, which are not called: they may be slow."""
         for count, part in chunking.calls(self._at_once, pairs):
-            jax.block_until_ready(self._write(params, self._prompts, streams, step, count, part))
+            _, written = self._write(params, self._prompts, streams, step, count, part)
+            if self._scorer.tool is not None:
+                members = (part.size, *self._shape[1:])
+                longest = self._prompts.tokens.shape[1] + written.shape[-1]
+                tokens, lengths = np.full((*members, longest), STOP, np.int32), np.zeros(members, np.int32)
+                texts = Prompted(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths))
+                written = self._write_on(params, texts, streams, step, count, part)
+            jax.block_until_ready(written)
         self._scorer.load()
 
     def __call__(

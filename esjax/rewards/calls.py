@@ -18,6 +18,9 @@ Kind = Literal["reward", "tool"]
 FLOATS = {float}
 """The types in a list of plain floats, which need no closer look."""
 
+MOST_NAMES, LONGEST_NAME = 16, 64
+"""Most rewards that a function returns by name, and most characters of a name: hosts send their means."""
+
 SHOWN = 80
 """Most characters of a text that a message shows."""
 
@@ -165,6 +168,11 @@ def takes_answers(reward: Callable[..., Any]) -> bool:
     return True
 
 
+def is_name(name: object) -> bool:
+    """Return whether this may be the name of a reward."""
+    return isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_NAME
+
+
 def _inserted(values: list[Any]) -> Result:
     bad = [type(value).__name__ for value in values if not isinstance(value, str)]
     if bad:
@@ -179,8 +187,13 @@ def _weighed(values: Any, count: int, weights: Mapping[str, float]) -> Result:
         if weights:
             return Failure("weights", f"it returned a {type(values).__name__}; {_wants(weights)}")
         return _checked(values, count, "")
-    if bad := [name for name in values if not (isinstance(name, str) and name.isidentifier())]:
-        return Failure("names", f"it returned the name {bad[0]!r}; names consist of letters, digits and _")
+    if bad := [name for name in values if not is_name(name)]:
+        shown = repr(bad[0])[:LONGEST]
+        return Failure(
+            "names", f"it returned the name {shown}; names are letters, digits and _, {LONGEST_NAME} at most"
+        )
+    if len(values) > MOST_NAMES:
+        return Failure("names", f"it returned {len(values)} rewards; {MOST_NAMES} are the most")
     if not values or not weights.keys() <= values.keys():
         return Failure("weights", f"it returned the rewards {', '.join(values) or 'of no name'}; {_wants(weights)}")
     total, means = [0.0] * count, {}

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 from numpy import ndarray
 
+from esjax.averages import NamedMean, join_means
 from esjax.config.custom_names import Code, name_of
 from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, replace
@@ -35,8 +36,8 @@ from esjax.rewards.prompts import (
 )
 from esjax.rewards.tools import ToolUse, WriteOn
 
-WHERE = "put the run's prompts there; if they were moved, `esjax resume --reward.prompts FILE` names their place"
-"""Way out for prompts that were moved."""
+WHERE = "put the run's prompts there, or name their place: `esjax resume`, or on a host `join`, --reward.prompts FILE"
+"""Way out for prompts that are elsewhere."""
 
 
 @runtime_checkable
@@ -84,7 +85,7 @@ class Scorer:
         self._reward, self._tell = reward, tell
         self._callers = [(f"reward {reward[0]}", reward[1])]
         self._reported: set[str] = set()
-        self._means: dict[str, list[float]] = {}
+        self._means: list[NamedMean] = []
         self.tool: ToolUse | None = None
         if tool is not None:
             name, caller = tool
@@ -145,20 +146,18 @@ class Scorer:
 
         def wait() -> Float32[ndarray, "pairs members"]:
             scored = wait_for()
-            for number, means in scored.means.items():  # a call for each pair
-                if not failed[number]:
-                    for name, value in means.items():
-                        self._means.setdefault(name, []).append(value)
+            of_pairs = [means for number, means in scored.means.items() if not failed[number]]  # a call for each pair
+            found = [NamedMean(name, value, 1) for means in of_pairs for name, value in means.items()]
+            self._means = join_means([*self._means, *found])
             losses = -np.array(scored.values).reshape(tokens.shape[:3]).mean(axis=2).astype(np.float32)
             losses[failed] = np.nan
             return losses
 
         return wait
 
-    def take_means(self) -> dict[str, float]:
-        """Return the mean of each reward that has a name, over the calls for `losses` since the last time."""
-        means = {name: float(np.mean(values)) for name, values in sorted(self._means.items())}
-        self._means.clear()
+    def take_means(self) -> list[NamedMean]:
+        """Return the mean of each reward that has a name, over the pairs of `losses` since the last time."""
+        means, self._means = self._means, []
         return means
 
     def rewards(

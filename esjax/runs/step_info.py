@@ -98,8 +98,8 @@ class StepInfo(NamedTuple):
             parameters. None if not measured. With a reward in Python, `held_out` stays nats per token over the held-out
             documents of the text: it rises if the model forgets that.
         pass_at_k: Fraction of the held-out prompts for which one of `reward.samples` completions passes, or more.
-        rewards: Means over the population of the rewards that have names, without their weights. None if there are
-            none, and over hosts.
+        rewards: Means over the population of the rewards that have names, without their weights. Over hosts, as they
+            said: spot checks compare the reward alone. None if there are none.
     """
 
     step: int
@@ -118,6 +118,11 @@ class StepInfo(NamedTuple):
     greedy_reward: float | None = None
     pass_at_k: float | None = None
     rewards: Mapping[str, float] | None = None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether something was measured on held-out documents or prompts."""
+        return self.held_out is not None or self.greedy_reward is not None
 
     def row(self) -> dict[str, float]:
         """Return the numbers that are not None by name; those of `rewards` as `reward_NAME`."""

@@ -205,7 +205,7 @@ class Trainer(RecordedRun, RunInference):
                 done = done or self._has_settled(info)
                 evaluate_at = time.perf_counter() + config.evaluate_time
             if self._scorer is not None:
-                info = info._replace(rewards=self._scorer.take_means() or None)
+                info = info._replace(rewards={name: mean for name, mean, _ in self._scorer.take_means()} or None)
             info = recorder.log(info)
             self._history.add(info)
             if self.folder and (done or now >= checkpoint_at):

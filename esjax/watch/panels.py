@@ -1,6 +1,6 @@
 """What plots and the page draw of a run: columns of its metrics, their titles and units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -23,16 +23,35 @@ PANELS: Mapping[str, str] = MappingProxyType(
 LOSSES = ("held_out", "loss")
 """Columns that a logarithmic axis is for; rewards may be 0 or less."""
 
+EVALUATIONS = ("held_out", "greedy_reward", "pass_at_k")
+"""Columns of evaluations, which smoothing leaves as they are; the others have a number for each step."""
+
+FIRST = "first value"
+"""Name of the line at the first held-out loss of a run with a reward in Python."""
+
 
 def panels_of(views: Sequence[RunView]) -> dict[str, str]:
     """Return the title of each panel for which one of the runs has numbers, by column."""
     columns = {column for view in views for column, values in drawn(view).items() if np.isfinite(values).any()}
-    named = {
-        column: f"{column.removeprefix(NAMED_REWARD)}, training prompts"
-        for column in sorted(columns)
-        if column.startswith(NAMED_REWARD)
-    }
+    named = {column: f"{column.removeprefix(NAMED_REWARD)}, training prompts" for column in named_rewards(columns)}
     return {column: title for column, title in {**PANELS, **named}.items() if column in columns}
+
+
+def named_rewards(columns: Iterable[str]) -> list[str]:
+    """Return the columns of rewards that have names, in order."""
+    return sorted(column for column in columns if column.startswith(NAMED_REWARD))
+
+
+def lines_beside(view: RunView) -> Mapping[str, float]:
+    """Return what the held-out loss of a run is compared with, by name: n-gram models, in nats per token.
+
+    A reward in Python makes a model forget its text, so the loss of that is compared with its first value.
+    """
+    held_out = view.metrics.get("held_out", np.zeros(0))
+    first = held_out[np.isfinite(held_out)][:1]
+    if not _scores_text(view) or not len(first):
+        return view.baselines
+    return {**view.baselines, FIRST: float(first[0])}
 
 
 def drawn(view: RunView) -> Mapping[str, ndarray]:

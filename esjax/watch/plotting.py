@@ -13,7 +13,7 @@ from esjax.extras import needing
 from esjax.paths import given_path
 from esjax.runs.reader import RunView, find_runs, group_by_seed, read_runs
 from esjax.watch.downsampling import Axis, make_curve, mean_and_range, smooth
-from esjax.watch.panels import LOSSES, drawn, panels_of, unit_of
+from esjax.watch.panels import EVALUATIONS, LOSSES, drawn, lines_beside, panels_of, unit_of
 from esjax.watch.plot_layout import LITERAL, STYLES, add_legend, spread_labels
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ UNIT_WIDTH = 54
 NAME_WIDTH = 24
 """Characters of a run's name beside an n-gram line; the legend shows the whole name."""
 
-SMOOTHED = ("loss", "reward")
-"""Columns with a number for each step, which smoothing averages."""
-
 
 def plot(
     *runs: str | Path | RunView,
@@ -49,7 +46,9 @@ def plot(
 ) -> "Figure":
     """Draw the curves of runs: held-out loss with the n-gram lines, and loss of the population.
 
-    If no run has a held-out loss, only the loss of the population is drawn. Colors and line styles distinguish up to
+    If no run has a held-out loss, only the loss of the population is drawn. With a reward in Python, the mean reward,
+    each reward that has a name, greedy reward and pass@k have their panels, and a line beside the held-out loss is its
+    first value. Colors and line styles distinguish up to
     40 runs. In a notebook, `esjax.plot("runs/a", "runs/b")` at the end of a cell shows the figure.
 
     Args:
@@ -58,7 +57,7 @@ def plot(
         over: Horizontal axis: "steps", "seconds" or "member-tokens".
         log_x: Whether the horizontal axis is logarithmic.
         log_y: Whether the axis of the loss is logarithmic.
-        smoothing: Steps over which the loss of the population is averaged exponentially; 0 is no smoothing.
+        smoothing: Steps over which loss and rewards of the population are averaged exponentially; 0 is no smoothing.
         mean_over_seeds: Whether runs whose settings differ only in the seed are drawn as one line, their mean, with a
             band from the lowest to the highest, where all of them have values.
 
@@ -88,11 +87,11 @@ def plot(
     for group, style in zip(groups, styles, strict=True):
         by_label: dict[str, Line2D] = {}  # both panels have lines of the same labels
         for column, axes in plots.items():
-            by_label |= _draw(axes, group, column, style, over, smoothing if column in SMOOTHED else 0.0)
+            by_label |= _draw(axes, group, column, style, over, 0.0 if column in EVALUATIONS else smoothing)
         lines += by_label.values()
-    labels = _draw_baselines(plots["held_out"], groups, styles) if "held_out" in plots else []
+    labels = _draw_lines_beside(plots["held_out"], groups, styles) if "held_out" in plots else []
     for column, axes in plots.items():
-        averaged = f"\naveraged over {smoothing:g} steps" if smoothing and column in SMOOTHED else ""
+        averaged = f"\naveraged over {smoothing:g} steps" if smoothing and column not in EVALUATIONS else ""
         axes.set_title(panels[column] + averaged)
         axes.set_xlabel(over)
         axes.set_ylabel(fill(", ".join(sorted({unit_of(view, column) for view in views})), UNIT_WIDTH), **LITERAL)
@@ -171,19 +170,18 @@ def _draw(
     return lines
 
 
-def _draw_baselines(
+def _draw_lines_beside(
     axes: "Axes", groups: Sequence[Sequence[RunView]], styles: Sequence[dict[str, Any]]
 ) -> "list[Annotation]":
-    """Draw the n-gram lines once for each text; if there are several texts, in the color of the first run of each."""
+    """Draw the same lines once; if runs have different ones, in the color of the first run that has them."""
     texts: dict[tuple[float, ...], tuple[RunView, str]] = {}
     for group, style in zip(groups, styles, strict=True):
-        for view in group:
-            if view.baselines:
-                text = tuple(np.round(list(view.baselines.values()), 6).tolist())
-                texts.setdefault(text, (view, style["color"]))
+        if beside := lines_beside(group[0]):  # runs of a group differ only in the seed, so they have the same text
+            text = tuple(np.round(list(beside.values()), 6).tolist())
+            texts.setdefault(text, (group[0], style["color"]))
     labels = []
     for view, color in texts.values():
-        for name, value in view.baselines.items():
+        for name, value in lines_beside(view).items():
             line = "gray" if len(texts) == 1 else color
             axes.axhline(value, color=line, ls=(0, (6, 4)), lw=0.8)
             label = axes.annotate(

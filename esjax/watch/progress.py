@@ -136,7 +136,7 @@ class Progress:
         self._forgets = info.reward is not None
         self._step_seconds = now - self._last[1] if self._last else 0.0
         self._last = info, now
-        if not self._live and (info.held_out is not None or now >= self._plain_at):
+        if not self._live and (info.is_evaluated or now >= self._plain_at):
             self._plain_at = now + PLAIN_SECONDS
             self._console.print(join(self._parts(info, now, now)), soft_wrap=True)
 

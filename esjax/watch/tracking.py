@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from esjax.runs.step_info import StepInfo
 
 SECONDS_A_ROW = 1.0
-"""Seconds between the rows that trackers get; a row with a held-out loss is always passed on."""
+"""Seconds between the rows that trackers get; a row with an evaluation is always passed on."""
 
 MOST_WAITING = 256
 """Most rows and samples that may wait for a tracker; a tracker that is slower is dropped."""
@@ -125,7 +125,7 @@ class Watch:
             return
         self._void_pairs += info.void_pairs
         row["void_pairs"] = self._void_pairs
-        if info.held_out is None and time.monotonic() < self._next_at:
+        if not info.is_evaluated and time.monotonic() < self._next_at:
             self._waiting = row
         else:
             self._pass_on(row)

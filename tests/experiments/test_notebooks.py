@@ -19,6 +19,7 @@ SMALL = {
     "es_from_scratch": "REPEATS = 20\nCOUNTS = [16]",
     "first_run": "SECONDS = 1",
     "own_model_and_reward": "SECONDS = 0.6\nPOPULATION = 32",
+    "rewards": "TEXT_STEPS = 5\nSTEPS = 3\nPOPULATION = 32",
     "workers": "SECONDS = 1.0\n"
     "SETTINGS = ['--es.population-size', '16', '--es.chunk-pairs', '4', '--model.hidden-size', '4']",
 }
@@ -30,6 +31,7 @@ SHOWN = {
     "es_from_scratch": [],
     "first_run": ["ROMEO", "nats_per_token"],
     "own_model_and_reward": ["right before: ", "the run's own reward, right"],
+    "rewards": ["prompts: (", "step   3: valid "],
     "workers": ["ada ready", "grace ready", "{'coordinator': 0, 'ada': 0, 'grace': 0}", "digests agree"],
 }
 """What each notebook prints."""
@@ -40,6 +42,7 @@ PICTURES = {
     "es_from_scratch": 5,
     "first_run": 1,
     "own_model_and_reward": 2,
+    "rewards": 1,
     "workers": 1,
 }
 """How many each notebook draws at least."""

@@ -9,14 +9,15 @@ import pytest
 from processes import SMALL, TEXT, Fleet, fleet, steps_done, updates, wait_until
 
 import esjax
-from esjax.config.settings import to_yaml
+from esjax.config.settings import replace, to_yaml
 from esjax.data.corpus import load_corpus
 from esjax.data.delivery import pack_text
-from esjax.hosts.executor import Executor
+from esjax.hosts.executor import Executor, Places
 from esjax.hosts.protocol.tasks import Build, Failed
 from esjax.hosts.status import fetch_status
 from esjax.models.custom import Custom
 from esjax.models.custom.code import load_custom
+from esjax.rewards.scoring import begin as with_digest
 from esjax.runs.reader import read_run
 from esjax.training.replay import replay
 
@@ -28,12 +29,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-def share_of_e(prompts, completions):
+def measures(prompts, completions):
     try:
         (HERE / "killed").touch(exist_ok=False)
     except FileExistsError:
-        return [text.count("e") / max(len(text), 1) for text in completions]
+        return {
+            "share": [text.count("e") / max(len(text), 1) for text in completions],
+            "long": [float(len(text)) for text in completions],
+        }
     os.kill(os.getpid(), 9)  # once: the call is made again
+
+def length(text):
+    (HERE / "length called").touch()
+    return str(len(text))
 
 def slow(prompts, completions):
     with (HERE / "calls").open("a") as calls:
@@ -67,7 +75,9 @@ def words_of(folder: Path, reward: str) -> tuple[list[str], list[str]]:
 
 
 def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promotion: None) -> None:
-    """From the weights of a run with subwords; a host and the coordinator are killed, and a worker process, too."""
+    """From the weights of a run with subwords, by two rewards and with a tool; hosts have the prompts elsewhere. A host
+    and the coordinator are killed, and a worker process, too.
+    """
     pytest.importorskip("tokenizers")
     folder = fleet.folder
     write_files(folder)
@@ -75,9 +85,13 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     shutil.copytree(folder / "base", folder / "copy")
     shutil.copytree(folder / "base", folder / "other")
     list(esjax.resume(folder / "other", steps=3, tell=print))
-    begin, function = words_of(folder, "share_of_e")
-    begin += ["--init", str(folder / "base")]
+    begin, function = words_of(folder, "measures")
+    tool = ["--reward.tool", f"{folder / 'rewards.py'}:length"]
+    begin += ["--init", str(folder / "base"), "--reward.weights", "long", "0.125", *tool]
+    begin += ["--reward.tool-at", "tobehaniqus", "--reward.tool-calls", "2"]  # each of them is a token
     server = fleet.serve(*begin)
+    (folder / "prompts.txt").rename(folder / "copied.txt")
+    function += [*tool, "--reward.prompts", str(folder / "copied.txt")]
     survivor = fleet.join("survivor", *function)
     victim = fleet.join("victim", *function, "--init", str(folder / "copy"))
     other = fleet.join("other", *function, "--init", str(folder / "other"))
@@ -100,6 +114,9 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     assert again.ends() == 0
     assert survivor.popen.poll() is None
     assert (folder / "killed").exists()
+    assert (folder / "length called").exists()
+    (folder / "length called").unlink()
+    (folder / "copied.txt").rename(folder / "prompts.txt")
     for process in (server, survivor, again):
         assert "Traceback" not in process.output
         assert "failed" not in process.output
@@ -107,6 +124,12 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     settings = ["--data.text", str(TEXT), *SMALL, *begin, "--ledger", "--steps", str(steps), "--out", str(local)]
     assert fleet.start("train", *settings).ends() == 0
     assert updates(fleet.run) == updates(local)
+    assert (folder / "length called").exists()
+    rewards, alone = read_run(fleet.run).metrics, read_run(local).metrics
+    np.testing.assert_allclose(alone["reward"], alone["reward_share"] + 0.125 * alone["reward_long"], rtol=1e-5)
+    for name in ("reward_share", "reward_long"):  # about, since on a busy machine two hosts score some pairs
+        assert np.isfinite(rewards[name]).mean() > 0.5
+        np.testing.assert_allclose(np.nanmean(rewards[name]), np.mean(alone[name]), rtol=0.3)
     assert replay(fleet.run).agrees
     for measure in ("greedy_reward", "pass_at_k", "held_out"):
         assert np.isfinite(read_run(fleet.run).metrics[measure]).any()
@@ -146,9 +169,11 @@ def test_a_host_with_another_reward_ends_with_one_line_and_no_call_is_made_twice
     assert 0 <= len((folder / "calls").read_text().splitlines()) - 3 * 32 <= 2 * 4
 
 
-@pytest.mark.parametrize("kind", ["lambda", "file", "prompts"])
+@pytest.mark.parametrize("kind", ["lambda", "file", "prompts", "other prompts", "no prompts"])
 def test_what_a_host_lacks_is_one_line(tmp_path: Path, kind: str) -> None:
-    """A function of no file; a file that is gone when the processes start; and no prompts."""
+    """A function of no file; a file that is gone when the processes start; and no prompts, or others than the run's, or
+    some although the run has none.
+    """
     write_files(tmp_path)
     config = esjax.Config(
         data=esjax.DataConfig(text=str(TEXT)),
@@ -158,16 +183,27 @@ def test_what_a_host_lacks_is_one_line(tmp_path: Path, kind: str) -> None:
     custom = Custom(reward=lambda prompts, completions: [0.0] * len(prompts))
     if kind != "lambda":
         custom = load_custom(reward=f"{tmp_path / 'rewards.py'}:slow")
+    config = with_digest(config, custom)
+    if kind in ("file", "prompts"):
         (tmp_path / {"file": "rewards.py", "prompts": "prompts.txt"}[kind]).unlink()
+    places = Places()
+    if kind == "other prompts":
+        (tmp_path / "others.txt").write_text("other\n")
+        places = Places(prompts=str(tmp_path / "others.txt"))
+    if kind == "no prompts":
+        config, custom = replace(config, reward=esjax.RewardConfig()), Custom()
+        places = Places(prompts=str(tmp_path / "prompts.txt"))
     corpus = load_corpus(config.data)
     text = pack_text(corpus.stream(), corpus.held_out, corpus.vocabulary)
     build = Build(to_yaml(config), corpus.vocabulary.size, text.data, text.digest, text.size)
-    result = Executor(custom=custom, tell=print).do(build)
+    result = Executor(custom=custom, places=places, tell=print).do(build)
     assert isinstance(result, Failed)
     assert "\n" not in result.reason
     lacks = {
         "lambda": "put it into a file",
         "file": "the reward slow cannot be called: cannot load",
-        "prompts": "put the run's prompts there",
+        "prompts": "or on a host `join`, --reward.prompts FILE",
+        "other prompts": f"{tmp_path / 'others.txt'}' are not those that the run was begun with",
+        "no prompts": "the run has no prompts; leave the new place of its prompts out",
     }
     assert lacks[kind] in result.reason

@@ -212,3 +212,39 @@ def test_a_host_without_the_start_fetches_a_state() -> None:
     host = sim.add("one")
     sim.run_steps(2)
     assert host.device.loaded == [0]
+
+
+def right(losses: np.ndarray) -> dict[str, float]:
+    return {"right": -float(losses.mean())}
+
+
+def test_rewards_that_have_names_are_known_by_their_means_over_the_population() -> None:
+    """Reference: this reward is minus the loss, and so is its mean. Messages get lost and come again, or are checks."""
+    draws = random.Random(1)
+    sim = Simulation(with_reward(spot_check=0.5))
+    sim.fate = lambda direction, host, message: [] if draws.random() < 0.1 else [DELAY]
+    for number in range(3):
+        sim.add(f"host {number}", rewards=right, speed=5.0 * (1 + number))
+    sim.run_steps(40, limit=10_000)
+    assert sim.server.inspector.checks > 0
+    repeated = Counter(sent.step for _, _, _, sent in sim.log if isinstance(sent, wire.Losses))
+    assert max(repeated.values()) > 3
+    assert [closed.rewards.keys() for closed in sim.closed] == [{"right"}] * len(sim.closed)
+    np.testing.assert_allclose(
+        [closed.rewards["right"] for closed in sim.closed], [-closed.loss for closed in sim.closed], rtol=1e-5
+    )
+
+
+def test_few_hosts_invent_no_name_and_no_mean_that_is_not_finite() -> None:
+    """The names of a liar would be columns of the metrics for ever."""
+    sim = Simulation(with_reward())
+    for number in range(2):
+        sim.add(f"host {number}", rewards=right)
+    sim.add("liar", rewards=lambda losses: {"invented": 1.0, "right": np.nan, "no name": 1.0, "a" * 64: 1e308})
+    sim.run_steps(10, limit=1000)
+    assert all(host.share > 0 for host in sim.server.status(sim.now).hosts)
+    assert [closed.rewards.keys() for closed in sim.closed[2:]] == [{"right"}] * (len(sim.closed) - 2)
+    alone = Simulation(with_reward())
+    alone.add("liar", rewards=lambda losses: {"no name": 1.0, "of\nlines": 1.0, "inf": np.inf, "sound": 1.0})
+    alone.run_steps(3, limit=1000)
+    assert alone.closed[-1].rewards == {"sound": 1.0}

@@ -137,7 +137,10 @@ def test_the_longest_messages_fit() -> None:
         ("reply", wire.Updates(high, [high] * 2**14)),
         ("reply", wire.Ok(high, high, spans, ["digest", "upload", "measure"], True)),
         ("broadcast", wire.Step(far, high, high, leases, True, high, high)),
-        ("request", wire.Losses(long, high, high, spans, True, far, 1e300, 1e300)),
+        (
+            "request",
+            wire.Losses(long, high, high, spans, True, far, 1e300, 1e300, [("ä" * 64, -1e300, 2**31 - 1)] * 16),
+        ),
         ("request", wire.Join(far, far, far, [(far, far)] * 16, [(far, far)] * 16, far, long, high)),
     ]:
         assert wire.decode(wire.encode(Envelope(message)), kind).message == message  # type: ignore[arg-type]

@@ -314,3 +314,38 @@ def test_losses_of_a_reward_have_its_name_and_no_logarithm(browser: Browser, run
     assert page.axes("loss") == ["linear", "linear"]
     assert page.tab.locator(title).text_content() == "minus outer.<locals>.right"
     page.close()
+
+
+def test_all_measures_of_a_reward_are_drawn_and_the_held_out_loss_beside_its_first_value(
+    browser: Browser, tmp_path: Path
+) -> None:
+    """Reference: the metrics, by hand. A reward whose name another run has is in the same chart."""
+    for name, shown in (("a", ("right", "short")), ("b", ("right",))):
+        rows = [
+            {"step": step, "seconds": step, "member_tokens": step, "loss": -step / 8, "reward": step / 8}
+            | {f"reward_{reward}": step / 16 for reward in shown}
+            | ({"held_out": 2.0 + step / 4, "greedy_reward": step / 4, "pass_at_k": step / 8} if step % 2 == 0 else {})
+            for step in range(1, 9)
+        ]
+        append(make(tmp_path / name, custom={"reward": "score"}).path, "".join(json.dumps(row) + "\n" for row in rows))
+    esjax.report(tmp_path / "a", tmp_path / "b", out=tmp_path / "report.html", smoothing=3.0)
+    page = Page(browser, (tmp_path / "report.html").as_uri())
+    tab = page.tab
+    titles = ["Held-out loss", "Reward, mean of the population", "Reward on held-out prompts, greedy"]
+    titles += [
+        "pass@k on held-out prompts",
+        "Reward right, mean of the population",
+        "Reward short, mean of the population",
+    ]
+    assert tab.locator("#charts h2:visible").all_text_contents() == titles
+    assert tab.locator("#chart-held_out .legendtext").all_text_contents() == ["first value 2.50"]
+    assert [line["y"] for line in page.lines("greedy_reward")] == [[0.5, 1, 1.5, 2]] * 2
+    assert [line["name"] for line in page.lines("reward_right")][1::2] == ["a", "b"]  # each above what is not smoothed
+    assert [line["name"] for line in page.lines("reward_short")][1::2] == ["a"]
+    by_python = smooth(np.arange(1.0, 9.0), np.arange(1.0, 9.0) / 16, 3.0)
+    np.testing.assert_allclose(page.lines("reward_short")[1]["y"], by_python, rtol=1e-6)
+    assert tab.locator("#chart-reward_short .ytitle").text_content() == "score"
+    heads = tab.locator("#table th").all_text_contents()
+    row = dict(zip(heads, tab.locator("#table tbody tr").first.locator("td").all_text_contents(), strict=True))
+    assert [row[head] for head in ("reward", "greedy reward", "pass@k")] == ["1.000", "2.000", "1.000"]
+    page.close()

@@ -107,8 +107,8 @@ def test_named_rewards_are_added_up_with_their_weights(
     losses = scorer.losses(DRAWN, TOKENS, NONE_FAILED)()
     scorer.close()
     np.testing.assert_array_equal(losses, np.array([[-2.5, -(empty + 2) / 2], [-1.5, -1.5]], np.float32))
-    assert scorer.take_means() == {"letters": 13 / 8, "empty": 1 / 8}
-    assert scorer.take_means() == {}
+    assert scorer.take_means() == [("empty", 1 / 8, 2), ("letters", 13 / 8, 2)]
+    assert scorer.take_means() == []
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,8 @@ def test_named_rewards_are_added_up_with_their_weights(
         ([1.0] * 4, {"format": 1}, "returned a list; it must return a mapping from names to lists, with format"),
         ({}, {}, "returned the rewards of no name; it must return a mapping"),
         ({"not a name": [1.0] * 4}, {}, "returned the name 'not a name'"),
+        ({"a" * 65: [1.0] * 4}, {}, "returned the name 'a*'; names are .*, 64 at most"),
+        ({f"a{number}": [1.0] * 4 for number in range(17)}, {}, "returned 17 rewards; 16 are the most"),
         ({"right": [1.0] * 4, "format": [1.0]}, {}, "1 values; it must return a list of 4 numbers, .*, format"),
         ({"right": [float("nan")] * 4}, {}, "returned nan"),
     ],

@@ -177,7 +177,13 @@ def test_members_read_the_answers_and_write_on(folder: Path, devices: int) -> No
     scorer = make_scorer(config, Custom(reward=reward, tool=count_tool), vocabulary, print)
     model = build_model(config.model, vocabulary.size)
     replica = Replica(config, model, None, mesh_of(devices), scorer=scorer)
+    replica.warm_up()
+    assert not seen
+    assert replica._texts is not None
+    programs: list[Any] = [replica._texts._write, replica._texts._write_on]
+    assert [program._cache_size() for program in programs] == [1, 1]
     replica.losses(np.arange(15))  # the last chunk is not whole
+    assert [program._cache_size() for program in programs] == [1, 1]  # nothing was compiled anew
     assert len(seen) == 15
     keys = [sequence_keys(loss_key(seed), 2) for seed in pair_seeds(0, 0, 15)]
     member = Member(model, replica.state.params)

@@ -121,14 +121,19 @@ def test_rows_are_thinned_but_no_void_pair_and_no_held_out_loss_is_lost(monkeypa
         watch.start(TrackedRun("a", "a", None, {}, {}, 0), record)
         for step, void, held_out in [(1, 0, None), (2, 3, None), (3, 1, 2.5), (4, 0, None), (5, 2, None)]:
             watch.log(INFO._replace(step=step, void_pairs=void, held_out=held_out))
-    # The first row, those with a held-out loss, and the last one; void pairs as counted by hand.
-    assert [(row["step"], row["void_pairs"]) for row in notes.calls_of("log")] == [(1, 0), (3, 4), (5, 2)]
+        watch.log(INFO._replace(step=6, greedy_reward=0.5))
+        watch.log(INFO._replace(step=7))
+    # The first row, those with an evaluation, and the last one; void pairs as counted by hand.
+    rows = [(row["step"], row["void_pairs"]) for row in notes.calls_of("log")]
+    assert rows == [(1, 0), (3, 4), (6, 2), (7, 0)]
     assert [(row["step"], row["void_pairs"]) for row in record.calls_of("log")] == [
         (1, 0),
         (2, 3),
         (3, 1),
         (4, 0),
         (5, 2),
+        (6, 0),
+        (7, 0),
     ]
 
 

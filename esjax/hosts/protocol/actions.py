@@ -1,5 +1,6 @@
 """The inputs of the coordinator, and the actions that it asks its caller to carry out."""
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from esjax.config.custom_names import describe_difference
@@ -113,6 +114,7 @@ class Closed(NamedTuple):
     hosts: int  # number of hosts that scored some of its pairs
     notice: str  # line about the step for the user, or ""
     outliers: int = 0  # number of pairs that are no measure of others, see `esjax.exchange.values.Conclusion`
+    rewards: Mapping[str, float] = {}  # means of the rewards that have names, as hosts said
 
 
 Action = Publish | Record | RecordDigest | Store | Tell | Closed

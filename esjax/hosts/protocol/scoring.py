@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from esjax.averages import NamedMean, join_means
 from esjax.exchange.update_record import SPAN_LIMIT, Span, without
 from esjax.exchange.values import MAX_REQUEST, Exchange, Values
 
@@ -21,6 +22,7 @@ class Scored(NamedTuple):
     spans: list[Span]
     values: Values
     seconds: float
+    means: Sequence[NamedMean] = ()  # of rewards that have names
 
 
 class HandIn(NamedTuple):
@@ -30,6 +32,7 @@ class HandIn(NamedTuple):
     body: bytes  # losses, two float32 for each pair, or a gradient sum for each span
     dtype: str  # type of the numbers in the body
     final: bool  # whether this is the last message of the step
+    means: list[NamedMean]  # of rewards that have names, over these pairs
 
 
 class Scoring:
@@ -125,7 +128,8 @@ class Scoring:
             return None
         span = (last[0], last[1] + rest[1])
         values = np.concatenate([one.values[:row], both])
-        return Scored([*spans, span], values, one.seconds + next_one.seconds)
+        means = join_means([*one.means, *next_one.means])
+        return Scored([*spans, span], values, one.seconds + next_one.seconds, means)
 
     def hand_in(self, now: float, everything: bool) -> HandIn | None:
         """Return what to send now, or None; with `everything`, also if more will come."""
@@ -146,6 +150,7 @@ class Scoring:
             body,
             dtype,
             final and len(parts) == len(self._parts),
+            join_means(mean for part in parts for mean in part.means),
         )
 
     def handed_in(self) -> None:

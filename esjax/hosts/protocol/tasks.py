@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from esjax.averages import NamedMean
 from esjax.exchange.update_record import Span
 from esjax.exchange.values import Values
 from esjax.hosts.protocol import wire
@@ -85,6 +86,7 @@ class Scored(msgspec.Struct, frozen=True):
 
     values: Values
     seconds: float
+    means: Sequence[NamedMean] = ()  # of rewards that have names
 
 
 class Value(msgspec.Struct, frozen=True):

@@ -13,8 +13,9 @@ import msgspec
 
 from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whole
 from esjax.exchange.values import MAX_REQUEST
+from esjax.rewards.calls import LONGEST_NAME, MOST_NAMES
 
-VERSION = 6
+VERSION = 7
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
@@ -48,6 +49,10 @@ Leases = Annotated[list[tuple[Whole, Pair, Positive]], msgspec.Meta(max_length=S
 """Slot of a host, first pair and number of pairs."""
 
 Names = Annotated[list[tuple[Short, Short]], msgspec.Meta(max_length=16)]
+RewardName = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+RewardMeans = Annotated[list[tuple[RewardName, float, Positive]], msgspec.Meta(max_length=MOST_NAMES)]
+"""Names of rewards, their means, and over how many pairs."""
+
 Phase = Literal["joining", "compiling", "ready"]
 SideTask = Literal["digest", "upload", "measure"]
 """Side tasks of a host: send the digest of its state, its state, or the held-out loss."""
@@ -126,6 +131,7 @@ class Losses(Message, frozen=True, tag="losses"):
     dtype: Short = "<f4"  # "<f4" for losses; one of `esjax.exchange.update_record.Integers` for gradient sums
     gradient_norm: float | None = None  # norm of the estimate in the update before this step, or None
     update_norm: float | None = None  # norm of that update, or None
+    rewards: RewardMeans = []  # means of the rewards that have names, over these pairs
 
 
 class Digest(Message, frozen=True, tag="digest"):

@@ -232,7 +232,8 @@ class Worker:
     def _take_losses(self, task: tasks.Score, result: tasks.Scored, now: float) -> None:
         self._speed = running_speed(self._speed, sum(count for _, count in task.spans), result.seconds)
         if self._scored_for is self._scoring:  # else the step was closed in the meantime
-            self._scoring.take(scoring.Scored(task.spans, result.values, result.seconds), self._speed, now)
+            scored = scoring.Scored(task.spans, result.values, result.seconds, result.means)
+            self._scoring.take(scored, self._speed, now)
 
     # Requests.
 
@@ -245,9 +246,11 @@ class Worker:
             return report
         hand_in = self._scoring.hand_in(now, bool(self.leaving))
         if hand_in is not None:
-            spans, body, dtype, final = hand_in
+            spans, body, dtype, final, means = hand_in
             step, incarnation = self._scoring.step, self.joined.incarnation
-            return Envelope(wire.Losses(session, incarnation, step, spans, final, dtype, *self._norms), body)
+            rewards = [(name, mean, pairs) for name, mean, pairs in means]
+            losses = wire.Losses(session, incarnation, step, spans, final, dtype, *self._norms, rewards)
+            return Envelope(losses, body)
         if self.leaving:
             return None if isinstance(self._task, tasks.Score) else Envelope(wire.Leave(session, self.leaving))
         if now >= self._beat_at:
