@@ -76,7 +76,7 @@ class Quality(NamedTuple):
         valid: Texts that RDKit can read.
         unique_1k: Different molecules among the first 1,000 valid ones.
         unique_10k: Different molecules among the first 10,000 valid ones.
-        novel: Different molecules that the text does not hold.
+        novel: Different molecules that the training set of MOSES does not hold.
         diversity: 1 minus the mean Tanimoto similarity of the first 1,000 valid ones (Morgan fingerprints, radius 2,
             1,024 bits), as MOSES defines it.
         qed: Mean QED of the first 2,000 valid ones.
@@ -222,16 +222,18 @@ def reward_config(folder: Path, population: int, seed: int, rate: float, sigma: 
 
 
 def quality_of(written: list[str], known: set[str]) -> Quality:
-    """Measure what a model wrote.
+    """Measure what a model wrote; all is 0 if no text is a molecule.
 
     Args:
         written: Texts.
-        known: The molecules of the text, as RDKit writes them.
+        known: The molecules of the training set, as RDKit writes them.
     """
     from rdkit import Chem, DataStructs
     from rdkit.Chem import rdFingerprintGenerator
 
     names = [name for name in map(name_of, written) if name]
+    if not names:
+        return Quality(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     molecules = [Chem.MolFromSmiles(name) for name in names[:1000]]
     prints = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=1024).GetFingerprints(molecules)
     similarities = [sum(DataStructs.BulkTanimotoSimilarity(one, prints)) / len(prints) for one in prints]
@@ -380,7 +382,9 @@ def draw(folder: Path, path: Path) -> None:
 def main(words: list[str] | None = None) -> None:
     """Train on the text, then by reward in two ways; print and draw what comes of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/molecules"), help="folder; what it holds is not redone")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/molecules"), help="folder; a run on the text that it holds is not redone"
+    )
     parser.add_argument("--molecules", type=int, default=250_000, help="molecules of the text")
     parser.add_argument("--text-steps", type=int, default=10_600)
     parser.add_argument("--search-steps", type=int, default=10, help="steps of a trial of the search")

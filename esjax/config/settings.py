@@ -46,11 +46,13 @@ class DataConfig(Section):
     """The text, and how it is cut into documents and windows."""
 
     text: str = "builtin:shakespeare"
-    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8. A file with several links is
-    read once."""
+    """A file, a folder, a glob, builtin:shakespeare or builtin:pydoc. Files are UTF-8, also packed by gzip or zstd. A
+    file with several links is read once. Also a column of CSV, JSON-lines or Parquet tables, PATH#COLUMN, or of a data
+    set of Hugging Face, hf:NAME[:CONFIG][:SPLIT][#COLUMN]."""
 
-    documents: Literal["paragraph", "line", "file"] = "paragraph"
-    """What a document is. paragraph: lines up to a blank one."""
+    documents: Literal["auto", "paragraph", "line", "file"] = "auto"
+    """What a document is. paragraph: lines up to a blank one. file: a whole file, or a whole cell of a table. auto: a
+    paragraph, and in tables a cell."""
 
     vocabulary: str = "char"
     """What tokens are. char: characters. byte: bytes of UTF-8. bpe:N: at most N token ids, by byte-pair encoding fitted
@@ -63,7 +65,8 @@ class DataConfig(Section):
     """The characters of the vocabulary, in the order of their ids. None: those of the text."""
 
     held_out: float = 0.05
-    """Fraction of the documents that is kept for evaluation, chosen by a hash of their text."""
+    """Fraction of the documents that is kept for evaluation, chosen by a hash of their text. Training measures about a
+    million tokens of them, evenly spread."""
 
     window: int = 32
     """Tokens of each sequence that a pair is scored on."""
@@ -104,7 +107,7 @@ class DataConfig(Section):
                 f"symbols must be distinct characters, at least one, not {self.symbols[:40]!r}",
             )
             check(self.vocab_size is None, "symbols fix the size of the vocabulary; leave vocab_size out")
-        check(bool(self.text), "text must name a file, a folder, a glob or a builtin text")
+        check(bool(self.text), "text must name a file, a folder, a glob, a column, a data set or a builtin text")
         if self.carry:
             check(self.new_tokens_interval == 1, "carry needs new tokens every step; leave new_tokens_interval at 1")
             check(self.block_tokens is None, "carry reads the whole text in order; leave block_tokens out")

@@ -9,10 +9,11 @@ from jaxtyping import Int32, Integer
 from numpy import ndarray
 
 from esjax.config.settings import Config, DataConfig, replace
-from esjax.data.delivery import Blocks, token_type
+from esjax.data.delivery import Blocks
+from esjax.data.documents import Documents, TextStore, encode_documents
 from esjax.data.ngram import fit_ngrams, ngram_losses
-from esjax.data.packing import pack_stream
-from esjax.data.sources import load_documents, locate, split_documents
+from esjax.data.sources import locate, open_text, split_documents
+from esjax.data.text_files import FileRecord
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
@@ -20,6 +21,12 @@ from esjax.paths import given_path
 Split = Literal["train", "held_out", "all"]
 
 Tokens = Int32[ndarray, "..."]
+
+MOST_MEASURED = 2**20
+"""Most held-out tokens that are measured during training, which takes about as long as scoring a population."""
+
+MOST_COUNTED = 2**23
+"""Most tokens that n-gram models count."""
 
 
 class Corpus(NamedTuple):
@@ -33,27 +40,36 @@ class Corpus(NamedTuple):
         held_out_bytes: The same for the held-out documents.
         digest: Hash of all documents, in order.
         note: A notice about the source for the user, or "".
+        files: The files that the text was read from, with sizes and hashes.
     """
 
     vocabulary: Vocabulary
-    train: list[Tokens]
-    held_out: list[Tokens]
+    train: Documents
+    held_out: Documents
     train_bytes: int
     held_out_bytes: int
     digest: str
     note: str
+    files: tuple[FileRecord, ...]
 
-    def split(self, name: Split) -> tuple[list[Tokens], int]:
+    @property
+    def measured(self) -> Sequence[Tokens]:
+        """The held-out documents that are measured during training: all, or some of them if there are very many."""
+        return self.held_out.spread(MOST_MEASURED)
+
+    def split(self, name: Split) -> tuple[Sequence[Tokens], int]:
         """Return the documents of a split and their size in bytes.
 
         Raises:
             EsjaxError: The split holds no document.
         """
-        documents, size = {
-            "train": (self.train, self.train_bytes),
-            "held_out": (self.held_out, self.held_out_bytes),
-            "all": (self.train + self.held_out, self.train_bytes + self.held_out_bytes),
-        }[name]
+        documents: Sequence[Tokens]
+        if name == "all":
+            documents, size = [*self.train, *self.held_out], self.train_bytes + self.held_out_bytes
+        elif name == "train":
+            documents, size = self.train, self.train_bytes
+        else:
+            documents, size = self.held_out, self.held_out_bytes
         if not documents:
             raise EsjaxError(f"the {name} split holds no document; raise data.held_out, add text or take another split")
         return documents, size
@@ -61,20 +77,23 @@ class Corpus(NamedTuple):
     @property
     def bits_of_a_nat(self) -> float:
         """Bits per byte of the held-out documents if the loss is 1 nat per token; 0 if there is none."""
-        tokens = sum(len(document) + 1 for document in self.held_out)
+        tokens = self.held_out.tokens
         return tokens / self.held_out_bytes / math.log(2) if tokens else 0.0
 
     def stream(self) -> Integer[ndarray, " length"]:
-        """Pack the training documents, in the smallest type that holds their ids: every device has a copy."""
-        return pack_stream(self.train).astype(token_type(self.vocabulary.size))
+        """Return the training documents in one array, see `Documents.stream`."""
+        return self.train.stream
 
     def blocks(self, seed: int, block_tokens: int | None) -> Blocks | None:
         """Return the source of the token blocks of a run; None if the run uses none."""
         return Blocks(self.stream(), self.vocabulary.size, seed, block_tokens) if block_tokens else None
 
     def baselines(self, documents: Sequence[Tokens]) -> dict[str, float]:
-        """Score documents with n-gram models of the training split; returns nats per token by name of the model."""
-        return ngram_losses(fit_ngrams(self.train, self.vocabulary.size), documents)
+        """Score documents with n-gram models of the training split; returns nats per token by name of the model.
+
+        Of a very long text, the models count `MOST_COUNTED` tokens.
+        """
+        return ngram_losses(fit_ngrams(self.train.spread(MOST_COUNTED), self.vocabulary.size), documents)
 
 
 def locate_text(config: Config) -> Config:
@@ -98,24 +117,32 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on; or the
             tokenizer cannot be read.
     """
-    text = load_documents(config.text, config.documents)
-    train, held_out = split_documents(text.documents, config.held_out)
+    text, digest = open_text(config.text, config.documents), hashlib.blake2b(digest_size=16)
+    train, held_out = TextStore(), TextStore()
+    between = ""
+    for batch in text.batches():
+        digest.update((between + "\0".join(batch)).encode())
+        between = "\0"
+        for store, documents in zip((train, held_out), split_documents(batch, config.held_out), strict=True):
+            store.add(documents)
+    if not train and not held_out:
+        raise EsjaxError(f"the text {config.text!r} is empty; name one that holds at least one document")
     if vocabulary is None:
         if not train:
-            raise EsjaxError(f"all {len(held_out)} documents are held out; lower data.held_out or add text")
-        vocabulary = fit_vocabulary(config.vocabulary, train, config.vocab_size)
-        if config.symbols is not None:
+            raise EsjaxError(f"all {sum(1 for _ in held_out)} documents are held out; lower data.held_out or add text")
+        if config.symbols is None:
+            pieces = (piece.replace("\0", "") for piece in train.pieces())  # faster to count than documents
+            texts = pieces if config.vocabulary == "char" else train
+            vocabulary = fit_vocabulary(config.vocabulary, texts, config.vocab_size)
+        else:
             vocabulary = Vocabulary("char", tuple(config.symbols))
     return Corpus(
         vocabulary,
-        [vocabulary.encode(document) for document in train],
-        [vocabulary.encode(document) for document in held_out],
-        _bytes(train),
-        _bytes(held_out),
-        hashlib.blake2b("\0".join(text.documents).encode(), digest_size=16).hexdigest(),
+        encode_documents(train, vocabulary),
+        encode_documents(held_out, vocabulary),
+        len(train),
+        len(held_out),
+        digest.hexdigest(),
         text.note,
+        tuple(text.files),
     )
-
-
-def _bytes(documents: Sequence[str]) -> int:
-    return sum(len(document.encode()) + 1 for document in documents)

@@ -73,14 +73,15 @@ def pack_text(
         EsjaxError: The text is larger than `MAX_BYTES`.
     """
     stored = b"" if vocabulary is None else json.dumps(vocabulary.stored(), ensure_ascii=False).encode()
-    tokens = np.concatenate([stream, pack_stream(held_out)])
-    smallest = np.min_scalar_type(tokens.max()).newbyteorder("<")
-    size = _HEADER.size + tokens.size * smallest.itemsize + len(stored)
+    parts = stream, pack_stream(held_out)
+    smallest = np.min_scalar_type(max(part.max(initial=0) for part in parts)).newbyteorder("<")
+    size = _HEADER.size + sum(map(len, parts)) * smallest.itemsize + len(stored)
     if size > MAX_BYTES:
         raise EsjaxError(
             f"the text takes {size:,} bytes, and {MAX_BYTES:,} at most are sent to hosts; set data.block_tokens"
         )
-    content = _HEADER.pack(smallest.itemsize, len(stream), len(stored)) + tokens.astype(smallest).tobytes() + stored
+    tokens = [part.astype(smallest, copy=False).tobytes() for part in parts]
+    content = b"".join((_HEADER.pack(smallest.itemsize, len(stream), len(stored)), *tokens, stored))
     return PackedText(bz2.compress(content), size, hash_bytes(content))
 
 
@@ -167,7 +168,7 @@ class Blocks:
             seed: Seed of the run.
             block_tokens: Tokens of a block.
         """
-        self._stream = stream.astype(token_type(vocab_size))
+        self._stream = stream.astype(token_type(vocab_size), copy=False)
         self._seed, self._block_tokens = seed, block_tokens
         self._made: dict[int, bytes] = {}
 

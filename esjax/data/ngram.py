@@ -8,7 +8,7 @@ context one token shorter (Witten & Bell 1991, method C):
 and so on down to the uniform distribution. Contexts do not reach across documents: STOPs precede each document.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,10 @@ NAMES = ("unigram", "bigram", "trigram")
 
 DENSE = 2**25
 """Number of possible codes up to which a table of counts is faster than sorting."""
+
+
+PART = 2**20
+"""Tokens that are counted or scored at a time."""
 
 
 class Level(NamedTuple):
@@ -44,9 +48,12 @@ def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(N
     """Count the n-grams of documents, up to `order`, with a STOP at the end of each document."""
     levels = []
     for n in range(1, order + 1):
-        context, token = _codes(documents, vocab_size, n)
-        grams, gram_counts = _tally(context * vocab_size + token, vocab_size**n)
-        contexts, context_counts = _tally(context, vocab_size ** (n - 1))
+        grams = gram_counts = contexts = context_counts = np.zeros(0, np.int64)
+        for part in _parts(documents):
+            context, token = _codes(part, vocab_size, n)
+            more = _tally(context * vocab_size + token, vocab_size**n)
+            grams, gram_counts = _merge((grams, gram_counts), more)
+            contexts, context_counts = _merge((contexts, context_counts), _tally(context, vocab_size ** (n - 1)))
         _, context_types = _tally(grams // vocab_size, vocab_size ** (n - 1))
         levels.append(Level(contexts, context_counts, context_types, grams, gram_counts))
     return NgramModel(tuple(levels), vocab_size)
@@ -58,8 +65,31 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
     Returns:
         Mean nats per token, STOPs included, by name of the model, in the order of `NAMES`.
     """
+    totals, tokens = dict.fromkeys(NAMES[: len(model.levels)], 0.0), 0
+    for part in _parts(documents):
+        for name, logs in zip(totals, _log_probabilities(model, part), strict=True):
+            totals[name] -= float(np.sum(logs))
+        tokens += sum(len(document) + 1 for document in part)
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def _parts(documents: Sequence[ndarray]) -> Iterator[list[ndarray]]:
+    """Gather documents to lists of about `PART` tokens."""
+    part: list[ndarray] = []
+    size = 0
+    for document in documents:
+        part.append(document)
+        size += len(document) + 1
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _log_probabilities(model: NgramModel, documents: Sequence[ndarray]) -> Iterator[Float64[ndarray, " tokens"]]:
+    """Yield the log probability of each token by the model of each order."""
     probability: Float64[ndarray, " tokens"] | None = None
-    losses = {}
     for n, level in enumerate(model.levels, start=1):
         context, token = _codes(documents, model.vocab_size, n)
         if probability is None:
@@ -70,8 +100,7 @@ def ngram_losses(model: NgramModel, documents: Sequence[ndarray]) -> dict[str, f
         # An unseen context has no types: use the shorter model alone.
         weight = np.where(total == 0, 1, types)
         probability = (seen + weight * probability) / (total + weight)
-        losses[NAMES[n - 1]] = float(-np.mean(np.log(probability)))
-    return losses
+        yield np.log(probability)
 
 
 def _codes(documents: Sequence[ndarray], vocab_size: int, n: int) -> tuple[ndarray, ndarray]:
@@ -95,6 +124,14 @@ def _tally(codes: ndarray, bound: int) -> tuple[ndarray, ndarray]:
     counts = np.bincount(codes, minlength=bound)
     present = np.flatnonzero(counts)
     return present, counts[present]
+
+
+def _merge(one: tuple[ndarray, ndarray], other: tuple[ndarray, ndarray]) -> tuple[ndarray, ndarray]:
+    """Add up two tables of sorted codes and their counts."""
+    codes, places = np.unique(np.concatenate([one[0], other[0]]), return_inverse=True)
+    counts = np.zeros(len(codes), np.int64)
+    np.add.at(counts, places, np.concatenate([one[1], other[1]]))
+    return codes, counts
 
 
 def _count(codes: ndarray, counts: ndarray, wanted: ndarray) -> ndarray:

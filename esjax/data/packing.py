@@ -20,12 +20,21 @@ def pack_stream(documents: Sequence[Int32[ndarray, "..."]]) -> Int32[ndarray, " 
     return np.concatenate([stop, *(part for document in documents for part in (document, stop))])
 
 
+MOST_TOKENS = 2**31 - 1
+"""Most tokens of a stream on a device, where places are int32."""
+
+
 def check_stream(length: int, window_length: int) -> None:
-    """Check that a window fits into a stream; both lengths are in tokens.
+    """Check that a window fits into a stream, and the stream on a device; both lengths are in tokens.
 
     Raises:
-        EsjaxError: The stream is shorter than a window.
+        EsjaxError: The stream is shorter than a window, or longer than `MOST_TOKENS`.
     """
+    if length > MOST_TOKENS:
+        raise EsjaxError(
+            f"the training text holds {length:,} tokens, and devices take {MOST_TOKENS:,} at a time; set "
+            "data.block_tokens"
+        )
     if length < window_length:
         raise EsjaxError(
             f"the training text holds {length} tokens, fewer than data.window + data.burn_in = {window_length}; "

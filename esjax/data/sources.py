@@ -3,69 +3,122 @@
 import glob
 import hashlib
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from esjax.data.text_files import read_text
+import numpy as np
+
+from esjax.data.hugging_face import PREFIX, locate_dataset, read_dataset
+from esjax.data.tables import READERS, is_table, read_column
+from esjax.data.text_files import FileRecord, read_text, text_pieces
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
 
-Documents = Literal["paragraph", "line", "file"]
+Documents = Literal["auto", "paragraph", "line", "file"]
 
 
-class Text(NamedTuple):
-    """The documents of a source.
+BATCH = 2**20
+"""Characters that are worked on at a time."""
+
+
+class Text:
+    """The documents of a source: iterate over it, once, to read them from the disk.
 
     Attributes:
-        documents: Non-empty strings.
         note: A notice about the source for the user, or "".
+        files: The files that have been read, as they were; all of them when the iteration has ended.
     """
 
-    documents: list[str]
-    note: str = ""
+    def __init__(self, parts: Iterable[Iterable[str]], documents: Documents, files: list[FileRecord], note: str = ""):
+        """Set up; call `open_text` instead.
+
+        Args:
+            parts: Files or cells, each in pieces.
+            documents: What a document is, see `DataConfig.documents`.
+            files: List that grows while the parts are read.
+            note: See the class.
+        """
+        self._parts, self._documents, self.files, self.note = parts, documents, files, note
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the documents, see `batches`."""
+        return chain.from_iterable(self.batches())
+
+    def batches(self) -> Iterator[list[str]]:
+        """Yield the documents, non-empty strings, in lists of about `BATCH` characters.
+
+        Raises:
+            EsjaxError: A file cannot be read, is not UTF-8, or is not what its name says.
+        """
+        batch: list[str] = []
+        size = 0
+        for pieces in self._parts:
+            for documents in _cut(pieces, self._documents):
+                batch += documents
+                size += sum(map(len, documents))
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
 
-def load_documents(source: str, documents: Documents) -> Text:
-    """Read a text and cut it into documents.
+def open_text(source: str, documents: Documents) -> Text:
+    """Find a text, to read it document by document.
 
     Args:
-        source: A file, a folder (every file in it that is not hidden), a glob, or `builtin:NAME`. A file or folder with
-            exactly this name takes precedence over a glob. Links are followed; a file with several names, by symbolic
-            or hard links, is read once.
+        source: A file, a folder (every file in it that is not hidden), a glob, `builtin:NAME`, a column of tables
+            (`PATH#COLUMN`, see `esjax.data.tables`), or a data set of Hugging Face (see `esjax.data.hugging_face`). A
+            file or folder with exactly this name takes precedence over a column and over a glob. Links are followed; a
+            file with several names, by symbolic or hard links, is read once.
         documents: What a document is, see `DataConfig.documents`.
 
     Raises:
-        EsjaxError: The source does not exist, cannot be read, is not UTF-8, or holds no document.
+        EsjaxError: The source does not exist.
     """
-    note = ""
+    files: list[FileRecord] = []
+    whole: Documents = "file" if documents == "auto" else documents
+    if source.startswith(PREFIX):
+        return Text(([cell] for cell in read_dataset(source, files)), whole, files)
+    in_text: Documents = "paragraph" if documents == "auto" else documents
     if source.startswith("builtin:"):
         if source not in _BUILTIN:
             raise EsjaxError(f"no text {source!r}; there are {', '.join(_BUILTIN)}, or name a file, a folder or a glob")
         texts, note = _BUILTIN[source]()
-    else:
-        texts = [read_text(path) for path in _find(source)]
-    pieces = [piece for text in texts for piece in _cut(text, documents)]
-    if not pieces:
-        raise EsjaxError(f"the text {source!r} is empty; name one that holds at least one document")
-    return Text(pieces, note)
+        return Text(([text] for text in texts), in_text, files, note)
+    path, column = _split_column(source)
+    if column is not None:
+        tables = _find_tables(path, column)
+        return Text(([cell] for table in tables for cell in read_column(table, column, files)), whole, files)
+    found = _find(source)
+    table, note = next((path for path in found if is_table(path)), None), ""
+    if table is not None and table.suffix == ".parquet":
+        raise EsjaxError(f"{str(table)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
+    if table is not None:
+        note = f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
+    return Text((text_pieces(path, files) for path in found), in_text, files, note)
 
 
 def locate(source: str) -> str:
-    """Return the absolute path of a text, or the name of a builtin one.
+    """Return the absolute path of a text, or the name of a builtin one or of a data set.
 
     Args:
-        source: See `load_documents`.
+        source: See `open_text`.
 
     Raises:
-        EsjaxError: It is not a valid path, see `esjax.paths.given_path`.
+        EsjaxError: It is not a valid path, see `esjax.paths.given_path`, or not the name of a data set.
     """
+    if source.startswith(PREFIX):
+        return locate_dataset(source)
     return source if source.startswith("builtin:") else str(given_path(source))
 
 
-def split_documents(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
     """Split documents into training and held-out ones by a hash of their text.
 
     A document stays in its split if others are added, and equal documents are in the same split.
@@ -74,12 +127,30 @@ def split_documents(documents: list[str], held_out: float) -> tuple[list[str], l
         documents: Non-empty strings.
         held_out: Fraction of the documents to hold out, in [0, 1).
     """
-    train: list[str] = []
-    held: list[str] = []
-    for document in documents:
-        digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-        (held if int.from_bytes(digest, "little") < held_out * 2**64 else train).append(document)
-    return train, held
+    hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
+    held = np.frombuffer(b"".join(hashes), "<u8") < np.uint64(math.ceil(held_out * 2**64))
+    return list(compress(documents, ~held)), list(compress(documents, held))
+
+
+def _split_column(source: str) -> tuple[str, str | None]:
+    """Split PATH#COLUMN; a path that is there with all of this name has no column."""
+    path, mark, column = source.rpartition("#")
+    try:
+        is_column = bool(mark and path and column) and not given_path(source).exists()
+    except OSError as error:  # such as a name that is too long
+        raise EsjaxError(f"cannot look for {source!r}: {error}") from error
+    return (path, column) if is_column else (source, None)
+
+
+def _find_tables(source: str, column: str) -> list[Path]:
+    """Find the tables of a source, sorted: the file that it names, or those of a folder or a glob that end like one."""
+    found = _find(source)
+    if len(found) == 1:
+        return found  # `read_column` says what is wrong with another file
+    tables = [path for path in found if is_table(path)]
+    if not tables:
+        raise EsjaxError(f"{source!r} holds no table with a column {column!r}; tables end in {', '.join(READERS)}")
+    return tables
 
 
 def _find(source: str) -> list[Path]:
@@ -138,14 +209,36 @@ def _identity(path: str | Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _cut(text: str, documents: Documents) -> list[str]:
+def _cut(pieces: Iterable[str], documents: Documents) -> Iterator[list[str]]:
+    """Cut a text, given in pieces, into documents; most documents lie within a piece, but need not."""
     if documents == "file":
-        pieces = [text]
-    elif documents == "line":
-        pieces = text.split("\n")
+        lists: Iterable[list[str]] = [["".join(pieces)]]
     else:
-        pieces = re.split(r"\n(?:[ \t]*\n)+", text)
-    return [piece for piece in (piece.strip("\n") for piece in pieces) if piece.strip()]
+        lists = _separated(pieces, _LINE_END if documents == "line" else _BLANK_LINES)
+    for parts in lists:
+        stripped = [part.strip("\n") for part in parts]
+        yield [document for document in stripped if document and not document.isspace()]
+
+
+_LINE_END = re.compile(r"\n")
+
+_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+
+
+def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[list[str]]:
+    """Split a text as `separator.split` would. A part is held back until its separator is known to have ended."""
+    held, blanks = [""], ""  # the part that has begun, without the blanks that it may end in
+    for piece in pieces:
+        text = blanks + piece
+        solid = text.rstrip(" \t\n")
+        first, *others = separator.split(solid)
+        held.append(first)
+        if others:
+            *whole, last = ["".join(held), *others]
+            yield whole
+            held = [last]
+        blanks = text[len(solid) :]
+    yield separator.split("".join((*held, blanks)))
 
 
 def _shakespeare() -> tuple[list[str], str]:

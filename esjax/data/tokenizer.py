@@ -5,7 +5,7 @@ Byte-pair encoding joins the most frequent pair of neighbouring tokens, again an
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Int64, Integer
 from numpy import ndarray
 
 from esjax.data.text_files import read_text
@@ -49,6 +49,14 @@ class TokenizerVocabulary(Vocabulary):
     def encode(self, text: str) -> Int32[ndarray, " length"]:
         """Turn text into ids, int32 [length]. Names of special tokens, such as <|im_start|>, become these tokens."""
         return self._ids(_tokenizer(self.json).encode(text).ids)
+
+    def encode_piece(self, text: str) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
+        """Turn documents, each with NUL behind it, into ids, see `Vocabulary.encode_piece`."""
+        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(text[:-1].split("\0"))]
+        stop = np.array([STOP], np.int32)
+        return np.concatenate([part for ids in found for part in (ids, stop)]), np.array(
+            [len(ids) + 1 for ids in found]
+        )
 
     def _ids(self, found: Sequence[int]) -> Int32[ndarray, " length"]:
         return _places(self.json, self.unknown_id, self.stop_id)[np.asarray(found, np.int64)]
@@ -129,7 +137,7 @@ def read_tokenizer(path: Path) -> TokenizerVocabulary:
     return make_vocabulary(read_text(path), repr(str(path)))
 
 
-def fit_bpe(documents: Sequence[str], size: int) -> TokenizerVocabulary:
+def fit_bpe(documents: Iterable[str], size: int) -> TokenizerVocabulary:
     """Fit byte-pair encoding to the text to train on.
 
     Args:

@@ -227,7 +227,8 @@ class Server(RecordedRun):
             member_tokens=restored.member_tokens + config.tokens_per_pair * pairs,
         )
         data, stream = to_bytes(restored.state), corpus.stream()
-        check_stream(len(stream), config.data.burn_in + config.data.window)
+        at_a_time = min(len(stream), config.data.block_tokens or len(stream))
+        check_stream(at_a_time, config.data.burn_in + config.data.window)
         blocks = corpus.blocks(config.seed, config.data.block_tokens)
         coordinator = Coordinator(
             config,
@@ -246,7 +247,7 @@ class Server(RecordedRun):
             now=time.monotonic(),
             rng=np.random.default_rng(),
             text=pack_text(
-                stream[:0] if blocks else stream, corpus.held_out, corpus.vocabulary if config.writes else None
+                stream[:0] if blocks else stream, corpus.measured, corpus.vocabulary if config.writes else None
             ),
             snapshot=Snapshot(first, data, hash_bytes(data)),
             history=ledger,
@@ -399,7 +400,7 @@ def serve_with(
         replica.start_with(params)
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
-    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
+    folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files)
     server = Server(folder, corpus, listen, custom, replica, found, tell)
     if corpus.note:
         server.tell(corpus.note)

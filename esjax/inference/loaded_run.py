@@ -1,7 +1,8 @@
 """Loads a run from its folder, to generate text and to be scored."""
 
+import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from esjax.config.settings import Config, replace
 from esjax.data.corpus import Corpus, load_corpus, locate_text
+from esjax.data.text_files import FileRecord
 from esjax.data.vocabulary import Vocabulary
 from esjax.devices.mesh import local_mesh
 from esjax.errors import EsjaxError
@@ -88,11 +90,31 @@ def load_run_corpus(folder: RunFolder, text: str | None = None) -> Corpus:
     corpus = load_corpus(config.data, folder.vocabulary)
     if corpus.digest != folder.text_digest:
         raise EsjaxError(
-            f"the text {config.data.text!r} is not the one {str(folder.path)!r} was trained on; put the old one "
-            "back, let data.text name where it is, or train anew"
+            f"the text {config.data.text!r} is not the one {str(folder.path)!r} was trained on"
+            f"{_what_changed(folder.read_text_files(), corpus.files)}; put the old one back, let data.text name where "
+            "it is, or train anew"
         )
     folder.config = config
     return corpus
+
+
+def _what_changed(before: Sequence[FileRecord], now: Sequence[FileRecord]) -> str:
+    """Name the first of several files that differs; "" if none is known, as for a run of an earlier version."""
+    if not before or not now or len(before) == len(now) == 1:
+        return ""
+    known, found = map(_by_name, (before, now))
+    differ = [name for name in known | found if known.get(name) != found.get(name)]
+    if not differ:
+        return ""
+    first = differ[0]
+    what = "is new" if first not in known else "has changed" if first in found else "is missing"
+    return f" ({first!r} {what}; {len(differ)} of {len(known | found)} files differ)"
+
+
+def _by_name(files: Sequence[FileRecord]) -> dict[str, str]:
+    """Return the hash of each file by its name within the folder of all: the text may have been moved."""
+    folder = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    return {os.path.relpath(file.path, folder or None): file.digest for file in files}
 
 
 def restore_run(folder: RunFolder, first: TrainState, tell: Callable[[str], None]) -> Restored:

@@ -118,7 +118,8 @@ class RunInference(ABC):
         language_model, params = self._now()
         corpus = self._text(text)
         documents, size = corpus.split(split)
-        baselines = self.baselines if text is None and split == "held_out" else {}  # computing them takes seconds
+        is_measured = text is None and documents is corpus.measured
+        baselines = self.baselines if is_measured else {}  # computing them takes seconds
         note = ""
         if not baselines:
             try:

@@ -4,6 +4,7 @@ config.yaml       the settings; with the custom code that run.json names, they s
 run.json          version of this layout, name of the run, hash of the text; names of a custom model, loss, reward or
                   optimizer, and for code in a file its path, function and hash
 vocabulary.json   the symbols, ids 2 and up in order
+text.jsonl        the files that the text was read from, in order: path, bytes, and BLAKE2b-128 of the bytes
 metrics.jsonl     one line for each step
 baselines.json    nats per token of the n-gram models over the held-out documents
 samples.txt       texts that the model wrote during training
@@ -34,6 +35,7 @@ import msgspec
 from esjax import __version__
 from esjax.config.custom_names import MARK, OPTIONS, Code
 from esjax.config.settings import Config, from_yaml, to_yaml
+from esjax.data.text_files import FileRecord
 from esjax.data.vocabulary import Vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.runs.durable import try_lock, write_durably, write_new_folder, writing
@@ -44,6 +46,9 @@ RUN = "run.json"
 
 FORMAT = 3
 """Version of the layout, of the noise and of the arithmetic: runs of the same format are replayed bit for bit."""
+
+TEXT_FILES = "text.jsonl"
+"""Name of the list of a text's files."""
 
 READABLE = (1, 2, 3)
 """Versions whose weights can be read."""
@@ -114,6 +119,7 @@ class RunFolder:
         text_digest: str,
         custom: Mapping[str, str] = MappingProxyType({}),
         code: Mapping[str, Code] = MappingProxyType({}),
+        text_files: Sequence[FileRecord] = (),
     ) -> "RunFolder":
         """Make a new run folder, and lock it until `unlock`.
 
@@ -124,6 +130,7 @@ class RunFolder:
             text_digest: Hash of the text; "" for a run without a text.
             custom: Names of the custom model, loss, reward and optimizer, by kind.
             code: Path, function and hash of custom parts that are code in a file, by kind.
+            text_files: The files that the text was read from.
 
         Raises:
             EsjaxError: The path exists and is not an empty folder, or it cannot be written; nothing is left behind.
@@ -143,6 +150,9 @@ class RunFolder:
             "vocabulary.json": json.dumps(vocabulary.stored(), ensure_ascii=False) + "\n",
             RUN: json.dumps(run) + "\n",  # last, since this file marks a run folder
         }
+        if text_files:
+            lines = (json.dumps(file._asdict(), ensure_ascii=False) + "\n" for file in text_files)
+            files = {TEXT_FILES: "".join(lines), **files}
         try:
             is_made = write_new_folder(path, files)
         except FileExistsError as error:
@@ -179,6 +189,18 @@ class RunFolder:
     def check_custom(self, given: Mapping[str, str], again: str, kinds: Sequence[str] = tuple(OPTIONS)) -> None:
         """Check that the custom parts of the run are given again, see the function `check_custom`."""
         check_custom(str(self.path), {kind: name for kind, name in self.custom.items() if kind in kinds}, given, again)
+
+    def read_text_files(self) -> list[FileRecord]:
+        """Return the files that the run's text was read from; none for a run of an earlier version.
+
+        Raises:
+            EsjaxError: The list is damaged.
+        """
+        try:
+            lines = self._read(TEXT_FILES).splitlines() if (self.path / TEXT_FILES).exists() else []
+            return [FileRecord(**json.loads(line)) for line in lines]
+        except (TypeError, ValueError) as error:
+            raise EsjaxError(f"{self.path / TEXT_FILES} is damaged: {error}; restore it from a copy") from error
 
     @property
     def checkpoints(self) -> Path:

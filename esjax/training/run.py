@@ -92,7 +92,7 @@ class Trainer(RecordedRun, RunInference):
         self._replica = Replica(config, built, stream, whole_mesh(), custom.objective, custom.optimizer, self._scorer)
         self._devices = describe_kinds(self._replica.devices)
         self._language_model = LanguageModel(built, vocabulary, local_mesh())
-        self._measure = make_measure(self._language_model, config, corpus.held_out, custom.objective)
+        self._measure = make_measure(self._language_model, config, corpus.measured, custom.objective)
         self._measure_rewards: MeasureRewards | None = None
         if self._scorer is not None:
             seed = stream_seed(config.seed, HELD_OUT)
@@ -333,7 +333,9 @@ def train_with(
     if corpus.note:
         trainer.tell(corpus.note)
     if out is not None and leads():
-        trainer.folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code)
+        trainer.folder = RunFolder.create(
+            out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files
+        )
     return trainer
 
 

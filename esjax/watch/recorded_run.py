@@ -45,7 +45,7 @@ class RecordedRun:
         self.config, self.corpus, self.folder, self.custom = config, corpus, folder, custom
         self.limits = Limits(config.steps, config.seconds)
         has_baselines = corpus.held_out and custom.objective is None
-        self.baselines = corpus.baselines(corpus.held_out) if has_baselines else {}
+        self.baselines = corpus.baselines(corpus.measured) if has_baselines else {}
         self.on_start: Callable[[], None] = lambda: None
         self.trackers = find_trackers(trackers) if leads() else []
         self.last: StepInfo | None = None

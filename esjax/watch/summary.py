@@ -22,9 +22,7 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
         custom: Names of custom parts, by kind.
     """
     es, data = config.es, config.data
-    tokens, held_out = (
-        sum(len(document) + 1 for document in documents) for documents in (corpus.train, corpus.held_out)
-    )
+    tokens, held_out = corpus.train.tokens, corpus.held_out.tokens
     named = next(name for name, kind in MODELS.items() if isinstance(config.model, kind))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     a_member = data.batch_size * config.tokens_per_sequence

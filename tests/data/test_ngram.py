@@ -83,8 +83,10 @@ def test_a_context_never_seen_falls_back_to_the_shorter_model() -> None:
     assert losses([[A]], [[B, B]]) == pytest.approx(expected, rel=TOLERANCE)
 
 
-@given(DOCUMENTS, DOCUMENTS)
-def test_losses_are_those_of_the_reference(train: Documents, scored: Documents) -> None:
+@pytest.mark.parametrize("part", [1, 7, ngram.PART])
+@given(train=DOCUMENTS, scored=DOCUMENTS)
+def test_losses_are_those_of_the_reference(part: int, train: Documents, scored: Documents) -> None:
+    """Also if documents are counted and scored in parts."""
     expected = {}
     for order, name in enumerate(NAMES, start=1):
         probability = reference(train, order)
@@ -95,7 +97,9 @@ def test_losses_are_those_of_the_reference(train: Documents, scored: Documents) 
                 total -= math.log(probability(padded[position - order + 1 : position], padded[position]))
                 tokens += 1
         expected[name] = total / tokens
-    found = losses(train, scored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngram, "PART", part)
+        found = losses(train, scored)
     assert list(found) == list(NAMES)
     assert found == pytest.approx(expected, rel=TOLERANCE)
 

@@ -101,6 +101,9 @@ def test_a_stream_shorter_than_a_window_is_refused() -> None:
     check_stream(17, 17)
     with pytest.raises(EsjaxError, match="16 tokens") as caught:
         check_stream(16, 17)
+    check_stream(2**31 - 1, 17)
+    with pytest.raises(EsjaxError, match=r"data\.block_tokens"):
+        check_stream(2**31, 17)
     assert "17" in str(caught.value)
     assert "\n" not in str(caught.value)
 

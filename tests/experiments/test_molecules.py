@@ -170,6 +170,7 @@ def test_the_quality_of_molecules() -> None:
     assert found.valid == 3 / 5
     assert found.unique_1k == found.unique_10k == 2 / 3
     assert found.novel == 1 / 2
+    assert molecules.quality_of(["C(", ""], {"CCO"}) == (0, 0, 0, 0, 0, 0)
     assert 0.3 < found.diversity < 0.5  # of three, two are the same, and have nothing in common with the third
 
 

@@ -540,6 +540,30 @@ def test_another_text_is_refused_at_resume(config: Config, tmp_path: Path, text:
         resume(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda folder: (folder / "b.csv").write_text("text\nchanged\n"), r"\('b.csv' has changed; 1 of 3 files"),
+        (lambda folder: (folder / "b.csv").unlink(), r"\('b.csv' is missing; 1 of 3 files"),
+        (lambda folder: (folder / "d.csv").write_text("text\nnew\n"), r"\('d.csv' is new; 1 of 4 files"),
+    ],
+)
+def test_a_run_names_the_file_of_its_text_that_differs(
+    config: Config, tmp_path: Path, change: Callable[[Path], object], found: str
+) -> None:
+    """Also after the folder was moved."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.csv").write_text("text\n" + "".join(f"row {name} {n}\n" for n in range(20)))
+    list(train(replace(config, data=replace(config.data, text=f"{folder}#text"), steps=1), tmp_path / "run"))
+    moved = folder.rename(tmp_path / "moved")
+    resume(tmp_path / "run", text=f"{moved}#text", steps=2)
+    change(moved)
+    with pytest.raises(EsjaxError, match=found):
+        resume(tmp_path / "run")
+
+
 def test_nothing_is_left_behind_when_the_text_is_wrong(config: Config, tmp_path: Path) -> None:
     with pytest.raises(EsjaxError):
         train(replace(config, data=DataConfig(text=str(tmp_path / "none"))), tmp_path / "run")
