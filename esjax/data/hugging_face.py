@@ -91,13 +91,17 @@ def read_dataset(source: str, records: list[FileRecord]) -> Iterator[str]:
         there = ", ".join(map(repr, rows.features))
         raise EsjaxError(f"{source!r} has several columns of text, or none: {there}; name one, as {source}#COLUMN")
     digest, size, number = hashlib.blake2b(digest_size=16), 0, 0
-    for batch in rows.select_columns([column]).iter(batch_size=_ROWS):
-        for number, value in enumerate(batch[column], number + 1):  # noqa: B020
-            if cell := check_cell(value, f"row {number} of {source!r}, column {column!r},"):
-                encoded = cell.encode() + b"\0"
-                digest.update(encoded)
-                size += len(encoded)
-                yield cell
+    try:
+        for batch in rows.select_columns([column]).iter(batch_size=_ROWS):
+            for number, value in enumerate(batch[column], number + 1):  # noqa: B020
+                if cell := check_cell(value, f"row {number} of {source!r}, column {column!r},"):
+                    encoded = cell.encode() + b"\0"
+                    digest.update(encoded)
+                    size += len(encoded)
+                    yield cell
+    except UnicodeDecodeError as error:
+        where = f"after row {number} of {source!r}, column {column!r}"
+        raise EsjaxError(f"{where}: {error.reason}, so it is not UTF-8; write it anew") from error
     records.append(FileRecord(str(found._replace(column=column)), size, digest.hexdigest()))
 
 

@@ -74,7 +74,8 @@ def open_text(source: str, documents: Documents) -> Text:
     Args:
         source: A file, a folder (every file in it that is not hidden), a glob, `builtin:NAME`, a column of tables
             (`PATH#COLUMN`, see `esjax.data.tables`), or a data set of Hugging Face (see `esjax.data.hugging_face`). A
-            file or folder with exactly this name takes precedence over a column and over a glob. Links are followed; a
+            file or folder with exactly this name takes precedence over a column and over a glob, and a glob that finds
+            something over a column. Links are followed; a
             file with several names, by symbolic or hard links, is read once.
         documents: What a document is, see `DataConfig.documents`.
 
@@ -97,8 +98,9 @@ def open_text(source: str, documents: Documents) -> Text:
         return Text(([cell] for table in tables for cell in read_column(table, column, files)), whole, files)
     found = _find(source)
     table, note = next((path for path in found if is_table(path)), None), ""
-    if table is not None and table.suffix == ".parquet":
-        raise EsjaxError(f"{str(table)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
+    parquet = next((path for path in found if path.suffix.lower() == ".parquet"), None)
+    if parquet is not None:
+        raise EsjaxError(f"{str(parquet)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
     if table is not None:
         note = f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
     return Text((text_pieces(path, files) for path in found), in_text, files, note)
@@ -133,10 +135,11 @@ def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str
 
 
 def _split_column(source: str) -> tuple[str, str | None]:
-    """Split PATH#COLUMN; a path that is there with all of this name has no column."""
+    """Split PATH#COLUMN; a path or a glob that finds something with all of this name has no column."""
     path, mark, column = source.rpartition("#")
     try:
         is_column = bool(mark and path and column) and not given_path(source).exists()
+        is_column = is_column and not _glob(_pattern(given_path(source)))
     except OSError as error:  # such as a name that is too long
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
     return (path, column) if is_column else (source, None)

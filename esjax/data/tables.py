@@ -14,6 +14,9 @@ from esjax.extras import needing
 LONGEST_CELL = 2**31 - 1
 """Characters that a cell of a CSV file may have."""
 
+MOST_NAMED = 100
+"""Most columns that an error lists."""
+
 Reader = Callable[[Path, str, list[FileRecord]], Iterator[str]]
 
 
@@ -89,26 +92,26 @@ def _csv(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:
     """Read a CSV file (RFC 4180) whose fields are separated by commas, semicolons or tabs, as its first row says."""
     lines = _lines(text_pieces(path, records))
     first = next(lines, "")
-    headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
-    mark = next((mark for mark, names in headers.items() if column in names), None)
-    if mark is None:
-        raise no_column(str(path), column, max(headers.values(), key=len))
-    place = headers[mark].index(column)
-    longest = csv.field_size_limit(LONGEST_CELL)  # of the process; it is put back
+    longest, line = csv.field_size_limit(LONGEST_CELL), 1  # the limit is of the process, and is put back
     try:
+        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
+        mark = next((mark for mark, names in headers.items() if column in names), None)
+        if mark is None:
+            raise no_column(str(path), column, max(headers.values(), key=len))
+        place = headers[mark].index(column)
         rows = csv.reader(lines, delimiter=mark, strict=True)
         for row in rows:
+            line = rows.line_num + 2  # of the next row
             if row[place:]:
                 yield row[place]
     except csv.Error as error:
-        line = rows.line_num + 1
         raise EsjaxError(f"cannot read {str(path)!r} as CSV: {error} at line {line}; mend its quotes") from error
     finally:
         csv.field_size_limit(longest)
 
 
 def _json_lines(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:
-    seen = False
+    keys: dict[str, None] = {}
     for number, line in enumerate(_lines(text_pieces(path, records)), 1):
         if not line.strip():
             continue
@@ -119,11 +122,11 @@ def _json_lines(path: Path, column: str, records: list[FileRecord]) -> Iterator[
             raise EsjaxError(f"{where} is not JSON: {error}; {_ONE_A_LINE}") from error
         if not isinstance(row, dict):
             raise EsjaxError(f"{where} is no JSON object; {_ONE_A_LINE}")
-        if not seen and column not in row:
-            raise no_column(str(path), column, list(row))
-        seen = True
+        keys |= dict.fromkeys(row)
         if cell := check_cell(row.get(column), f"{where}, column {column!r},"):
             yield cell
+    if keys and column not in keys:
+        raise no_column(str(path), column, list(keys)[:MOST_NAMED])
 
 
 _ONE_A_LINE = "write one object a line, as jq -c '.[]' does"
@@ -142,10 +145,10 @@ def _parquet(path: Path, column: str, records: list[FileRecord]) -> Iterator[str
                 raise no_column(str(path), column, table.schema_arrow.names)
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for number, value in enumerate(batch.column(0).to_pylist(), number + 1):  # noqa: B020
+                for number, value in enumerate(batch.column(column).to_pylist(), number + 1):  # noqa: B020
                     if cell := check_cell(value, f"row {number} of {str(path)!r}, column {column!r},"):
                         yield cell
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise EsjaxError(f"cannot read {str(path)!r} as Parquet: {reason}; give the path of a whole file") from error
 

@@ -75,14 +75,14 @@ def text_pieces(path: Path, records: list[FileRecord] | None = None) -> Iterator
         EsjaxError: The file cannot be read, is not UTF-8, or holds NUL bytes. Byte positions count from the start of
             the (unpacked) file, its byte-order mark included. Or it is packed by zstd, and the library is missing.
     """
-    with _Hashed(path) as raw:
+    with _Hashed(_opened(path), path) as raw:
         unpacked, unpack = _unpacked(raw, path)
         text = _decoded(unpacked, path, unpack)
         yield next(text, "").removeprefix("\ufeff")
         yield from text
         if records is not None:
             raw.skip_rest()
-            records.append(FileRecord(str(path), raw.tell(), raw.digest.hexdigest()))
+            records.append(FileRecord(str(path), raw.size, raw.digest.hexdigest()))
 
 
 def _decoded(file: io.BufferedIOBase, path: Path, unpack: str) -> Iterator[str]:
@@ -107,26 +107,28 @@ def _decoded(file: io.BufferedIOBase, path: Path, unpack: str) -> Iterator[str]:
             return
 
 
-class _Hashed(io.RawIOBase):
-    """A file that hashes the bytes that are read from it, from its start to its end."""
+def _opened(path: Path) -> io.RawIOBase:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
-    def __init__(self, path: Path) -> None:
-        self._path, self.digest = path, hashlib.blake2b(digest_size=16)
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
+
+class _Hashed(io.RawIOBase):
+    """A file, or a pipe, that counts and hashes the bytes that are read from it, from its start to its end."""
+
+    def __init__(self, file: io.RawIOBase, path: Path) -> None:
+        self._file, self._path = file, path
+        self.size, self.digest = 0, hashlib.blake2b(digest_size=16)
 
     def readable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._file.tell()
 
     def readinto(self, buffer: object) -> int:
         view = memoryview(buffer)  # type: ignore[arg-type]
         count = self._file.readinto(view) or 0
         self.digest.update(view[:count])
+        self.size += count
         return count
 
     def skip_rest(self) -> None:

@@ -151,7 +151,7 @@ class RunFolder:
             RUN: json.dumps(run) + "\n",  # last, since this file marks a run folder
         }
         if text_files:
-            lines = (json.dumps(file._asdict(), ensure_ascii=False) + "\n" for file in text_files)
+            lines = (json.dumps(file._asdict()) + "\n" for file in text_files)
             files = {TEXT_FILES: "".join(lines), **files}
         try:
             is_made = write_new_folder(path, files)

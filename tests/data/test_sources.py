@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -267,6 +268,14 @@ def test_a_text_that_begins_like_a_packed_file_is_a_text(tmp_path: Path) -> None
 
 
 @needs_permissions
+def test_a_pipe_is_read_and_recorded(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=("a text",)).start()
+    text = open_text(str(tmp_path / "pipe"), "file")
+    assert list(text) == ["a text"]
+    assert [record.bytes for record in text.files] == [6]
+
+
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "secret.txt", "a")
     Path(source).chmod(0)

@@ -103,6 +103,15 @@ def test_a_file_with_exactly_this_name_is_no_column(tmp_path: Path) -> None:
     assert cells(write(tmp_path / "t.csv#text", "a text")) == ["a text"]
 
 
+def test_a_glob_below_a_folder_with_a_hash_is_no_column(tmp_path: Path) -> None:
+    write(tmp_path / "c#/t.txt", "a text")
+    assert cells(f"{tmp_path}/c#/*.txt") == ["a text"]
+
+
+def test_a_row_of_json_without_the_column_is_left_out(tmp_path: Path) -> None:
+    assert cells(write(tmp_path / "t.jsonl", '{"id": 1}\n{"text": "a"}\n') + "#text") == ["a"]
+
+
 def test_a_table_without_a_column_is_a_text_and_a_line_says_so(tmp_path: Path) -> None:
     source = write(tmp_path / "t.csv", "text\na\n")
     loaded = open_text(source, "line")
@@ -130,7 +139,8 @@ def test_the_folder_of_a_column_is_made_absolute(tmp_path: Path, monkeypatch: py
         ("t.csv", "", "no column 'text'; it has none"),
         ("t.csv", 'text\n"a" b\n', "line 2"),
         ("t.csv", 'text\na\n"b\n', "unexpected end of data"),
-        ("t.jsonl", '{"body": "a"}\n', "it has 'body'"),
+        ("t.jsonl", '{"body": "a"}\n{"id": 1}\n', "it has 'body', 'id'"),
+        ("t.csv", "a" * 200_000 + "\n", "no column 'text'"),
         ("t.jsonl", '{"text": "a"}\n{"text"\n', "line 2 of"),
         ("t.json", '[\n{"text": "a"}]\n', r"jq -c '\.\[\]'"),
         ("t.json", "[1]\n", "no JSON object"),

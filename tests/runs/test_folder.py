@@ -13,6 +13,7 @@ import pytest
 
 import esjax
 from esjax.config.settings import Config, DataConfig, EsConfig, to_yaml
+from esjax.data.text_files import FileRecord
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.runs.durable import write_new_files, write_new_folder
@@ -50,6 +51,13 @@ def test_a_new_run_is_read_back_as_it_was_made(path: Path) -> None:
     assert folder.vocabulary == VOCABULARY
     assert folder.text_digest == "digest of the text"
     assert (path / "config.yaml").read_text(encoding="utf-8") == to_yaml(CONFIG)
+
+
+def test_the_files_of_a_text_are_read_back_whatever_their_names(tmp_path: Path) -> None:
+    """A name may hold bytes that are no UTF-8, or what ends a line for `str.splitlines`."""
+    files = [FileRecord(name, 1, "digest") for name in ("caf\udce9.txt", "a\u2028b.txt", "a\nb.txt")]
+    RunFolder.create(tmp_path / "run", CONFIG, VOCABULARY, "", text_files=files)
+    assert RunFolder(tmp_path / "run").read_text_files() == files
 
 
 def test_the_bytes_vocabulary_is_read_back(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from esjax.averages import Average, NamedMean, join_means
 from esjax.config.settings import Config
+from esjax.core.shaping import LARGEST_LOSS
 from esjax.exchange.update_record import SPAN_LIMIT, Span
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
@@ -19,7 +20,7 @@ from esjax.hosts.coordination.time_budget import TimeBudget
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.actions import Closed, Outbox, Record, Terms
 from esjax.replica.notices import Notices
-from esjax.rewards.calls import is_name
+from esjax.rewards.calls import MOST_NAMES, is_name
 
 STUCK = 30.0
 """Seconds without progress after which a host with work counts as hung, unless the others are as slow."""
@@ -87,7 +88,7 @@ class Steps:
             trusted,
         )
         self._sent: defaultdict[int, set[int]] = defaultdict(set)  # by slot: lease quanta whose values a host sent
-        self._means: list[NamedMean] = []  # of this step
+        self._means: dict[int, list[NamedMean]] = {}  # of this step, by slot
         self._closed_at: float | None = None
         self._call = config.reward_seconds
         self._notices = Notices(config, terms.custom)
@@ -100,8 +101,8 @@ class Steps:
         fault = self.leases.accept(host.slot, message.spans, values, message.final)
         if fault:
             return fault
-        if message.rewards:
-            self._take_means(message, self.leases.count(host.slot) - before)
+        if message.rewards and self._config.writes:
+            self._take_means(host.slot, message, self.leases.count(host.slot) - before)
         is_fixed = self._config.es.time_per_step is None
         pairs = self._new_pairs(host, message.spans) if is_fixed else self.leases.count(host.slot) - before
         if is_check:  # too few pairs to measure a speed by
@@ -117,11 +118,24 @@ class Steps:
             self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds)
         return ""
 
-    def _take_means(self, message: wire.Losses, new_pairs: int) -> None:
+    def _take_means(self, slot: int, message: wire.Losses, new_pairs: int) -> None:
         """Add means of rewards that have names; those of a message that came before, or of a check, do not count."""
         means = [NamedMean(name, mean, min(pairs, new_pairs)) for name, mean, pairs in message.rewards]
-        sound = [one for one in means if one.pairs and is_name(one.name) and math.isfinite(one.mean)]
-        self._means = join_means([*self._means, *sound])
+        sound = [one for one in means if one.pairs and is_name(one.name) and abs(one.mean) <= LARGEST_LOSS]
+        self._means[slot] = join_means([*self._means.get(slot, ()), *sound])[:MOST_NAMES]
+
+    def _reward_means(self, pairs: int) -> dict[str, float]:
+        """Join the means of all hosts, none of which counts for more pairs than it scored.
+
+        A few hosts cannot invent names: a name counts if hosts that scored more than half of the pairs report it.
+        """
+        counted = [
+            mean._replace(pairs=min(mean.pairs, self.leases.count(slot)))
+            for slot, means in self._means.items()
+            for mean in means
+            if self.leases.count(slot)
+        ]
+        return {name: mean for name, mean, scored in join_means(counted) if scored > pairs / 2}
 
     def _new_pairs(self, host: Host, spans: Sequence[Span]) -> int:
         """Count the pairs that a host scored, also those whose values another host sent before, each once."""
@@ -298,7 +312,6 @@ class Steps:
         loss = math.nan if self.loss is None else self.loss
         notice = self._notices.line(self.step, concluded)
         # Closed before the next step is opened: a state that the next step asks for is the one after this step.
-        rewards = {name: mean for name, mean, scored in self._means if scored > pairs / 2}  # so that few invent no name
         self._out.add(
             Closed(
                 self.step,
@@ -309,10 +322,10 @@ class Steps:
                 hosts,
                 notice,
                 concluded.outliers,
-                rewards,
+                self._reward_means(pairs),
             )
         )
-        self._means = []
+        self._means.clear()
         self.leases = self._new_leases()
         self.inspector.begin_step(now)
         self._sent.clear()

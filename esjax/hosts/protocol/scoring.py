@@ -8,6 +8,7 @@ import numpy as np
 from esjax.averages import NamedMean, join_means
 from esjax.exchange.update_record import SPAN_LIMIT, Span, without
 from esjax.exchange.values import MAX_REQUEST, Exchange, Values
+from esjax.rewards.calls import MOST_NAMES
 
 SLICE = 0.25
 """Seconds of work in one device task, so that progress is visible and work can be dropped."""
@@ -150,7 +151,7 @@ class Scoring:
             body,
             dtype,
             final and len(parts) == len(self._parts),
-            join_means(mean for part in parts for mean in part.means),
+            join_means(mean for part in parts for mean in part.means)[:MOST_NAMES],
         )
 
     def handed_in(self) -> None:
