@@ -7,9 +7,9 @@ The model is SmolLM2-135M-Instruct. Asked "The film was wonderful. Negative or p
 review. The probabilities of the two words separate most positive from negative reviews, but the right word is not its
 most probable answer to any held-out review.
 
-The reward is 1 if the answer, cut off after two tokens, is the right word alone, else 0. Members of the population differ
-by noise of low rank on the weights; those that judge rightly more often than their partners pull the weights towards their
-own.
+The reward is 1 if the answer, cut off after two tokens, is the right word alone, else 0. Members of the population
+differ by noise of low rank on the weights; those that judge rightly more often than their partners pull the weights
+towards their own.
 
 Figures are measured on held-out reviews, and on reviews in other words than those of training.
 """

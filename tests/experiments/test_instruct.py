@@ -1,4 +1,4 @@
-"""The example of reviews: its reward and its files; and, at night, the program with the real model, if that is there."""
+"""The example of reviews: its reward and its files; and, at night, the program with the real model, if it is there."""
 
 import importlib.util
 import json
