@@ -71,8 +71,8 @@ class Store:
 
 def _no_room(error: OSError) -> EsjaxError:
     return EsjaxError(
-        f"cannot keep the text in a temporary file: {error.strerror}; let TMPDIR name a folder on a disk with room for "
-        "twice the text"
+        f"cannot keep the text in {tempfile.tempdir!r}: {error.strerror}; let TMPDIR name a folder on a disk with room "
+        "for twice the text"
     )
 
 

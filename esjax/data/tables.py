@@ -99,7 +99,7 @@ def _csv(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:
         if mark is None:
             raise no_column(str(path), column, max(headers.values(), key=len))
         place = headers[mark].index(column)
-        rows = csv.reader(lines, delimiter=mark, strict=True)
+        line, rows = 2, csv.reader(lines, delimiter=mark, strict=True)
         for row in rows:
             line = rows.line_num + 2  # of the next row
             if row[place:]:

@@ -267,7 +267,6 @@ def test_a_text_that_begins_like_a_packed_file_is_a_text(tmp_path: Path) -> None
     assert documents_of(write(tmp_path / "text.txt", "BZh9 stands for bzip2"), "file") == ["BZh9 stands for bzip2"]
 
 
-@needs_permissions
 def test_a_pipe_is_read_and_recorded(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=("a text",)).start()
@@ -276,6 +275,7 @@ def test_a_pipe_is_read_and_recorded(tmp_path: Path) -> None:
     assert [record.bytes for record in text.files] == [6]
 
 
+@needs_permissions
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "secret.txt", "a")
     Path(source).chmod(0)
