@@ -96,4 +96,4 @@ def plot(rows: Sequence[Row], figure: "Figure") -> None:
         over_tokens.plot(tokens, bits, **how)
     over_weights.set(xlabel="weights", ylabel="held-out bits per byte", xscale="log")
     over_tokens.set(xlabel="member-tokens, widest models", xscale="log")
-    over_weights.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
