@@ -70,9 +70,9 @@ def mingru_step(
 
 def llama_logits(p: Any, tokens: list[int], heads: int, theta: float, eps: float) -> np.ndarray:
     """Logits of `esjax.models.llama` after each token: one head and one pair of dimensions at a time."""
-    hidden, layers = p.embedding.shape[1], range(len(p.layers))
-    size = hidden // heads
-    shared = heads // (p.layers[0].key.shape[1] // size)
+    layers = [jax.tree.map(lambda leaf, number=number: leaf[number], p.layers) for number in range(len(p.layers.key))]
+    size = p.embedding.shape[1] // heads
+    shared = heads // (p.layers.key.shape[2] // size)
 
     def rms(x: np.ndarray, norm: Any) -> np.ndarray:
         return x / np.sqrt((x**2).mean() + eps) * norm.scale
@@ -89,7 +89,7 @@ def llama_logits(p: Any, tokens: list[int], heads: int, theta: float, eps: float
     rows = []
     for place, token in enumerate(tokens):
         x = p.embedding[token]
-        for number, layer in enumerate(p.layers):
+        for number, layer in enumerate(layers):
             a = rms(x, layer.attention_norm)
             keys[number].append(a @ layer.key)
             values[number].append(a @ layer.value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from esjax.core.leaves import is_below
 from esjax.core.noise import Layout, Noise, Precision, full, low_rank
 from esjax.core.perturbed import PerturbedArray, is_perturbed
 from esjax.core.seeds import pair_seeds, stream_seed
@@ -36,6 +37,8 @@ def noise_of(
     packed: bool = False,
 ) -> Noise:
     shared: dict[str, Any] = {"gaussian": noise == "gaussian", "split": split, "units": model.unit}
+    if space != "full":
+        shared["stacked"] = lambda path, _: any(is_below(path, prefix) for prefix in model.stacked)
     chosen = full(sigma, **shared) if space == "full" else low_rank(sigma, rank, **shared)
     return dataclasses.replace(chosen, packed=packed)
 

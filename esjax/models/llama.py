@@ -13,7 +13,6 @@ With the embedding x_t = E[token_t] of width D, and heads of width d, each layer
 and logits = rms(x, g) Eᵀ, or rms(x, g) W if the embeddings are not tied (Press & Wolf 2017).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,25 +33,28 @@ Heads = Float[Array, "length heads head"]
 Past = Float[Array, "past key_heads head"]
 
 
-class LlamaLayer(NamedTuple):
-    """The weights of a layer, or their units. Matrices are [inputs, outputs]."""
+class LlamaLayers(NamedTuple):
+    """The weights of all layers, stacked along the first axis, or their units. Matrices are [inputs, outputs].
+
+    In one loop over the layers, the program that XLA compiles holds one layer, however many there are.
+    """
 
     attention_norm: Norm
     query: Any
-    """Wq, [hidden, heads * head]."""
+    """Wq, [layers, hidden, heads * head]."""
     key: Any
-    """Wk, [hidden, key heads * head]."""
+    """Wk, [layers, hidden, key heads * head]."""
     value: Any
-    """Wv, [hidden, key heads * head]."""
+    """Wv, [layers, hidden, key heads * head]."""
     output: Any
-    """Wo, [heads * head, hidden]."""
+    """Wo, [layers, heads * head, hidden]."""
     mlp_norm: Norm
     gate: Any
-    """Wg, [hidden, mlp]."""
+    """Wg, [layers, hidden, mlp]."""
     up: Any
-    """Wu, [hidden, mlp]."""
+    """Wu, [layers, hidden, mlp]."""
     down: Any
-    """Wd, [mlp, hidden]."""
+    """Wd, [layers, mlp, hidden]."""
 
 
 class LlamaParams(NamedTuple):
@@ -60,7 +62,7 @@ class LlamaParams(NamedTuple):
 
     embedding: Any
     """E, [vocabulary, hidden]."""
-    layers: tuple[LlamaLayer, ...]
+    layers: LlamaLayers
     norm: Norm
     output: Any = ()
     """W, [hidden, vocabulary]; () if the embeddings are tied."""
@@ -70,20 +72,16 @@ class LlamaState(NamedTuple):
     """The state after some tokens: keys and values of the last `context` of them, and the last token's output.
 
     Attributes:
-        keys: For each layer [context, key heads, head]; the token at position t is in row t % context.
+        keys: Of each layer; the token at position t is in row t % context.
         values: The same.
         position: Number of tokens read, int32.
         hidden: Output of the last layer at the last token.
     """
 
-    keys: tuple[Float[Array, "context heads head"], ...]
-    values: tuple[Float[Array, "context heads head"], ...]
+    keys: Float[Array, "layers context heads head"]
+    values: Float[Array, "layers context heads head"]
     position: Int[Array, ""]
     hidden: Float[Array, " hidden"]
-
-
-Keep = Callable[[int, Heads, Heads], tuple[Past, Past]]
-"""`(layer, keys, values) -> (keys, values)`: from those of the tokens that are read to all that they attend to."""
 
 
 def llama(
@@ -120,7 +118,7 @@ def llama(
     head_size = hidden_size // n_heads
     queries, keys = n_heads * head_size, n_kv_heads * head_size
     of_hidden, of_heads, of_mlp = hidden_size**-0.5, queries**-0.5, mlp_size**-0.5
-    layer_unit = LlamaLayer(
+    layer_units = LlamaLayers(
         attention_norm=Norm(VECTOR_UNIT),
         query=of_hidden,
         key=of_hidden,
@@ -131,92 +129,92 @@ def llama(
         up=of_hidden,
         down=of_mlp,
     )
-    unit = LlamaParams(of_hidden, (layer_unit,) * n_layers, Norm(VECTOR_UNIT), () if tied else of_hidden)
+    unit = LlamaParams(of_hidden, layer_units, Norm(VECTOR_UNIT), () if tied else of_hidden)
 
     def init(key: Key[Array, ""]) -> LlamaParams:
-        numbered = iter(jax.random.split(key, 7 * n_layers + 2))
+        numbered = iter(jax.random.split(key, 9))
 
-        def matrix(rows: int, columns: int, size: float = 1.0) -> Array:
-            return size * rows**-0.5 * jax.random.normal(next(numbered), (rows, columns))
+        def draw(*shape: int, size: float = 1.0) -> Array:
+            return size * shape[-2] ** -0.5 * jax.random.normal(next(numbered), shape)
 
-        ones, deep = Norm(jnp.ones(hidden_size)), (2 * n_layers) ** -0.5
-        layers = tuple(
-            LlamaLayer(
-                attention_norm=ones,
-                query=matrix(hidden_size, queries),
-                key=matrix(hidden_size, keys),
-                value=matrix(hidden_size, keys),
-                output=matrix(queries, hidden_size, deep),
-                mlp_norm=ones,
-                gate=matrix(hidden_size, mlp_size),
-                up=matrix(hidden_size, mlp_size),
-                down=matrix(mlp_size, hidden_size, deep),
-            )
-            for _ in range(n_layers)
+        ones, deep = Norm(jnp.ones((n_layers, hidden_size))), (2 * n_layers) ** -0.5
+        layers = LlamaLayers(
+            attention_norm=ones,
+            query=draw(n_layers, hidden_size, queries),
+            key=draw(n_layers, hidden_size, keys),
+            value=draw(n_layers, hidden_size, keys),
+            output=draw(n_layers, queries, hidden_size, size=deep),
+            mlp_norm=ones,
+            gate=draw(n_layers, hidden_size, mlp_size),
+            up=draw(n_layers, hidden_size, mlp_size),
+            down=draw(n_layers, mlp_size, hidden_size, size=deep),
         )
-        embedding = matrix(hidden_size, vocab_size).T
-        output = () if tied else matrix(hidden_size, vocab_size)
+        embedding = draw(hidden_size, vocab_size).T
+        output = () if tied else draw(hidden_size, vocab_size)
         return LlamaParams(embedding, layers, Norm(jnp.full(hidden_size, FIRST_LOGITS)), output)
 
     def run(
-        params: LlamaParams, tokens: Int[Array, " length"], position: Int[Array, ""] | int, keep: Keep
-    ) -> Float[Array, "length hidden"]:
-        """Read tokens of which the first is at `position`; returns the output of the last layer for each."""
+        params: LlamaParams, tokens: Int[Array, " length"], before: LlamaState | None = None
+    ) -> tuple[Float[Array, "length hidden"], Float[Array, "layers length heads head"], Any]:
+        """Read the first tokens of a document, or one token after a state.
+
+        Returns:
+            For each token the output of the last layer, and the keys and values of each layer.
+        """
         x = params.embedding[tokens].astype(jnp.float32)
-        places = position + jnp.arange(len(tokens))
+        places = (0 if before is None else before.position) + jnp.arange(len(tokens))
         turn = partial(_turned, angles=_angles(places, head_size, rope_theta))
-        for number, layer in enumerate(params.layers):
+        # Row s of a cache that was filled in order holds no token after place t if s <= t; full, all are before.
+        rows = jnp.arange(len(tokens) if before is None else context)
+        seen = rows[None] <= places[:, None]
+
+        def all_of(cache: Float[Array, "layers context heads head"], number: Array, new: Heads) -> Past:
+            """Put the new token of a layer into its cache."""
+            old = jax.lax.dynamic_index_in_dim(cache, number, keepdims=False)
+            return jnp.where((rows == places % context)[:, None, None], new, old)
+
+        def read_layer(x: Array, of_layer: tuple[LlamaLayers, Array]) -> tuple[Array, tuple[Heads, Heads]]:
+            layer, number = of_layer
             a = _rms(x, layer.attention_norm, norm_eps)
             query, key, value = (
                 _product(a, matrix).reshape(len(tokens), heads, head_size)
                 for matrix, heads in ((layer.query, n_heads), (layer.key, n_kv_heads), (layer.value, n_kv_heads))
             )
-            all_keys, all_values = keep(number, turn(key), value)
-            # Row s of a cache that was filled in order holds no token after place t if s <= t; full, all are before.
-            seen = jnp.arange(len(all_keys))[None] <= places[:, None]
-            x = x + _product(_attend(turn(query), all_keys, all_values, seen), layer.output)
+            new = turn(key), value
+            past = new if before is None else (all_of(before.keys, number, new[0]), all_of(before.values, number, new[1]))
+            x = x + _product(_attend(turn(query), *past, seen), layer.output)
             b = _rms(x, layer.mlp_norm, norm_eps)
-            x = x + _product(jax.nn.silu(_product(b, layer.gate)) * _product(b, layer.up), layer.down)
-        return x
+            return x + _product(jax.nn.silu(_product(b, layer.gate)) * _product(b, layer.up), layer.down), new
+
+        x, (new_keys, new_values) = jax.lax.scan(read_layer, x, (params.layers, jnp.arange(n_layers)))
+        return x, new_keys, new_values
 
     def read_out(params: LlamaParams, x: Float[Array, "length hidden"]) -> Float[Array, "length vocabulary"]:
         return _product(_rms(x, params.norm, norm_eps), params.embedding.T if tied else params.output)
 
     def logits(params: LlamaParams, tokens: Int[Array, " length"]) -> Float[Array, "length vocabulary"]:
-        return read_out(params, run(params, tokens, 0, lambda _, key, value: (key, value)))
+        return read_out(params, run(params, tokens)[0])
 
     def read(params: LlamaParams, tokens: Int[Array, " length"], count: Int[Array, ""] | int) -> LlamaState:
         # Rows of the caches after the first `count` tokens hold what follows them; new tokens take their places before
         # they are seen.
-        caches: list[tuple[Past, Past]] = []
-
-        def keep(_: int, key: Heads, value: Heads) -> tuple[Past, Past]:
-            free = ((0, context - len(key)), (0, 0), (0, 0))
-            caches.append((jnp.pad(key, free), jnp.pad(value, free)))
-            return key, value
-
-        hidden = run(params, jnp.concatenate([jnp.full(1, STOP, tokens.dtype), tokens]), 0, keep)[count]
-        keys, values = zip(*caches, strict=True)
-        return LlamaState(keys, values, jnp.int32(count) + 1, hidden)
+        x, keys, values = run(params, jnp.concatenate([jnp.full(1, STOP, tokens.dtype), tokens]))
+        free = ((0, 0), (0, context - len(x)), (0, 0), (0, 0))
+        return LlamaState(jnp.pad(keys, free), jnp.pad(values, free), jnp.int32(count) + 1, x[count])
 
     def initial_state(params: LlamaParams) -> LlamaState:
-        empty = (jnp.zeros((context, n_kv_heads, head_size)),) * n_layers
-        blank = LlamaState(empty, empty, jnp.int32(0), jnp.zeros(hidden_size))
-        return consume(params, blank, jnp.int32(STOP))
+        empty = jnp.zeros((n_layers, context, n_kv_heads, head_size))
+        return consume(params, LlamaState(empty, empty, jnp.int32(0), jnp.zeros(hidden_size)), jnp.int32(STOP))
 
     def predict(params: LlamaParams, state: LlamaState) -> Logits:
         return read_out(params, state.hidden[None])[0]
 
     def consume(params: LlamaParams, state: LlamaState, token: Token) -> LlamaState:
-        row, after_keys, after_values = state.position % context, list(state.keys), list(state.values)
-
-        def keep(number: int, key: Heads, value: Heads) -> tuple[Past, Past]:
-            after_keys[number] = state.keys[number].at[row].set(key[0])
-            after_values[number] = state.values[number].at[row].set(value[0])
-            return after_keys[number], after_values[number]
-
-        hidden = run(params, token[None], state.position, keep)[0]
-        return LlamaState(tuple(after_keys), tuple(after_values), state.position + 1, hidden)
+        x, keys, values = run(params, token[None], state)
+        row = state.position % context
+        return LlamaState(
+            state.keys.at[:, row].set(keys[:, 0]), state.values.at[:, row].set(values[:, 0]), state.position + 1, x[0]
+        )
 
     def shortened(tokens: int) -> Model:
         less = min(tokens, context)
@@ -233,6 +231,7 @@ def llama(
         read=read,
         shortened=shortened,
         resets=False,
+        stacked=("layers",),
         embeddings=() if tied else ("embedding",),
         output_layer="" if tied else "output",
     )

@@ -67,6 +67,8 @@ class Model(NamedTuple):
             included, with smaller states. None: its states do not grow with the context.
         resets: Whether callers put the initial state in place of the state after STOP, the end of a document. False:
             the model reads on across it, as `logits` does.
+        stacked: Paths of parameters that hold one array per layer along their first axis, with all that is below them.
+            Each layer then gets separate noise.
         embeddings: Paths of parameters whose rows are looked up by token and used for nothing else, such as `embedding`
             or `params/Embed_0`. Noise on rows of tokens that a window does not hold is then left out.
         output_layer: Path of the parameters of the last layer, which makes the logits and is used for nothing else.
@@ -87,6 +89,7 @@ class Model(NamedTuple):
     read: Callable[[Params, Int[Array, " length"], Int[Array, ""] | int], State] | None = None
     shortened: "Callable[[int], Model] | None" = None
     resets: bool = True
+    stacked: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     output_layer: str = ""
 

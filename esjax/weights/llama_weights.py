@@ -13,7 +13,7 @@ from esjax.config.models import LlamaConfig
 from esjax.data.tokenizer import TokenizerVocabulary
 from esjax.errors import EsjaxError
 from esjax.models.layers import Norm
-from esjax.models.llama import LlamaLayer, LlamaParams
+from esjax.models.llama import LlamaLayers, LlamaParams
 
 Kind = Literal["float32", "bfloat16"]
 """Type of the weights in memory."""
@@ -41,7 +41,7 @@ class Tensors(NamedTuple):
 
     Attributes:
         path: Name of the file, for messages.
-        names: Name of the tensor of each field of `LlamaParams` and `LlamaLayer`; {} stands for the layer.
+        names: Name of the tensor of each field of `LlamaParams` and `LlamaLayers`; {} stands for the layer.
         read: `(name) -> tensor`; a matrix is [outputs, inputs]. Raises KeyError if there is none.
     """
 
@@ -85,29 +85,29 @@ def assemble(
             raise EsjaxError(f"tensor {name} of {tensors.path!r} holds values that are not finite")
         return found
 
-    def norm(field: str, layer: int = 0) -> Norm:
-        return Norm(_on_device(take(field, hidden, layer=layer), kind))
+    def norms(field: str) -> Norm:
+        return Norm(_on_device(np.stack([take(field, hidden, layer=layer) for layer in range(config.n_layers)]), kind))
 
-    def matrix(field: str, rows: int, columns: int, layer: int) -> jax.Array:
-        return _on_device(take(field, columns, rows, layer=layer).T, kind)
+    def matrices(field: str, rows: int, columns: int) -> jax.Array:
+        stack = np.empty((config.n_layers, rows, columns), jnp.dtype(kind))
+        for layer in range(config.n_layers):
+            stack[layer] = take(field, columns, rows, layer=layer).T
+        return jnp.asarray(stack)
 
     return LlamaParams(
         embedding=_on_device(take("embedding", vocab_size, hidden)[order], kind),
-        layers=tuple(
-            LlamaLayer(
-                attention_norm=norm("attention_norm", layer),
-                query=matrix("query", hidden, hidden, layer),
-                key=matrix("key", hidden, keys, layer),
-                value=matrix("value", hidden, keys, layer),
-                output=matrix("output", hidden, hidden, layer),
-                mlp_norm=norm("mlp_norm", layer),
-                gate=matrix("gate", hidden, mlp, layer),
-                up=matrix("up", hidden, mlp, layer),
-                down=matrix("down", mlp, hidden, layer),
-            )
-            for layer in range(config.n_layers)
+        layers=LlamaLayers(
+            attention_norm=norms("attention_norm"),
+            query=matrices("query", hidden, hidden),
+            key=matrices("key", hidden, keys),
+            value=matrices("value", hidden, keys),
+            output=matrices("output", hidden, hidden),
+            mlp_norm=norms("mlp_norm"),
+            gate=matrices("gate", hidden, mlp),
+            up=matrices("up", hidden, mlp),
+            down=matrices("down", mlp, hidden),
         ),
-        norm=norm("norm"),
+        norm=Norm(_on_device(take("norm", hidden), kind)),
         output=() if config.tied else _on_device(take("logits", vocab_size, hidden)[order].T, kind),
     )
 

@@ -20,7 +20,7 @@ import esjax
 from esjax.data.tokens import STOP, UNK
 from esjax.errors import EsjaxError
 from esjax.models.layers import Norm
-from esjax.models.llama import LlamaLayer, LlamaParams
+from esjax.models.llama import LlamaLayers, LlamaParams
 from esjax.weights.gguf import SPLITS
 from esjax.weights.pretrained import BUILTIN, load_pretrained, read_pretrained
 
@@ -96,9 +96,10 @@ def expected_logits(weights: dict[str, ndarray], ids: list[int]) -> ndarray:
             }.items()
         }
         first, second = (Norm(part[f"{name}_layernorm.weight"]) for name in ("input", "post_attention"))
-        layers.append(LlamaLayer(attention_norm=first, mlp_norm=second, **matrices))
+        layers.append(LlamaLayers(attention_norm=first, mlp_norm=second, **matrices))
     output = of["lm_head.weight"].T if "lm_head.weight" in of else ()
-    params = LlamaParams(of["model.embed_tokens.weight"], tuple(layers), Norm(of["model.norm.weight"]), output)
+    stacked = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+    params = LlamaParams(of["model.embed_tokens.weight"], stacked, Norm(of["model.norm.weight"]), output)
     return llama_logits(params, ids, HEADS, THETA, EPS)
 
 

@@ -149,6 +149,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
         where=(lambda path, leaf: is_trained(path) and not (is_output_exact and is_below(path, model.output_layer)))
         if is_output_exact or es.frozen
         else None,
+        stacked=lambda path, _: any(is_below(path, prefix) for prefix in model.stacked),
         packed=packed,
     )
     layout = noise.lay_out(params)
