@@ -5,6 +5,7 @@ rules of `esjax.core.rules`, all others unchanged. This happens while JAX traces
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.extend import core as jex
 
 from esjax.core.perturbed import PerturbedArray, is_perturbed
 from esjax.core.rules import RULES
+from esjax.core.signs import PackedSigns, unpacked
 
 _INLINED = {
     "checkpoint",
@@ -126,13 +128,17 @@ class _Run:
         start = [value if i in same else self.plain("scan", [value])[0] for i, value in enumerate(start)]
         moving = [value for i, value in enumerate(start) if i not in same]
 
-        def body(moving: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-            outputs = self.closed(jaxpr, [*constants, *_merged(start, same, moving), *slices])
+        def body(moving: list[Any], at: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+            number, plain = at[0], iter(at[1])
+            here = [_slice_of(value, number) if is_perturbed(value) else next(plain) for value in slices]
+            outputs = self.closed(jaxpr, [*constants, *_merged(start, same, moving), *here])
             after, results = outputs[:carried], self.plain("scan", outputs[carried:])
             return self.plain("scan", [value for i, value in enumerate(after) if i not in same]), results
 
-        sliced = [_sliceable(value) if is_perturbed(value) else value for value in slices]
-        moving, results = lax.scan(body, moving, sliced, length=length, reverse=reverse, unroll=unroll)
+        # As inputs of the loop, factors would be copied first: `jax.vmap` puts the axis of members behind that of slices.
+        plain = [value for value in slices if not is_perturbed(value)]
+        numbers = jnp.arange(length, dtype=jnp.int32)
+        moving, results = lax.scan(body, moving, (numbers, plain), length=length, reverse=reverse, unroll=unroll)
         return [*_merged(start, same, moving), *results]
 
     def while_loop(
@@ -187,11 +193,18 @@ def _merged(start: Sequence[Any], same: set[int], moving: Sequence[Any]) -> list
     return [value if i in same else next(rest) for i, value in enumerate(start)]
 
 
-def _sliceable(value: PerturbedArray) -> PerturbedArray:
-    """Broadcast both factors along the first axis, so that a loop can slice them."""
-    if value.left is None:
-        return value
-    left, right = value.factors()
-    size = value.shape[0]
-    left, right = (jnp.broadcast_to(factor, (size, *factor.shape[1:])) for factor in (left, right))
-    return value.with_parts(value.base, left, right)
+def _slice_of(value: PerturbedArray, number: Any) -> PerturbedArray:
+    """Return the slice of a perturbed array at a place of the first axis, as a loop over that axis takes it."""
+
+    def take(part: Any) -> Any:
+        if part is None or not part.shape:  # nothing is added to the base; or one step for all slices
+            return part
+        if part.shape[0] == 1:
+            return lax.squeeze(unpacked(part), [0])
+        if isinstance(part, PackedSigns):
+            return lax.squeeze(part.row(number), [0])
+        return lax.dynamic_index_in_dim(part, number, keepdims=False)
+
+    return replace(
+        value, base=take(value.base), left=take(value.left), right=take(value.right), step=take(value.step)
+    )

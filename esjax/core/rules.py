@@ -287,7 +287,8 @@ def dynamic_slice(value: Any, *starts: Any, slice_sizes: Sequence[int], **_: Any
     """Slice at computed positions: the row of a token, or the matrix of a layer."""
     if not is_perturbed(value) or len(starts) != len(slice_sizes):
         return NotImplemented
-    if isinstance(value.left, PackedSigns) and tuple(slice_sizes) == (1, *value.shape[1:]) and value.left.shape[0] != 1:
+    is_row = tuple(slice_sizes) == (1, *value.shape[1:]) and value.right is not None and value.right.shape[0] == 1
+    if is_row and isinstance(value.left, PackedSigns) and value.left.shape[0] != 1:
         _, right = value.factors()
         row = jnp.clip(starts[0], 0, value.shape[0] - 1).astype(jnp.int32)
         base = lax.dynamic_slice(value.base, starts, slice_sizes).astype(value.dtype)

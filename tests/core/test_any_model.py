@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
 import esjax
+from esjax.core.interpreter import interpret
 from esjax.core.shaping import LIMIT
 
 PAIRS, SIGMA = 6, 0.05
@@ -118,6 +119,17 @@ def test_layers_that_are_stacked_have_noise_of_their_own() -> None:
     assert moments.max() < 5.5 / math.sqrt(200)
     one_array = jax.jit(esjax.low_rank(0.1).lay_out(params).epsilon)(esjax.pair_seeds(0, 0, 1)[0], params)["w"]
     assert np.linalg.matrix_rank(one_array.reshape(15, 4)) == 1 or np.linalg.matrix_rank(one_array.reshape(3, 20)) == 1
+
+
+def test_a_layer_of_packed_noise_is_found_by_its_number() -> None:
+    """Reference: the layer's matrix with its noise written out."""
+    params, seed = {"w": jnp.zeros((3, 6, 4))}, esjax.pair_seeds(0, 0, 1)[0]
+    layout = esjax.low_rank(0.1, rank=2, stacked=lambda path, leaf: True, packed=True).lay_out(params)
+    member, x = layout.member(params, layout.draw(seed), jnp.float32(1)), jnp.arange(6.0)
+    written = layout.epsilon(seed, params)["w"] * 0.1 * layout.units["w"]
+    for number in range(3):
+        got = interpret(lambda params, number: x @ params["w"][number])(member, jnp.int32(number))
+        np.testing.assert_allclose(got, x @ written[number], rtol=1e-5, atol=1e-6)
 
 
 def test_the_program_of_a_population_is_not_much_longer_than_a_plain_one() -> None:

@@ -100,6 +100,14 @@ KEPT: dict[str, tuple[PerturbedArray, Callable[[Array], Any]]] = {
         perturbed((3, 4, 4), 2, layers=1),
         lambda w: lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), numbers(4), w)[0],
     ),
+    "scan over layers, backwards": (
+        perturbed((3, 4, 4), 2, layers=1),
+        lambda w: lax.scan(lambda h, layer: (jnp.tanh(h @ layer), h), numbers(4), w, reverse=True),
+    ),
+    "scan over rows": (
+        perturbed((6, 4), 1),
+        lambda w: lax.scan(lambda h, row: (jnp.tanh(h * 2 + row), h), numbers(4), w),
+    ),
     "scan backwards, unrolled": (
         perturbed((4, 4), 1),
         lambda w: lax.scan(lambda h, x: (x + h @ w, h), numbers(4), numbers(5, 4), reverse=True, unroll=2),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 from reference_models import busy, llama_logits, wide
-from small import VOCAB, dense_member, noise_of
+from small import VOCAB, dense_member, member_of, noise_of
 
 import esjax
 from esjax.config.models import LlamaConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, replace
+from esjax.core.interpreter import interpret
+from esjax.core.population import map_members
 from esjax.core.seeds import pair_seeds
 from esjax.data.tokens import STOP
 from esjax.errors import EsjaxError
@@ -23,6 +25,7 @@ from esjax.inference import score
 from esjax.models import Model, build_model
 from esjax.models.custom.check import check_model
 from esjax.models.member import Member
+from esjax.replica.estimators.estimator import LossEstimator, make_estimator
 
 TOKENS = [1, 3, 2, 6, 1, 4, 5, 2, 3, 3, 6, 1]
 """Begins with STOP, as documents do, with two more ends among them."""
@@ -126,6 +129,19 @@ def test_a_member_is_the_model_with_its_noise_added(kind: str) -> None:
             np.testing.assert_allclose(got[pair, half], alone(seed, sign), rtol=1e-4)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_noise_that_is_packed_is_unpacked_layer_by_layer(split: bool) -> None:
+    """Reference: the same noise unpacked."""
+    model, params = built()
+    seed, tokens = pair_seeds(0, 3, 1)[0], jnp.array(TOKENS)
+    assert model.logits is not None
+    plain, packed = (
+        jax.jit(interpret(model.logits))(member_of(noise_of(model, split=split, packed=is_packed), params, seed, 1), tokens)
+        for is_packed in (False, True)
+    )
+    np.testing.assert_allclose(packed, plain, atol=2e-5)
+
+
 def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
     """Reference: float32 products of the rounded weights; the inputs of products are rounded, too."""
     model, params = built()
@@ -149,6 +165,39 @@ def test_long_texts_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(jax.jit(score.make_score(model))(params, tokens, scored), whole, rtol=1e-6)
     text = str(jax.make_jaxpr(score.make_score(model))(params, tokens, scored))
     assert f"f32[3,{len(TOKENS)},{VOCAB}]" not in text
+
+
+def test_a_program_is_as_large_for_many_layers_as_for_few() -> None:
+    """A population that writes, and its update: what XLA compiles holds one layer."""
+
+    def operations(n_layers: int) -> int:
+        model, params = built(n_layers=n_layers)
+        noise = noise_of(model)
+
+        def write(params: Any, tokens: Array, key: Array) -> Array:
+            member = Member(model, params)
+            return member.generate(member.read(tokens), 3, key)
+
+        def step(params: Any, seeds: Array, tokens: Array) -> Any:
+            written = map_members(write, noise, jax.ShapeDtypeStruct((3,), jnp.int32), batch_axis=None)
+            shaped = esjax.shape(written(params, seeds, tokens).sum(axis=-1).astype(jnp.float32), sigma=noise.sigma)
+            return esjax.estimate(noise)(params, seeds, shaped)
+
+        text = jax.jit(step).lower(params, pair_seeds(0, 0, 4), jnp.array(TOKENS[1:4])).as_text()
+        return len(text.splitlines())
+
+    assert operations(9) == operations(2)
+
+
+def test_each_layer_of_a_run_has_noise_of_its_own() -> None:
+    config = Config(model=CONFIG, es=EsConfig(space="low_rank", exchange="losses"))
+    model, params = built()
+    estimator = make_estimator(config, model, params, model.units(params), None)
+    assert isinstance(estimator, LossEstimator)
+    planned = {leaf.path: leaf for leaf in estimator.noise.lay_out(params)._leaves}
+    assert planned["layers/gate"].factors == ((2, 24, 1), (2, 1, 10))
+    assert planned["layers/mlp_norm/scale"].factors == ()
+    assert planned["embedding"].factors == ((VOCAB, 1), (1, 24))
 
 
 def test_it_keeps_the_interface_of_models() -> None:
@@ -215,5 +264,5 @@ def test_with_smaller_caches_it_writes_the_same() -> None:
     prompt = jnp.array(TOKENS[1:5])
     texts = [Member(each, params).generate(Member(each, params).read(prompt), 5) for each in (model, small)]
     assert texts[0].tolist() == texts[1].tolist()
-    assert [len(each.initial_state(params).keys[0]) for each in (model, small)] == [CONFIG.context, 10]
+    assert [each.initial_state(params).keys.shape[1] for each in (model, small)] == [CONFIG.context, 10]
     assert model.shortened(1000).context == CONFIG.context
