@@ -258,7 +258,11 @@ def _print(status: "StatusReply") -> None:
     loss = "none yet" if status.loss is None else f"{status.loss:.3f}"
     measured = "" if status.held_out is None else f"  held-out {status.held_out:.3f}"
     rate = f"{status.member_tokens_per_second / 1e6:.2f} M/s"
-    for name, value in (("greedy reward", status.greedy_reward), ("pass@k", status.pass_at_k)):
+    for name, value in (
+        *status.rewards.items(),
+        ("greedy reward", status.greedy_reward),
+        ("pass@k", status.pass_at_k),
+    ):
         measured += "" if value is None else f"  {name} {value:.3f}"
     print(f"run {status.run}  step {status.step:,}  loss {loss}{measured}  {'paused' if status.paused else rate}")
     table = Table("host", "state", "step", "members/s", "share", "last seen", "digest", "device", "note", box=None)

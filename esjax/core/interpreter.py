@@ -135,7 +135,7 @@ class _Run:
             after, results = outputs[:carried], self.plain("scan", outputs[carried:])
             return self.plain("scan", [value for i, value in enumerate(after) if i not in same]), results
 
-        # As inputs of the loop, factors would be copied first: `jax.vmap` puts the axis of members behind that of slices.
+        # As inputs of the loop, factors would be copied first: `jax.vmap` puts the axis of members behind theirs.
         plain = [value for value in slices if not is_perturbed(value)]
         numbers = jnp.arange(length, dtype=jnp.int32)
         moving, results = lax.scan(body, moving, (numbers, plain), length=length, reverse=reverse, unroll=unroll)
@@ -205,6 +205,4 @@ def _slice_of(value: PerturbedArray, number: Any) -> PerturbedArray:
             return lax.squeeze(part.row(number), [0])
         return lax.dynamic_index_in_dim(part, number, keepdims=False)
 
-    return replace(
-        value, base=take(value.base), left=take(value.left), right=take(value.right), step=take(value.step)
-    )
+    return replace(value, base=take(value.base), left=take(value.left), right=take(value.right), step=take(value.step))

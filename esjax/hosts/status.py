@@ -61,7 +61,9 @@ def _read(frames: list[bytes], address: str) -> wire.Status:
     if not isinstance(message, wire.Status):
         raise EsjaxError(f"{address} answered with a {type(message).__name__}; check that it is a coordinator")
     counters = {legible(reason): count for reason, count in message.counters.items()}
-    return structs.replace(_legible(message), hosts=[_legible(host) for host in message.hosts], counters=counters)
+    rewards = {legible(name): mean for name, mean in message.rewards.items()}
+    hosts = [_legible(host) for host in message.hosts]
+    return structs.replace(_legible(message), hosts=hosts, counters=counters, rewards=rewards)
 
 
 def _legible(row: Row) -> Row:

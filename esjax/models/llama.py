@@ -181,7 +181,9 @@ def llama(
                 for matrix, heads in ((layer.query, n_heads), (layer.key, n_kv_heads), (layer.value, n_kv_heads))
             )
             new = turn(key), value
-            past = new if before is None else (all_of(before.keys, number, new[0]), all_of(before.values, number, new[1]))
+            past = (
+                new if before is None else (all_of(before.keys, number, new[0]), all_of(before.values, number, new[1]))
+            )
             x = x + _product(_attend(turn(query), *past, seen), layer.output)
             b = _rms(x, layer.mlp_norm, norm_eps)
             return x + _product(jax.nn.silu(_product(b, layer.gate)) * _product(b, layer.up), layer.down), new

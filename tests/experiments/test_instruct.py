@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import instruct
+import numpy as np
 import pytest
 
+import esjax
 from esjax.rewards.prompts import read_prompts, split_prompts
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "instruct.py"
@@ -54,6 +56,78 @@ def test_other_reviews_use_other_words() -> None:
     for reviews in instruct.OTHER.values():
         for review in reviews:
             assert not used & set(re.findall(r"\w+", review.lower())), review
+
+
+def write_model(folder: Path) -> None:
+    """Write a model of two layers with random weights, as Hugging Face lays it out."""
+    tokenizers, numpy_files = pytest.importorskip("tokenizers"), pytest.importorskip("safetensors.numpy")
+    folder.mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>", "<spare>"],  # the last one is UNK
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([instruct.ask("The soup was dreadful."), *instruct.WORDS], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    width, mlp, layers, words = 16, 24, 2, tokenizer.get_vocab_size()
+    config = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "tie_word_embeddings": True,
+        "vocab_size": words,
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    of_layer = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (width // 2, width),
+        "self_attn.v_proj": (width // 2, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    shapes = {"embed_tokens": (words, width), "norm": (width,)}
+    shapes |= {f"layers.{layer}.{name}": shape for layer in range(layers) for name, shape in of_layer.items()}
+    rng = np.random.default_rng(0)
+    weights = {f"model.{name}.weight": rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    numpy_files.save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.usefixtures("lenient_promotion")
+def test_it_runs_on_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: a model of random weights is never right, and rewards are fractions; the embedding is frozen."""
+    pytest.importorskip("matplotlib")
+    write_model(tmp_path / "model")
+    out = tmp_path / "out"
+    words = ["--model", str(tmp_path / "model"), "--out", str(out), "--steps", "2", "--population", "8"]
+    instruct.main([*words, "--prompts", "1"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"step +(\d+)  right, held out: (\d\.\d+)", printed) == [("0", "0.000")]
+    assert re.findall(r"other reviews, (\w+): 0 of 12 right", printed) == ["Positive", "Negative"]
+    assert (out / "curve.png").stat().st_size > 1000
+    rows = [json.loads(line) for line in (out / "reward/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row["reward_right"] <= row["reward_either"] <= 1 for row in rows)
+    first, last = (esjax.load(out / name).params for name in ("start", "reward"))
+    np.testing.assert_array_equal(last.embedding, first.embedding)
+    with pytest.raises(SystemExit):
+        instruct.main(words)
+    assert "exists; name another folder" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

@@ -119,15 +119,15 @@ def test_row_65_what_a_coordinator_says_is_one_printable_line() -> None:
         status._read(wire.encode(Envelope(wire.Refused(said))), "tcp://127.0.0.1:1")
     assert str(caught.value) == r"no\nerror: forged\x1b[2J"
     odd = wire.HostStatus(said, 0, said, said, 0, 0.0, 0.0, said, 0.0, said)
-    found = status._read(
-        wire.encode(Envelope(wire.Status(said, 1, 0, None, None, None, None, 0.0, True, None, [odd], {said: 1}))), ""
-    )
+    sent = wire.Status(said, 1, 0, None, None, None, None, {said: 0.5}, 0.0, True, None, [odd], {said: 1})
+    found = status._read(wire.encode(Envelope(sent)), "")
     texts = [
         found.run,
         *found.counters,
+        *found.rewards,
         *(value for value in asdict(found.hosts[0]).values() if isinstance(value, str)),
     ]
-    assert len(texts) == 7
+    assert len(texts) == 8
     assert {*texts} == {r"no\nerror: forged\x1b[2J"}
 
 

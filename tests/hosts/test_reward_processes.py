@@ -105,6 +105,7 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     wait_until(lambda: steps_done(fleet.run) >= done + 3)
     wait_until(lambda: fetch_status(fleet.address).greedy_reward is not None)  # measured again if the victim had it
     assert fetch_status(fleet.address).pass_at_k is not None
+    assert "long" in fetch_status(fleet.address).rewards
     server.send(signal.SIGKILL)
     server.ends()
     again = fleet.serve_again()

@@ -236,6 +236,7 @@ def test_rewards_that_have_names_are_known_by_their_means_over_the_population() 
     np.testing.assert_allclose(
         [closed.rewards["right"] for closed in sim.closed], [-closed.loss for closed in sim.closed], rtol=1e-5
     )
+    assert sim.server.status(sim.now).rewards == sim.closed[-1].rewards
 
 
 def test_few_hosts_invent_no_name_and_no_mean_that_is_not_finite() -> None:

@@ -16,6 +16,7 @@ from esjax.exchange.gradient_sums import TAIL
 from esjax.exchange.values import LossExchange
 from esjax.hosts.protocol import wire
 from esjax.hosts.protocol.wire import Envelope
+from esjax.rewards.calls import LONGEST_NAME, MOST_NAMES
 
 UNIONS: dict[wire.Kind, Any] = {"request": wire.Request, "reply": wire.Reply, "broadcast": wire.Broadcast}
 KINDS = [(kind, message) for kind, union in UNIONS.items() for message in kinds_of(union)]
@@ -127,8 +128,21 @@ def test_the_longest_messages_fit() -> None:
     """The coordinator never says anything that hosts would take for no message."""
     far, long, high = "ä" * 128, 2**63 - 1, 2**32 - 1
     host = wire.HostStatus(far, high, far, far, high, 1e300, 1e300, far, 1e300, "ä" * wire.NOTE)
+    rewards = {f"{number:ä>{LONGEST_NAME}}": 1e300 for number in range(MOST_NAMES)}
     status = wire.Status(
-        far, high, high, 1e300, 1e300, 1e300, 1e300, 1e300, True, high, [host] * 1024, dict.fromkeys([far], long)
+        far,
+        high,
+        high,
+        1e300,
+        1e300,
+        1e300,
+        1e300,
+        rewards,
+        1e300,
+        True,
+        high,
+        [host] * 1024,
+        dict.fromkeys([far], long),
     )
     spans = [(2**31 - 1, 2**31 - 1)] * update_record.SPAN_LIMIT
     leases = [(high, *span) for span in spans]

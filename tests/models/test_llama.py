@@ -136,7 +136,9 @@ def test_noise_that_is_packed_is_unpacked_layer_by_layer(split: bool) -> None:
     seed, tokens = pair_seeds(0, 3, 1)[0], jnp.array(TOKENS)
     assert model.logits is not None
     plain, packed = (
-        jax.jit(interpret(model.logits))(member_of(noise_of(model, split=split, packed=is_packed), params, seed, 1), tokens)
+        jax.jit(interpret(model.logits))(
+            member_of(noise_of(model, split=split, packed=is_packed), params, seed, 1), tokens
+        )
         for is_packed in (False, True)
     )
     np.testing.assert_allclose(packed, plain, atol=2e-5)

@@ -207,6 +207,7 @@ class Coordinator:
             held_out=self.audits.measured.held_out,
             greedy_reward=self.audits.measured.greedy_reward,
             pass_at_k=self.audits.measured.pass_at_k,
+            rewards=dict(self._steps.rewards),
             member_tokens_per_second=0.0 if self.paused else self._steps.rate,
             paused=self.paused,
             reference=None if reference is None else reference.slot,

@@ -50,6 +50,7 @@ class Steps:
         leases: The leases of this step.
         inspector: The spot checks.
         loss: Mean of the finite losses of the last finished step, or None.
+        rewards: Means of its rewards that have names.
         rate: Member-tokens a second over the last steps.
     """
 
@@ -72,6 +73,7 @@ class Steps:
         """
         self.step = step
         self.loss: float | None = None
+        self.rewards: dict[str, float] = {}
         self.rate, self._mean_rate = 0.0, Average()
         self._config, self._terms = config, terms
         self._registry, self._audits = registry, audits
@@ -302,7 +304,7 @@ class Steps:
         members = pairs * self._config.es.members_per_pair
         self._measure_rate(members, now)
         concluded = self._terms.exchange.conclude(result, spans, self._config.es)
-        self.loss = concluded.loss
+        self.loss, self.rewards = concluded.loss, self._reward_means(pairs)
         payload = pack_conclusion(
             self.step, spans, concluded, self._terms.exchange.vector_length, self._config.es.weights_per_pair
         )
@@ -322,7 +324,7 @@ class Steps:
                 hosts,
                 notice,
                 concluded.outliers,
-                self._reward_means(pairs),
+                self.rewards,
             )
         )
         self._means.clear()

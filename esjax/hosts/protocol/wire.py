@@ -15,7 +15,7 @@ from esjax.exchange.update_record import SPAN_LIMIT, Pair, Positive, Spans, Whol
 from esjax.exchange.values import MAX_REQUEST
 from esjax.rewards.calls import LONGEST_NAME, MOST_NAMES
 
-VERSION = 7
+VERSION = 8
 """Version of the protocol; hosts with another version are refused."""
 
 MARK = b"\xe5j"
@@ -267,6 +267,7 @@ class Status(Message, frozen=True, tag="status"):
     held_out: float | None  # last held-out loss, or None
     greedy_reward: float | None  # last rewards on held-out prompts, see `esjax.rewards.held_out`, or None
     pass_at_k: float | None
+    rewards: dict[str, float]  # means of the rewards that have names, over the pairs of the last finished step
     member_tokens_per_second: float  # speed over the last steps; 0 while the run is paused
     paused: bool  # whether no host is ready
     reference: int | None  # slot of the reference host, whose state is kept, or None
