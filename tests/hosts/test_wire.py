@@ -32,6 +32,8 @@ def same(one: object, two: object) -> bool:
         return one == two or (math.isnan(one) and math.isnan(two))
     if isinstance(one, msgspec.Struct):
         return type(one) is type(two) and same(msgspec.structs.astuple(one), msgspec.structs.astuple(two))
+    if isinstance(one, dict) and isinstance(two, dict):
+        return same([*one.items()], [*two.items()])
     if isinstance(one, list | tuple) and isinstance(two, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
     return type(one) is type(two) and one == two
