@@ -22,8 +22,8 @@ from esjax.paths import given_path
 Documents = Literal["auto", "paragraph", "line", "file"]
 
 
-BATCH = 2**20
-"""Characters that are worked on at a time."""
+BATCH = 2**18
+"""Characters that are worked on at a time: few enough for a core's cache."""
 
 
 class Text:
@@ -31,10 +31,18 @@ class Text:
 
     Attributes:
         note: A notice about the source for the user, or "".
+        paths: The files of the source; none for a builtin text or a data set.
         files: The files that have been read, as they were; all of them when the iteration has ended.
     """
 
-    def __init__(self, parts: Iterable[Iterable[str]], documents: Documents, files: list[FileRecord], note: str = ""):
+    def __init__(
+        self,
+        parts: Iterable[Iterable[str]],
+        documents: Documents,
+        files: list[FileRecord],
+        note: str = "",
+        paths: Sequence[Path] = (),
+    ) -> None:
         """Set up; call `open_text` instead.
 
         Args:
@@ -42,8 +50,9 @@ class Text:
             documents: What a document is, see `DataConfig.documents`.
             files: List that grows while the parts are read.
             note: See the class.
+            paths: See the class.
         """
-        self._parts, self._documents, self.files, self.note = parts, documents, files, note
+        self._parts, self._documents, self.files, self.note, self.paths = parts, documents, files, note, paths
 
     def __iter__(self) -> Iterator[str]:
         """Yield the documents, see `batches`."""
@@ -95,7 +104,8 @@ def open_text(source: str, documents: Documents) -> Text:
     path, column = _split_column(source)
     if column is not None:
         tables = _find_tables(path, column)
-        return Text(([cell] for table in tables for cell in read_column(table, column, files)), whole, files)
+        cells = ([cell] for table in tables for cell in read_column(table, column, files))
+        return Text(cells, whole, files, paths=tables)
     found = _find(source)
     table, note = next((path for path in found if is_table(path)), None), ""
     parquet = next((path for path in found if path.suffix.lower() == ".parquet"), None)
@@ -103,7 +113,7 @@ def open_text(source: str, documents: Documents) -> Text:
         raise EsjaxError(f"{str(parquet)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
     if table is not None:
         note = f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
-    return Text((text_pieces(path, files) for path in found), in_text, files, note)
+    return Text((text_pieces(path, files) for path in found), in_text, files, note, found)
 
 
 def locate(source: str) -> str:
@@ -120,16 +130,16 @@ def locate(source: str) -> str:
     return source if source.startswith("builtin:") else str(given_path(source))
 
 
-def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[bytes], held_out: float) -> tuple[list[bytes], list[bytes]]:
     """Split documents into training and held-out ones by a hash of their text.
 
     A document stays in its split if others are added, and equal documents are in the same split.
 
     Args:
-        documents: Non-empty strings.
+        documents: Non-empty, in UTF-8.
         held_out: Fraction of the documents to hold out, in [0, 1).
     """
-    hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
+    hashes = [hashlib.blake2b(document, digest_size=8).digest() for document in documents]
     held = np.frombuffer(b"".join(hashes), "<u8") < np.uint64(math.ceil(held_out * 2**64))
     return list(compress(documents, ~held)), list(compress(documents, held))
 

@@ -19,7 +19,7 @@ from esjax.data.documents import Documents, Store, TextStore, encode_documents
 from esjax.data.packing import pack_stream
 from esjax.data.sources import _cut, split_documents
 from esjax.data.tokens import STOP
-from esjax.data.vocabulary import Vocabulary, fit_vocabulary
+from esjax.data.vocabulary import Vocabulary, documents_of, fit_vocabulary
 from esjax.errors import EsjaxError
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
@@ -31,7 +31,7 @@ def test_the_stream_is_that_of_one_document_after_another(kind: Any, texts: list
     chosen = Vocabulary(kind, ("a", "b", "é") if kind == "char" else ())
     encoded = [chosen.encode(text) for text in texts]
     store = TextStore()
-    store.add(texts)
+    store.add(text.encode() for text in texts)
     found = encode_documents(store, chosen)
     np.testing.assert_array_equal(found.stream, pack_stream(encoded))
     assert found.tokens == sum(len(document) + 1 for document in encoded)
@@ -46,9 +46,9 @@ def test_a_store_gives_back_what_was_written(monkeypatch: pytest.MonkeyPatch, in
     texts = [f"document {i}" * (i % 5 + 1) for i in range(100)]
     store, numbers = TextStore(), Store()
     for text in texts:
-        store.add([text])
+        store.add([text.encode()])
         numbers.write(np.arange(len(text)))
-    assert list(store) == texts
+    assert [document for piece in store.pieces() for document in documents_of(piece)] == texts
     assert len(store) == sum(len(text) + 1 for text in texts)
     np.testing.assert_array_equal(numbers.array(np.int64), np.concatenate([np.arange(len(text)) for text in texts]))
 
@@ -115,8 +115,10 @@ def test_a_corpus_is_what_its_documents_say(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(50)]
     path.write_text("\n\n".join(texts))
     corpus = corpus_of(path, held_out=0.3)
-    train, held_out = split_documents(texts, 0.3)
-    assert corpus.vocabulary == fit_vocabulary("char", train, None)
+    train, held_out = (
+        [document.decode() for document in part] for part in split_documents([text.encode() for text in texts], 0.3)
+    )
+    assert corpus.vocabulary == fit_vocabulary("char", [text.encode() for text in train], None)
     assert corpus.digest == hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest()
     assert [corpus.vocabulary.decode(document) for document in corpus.train] == train
     assert [document.tolist() for document in corpus.held_out] == [
