@@ -90,9 +90,12 @@ class Corpus(NamedTuple):
 
     @property
     def bits_of_a_nat(self) -> float:
-        """Bits per byte of the held-out documents if the loss is 1 nat per token; 0 if there is none."""
-        tokens = self.held_out.tokens
-        return tokens / self.held_out_bytes / math.log(2) if tokens else 0.0
+        """Bits per byte of the measured documents if the loss is 1 nat per token; 0 if there is none."""
+        documents, tokens, size = self.measured, self.held_out.tokens, self.held_out_bytes
+        if documents is not self.held_out:
+            tokens = sum(len(document) + 1 for document in documents)
+            size = sum(len(self.vocabulary.decode(document).encode()) + 1 for document in documents)
+        return tokens / size / math.log(2) if tokens else 0.0
 
     def stream(self) -> Integer[ndarray, " length"]:
         """Return the training documents in one array, see `Documents.stream`."""

@@ -4,6 +4,7 @@ The files have no name and vanish with the process. They lie in the folder of Py
 """
 
 import io
+import math
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,10 @@ IN_MEMORY = 2**26
 
 PIECE = 2**18
 """Bytes of text that are encoded at a time: few enough for a core's cache."""
+
+
+SHARES = 32
+"""Fewest documents that a part of many is made of, if there are so many."""
 
 
 class Store:
@@ -132,14 +137,20 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
         return self.stream[begin : int(self.ends[place])].astype(np.int32)
 
     def spread(self, limit: int) -> Sequence[Int32[ndarray, "..."]]:
-        """Return all documents if they have at most `limit` tokens, else some, evenly spread, that have no more."""
+        """Return all documents if they have at most `limit` tokens, else some, evenly spread, that have no more.
+
+        A document gives at most its first `limit / SHARES` tokens, so that a few long ones leave room for the others.
+        """
         if self.tokens <= limit:
             return self
+        most = max(limit // SHARES, 1)
+        lengths = np.minimum(np.diff(self.ends, prepend=0), most)
+        step = max(float(lengths.sum()) / limit, 1.0)
         found = []
-        for place in range(0, len(self), -(-self.tokens // limit)):
+        for place in (np.arange(math.ceil(len(self) / step)) * step).astype(np.int64):
             if limit <= 0:
                 break
-            found.append(self[place][:limit])
+            found.append(self[int(place)][: min(limit, most)])
             limit -= len(found[-1]) + 1
         return found
 

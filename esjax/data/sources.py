@@ -101,12 +101,13 @@ def open_text(source: str, documents: Documents) -> Text:
             raise EsjaxError(f"no text {source!r}; there are {', '.join(_BUILTIN)}, or name a file, a folder or a glob")
         texts, note = _BUILTIN[source]()
         return Text(([text] for text in texts), in_text, files, note)
-    path, column = _split_column(source)
-    if column is not None:
+    found, (path, _, column) = _matches(source), source.rpartition("#")
+    if path and column and not found and not given_path(source).exists():
         tables = _find_tables(path, column)
         cells = ([cell] for table in tables for cell in read_column(table, column, files))
         return Text(cells, whole, files, paths=tables)
-    found = _find(source)
+    if not found:
+        raise _nothing(source)
     table, note = next((path for path in found if is_table(path)), None), ""
     parquet = next((path for path in found if path.suffix.lower() == ".parquet"), None)
     if parquet is not None:
@@ -144,20 +145,11 @@ def split_documents(documents: Sequence[bytes], held_out: float) -> tuple[list[b
     return list(compress(documents, ~held)), list(compress(documents, held))
 
 
-def _split_column(source: str) -> tuple[str, str | None]:
-    """Split PATH#COLUMN; a path or a glob that finds something with all of this name has no column."""
-    path, mark, column = source.rpartition("#")
-    try:
-        is_column = bool(mark and path and column) and not given_path(source).exists()
-        is_column = is_column and not _glob(_pattern(given_path(source)))
-    except OSError as error:  # such as a name that is too long
-        raise EsjaxError(f"cannot look for {source!r}: {error}") from error
-    return (path, column) if is_column else (source, None)
-
-
 def _find_tables(source: str, column: str) -> list[Path]:
     """Find the tables of a source, sorted: the file that it names, or those of a folder or a glob that end like one."""
-    found = _find(source)
+    found = _matches(source)
+    if not found:
+        raise _nothing(source)
     if len(found) == 1:
         return found  # `read_column` says what is wrong with another file
     tables = [path for path in found if is_table(path)]
@@ -166,25 +158,27 @@ def _find_tables(source: str, column: str) -> list[Path]:
     return tables
 
 
-def _find(source: str) -> list[Path]:
+def _matches(source: str) -> list[Path]:
     """Find the files of a source, sorted. A file with several names is listed once, under the first of them."""
     path = given_path(source)
     try:
         if path.is_dir():
             found = _glob(f"{glob.escape(str(path))}/**")
-            problem = f"the folder {source!r} holds no file"
         elif path.exists():
             return [path]
         else:
             found = _glob(_pattern(path))
-            problem = f"no file, folder or glob matches {source!r}; let data.text name one that is there"
         files = sorted(path for path in map(Path, found) if path.is_file())
         once = {_identity(path): path for path in reversed(files)}
     except OSError as error:  # such as a name that is too long, or a folder without permission
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
-    if not files:
-        raise EsjaxError(problem)
     return sorted(once.values())
+
+
+def _nothing(source: str) -> EsjaxError:
+    if given_path(source).is_dir():
+        return EsjaxError(f"the folder {source!r} holds no file")
+    return EsjaxError(f"no file, folder or glob matches {source!r}; let data.text name one that is there")
 
 
 def _glob(pattern: str) -> list[str]:
