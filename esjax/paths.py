@@ -36,3 +36,10 @@ def given_path(path: str | Path) -> Path:
     except UnicodeEncodeError as error:
         raise EsjaxError(f"{str(whole)!r} is not UTF-8 text; give it, and the folders above it, such a name") from error
     return whole
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for what can be made again; None if the user has no home folder."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return Path(caches) / "esjax" if os.path.isabs(caches) else None

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from esjax import __version__
 from esjax.errors import DiskError, EsjaxError
-from esjax.paths import given_path
+from esjax.paths import cache_folder, given_path
 from esjax.terminal import has_cursor
 from esjax.texts import legible
 
@@ -128,7 +128,7 @@ def prepare(processes: str | None = None) -> None:
     """
     from esjax.devices.mesh import prepare_devices, start_devices
 
-    prepare_devices(_cache())
+    prepare_devices(cache_folder())
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # an unusable cache only costs seconds
         warnings.filterwarnings("ignore", r"Error (reading|writing) persistent compilation cache", UserWarning)
     if processes is not None:
@@ -136,13 +136,6 @@ def prepare(processes: str | None = None) -> None:
 
         connect(processes)
     start_devices()
-
-
-def _cache() -> Path | None:
-    """Return the folder for compiled programs; None if the user has no home folder."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
-    return Path(caches) / "esjax" if os.path.isabs(caches) else None
 
 
 def new_folder(out: Path | None, parent: str = "runs") -> Path:

@@ -2,19 +2,24 @@
 
 import hashlib
 import math
+import os
+import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Int32, Integer
 from numpy import ndarray
 
+from esjax import __version__
 from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.delivery import Blocks
 from esjax.data.documents import Documents, TextStore, encode_documents
+from esjax.data.kept_arrays import SWITCH, keep_arrays, kept_path, read_arrays
 from esjax.data.ngram import fit_ngrams, ngram_losses
-from esjax.data.sources import locate, open_text, split_documents
+from esjax.data.sources import Text, locate, open_text, split_documents
 from esjax.data.text_files import FileRecord
-from esjax.data.vocabulary import Vocabulary, fit_vocabulary
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
 
@@ -27,6 +32,15 @@ MOST_MEASURED = 2**20
 
 MOST_COUNTED = 2**23
 """Most tokens that n-gram models count."""
+
+LARGE = 50_000_000
+"""Bytes of files from which on the tokens of a text are kept."""
+
+KEPT_FORMAT = 1
+"""Raise it when the same text becomes other tokens, or what is kept of them changes."""
+
+SETTLED = 2.0
+"""Seconds since the last change of a file, at least, for its tokens to be kept."""
 
 
 class Corpus(NamedTuple):
@@ -76,9 +90,12 @@ class Corpus(NamedTuple):
 
     @property
     def bits_of_a_nat(self) -> float:
-        """Bits per byte of the held-out documents if the loss is 1 nat per token; 0 if there is none."""
-        tokens = self.held_out.tokens
-        return tokens / self.held_out_bytes / math.log(2) if tokens else 0.0
+        """Bits per byte of the measured documents if the loss is 1 nat per token; 0 if there is none."""
+        documents, tokens, size = self.measured, self.held_out.tokens, self.held_out_bytes
+        if documents is not self.held_out:
+            tokens = sum(len(document) + 1 for document in documents)
+            size = sum(len(self.vocabulary.decode(document).encode()) + 1 for document in documents)
+        return tokens / size / math.log(2) if tokens else 0.0
 
     def stream(self) -> Integer[ndarray, " length"]:
         """Return the training documents in one array, see `Documents.stream`."""
@@ -113,27 +130,45 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         config: Settings of the data.
         vocabulary: Vocabulary of an existing run. None: that of the settings, or made from the training split.
 
+    The tokens of a text of `LARGE` bytes or more are kept, see `esjax.data.kept_arrays`, and read from there next time
+    if the files of the text are still the same.
+
     Raises:
         EsjaxError: The text cannot be read, see `esjax.data.sources`, or no document is left to train on; or the
             tokenizer cannot be read.
     """
-    text, digest = open_text(config.text, config.documents), hashlib.blake2b(digest_size=16)
+    text, now = open_text(config.text, config.documents), time.time()
+    key = _key(text.paths, config)
+    path = None if key is None else kept_path(key)
+    if path is not None and (found := _read_kept(path, vocabulary)) is not None:
+        return found
+    corpus = _read_corpus(text, config, vocabulary)
+    # A file can change within the resolution of its time of change and show none.
+    if path is not None and key == _key(text.paths, config) and _last_change(key) < now - SETTLED:
+        _keep(path, corpus)
+    return corpus
+
+
+def _read_corpus(text: Text, config: DataConfig, vocabulary: Vocabulary | None) -> Corpus:
+    digest = hashlib.blake2b(digest_size=16)
     train, held_out = TextStore(), TextStore()
-    between = ""
+    between = b""
     for batch in text.batches():
-        digest.update((between + "\0".join(batch)).encode())
-        between = "\0"
-        for store, documents in zip((train, held_out), split_documents(batch, config.held_out), strict=True):
+        encoded = "\0".join(batch).encode()
+        digest.update(between + encoded)
+        between = b"\0"
+        for store, documents in zip(
+            (train, held_out), split_documents(encoded.split(b"\0"), config.held_out), strict=True
+        ):
             store.add(documents)
     if not train and not held_out:
         raise EsjaxError(f"the text {config.text!r} is empty; name one that holds at least one document")
     if vocabulary is None:
         if not train:
-            raise EsjaxError(f"all {sum(1 for _ in held_out)} documents are held out; lower data.held_out or add text")
+            count = sum(piece.count(0) for piece in held_out.pieces())
+            raise EsjaxError(f"all {count} documents are held out; lower data.held_out or add text")
         if config.symbols is None:
-            pieces = (piece.replace("\0", "") for piece in train.pieces())  # faster to count than documents
-            texts = pieces if config.vocabulary == "char" else train
-            vocabulary = fit_vocabulary(config.vocabulary, texts, config.vocab_size)
+            vocabulary = fit_vocabulary(config.vocabulary, train.pieces(), config.vocab_size)
         else:
             vocabulary = Vocabulary("char", tuple(config.symbols))
     return Corpus(
@@ -146,3 +181,57 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
         text.note,
         tuple(text.files),
     )
+
+
+def _key(paths: Sequence[Path], config: DataConfig) -> Any:
+    """Return what the tokens of files depend on; None if the files are not large.
+
+    Whatever changes a file sets its time of change, which no program can set to another one.
+    """
+    try:
+        files = [(str(path), path.stat()) for path in paths]
+        if sum(about.st_size for _, about in files) < LARGE:
+            return None
+        way, _, tokenizer = config.vocabulary.partition(":")
+        if way == "tokenizer":
+            files.append((tokenizer, os.stat(given_path(tokenizer))))
+    except OSError:
+        return None
+    names = "text", "documents", "held_out", "vocabulary", "vocab_size", "symbols"
+    states = [(name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns) for name, about in files]
+    return [__version__, KEPT_FORMAT, [getattr(config, name) for name in names], states]
+
+
+def _last_change(key: Any) -> float:
+    """Return when the last of the files was changed, in seconds since 1970."""
+    newest: int = max(time for *_, modified, changed in key[-1] for time in (modified, changed))
+    return newest / 1e9
+
+
+def _keep(path: Path, corpus: Corpus) -> None:
+    arrays = {
+        f"{name}_{part}": array
+        for name, documents in (("train", corpus.train), ("held_out", corpus.held_out))
+        for part, array in (("stream", documents.stream), ("ends", documents.ends))
+    }
+    rest = corpus._asdict() | {"vocabulary": corpus.vocabulary.stored()}
+    keep_arrays(path, arrays, {name: value for name, value in rest.items() if name not in ("train", "held_out")})
+
+
+def _read_kept(path: Path, vocabulary: Vocabulary | None) -> Corpus | None:
+    """Read a corpus; None if it is not there, or has another vocabulary than the one given."""
+    kept = read_arrays(path)
+    if kept is None:
+        return None
+    about = kept.about | {
+        "vocabulary": parse_vocabulary(kept.about["vocabulary"]),
+        "files": tuple(FileRecord(*file) for file in kept.about["files"]),
+    }
+    if vocabulary not in (None, about["vocabulary"]):
+        return None
+    used = f"the text is not read again, its tokens are in {path}; {SWITCH}=off reads it"
+    about["note"] = "; ".join(filter(None, (about["note"], used)))
+    train, held_out = (
+        Documents(kept.arrays[f"{name}_stream"], kept.arrays[f"{name}_ends"]) for name in ("train", "held_out")
+    )
+    return Corpus(train=train, held_out=held_out, **about)

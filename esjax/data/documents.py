@@ -4,6 +4,7 @@ The files have no name and vanish with the process. They lie in the folder of Py
 """
 
 import io
+import math
 import mmap
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,12 @@ IN_MEMORY = 2**26
 """Most bytes of a store that are kept in memory."""
 
 
-PIECE = 2**20
-"""Bytes of text that are encoded at a time."""
+PIECE = 2**18
+"""Bytes of text that are encoded at a time: few enough for a core's cache."""
+
+
+SHARES = 32
+"""Fewest documents that a part of many is made of, if there are so many."""
 
 
 class Store:
@@ -77,23 +82,18 @@ def _no_room(error: OSError) -> EsjaxError:
 
 
 class TextStore(Store):
-    """Documents as text, each with NUL behind it, which no document holds. `len` counts bytes of UTF-8."""
+    """Documents in UTF-8, each with NUL behind it, which no document holds. `len` counts bytes."""
 
-    def add(self, documents: Iterable[str]) -> None:
+    def add(self, documents: Iterable[bytes]) -> None:
         """Add documents."""
-        self.write("\0".join((*documents, "")).encode())
+        self.write(b"\0".join((*documents, b"")))
 
-    def __iter__(self) -> Iterator[str]:
-        """Yield the documents."""
-        for piece in self.pieces():
-            yield from piece[:-1].split("\0")
-
-    def pieces(self) -> Iterator[str]:
-        """Yield texts of about `PIECE` bytes: whole documents, each with NUL behind it."""
+    def pieces(self) -> Iterator[bytes]:
+        """Yield about `PIECE` bytes at a time: whole documents, each with NUL behind it."""
         content, begin = self.read(), 0
         while begin < len(content):
             end = content.find(b"\0", min(begin + PIECE, len(content) - 1)) + 1
-            yield content[begin:end].decode()
+            yield content[begin:end]
             begin = end
 
 
@@ -102,6 +102,7 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
 
     Attributes:
         stream: STOP, and then each document with STOP behind it, in the smallest type that holds the ids.
+        ends: Place in `stream` of the STOP behind each document; a document may hold further ones.
     """
 
     def __init__(self, stream: Integer[ndarray, " length"], ends: Int64[ndarray, " documents"]) -> None:
@@ -109,9 +110,9 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
 
         Args:
             stream: See the class.
-            ends: Place in `stream` of the STOP behind each document; a document may hold further ones.
+            ends: See the class.
         """
-        self.stream, self._ends = stream, ends
+        self.stream, self.ends = stream, ends
 
     @property
     def tokens(self) -> int:
@@ -119,7 +120,7 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
         return len(self.stream) - 1
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     @overload
     def __getitem__(self, index: int) -> Int32[ndarray, "..."]: ...
@@ -132,18 +133,24 @@ class Documents(Sequence[Int32[ndarray, "..."]]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]
-        begin = int(self._ends[place - 1]) + 1 if place else 1
-        return self.stream[begin : int(self._ends[place])].astype(np.int32)
+        begin = int(self.ends[place - 1]) + 1 if place else 1
+        return self.stream[begin : int(self.ends[place])].astype(np.int32)
 
     def spread(self, limit: int) -> Sequence[Int32[ndarray, "..."]]:
-        """Return all documents if they have at most `limit` tokens, else some, evenly spread, that have no more."""
+        """Return all documents if they have at most `limit` tokens, else some, evenly spread, that have no more.
+
+        A document gives at most its first `limit / SHARES` tokens, so that a few long ones leave room for the others.
+        """
         if self.tokens <= limit:
             return self
+        most = max(limit // SHARES, 1)
+        lengths = np.minimum(np.diff(self.ends, prepend=0), most)
+        step = max(float(lengths.sum()) / limit, 1.0)
         found = []
-        for place in range(0, len(self), -(-self.tokens // limit)):
+        for place in (np.arange(math.ceil(len(self) / step)) * step).astype(np.int64):
             if limit <= 0:
                 break
-            found.append(self[place][:limit])
+            found.append(self[int(place)][: min(limit, most)])
             limit -= len(found[-1]) + 1
         return found
 

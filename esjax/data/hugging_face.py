@@ -5,6 +5,7 @@ the network once.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ _STRINGS = ("string", "large_string")
 def _load(found: DatasetName) -> Any:
     with needing("a text hf:...", "datasets"):
         import datasets
+    # It logs every attempt to reach the Hub, twice; the error below says it once.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     name = str(given_path(found.name)) if found.is_folder else found.name
     if found.is_folder and not given_path(name).is_dir():
         raise EsjaxError(f"there is no folder {name!r}; for a data set on the Hub, leave out its first character")

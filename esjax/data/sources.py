@@ -22,8 +22,8 @@ from esjax.paths import given_path
 Documents = Literal["auto", "paragraph", "line", "file"]
 
 
-BATCH = 2**20
-"""Characters that are worked on at a time."""
+BATCH = 2**18
+"""Characters that are worked on at a time: few enough for a core's cache."""
 
 
 class Text:
@@ -31,10 +31,18 @@ class Text:
 
     Attributes:
         note: A notice about the source for the user, or "".
+        paths: The files of the source; none for a builtin text or a data set.
         files: The files that have been read, as they were; all of them when the iteration has ended.
     """
 
-    def __init__(self, parts: Iterable[Iterable[str]], documents: Documents, files: list[FileRecord], note: str = ""):
+    def __init__(
+        self,
+        parts: Iterable[Iterable[str]],
+        documents: Documents,
+        files: list[FileRecord],
+        note: str = "",
+        paths: Sequence[Path] = (),
+    ) -> None:
         """Set up; call `open_text` instead.
 
         Args:
@@ -42,8 +50,9 @@ class Text:
             documents: What a document is, see `DataConfig.documents`.
             files: List that grows while the parts are read.
             note: See the class.
+            paths: See the class.
         """
-        self._parts, self._documents, self.files, self.note = parts, documents, files, note
+        self._parts, self._documents, self.files, self.note, self.paths = parts, documents, files, note, paths
 
     def __iter__(self) -> Iterator[str]:
         """Yield the documents, see `batches`."""
@@ -92,18 +101,20 @@ def open_text(source: str, documents: Documents) -> Text:
             raise EsjaxError(f"no text {source!r}; there are {', '.join(_BUILTIN)}, or name a file, a folder or a glob")
         texts, note = _BUILTIN[source]()
         return Text(([text] for text in texts), in_text, files, note)
-    path, column = _split_column(source)
-    if column is not None:
+    found, (path, _, column) = _matches(source), source.rpartition("#")
+    if path and column and not found and not given_path(source).exists():
         tables = _find_tables(path, column)
-        return Text(([cell] for table in tables for cell in read_column(table, column, files)), whole, files)
-    found = _find(source)
+        cells = ([cell] for table in tables for cell in read_column(table, column, files))
+        return Text(cells, whole, files, paths=tables)
+    if not found:
+        raise _nothing(source)
     table, note = next((path for path in found if is_table(path)), None), ""
     parquet = next((path for path in found if path.suffix.lower() == ".parquet"), None)
     if parquet is not None:
         raise EsjaxError(f"{str(parquet)!r} is a Parquet table and no text; name a column of it: {source}#COLUMN")
     if table is not None:
         note = f"{table} is read as it stands; to read a column of it, give data.text {source}#COLUMN"
-    return Text((text_pieces(path, files) for path in found), in_text, files, note)
+    return Text((text_pieces(path, files) for path in found), in_text, files, note, found)
 
 
 def locate(source: str) -> str:
@@ -120,34 +131,25 @@ def locate(source: str) -> str:
     return source if source.startswith("builtin:") else str(given_path(source))
 
 
-def split_documents(documents: Sequence[str], held_out: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[bytes], held_out: float) -> tuple[list[bytes], list[bytes]]:
     """Split documents into training and held-out ones by a hash of their text.
 
     A document stays in its split if others are added, and equal documents are in the same split.
 
     Args:
-        documents: Non-empty strings.
+        documents: Non-empty, in UTF-8.
         held_out: Fraction of the documents to hold out, in [0, 1).
     """
-    hashes = [hashlib.blake2b(document.encode(), digest_size=8).digest() for document in documents]
+    hashes = [hashlib.blake2b(document, digest_size=8).digest() for document in documents]
     held = np.frombuffer(b"".join(hashes), "<u8") < np.uint64(math.ceil(held_out * 2**64))
     return list(compress(documents, ~held)), list(compress(documents, held))
 
 
-def _split_column(source: str) -> tuple[str, str | None]:
-    """Split PATH#COLUMN; a path or a glob that finds something with all of this name has no column."""
-    path, mark, column = source.rpartition("#")
-    try:
-        is_column = bool(mark and path and column) and not given_path(source).exists()
-        is_column = is_column and not _glob(_pattern(given_path(source)))
-    except OSError as error:  # such as a name that is too long
-        raise EsjaxError(f"cannot look for {source!r}: {error}") from error
-    return (path, column) if is_column else (source, None)
-
-
 def _find_tables(source: str, column: str) -> list[Path]:
     """Find the tables of a source, sorted: the file that it names, or those of a folder or a glob that end like one."""
-    found = _find(source)
+    found = _matches(source)
+    if not found:
+        raise _nothing(source)
     if len(found) == 1:
         return found  # `read_column` says what is wrong with another file
     tables = [path for path in found if is_table(path)]
@@ -156,25 +158,27 @@ def _find_tables(source: str, column: str) -> list[Path]:
     return tables
 
 
-def _find(source: str) -> list[Path]:
+def _matches(source: str) -> list[Path]:
     """Find the files of a source, sorted. A file with several names is listed once, under the first of them."""
     path = given_path(source)
     try:
         if path.is_dir():
             found = _glob(f"{glob.escape(str(path))}/**")
-            problem = f"the folder {source!r} holds no file"
         elif path.exists():
             return [path]
         else:
             found = _glob(_pattern(path))
-            problem = f"no file, folder or glob matches {source!r}; let data.text name one that is there"
         files = sorted(path for path in map(Path, found) if path.is_file())
         once = {_identity(path): path for path in reversed(files)}
     except OSError as error:  # such as a name that is too long, or a folder without permission
         raise EsjaxError(f"cannot look for {source!r}: {error}") from error
-    if not files:
-        raise EsjaxError(problem)
     return sorted(once.values())
+
+
+def _nothing(source: str) -> EsjaxError:
+    if given_path(source).is_dir():
+        return EsjaxError(f"the folder {source!r} holds no file")
+    return EsjaxError(f"no file, folder or glob matches {source!r}; let data.text name one that is there")
 
 
 def _glob(pattern: str) -> list[str]:

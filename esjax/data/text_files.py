@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from esjax.errors import EsjaxError
 from esjax.extras import needing
 
-PIECE = 2**22
-"""Bytes that are read at a time."""
+PIECE = 2**18
+"""Bytes that are read at a time: few enough for a core's cache."""
 
 _MARKS = {
     b"\xff\xfe\0\0": "UTF-32",

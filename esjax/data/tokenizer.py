@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from esjax.data.text_files import read_text
 from esjax.data.tokens import STOP, UNK
-from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary
+from esjax.data.vocabulary import FIRST, UNKNOWN_MARK, Vocabulary, documents_of
 from esjax.errors import EsjaxError
 from esjax.extras import needing
 
@@ -50,9 +50,9 @@ class TokenizerVocabulary(Vocabulary):
         """Turn text into ids, int32 [length]. Names of special tokens, such as <|im_start|>, become these tokens."""
         return self._ids(_tokenizer(self.json).encode(text).ids)
 
-    def encode_piece(self, text: str) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
+    def encode_piece(self, piece: bytes) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
         """Turn documents, each with NUL behind it, into ids, see `Vocabulary.encode_piece`."""
-        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(text[:-1].split("\0"))]
+        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(documents_of(piece))]
         stop = np.array([STOP], np.int32)
         return np.concatenate([part for ids in found for part in (ids, stop)]), np.array(
             [len(ids) + 1 for ids in found]

@@ -1,9 +1,9 @@
 """From characters, bytes or subwords to token ids and back."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -46,25 +46,32 @@ class Vocabulary:
 
     def encode(self, text: str) -> Int32[ndarray, " length"]:
         """Turn text into ids, int32 [length]; characters outside the vocabulary become UNK."""
-        if self.kind == "byte":
-            return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + FIRST
-        ids = _ids(self.symbols)
-        return np.fromiter((ids.get(character, UNK) for character in text), np.int32, len(text))
+        return self._map(text.encode(errors=_ANY))[0].astype(np.int32)
 
-    def encode_piece(self, text: str) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
+    def encode_piece(self, piece: bytes) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
         """Turn documents into ids.
 
         Args:
-            text: Documents, each with NUL behind it.
+            piece: Documents in UTF-8, each with NUL behind it.
 
         Returns:
             The ids, with STOP behind each document, and the number of them for each document, its STOP included.
         """
+        ids, ends = self._map(piece)
+        ids[ends] = STOP
+        return ids, np.diff(ends, prepend=-1)
+
+    def _map(self, text: bytes) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " nuls"]]:
+        """Return the id of each byte, or of each character of UTF-8, and the places of NUL."""
         if self.kind == "byte":
-            codes, table = np.frombuffer(text.encode(), np.uint8), _byte_table()
+            found = np.frombuffer(text, np.uint8)
+            ids = found.astype(np.uint16) + np.uint16(FIRST)
         else:
-            codes, table = code_points(text), _table(self.symbols)
-        return table[codes], np.diff(np.flatnonzero(codes == 0), prepend=-1)
+            found, table = _first_bytes(text), _table(self.symbols)
+            ids = table[found]
+            if not text.isascii():
+                ids[found > _LAST_ASCII] = table[_other_code_points(text)]
+        return ids, np.flatnonzero(found == 0)
 
     def decode(self, ids: Sequence[int] | ndarray) -> str:
         """Turn ids into text without STOP; UNK and invalid UTF-8 become a replacement character."""
@@ -87,24 +94,10 @@ class Vocabulary:
 
 
 @lru_cache(maxsize=4)
-def _ids(symbols: tuple[str, ...]) -> dict[str, int]:
-    return {symbol: i + FIRST for i, symbol in enumerate(symbols)}
-
-
-@lru_cache(maxsize=4)
 def _table(symbols: tuple[str, ...]) -> Integer[ndarray, " codes"]:
-    """Return the id of each code point, and STOP for NUL."""
+    """Return the id of each code point."""
     table = np.zeros(CODE_POINTS, np.min_scalar_type(len(symbols) + FIRST))  # UNK
     table[[ord(symbol) for symbol in symbols]] = np.arange(FIRST, FIRST + len(symbols))
-    table[0] = STOP
-    return table
-
-
-@lru_cache(maxsize=1)
-def _byte_table() -> Integer[ndarray, " bytes"]:
-    """Return the id of each byte, and STOP for NUL."""
-    table = np.arange(FIRST, FIRST + 256, dtype=np.uint16)
-    table[0] = STOP
     return table
 
 
@@ -131,12 +124,12 @@ def parse_vocabulary(stored: Any) -> Vocabulary:
     return Vocabulary(kind, tuple(symbols))
 
 
-def fit_vocabulary(kind: str, documents: Iterable[str], vocab_size: int | None) -> Vocabulary:
+def fit_vocabulary(kind: str, pieces: Iterable[bytes], vocab_size: int | None) -> Vocabulary:
     """Make the vocabulary of a text: for characters, those of the text by falling frequency, then by code point.
 
     Args:
         kind: The setting data.vocabulary.
-        documents: The text to train on; for characters, pieces of it will do.
+        pieces: The text to train on: documents in UTF-8, with NUL between them.
         vocab_size: For characters: most ids, UNK and STOP included. None: all characters.
 
     Raises:
@@ -148,28 +141,45 @@ def fit_vocabulary(kind: str, documents: Iterable[str], vocab_size: int | None) 
         from esjax.data.tokenizer import fit_bpe, read_tokenizer
 
         way, _, value = kind.partition(":")
-        return fit_bpe(documents, int(value)) if way == "bpe" else read_tokenizer(given_path(value))
-    counts: Counter[str] = Counter()
-    for document in documents:
-        for code, count in zip(*_tally(code_points(document)), strict=True):
-            counts[chr(code)] += count
-    ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    return Vocabulary("char", tuple(ranked if vocab_size is None else ranked[: vocab_size - FIRST]))
+        return (
+            fit_bpe(chain.from_iterable(map(documents_of, pieces)), int(value))
+            if way == "bpe"
+            else read_tokenizer(given_path(value))
+        )
+    counts = np.zeros(CODE_POINTS, np.int64)
+    for piece in pieces:
+        counts[: _LAST_ASCII + 1] += np.bincount(_first_bytes(piece), minlength=256)[: _LAST_ASCII + 1]
+        if not piece.isascii():
+            others = np.bincount(_other_code_points(piece))
+            counts[: len(others)] += others
+    counts[0] = 0
+    present = np.flatnonzero(counts)
+    ranked = present[np.argsort(-counts[present], kind="stable")].tolist()
+    return Vocabulary("char", tuple(map(chr, ranked if vocab_size is None else ranked[: vocab_size - FIRST])))
 
 
-def _tally(codes: Integer[ndarray, " length"]) -> tuple[list[int], list[int]]:
-    """Return the distinct codes and their counts."""
-    if len(codes) < 2**16:
-        present, counts = np.unique(codes, return_counts=True)
-    else:
-        counts = np.bincount(codes)
-        present = np.flatnonzero(counts)
-        counts = counts[present]
-    return present.tolist(), counts.tolist()
+def documents_of(piece: bytes) -> list[str]:
+    """Return the documents of a piece, see `esjax.data.documents.TextStore.pieces`."""
+    return piece.removesuffix(b"\0").decode().split("\0")
 
 
-def code_points(text: str) -> Integer[ndarray, " length"]:
-    """Return the code point of each character, in the smaller type if the text is ASCII."""
-    if text.isascii():
-        return np.frombuffer(text.encode(), np.uint8)
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+_LAST_ASCII = 0x7F
+
+_ASCII = bytes(range(_LAST_ASCII + 1))
+
+_FURTHER = bytes(range(0x80, 0xC0))
+"""Bytes of UTF-8 that begin no character."""
+
+_ANY: Any = "surrogatepass"
+"""How errors in UTF-8 are handled: half a surrogate pair counts as a character, which is in no vocabulary."""
+
+
+def _first_bytes(text: bytes) -> Integer[ndarray, " length"]:
+    """Return the first byte of each character of UTF-8: of an ASCII character, its code point."""
+    return np.frombuffer(text if text.isascii() else text.translate(None, _FURTHER), np.uint8)
+
+
+def _other_code_points(text: bytes) -> Integer[ndarray, " others"]:
+    """Return the code points of the characters of UTF-8 that are not ASCII, in order."""
+    others = text.translate(None, _ASCII).decode(errors=_ANY)
+    return np.frombuffer(others.encode("utf-32-le", _ANY), np.uint32)

@@ -403,10 +403,7 @@ def serve_with(
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files)
-    server = Server(folder, corpus, listen, custom, replica, found, tell)
-    if corpus.note:
-        server.tell(corpus.note)
-    return server
+    return Server(folder, corpus, listen, custom, replica, found, tell)
 
 
 def resume_serving(

@@ -20,7 +20,7 @@ ACCELERATOR_SEQUENCES = 2**16
 """Most sequences, each with two members, that an accelerator evaluates at a time; it needs many to be busy."""
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
-"""Most bytes for the noise, or the added-up weights, of a chunk."""
+"""Most bytes for the noise, the added-up weights and the logits of a chunk."""
 
 CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 """Most pairs whose noise a device sums at a time."""

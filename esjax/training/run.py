@@ -330,8 +330,6 @@ def train_with(
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if params is not None:
         trainer._replica.start_with(params)
-    if corpus.note:
-        trainer.tell(corpus.note)
     if out is not None and leads():
         trainer.folder = RunFolder.create(
             out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files

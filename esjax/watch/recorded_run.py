@@ -55,6 +55,8 @@ class RecordedRun:
         self._asked = Event()
         self._iteration: ReferenceType[Iteration] | None = None
         self._best_reward, self._evaluations = -math.inf, 0  # the highest greedy reward, and evaluations since
+        if corpus.note:
+            self.tell(corpus.note)
 
     def __iter__(self) -> Iteration:
         """Return an iterator over the steps, see the class; an earlier one that was left half-way is closed."""

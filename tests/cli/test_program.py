@@ -14,7 +14,8 @@ from progress_lines import BASELINES, INFO, TWO_MINUTES, WHOLE
 from rich.table import Table
 
 from esjax import cli
-from esjax.cli.shared import _cache, open_console
+from esjax.cli.shared import open_console
+from esjax.paths import cache_folder
 from esjax.terminal import has_cursor
 from esjax.watch.progress import Progress
 
@@ -143,10 +144,10 @@ def test_a_table_is_whole_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_a_home_compiled_programs_are_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _cache() == tmp_path / "esjax"
+    assert cache_folder() == tmp_path / "esjax"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification says to ignore
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _cache() == tmp_path / ".cache" / "esjax"
+    assert cache_folder() == tmp_path / ".cache" / "esjax"
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user whom the system does not know
-    assert _cache() is None
+    assert cache_folder() is None

@@ -83,7 +83,11 @@ def test_a_whole_corpus_comes_back() -> None:
 
 def test_a_vocabulary_comes_back_beside_the_text() -> None:
     pytest.importorskip("tokenizers")
-    for vocabulary in (Vocabulary("byte"), Vocabulary("char", ("ß", "\0")), fit_vocabulary("bpe:260", ["ab ab"], None)):
+    for vocabulary in (
+        Vocabulary("byte"),
+        Vocabulary("char", ("ß", "\0")),
+        fit_vocabulary("bpe:260", [b"ab ab"], None),
+    ):
         text = unpack_text(*pack_text(pack_stream(DOCUMENTS), HELD_OUT, vocabulary), VOCAB)
         assert text.vocabulary == vocabulary
         np.testing.assert_array_equal(text.stream, pack_stream(DOCUMENTS))

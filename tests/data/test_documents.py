@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esjax.config.settings import DataConfig
+from esjax.data import corpus as corpus_module
 from esjax.data import documents as module
 from esjax.data import sources, text_files
 from esjax.data.corpus import Corpus, load_corpus
@@ -19,7 +20,7 @@ from esjax.data.documents import Documents, Store, TextStore, encode_documents
 from esjax.data.packing import pack_stream
 from esjax.data.sources import _cut, split_documents
 from esjax.data.tokens import STOP
-from esjax.data.vocabulary import Vocabulary, fit_vocabulary
+from esjax.data.vocabulary import Vocabulary, documents_of, fit_vocabulary
 from esjax.errors import EsjaxError
 
 TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
@@ -31,7 +32,7 @@ def test_the_stream_is_that_of_one_document_after_another(kind: Any, texts: list
     chosen = Vocabulary(kind, ("a", "b", "é") if kind == "char" else ())
     encoded = [chosen.encode(text) for text in texts]
     store = TextStore()
-    store.add(texts)
+    store.add(text.encode() for text in texts)
     found = encode_documents(store, chosen)
     np.testing.assert_array_equal(found.stream, pack_stream(encoded))
     assert found.tokens == sum(len(document) + 1 for document in encoded)
@@ -46,9 +47,9 @@ def test_a_store_gives_back_what_was_written(monkeypatch: pytest.MonkeyPatch, in
     texts = [f"document {i}" * (i % 5 + 1) for i in range(100)]
     store, numbers = TextStore(), Store()
     for text in texts:
-        store.add([text])
+        store.add([text.encode()])
         numbers.write(np.arange(len(text)))
-    assert list(store) == texts
+    assert [document for piece in store.pieces() for document in documents_of(piece)] == texts
     assert len(store) == sum(len(text) + 1 for text in texts)
     np.testing.assert_array_equal(numbers.array(np.int64), np.concatenate([np.arange(len(text)) for text in texts]))
 
@@ -115,8 +116,10 @@ def test_a_corpus_is_what_its_documents_say(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(50)]
     path.write_text("\n\n".join(texts))
     corpus = corpus_of(path, held_out=0.3)
-    train, held_out = split_documents(texts, 0.3)
-    assert corpus.vocabulary == fit_vocabulary("char", train, None)
+    train, held_out = (
+        [document.decode() for document in part] for part in split_documents([text.encode() for text in texts], 0.3)
+    )
+    assert corpus.vocabulary == fit_vocabulary("char", [text.encode() for text in train], None)
     assert corpus.digest == hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest()
     assert [corpus.vocabulary.decode(document) for document in corpus.train] == train
     assert [document.tolist() for document in corpus.held_out] == [
@@ -137,9 +140,53 @@ def test_a_spread_has_at_most_its_limit_of_tokens_from_all_over(rows: list[list[
         assert found is documents
         return
     assert 0 < sum(len(document) + 1 for document in found) <= limit + 1
-    places = range(0, len(rows), -(-documents.tokens // limit))
-    for place, document in zip(places, found, strict=False):
-        assert rows[place][: len(document)] == document.tolist()
+    place = 0  # each is the beginning of a document, in their order
+    for document in found:
+        while rows[place][: len(document)] != document.tolist():
+            place += 1
+        place += 1
+
+
+@pytest.mark.parametrize("limit", [4_000, 4_001, 20_000, 30_000, 45_000])
+def test_a_spread_takes_its_limit_from_all_parts_of_the_text(limit: int) -> None:
+    """Documents of 1 to 99 tokens with their STOPs, the longer ones in the second half: both have their share."""
+    lengths = np.concatenate([np.tile(np.arange(0, 41), 20), np.tile(np.arange(40, 99), 10)])
+    encoded = [np.full(length, place, np.int32) for place, length in enumerate(lengths, start=2)]
+    documents = Documents(pack_stream(encoded), np.cumsum(lengths + 1))
+    found = documents.spread(limit)
+    taken = np.zeros(len(lengths))
+    for document in filter(len, found):
+        taken[document[0] - 2] = len(document)
+    shares = [
+        part.sum() / whole.sum() for part, whole in zip(*(np.array_split(x, 2) for x in (taken, lengths)), strict=True)
+    ]
+    assert 0.8 * limit < sum(len(document) + 1 for document in found) <= limit + 1
+    assert max(shares) < 2 * min(shares)
+
+
+def test_a_long_document_leaves_room_for_the_others() -> None:
+    lengths = [10_000, *[10] * 500]
+    encoded = [np.full(length, place, np.int32) for place, length in enumerate(lengths, start=2)]
+    documents = Documents(pack_stream(encoded), np.cumsum(np.array(lengths) + 1))
+    found = documents.spread(3_200)
+    assert len(found[0]) == 100
+    assert sum(map(len, found[1:])) > 2_000
+
+
+def test_bits_per_byte_are_those_of_the_documents_that_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of é have two bytes a character, those of e have one; the measured ones are decoded one by one."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join("eé"[i % 3 == 0] * (i % 17 + 1) + str(i) for i in range(400)))
+    corpus = corpus_of(path, held_out=0.5)
+    whole = corpus.bits_of_a_nat
+    assert whole == pytest.approx(corpus.held_out.tokens / corpus.held_out_bytes / np.log(2))
+    monkeypatch.setattr(corpus_module, "MOST_MEASURED", 300)
+    texts = [corpus.vocabulary.decode(document) for document in corpus.measured]
+    expected = sum(len(text) + 1 for text in texts) / sum(len(text.encode()) + 1 for text in texts) / np.log(2)
+    assert corpus.bits_of_a_nat == pytest.approx(expected)
+    assert corpus.bits_of_a_nat != pytest.approx(whole)
 
 
 def test_a_document_may_hold_stops(tmp_path: Path) -> None:

@@ -289,12 +289,12 @@ def test_an_unknown_builtin_is_told_the_known_ones() -> None:
     assert "builtin:pydoc" in message
 
 
-DOCUMENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1)
+DOCUMENTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1).map(str.encode), min_size=1)
 
 
 @given(DOCUMENTS, DOCUMENTS)
-def test_a_document_stays_on_its_side_when_others_are_added(documents: list[str], added: list[str]) -> None:
-    anchor = "a document that is trained on"  # so that something is left to train on
+def test_a_document_stays_on_its_side_when_others_are_added(documents: list[bytes], added: list[bytes]) -> None:
+    anchor = b"a document that is trained on"  # so that something is left to train on
     train, held = split_documents([anchor, *documents], 0.5)
     more_train, more_held = split_documents([anchor, *added, *documents], 0.5)
     assert set(train) <= set(more_train)
@@ -302,8 +302,8 @@ def test_a_document_stays_on_its_side_when_others_are_added(documents: list[str]
 
 
 @given(DOCUMENTS)
-def test_every_document_is_on_one_side_in_order(documents: list[str]) -> None:
-    anchor = "a document that is trained on"
+def test_every_document_is_on_one_side_in_order(documents: list[bytes]) -> None:
+    anchor = b"a document that is trained on"
     train, held = split_documents([anchor, *documents, *documents], 0.5)
     assert not set(train) & set(held)
     sides = {side: iter(part) for side, part in (("train", train), ("held", held))}
@@ -314,13 +314,13 @@ def test_every_document_is_on_one_side_in_order(documents: list[str]) -> None:
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_the_held_out_share_is_about_as_asked(share: float) -> None:
     count = 4000
-    _, held = split_documents([f"document {i}" for i in range(count)], share)
+    _, held = split_documents([f"document {i}".encode() for i in range(count)], share)
     # A binomial count; beyond five standard deviations lies less than a millionth of it.
     assert abs(len(held) - count * share) < 5 * math.sqrt(count * share * (1 - share))
 
 
 def test_nothing_is_held_out_at_a_share_of_zero() -> None:
-    documents = [f"document {i}" for i in range(100)]
+    documents = [f"document {i}".encode() for i in range(100)]
     assert split_documents(documents, 0.0) == (documents, [])
 
 

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from esjax.data.tokens import STOP, UNK
 from esjax.data.vocabulary import UNKNOWN_MARK, Vocabulary, fit_vocabulary, parse_vocabulary
 
+HALVES = st.characters(categories=["Cs"])
+"""Halves of surrogate pairs, which are no characters."""
+
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters=UNKNOWN_MARK))
+
+DOCUMENTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters=UNKNOWN_MARK + "\0")), min_size=1)
+
+
+def fitted(documents: list[str], vocab_size: int | None = None) -> Vocabulary:
+    """Fit characters to documents, in two pieces."""
+    pieces = [b"".join(text.encode() + b"\0" for text in part) for part in (documents[:1], documents[1:])]
+    return fit_vocabulary("char", pieces, vocab_size)
 
 
 def test_unknown_and_stop_come_first() -> None:
@@ -17,34 +28,34 @@ def test_unknown_and_stop_come_first() -> None:
 
 def test_ids_fall_with_frequency_and_ties_rise_with_the_code_point() -> None:
     # c four times, a and b twice, d and é once.
-    vocabulary = fit_vocabulary("char", ["bcéb", "aacdcc"], None)
+    vocabulary = fitted(["bcéb", "aacdcc"])
     assert vocabulary.symbols == ("c", "a", "b", "d", "é")
     assert vocabulary.size == 7
     np.testing.assert_array_equal(vocabulary.encode("cabdé"), [2, 3, 4, 5, 6])
 
 
 def test_a_limit_leaves_the_rarest_out() -> None:
-    vocabulary = fit_vocabulary("char", ["aaabbc"], 4)
+    vocabulary = fitted(["aaabbc"], 4)
     assert vocabulary.size == 4
     np.testing.assert_array_equal(vocabulary.encode("abc"), [2, 3, UNK])
     assert vocabulary.decode([2, 3, UNK]) == "ab" + UNKNOWN_MARK
 
 
 def test_a_limit_that_is_not_reached_changes_nothing() -> None:
-    assert fit_vocabulary("char", ["aaabbc"], 100) == fit_vocabulary("char", ["aaabbc"], None)
+    assert fitted(["aaabbc"], 100) == fitted(["aaabbc"])
 
 
-@given(st.lists(TEXT, min_size=1), st.integers(3, 20))
+@given(DOCUMENTS, st.integers(3, 20))
 def test_a_limit_keeps_the_first_ids(documents: list[str], limit: int) -> None:
-    everything = fit_vocabulary("char", documents, None)
-    limited = fit_vocabulary("char", documents, limit)
+    everything = fitted(documents)
+    limited = fitted(documents, limit)
     assert limited.size == min(limit, everything.size)
     assert limited.symbols == everything.symbols[: limit - 2]
 
 
-@given(st.lists(TEXT, min_size=1))
+@given(DOCUMENTS)
 def test_what_was_fitted_comes_back_whole(documents: list[str]) -> None:
-    vocabulary = fit_vocabulary("char", documents, None)
+    vocabulary = fitted(documents)
     for document in documents:
         ids = vocabulary.encode(document)
         assert ids.dtype == np.int32
@@ -56,7 +67,7 @@ def test_what_was_fitted_comes_back_whole(documents: list[str]) -> None:
 
 @given(TEXT)
 def test_bytes_are_those_of_utf8_and_come_back_whole(text: str) -> None:
-    vocabulary = fit_vocabulary("byte", ["a"], 10)
+    vocabulary = fit_vocabulary("byte", [b"a"], 10)
     assert vocabulary.size == 258
     ids = vocabulary.encode(text)
     np.testing.assert_array_equal(ids, [byte + 2 for byte in text.encode()])
@@ -73,6 +84,14 @@ def test_any_bytes_are_written_as_python_does(ids: list[int]) -> None:
 def test_broken_utf8_is_marked() -> None:
     broken = [byte + 2 for byte in "é".encode()[:1] + b"x"]
     assert Vocabulary("byte").decode(broken) == UNKNOWN_MARK + "x"
+
+
+@given(st.lists(st.one_of(st.sampled_from("ab\0é—𝄞"), st.characters(), HALVES)).map("".join))
+def test_any_characters_are_mapped_one_by_one(text: str) -> None:
+    """Also NUL and halves of surrogate pairs, which no text of a run holds and a prompt may."""
+    symbols = ("—", "b", "é", "𝄞", *map(chr, range(1000, 1400)))
+    ids = [symbols.index(character) + 2 if character in symbols else UNK for character in text]
+    assert Vocabulary("char", symbols).encode(text).tolist() == ids
 
 
 def test_stop_is_left_out_of_the_text() -> None:

@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_reinforce() -> None:
 
 @pytest.mark.usefixtures("lenient_promotion")  # of optax
 def test_reinforce_learns_to_write_what_is_rewarded() -> None:
-    vocabulary = fit_vocabulary("char", ["ab"], None)
+    vocabulary = fit_vocabulary("char", [b"ab"], None)
     model = build_model(GruConfig(hidden_size=4, head_size=4), vocabulary.size)
     steps = reinforce(
         model,

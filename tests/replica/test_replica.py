@@ -12,7 +12,7 @@ from combinations import halved
 from conftest import mesh_of
 
 from esjax import core
-from esjax.config.models import GruConfig
+from esjax.config.models import GruConfig, MinGruConfig, TransformerConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, OptimConfig, replace
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows, follow_windows
@@ -24,6 +24,7 @@ from esjax.models import build_model
 from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.replica import chunking
 from esjax.replica.estimators.carried_state import STEPS
+from esjax.replica.estimators.estimator import LossEstimator, make_estimator
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import WINDOWS
@@ -325,3 +326,15 @@ def test_nothing_is_compiled_for_another_number_of_summed_pairs(es: EsConfig, ca
 def test_many_cores_share_a_population() -> None:
     """The defaults cut it into 16 chunks whatever the number of devices, so that 16 cores have work."""
     assert {make(devices, config=Config()).chunk_pairs for devices in (1, 2, 4)} == {2048 // 16}
+
+
+@pytest.mark.parametrize("model", [TransformerConfig(context=6), MinGruConfig(), GruConfig()])
+def test_a_chunk_has_room_for_its_logits_where_windows_are_read_at_once(model: Any) -> None:
+    """By hand: the logits of both members, of 3 windows of 6 tokens and 11 ids, 4 bytes each."""
+    config = Config(data=DataConfig(window=5, batch_size=3), model=model)
+    built = build_model(model, VOCAB)
+    params = built.init(jax.random.key(0))
+    estimator = make_estimator(config, built, params, built.units(params), None, packed=False)
+    assert isinstance(estimator, LossEstimator)
+    logits = 0 if isinstance(model, GruConfig) else 2 * 3 * 6 * 11 * 4
+    assert estimator.pair_bytes == estimator.noise_bytes + logits

@@ -137,7 +137,7 @@ def test_one_named_reward_that_is_wrong_costs_the_whole_pair(
 def test_many_texts_are_decoded_as_one_is() -> None:
     tokens = np.array([[2, UNK, 4], [3, STOP, STOP], [STOP] * 3], np.int32)
     pytest.importorskip("tokenizers")
-    subwords = fit_vocabulary("bpe:260", ["ab ab"], None)
+    subwords = fit_vocabulary("bpe:260", [b"ab ab"], None)
     for vocabulary in (ABC, Vocabulary("char", ("\0", "ß", "\n")), Vocabulary("byte"), subwords):
         assert decode_all(vocabulary, tokens) == [vocabulary.decode(row) for row in tokens]
 

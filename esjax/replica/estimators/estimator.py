@@ -34,7 +34,7 @@ class LossEstimator(NamedTuple):
         noise: How members differ.
         loss: `(params, windows, key) -> loss` of a member on the windows of its pair; unused for a reward in Python.
         zeros: Totals of 0, see `Layout.zeros`.
-        pair_bytes: Bytes that the noise of a pair, and added-up weights if any, take while it is evaluated.
+        pair_bytes: Bytes that the noise of a pair, its added-up weights and its logits take while it is evaluated.
         noise_bytes: Bytes that the noise of a pair takes while it is summed.
         embeddings: Paths of the parameters whose rows a pair reads by token, see `Model.embeddings`.
         is_output_exact: Whether the output layer has no noise and gets its exact gradient.
@@ -76,7 +76,7 @@ class SumEstimator(NamedTuple):
         vector_length: Length of the vectors.
         scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
         most_pairs: Most pairs of a chunk.
-        pair_bytes: Bytes that the noise of a pair takes while it is evaluated.
+        pair_bytes: Bytes that the noise of a pair and its logits take while it is evaluated.
         bounds: What honest sums can be.
         feedback: Shapes of the matrices of learned feedback; none without it.
     """
@@ -162,7 +162,8 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
         except EsjaxError as error:
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
-    pair_bytes = noise_bytes + (2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0)
+    added_up = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0
+    pair_bytes = noise_bytes + added_up + _logit_bytes(config, model, params)
     embeddings = () if is_custom or data.block_tokens is not None else model.embeddings
     bounds = ANYTHING if is_custom else CROSS_ENTROPY
     if not vector_length:
@@ -181,6 +182,14 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     return SumEstimator(
         sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes, bounds
     )
+
+
+def _logit_bytes(config: Config, model: Model, params: Params) -> int:
+    """Return the bytes of the logits of a pair's windows; 0 for a model that is scored token by token."""
+    if config.writes or (model.logits is None and model.states is None):
+        return 0
+    one = jax.eval_shape(lambda params: model.predict(params, model.initial_state(params)), params)
+    return 2 * config.data.batch_size * (config.data.tokens_before + config.data.window) * 4 * one.size
 
 
 def _is_output_exact(config: Config, model: Model, is_custom: bool, vector_length: int) -> bool:
