@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -93,10 +93,7 @@ class FakeDevices:
     def __init__(self, vector_length: int) -> None:
         """Begin with nothing."""
         self._step = 0
-        rng = np.random.default_rng(0)
-        self._losses = rng.normal(3.0, 0.1, (MOST_PAIRS, 2)).astype(np.float32)
-        walk = rng.normal(0.0, STEPS_PER_DEVIATION * QUANTUM**0.5, (MOST_PAIRS // QUANTUM + 1, vector_length))
-        self._walk = np.rint(walk).cumsum(axis=0)  # sums of the pairs before each quantum
+        self._losses, self._walk = _values(vector_length)
 
     def do(self, task: Task) -> Result:
         """Do a task."""
@@ -118,6 +115,15 @@ class FakeDevices:
         sums = self._walk[(first + pairs) // QUANTUM] - self._walk[first // QUANTUM]
         sums[:, -TAIL:] = pairs[:, None] * np.array([1, 3 * LOSS_STEPS, DIFFERENCE_STEPS // 10])
         return sums.astype(np.int32)
+
+
+@cache
+def _values(vector_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Make up the losses of all pairs, and the sums over the pairs before each quantum."""
+    rng = np.random.default_rng(0)
+    losses = rng.normal(3.0, 0.1, (MOST_PAIRS, 2)).astype(np.float32)
+    walk = rng.normal(0.0, STEPS_PER_DEVIATION * QUANTUM**0.5, (MOST_PAIRS // QUANTUM + 1, vector_length))
+    return losses, np.rint(walk).cumsum(axis=0)
 
 
 def config_of(settings: Settings, exchange: Literal["losses", "sums"]) -> Config:

@@ -256,6 +256,29 @@ def test_an_absent_or_silent_coordinator_is_no_refusal(keys: ServerKeys) -> None
             assert client.poll(0.5).refused == ""
 
 
+@pytest.mark.parametrize("secret", [False, True])
+def test_row_55_handshakes_that_are_cut_off_are_no_refusal(keys: ServerKeys, secret: bool) -> None:
+    """A coordinator cuts connections off during a flood. Reference: it lets the same host in afterwards."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+        token = token_of(keys) if secret else None
+        with ClientTransport(f"tcp://127.0.0.1:{port}", token=token, limits=LIMITS) as client:
+            place.settimeout(0.01)
+            cut_off = 0
+            while cut_off < 8:
+                assert client.poll(0.01).refused == ""
+                with suppress(TimeoutError):
+                    connection = place.accept()[0]
+                    connection.settimeout(PATIENCE)
+                    assert connection.recv(1)  # the handshake has begun
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.close()
+                    cut_off += 1
+            place.close()
+            with server_of(keys if secret else None, f"tcp://127.0.0.1:{port}") as server:
+                round_trip(server, client, [b"let in"])
+
+
 def test_row_19_a_revoked_key_is_known_at_its_next_message(tmp_path: Path, keys: ServerKeys) -> None:
     token = token_of(keys)
     with server_of(keys) as server, client_of(server, token) as client:

@@ -21,7 +21,8 @@ from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.keys import Token
 
 REFUSALS = 5
-"""Handshakes in a row that the other side breaks off before this counts as a refusal."""
+"""Handshakes that the other side ends in order before this counts as a refusal. Those that are cut off do not count: a
+coordinator cuts connections off during a flood, and its refusals end in order."""
 
 
 class Received(NamedTuple):
@@ -208,7 +209,8 @@ class ClientTransport:
                     )
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._shaking.discard(kind)
-                self._breaks = self._breaks + 1 if value in (errno.EPIPE, errno.ECONNRESET) else 0
+                if value != errno.ECONNRESET:
+                    self._breaks = self._breaks + 1 if value == errno.EPIPE else 0
                 if self._breaks >= REFUSALS and not self._let_in:  # after one success it is not a refusal
                     why = "requires a token" if self._token is None else "has another key or none"
                     self._refuse(f"breaks off every handshake: it {why}, or is not a coordinator; get a token for it")

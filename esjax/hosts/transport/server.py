@@ -24,7 +24,8 @@ from esjax.hosts.transport.flood_guard import FloodGuard
 from esjax.hosts.transport.keys import ServerKeys
 
 LOOK_SECONDS = 0.02
-"""Seconds between checks of the connections while `poll` waits."""
+"""Least seconds between two looks at the connections, and most while `poll` waits: a look takes as long as three
+requests."""
 
 
 class Request(NamedTuple):
@@ -86,6 +87,7 @@ class ServerTransport:
         self._succeeded = 0
         self._peers: dict[int, bytes] = {}  # by file descriptor of the connection
         self._disconnected: set[bytes] = set()
+        self._look_at = 0.0
         self._guard = FloodGuard(interface, port, limits, tell, curve=keys is not None)
         self.publish_port = self._guard.ports[1]
         self.address = f"tcp://{f'[{host}]' if ':' in host else host}:{self._guard.ports[0]}"
@@ -93,8 +95,10 @@ class ServerTransport:
             self._start_authenticator()
             # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the guard limits what comes in; with a limit here,
             # a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
-            self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, zmq.RCVHWM: 0})
-            self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, zmq.RCVHWM: 0})
+            # HANDSHAKE_IVL: the guard cuts off handshakes sooner, and a host takes an end in order for a refusal.
+            options: dict[int, int] = {zmq.RCVHWM: 0, zmq.HANDSHAKE_IVL: 10_000}
+            self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, **options})
+            self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, **options})
             self._guard.start()
         except BaseException:
             self.close()
@@ -123,7 +127,8 @@ class ServerTransport:
             left = max(deadline - time.monotonic(), 0.0)
             self._router.socket.poll(int(1000 * min(left, LOOK_SECONDS)))
             requests = self._take_requests()
-            self._look()
+            if time.monotonic() >= self._look_at:
+                self._look()
             if requests or left <= LOOK_SECONDS:
                 return requests
 
@@ -135,7 +140,7 @@ class ServerTransport:
     def disconnected(self) -> set[bytes]:
         """Return the peers (see `Request.peer`) whose connections have closed since the last call.
 
-        A connection counts at the next `poll` or `check` after its end; after 20 s if the other machine has vanished.
+        A connection counts at the next look at the connections; after 20 s if the other machine has vanished.
         """
         left, self._disconnected = self._disconnected, set()
         return left
@@ -214,6 +219,7 @@ class ServerTransport:
 
     def _look(self) -> None:
         """Note what has become of connections."""
+        self._look_at = time.monotonic() + LOOK_SECONDS
         for opened in self._sockets:
             for event, value in opened.events():
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
