@@ -256,7 +256,9 @@ class Server(RecordedRun):
             measured=run.last("held_out") is not None,
             trusted=_trusted_key(config.hosts.trusted_token, keys),
         )
-        return coordinator, ServerLoop(config, coordinator, transport, recorder, replica.state, keys, self.tell)
+        loop = ServerLoop(config, coordinator, transport, recorder, replica.state, keys, self.tell)
+        stack.callback(loop.close)
+        return coordinator, loop
 
     def _keys(self) -> ServerKeys | None:
         """Open the keys if the address needs them; new keys come with a first token."""

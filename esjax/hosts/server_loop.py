@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from esjax.config.settings import Config
 from esjax.errors import EsjaxError
+from esjax.flags import default_flags
 from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.protocol import wire
-from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Store, Tell
+from esjax.hosts.protocol.actions import Closed, Publish, Record, RecordDigest, Snapshot, Store, Tell
 from esjax.hosts.protocol.wire import Envelope
 from esjax.hosts.transport.keys import ServerKeys
 from esjax.hosts.transport.server import Request, ServerTransport
@@ -38,6 +40,9 @@ SIDE_SHARE, PAUSED_SHARE = 0.1, 0.5
 SideRequest = wire.Fetch | wire.CatchUp | wire.Join | wire.AskStatus
 """Requests that training does not wait for."""
 
+Written = Future[tuple[Callable[[Snapshot], None], str]]
+"""What becomes of a checkpoint, see `ServerLoop._write`."""
+
 
 class ServerLoop:
     """Answers hosts, and writes ledger and checkpoints."""
@@ -62,6 +67,9 @@ class ServerLoop:
         self._side_at = 0.0  # when the next side requests may be answered
         self._put_off: dict[bytes, float] = {}  # until when a connection is surely to wait
         self._marks: dict[int, tuple[float, int]] = {}  # progress at the step of an expected state
+        # Writing a checkpoint of a large model takes seconds; hosts are answered meanwhile.
+        self._writer = ThreadPoolExecutor(1, "esjax checkpoint")
+        self._writing: tuple[Snapshot, Written] | None = None
 
     def turn(self) -> list[StepInfo]:
         """Wait up to `POLL` seconds for requests, answer them, and return the infos of the steps that were closed."""
@@ -73,6 +81,8 @@ class ServerLoop:
             closed += self._answer(request, now)
         if self._side and now >= self._side_at:
             closed += self._answer_side_requests()
+        if self._writing is not None and self._writing[1].done():
+            self._finish_writing(*self._writing)
         if now >= self._tick_at:
             self._coordinator.tick(now)
             closed += self._carry_out(now)
@@ -188,7 +198,21 @@ class ServerLoop:
         before, self._measured = self._measured, self._coordinator.audits.measured
         return {} if self._measured is before else self._measured._asdict()
 
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._writer.shutdown()
+        if self._writing is not None:
+            self._finish_writing(*self._writing)
+
     def _store(self, store: Store) -> None:
+        """Begin to write a checkpoint. The coordinator sends no other one until it knows what became of it."""
+        step = store.snapshot.step
+        progress = self._marks.get(step, self._recorder.progress)
+        self._writing = store.snapshot, self._writer.submit(self._write, store, progress)
+
+    @default_flags()
+    def _write(self, store: Store, progress: tuple[float, int]) -> tuple[Callable[[Snapshot], None], str]:
+        """Write a checkpoint; return the coordinator's method for what became of it, and what went wrong, or ""."""
         snapshot, audits = store.snapshot, self._coordinator.audits
         done = audits.is_false
         try:
@@ -196,9 +220,17 @@ class ServerLoop:
             if digest(state) != store.digest or int(state.step) != snapshot.step:
                 raise EsjaxError("a host sent another state than its digest names")
             done = audits.not_stored
-            self._recorder.save(state, self._marks.get(snapshot.step), is_confirmed=store.is_confirmed)
-            done = audits.stored
+            self._recorder.write(state, progress, is_confirmed=store.is_confirmed)
         except EsjaxError as error:
+            return done, str(error)
+        return audits.stored, ""
+
+    def _finish_writing(self, snapshot: Snapshot, writing: Written) -> None:
+        self._writing = None
+        done, trouble = writing.result()
+        if trouble:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
-            self._tell(f"no checkpoint at step {snapshot.step}: {error}")
+            self._tell(f"no checkpoint at step {snapshot.step}: {trouble}")
+        else:
+            self._recorder.prune()
         done(snapshot)

@@ -192,19 +192,27 @@ class Recorder:
         if self.ledger:
             self.ledger.append(DIGEST, step, digest.encode())
 
-    def save(self, state: TrainState, progress: tuple[float, int] | None = None, *, is_confirmed: bool = True) -> None:
-        """Write a checkpoint, and drop updates behind the horizon.
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, and drop updates behind the horizon."""
+        self.write(state, self.progress)
+        self.prune()
+
+    def write(self, state: TrainState, progress: tuple[float, int], *, is_confirmed: bool = True) -> None:
+        """Write a checkpoint, in any thread.
 
         Args:
             state: The state.
-            progress: Training time and member-tokens at its step. None: the present ones.
+            progress: Training time and member-tokens at its step.
             is_confirmed: False for a state of a host that no other owner's host has confirmed.
         """
         if self.checkpoints:
-            self.checkpoints.save(state, *(progress or self.progress), is_confirmed=is_confirmed)
-            horizon = self._run.config.ledger_horizon
-            if horizon is not None and self.ledger:
-                keep_within(horizon, self.ledger, self.checkpoints)
+            self.checkpoints.save(state, *progress, is_confirmed=is_confirmed)
+
+    def prune(self) -> None:
+        """Drop updates behind the horizon."""
+        horizon = self._run.config.ledger_horizon
+        if horizon is not None and self.ledger and self.checkpoints:
+            keep_within(horizon, self.ledger, self.checkpoints)
 
     def log(self, info: StepInfo) -> StepInfo:
         """Pass on the info of a step to files and trackers, and return it, with the mean reward if text is scored."""

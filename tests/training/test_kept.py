@@ -2,7 +2,9 @@
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.delivery import hash_bytes
 from esjax.errors import EsjaxError
 from esjax.hosts.protocol.actions import Snapshot, Store
+from esjax.hosts.status import fetch_status
 from esjax.replica.snapshot import to_bytes
 from esjax.runs.checkpoint import digest, kept_steps
 from esjax.runs.ledger import UPDATE, read
@@ -144,18 +147,54 @@ def test_what_becomes_of_the_state_of_a_host(config: Config, tmp_path: Path, mon
         called: list[str] = []
         for name in ("stored", "not_stored", "is_false"):
             monkeypatch.setattr(coordinator.audits, name, lambda _, name=name: called.append(name))
+
+        def store(given: Snapshot, expected: str, *, is_confirmed: bool) -> None:
+            server_loop._store(Store(given, expected, is_confirmed))
+            before = len(called)
+            while len(called) == before:
+                server_loop.turn()
+
         for given, expected in ((snapshot, "another"), (no_state, ""), (snapshot._replace(step=4), digest(state))):
-            server_loop._store(Store(given, expected, is_confirmed=True))
+            store(given, expected, is_confirmed=True)
         with monkeypatch.context() as full:
-            full.setattr(server_loop._recorder, "save", Mock(side_effect=EsjaxError("the disk is full")))
-            server_loop._store(Store(snapshot, digest(state), is_confirmed=False))
+            full.setattr(server_loop._recorder, "write", Mock(side_effect=EsjaxError("the disk is full")))
+            store(snapshot, digest(state), is_confirmed=False)
         assert lines[-1] == "no checkpoint at step 3: the disk is full"
         assert kept_steps(run / "checkpoints")[0] == 2
-        server_loop._store(Store(snapshot, digest(state), is_confirmed=False))
+        store(snapshot, digest(state), is_confirmed=False)
         assert called == ["is_false", "is_false", "is_false", "not_stored", "stored"]
     assert kept_steps(run / "checkpoints")[0] == 3
     resume(run, tell=lines.append)
     assert any("the state of step 3 came from a host and was not confirmed" in line for line in lines)
+
+
+def test_hosts_are_answered_while_a_checkpoint_is_written(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a disk that takes as long as it likes the loop goes on, and its end waits until the checkpoint is whole."""
+    run, has_room = tmp_path / "run", threading.Event()
+    list(train(replace(config, steps=2), run))
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None)
+    with ExitStack() as stack:
+        coordinator, server_loop = server._open(stack, stack.enter_context(server._recording()))
+        state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
+        data, write = to_bytes(state), server_loop._recorder.write
+
+        def write_late(*parts: Any, **named: Any) -> None:
+            assert has_room.wait(30), "the loop waits for the disk"
+            write(*parts, **named)
+
+        monkeypatch.setattr(server_loop._recorder, "write", write_late)
+        server_loop._store(Store(Snapshot(3, data, hash_bytes(data)), digest(state), is_confirmed=True))
+        with ThreadPoolExecutor() as client:
+            status = client.submit(fetch_status, server.address)
+            while not status.done():
+                server_loop.turn()
+        assert status.result().step == 2
+        assert [one.step for one in coordinator.audits.snapshots] == [2]
+        has_room.set()
+    assert [one.step for one in coordinator.audits.snapshots] == [2, 3]
+    assert kept_steps(run / "checkpoints")[0] == 3
 
 
 def test_damage_above_the_newest_checkpoint_is_an_error(config: Config, tmp_path: Path) -> None:

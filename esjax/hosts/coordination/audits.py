@@ -148,7 +148,7 @@ class Audits:
         else:
             measure = self._measuring is None and now >= self._measure_at
             if self._round is None:
-                upload = now >= self._checkpoint_at
+                upload = now >= self._checkpoint_at and self._storing is None
                 digest = step - self._compared_step >= self._config.hosts.digest_interval
         if digest or upload:
             self._round = _Audit(step, hosts, reference if upload else None, now)
