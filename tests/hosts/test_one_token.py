@@ -124,6 +124,19 @@ def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: f
     check(acts, SPEEDS[-1], sums)
 
 
+def test_a_token_whose_pairs_go_round_costs_little() -> None:
+    """The others hand in more values for steps that are closed already, when they have leases of the next one."""
+    acts: list[Act] = [
+        (1, "go on", None, True, ["compiling"], "true", 0.3),
+        (1, "go on", None, True, ["compiling"], "none", 0.1),
+        (1, "go on", 2.9, True, ["ready"] * 7 + ["joining"], "none", 0.3),
+        (1, "leave", None, False, ["ready"], "none", 0.3),
+        (2, "go on", None, False, ["ready", "joining"], "false", 1.0),
+        (0, "leave", None, False, ["compiling"], "false", 10.0),
+    ]
+    check(acts, SPEEDS[-1], False)
+
+
 @both_exchanges
 @both_speeds
 def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, sums: bool) -> None:

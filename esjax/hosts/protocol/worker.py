@@ -385,7 +385,8 @@ class Worker:
             self._rejoin(now)
             return
         if isinstance(request, wire.Losses):
-            self._begin_step()
+            if request.step == self._scoring.step:  # else the leases of the next step are here already
+                self._begin_step()
         elif isinstance(request, wire.Join) and message.wait:
             self.waiting = legible(message.reason)
             self._joining.wait(now, message.wait)
