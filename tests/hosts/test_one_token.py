@@ -129,7 +129,7 @@ def test_a_token_whose_pairs_go_round_costs_little() -> None:
     acts: list[Act] = [
         (1, "go on", None, True, ["compiling"], "true", 0.3),
         (1, "go on", None, True, ["compiling"], "none", 0.1),
-        (1, "go on", 2.9, True, ["ready"] * 7 + ["joining"], "none", 0.3),
+        (1, "go on", 2.9, True, ["ready", "ready", "ready", "joining"], "none", 0.3),
         (1, "leave", None, False, ["ready"], "none", 0.3),
         (2, "go on", None, False, ["ready", "joining"], "false", 1.0),
         (0, "leave", None, False, ["compiling"], "false", 10.0),
