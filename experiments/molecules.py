@@ -1,7 +1,7 @@
 """Teach a character model to write molecules, and then drug-like ones, without backpropagation, and beside REINFORCE.
 
     pip install 'esjax[molecules]' && pip install --no-deps molsets
-    python experiments/molecules.py             # about half an hour on two cores, by estimate
+    python experiments/molecules.py             # about 40 minutes on two cores, by estimate
 
 Molecules are lines of text in SMILES, such as CC(=O)Oc1ccccc1C(=O)O. The text is a part of the training set of MOSES
 (Polykovskiy et al. 2020), which has 1.6 million molecules. A GRU reads it, trained by noise on activations. RDKit
@@ -56,7 +56,7 @@ COMPLETIONS = 4
 MEASURED = 1_000
 """Molecules that are written for a point of a curve."""
 
-STEPS_BETWEEN_TEXT_POINTS = 1_000
+STEPS_BETWEEN_TEXT_POINTS = 2_000
 """Steps on the text between points of its curve."""
 
 STEPS_BETWEEN_POINTS = 10
@@ -388,8 +388,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/molecules"), help="folder; a run on the text that it holds is not redone"
     )
-    parser.add_argument("--molecules", type=int, default=250_000, help="molecules of the text")
-    parser.add_argument("--text-steps", type=int, default=10_600)
+    parser.add_argument("--molecules", type=int, default=1_500_000, help="molecules of the text")
+    parser.add_argument("--text-steps", type=int, default=80_000)
     parser.add_argument("--search-steps", type=int, default=10, help="steps of a trial of the search")
     parser.add_argument("--steps", type=int, default=100, help="steps by reward")
     parser.add_argument("--population", type=int, default=128)
