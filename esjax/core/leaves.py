@@ -29,6 +29,7 @@ class Leaf:
         path: Path in the pytree, see `OfLeaf`.
         shape: Shape of the leaf.
         unit: Unit of the leaf, above 0.
+        axes: Number of axes, those of one layer if layers are stacked.
         factors: Shapes of the two factors of low-rank noise, without the rank; () for full noise.
         layers: Number of arrays stacked along the first axis, each with separate factors; 1: not stacked.
         row_of: For a bias: position of its matrix among the planned leaves, and 0 or 1 for the factor of that matrix
@@ -39,6 +40,7 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     unit: float
+    axes: int
     factors: tuple[tuple[int, ...], ...] = ()
     layers: int = 1
     row_of: tuple[int, int] | None = None
@@ -122,8 +124,8 @@ def _plan(noise: ANoise, index: int, path: str, leaf: Any, unit: float) -> Leaf:
         rows, columns = core[:cut], core[cut:]
         if math.prod(rows) > 1 and math.prod(columns) > 1:
             factors = (*layers, *rows, *[1] * len(columns)), (*layers, *[1] * len(rows), *columns)
-            return Leaf(index, path, shape, unit, factors, math.prod(layers))
-    return Leaf(index, path, shape, unit)
+            return Leaf(index, path, shape, unit, len(core), factors, math.prod(layers))
+    return Leaf(index, path, shape, unit, len(core))
 
 
 def _one_layer(noise: ANoise, path: str, leaf: Any) -> tuple[int, ...]:

@@ -259,7 +259,7 @@ class Layout:
                 direction = jnp.where(_is_common(leaf.shape), one, sign) if noise.split else sign
                 with jax.numpy_dtype_promotion("standard"):  # noise is float32; the leaf may not be
                     moved = (value + direction * size * unpacked(of_leaf[0])).astype(value.dtype)
-                leaves[leaf.index] = round_products(moved, precision, leaf.path)
+                leaves[leaf.index] = round_products(moved, precision, leaf.path, leaf.axes)
                 continue
             left, right = of_leaf
             step: Any = size * sign
@@ -330,9 +330,12 @@ class Layout:
         return any(not leaf.factors and len(leaf.shape) > 1 for leaf in self._leaves)
 
 
-def round_products(leaf: Array, precision: Precision, path: str = "") -> Any:
-    """Wrap a matrix so that its products round to `precision`; any other leaf, and float32, is returned unchanged."""
-    if precision == "float32" or jnp.ndim(leaf) != 2:
+def round_products(leaf: Array, precision: Precision, path: str = "", axes: int | None = None) -> Any:
+    """Wrap a matrix so that its products round to `precision`; any other leaf, and float32, is returned unchanged.
+
+    `axes` are those of one layer, for a leaf that holds layers stacked along its first axis; None: all axes.
+    """
+    if precision == "float32" or (jnp.ndim(leaf) if axes is None else axes) != 2:
         return leaf
     return PerturbedArray(leaf.astype(precision), None, None, None, leaf.dtype, path)
 

@@ -1,6 +1,7 @@
 """The text of a run: cut into documents, split into training and held-out ones, and encoded."""
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -19,6 +20,7 @@ from esjax.data.kept_arrays import SWITCH, keep_arrays, kept_path, read_arrays
 from esjax.data.ngram import fit_ngrams, ngram_losses
 from esjax.data.sources import Text, locate, open_text, split_documents
 from esjax.data.text_files import FileRecord
+from esjax.data.tokens import UNK
 from esjax.data.vocabulary import Vocabulary, fit_vocabulary, parse_vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
@@ -90,11 +92,15 @@ class Corpus(NamedTuple):
 
     @property
     def bits_of_a_nat(self) -> float:
-        """Bits per byte of the measured documents if the loss is 1 nat per token; 0 if there is none."""
+        """Bits per byte of the measured documents if the loss is 1 nat per token; 0 if there is none.
+
+        If some are measured and have UNK, whose bytes are not known, it is that of all held-out documents.
+        """
         documents, tokens, size = self.measured, self.held_out.tokens, self.held_out_bytes
-        if documents is not self.held_out:
-            tokens = sum(len(document) + 1 for document in documents)
-            size = sum(len(self.vocabulary.decode(document).encode()) + 1 for document in documents)
+        if documents is not self.held_out and not any((document == UNK).any() for document in documents):
+            tokens = size = sum(len(document) + 1 for document in documents)
+            if self.vocabulary.kind != "byte":  # else a document may end within a character
+                size = sum(len(self.vocabulary.decode(document).encode()) + 1 for document in documents)
         return tokens / size / math.log(2) if tokens else 0.0
 
     def stream(self) -> Integer[ndarray, " length"]:
@@ -139,13 +145,15 @@ def load_corpus(config: DataConfig, vocabulary: Vocabulary | None = None) -> Cor
     """
     text, now = open_text(config.text, config.documents), time.time()
     key = _key(text.paths, config)
-    path = None if key is None else kept_path(key)
-    if path is not None and (found := _read_kept(path, vocabulary)) is not None:
-        return found
+    # A run's vocabulary is mostly that of its settings, and else another one.
+    keys = [] if key is None else [[key, None]] if vocabulary is None else [[key, None], [key, vocabulary.stored()]]
+    for one in keys:
+        if (found := _read_kept(one, vocabulary)) is not None:
+            return found
     corpus = _read_corpus(text, config, vocabulary)
     # A file can change within the resolution of its time of change and show none.
-    if path is not None and key == _key(text.paths, config) and _last_change(key) < now - SETTLED:
-        _keep(path, corpus)
+    if keys and key == _key(text.paths, config) and _last_change(key) < now - SETTLED:
+        _keep(keys[-1], corpus)
     return corpus
 
 
@@ -208,20 +216,24 @@ def _last_change(key: Any) -> float:
     return newest / 1e9
 
 
-def _keep(path: Path, corpus: Corpus) -> None:
+def _keep(key: Any, corpus: Corpus) -> None:
+    path = kept_path(key)
+    if path is None:
+        return
     arrays = {
         f"{name}_{part}": array
         for name, documents in (("train", corpus.train), ("held_out", corpus.held_out))
         for part, array in (("stream", documents.stream), ("ends", documents.ends))
     }
-    rest = corpus._asdict() | {"vocabulary": corpus.vocabulary.stored()}
+    rest = corpus._asdict() | {"vocabulary": corpus.vocabulary.stored(), "key": json.dumps(key)}
     keep_arrays(path, arrays, {name: value for name, value in rest.items() if name not in ("train", "held_out")})
 
 
-def _read_kept(path: Path, vocabulary: Vocabulary | None) -> Corpus | None:
+def _read_kept(key: Any, vocabulary: Vocabulary | None) -> Corpus | None:
     """Read a corpus; None if it is not there, or has another vocabulary than the one given."""
-    kept = read_arrays(path)
-    if kept is None:
+    path = kept_path(key)
+    kept = None if path is None else read_arrays(path)
+    if kept is None or kept.about.pop("key") != json.dumps(key):
         return None
     about = kept.about | {
         "vocabulary": parse_vocabulary(kept.about["vocabulary"]),

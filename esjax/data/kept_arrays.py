@@ -56,12 +56,13 @@ def read_arrays(path: Path) -> Kept | None:
     try:
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        os.utime(path)
     except (OSError, ValueError):  # ValueError: it is empty
         return None
     end = len(content) - _HASH
     if end < 0 or hashlib.blake2b(memoryview(content)[:end], digest_size=_HASH).digest() != content[end:]:
         return None
+    with suppress(OSError):  # the folder may be one to read only
+        os.utime(path)
     begin = end - _LENGTH.size
     (length,) = _LENGTH.unpack_from(content, begin)
     listed, about = json.loads(content[begin - length : begin])
@@ -114,10 +115,12 @@ def keep_arrays(path: Path, arrays: dict[str, ndarray], about: Any) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    total = 0
-    with suppress(OSError):
-        found = [(about.st_mtime_ns, about.st_size, path) for path in folder.iterdir() for about in [path.stat()]]
-        for _, size, path in sorted(found, reverse=True):
-            total += size
-            if total > MOST_BYTES:
+    found, total = [], 0
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process may have dropped it
+            found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > MOST_BYTES:
+            with suppress(OSError):
                 path.unlink()

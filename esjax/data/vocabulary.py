@@ -171,7 +171,7 @@ _FURTHER = bytes(range(0x80, 0xC0))
 """Bytes of UTF-8 that begin no character."""
 
 _ANY: Any = "surrogatepass"
-"""How errors in UTF-8 are handled: half a surrogate pair counts as a character, which is in no vocabulary."""
+"""How errors in UTF-8 are handled: half a surrogate pair counts as a character, one that texts do not hold."""
 
 
 def _first_bytes(text: bytes) -> Integer[ndarray, " length"]:

@@ -19,7 +19,12 @@ from esjax.models.sequence import sequence_model
 
 
 def linen_model(
-    build: Callable[[int], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+    build: Callable[[int], Any],
+    *,
+    context: int,
+    embeddings: tuple[str, ...] = (),
+    output_layer: str = "",
+    stacked: tuple[str, ...] = (),
 ) -> ModelFactory:
     """Adapt a module of flax.linen.
 
@@ -28,6 +33,7 @@ def linen_model(
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
         embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
         output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
+        stacked: See `Model.stacked`; a path is such as "params/blocks".
 
     Returns:
         `(vocab_size) -> model`. The model's `init` raises EsjaxError if the module has variables besides parameters.
@@ -45,13 +51,20 @@ def linen_model(
                 )
             return dict(variables)
 
-        return sequence_model(init, module.apply, context, embeddings=embeddings, output_layer=output_layer)
+        return sequence_model(
+            init, module.apply, context, embeddings=embeddings, output_layer=output_layer, stacked=stacked
+        )
 
     return _called_like(build, factory)
 
 
 def nnx_model(
-    build: Callable[[int, Any], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+    build: Callable[[int, Any], Any],
+    *,
+    context: int,
+    embeddings: tuple[str, ...] = (),
+    output_layer: str = "",
+    stacked: tuple[str, ...] = (),
 ) -> ModelFactory:
     """Adapt a module of flax.nnx. Variables of type `nnx.Param` are trained.
 
@@ -60,6 +73,7 @@ def nnx_model(
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
         embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
         output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
+        stacked: See `Model.stacked`; a path is such as "params/blocks".
 
     Returns:
         `(vocab_size) -> model`.
@@ -74,13 +88,18 @@ def nnx_model(
             return nnx.split(build(vocab_size, nnx.Rngs(key)), nnx.Param, ...)[1]
 
         model = _module_model(like, first, lambda weights: nnx.merge(graph, weights, rest), context)
-        return model._replace(embeddings=embeddings, output_layer=output_layer)
+        return model._replace(embeddings=embeddings, output_layer=output_layer, stacked=stacked)
 
     return _called_like(build, factory)
 
 
 def equinox_model(
-    build: Callable[[int, Any], Any], *, context: int, embeddings: tuple[str, ...] = (), output_layer: str = ""
+    build: Callable[[int, Any], Any],
+    *,
+    context: int,
+    embeddings: tuple[str, ...] = (),
+    output_layer: str = "",
+    stacked: tuple[str, ...] = (),
 ) -> ModelFactory:
     """Adapt a module of equinox. Arrays of floating type are trained.
 
@@ -89,6 +108,7 @@ def equinox_model(
         context: Most tokens that the module reads, at least 1. Generation always passes this number.
         embeddings: See `Model.embeddings`; a path is such as "params/Embed_0/embedding".
         output_layer: See `Model.output_layer`; a path is such as "params/Dense_1".
+        stacked: See `Model.stacked`; a path is such as "params/blocks".
 
     Returns:
         `(vocab_size) -> model`.
@@ -103,7 +123,7 @@ def equinox_model(
             return equinox.filter(build(vocab_size, key), equinox.is_inexact_array)
 
         model = _module_model(like, first, lambda weights: equinox.combine(weights, rest), context)
-        return model._replace(embeddings=embeddings, output_layer=output_layer)
+        return model._replace(embeddings=embeddings, output_layer=output_layer, stacked=stacked)
 
     return _called_like(build, factory)
 

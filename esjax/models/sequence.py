@@ -35,6 +35,7 @@ def sequence_model(
     *,
     embeddings: tuple[str, ...] = (),
     output_layer: str = "",
+    stacked: tuple[str, ...] = (),
 ) -> Model:
     """Make a model from a function that predicts all tokens of a sequence at once.
 
@@ -46,6 +47,7 @@ def sequence_model(
         unit: See `Model.unit`.
         embeddings: See `Model.embeddings`.
         output_layer: See `Model.output_layer`.
+        stacked: See `Model.stacked`.
     """
 
     def initial_state(params: Params) -> LastTokens:
@@ -70,6 +72,7 @@ def sequence_model(
         context=context,
         embeddings=embeddings,
         output_layer=output_layer,
+        stacked=stacked,
     )
 
 

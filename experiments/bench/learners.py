@@ -26,6 +26,7 @@ from esjax.models import Model, build_model
 from esjax.models.custom import Custom
 from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.models.model import Params
+from esjax.replica.estimators.estimator import stacked_of
 from esjax.replica.optimizer import make_optimizer
 from esjax.replica.replica import Replica
 from esjax.replica.streams import INIT, WINDOWS
@@ -235,7 +236,8 @@ def arranged(config: Config, corpus: Corpus, *, paired: bool = True, pairs_a_win
     chosen = replace(config, es=replace(es, population_size=2 * count, exchange="losses"))
     replica = Replica(chosen, model, None, mesh)
     rank = es.rank if es.space == "low_rank" else 0
-    noise = Noise(es.deviation, rank, gaussian=es.noise == "gaussian", units=replica.units)
+    gaussian, stacked = es.noise == "gaussian", stacked_of(model)
+    noise = Noise(es.deviation, rank, gaussian=gaussian, units=replica.units, stacked=stacked)
     loss = over_sequences(model, cross_entropy(data.burn_in))
     score = evaluate(loss, noise, mesh=mesh, chunk_pairs=replica.chunk_pairs)
     of_noise = stream_seed(config.seed, PERTURBATIONS)

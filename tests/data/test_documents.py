@@ -189,6 +189,19 @@ def test_bits_per_byte_are_those_of_the_documents_that_are_measured(
     assert corpus.bits_of_a_nat != pytest.approx(whole)
 
 
+@pytest.mark.parametrize(("settings", "ratio"), [({"vocab_size": 5}, 0.9), ({"vocabulary": "byte"}, 1.0)])
+def test_bits_per_byte_count_no_replacement_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], ratio: float
+) -> None:
+    """A decoded UNK has three bytes. By hand: a document and its end are 9 characters, 10 bytes."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"{i:06d}aé" for i in range(400)))
+    corpus = corpus_of(path, held_out=0.5, **settings)
+    monkeypatch.setattr(corpus_module, "MOST_MEASURED", 300)
+    assert corpus.measured is not corpus.held_out
+    assert corpus.bits_of_a_nat == pytest.approx(ratio / np.log(2))
+
+
 def test_a_document_may_hold_stops(tmp_path: Path) -> None:
     """As those of a tokenizer whose special tokens the text names."""
     stream = np.array([STOP, 5, STOP, 6, STOP, STOP], np.uint8)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,7 +115,34 @@ def test_another_vocabulary_reads_anew(text: Path) -> None:
     load(text)
     other = load(text, Vocabulary("char", ("a", "b")))
     assert other.note == ""
-    assert other.vocabulary.symbols == ("a", "b")
+    again = load(text, Vocabulary("char", ("a", "b")))
+    assert USED in again.note
+    for one in (other, again):
+        assert one.vocabulary.symbols == ("a", "b")
+
+
+def test_the_vocabulary_of_a_run_is_not_that_of_the_settings(text: Path) -> None:
+    """Also if the run's is kept first."""
+    load(text, Vocabulary("char", ("a", "b")))
+    assert load(text).vocabulary.symbols[:3] != ("a", "b")
+    assert "é" in load(text).vocabulary.symbols
+
+
+def test_a_file_under_another_name_is_not_used(text: Path) -> None:
+    load(text)
+    (kept,) = files(text)
+    other = text.with_name("other.txt")
+    other.write_text("\n\n".join(f"page {i}" for i in range(200)))
+    load(other)
+    (new,) = set(files(text)) - {kept}
+    shutil.copy(kept, new)
+    assert load(other).note == ""
+
+
+def test_a_cache_to_read_only_is_used(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(text)
+    monkeypatch.setattr(os, "utime", Mock(side_effect=PermissionError))
+    assert USED in load(text).note
 
 
 def test_another_tokenizer_under_the_same_name_is_noticed(text: Path) -> None:

@@ -434,6 +434,11 @@ def plain(**parts: Any) -> Model:
             {"embeddings": ("out", "rows")},
             "embeddings of the model own is 'rows', which names no parameter; there are ",
         ),
+        ({"stacked": ("layers",)}, "stacked of the model own is 'layers', which names no parameter; there are "),
+        (
+            {"init": lambda key: {"in": jnp.zeros(3)}, "stacked": ("in",)},
+            r"stacked of the model own names in, whose shape \[3\] has no axis of layers before others; name the paths",
+        ),
     ],
 )
 def test_a_model_that_breaks_the_contract_is_refused(parts: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ from esjax.inference import score
 from esjax.models import Model, build_model
 from esjax.models.custom.check import check_model
 from esjax.models.member import Member
-from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.estimators.estimator import LossEstimator, make_estimator, stacked_of
 
 TOKENS = [1, 3, 2, 6, 1, 4, 5, 2, 3, 3, 6, 1]
 """Begins with STOP, as documents do, with two more ends among them."""
@@ -155,6 +155,18 @@ def test_weights_of_bfloat16_are_multiplied_as_they_are() -> None:
     np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
     text = str(jax.make_jaxpr(partial(at_once, model))(rounded, tokens))
     assert f"f32[{24},{10}]" not in text, "a matrix was widened"
+
+
+@pytest.mark.parametrize("space", ["low_rank", "full"])
+def test_in_bfloat16_matrices_of_layers_are_rounded_and_norms_are_not(space: str) -> None:
+    """A norm of one layer is a vector, whose noise of 0.001 would be lost. Reference: the same member in float32."""
+    model, params = built()
+    noise = dataclasses.replace(noise_of(model, space=space, sigma=0.001), stacked=stacked_of(model))
+    seed = pair_seeds(3, 0, 1)[0]
+    plain, rounded = (member_of(noise, params, seed, 1, precision) for precision in ("float32", "bfloat16"))
+    np.testing.assert_array_equal(rounded.layers.mlp_norm.scale, plain.layers.mlp_norm.scale)
+    assert (rounded.layers.mlp_norm.scale != params.layers.mlp_norm.scale).all()
+    assert rounded.layers.query.base.dtype == jnp.bfloat16
 
 
 def test_long_texts_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,15 +72,25 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
 
 
 def _check_paths(name: str, model: Model, params: Params) -> None:
-    """Check that the paths of a model name parameters."""
-    known = ["/".join(leaf_names(path)) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    given = {"output_layer": [model.output_layer] if model.output_layer else [], "embeddings": list(model.embeddings)}
+    """Check that the paths of a model name parameters, and that stacked ones have an axis of layers before others."""
+    known = {"/".join(leaf_names(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    given = {
+        "output_layer": [model.output_layer] if model.output_layer else [],
+        "embeddings": list(model.embeddings),
+        "stacked": list(model.stacked),
+    }
     for field, paths in given.items():
         for prefix in paths:
             if not any(is_below(path, prefix) for path in known):
                 raise EsjaxError(
                     f"{field} of {name} is {prefix!r}, which names no parameter; there are {', '.join(known)}"
                 )
+    for path, leaf in known.items():
+        if len(leaf.shape) < 2 and any(is_below(path, prefix) for prefix in model.stacked):
+            raise EsjaxError(
+                f"stacked of {name} names {path}, whose shape {list(leaf.shape)} has no axis of layers before others; "
+                "name the paths of stacked parameters alone"
+            )
 
 
 def _check_states(name: str, shapes: Callable[..., Any], params: Params, state: Any) -> None:

@@ -149,7 +149,7 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
         where=(lambda path, leaf: is_trained(path) and not (is_output_exact and is_below(path, model.output_layer)))
         if is_output_exact or es.frozen
         else None,
-        stacked=lambda path, _: any(is_below(path, prefix) for prefix in model.stacked),
+        stacked=stacked_of(model),
         packed=packed,
     )
     layout = noise.lay_out(params)
@@ -190,6 +190,11 @@ def _logit_bytes(config: Config, model: Model, params: Params) -> int:
         return 0
     one = jax.eval_shape(lambda params: model.predict(params, model.initial_state(params)), params)
     return 2 * config.data.batch_size * (config.data.tokens_before + config.data.window) * 4 * one.size
+
+
+def stacked_of(model: Model) -> Callable[[str, Any], bool]:
+    """Return the function for `Noise.stacked`, see `Model.stacked`."""
+    return lambda path, _: any(is_below(path, prefix) for prefix in model.stacked)
 
 
 def _is_output_exact(config: Config, model: Model, is_custom: bool, vector_length: int) -> bool:
