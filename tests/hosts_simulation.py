@@ -10,6 +10,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,8 @@ class Simulation:
         self.log: list[tuple[float, str, str, wire.Message]] = []
         self.bytes_sent: dict[str, int] = {"request": 0, "reply": 0, "broadcast": 0}
         self.store_fails = False
+        self.store_seconds = 0.0
+        self.is_storing = False
         self.revoked: set[str] = set()
         self.trusted: str | None = None  # key of the trusted token
         self.text = TEXT
@@ -460,13 +463,12 @@ class Simulation:
             elif isinstance(action, RecordDigest):
                 self.digests.append((action.step, action.digest))
             elif isinstance(action, Store):
-                if hash_state(action.snapshot.data[:STATE_BYTES]) != action.digest:
-                    self.server.audits.is_false(action.snapshot)
-                elif self.store_fails:
-                    self.server.audits.not_stored(action.snapshot)
+                assert not self.is_storing, "two checkpoints are written at once"
+                if self.store_seconds:
+                    self.is_storing = True
+                    self.at(self.now + self.store_seconds, partial(self._store, action))
                 else:
-                    self.checkpoints.append(action.snapshot)
-                    self.server.audits.stored(action.snapshot)
+                    self._store(action)
             elif isinstance(action, Closed):
                 self.closed.append(action)
                 if action.notice:
@@ -511,6 +513,18 @@ class Simulation:
         host = self.hosts[name] = Host(self, name, device or Device(**settings), **of_host)
         host.device.config = self.config
         return host
+
+    def _store(self, action: Store) -> None:
+        """Write a checkpoint, as the server loop does."""
+        self.is_storing = False
+        audits, snapshot = self.server.audits, action.snapshot
+        if hash_state(snapshot.data[:STATE_BYTES]) != action.digest:
+            audits.is_false(snapshot)
+        elif self.store_fails:
+            audits.not_stored(snapshot)
+        else:
+            self.checkpoints.append(snapshot)
+            audits.stored(snapshot)
 
     def kill_host(self, name: str) -> Host:
         """End a host without a word."""

@@ -203,6 +203,7 @@ class ServerLoop:
         self._writer.shutdown()
         if self._writing is not None:
             self._finish_writing(*self._writing)
+            self._carry_out(time.monotonic())
 
     def _store(self, store: Store) -> None:
         """Begin to write a checkpoint. The coordinator sends no other one until it knows what became of it."""
@@ -232,5 +233,8 @@ class ServerLoop:
             # Nothing is lost: the checkpoint before is kept, and the ledger has every update since.
             self._tell(f"no checkpoint at step {snapshot.step}: {trouble}")
         else:
-            self._recorder.prune()
+            try:
+                self._recorder.prune()
+            except EsjaxError as error:
+                self._tell(f"the ledger keeps updates behind the horizon: {error}")
         done(snapshot)

@@ -200,7 +200,7 @@ class Recorder:
         self.prune()
 
     def write(self, state: TrainState, progress: tuple[float, int], *, is_confirmed: bool = True) -> None:
-        """Write a checkpoint, in any thread.
+        """Write a checkpoint, in any thread, one at a time.
 
         Args:
             state: The state.

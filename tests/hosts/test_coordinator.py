@@ -414,6 +414,18 @@ def test_a_host_alone_measures_and_trains(config: Config) -> None:
     assert sim.server.audits.measured.held_out is not None
 
 
+def test_one_checkpoint_is_written_at_a_time() -> None:
+    """Also if the run is to end meanwhile; the simulation asserts it. The last step is kept all the same."""
+    sim = Simulation(config_of(checkpoint_time=1))
+    sim.add("a")
+    sim.add("b")
+    sim.store_seconds = 5.0
+    sim.run(22, lambda: sim.is_storing and len(sim.checkpoints) > 2)
+    assert sim.is_storing
+    end(sim)
+    assert sim.checkpoints[-1].step == len(sim.ledger)
+
+
 # The end.
 
 

@@ -125,7 +125,7 @@ def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: f
 
 
 def test_a_token_whose_pairs_go_round_costs_little() -> None:
-    """The others hand in more values for steps that are closed already, when they have leases of the next one."""
+    """Pairs are leased, given back and leased to others, so values come for closed steps when the next has begun."""
     acts: list[Act] = [
         (1, "go on", None, True, ["compiling"], "true", 0.3),
         (1, "go on", None, True, ["compiling"], "none", 0.1),

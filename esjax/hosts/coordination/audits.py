@@ -144,7 +144,8 @@ class Audits:
             return NOTHING_ELSE
         digest, upload, measure = False, False, False
         if last:
-            upload, measure = step not in (self._kept_step, self._failed_step), self._measured_step != step
+            upload = self._storing is None and step not in (self._kept_step, self._failed_step)
+            measure = self._measured_step != step
         else:
             measure = self._measuring is None and now >= self._measure_at
             if self._round is None:
@@ -233,7 +234,8 @@ class Audits:
         self.snapshots = [*self.snapshots[-1:], snapshot]
         self._storing, self._kept_step = None, snapshot.step
         for host in self._drifted:
-            self._resync(host, False)
+            if not host.dropped:  # its slot may be another's by now
+                self._resync(host, False)
         self._drifted = []
 
     def not_stored(self, snapshot: Snapshot) -> None:

@@ -408,7 +408,8 @@ class Coordinator:
         if self._registry.has_others(host.owner):  # else no host could take its place
             self._admission.exclude(host, reason)
         self._out.tell(f"{host.name} is put aside: {reason}")
-        self._let_go(host)
+        if not host.dropped:  # its slot may be another's by now
+            self._let_go(host)
 
     def _resync(self, host: Host, is_wrong: bool) -> None:
         """Let a host fetch the newest snapshot, and take its pairs; if it is wrong, its past losses do not count."""

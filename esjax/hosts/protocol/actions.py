@@ -89,7 +89,8 @@ class RecordDigest(NamedTuple):
 class Store(NamedTuple):
     """Write a checkpoint, then call `Audits.stored`, or `Audits.not_stored` if it could not be written.
 
-    If the state has another digest, call `Audits.is_false` instead.
+    If the state has another digest, call `Audits.is_false` instead. Hosts may come and go before that, and there is no
+    other `Store` until then.
     """
 
     snapshot: Snapshot

@@ -21,8 +21,8 @@ from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.keys import Token
 
 REFUSALS = 5
-"""Handshakes that the other side ends in order before this counts as a refusal. Those that are cut off do not count: a
-coordinator cuts connections off during a flood, and its refusals end in order."""
+"""Handshakes in a row that the other side ends in order before this counts as a refusal. Those that are cut off do not
+count: a coordinator cuts connections off during a flood, and its refusals end in order."""
 
 
 class Received(NamedTuple):

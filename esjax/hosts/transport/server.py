@@ -95,7 +95,8 @@ class ServerTransport:
             self._start_authenticator()
             # SNDHWM: a host waits for one reply at a time. RCVHWM 0: the guard limits what comes in; with a limit here,
             # a heartbeat from a stranger could abort the process while input waits, see `OPTIONS`.
-            # HANDSHAKE_IVL: the guard cuts off handshakes sooner, and a host takes an end in order for a refusal.
+            # HANDSHAKE_IVL: longer than the guard's 5 s. The guard cuts a handshake off, where libzmq ends it in order,
+            # which a host takes for a refusal.
             options: dict[int, int] = {zmq.RCVHWM: 0, zmq.HANDSHAKE_IVL: 10_000}
             self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, **options})
             self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, **options})
