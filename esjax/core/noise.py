@@ -327,7 +327,7 @@ class Layout:
     @property
     def adds_up(self) -> bool:
         """Whether some matrix has full noise, so that each member needs a copy of it."""
-        return any(not leaf.factors and len(leaf.shape) > 1 for leaf in self._leaves)
+        return any(not leaf.factors and leaf.axes > 1 for leaf in self._leaves)
 
 
 def round_products(leaf: Array, precision: Precision, path: str = "", axes: int | None = None) -> Any:

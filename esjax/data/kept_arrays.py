@@ -79,7 +79,7 @@ def keep_arrays(path: Path, arrays: dict[str, ndarray], about: Any) -> bool:
         about: See `Kept`.
 
     Returns:
-        Whether it was written: not if it would take more than `MOST_BYTES`, or more than half of the free space.
+        Whether it was written. It is not if it would take more than `MOST_BYTES`, or more than half of the free space.
     """
     size = sum(array.nbytes for array in arrays.values())
     try:

@@ -233,9 +233,10 @@ def test_rewards_that_have_names_are_known_by_their_means_over_the_population() 
     repeated = Counter(sent.step for _, _, _, sent in sim.log if isinstance(sent, wire.Losses))
     assert max(repeated.values()) > 3
     assert [closed.rewards.keys() for closed in sim.closed] == [{"right"}] * len(sim.closed)
-    np.testing.assert_allclose(
-        [closed.rewards["right"] for closed in sim.closed], [-closed.loss for closed in sim.closed], rtol=1e-5
-    )
+    wrong = np.abs([closed.rewards["right"] + closed.loss for closed in sim.closed])
+    # A mean of a message that came late counts for those of its pairs that no other host had scored by then.
+    assert np.quantile(wrong, 0.9) < 3e-5
+    assert wrong.max() < 0.02
     assert sim.server.status(sim.now).rewards == sim.closed[-1].rewards
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import re
 import socket
 import struct
@@ -256,10 +257,19 @@ def test_an_absent_or_silent_coordinator_is_no_refusal(keys: ServerKeys) -> None
             assert client.poll(0.5).refused == ""
 
 
+def two_ports() -> socket.socket:
+    """Listen at a port and leave the next one free. Below 32,768 no connection takes one of them meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError):
+            socket.create_server(("127.0.0.1", port + 1)).close()
+            return socket.create_server(("127.0.0.1", port))
+
+
 @pytest.mark.parametrize("secret", [False, True])
 def test_row_55_handshakes_that_are_cut_off_are_no_refusal(keys: ServerKeys, secret: bool) -> None:
     """A coordinator cuts connections off during a flood. Reference: it lets the same host in afterwards."""
-    with socket.create_server(("127.0.0.1", 0)) as place:
+    with two_ports() as place:
         port = place.getsockname()[1]
         token = token_of(keys) if secret else None
         with ClientTransport(f"tcp://127.0.0.1:{port}", token=token, limits=LIMITS) as client:
