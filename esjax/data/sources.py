@@ -84,8 +84,8 @@ def open_text(source: str, documents: Documents) -> Text:
         source: A file, a folder (every file in it that is not hidden), a glob, `builtin:NAME`, a column of tables
             (`PATH#COLUMN`, see `esjax.data.tables`), or a data set of Hugging Face (see `esjax.data.hugging_face`). A
             file or folder with exactly this name takes precedence over a column and over a glob, and a glob that finds
-            something over a column. Links are followed; a
-            file with several names, by symbolic or hard links, is read once.
+            something over a column. Links are followed; a file with several names, by symbolic or hard links, is read
+            once.
         documents: What a document is, see `DataConfig.documents`.
 
     Raises:
