@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from esjax.core.leaves import is_below
 from esjax.core.noise import Layout, Noise, Precision, full, low_rank
 from esjax.core.perturbed import PerturbedArray, is_perturbed
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.core.signs import draw
 from esjax.models import Model, gru, rnn
 from esjax.models.model import Params
+from esjax.replica.estimators.estimator import stacked_of
 
 VOCAB = 7
 PAIRS = 12
@@ -38,7 +38,7 @@ def noise_of(
 ) -> Noise:
     shared: dict[str, Any] = {"gaussian": noise == "gaussian", "split": split, "units": model.unit}
     if space != "full":
-        shared["stacked"] = lambda path, _: any(is_below(path, prefix) for prefix in model.stacked)
+        shared["stacked"] = stacked_of(model)
     chosen = full(sigma, **shared) if space == "full" else low_rank(sigma, rank, **shared)
     return dataclasses.replace(chosen, packed=packed)
 
