@@ -72,9 +72,12 @@ install_import_hook(
 
 from collections.abc import Iterator  # noqa: E402
 
+import shared_programs  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
 
 from esjax import flags  # noqa: E402
+
+shared_programs.share()
 
 # A run computes under JAX's defaults; here it is as strict as the rest.
 flags.DEFAULTS = {name: value for name, value in flags.DEFAULTS.items() if not name.startswith("numpy_")}

@@ -234,7 +234,7 @@ class ServerLoop:
             self._tell(f"no checkpoint at step {snapshot.step}: {trouble}")
         else:
             try:
-                self._recorder.prune()
+                self._recorder.cut_ledger()
             except EsjaxError as error:
                 self._tell(f"the ledger keeps updates behind the horizon: {error}")
         done(snapshot)

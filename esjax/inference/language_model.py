@@ -1,9 +1,9 @@
 """A model with its vocabulary: generation and scoring of text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,18 +72,41 @@ class Written(NamedTuple):
         return self.text
 
 
+class Functions(NamedTuple):
+    """Compiled functions of a model. Parameters are arguments, since they change during training.
+
+    Attributes:
+        score: `(params, *lanes) -> mean nats per token`.
+        read: `(params, prompt, count) -> state`, see `Member.read`.
+        sample: `(params, state, keys, max_tokens, sampling) -> tokens`.
+        beam_search: `(params, state, beams, max_tokens) -> found`.
+    """
+
+    score: Callable[..., jax.Array]
+    read: Callable[..., State]
+    sample: Callable[..., jax.Array]
+    beam_search: Callable[..., Any]
+
+
+def make_functions(model: Model) -> Functions:
+    """Make the functions; JAX compiles each at its first call."""
+    return Functions(
+        jax.jit(make_score(model)),
+        jax.jit(lambda params, prompt, count: Member(model, params).read(prompt, count=count)),
+        jax.jit(partial(sample, model), static_argnums=(3,)),
+        jax.jit(partial(beam_search, model), static_argnums=(2, 3)),
+    )
+
+
 class LanguageModel:
-    """Compiled functions of one model. Parameters are arguments, since they change during training."""
+    """A model that scores and writes text."""
 
     def __init__(self, model: Model, vocabulary: Vocabulary, mesh: Mesh) -> None:
         """Set up; nothing is compiled yet."""
         self.model = model
         self.vocabulary = vocabulary
         self._mesh = mesh
-        self._score = jax.jit(make_score(model))
-        self._read = jax.jit(lambda params, prompt, count: Member(model, params).read(prompt, count=count))
-        self._sample = jax.jit(partial(sample, model), static_argnums=(3,))
-        self._beam_search = jax.jit(partial(beam_search, model), static_argnums=(2, 3))
+        self._functions = make_functions(model)
 
     @default_flags()
     def lanes(self, documents: Sequence[ndarray]) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +120,7 @@ class LanguageModel:
     @default_flags()
     def loss(self, params: Params, lanes: tuple[jax.Array, jax.Array]) -> float:
         """Return the mean nats per token over the documents that `lanes` packed."""
-        return float(self._score(params, *lanes))
+        return float(self._functions.score(params, *lanes))
 
     def score(
         self, params: Params, documents: Sequence[ndarray], size: int, baselines: Mapping[str, float], note: str = ""
@@ -142,7 +165,7 @@ class LanguageModel:
         _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
         state = self._after(params, prompt)
         keys = jax.random.split(key_of(seed), count)
-        tokens = self._sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
+        tokens = self._functions.sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
         return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
 
     @default_flags()
@@ -155,7 +178,7 @@ class LanguageModel:
         _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
         _require(beams >= 1, f"beams must be at least 1, got {beams}")
         state = self._after(params, prompt)
-        found = self._beam_search(params, state, beams, max_tokens)
+        found = self._functions.beam_search(params, state, beams, max_tokens)
         pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
         return [Written(self.vocabulary.decode(row), float(total)) for row, total in pairs if np.isfinite(total)]
 
@@ -167,8 +190,8 @@ class LanguageModel:
         tokens = self.vocabulary.encode(prompt)
         padded = min(max(1 << (len(tokens) - 1).bit_length(), SHORTEST), self.model.context - 1)
         if self.model.read is None or len(tokens) > padded:
-            return self._read(params, tokens, None)
-        return self._read(params, np.pad(tokens, (0, padded - len(tokens))), np.int32(len(tokens)))
+            return self._functions.read(params, tokens, None)
+        return self._functions.read(params, np.pad(tokens, (0, padded - len(tokens))), np.int32(len(tokens)))
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,23 +8,20 @@ so that a crash leaves one ledger or the other.
 """
 
 from esjax.runs.checkpoint import Checkpoints, first_since
-from esjax.runs.ledger import Ledger
 from esjax.runs.seal import find_damage
 
 
-def keep_within(horizon: int, ledger: Ledger, checkpoints: Checkpoints) -> None:
-    """Drop old updates, after a checkpoint was saved.
+def is_cut_due(horizon: int, beginning: int, checkpoints: Checkpoints) -> bool:
+    """Return whether the first file of a ledger can be dropped, after a checkpoint was saved.
+
+    It reads the whole checkpoint from which updates would go on, once in a horizon; any thread may call it.
 
     Args:
         horizon: Steps that are kept behind the newest checkpoint, at least.
-        ledger: The ledger.
+        beginning: Step at which the newest file of the ledger begins.
         checkpoints: The checkpoints.
-
-    Raises:
-        DiskError: The folder cannot be written.
     """
-    base = first_since(checkpoints.steps, ledger.beginnings[-1])
+    base = first_since(checkpoints.steps, beginning)
     if base is None or checkpoints.newest - base < horizon:
-        return
-    if not base or not find_damage(checkpoints.path_of(base)):
-        ledger.begin_part()
+        return False
+    return not base or not find_damage(checkpoints.path_of(base))

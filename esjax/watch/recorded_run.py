@@ -16,7 +16,7 @@ from esjax.replica.replica import Replica
 from esjax.replica.update import TrainState
 from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
-from esjax.runs.horizon import keep_within
+from esjax.runs.horizon import is_cut_due
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger
 from esjax.runs.step_info import Clock, Limits, StepInfo
 from esjax.signals import started, starting, stop_on_signals
@@ -145,6 +145,7 @@ class Recorder:
         self.ledger: Ledger | None = None
         self.member_tokens = 0
         self._run, self._stack, self._clock = run, stack, Clock(0.0)
+        self._is_cut_due = False
 
     @property
     def seconds(self) -> float:
@@ -197,24 +198,27 @@ class Recorder:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, and drop updates behind the horizon."""
         self.write(state, self.progress)
-        self.prune()
+        self.cut_ledger()
 
     def write(self, state: TrainState, progress: tuple[float, int], *, is_confirmed: bool = True) -> None:
-        """Write a checkpoint, in any thread, one at a time.
+        """Write a checkpoint, in any thread, one at a time; `cut_ledger` follows before the next one.
 
         Args:
             state: The state.
             progress: Training time and member-tokens at its step.
             is_confirmed: False for a state of a host that no other owner's host has confirmed.
         """
+        horizon = self._run.config.ledger_horizon
         if self.checkpoints:
             self.checkpoints.save(state, *progress, is_confirmed=is_confirmed)
+            if horizon is not None and self.ledger:
+                self._is_cut_due = is_cut_due(horizon, self.ledger.beginnings[-1], self.checkpoints)
 
-    def prune(self) -> None:
-        """Drop updates behind the horizon."""
-        horizon = self._run.config.ledger_horizon
-        if horizon is not None and self.ledger and self.checkpoints:
-            keep_within(horizon, self.ledger, self.checkpoints)
+    def cut_ledger(self) -> None:
+        """Drop updates behind the horizon, in the thread that appends to the ledger."""
+        if self.ledger and self._is_cut_due:
+            self._is_cut_due = False
+            self.ledger.begin_part()
 
     def log(self, info: StepInfo) -> StepInfo:
         """Pass on the info of a step to files and trackers, and return it, with the mean reward if text is scored."""

@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_holder import TokenHolder
 
+from esjax.config.settings import RewardConfig
 from esjax.hosts.protocol import wire
 
 Act = tuple[int, str, float | None, bool, list[wire.Phase], str, float]
 """Which host, what, seconds to its answers, whether these are whole, phases, digests, seconds to the next act."""
+
+CONFIGS = {
+    "losses": config_of(population=256),
+    "sums": config_of(population=256, sums=True),
+    "rewards": config_of(population=256, reward=RewardConfig(prompts="prompts.txt", seconds=30.0)),
+}
+"""What hosts exchange; rewards are losses of members that write, and a call may take 30 s."""
 
 HONEST = 4
 SECONDS = 30.0
@@ -23,9 +31,9 @@ SPEEDS = [30.0, 300.0]
 """Pairs per second of an honest host: steps of 1 s and of 0.1 s."""
 
 
-def honest(speed: float, sums: bool) -> Simulation:
+def honest(speed: float, exchanged: str) -> Simulation:
     """Start a run of hosts with a token each."""
-    sim = Simulation(config_of(population=256, sums=sums))
+    sim = Simulation(CONFIGS[exchanged])
     for number in range(HONEST):
         sim.add(f"honest {number}", key=f"key {number}", speed=speed)
     sim.run(5)
@@ -33,9 +41,9 @@ def honest(speed: float, sums: bool) -> Simulation:
 
 
 @cache
-def undisturbed(speed: float, sums: bool) -> int:
+def undisturbed(speed: float, exchanged: str) -> int:
     """Count the steps that honest hosts make alone."""
-    sim = honest(speed, sums)
+    sim = honest(speed, exchanged)
     before = len(sim.ledger)
     sim.run(SECONDS)
     return len(sim.ledger) - before
@@ -59,9 +67,9 @@ ACTS = st.tuples(
 )
 
 
-def steps_beside(acts: Sequence[Act], speed: float, sums: bool) -> int:
+def steps_beside(acts: Sequence[Act], speed: float, exchanged: str) -> int:
     """Count the steps of honest hosts while hosts of one more token do the acts, again and again."""
-    sim = honest(speed, sums)
+    sim = honest(speed, exchanged)
     holders = [TokenHolder(sim, f"bad {number}", "bad") for number in range(3)]
     before, end = len(sim.ledger), sim.now + SECONDS
     while sim.now < end - 1e-6:
@@ -77,51 +85,51 @@ def steps_beside(acts: Sequence[Act], speed: float, sums: bool) -> int:
     return len(sim.ledger) - before
 
 
-def check(acts: Sequence[Act], speed: float, sums: bool) -> None:
-    assert steps_beside(acts, speed, sums) >= undisturbed(speed, sums) / 2
+def check(acts: Sequence[Act], speed: float, exchanged: str) -> None:
+    assert steps_beside(acts, speed, exchanged) >= undisturbed(speed, exchanged) / 2
 
 
-both_exchanges = pytest.mark.parametrize("sums", [False, True], ids=["losses", "sums"])
+both_exchanges = pytest.mark.parametrize("exchanged", ["losses", "sums"])
 both_speeds = pytest.mark.parametrize("speed", SPEEDS)
 
 
 @both_exchanges
 @settings(max_examples=4, deadline=None)
 @given(st.lists(ACTS, min_size=1, max_size=6), st.sampled_from(SPEEDS))
-def test_one_token_of_five_does_not_halve_the_step_rate(sums: bool, acts: list[Act], speed: float) -> None:
-    check(acts, speed, sums)
+def test_one_token_of_five_does_not_halve_the_step_rate(exchanged: str, acts: list[Act], speed: float) -> None:
+    check(acts, speed, exchanged)
 
 
 @pytest.mark.nightly
 @both_exchanges
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ACTS, min_size=1, max_size=12), st.sampled_from(SPEEDS))
-def test_one_token_of_five_does_not_halve_the_step_rate_in_long(sums: bool, acts: list[Act], speed: float) -> None:
-    check(acts, speed, sums)
+def test_one_token_of_five_does_not_halve_the_step_rate_in_long(exchanged: str, acts: list[Act], speed: float) -> None:
+    check(acts, speed, exchanged)
 
 
 @both_exchanges
 @both_speeds
 @pytest.mark.parametrize("delay", [None, 0.95], ids=str)
-def test_a_token_that_always_answers_late_costs_little(delay: float | None, speed: float, sums: bool) -> None:
+def test_a_token_that_always_answers_late_costs_little(delay: float | None, speed: float, exchanged: str) -> None:
     acts: list[Act] = [(number, "go on", delay, True, ["ready"], "true", 1.0) for number in range(3)]
-    check(acts, speed, sums)
+    check(acts, speed, exchanged)
 
 
 @both_exchanges
 @pytest.mark.parametrize("speed", SPEEDS[-1:])
 @pytest.mark.parametrize("act", ["leave", "vanish"])
-def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, speed: float, sums: bool) -> None:
+def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, speed: float, exchanged: str) -> None:
     acts: list[Act] = [(number, act, None, True, ["ready"], "true", 0.3) for number in range(3)]
-    check(acts, speed, sums)
+    check(acts, speed, exchanged)
 
 
-@both_exchanges
+@pytest.mark.parametrize("exchanged", CONFIGS)
 @pytest.mark.parametrize("delay", [None, 0.05], ids=str)
-def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: float | None, sums: bool) -> None:
+def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: float | None, exchanged: str) -> None:
     """Each time the others would have to share out the pairs anew."""
     acts: list[Act] = [(number, "go on", delay, True, ["ready", "joining"], "true", 1.0) for number in range(3)]
-    check(acts, SPEEDS[-1], sums)
+    check(acts, SPEEDS[-1], exchanged)
 
 
 def test_a_token_whose_pairs_go_round_costs_little() -> None:
@@ -134,12 +142,12 @@ def test_a_token_whose_pairs_go_round_costs_little() -> None:
         (2, "go on", None, False, ["ready", "joining"], "false", 1.0),
         (0, "leave", None, False, ["compiling"], "false", 10.0),
     ]
-    check(acts, SPEEDS[-1], False)
+    check(acts, SPEEDS[-1], "losses")
 
 
 @both_exchanges
 @both_speeds
-def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, sums: bool) -> None:
+def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, exchanged: str) -> None:
     acts: list[Act] = [
         act
         for number in range(3)
@@ -148,4 +156,4 @@ def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, sums: b
             (number, "go on", None, True, ["ready"], "true", 0.3),
         )
     ]
-    check(acts, speed, sums)
+    check(acts, speed, exchanged)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from esjax.errors import EsjaxError
 from esjax.runs.checkpoint import Checkpoints
-from esjax.runs.horizon import keep_within
+from esjax.runs.horizon import is_cut_due
 from esjax.runs.ledger import DIGEST, UPDATE, Ledger, Record, beginning, read
 from esjax.runs.records import HEAD
 
@@ -35,6 +35,11 @@ def opened(path: Path, tell: Callable[[str], Any] = pytest.fail, start: int | No
 def append(ledger: Ledger, *steps: int) -> None:
     for step in steps:
         ledger.append(UPDATE, step, payload(step))
+
+
+def cut(horizon: int, ledger: Ledger, checkpoints: Checkpoints) -> None:
+    if is_cut_due(horizon, ledger.beginnings[-1], checkpoints):
+        ledger.begin_part()
 
 
 def steps_of(path: Path, start: int | None = None) -> list[int]:
@@ -203,7 +208,7 @@ def test_the_horizon_bounds_the_ledger_and_keeps_a_state_to_begin_at(tmp_path: P
             late = (step // interval) % 4
             if step % interval == late and step > late:
                 checkpoints.save(state_at(step - late), 0.0, 0)
-                keep_within(horizon, ledger, checkpoints)
+                cut(horizon, ledger, checkpoints)
                 base = min([one for one in steps_in(tmp_path / "checkpoints") if one >= ledger.first])
                 begins = 0 if ledger.first == 0 else base
                 assert begins == 0 or checkpoints.newest - begins >= horizon
@@ -219,9 +224,9 @@ def test_a_damaged_state_is_no_reason_to_drop_updates(tmp_path: Path) -> None:
     with opened(tmp_path / "ledger") as ledger:
         append(ledger, *range(4))
         checkpoints.save(state_at(4), 0.0, 0)
-        keep_within(4, ledger, checkpoints)  # begins the second file at step 4
+        cut(4, ledger, checkpoints)  # begins the second file at step 4
         append(ledger, *range(4, 8))
         checkpoints.save(state_at(8), 0.0, 0)
         (tmp_path / "checkpoints" / "4" / "seal.json").write_text("")
-        keep_within(4, ledger, checkpoints)
+        cut(4, ledger, checkpoints)
         assert (ledger.first, ledger.beginnings) == (0, [0, 4])

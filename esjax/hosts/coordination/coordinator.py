@@ -70,7 +70,7 @@ class Coordinator:
         starts_from_disk = config.init is not None and not config.hosts.send_init
         self._downloads = Downloads(text, block, config.data.new_tokens_interval, history, starts_from_disk)
         self._out = Outbox()
-        self._registry = registry = Registry(now, config.reward_seconds)
+        self._registry = registry = Registry(now)
         self.audits = Audits(
             config,
             registry,

@@ -19,14 +19,8 @@ MOST, MOST_STEPS = 2.0, 3.0
 class HoldUps:
     """The account of every owner. Times are seconds of the coordinator's clock."""
 
-    def __init__(self, now: float, call: float = 0.0) -> None:
-        """Set up with a step that opens now.
-
-        Args:
-            now: The time.
-            call: Time limit of a call of a reward. So much more than usual may an honest host need, and hold up a step.
-        """
-        self._call = call
+    def __init__(self, now: float) -> None:
+        """Set up with a step that opens now."""
         self._paid_off_at: dict[str, float] = {}  # by owner
         self._resting: set[str] = set()
         self._open(now)
@@ -39,8 +33,8 @@ class HoldUps:
         self._last = ("", 0.0)  # owner of the host that finished last, and its seconds beyond those expected
 
     def finished(self, owner: str, slot: int, seconds: float, expected: float) -> None:
-        """Note that the host in a slot scored all its pairs in some seconds, `expected` at its usual speed."""
-        self._last = owner, seconds - TOLERANCE * (expected + self._call)
+        """Note that the host in a slot scored all its pairs in some seconds, of `expected` ones at most."""
+        self._last = owner, seconds - TOLERANCE * expected
         if slot not in self._slots:
             self._slots.add(slot)
             self._finished[owner] = max(self._finished.get(owner, 0.0), seconds)
@@ -62,7 +56,7 @@ class HoldUps:
         others = [seconds for owner, seconds in self._finished.items() if owner not in blamed]
         step = max(others, default=now - self._opened_at)
         held_up = now - self._opened_at - TOLERANCE * step
-        most = (max(MOST, MOST_STEPS * step) + self._call) / PAID_OFF
+        most = max(MOST, MOST_STEPS * step) / PAID_OFF
         if held_up > 0:
             for owner, seconds in blamed.items():
                 until = max(self._paid_off_at.get(owner, now), now)

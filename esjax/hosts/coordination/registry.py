@@ -189,9 +189,9 @@ class Registry:
         hold_ups: The account of their owners' hold-ups.
     """
 
-    def __init__(self, now: float, call: float = 0.0) -> None:
-        """Set up without hosts; `call` is the time limit of a call of a reward."""
-        self.now, self.hold_ups = now, HoldUps(now, call)
+    def __init__(self, now: float) -> None:
+        """Set up without hosts."""
+        self.now, self.hold_ups = now, HoldUps(now)
         self._hosts: dict[int, Host] = {}
         self._by_slot: dict[int, Host] = {}
 

@@ -117,7 +117,8 @@ class Steps:
         host.set_answered(pairs, now, is_finished=is_finished)
         if is_finished:
             seconds = now - host.leased_at
-            self._registry.hold_ups.finished(host.owner, host.slot, seconds, host.expected(None) or seconds)
+            expected = (host.expected(None) or seconds) + self._call
+            self._registry.hold_ups.finished(host.owner, host.slot, seconds, expected)
         return ""
 
     def _take_means(self, slot: int, message: wire.Losses, new_pairs: int) -> None:
@@ -147,10 +148,16 @@ class Steps:
         self._sent[host.slot] |= quanta
         return pairs
 
-    def release(self, host: Host) -> None:
-        """Take the open pairs from a host, which holds up the step while others score them."""
+    def release(self, host: Host, allowed: float = 0.0) -> None:
+        """Take the open pairs from a host, which holds up the step while others score them.
+
+        Args:
+            host: The host.
+            allowed: Seconds for which it may have had them beyond what is usual: they do not count as a hold-up.
+        """
         if self.leases.busy(host.slot):
-            self._registry.hold_ups.failed(host.owner, self._registry.now - host.leased_at)
+            seconds = self._registry.now - host.leased_at - allowed
+            self._registry.hold_ups.failed(host.owner, max(seconds, 0.0))
             host.has_failed = True
         self.leases.release(host.slot)
 
@@ -232,7 +239,7 @@ class Steps:
                 self._out.tell(f"{host.name} is late: it gets no pairs for a while")
             is_fixed = self._config.es.time_per_step is None
             host.set_late(self.leases.open_pairs(host.slot) if is_fixed else 0, now)
-        self.release(host)
+        self.release(host, self._call)
 
     def _allowed(self, host: Host, usually: float, is_first: bool) -> float:
         """Return the seconds that a host may take; `is_first`: neither its speed nor that of the others is known.
