@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from conftest import mesh_of
@@ -145,10 +145,16 @@ def config_of(folder: Path, **settings: Any) -> Config:
 
 def by_hand(member: Member, vocabulary: Vocabulary, prompt: str, key: Any, length: int) -> str:
     """Write token by token, in a Python loop, and read the tool's answers as they come."""
-    state = member.read(jnp.asarray(vocabulary.encode(prompt)))
-    text, calls = "", 0
+    params, text, calls = member.params, "", 0
+
+    def read(text: str, state: Any) -> Any:
+        for token in vocabulary.encode(text):
+            state = CONSUME(member.model, params, state, np.int32(token))
+        return state
+
+    state = read(prompt, member.initial_state())
     while len(text) < length:
-        token = int(member.generate(state, 1, key, first=len(text))[0])
+        token = int(WRITE(member.model, params, state, key, np.int32(len(text)))[0])
         if token == STOP:
             break
         added = vocabulary.decode([token])
@@ -159,8 +165,15 @@ def by_hand(member: Member, vocabulary: Vocabulary, prompt: str, key: Any, lengt
             calls += 1
         added = added[: length - len(text)]
         text += added
-        state = member.read(jnp.asarray(vocabulary.encode(added)), state)
+        state = read(added, state)
     return text
+
+
+CONSUME = jax.jit(lambda model, params, state, token: Member(model, params).consume(state, token), static_argnums=0)
+WRITE = jax.jit(
+    lambda model, params, state, key, first: Member(model, params).generate(state, 1, key, first=first),
+    static_argnums=0,
+)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
