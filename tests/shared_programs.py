@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 import esjax.models
 from esjax.config.settings import Config
+from esjax.core.noise import Noise
 from esjax.inference import language_model
 from esjax.models.custom import parts
 from esjax.models.model import Model, Params
-from esjax.replica import programs, replica
+from esjax.replica import programs, replica, texts
 
 Made = TypeVar("Made")
 
@@ -22,6 +23,7 @@ ONCE: list[tuple[str, list[Any]]] = [
     ("build_model", [esjax.models, parts]),
     ("make_functions", [language_model]),
     ("make_programs", [programs, replica]),
+    ("make_writers", [texts]),
 ]
 """Names of the functions that make them, and the modules that call these by name."""
 
@@ -29,6 +31,7 @@ ONCE: list[tuple[str, list[Any]]] = [
 def share() -> None:
     """Replace these functions."""
     build, functions, make = esjax.models.build_model, language_model.make_functions, programs.make_programs
+    write = texts.make_writers
     built = dict[int, Model]()  # by `id`; a model that is kept here is never collected
     kept = dict[Any, Any]()
 
@@ -62,6 +65,18 @@ def share() -> None:
         steps = config.steps if config.optim.schedule == "cosine" else None
         return once(model, (mesh.devices.tolist(), drawn, config.es, config.optim, steps, config.writes), anew)
 
-    for (name, modules), function in zip(ONCE, (build_once, functions_once, make_once), strict=True):
+    def writers_once(
+        config: Config, model: Model, noise: Noise, mesh: Mesh, chunk_pairs: int, stops: Any, pauses: Any
+    ) -> texts.Writers:
+        def anew() -> texts.Writers:
+            return write(config, model, noise, mesh, chunk_pairs, stops, pauses)
+
+        if model.unit is None:
+            return anew()
+        data, reward = config.data, config.reward
+        written = data.batch_size, data.new_tokens_interval, reward.length, reward.temperature
+        return once(model, ("writers", mesh.devices.tolist(), written, config.es, chunk_pairs, stops, pauses), anew)
+
+    for (name, modules), function in zip(ONCE, (build_once, functions_once, make_once, writers_once), strict=True):
         for module in modules:
             setattr(module, name, function)

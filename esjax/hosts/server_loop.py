@@ -199,8 +199,12 @@ class ServerLoop:
         return {} if self._measured is before else self._measured._asdict()
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        self._writer.shutdown()
+        """Wait for the checkpoint that is being written; the folder must stay locked until then."""
+        try:
+            self._writer.shutdown()
+        except KeyboardInterrupt:  # in a notebook, a second one
+            self._writer.shutdown()
+            raise
         if self._writing is not None:
             self._finish_writing(*self._writing)
             self._carry_out(time.monotonic())

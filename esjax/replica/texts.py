@@ -1,7 +1,7 @@
 """The losses of pairs whose members write text: written on the devices, and scored in Python at the same time."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,72 +58,99 @@ class TextScorer(Protocol):
         """Begin to score, and return a function that waits for the losses."""
 
 
+class Writers(NamedTuple):
+    """Functions that let the members of pairs write.
+
+    Attributes:
+        begin: `(params, prompts, streams, step, count, pairs) -> (drawn, tokens)`: which prompts each pair has, and
+            what its members write after them.
+        go_on: `(params, texts, streams, step, count, pairs) -> tokens`: the same after a text of each member.
+    """
+
+    begin: Callable[..., tuple[Array, Array]]
+    go_on: Callable[..., Array]
+
+
+def make_writers(
+    config: Config,
+    model: Model,
+    noise: Noise,
+    mesh: Mesh,
+    chunk_pairs: int,
+    stops: tuple[int, ...],
+    pauses: tuple[int, ...],
+) -> Writers:
+    """Make the functions; nothing is compiled yet.
+
+    Args:
+        config: Settings of the run.
+        model: The architecture.
+        noise: How members differ.
+        mesh: Devices that share the population.
+        chunk_pairs: Pairs that a device lets write at a time.
+        stops: Tokens that end a completion.
+        pauses: Tokens after which a tool is called.
+    """
+    es, data, reward = config.es, config.data, config.reward
+    write = make_write(model, reward.length, reward.temperature, stops, pauses)
+
+    def members(by_member: bool) -> Callable[..., Array]:
+        return map_members(
+            write,
+            noise,
+            shape_of(data.batch_size, reward.length),
+            mesh=mesh,
+            chunk_pairs=chunk_pairs,
+            precision=es.precision,
+            by_member=by_member,
+        )
+
+    @jax.jit
+    def begin(
+        params: Params, prompts: Prompted, streams: Any, step: Array, count: Array, pairs: UInt32[Array, "..."]
+    ) -> tuple[Array, Array]:
+        pairs = pairs.reshape(-1)
+        seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs // es.pairs_a_window)
+        drawn = draw_places(seeds, data.batch_size, len(prompts.lengths))
+        examples = jax.tree.map(lambda leaf: leaf[drawn], prompts)
+        return drawn, members(False)(params, pair_seeds(streams.perturbations, step, pairs), examples, count)
+
+    @jax.jit
+    def go_on(
+        params: Params, texts: Prompted, streams: Any, step: Array, count: Array, pairs: UInt32[Array, "..."]
+    ) -> Array:
+        seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
+        return members(True)(params, seeds, texts, count)
+
+    return Writers(begin, go_on)
+
+
 class TextLosses:
     """Scores pairs by what their members write."""
 
     def __init__(
         self, config: Config, model: Model, noise: Noise, scorer: TextScorer, mesh: Mesh, chunk_pairs: int
     ) -> None:
-        """Make the functions; nothing is compiled yet.
-
-        Args:
-            config: Settings of the run.
-            model: The architecture.
-            noise: How members differ.
-            scorer: Scores the texts.
-            mesh: Devices that share the population.
-            chunk_pairs: Pairs that a device lets write at a time.
-        """
-        es, data, reward = config.es, config.data, config.reward
+        """Set up; `scorer` scores the texts, and for the other arguments see `make_writers`."""
         self._scorer = scorer
         # One chunk for each device in a call: its texts are scored while the next call is written.
         self._at_once = chunking.shape_of_call(1, chunk_pairs, mesh)
         self._prompts = beginnings(scorer.prompts)
-        self._shape = (-1, 2, data.batch_size)
-        pauses = () if scorer.tool is None else scorer.tool.pauses
-        write = make_write(model, reward.length, reward.temperature, scorer.stops, pauses)
-
-        def members(by_member: bool) -> Callable[..., Array]:
-            return map_members(
-                write,
-                noise,
-                shape_of(data.batch_size, reward.length),
-                mesh=mesh,
-                chunk_pairs=chunk_pairs,
-                precision=es.precision,
-                by_member=by_member,
-            )
-
-        @jax.jit
-        def write_pairs(
-            params: Params, prompts: Prompted, streams: Any, step: Array, count: Array, pairs: UInt32[Array, "..."]
-        ) -> tuple[Array, Array]:
-            pairs = pairs.reshape(-1)
-            seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, pairs // es.pairs_a_window)
-            drawn = draw_places(seeds, data.batch_size, len(prompts.lengths))
-            examples = jax.tree.map(lambda leaf: leaf[drawn], prompts)
-            return drawn, members(False)(params, pair_seeds(streams.perturbations, step, pairs), examples, count)
-
-        @jax.jit
-        def write_on(
-            params: Params, texts: Prompted, streams: Any, step: Array, count: Array, pairs: UInt32[Array, "..."]
-        ) -> Array:
-            seeds = pair_seeds(streams.perturbations, step, pairs.reshape(-1))
-            return members(True)(params, seeds, texts, count)
-
-        self._write, self._write_on = write_pairs, write_on
+        self._shape = (-1, 2, config.data.batch_size)
+        pauses = () if scorer.tool is None else tuple(scorer.tool.pauses)
+        self.writers = make_writers(config, model, noise, mesh, chunk_pairs, scorer.stops, pauses)
 
     @default_flags()
     def warm_up(self, params: Params, streams: Any, step: Array, pairs: UInt32[np.ndarray, " pairs"]) -> None:
         """Let members write, with a tool also on; load the functions, which are not called: they may be slow."""
         for count, part in chunking.calls(self._at_once, pairs):
-            _, written = self._write(params, self._prompts, streams, step, count, part)
+            _, written = self.writers.begin(params, self._prompts, streams, step, count, part)
             if self._scorer.tool is not None:
                 members = (part.size, *self._shape[1:])
                 longest = self._prompts.tokens.shape[1] + written.shape[-1]
                 tokens, lengths = np.full((*members, longest), STOP, np.int32), np.zeros(members, np.int32)
                 texts = Prompted(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths))
-                written = self._write_on(params, texts, streams, step, count, part)
+                written = self.writers.go_on(params, texts, streams, step, count, part)
             jax.block_until_ready(written)
         self._scorer.load()
 
@@ -136,7 +163,7 @@ class TextLosses:
         def score(count: np.int32, part: UInt32[np.ndarray, "..."], drawn: Array, written: Array) -> None:
             def write_on(*text: np.ndarray) -> np.ndarray:
                 texts = Prompted(*(jnp.asarray(leaf.reshape(*self._shape, *leaf.shape[1:])) for leaf in text))
-                more = np.asarray(self._write_on(params, texts, streams, step, count, part))
+                more = np.asarray(self.writers.go_on(params, texts, streams, step, count, part))
                 return more.reshape(-1, more.shape[-1])
 
             prompts, tokens, failed = np.asarray(drawn), np.asarray(written), np.zeros(part.size, bool)
@@ -148,7 +175,7 @@ class TextLosses:
 
         begun: tuple[Any, ...] | None = None
         for count, part in chunking.calls(self._at_once, pairs):
-            now = count, part, *self._write(params, self._prompts, streams, step, count, part)
+            now = count, part, *self.writers.begin(params, self._prompts, streams, step, count, part)
             if begun is not None:
                 score(*begun)
             begun = now

@@ -90,7 +90,15 @@ def check(acts: Sequence[Act], speed: float, exchanged: str) -> None:
 
 
 both_exchanges = pytest.mark.parametrize("exchanged", ["losses", "sums"])
-both_speeds = pytest.mark.parametrize("speed", SPEEDS)
+both_at_both_speeds = pytest.mark.parametrize(
+    ("exchanged", "speed"),
+    [
+        ("losses", 30.0),
+        ("sums", 300.0),
+        pytest.param("losses", 300.0, marks=pytest.mark.nightly),
+        pytest.param("sums", 30.0, marks=pytest.mark.nightly),
+    ],
+)
 
 
 @both_exchanges
@@ -108,8 +116,7 @@ def test_one_token_of_five_does_not_halve_the_step_rate_in_long(exchanged: str, 
     check(acts, speed, exchanged)
 
 
-@both_exchanges
-@both_speeds
+@both_at_both_speeds
 @pytest.mark.parametrize("delay", [None, 0.95], ids=str)
 def test_a_token_that_always_answers_late_costs_little(delay: float | None, speed: float, exchanged: str) -> None:
     acts: list[Act] = [(number, "go on", delay, True, ["ready"], "true", 1.0) for number in range(3)]
@@ -145,8 +152,7 @@ def test_a_token_whose_pairs_go_round_costs_little() -> None:
     check(acts, SPEEDS[-1], "losses")
 
 
-@both_exchanges
-@both_speeds
+@both_at_both_speeds
 def test_a_token_that_is_fast_and_then_stalls_costs_little(speed: float, exchanged: str) -> None:
     acts: list[Act] = [
         act

@@ -193,7 +193,7 @@ def test_members_read_the_answers_and_write_on(folder: Path, devices: int) -> No
     replica.warm_up()
     assert not seen
     assert replica._texts is not None
-    programs: list[Any] = [replica._texts._write, replica._texts._write_on]
+    programs: list[Any] = [*replica._texts.writers]
     assert [program._cache_size() for program in programs] == [1, 1]
     replica.losses(np.arange(15))  # the last chunk is not whole
     assert [program._cache_size() for program in programs] == [1, 1]  # nothing was compiled anew

@@ -197,6 +197,28 @@ def test_hosts_are_answered_while_a_checkpoint_is_written(
     assert kept_steps(run / "checkpoints")[0] == 3
 
 
+def test_a_second_ctrl_c_waits_for_the_checkpoint_that_is_written(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, where it ends no process: the folder is locked until the checkpoint is whole."""
+    run = tmp_path / "run"
+    list(train(replace(config, steps=2), run))
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
+        _, server_loop = server._open(stack, stack.enter_context(server._recording()))
+        shutdown, interrupts = server_loop._writer.shutdown, [KeyboardInterrupt()]
+
+        def interrupted() -> None:
+            if interrupts:
+                raise interrupts.pop()
+            with pytest.raises(EsjaxError, match="is being trained by another process"):
+                list(resume(run, steps=3))
+            shutdown()
+
+        monkeypatch.setattr(server_loop._writer, "shutdown", interrupted)
+    assert list(resume(run, steps=3))
+
+
 def test_damage_above_the_newest_checkpoint_is_an_error(config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     list(train(config, run))

@@ -280,13 +280,14 @@ def test_prompts_of_different_lengths_share_a_program(tmp_path: Path) -> None:
     """Reference: the most probable token by the equations; a prompt that fills the context is read by itself."""
     weights = write_folder(tmp_path)
     model = esjax.load_pretrained(tmp_path)
+    read: Any = model.language_model._functions.read  # of JAX's own class, which counts its programs
+    read.clear_cache()
     for prompt in ("", "the", "the cat", "the cat sat\n\non the mat"):
         logits = expected_logits(weights, [1, *TOKENIZER.encode(prompt).ids])[-1]
         logits[2] = -np.inf  # UNK
         (text,) = model.generate(prompt, temperature=0, max_tokens=1)
         first = TOKENIZER.decode([int(logits.argmax())], skip_special_tokens=True)
         assert text.text == first
-    read: Any = model.language_model._read  # of JAX's own class, which counts its programs
     assert read._cache_size() == 1
     model.generate(3 * TEXT, temperature=0, max_tokens=1)
     assert read._cache_size() == 2
