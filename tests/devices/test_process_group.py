@@ -35,9 +35,10 @@ def test_processes_train_as_one(fleet: Fleet) -> None:
     assert all("held-out" not in process.output for process in processes[1:])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(1, ("--es.time-per-step", "0.05")), pytest.param(0, (), marks=pytest.mark.nightly)],
+    [(1, ("--es.time-per-step", "0.05")), (0, ())],
     ids=["budget", "fixed"],
 )
 def test_rows_36_sigterm_on_one_stops_all_with_a_checkpoint(fleet: Fleet, number: int, words: tuple[str, ...]) -> None:

@@ -53,6 +53,7 @@ def test_the_text_holds_no_held_out_problem_and_right_answers_only(tmp_path: Pat
     assert 70 < calls < 130  # one line in ten
 
 
+@pytest.mark.nightly
 def test_it_runs_in_small(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["--out", str(out), "--text-steps", "2", "--steps", "2", "--population", "32"]

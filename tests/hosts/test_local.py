@@ -83,6 +83,7 @@ def test_row_60_a_killed_process_is_replaced(fleet: Fleet) -> None:
     assert replay(fleet.run).agrees
 
 
+@pytest.mark.nightly
 def test_row_60_processes_that_cannot_be_kept_end_the_run_with_an_error(fleet: Fleet) -> None:
     """The file of a custom loss breaks meanwhile."""
     code = fleet.folder / "loss.py"

@@ -102,7 +102,7 @@ both_at_both_speeds = pytest.mark.parametrize(
 
 
 @both_exchanges
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.lists(ACTS, min_size=1, max_size=6), st.sampled_from(SPEEDS))
 def test_one_token_of_five_does_not_halve_the_step_rate(exchanged: str, acts: list[Act], speed: float) -> None:
     check(acts, speed, exchanged)
@@ -123,16 +123,15 @@ def test_a_token_that_always_answers_late_costs_little(delay: float | None, spee
     check(acts, speed, exchanged)
 
 
-@both_exchanges
-@pytest.mark.parametrize("speed", SPEEDS[-1:])
-@pytest.mark.parametrize("act", ["leave", "vanish"])
-def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, speed: float, exchanged: str) -> None:
+@pytest.mark.parametrize(("exchanged", "act"), [("losses", "leave"), ("sums", "vanish")])
+def test_a_token_whose_hosts_come_back_under_new_names_costs_little(act: str, exchanged: str) -> None:
     acts: list[Act] = [(number, act, None, True, ["ready"], "true", 0.3) for number in range(3)]
-    check(acts, speed, exchanged)
+    check(acts, SPEEDS[-1], exchanged)
 
 
-@pytest.mark.parametrize("exchanged", CONFIGS)
-@pytest.mark.parametrize("delay", [None, 0.05], ids=str)
+@pytest.mark.parametrize(
+    ("exchanged", "delay"), [("losses", 0.05), ("sums", None), ("rewards", None), ("rewards", 0.05)]
+)
 def test_a_token_that_gives_its_pairs_back_again_and_again_costs_little(delay: float | None, exchanged: str) -> None:
     """Each time the others would have to share out the pairs anew."""
     acts: list[Act] = [(number, "go on", delay, True, ["ready", "joining"], "true", 1.0) for number in range(3)]

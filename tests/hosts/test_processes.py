@@ -116,6 +116,7 @@ def all_ready(fleet: Fleet, count: int) -> bool:
     return [host.state for host in fetch_status(fleet.address).hosts].count("ready") == count
 
 
+@pytest.mark.nightly
 def test_row_01_a_killed_host_changes_nothing_of_split_pairs_and_blocks(fleet: Fleet, lenient_promotion: None) -> None:
     """Pairs of a window share one half of their noise; tokens come in blocks, which hosts ask for."""
     words = ["--es.pairing", "split", "--es.pairs-per-window", "3"]
@@ -133,6 +134,7 @@ def test_row_01_a_killed_host_changes_nothing_of_split_pairs_and_blocks(fleet: F
     assert replay(fleet.run).agrees
 
 
+@pytest.mark.nightly
 def test_row_01_a_killed_host_changes_nothing_of_what_sums_come_to(fleet: Fleet, lenient_promotion: None) -> None:
     # Sums of many pairs: norms of a few vary so much that in a thousand steps one is left out, by how it was leased.
     words = ["--es.space", "activation", "--es.copies", "4", "--es.chunk-pairs", "32", "--data.carry"]

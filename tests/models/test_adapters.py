@@ -79,16 +79,16 @@ HOST = """
 import sys
 sys.path.insert(0, sys.argv[2])
 import esjax
-from framework_models import NnxTransformer
+from framework_models import LinenGru
 
-esjax.join(sys.argv[1], model=esjax.nnx_model(NnxTransformer, context=20), tell=lambda line: None)
+esjax.join(sys.argv[1], model=esjax.linen_model(LinenGru, context=20), tell=lambda line: None)
 """
 
 
 @pytest.mark.usefixtures("lenient_promotion")
 def test_a_framework_model_over_hosts_is_the_local_run_to_the_bit(config: Config, tmp_path: Path) -> None:
     """Reference: the same settings trained alone. The host is a process of its own."""
-    model = MODELS["nnx"]()
+    model = MODELS["linen"]()
     alone = train(config, tmp_path / "alone", model=model)
     losses = [info.loss for info in alone]
     server = esjax.serve(config, tmp_path / "shared", bind="tcp://127.0.0.1:0", model=model, tell=lambda line: None)
