@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_holder import TokenHolder
 
-from esjax.config.settings import RewardConfig
+from esjax.config.reward import RewardConfig
 from esjax.hosts.protocol import wire
 
 Act = tuple[int, str, float | None, bool, list[wire.Phase], str, float]

@@ -204,18 +204,23 @@ def test_a_second_ctrl_c_waits_for_the_checkpoint_that_is_written(
     run = tmp_path / "run"
     list(train(replace(config, steps=2), run))
     server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None)
-    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
-        _, server_loop = server._open(stack, stack.enter_context(server._recording()))
-        shutdown, interrupts = server_loop._writer.shutdown, [KeyboardInterrupt()]
 
-        def interrupted() -> None:
-            if interrupts:
-                raise interrupts.pop()
-            with pytest.raises(EsjaxError, match="is being trained by another process"):
-                list(resume(run, steps=3))
-            shutdown()
+    def serve_and_interrupt() -> None:
+        with ExitStack() as stack:
+            _, server_loop = server._open(stack, stack.enter_context(server._recording()))
+            shutdown, interrupts = server_loop._writer.shutdown, [KeyboardInterrupt()]
 
-        monkeypatch.setattr(server_loop._writer, "shutdown", interrupted)
+            def interrupted() -> None:
+                if interrupts:
+                    raise interrupts.pop()
+                with pytest.raises(EsjaxError, match="is being trained by another process"):
+                    list(resume(run, steps=3))
+                shutdown()
+
+            monkeypatch.setattr(server_loop._writer, "shutdown", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        serve_and_interrupt()
     assert list(resume(run, steps=3))
 
 
