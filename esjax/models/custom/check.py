@@ -29,7 +29,10 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
             its functions passes through, with a note that names the function.
     """
     if not isinstance(model, Model):
-        raise EsjaxError(f"{name} returns a {type(model).__name__}; it must return an esjax.Model")
+        raise EsjaxError(
+            f"{name} returns a {type(model).__name__}; it must return an esjax.Model; "
+            "linen_model, nnx_model and equinox_model make one of a module"
+        )
 
     def shapes(part: str, *given: Any, tapped: bool = False) -> Any:
         function = getattr(model, part)
