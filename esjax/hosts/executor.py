@@ -155,7 +155,7 @@ class Executor:
         mesh = whole_mesh()
         self._vocab_size = task.vocab_size
         scorer = self._scorer = make_scorer(config, self._custom, text.vocabulary or Vocabulary("byte"), self._tell)
-        stream = text.stream
+        stream = None if config.writes else text.stream
         if config.data.block_tokens:  # tokens come later; zeros are enough to compile the programs
             stream = np.zeros(config.data.block_tokens, token_type(task.vocab_size))
         while True:

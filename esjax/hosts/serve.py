@@ -228,7 +228,8 @@ class Server(RecordedRun):
         )
         data, stream = to_bytes(restored.state), corpus.stream()
         at_a_time = min(len(stream), config.data.block_tokens or len(stream))
-        check_stream(at_a_time, config.data.burn_in + config.data.window)
+        if not config.writes:
+            check_stream(at_a_time, config.data.burn_in + config.data.window)
         blocks = corpus.blocks(config.seed, config.data.block_tokens)
         coordinator = Coordinator(
             config,

@@ -168,12 +168,12 @@ class Member(NamedTuple):
                 drawn = jax.random.gumbel(jax.random.fold_in(key, first + position), logits.shape, logits.dtype, "low")
                 logits = logits / temperature + drawn
             token = jnp.argmax(logits)
-            for stop in stops:
-                ended |= token == stop
+            if stops:
+                ended |= jnp.any(token == jnp.array(stops, jnp.int32))
             token = jnp.where(ended, STOP, token).astype(jnp.int32)
             ended = token == STOP
-            for pause in pauses:
-                ended |= token == pause
+            if pauses:
+                ended |= jnp.any(token == jnp.array(pauses, jnp.int32))
             return (self.consume(state, token), ended), token
 
         return jax.lax.scan(write, (state, jnp.bool_(False)), jnp.arange(length))[1]

@@ -15,6 +15,9 @@ better. Several rewards come as a mapping from their names to such lists. The or
 Kind = Literal["reward", "tool"]
 """What is called."""
 
+LARGEST = 1e9
+"""Rewards of this size and more fail, as losses do (`esjax.core.shaping.LARGEST_LOSS`)."""
+
 FLOATS = {float}
 """The types in a list of plain floats, which need no closer look."""
 
@@ -144,7 +147,7 @@ def make_call(kind: Kind, function: Callable[..., Any], weights: Mapping[str, fl
                 pairs = zip(prompts[begin:end], completions[begin:end], strict=True)
                 return _inserted([function(prompt + completion) for prompt, completion in pairs])
             if with_answers:
-                values = function(prompts[begin:end], completions[begin:end], answers[begin:end])
+                values = function(prompts[begin:end], completions[begin:end], answers=answers[begin:end])
             else:
                 values = function(prompts[begin:end], completions[begin:end])
             return (
@@ -160,12 +163,11 @@ def make_call(kind: Kind, function: Callable[..., Any], weights: Mapping[str, fl
 
 
 def takes_answers(reward: Callable[..., Any]) -> bool:
-    """Return whether a reward takes answers as a third argument."""
+    """Return whether a reward has an argument `answers`."""
     try:
-        inspect.signature(reward).bind(None, None, None)
-    except TypeError:
+        return "answers" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # of some builtins
         return False
-    return True
 
 
 def is_name(name: object) -> bool:
@@ -213,7 +215,7 @@ def _wants(weights: Mapping[str, float]) -> str:
 
 def _checked(values: Any, count: int, which: str) -> list[float] | Failure:
     """Return the values as floats, or what is wrong with them."""
-    if type(values) is list and len(values) == count and {*map(type, values)} == FLOATS and math.isfinite(sum(values)):
+    if type(values) is list and len(values) == count and {*map(type, values)} == FLOATS and _are_sound(values):
         return values
     wanted = f"it must return a list of {count} numbers, one for each completion{which}"
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
@@ -228,5 +230,11 @@ def _checked(values: Any, count: int, which: str) -> list[float] | Failure:
             if not isinstance(value, numbers.Real):
                 return Failure("item type", f"it returned a {type(value).__name__} in its list; {wanted}")
         rewards.append(float(value))
-    bad = [value for value in rewards if not math.isfinite(value)]
-    return Failure("not finite", f"it returned {bad[0]}; rewards must be finite") if bad else rewards
+    bad = [value for value in rewards if not _are_sound([value])]
+    if bad:
+        return Failure("not finite", f"it returned {bad[0]}; rewards must be finite, and less than 1e9 in size")
+    return rewards
+
+
+def _are_sound(rewards: list[float]) -> bool:
+    return all(-LARGEST < reward < LARGEST for reward in rewards)

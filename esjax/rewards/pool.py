@@ -62,7 +62,7 @@ class Pool:
             weights: Weights of rewards by their names.
         """
         self._code, self._count, self._seconds = code, processes, seconds
-        self._words = [code.path, code.name, kind, json.dumps(dict(weights))]
+        self._words = [code.path, code.name, code.digest, kind, json.dumps(dict(weights))]
         self._batches: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
@@ -74,10 +74,15 @@ class Pool:
     def load(self) -> Failure | None:
         """Start all processes and wait until they have loaded the function; return why one of them has not, or None."""
         fresh = [self._begin_worker() for _ in range(self._count - len(self._workers))]
+        until = time.monotonic() + START
         for worker in fresh:
-            worker.load()
+            worker.load(until - time.monotonic())
+            if worker.broken:
+                for one in fresh:
+                    self._end(one)
+                return worker.broken
         self._spare += fresh
-        return next((worker.broken for worker in fresh if worker.broken), None)
+        return None
 
     def score(self, texts: Texts) -> list[Future[Scored]]:
         """Queue calls; the results of all futures, joined, are theirs, in their order."""
@@ -153,6 +158,8 @@ class Pool:
     def _begin_worker(self) -> "_Worker":
         worker = _Worker(self._code, self._words)
         self._workers.add(worker)
+        if self._is_closed:  # meanwhile, by `close`, which did not see this one
+            worker.kill()
         return worker
 
     def _new_worker(self) -> "_Worker":
@@ -160,7 +167,7 @@ class Pool:
             with suppress(IndexError):  # another thread was faster
                 return self._spare.pop()
         worker = self._begin_worker()
-        worker.load()
+        worker.load(START)
         return worker
 
     def _end(self, worker: "_Worker | None") -> None:
@@ -202,9 +209,9 @@ class _Worker:
         self.is_loaded = False
         self.broken: Failure | None = None
 
-    def load(self) -> None:
+    def load(self, patience: float) -> None:
         """Wait until the process has loaded the function."""
-        said = self._receive(START, f"its file took more than {START:g} s to load")
+        said = self._receive(max(patience, 0.0), f"its file took more than {START:g} s to load")
         if said:
             self.broken = Failure("load", f"cannot load {self._code}: {said}")
         self.is_loaded = self.broken is None

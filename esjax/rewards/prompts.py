@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy import ndarray
 from esjax.config.custom_names import Code, is_code
 from esjax.data.text_files import read_text
 from esjax.data.tokens import STOP
-from esjax.data.vocabulary import Vocabulary
+from esjax.data.vocabulary import FIRST, Vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
 from esjax.python_files import load_function
@@ -91,8 +91,8 @@ def read_prompts(source: str) -> list[Prompt]:
 def _from_json(where: str, line: str) -> Prompt:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EsjaxError(f"{where} is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise EsjaxError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise EsjaxError(f'{where} is no prompt; write it as {{"prompt": "TEXT", "answer": ...}}')
     return Prompt(value["prompt"], value.get("answer"))
@@ -106,18 +106,27 @@ def _from_function(source: str) -> list[Prompt]:
     except OSError as error:
         raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
     function = load_function(Code(str(path), name, hashlib.sha256(content).hexdigest()), content)
-    prompts = []
-    for value in function():
+    prompts, values = [], function()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise EsjaxError(f"{source} returns a {type(values).__name__}; return a list of strings or (string, answer)")
+    for value in values:
         text, answer = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
         if not isinstance(text, str):
             raise EsjaxError(f"{source} returns {value!r} among its prompts; return strings, or (string, answer)")
+        try:
+            json.dumps(answer)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EsjaxError(
+                f"{source} returns the answer {repr(answer)[:60]}, which JSON does not hold: the prompts of a run are "
+                "known by a hash; return strings, numbers, lists, or mappings from strings"
+            ) from error
         prompts.append(Prompt(text, answer))
     return prompts
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
     """Return a hash of the prompts, in order, with their answers."""
-    text = json.dumps([*prompts], default=repr)
+    text = json.dumps([*prompts])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -161,15 +170,20 @@ def encode_prompts(prompts: Sequence[Prompt], vocabulary: Vocabulary) -> PromptT
 
 
 def tokens_of(characters: str, setting: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Return the token of each character of a setting of rewards.
+    """Return the tokens that hold a character of a setting of rewards, at their end for `tool_at`.
 
     Raises:
-        EsjaxError: A character is not one token of the vocabulary.
+        EsjaxError: No token holds a character.
     """
+    if not characters:
+        return ()
+    texts = [vocabulary.decode([token]) for token in range(FIRST, vocabulary.size)]
+    if setting == "tool_at":
+        texts = [text[-1:] for text in texts]
     for character in characters:
-        if vocabulary.unknown(character) or len(vocabulary.encode(character)) != 1:
+        if not any(character in text for text in texts):
             raise EsjaxError(
                 f"reward.{setting} holds {character!r}, which is no token of the vocabulary; leave it out, or "
                 "name another"
             )
-    return tuple(int(vocabulary.encode(character)[0]) for character in characters)
+    return tuple(FIRST + number for number, text in enumerate(texts) if {*characters} & {*text})

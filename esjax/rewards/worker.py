@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from esjax.config.custom_names import Code
+from esjax.errors import EsjaxError
 from esjax.python_files import load_function
 from esjax.rewards.calls import Kind, Scored, make_call
 
@@ -26,17 +27,21 @@ def main(words: Sequence[str]) -> None:
     """Serve calls until the training process closes the socket.
 
     Args:
-        words: File descriptor of the socket, path of the file, name and kind of the function, and weights in JSON.
+        words: File descriptor of the socket, path of the file, name of the function, hash of the file or "", kind of
+            the function, and weights in JSON.
     """
     connection = Connection(int(words[0]))
     os.dup2(2, 1)  # standard output may be a pipe of the training program
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    path, name, kind, weights = words[1:]
+    path, name, known, kind, weights = words[1:]
     try:
         source = Path(path).read_bytes()
-        function = load_function(Code(path, name, hashlib.sha256(source).hexdigest()), source)
+        digest = hashlib.sha256(source).hexdigest()
+        if known not in ("", digest):
+            raise EsjaxError("the file has changed since the run was started; start it anew, or put the file back")
+        function = load_function(Code(path, name, digest), source)
     except BaseException as error:
-        connection.send(f"{type(error).__name__}: {error}")
+        connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
         return
     connection.send("")
     call = make_call(cast("Kind", kind), function, json.loads(weights))

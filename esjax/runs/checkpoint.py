@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ class Checkpoints:
         with _plain_path(folder):  # fail now, not after the first minute of training
             pass
         for path in folder.glob("*.partial"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         for step in kept_steps(folder):
             path = folder / str(step)
             if find_damage(path):
@@ -176,8 +176,9 @@ class Checkpoints:
         needed = {first_since(self.steps, beginning) for beginning in self.beginnings() if beginning}
         for old in [step for step in self.steps[self._keep :] if step not in needed]:
             doomed = self._folder / f"{old}.partial"  # an interrupted deletion leaves no damaged checkpoint
-            os.replace(self._folder / str(old), doomed)
-            shutil.rmtree(doomed)
+            with suppress(OSError):  # as while another program reads it over NFS; the next start tries again
+                os.replace(self._folder / str(old), doomed)
+                shutil.rmtree(doomed)
 
 
 def find_newest(folder: Path, like: TrainState, tell: Callable[[str], None]) -> Restored | None:

@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 from esjax.config.settings import Config, to_plain
 from esjax.data.corpus import Corpus
 from esjax.devices.process_group import leads
+from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
 from esjax.replica.replica import Replica
 from esjax.replica.update import TrainState
@@ -146,6 +147,7 @@ class Recorder:
         self.member_tokens = 0
         self._run, self._stack, self._clock = run, stack, Clock(0.0)
         self._is_cut_due = False
+        self._trouble: EsjaxError | None = None  # why it is not known whether the ledger can be cut
 
     @property
     def seconds(self) -> float:
@@ -212,10 +214,16 @@ class Recorder:
         if self.checkpoints:
             self.checkpoints.save(state, *progress, is_confirmed=is_confirmed)
             if horizon is not None and self.ledger:
-                self._is_cut_due = is_cut_due(horizon, self.ledger.beginnings[-1], self.checkpoints)
+                try:
+                    self._is_cut_due = is_cut_due(horizon, self.ledger.beginnings[-1], self.checkpoints)
+                except EsjaxError as error:  # the new checkpoint is whole all the same
+                    self._trouble = error
 
     def cut_ledger(self) -> None:
         """Drop updates behind the horizon, in the thread that appends to the ledger."""
+        trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise trouble
         if self.ledger and self._is_cut_due:
             self._is_cut_due = False
             self.ledger.begin_part()

@@ -127,6 +127,8 @@ def test_hosts_post_train_a_run_as_one_process_does(fleet: Fleet, lenient_promot
     assert updates(fleet.run) == updates(local)
     assert (folder / "length called").exists()
     rewards, alone = read_run(fleet.run).metrics, read_run(local).metrics
+    for metrics in (rewards, alone):  # 64 members with two texts of up to six tokens
+        np.testing.assert_array_equal(metrics["member_tokens"], metrics["step"] * 64 * 2 * 6)
     np.testing.assert_allclose(alone["reward"], alone["reward_share"] + 0.125 * alone["reward_long"], rtol=1e-5)
     for name in ("reward_share", "reward_long"):  # about, since on a busy machine two hosts score some pairs
         assert np.isfinite(rewards[name]).mean() > 0.5

@@ -1,17 +1,19 @@
 """Worker processes: rewards come back in order, and a call that goes wrong costs itself alone."""
 
+import hashlib
 import math
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from esjax.config.custom_names import Code
-from esjax.rewards.calls import Failure, Scored, Texts
+from esjax.core.shaping import LARGEST_LOSS
+from esjax.rewards.calls import LARGEST, Failure, Scored, Texts, make_call
 from esjax.rewards.pool import Pool
 
 BAD = {
@@ -115,6 +117,57 @@ def test_a_file_that_a_process_cannot_load_fails_all_calls(tmp_path: Path) -> No
         pool.close()
         assert [failure.kind for failure in scored.failures.values()] == ["load"] * 3
         assert "cannot load" in scored.failures[0].reason
+
+
+def test_a_file_that_has_changed_since_the_start_is_not_called(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def reward(prompts, completions):\n    return [1.0] * len(prompts)\n")
+    code = Code(str(tmp_path / "own.py"), "reward", hashlib.sha256((tmp_path / "own.py").read_bytes()).hexdigest())
+    for after in ("", "\n"):
+        with (tmp_path / "own.py").open("a") as file:
+            file.write(after)
+        pool = Pool(code, processes=2, seconds=1.0)
+        failure = pool.load()
+        pool.close()
+        assert (failure is None) == (after == "")
+    assert failure is not None
+    assert "the file has changed since the run was started" in failure.reason
+
+
+def test_an_error_of_many_lines_is_told_in_one(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("raise ValueError('one\\ntwo')\n")
+    pool = Pool(Code(str(tmp_path / "own.py"), "reward", ""), processes=1, seconds=1.0)
+    failure = pool.load()
+    pool.close()
+    assert failure is not None
+    assert failure.reason.endswith("ValueError: one two")
+
+
+def test_a_process_that_starts_while_the_pool_is_closed_is_ended(pool: Pool) -> None:
+    pool.close()
+    worker = pool._begin_worker()
+    assert worker._process.wait(30) == -9
+    pool._end(worker)
+
+
+@pytest.mark.parametrize(
+    ("reward", "value"),
+    [
+        (lambda prompts, completions, penalty=0.5: [penalty], 0.5),
+        (lambda prompts, completions, answers: answers, 2.0),
+        (lambda prompts, completions, *, answers: answers, 2.0),
+    ],
+)
+def test_answers_go_to_the_argument_of_that_name(reward: Callable[..., list[float]], value: float) -> None:
+    call = make_call("reward", reward, {})
+    assert call(Texts(1, ["a"], ["b"], [2.0]), 0) == [value]
+
+
+def test_a_reward_that_no_loss_may_have_is_named() -> None:
+    assert LARGEST == LARGEST_LOSS
+    call = make_call("reward", lambda prompts, completions: [-1e9], {})
+    failure = call(Texts(1, ["a"], ["b"], [None]), 0)
+    assert isinstance(failure, Failure)
+    assert "less than 1e9 in size" in failure.reason
 
 
 def test_calls_are_made_by_all_processes_at_once(tmp_path: Path) -> None:

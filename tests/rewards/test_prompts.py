@@ -9,7 +9,7 @@ import esjax
 from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, to_yaml
 from esjax.data.tokens import STOP
-from esjax.data.vocabulary import Vocabulary
+from esjax.data.vocabulary import Vocabulary, fit_vocabulary
 from esjax.errors import EsjaxError
 from esjax.hosts.executor import Executor
 from esjax.hosts.protocol import tasks
@@ -29,11 +29,14 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "lines.txt").write_text("one\n\n  two \n")
     (tmp_path / "json.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": ""}\n')
     (tmp_path / "made.py").write_text(
-        "def make():\n    return ['x', ('y', 5)]\n\ndef wrong():\n    return [3]\n\ndef none():\n    return []\n"
+        "def make():\n    return ['x', ('y', 5)]\n\ndef wrong():\n    return [3]\n\ndef none():\n    return []\n\n"
+        "def nothing():\n    pass\n\ndef sets():\n    return [('x', {'yes', 'no'})]\n"
     )
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
     (tmp_path / "broken.jsonl").write_text("prompt\n")
     (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "deep.jsonl").write_text('{"prompt": ' + 100_000 * "[")
+    (tmp_path / "long.jsonl").write_text('{"prompt": "", "answer": ' + 5000 * "1" + "}")
     return tmp_path
 
 
@@ -57,6 +60,10 @@ def test_prompts_come_from_lines_json_lines_or_a_function(folder: Path, name: st
         ("made.py:other", "has no other"),
         ("made.py:wrong", "returns 3 among its prompts"),
         ("made.py:none", "holds no prompt"),
+        ("made.py:nothing", "returns a NoneType; return a list"),
+        ("made.py:sets", "returns the answer {.*}, which JSON does not hold"),
+        ("deep.jsonl", "line 1 is not JSON"),
+        ("long.jsonl", "line 1 is not JSON: Exceeds the limit"),
         ("bad.jsonl", "line 2 is no prompt"),
         ("broken.jsonl", "line 1 is not JSON"),
         ("blank.txt", "holds no prompt"),
@@ -98,7 +105,18 @@ def test_characters_outside_the_vocabulary_are_refused() -> None:
         encode_prompts([Prompt("a!")], ABC)
     with pytest.raises(EsjaxError, match=r"reward\.stop holds '!'"):
         tokens_of("b!", "stop", ABC)
-    assert tokens_of("cb", "stop", ABC) == (4, 3)
+    assert tokens_of("cb", "stop", ABC) == (3, 4)
+    assert tokens_of("", "stop", ABC) == ()
+
+
+def test_subwords_that_hold_a_character_end_a_text_and_those_that_end_in_it_call_a_tool() -> None:
+    """Reference: the texts of all tokens."""
+    pytest.importorskip("tokenizers")
+    vocabulary = fit_vocabulary("bpe:280", [b"[1], [[2]] [[3]]\0" * 40], None)
+    texts = {token: vocabulary.decode([token]) for token in range(2, vocabulary.size)}
+    assert tokens_of("]", "stop", vocabulary) == tuple(token for token, text in texts.items() if "]" in text)
+    assert tokens_of("]", "tool_at", vocabulary) == tuple(token for token, text in texts.items() if text[-1:] == "]")
+    assert len(tokens_of("]", "stop", vocabulary)) > len(tokens_of("]", "tool_at", vocabulary)) > 1
 
 
 def test_the_split_goes_by_the_text_of_a_prompt() -> None:

@@ -157,6 +157,28 @@ def test_a_damaged_checkpoint_is_set_aside_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "3.damaged.1" / "state").is_dir()
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS while another program reads it; it is gone after the next start."""
+    remove, held = checkpoint.shutil.rmtree, [OSError(errno.ENOTEMPTY, "Directory not empty")]
+
+    def remove_unless_held(path: Path, **settings: Any) -> None:
+        if path.name == "1.partial" and held:
+            raise held.pop()
+        remove(path, **settings)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove_unless_held)
+    run = Checkpoints(tmp_path, 1)
+    for step in (1, 2):
+        run.save(state_at(step), step / 4, step * 1000)
+    assert not held
+    assert restore(tmp_path) == (2, [])
+    assert (tmp_path / "1.partial").exists()
+    Checkpoints(tmp_path, 1)
+    assert not (tmp_path / "1.partial").exists()
+
+
 def test_a_failed_save_leaves_the_ones_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
 

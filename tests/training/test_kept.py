@@ -29,6 +29,7 @@ from esjax.runs.reader import read_run
 from esjax.training.local_steps import LocalSteps, StepDone
 from esjax.training.replay import replay
 from esjax.training.run import Trainer, resume, train
+from esjax.watch import recorded_run
 
 __all__ = ["fleet"]
 
@@ -193,6 +194,25 @@ def test_hosts_are_answered_while_a_checkpoint_is_written(
         assert status.result().step == 2
         assert [one.step for one in coordinator.audits.snapshots] == [2]
         has_room.set()
+    assert [one.step for one in coordinator.audits.snapshots] == [2, 3]
+    assert kept_steps(run / "checkpoints")[0] == 3
+
+
+def test_a_checkpoint_is_kept_also_if_it_is_not_known_whether_the_ledger_can_be_cut(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    list(train(replace(config, steps=2, ledger_horizon=1), run))
+    server, lines = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None), list[str]()
+    monkeypatch.setattr(server, "tell", lines.append)
+    with ExitStack() as stack:
+        coordinator, server_loop = server._open(stack, stack.enter_context(server._recording()))
+        server_loop._tell = lines.append
+        state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
+        monkeypatch.setattr(recorded_run, "is_cut_due", Mock(side_effect=EsjaxError("cannot read 2")))
+        data = to_bytes(state)
+        server_loop._store(Store(Snapshot(3, data, hash_bytes(data)), digest(state), is_confirmed=True))
+    assert lines[-1] == "the ledger keeps updates behind the horizon: cannot read 2"
     assert [one.step for one in coordinator.audits.snapshots] == [2, 3]
     assert kept_steps(run / "checkpoints")[0] == 3
 

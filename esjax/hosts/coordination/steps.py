@@ -349,8 +349,8 @@ class Steps:
             )
 
     def _measure_rate(self, members: int, now: float) -> None:
-        data = self._config.data
+        tokens = members * self._config.data.batch_size * self._config.tokens_per_sequence
         if self._closed_at is not None:
-            rate = members * data.batch_size * data.window / max(now - self._closed_at, 1e-9)
+            rate = tokens / max(now - self._closed_at, 1e-9)
             self.rate = self._mean_rate.add(rate, RATE_MEMORY)
         self._closed_at = now

@@ -390,7 +390,11 @@ def main(words: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # the coordinator's end is its end
     given = json.loads(words)
     plan = Plan(**{**given, "doors": [Door(*door) for door in given["doors"]]})
-    Gate(plan).run()
+    try:
+        gate = Gate(plan)
+    except (ConnectionError, FileNotFoundError):  # the coordinator ended with an error of its own, which is printed
+        sys.exit(1)
+    gate.run()
     # Not after an error: the coordinator, if it is there, starts another gate, which needs the folder.
     shutil.rmtree(plan.folder, ignore_errors=True)
 
