@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -48,11 +49,18 @@ class TokenizerVocabulary(Vocabulary):
 
     def encode(self, text: str) -> Int32[ndarray, " length"]:
         """Turn text into ids, int32 [length]. Names of special tokens, such as <|im_start|>, become these tokens."""
-        return self._ids(_tokenizer(self.json).encode(text).ids)
+        ids = _tokenizer(self.json).encode(text).ids
+        return self._ids(ids[: len(ids) - _closing(self.json)])
+
+    def encode_inner(self, text: str) -> Int32[ndarray, " length"]:
+        """Turn text that stands within another into ids, without the tokens that begin or close a text."""
+        return self._ids(_tokenizer(self.json).encode(text, add_special_tokens=False).ids)
 
     def encode_piece(self, piece: bytes) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
         """Turn documents, each with NUL behind it, into ids, see `Vocabulary.encode_piece`."""
-        found = [self._ids(one.ids) for one in _tokenizer(self.json).encode_batch(documents_of(piece))]
+        closing = _closing(self.json)
+        every = [one.ids for one in _tokenizer(self.json).encode_batch(documents_of(piece))]
+        found = [self._ids(ids[: len(ids) - closing]) for ids in every]
         stop = np.array([STOP], np.int32)
         return np.concatenate([part for ids in found for part in (ids, stop)]), np.array(
             [len(ids) + 1 for ids in found]
@@ -71,6 +79,12 @@ class TokenizerVocabulary(Vocabulary):
                 runs[-1].append(int(self.order[i]))
         decode = _tokenizer(self.json).decode
         return UNKNOWN_MARK.join(decode(run, skip_special_tokens=False) for run in runs)
+
+    def decode_after(self, prompt: str, ids: Sequence[int] | ndarray) -> str:
+        """Turn ids into the text that they continue a prompt with: some tokenizers drop the first space of a text."""
+        before = self.encode(prompt)
+        known, whole = self.decode(before), self.decode(np.concatenate([before, np.asarray(ids, before.dtype)]))
+        return whole[len(known) :] if whole.startswith(known) else self.decode(ids)
 
     def stored(self) -> dict[str, Any]:
         """Return the vocabulary as a JSON value, for `parse_vocabulary`."""
@@ -169,6 +183,13 @@ def library() -> ModuleType:
     with needing("a tokenizer", "tokenizers"):
         import tokenizers
     return tokenizers
+
+
+@lru_cache(maxsize=4)
+def _closing(tokenizer: str) -> int:
+    """Return how many tokens the tokenizer puts behind every text. They are left out: here STOP ends a document."""
+    is_added = _tokenizer(tokenizer).encode("a").special_tokens_mask
+    return len(list(takewhile(bool, reversed(is_added))))
 
 
 @lru_cache(maxsize=4)

@@ -48,6 +48,10 @@ class Vocabulary:
         """Turn text into ids, int32 [length]; characters outside the vocabulary become UNK."""
         return self._map(text.encode(errors=_ANY))[0].astype(np.int32)
 
+    def encode_inner(self, text: str) -> Int32[ndarray, " length"]:
+        """Turn text that stands within another into ids."""
+        return self.encode(text)
+
     def encode_piece(self, piece: bytes) -> tuple[Integer[ndarray, " length"], Int64[ndarray, " documents"]]:
         """Turn documents into ids.
 
@@ -80,6 +84,10 @@ class Vocabulary:
                 UNKNOWN_MARK.encode() if i == UNK else bytes([i - FIRST]) for i in map(int, ids) if i != STOP
             ).decode(errors="replace")
         return "".join(UNKNOWN_MARK if i == UNK else self.symbols[i - FIRST] for i in map(int, ids) if i != STOP)
+
+    def decode_after(self, prompt: str, ids: Sequence[int] | ndarray) -> str:
+        """Turn ids into the text that they continue a prompt with."""
+        return self.decode(ids)
 
     def stored(self) -> dict[str, Any]:
         """Return the vocabulary as a JSON value, for `parse_vocabulary`."""

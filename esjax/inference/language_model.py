@@ -166,7 +166,7 @@ class LanguageModel:
         state = self._after(params, prompt)
         keys = jax.random.split(key_of(seed), count)
         tokens = self._functions.sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
-        return [Written(self.vocabulary.decode(row)) for row in np.asarray(tokens)]
+        return [Written(self.vocabulary.decode_after(prompt, row)) for row in np.asarray(tokens)]
 
     @default_flags()
     def search(self, params: Params, prompt: str, *, beams: int, max_tokens: int) -> list[Written]:
@@ -180,7 +180,7 @@ class LanguageModel:
         state = self._after(params, prompt)
         found = self._functions.beam_search(params, state, beams, max_tokens)
         pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
-        return [Written(self.vocabulary.decode(row), float(total)) for row, total in pairs if np.isfinite(total)]
+        return [Written(self.vocabulary.decode_after(prompt, row), float(total)) for row, total in pairs if np.isfinite(total)]
 
     def _after(self, params: Params, prompt: str) -> State:
         """Return the state after a prompt.

@@ -115,7 +115,7 @@ class ToolUse:
                 shown = answer[:SHOWN]
                 failure = Failure("unknown", f"it returned {shown!r}; the vocabulary does not hold {unknown[0]!r}")
             elif failure is None:
-                encoded = self._vocabulary.encode(answer)
+                encoded = self._vocabulary.encode_inner(answer)
                 if (encoded == STOP).any():
                     encoded = None
                     failure = Failure("end", "it returned the token for the end of a document; leave that out")

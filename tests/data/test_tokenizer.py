@@ -133,3 +133,21 @@ def test_a_corpus_of_subwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert corpus.held_out
     assert corpus.bits_of_a_nat == pytest.approx(tokens / corpus.held_out_bytes / np.log(2))
     assert corpus.held_out_bytes == sum(len(FITTED.decode(document)) + 1 for document in corpus.held_out)
+
+
+def test_a_text_goes_on_with_its_space_and_no_token_closes_it() -> None:
+    """Reference: a tokenizer as of Llama 2, by hand: spaces begin words, and <s> and </s> enclose a text."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁the": 3, "▁cat": 4, "▁sat": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["<s>", "</s>"])
+    enclosed = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    made.post_processor = enclosed
+    vocabulary = make_vocabulary(made.to_str(), "one", unknown_id=0, stop_id=2)
+    assert vocabulary.encode("the cat").tolist() == [2, 3, 4]
+    assert vocabulary.encode("").tolist() == [2]
+    assert vocabulary.encode_inner("cat").tolist() == [4]
+    assert [part.tolist() for part in vocabulary.encode_piece(b"the\0cat sat\0")] == [[2, 3, 1, 2, 4, 5, 1], [3, 4]]
+    assert vocabulary.decode([5]) == "sat"
+    assert vocabulary.decode_after("the cat", [5, 1]) == " sat"
