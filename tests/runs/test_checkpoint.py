@@ -161,14 +161,14 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As over NFS while another program reads it; it is gone after the next start."""
-    remove, held = checkpoint.shutil.rmtree, [OSError(errno.ENOTEMPTY, "Directory not empty")]
+    remove, held = shutil.rmtree, [OSError(errno.ENOTEMPTY, "Directory not empty")]
 
     def remove_unless_held(path: Path, **settings: Any) -> None:
         if path.name == "1.partial" and held:
             raise held.pop()
         remove(path, **settings)
 
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove_unless_held)
+    monkeypatch.setattr(shutil, "rmtree", remove_unless_held)
     run = Checkpoints(tmp_path, 1)
     for step in (1, 2):
         run.save(state_at(step), step / 4, step * 1000)
