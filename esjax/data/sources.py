@@ -201,13 +201,18 @@ def _folders(starts: Iterable[str]) -> Iterator[str]:
     """Walk through folders and their subfolders that are not hidden, each once."""
     entered: set[tuple[int, int]] = set()
     for start in starts:
-        for here, folders, _ in os.walk(start, followlinks=True):
+        for here, folders, _ in os.walk(start, followlinks=True, onerror=_refuse):
             if _identity(here) in entered:
                 folders.clear()
                 continue
             entered.add(_identity(here))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             yield here
+
+
+def _refuse(error: OSError) -> None:
+    """Raise the error about a folder that cannot be read, which `os.walk` would leave out."""
+    raise error
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """From the name of a text to documents on two sides, against texts written out by hand."""
 
 import bz2
+import errno
 import gzip
 import importlib.util
 import lzma
@@ -280,6 +281,22 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "secret.txt", "a")
     Path(source).chmod(0)
     assert "secret.txt" in refused(source)
+
+
+@pytest.mark.parametrize("source", ["", "/**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """As the system refuses it; root, too, so that the call stands in for the permission."""
+    write(tmp_path / "a.txt", "a")
+    secret = write(tmp_path / "secret" / "b.txt", "b").removesuffix("/b.txt")
+    scandir = os.scandir
+
+    def scan(path: str) -> object:
+        if path == secret:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert f"Permission denied: '{secret}'" in refused(f"{tmp_path}{source}")
 
 
 def test_an_unknown_builtin_is_told_the_known_ones() -> None:
