@@ -234,14 +234,17 @@ def _cut(pieces: Iterable[str], documents: Documents) -> Iterator[list[str]]:
 
 _LINE_END = re.compile(r"\n")
 
-_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+_BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 
 
 def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[list[str]]:
     """Split a text as `separator.split` would. A part is held back until its separator is known to have ended."""
-    held, blanks = [""], ""  # the part that has begun, without the blanks that it may end in
+    held, blanks = [""], [""]  # the part that has begun, and apart from it the blanks that it may end in
     for piece in pieces:
-        text = blanks + piece
+        blanks.append(piece)
+        if not piece.strip(" \t\n"):
+            continue
+        text = "".join(blanks)
         solid = text.rstrip(" \t\n")
         first, *others = separator.split(solid)
         held.append(first)
@@ -249,8 +252,8 @@ def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[li
             *whole, last = ["".join(held), *others]
             yield whole
             held = [last]
-        blanks = text[len(solid) :]
-    yield separator.split("".join((*held, blanks)))
+        blanks = [text[len(solid) :]]
+    yield separator.split("".join((*held, *blanks)))
 
 
 def _shakespeare() -> tuple[list[str], str]:

@@ -80,12 +80,15 @@ def _ending(path: Path) -> str:
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    begun: list[str] = []  # a line, piece by piece: joined once, at its end
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        for line in lines:
-            yield line + "\n"
-    if rest:
+        whole, end, last = piece.rpartition("\n")
+        if end:
+            for line in "".join((*begun, whole)).split("\n"):
+                yield line + "\n"
+            begun = []
+        begun.append(last)
+    if rest := "".join(begun):
         yield rest
 
 

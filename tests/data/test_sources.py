@@ -266,7 +266,7 @@ def test_a_text_packed_by_gzip_or_zstd_is_read(tmp_path: Path, compress: Callabl
 
 @pytest.mark.parametrize("logarithm", [27, 31])
 def test_a_text_packed_by_zstd_with_a_long_window_is_read(tmp_path: Path, logarithm: int) -> None:
-    """By hand from RFC 8878, section 3.1.1: magic, no flags, the window as by `zstd --long`, and one last, raw block."""
+    """By hand from RFC 8878, section 3.1.1: magic, no flags, the window of `zstd --long`, a last, raw block."""
     frame = b"\x28\xb5\x2f\xfd" + bytes([0, logarithm - 10 << 3]) + (len(b"a text") << 3 | 1).to_bytes(3, "little")
     assert documents_of(write(tmp_path / "text.zst", frame + b"a text"), "file") == ["a text"]
 

@@ -91,7 +91,7 @@ def test_the_name_of_a_column_may_hold_line_ends_and_other_marks(tmp_path: Path,
     write(path, f'id{mark}"a text,\nor; none\t"\n1{mark}one\n2{mark}two\n')
     assert list(read_column(path, "a text,\nor; none\t", [])) == ["one", "two"]
     write(path, f'id{mark}"a text,\nor; none\t"\n1{mark}one\n2{mark}two{mark}three\n')
-    with pytest.raises(EsjaxError, match="^line 4 of "):
+    with pytest.raises(EsjaxError, match=r"^line 4 of "):
         list(read_column(path, "id", []))
 
 
