@@ -201,13 +201,18 @@ def _folders(starts: Iterable[str]) -> Iterator[str]:
     """Walk through folders and their subfolders that are not hidden, each once."""
     entered: set[tuple[int, int]] = set()
     for start in starts:
-        for here, folders, _ in os.walk(start, followlinks=True):
+        for here, folders, _ in os.walk(start, followlinks=True, onerror=_refuse):
             if _identity(here) in entered:
                 folders.clear()
                 continue
             entered.add(_identity(here))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             yield here
+
+
+def _refuse(error: OSError) -> None:
+    """Raise the error about a folder that cannot be read, which `os.walk` would leave out."""
+    raise error
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
@@ -229,14 +234,17 @@ def _cut(pieces: Iterable[str], documents: Documents) -> Iterator[list[str]]:
 
 _LINE_END = re.compile(r"\n")
 
-_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
+_BLANK_LINES = re.compile(r"\n[ \t\n]*\n")
 
 
 def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[list[str]]:
     """Split a text as `separator.split` would. A part is held back until its separator is known to have ended."""
-    held, blanks = [""], ""  # the part that has begun, without the blanks that it may end in
+    held, blanks = [""], [""]  # the part that has begun, and apart from it the blanks that it may end in
     for piece in pieces:
-        text = blanks + piece
+        blanks.append(piece)
+        if not piece.strip(" \t\n"):
+            continue
+        text = "".join(blanks)
         solid = text.rstrip(" \t\n")
         first, *others = separator.split(solid)
         held.append(first)
@@ -244,8 +252,8 @@ def _separated(pieces: Iterable[str], separator: re.Pattern[str]) -> Iterator[li
             *whole, last = ["".join(held), *others]
             yield whole
             held = [last]
-        blanks = text[len(solid) :]
-    yield separator.split("".join((*held, blanks)))
+        blanks = [text[len(solid) :]]
+    yield separator.split("".join((*held, *blanks)))
 
 
 def _shakespeare() -> tuple[list[str], str]:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -79,35 +80,62 @@ def _ending(path: Path) -> str:
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    begun: list[str] = []  # a line, piece by piece: joined once, at its end
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        for line in lines:
-            yield line + "\n"
-    if rest:
+        whole, end, last = piece.rpartition("\n")
+        if end:
+            for line in "".join((*begun, whole)).split("\n"):
+                yield line + "\n"
+            begun = []
+        begun.append(last)
+    if rest := "".join(begun):
         yield rest
 
 
 def _csv(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:
-    """Read a CSV file (RFC 4180) whose fields are separated by commas, semicolons or tabs, as its first row says."""
-    lines = _lines(text_pieces(path, records))
-    first = next(lines, "")
+    """Read a CSV file (RFC 4180) whose fields are separated by commas, semicolons or tabs, as its first row says.
+
+    If the first row holds none of them, there is one column: of a .tsv file, up to a tab, and of others the whole line.
+    """
+    lines, *copies = tee(_lines(text_pieces(path, records)), 4)
     longest, line = csv.field_size_limit(LONGEST_CELL), 1  # the limit is of the process, and is put back
     try:
-        headers = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
-        mark = next((mark for mark, names in headers.items() if column in names), None)
-        if mark is None:
-            raise no_column(str(path), column, max(headers.values(), key=len))
-        place = headers[mark].index(column)
-        line, rows = 2, csv.reader(lines, delimiter=mark, strict=True)
+        headers = {mark: _header(copies.pop(), mark) for mark in ",;\t"}
+        mark = max(headers, key=lambda mark: (column in headers[mark], len(headers[mark])))
+        if len(headers[mark]) < 2:
+            mark = "\t" if _ending(path) == ".tsv" else _NO_MARK
+        rows = csv.reader(lines, delimiter=mark, strict=True)
+        names = next(rows, [])
+        if column not in names:
+            raise no_column(str(path), column, names)
+        place = names.index(column)
+        line = rows.line_num + 1
         for row in rows:
-            line = rows.line_num + 2  # of the next row
+            if len(row) > len(names):
+                raise EsjaxError(
+                    f"line {line} of {str(path)!r} has {len(row)} cells, and the first row {len(names)}; put cells that "
+                    f"hold {mark!r} in quotes"
+                )
+            line = rows.line_num + 1  # of the next row
             if row[place:]:
                 yield row[place]
     except csv.Error as error:
-        raise EsjaxError(f"cannot read {str(path)!r} as CSV: {error} at line {line}; mend its quotes") from error
+        reason = str(error).replace(_NO_MARK, "line end")
+        raise EsjaxError(f"cannot read {str(path)!r} as CSV: {reason} at line {line}; mend its quotes") from error
     finally:
         csv.field_size_limit(longest)
+
+
+_NO_MARK = "\0"
+"""A character that no text holds, see `text_pieces`."""
+
+
+def _header(lines: Iterator[str], mark: str) -> list[str]:
+    """Read the first row; empty if `mark` does not separate its fields."""
+    try:
+        return next(csv.reader(lines, delimiter=mark, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def _json_lines(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:

@@ -164,7 +164,8 @@ def _zstd(file: io.BufferedIOBase) -> Any:
             from compression import zstd
         else:
             from backports import zstd
-    return zstd.open(file)
+    window = zstd.DecompressionParameter.window_log_max  # 27 by default; zstd --long=31 needs more
+    return zstd.open(file, options={window: window.bounds()[1]})
 
 
 _UNPACKERS: dict[bytes, tuple[Callable[[io.BufferedIOBase], Any], str]] = {
@@ -192,7 +193,7 @@ def _way_out(path: Path, first: bytes, unpack: str, other: str | None) -> str:
         unpack: Command that unpacks the file, or "" if it is not packed.
         other: Encoding to name as an example if none is recognised.
     """
-    name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+    name, new = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
     for start, (packer, command) in _OTHER_PACKERS.items():
         if first.startswith(start):
             return f"it is packed by {packer}; unpack it: {command} {name}"
@@ -201,13 +202,13 @@ def _way_out(path: Path, first: bytes, unpack: str, other: str | None) -> str:
         kind = f"looks like {encoding}" if encoding else "is no UTF-8"
         return f"what it unpacks to {kind}; unpack it ({unpack} {name}), and convert the text or leave it out"
     if encoding:
-        return f"it looks like {encoding}; convert it: iconv -f {encoding} -t UTF-8 {name} > {new}"
+        return f"it looks like {encoding}; convert it and move the old file away: iconv -f {encoding} -t UTF-8 {name} > {new}"
     if other:
         return (
-            f"convert it from its encoding, such as {other}: iconv -f {other} -t UTF-8 {name} > {new}; or, if it is no "
-            "text, leave it out"
+            f"convert it from its encoding, such as {other}, and move the old file away: iconv -f {other} -t UTF-8 {name} "
+            f"> {new}; or, if it is no text, leave it out"
         )
-    return f"leave it out, or take them out: tr -d '\\000' < {name} > {new}"
+    return f"leave it out, or take them out and move the old file away: tr -d '\\000' < {name} > {new}"
 
 
 def _guess(data: bytes) -> str | None:

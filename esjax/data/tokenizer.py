@@ -194,7 +194,10 @@ def _closing(tokenizer: str) -> int:
 
 @lru_cache(maxsize=4)
 def _tokenizer(text: str) -> Any:
-    return library().Tokenizer.from_str(text)
+    tokenizer = library().Tokenizer.from_str(text)
+    tokenizer.no_truncation()  # a file may store both, for batches of one length
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @lru_cache(maxsize=4)

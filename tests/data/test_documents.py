@@ -2,8 +2,11 @@
 
 import hashlib
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from esjax.data.corpus import Corpus, load_corpus
 from esjax.data.documents import Documents, Store, TextStore, encode_documents
 from esjax.data.packing import pack_stream
 from esjax.data.sources import _cut, split_documents
+from esjax.data.tables import _lines
 from esjax.data.tokens import STOP
 from esjax.data.vocabulary import Vocabulary, documents_of, fit_vocabulary
 from esjax.errors import EsjaxError
@@ -68,6 +72,19 @@ def test_a_text_in_pieces_is_cut_like_the_whole(text: str, places: list[int]) ->
     for documents in ("file", "line", "paragraph"):
         found, whole = (list(chain.from_iterable(_cut(given, documents))) for given in (pieces, [text]))
         assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("pieces", "cut"),
+    [(["x" * 1000] * 10_000, _lines), (["\n" * 1000] * 3000, partial(_cut, documents="paragraph"))],
+)
+def test_long_lines_and_many_blank_lines_take_linear_time(
+    pieces: list[str], cut: Callable[[list[str]], Iterator[Any]]
+) -> None:
+    """0.1 s; joining what has been read anew for each piece takes more than 5 s."""
+    begun = process_time()
+    assert list(cut(["a", *pieces, "b"]))
+    assert process_time() - begun < 3
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 100])

@@ -1,6 +1,7 @@
 """From the name of a text to documents on two sides, against texts written out by hand."""
 
 import bz2
+import errno
 import gzip
 import importlib.util
 import lzma
@@ -228,14 +229,14 @@ def test_wide_texts_are_named_and_the_command_that_is_given_converts_them(
     message = refused(source)
     assert encoding.removesuffix("LE").removesuffix("BE") in message
     subprocess.run(message[message.index("iconv ") :], shell=True, check=True)
-    assert documents_of(f"{source}.utf8", "file") == [text.strip("\n")]
+    assert documents_of(f"{source.removesuffix('.txt')}.utf8.txt", "file") == [text.strip("\n")]
 
 
 def test_a_text_of_another_encoding_is_told_how_to_convert_it(tmp_path: Path) -> None:
     source = write(tmp_path / "latin.txt", "déjà vu\n".encode("latin-1"))
     command = refused(source).partition("iconv ")[2].partition(";")[0]
     subprocess.run(f"iconv {command}", shell=True, check=True)
-    assert documents_of(f"{source}.utf8", "file") == ["déjà vu"]
+    assert documents_of(f"{source.removesuffix('.txt')}.utf8.txt", "file") == ["déjà vu"]
 
 
 def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_nul_bytes_are_no_text(tmp_path: Path) -> None:
     message = refused(source)
     assert "the first at byte 5" in message
     subprocess.run(message[message.index("tr ") :], shell=True, check=True)
-    assert documents_of(f"{source}.utf8", "file") == ["é, f and after"]
+    assert documents_of(f"{source.removesuffix('.txt')}.utf8.txt", "file") == ["é, f and after"]
 
 
 @pytest.mark.parametrize(("packer", "compress"), [("bzip2", bz2.compress), ("xz", lzma.compress)])
@@ -263,6 +264,13 @@ def test_a_text_packed_by_gzip_or_zstd_is_read(tmp_path: Path, compress: Callabl
     assert "UTF-16" in refused(write(tmp_path / "wide.gz", compress("text of some length".encode("utf-16"))))
 
 
+@pytest.mark.parametrize("logarithm", [27, 31])
+def test_a_text_packed_by_zstd_with_a_long_window_is_read(tmp_path: Path, logarithm: int) -> None:
+    """By hand from RFC 8878, section 3.1.1: magic, no flags, the window of `zstd --long`, a last, raw block."""
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, logarithm - 10 << 3]) + (len(b"a text") << 3 | 1).to_bytes(3, "little")
+    assert documents_of(write(tmp_path / "text.zst", frame + b"a text"), "file") == ["a text"]
+
+
 def test_a_text_that_begins_like_a_packed_file_is_a_text(tmp_path: Path) -> None:
     assert documents_of(write(tmp_path / "text.txt", "BZh9 stands for bzip2"), "file") == ["BZh9 stands for bzip2"]
 
@@ -280,6 +288,22 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "secret.txt", "a")
     Path(source).chmod(0)
     assert "secret.txt" in refused(source)
+
+
+@pytest.mark.parametrize("source", ["", "/**/*.txt"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """As the system refuses it; root, too, so that the call stands in for the permission."""
+    write(tmp_path / "a.txt", "a")
+    secret = write(tmp_path / "secret" / "b.txt", "b").removesuffix("/b.txt")
+    scandir = os.scandir
+
+    def scan(path: str) -> object:
+        if path == secret:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert f"Permission denied: '{secret}'" in refused(f"{tmp_path}{source}")
 
 
 def test_an_unknown_builtin_is_told_the_known_ones() -> None:

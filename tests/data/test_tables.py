@@ -77,6 +77,24 @@ def test_a_csv_file_is_read_as_the_standard_library_writes_it(
     assert list(read_column(path, "a text", [])) == [text for text, _ in rows]
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_of_one_column_a_cell_is_the_line_or_in_quotes(tmp_path: Path, name: str) -> None:
+    """By hand."""
+    content = 'text\nHello, world; all\n"a ""quoted"", one"\n"two\nlines"\n'
+    assert cells(write(tmp_path / name, content) + "#text") == ["Hello, world; all", 'a "quoted", one', "two\nlines"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_name_of_a_column_may_hold_line_ends_and_other_marks(tmp_path: Path, mark: str) -> None:
+    """By hand."""
+    path = tmp_path / "t.csv"
+    write(path, f'id{mark}"a text,\nor; none\t"\n1{mark}one\n2{mark}two\n')
+    assert list(read_column(path, "a text,\nor; none\t", [])) == ["one", "two"]
+    write(path, f'id{mark}"a text,\nor; none\t"\n1{mark}one\n2{mark}two{mark}three\n')
+    with pytest.raises(EsjaxError, match=r"^line 4 of "):
+        list(read_column(path, "id", []))
+
+
 @pytest.mark.parametrize(
     ("documents", "expected"),
     [
@@ -137,7 +155,11 @@ def test_the_folder_of_a_column_is_made_absolute(tmp_path: Path, monkeypatch: py
         ("t.csv", "id,body\n1,a\n", r"no column 'text'; it has 'id', 'body'"),
         ("t.csv", "id;body\n1;a\n", r"no column 'text'; it has 'id', 'body'"),
         ("t.csv", "", "no column 'text'; it has none"),
-        ("t.csv", 'text\n"a" b\n', "line 2"),
+        ("t.csv", 'text\n"a" b\n', "'line end' expected after '\"' at line 2"),
+        ("t.csv", 'id,text\n"1" b,a\n', "line 2"),
+        ("t.csv", '"id" a,text\n1,a\n', "line 1; mend its quotes"),
+        ("t.csv", "id,text\n1,Hello, world\n", "line 2 of .* has 3 cells, and the first row 2"),
+        ("t.tsv", "text\na\tb\n", "line 2 of .* has 2 cells"),
         ("t.csv", 'text\na\n"b\n', "unexpected end of data"),
         ("t.jsonl", '{"body": "a"}\n{"id": 1}\n', "it has 'body', 'id'"),
         ("t.csv", "a" * 200_000 + "\n", "no column 'text'"),

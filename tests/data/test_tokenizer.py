@@ -95,6 +95,18 @@ def test_without_such_ids_they_are_new() -> None:
     assert chosen.decode([3, 4, 2]) == "b <end> a"
 
 
+def test_documents_are_neither_cut_nor_filled_as_the_file_says() -> None:
+    """Reference: the ids of the same tokenizer without the two settings."""
+    stored = tokenizers.Tokenizer.from_str(words("a", "b"))
+    stored.enable_truncation(2)
+    stored.enable_padding(length=4)
+    chosen = make_vocabulary(stored.to_str(), "x")
+    np.testing.assert_array_equal(chosen.encode("a b a"), [2, 3, 2])
+    ids, lengths = chosen.encode_piece(b"a b a\0b\0")
+    np.testing.assert_array_equal(ids, [2, 3, 2, STOP, 3, STOP])
+    np.testing.assert_array_equal(lengths, [4, 2])
+
+
 @pytest.mark.parametrize("stored", [{"tokenizer": 3}, {"tokenizer": {}}, {}, {"tokenizer": {}, "stop_id": "x"}])
 def test_a_damaged_vocabulary_is_refused(stored: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer|as a tokenizer\.json"):
