@@ -46,7 +46,7 @@ class Import:
     The file is a .safetensors file that export wrote, a .npy file of the original program, or a pretrained model.
     """
 
-    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File that ends in .safetensors or .npy. A .npy file is a vector: D, V, L and the weights. Or a pretrained Llama
     model: a file that ends in .gguf, a folder of Hugging Face, or builtin:smollm2."""
 

@@ -581,6 +581,10 @@ MISTAKES = {
     "import of no safetensors": (["import", "none.safetensors", "--out", "new"], "none.safetensors"),
     "import over a run": (["import", "zeros.npy", "--chars", "a.json", "--out", "run"], "exists already"),
     "import of nothing": (["import-npy", "none.npy", "--chars", "a.json", "--out", "new"], "none.npy"),
+    "import of a builtin model that there is not": (
+        ["import", "builtin:gpt", "--out", "new"],
+        "there is builtin:smollm2",
+    ),
     "import of a text": (["import-npy", "text.npy", "--chars", "a.json", "--out", "new"], "text.npy"),
 }
 
