@@ -90,8 +90,8 @@ class RunInference(ABC):
 
         Args:
             prompt: Start of a document. Characters outside the vocabulary are read as UNK.
-            beams: Number of continuations to keep at every length, at least 1; its products with `max_tokens` and with the
-                size of the vocabulary are below 2^31.
+            beams: Number of continuations to keep at every length, at least 1; its products with `max_tokens` and with
+                the size of the vocabulary are below 2^31.
             max_tokens: Most tokens to generate, at least 1.
 
         Returns:
