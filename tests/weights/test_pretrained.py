@@ -359,7 +359,13 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
             "model_type of '.*config.json' is 'gpt2'; esjax reads models with 'llama'",
         ),
         (change_json("config.json", rope_scaling={"rope_type": "llama3"}), "rope_type of '.*' is 'llama3'"),
+        (change_json("config.json", rope_scaling="linear"), "it has a wrong type: rope_scaling is 'linear'"),
         (change_json("config.json", head_dim=32), "head_dim of '.*' is 32"),
+        (change_json("config.json", num_attention_heads=0), "cannot be used: n_heads must be above 0"),
+        (
+            change_tensor(DOWN, lambda x: x.astype(jnp.float8_e4m3fn)),
+            f"{DOWN} of '.*' is F8_E4M3; convert it to F32, F16 or BF16",
+        ),
         (
             change_json("config.json", hidden_size=None),
             "lacks a setting of a Llama model, or it has a wrong type: 'hidden_size'",
@@ -390,6 +396,7 @@ def test_what_is_wrong_with_a_folder_is_named(change: Callable[[Path], Any], mes
         ({"tokenizer_pre": "falcon"}, f"is of the kind 'falcon'; esjax reads {', '.join(SPLITS)} alone"),
         ({"tokenizer_model": "llama"}, "is of the kind 'llama'"),
         ({"rope_dimension_count": 8}, "scales or cuts the rotary embedding"),
+        ({"head_count": 0}, "cannot be used: n_heads must be above 0"),
         ({"block_count": 3}, "has no tensor blk.2.attn_norm.weight"),
         ({"eos_token_id": 999}, "and none is 999"),
     ],
