@@ -67,7 +67,7 @@ class Import:
 
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars, model=self.model)
-        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
+        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT", "--split", "all"))
         teller(console)(
             f"kept in {out}; the line above scores it on your text, {command_line('esjax', 'generate', out)} generates "
             f"text, and {command_line('esjax', 'export', out)} exports it again; it has no training text, so it cannot "

@@ -21,7 +21,7 @@ from esjax.data.text_files import read_text
 from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError
 from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
-from esjax.weights.start import begin_with
+from esjax.weights.start import UNKNOWN_DATA, begin_with
 
 DAMAGED = (ValueError, TypeError, SyntaxError, EOFError, MemoryError, tokenize.TokenError, zipfile.BadZipFile)
 """What NumPy raises for a damaged file; its header is a Python literal."""
@@ -92,7 +92,8 @@ def _read_weights(path: Path) -> tuple[Config, RnnParams]:
         )
     if not np.isfinite(body).all():
         raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
-    return Config(model=RnnConfig(hidden_size=hidden, n_layers=layers)), unflatten(body, hidden, vocab, layers)
+    config = Config(model=RnnConfig(hidden_size=hidden, n_layers=layers), data=UNKNOWN_DATA)
+    return config, unflatten(body, hidden, vocab, layers)
 
 
 def unflatten(flat: Float32[ndarray, " weights"], hidden: int, vocab: int, layers: int) -> RnnParams:

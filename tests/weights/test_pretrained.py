@@ -274,6 +274,8 @@ def test_text_is_generated_and_scored(tmp_path: Path) -> None:
     assert run.generate("the cat", seed=3, max_tokens=9) == model.generate("the cat", seed=3, max_tokens=9)
     with pytest.raises(EsjaxError, match="is not a run and has no text; name one"):
         model.evaluate()
+    with pytest.raises(EsjaxError, match=r"are imported and have no text; name one: --data\.text TEXT"):
+        run.evaluate()
 
 
 def test_prompts_of_different_lengths_share_a_program(tmp_path: Path) -> None:
