@@ -168,7 +168,7 @@ def interleaved(matrix: ndarray, heads: int) -> ndarray:
 
 def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any) -> dict[str, ndarray]:
     """Write a GGUF file, and return its weights as they are after rounding to `kind`."""
-    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"))
+    writer, special = gguf.GGUFWriter(path, changes.pop("arch", "llama")), changes.pop("special", (0, 1, 2))
     for name, value in {
         "context_length": 32,
         "embedding_length": HIDDEN,
@@ -188,7 +188,7 @@ def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any)
         getattr(writer, f"add_{name}")(value)
     model = json.loads(TOKENIZER.to_str())["model"]
     writer.add_token_list(sorted(model["vocab"], key=model["vocab"].get))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB)])
+    writer.add_token_types([3 if i in special else 1 for i in range(VOCAB)])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     rounded, wanted = {}, gguf.GGMLQuantizationType[kind]
     for name, value in tensors(tied).items():
@@ -400,6 +400,7 @@ def test_what_is_wrong_with_a_folder_is_named(change: Callable[[Path], Any], mes
         ({"rope_dimension_count": 8}, "scales or cuts the rotary embedding"),
         ({"head_count": 0}, "cannot be used: n_heads must be above 0"),
         ({"block_count": 3}, "has no tensor blk.2.attn_norm.weight"),
+        ({"special": (1,)}, f"needs {VOCAB + 1}; no special token but its end can be UNK"),
         ({"eos_token_id": 999}, "and none is 999"),
     ],
 )
