@@ -46,7 +46,7 @@ class Import:
     The file is a .safetensors file that export wrote, a .npy file of the original program, or a pretrained model.
     """
 
-    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File that ends in .safetensors or .npy. A .npy file is a vector: D, V, L and the weights. Or a pretrained Llama
     model: a file that ends in .gguf, a folder of Hugging Face, or builtin:smollm2."""
 
@@ -67,7 +67,7 @@ class Import:
 
         out = new_folder(self.out)
         import_weights(self.weights, out, characters=self.chars, model=self.model)
-        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT"))
+        print(command_line("esjax", "evaluate", out, "--data.text", "TEXT", "--split", "all"))
         teller(console)(
             f"kept in {out}; the line above scores it on your text, {command_line('esjax', 'generate', out)} generates "
             f"text, and {command_line('esjax', 'export', out)} exports it again; it has no training text, so it cannot "

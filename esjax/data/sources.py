@@ -22,6 +22,9 @@ from esjax.paths import given_path
 Documents = Literal["auto", "paragraph", "line", "file"]
 
 
+NO_TEXT = "builtin:none"
+"""Name in the settings of imported weights whose training text is unknown."""
+
 BATCH = 2**18
 """Characters that are worked on at a time: few enough for a core's cache."""
 
@@ -89,8 +92,10 @@ def open_text(source: str, documents: Documents) -> Text:
         documents: What a document is, see `DataConfig.documents`.
 
     Raises:
-        EsjaxError: The source does not exist.
+        EsjaxError: The source does not exist, or is `NO_TEXT`.
     """
+    if source == NO_TEXT:
+        raise EsjaxError("the weights are imported and have no text; name one: --data.text TEXT, or text= in Python")
     files: list[FileRecord] = []
     whole: Documents = "file" if documents == "auto" else documents
     if source.startswith(PREFIX):

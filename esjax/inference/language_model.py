@@ -26,6 +26,9 @@ from esjax.models.model import Model, Params, State
 SHORTEST = 32
 """Least number of tokens to which a prompt is padded for a model that reads prompts at once; then powers of two."""
 
+HOTTEST = float(np.finfo(np.float32).max)
+"""Highest temperature."""
+
 
 class Evaluation(NamedTuple):
     """How well a model predicts whole documents, including the STOP at the end of each.
@@ -157,16 +160,16 @@ class LanguageModel:
         Raises:
             EsjaxError: A number is out of range.
         """
-        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
-        _require(count >= 1, f"count must be at least 1, got {count}")
-        _require(temperature >= 0, f"temperature must be at least 0, got {temperature}")
+        _require_table("count", count, "max_tokens", max_tokens)
+        _require(0 <= temperature <= HOTTEST, f"temperature must be at least 0 and a finite float32, got {temperature}")
         _require(top_k >= 0, f"top_k must be at least 0, got {top_k}")
         _require(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         _require(0 <= seed < 2**32, f"seed must be at least 0 and below 2^32, got {seed}")
         state = self._after(params, prompt)
         keys = jax.random.split(key_of(seed), count)
-        tokens = self._functions.sample(params, state, keys, max_tokens, Sampling(temperature, top_k, top_p))
-        return [Written(self.vocabulary.decode_after(prompt, row)) for row in np.asarray(tokens)]
+        sampling = Sampling(temperature, min(top_k, self.vocabulary.size), top_p)
+        tokens = self._functions.sample(params, state, keys, max_tokens, sampling)
+        return [self._written(prompt, row) for row in np.asarray(tokens)]
 
     @default_flags()
     def search(self, params: Params, prompt: str, *, beams: int, max_tokens: int) -> list[Written]:
@@ -175,12 +178,15 @@ class LanguageModel:
         Raises:
             EsjaxError: A number is out of range.
         """
-        _require(max_tokens >= 1, f"max_tokens must be at least 1, got {max_tokens}")
-        _require(beams >= 1, f"beams must be at least 1, got {beams}")
+        _require_table("beams", beams, "max_tokens", max_tokens)
+        _require_table("beams", beams, "the size of the vocabulary", self.vocabulary.size)
         state = self._after(params, prompt)
         found = self._functions.beam_search(params, state, beams, max_tokens)
         pairs = zip(np.asarray(found.tokens), np.asarray(found.log_probability), strict=True)
-        return [Written(self.vocabulary.decode_after(prompt, row), float(total)) for row, total in pairs if np.isfinite(total)]
+        return [self._written(prompt, row, float(total)) for row, total in pairs if np.isfinite(total)]
+
+    def _written(self, prompt: str, tokens: ndarray, log_probability: float | None = None) -> Written:
+        return Written(self.vocabulary.decode_after(prompt, tokens), log_probability)
 
     def _after(self, params: Params, prompt: str) -> State:
         """Return the state after a prompt.
@@ -192,6 +198,13 @@ class LanguageModel:
         if self.model.read is None or len(tokens) > padded:
             return self._functions.read(params, tokens, None)
         return self._functions.read(params, np.pad(tokens, (0, padded - len(tokens))), np.int32(len(tokens)))
+
+
+def _require_table(rows_name: str, rows: int, columns_name: str, columns: int) -> None:
+    """Check the sizes of a table whose places are counted in int32."""
+    for name, size in ((columns_name, columns), (rows_name, rows)):
+        _require(size >= 1, f"{name} must be at least 1, got {size}")
+    _require(rows * columns < 2**31, f"{rows_name} times {columns_name} must be below 2^31, got {rows} times {columns}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -63,9 +63,9 @@ class RunInference(ABC):
         Args:
             prompt: Start of a document. Characters outside the vocabulary are read as UNK.
             max_tokens: Most tokens to generate, at least 1.
-            count: Number of texts, at least 1.
+            count: Number of texts, at least 1; `count * max_tokens` is below 2^31.
             seed: Random seed, from 0 to 2^32 - 1. Equal seeds give equal texts.
-            temperature: Divides the logits, at least 0; 0 takes the most probable token each time.
+            temperature: Divides the logits, at least 0 and finite; 0 takes the most probable token each time.
             top_k: Sample from this many most probable tokens; 0 is no limit.
             top_p: Sample from the most probable tokens whose probabilities add up to this, in (0, 1]: nucleus
                 sampling (Holtzman et al. 2020, section 3.1).
@@ -90,7 +90,8 @@ class RunInference(ABC):
 
         Args:
             prompt: Start of a document. Characters outside the vocabulary are read as UNK.
-            beams: Number of continuations to keep at every length, at least 1.
+            beams: Number of continuations to keep at every length, at least 1; its products with `max_tokens` and with
+                the size of the vocabulary are below 2^31.
             max_tokens: Most tokens to generate, at least 1.
 
         Returns:

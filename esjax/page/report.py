@@ -11,7 +11,7 @@ from esjax.paths import given_path
 from esjax.runs.durable import write_durably
 from esjax.runs.reader import RunView
 from esjax.watch.downsampling import Axis
-from esjax.watch.plotting import check_log_y, open_runs
+from esjax.watch.plotting import check_log_y, check_smoothing, open_runs
 
 
 def report(
@@ -36,12 +36,13 @@ def report(
         mean_over_seeds: Whether runs whose settings differ only in the seed are drawn as one line, see `esjax.plot`.
 
     Raises:
-        EsjaxError: A run does not exist, no run has a finished step, `log_y` is set and no loss is above 0, plotly is
-            missing, or the file cannot be written.
+        EsjaxError: A run does not exist, no run has a finished step, `log_y` is set and no loss is above 0,
+            `smoothing` is out of range, plotly is missing, or the file cannot be written.
     """
     out = given_path(out)
     if out.suffix != ".html":
         raise EsjaxError(f"{str(out)!r} must end in .html")
+    check_smoothing(smoothing)
     views = open_runs(runs)
     if log_y:
         check_log_y(views)

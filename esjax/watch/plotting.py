@@ -1,5 +1,6 @@
 """Plots the curves of runs with matplotlib."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -66,11 +67,12 @@ def plot(
 
     Raises:
         EsjaxError: A run does not exist, no run has a finished step or a finite loss, `log_y` is set and no loss is
-            above 0, matplotlib is missing, or the file cannot be written.
+            above 0, `smoothing` is out of range, matplotlib is missing, or the file cannot be written.
     """
     out = None if out is None else given_path(out)
     if out is not None and out.suffix not in PICTURES:
         raise EsjaxError(f"{str(out)!r} must end in {', '.join(PICTURES)} or .html")
+    check_smoothing(smoothing)
     views = open_runs(runs)
     if log_y:
         check_log_y(views)
@@ -131,6 +133,16 @@ def open_runs(runs: Iterable[str | Path | RunView]) -> list[RunView]:
     if not any(view.step for view in views):
         raise EsjaxError(f"there is nothing to draw: no step is finished in {', '.join(view.name for view in views)}")
     return views
+
+
+def check_smoothing(smoothing: float) -> None:
+    """Check that curves can be averaged over so many steps.
+
+    Raises:
+        EsjaxError: It is below 0 or not finite.
+    """
+    if not 0 <= smoothing < math.inf:
+        raise EsjaxError(f"smoothing must be at least 0 and finite, got {smoothing}")
 
 
 def check_log_y(views: Sequence[RunView]) -> None:

@@ -98,7 +98,7 @@ def _make_config(path: str, values: dict[str, Any], tensors: set[str], context: 
     if values["general.architecture"] != "llama":
         raise EsjaxError(f"{path!r} is a model of the kind {values['general.architecture']!r}; esjax reads llama alone")
     of = {name.removeprefix("llama."): value for name, value in values.items() if name.startswith("llama.")}
-    head_size = of["embedding_length"] // of["attention.head_count"]
+    head_size = of["embedding_length"] // max(of["attention.head_count"], 1)  # LlamaConfig refuses 0 heads
     plain = of.get("rope.scaling.type", "none") == "none" and "rope_freqs.weight" not in tensors
     sizes = {
         of.get(name, head_size) for name in ("attention.key_length", "attention.value_length", "rope.dimension_count")

@@ -59,16 +59,16 @@ def read_folder(folder: Path, context: int | None, kind: Kind) -> Pretrained:
 
 def _make_config(file: str, settings: dict[str, Any], context: int | None) -> LlamaConfig:
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # by version of transformers
+    if not isinstance(rope, dict):
+        raise TypeError(f"rope_scaling is {rope!r}")
+    head_size = settings["hidden_size"] // max(settings["num_attention_heads"], 1)  # LlamaConfig refuses 0 heads
     wanted = {
         "model_type": (settings.get("model_type"), "llama"),
         "hidden_act": (settings.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(settings.get("attention_bias")), False),
         "mlp_bias": (bool(settings.get("mlp_bias")), False),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "head_dim": (
-            settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"],
-            settings["hidden_size"] // settings["num_attention_heads"],
-        ),
+        "head_dim": (settings.get("head_dim") or head_size, head_size),
     }
     for name, (found, known) in wanted.items():
         if found != known:
@@ -126,9 +126,14 @@ def _open_tensors(folder: Path) -> Tensors:
             raise EsjaxError(f"cannot read {str(file)!r} as safetensors: {reason}") from error
 
     def read(name: str) -> ndarray:
-        return places[name].get_tensor(name)
+        try:
+            return places[name].get_tensor(name)
+        except AttributeError as error:  # numpy has no such type
+            kind = places[name].get_slice(name).get_dtype()
+            raise EsjaxError(f"tensor {name} of {path!r} is {kind}; convert it to F32, F16 or BF16") from error
 
-    return Tensors(str(single if single.exists() else folder), NAMES, read)
+    path = str(single if single.exists() else folder)
+    return Tensors(path, NAMES, read)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def assemble(
     order, hidden, mlp = vocabulary.order, config.hidden_size, config.mlp_size
     if order.min() < 0 or order.max() >= vocab_size:
         needed = max(len(order), order.max() + 1)
-        raise EsjaxError(f"{tensors.path!r} holds {vocab_size} embeddings, and its tokenizer needs {needed}")
+        lacks = "" if vocabulary.unknown_id is not None else "; no special token but its end can be UNK"
+        raise EsjaxError(f"{tensors.path!r} holds {vocab_size} embeddings, and its tokenizer needs {needed}{lacks}")
     keys = hidden // config.n_heads * config.n_kv_heads
 
     def take(field: str, *shape: int, layer: int = 0) -> Float32[ndarray, "..."]:

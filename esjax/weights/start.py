@@ -6,7 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from esjax.config.custom_names import Code
-from esjax.config.settings import Config
+from esjax.config.settings import Config, DataConfig
+from esjax.data.sources import NO_TEXT
 from esjax.data.vocabulary import Vocabulary
 from esjax.flags import default_flags
 from esjax.models.model import Params
@@ -14,6 +15,9 @@ from esjax.replica.optimizer import make_optimizer
 from esjax.replica.update import init_state
 from esjax.runs.checkpoint import Checkpoints
 from esjax.runs.folder import RunFolder
+
+UNKNOWN_DATA = DataConfig(text=NO_TEXT)
+"""Settings of the data for weights whose training text is unknown."""
 
 
 @default_flags()

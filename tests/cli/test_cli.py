@@ -259,11 +259,16 @@ def test_imported_weights_are_scored(work: Path) -> None:
     assert f"kept in {path}; " in again.err
     assert f" esjax generate {path} generates text, and esjax export {path} " in again.err
     assert again.err.endswith("resumed\n")
-    words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--split", "all", "--json"]
+    words = [*called.out.replace("TEXT", "ab.txt").split()[1:], "--json"]
     scores = json.loads(succeed(*words).out)
     # Weights of zero predict the uniform distribution over the four ids.
     assert scores["nats_per_token"] == pytest.approx(math.log(4), rel=1e-6)
     assert scores["tokens"] == 3 + 3 + 4
+    said = "error: the weights are imported and have no text; name one: --data.text TEXT, or text= in Python\n"
+    assert call("evaluate", "again") == (2, "", said)
+    succeed("export", "again")
+    succeed("import", "again.safetensors", "--out", "third")
+    assert call("evaluate", "third") == (2, "", said)
 
 
 @pytest.mark.parametrize("words", [[], ["--format", "safetensors"], ["--out", "weights.safetensors"]])
@@ -581,6 +586,10 @@ MISTAKES = {
     "import of no safetensors": (["import", "none.safetensors", "--out", "new"], "none.safetensors"),
     "import over a run": (["import", "zeros.npy", "--chars", "a.json", "--out", "run"], "exists already"),
     "import of nothing": (["import-npy", "none.npy", "--chars", "a.json", "--out", "new"], "none.npy"),
+    "import of a builtin model that there is not": (
+        ["import", "builtin:gpt", "--out", "new"],
+        "there is builtin:smollm2",
+    ),
     "import of a text": (["import-npy", "text.npy", "--chars", "a.json", "--out", "new"], "text.npy"),
 }
 

@@ -1,6 +1,8 @@
 """Sampling and beam search against exhaustive enumeration and closed forms."""
 
 import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,18 @@ from reference_models import busy, reference_losses
 from small import MODELS, VOCAB, params_of
 
 from esjax.data.tokens import STOP, UNK
+from esjax.data.vocabulary import FIRST, Vocabulary
+from esjax.devices.mesh import local_mesh
+from esjax.errors import EsjaxError
 from esjax.inference.generate import Sampling, beam_search, sample
+from esjax.inference.language_model import LanguageModel
 from esjax.models.member import Member
 from esjax.models.model import Model
 
 MODEL = MODELS["gru"]
 PARAMS = busy(params_of(MODEL))
 LENGTH = 4
+WRITE: dict[str, Any] = {"max_tokens": LENGTH, "count": 1, "seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def sentences() -> dict[tuple[int, ...], float]:
@@ -103,6 +110,37 @@ def test_temperature_sharpens() -> None:
 def test_cutting_off_the_tail(sampling: Sampling, allowed: set[int]) -> None:
     logits = np.log([0.9, 0.3, 0.15, 0.5, 0.05]).tolist()
     assert set(draws(fixed(logits), sampling).tolist()) == allowed
+
+
+def language_model() -> LanguageModel:
+    return LanguageModel(MODEL, Vocabulary("char", tuple("abcdefgh"[: VOCAB - FIRST])), local_mesh())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 2**31}, r"count times max_tokens must be below 2\^31, got 1 times 2147483648"),
+        ({"count": 10**10}, r"count times max_tokens must be below 2\^31, got 10000000000 times 4"),
+        ({"count": 2**20, "max_tokens": 2**11}, r"count times max_tokens must be below 2\^31"),
+        ({"temperature": math.inf}, "temperature must be at least 0 and a finite float32, got inf"),
+        ({"temperature": 1e39}, r"temperature must be at least 0 and a finite float32, got 1e\+39"),
+        ({"beams": 3 * 10**9}, r"beams times max_tokens must be below 2\^31, got 3000000000 times 4"),
+        ({"beams": 2**30, "max_tokens": 1}, rf"beams times the size of the vocabulary .* times {VOCAB}"),
+        ({"beams": 1, "max_tokens": 2**31}, r"beams times max_tokens must be below 2\^31"),
+    ],
+)
+def test_a_number_that_is_too_large_is_named(changes: dict[str, Any], message: str) -> None:
+    """Reference: int32, in which places are counted, and float32."""
+    call = language_model().search if "beams" in changes else language_model().write
+    defaults = {} if "beams" in changes else WRITE
+    with pytest.raises(EsjaxError, match=message):
+        call(PARAMS, "", **{"max_tokens": LENGTH, **defaults, **changes})
+
+
+def test_more_of_the_most_probable_tokens_than_there_are_is_all_of_them() -> None:
+    assert language_model().write(PARAMS, "", **{**WRITE, "top_k": 3 * 10**9}) == language_model().write(
+        PARAMS, "", **{**WRITE, "top_k": VOCAB}
+    )
 
 
 def test_nothing_follows_a_stop() -> None:

@@ -1,6 +1,7 @@
 """Curves as files: they show the measurements; and one clear line for each mistake."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -54,6 +55,13 @@ def test_axes_may_be_logarithmic_and_smoothed(runs: Path) -> None:
     raw, smoothed = loss.get_lines()
     np.testing.assert_allclose(points(smoothed)[:, 1], [4.0, 3.5, 3.0, 2.5, 2.0, 1.5])  # means of all so far
     np.testing.assert_array_equal(points(raw)[:, 1], [4.0, 3.0, 2.0, 1.0, 0.0, -1.0])
+
+
+@pytest.mark.parametrize("smoothing", [math.nan, math.inf, -1.0])
+def test_smoothing_that_is_no_number_of_steps_is_refused(runs: Path, smoothing: float) -> None:
+    for write in (esjax.plot, partial(esjax.report, out=runs / "r.html")):
+        with pytest.raises(EsjaxError, match=f"^smoothing must be at least 0 and finite, got {smoothing}$"):
+            write(runs / "a", smoothing=smoothing)
 
 
 def test_losses_below_zero_have_no_logarithm(runs: Path) -> None:

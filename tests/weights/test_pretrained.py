@@ -168,7 +168,7 @@ def interleaved(matrix: ndarray, heads: int) -> ndarray:
 
 def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any) -> dict[str, ndarray]:
     """Write a GGUF file, and return its weights as they are after rounding to `kind`."""
-    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"))
+    writer, special = gguf.GGUFWriter(path, changes.pop("arch", "llama")), changes.pop("special", (0, 1, 2))
     for name, value in {
         "context_length": 32,
         "embedding_length": HIDDEN,
@@ -188,7 +188,7 @@ def write_gguf(path: Path, kind: str = "F32", tied: bool = True, **changes: Any)
         getattr(writer, f"add_{name}")(value)
     model = json.loads(TOKENIZER.to_str())["model"]
     writer.add_token_list(sorted(model["vocab"], key=model["vocab"].get))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB)])
+    writer.add_token_types([3 if i in special else 1 for i in range(VOCAB)])
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     rounded, wanted = {}, gguf.GGMLQuantizationType[kind]
     for name, value in tensors(tied).items():
@@ -274,6 +274,8 @@ def test_text_is_generated_and_scored(tmp_path: Path) -> None:
     assert run.generate("the cat", seed=3, max_tokens=9) == model.generate("the cat", seed=3, max_tokens=9)
     with pytest.raises(EsjaxError, match="is not a run and has no text; name one"):
         model.evaluate()
+    with pytest.raises(EsjaxError, match=r"are imported and have no text; name one: --data\.text TEXT"):
+        run.evaluate()
 
 
 def test_prompts_of_different_lengths_share_a_program(tmp_path: Path) -> None:
@@ -359,7 +361,13 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
             "model_type of '.*config.json' is 'gpt2'; esjax reads models with 'llama'",
         ),
         (change_json("config.json", rope_scaling={"rope_type": "llama3"}), "rope_type of '.*' is 'llama3'"),
+        (change_json("config.json", rope_scaling="linear"), "it has a wrong type: rope_scaling is 'linear'"),
         (change_json("config.json", head_dim=32), "head_dim of '.*' is 32"),
+        (change_json("config.json", num_attention_heads=0), "cannot be used: n_heads must be above 0"),
+        (
+            change_tensor(DOWN, lambda x: x.astype(jnp.float8_e4m3fn)),
+            f"{DOWN} of '.*' is F8_E4M3; convert it to F32, F16 or BF16",
+        ),
         (
             change_json("config.json", hidden_size=None),
             "lacks a setting of a Llama model, or it has a wrong type: 'hidden_size'",
@@ -390,7 +398,9 @@ def test_what_is_wrong_with_a_folder_is_named(change: Callable[[Path], Any], mes
         ({"tokenizer_pre": "falcon"}, f"is of the kind 'falcon'; esjax reads {', '.join(SPLITS)} alone"),
         ({"tokenizer_model": "llama"}, "is of the kind 'llama'"),
         ({"rope_dimension_count": 8}, "scales or cuts the rotary embedding"),
+        ({"head_count": 0}, "cannot be used: n_heads must be above 0"),
         ({"block_count": 3}, "has no tensor blk.2.attn_norm.weight"),
+        ({"special": (1,)}, f"needs {VOCAB + 1}; no special token but its end can be UNK"),
         ({"eos_token_id": 999}, "and none is 999"),
     ],
 )
