@@ -113,8 +113,8 @@ def _csv(path: Path, column: str, records: list[FileRecord]) -> Iterator[str]:
         for row in rows:
             if len(row) > len(names):
                 raise EsjaxError(
-                    f"line {line} of {str(path)!r} has {len(row)} cells, and the first row {len(names)}; put cells "
-                    f"that hold {mark!r} in quotes"
+                    f"line {line} of {str(path)!r} has {len(row)} cells, and the first row {len(names)}; put "
+                    f"quotes around a cell that holds {mark!r}"
                 )
             line = rows.line_num + 1  # of the next row
             if row[place:]:

@@ -202,12 +202,12 @@ def _way_out(path: Path, first: bytes, unpack: str, other: str | None) -> str:
         kind = f"looks like {encoding}" if encoding else "is no UTF-8"
         return f"what it unpacks to {kind}; unpack it ({unpack} {name}), and convert the text or leave it out"
     if encoding:
-        convert = f"iconv -f {encoding} -t UTF-8 {name} > {new}"
-        return f"it looks like {encoding}; convert it and move the old file away: {convert}"
+        command = f"iconv -f {encoding} -t UTF-8 {name} > {new}"
+        return f"it looks like {encoding}; convert it and move the old file away: {command}"
     if other:
         return (
-            f"convert it from its encoding, such as {other}, and move the old file away: "
-            f"iconv -f {other} -t UTF-8 {name} > {new}; or, if it is no text, leave it out"
+            f"convert it from its encoding, such as {other}, and move the old file away: iconv -f {other} -t UTF-8 "
+            f"{name} > {new}; or, if it is no text, leave it out"
         )
     return f"leave it out, or take them out and move the old file away: tr -d '\\000' < {name} > {new}"
 
