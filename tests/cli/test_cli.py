@@ -530,7 +530,7 @@ MISTAKES = {
     "unknown command": (["trian"], "trian"),
     "missing text": (["train", *TINY, "--data.text", "none.txt"], "none.txt"),
     "path too long": (["train", *TINY, "--data.text", "x" * 300], "xxx"),
-    "unknown builtin": (["train", *TINY, "--data.text", "builtin:none"], "builtin:none"),
+    "unknown builtin": (["train", *TINY, "--data.text", "builtin:other"], "builtin:other"),
     "text that is not UTF-8": (["train", *TINY, "--data.text", "latin.txt"], "latin.txt"),
     "existing folder": (["train", *TINY, "--out", "run"], "run"),
     "existing file": (["train", *TINY, "--out", "text.txt"], "text.txt"),
