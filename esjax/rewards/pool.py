@@ -73,6 +73,7 @@ class Pool:
 
     def load(self) -> Failure | None:
         """Start all processes and wait until they have loaded the function; return why one of them has not, or None."""
+        self._is_closed = False
         fresh = [self._begin_worker() for _ in range(self._count - len(self._workers))]
         until = time.monotonic() + START
         for worker in fresh:
@@ -95,7 +96,7 @@ class Pool:
         return [batch.future for batch in batches]
 
     def close(self) -> None:
-        """End all processes. `score` starts new ones."""
+        """End all processes. `load` and `score` start new ones."""
         self._is_closed = True
         for worker in [*self._workers]:
             worker.kill()

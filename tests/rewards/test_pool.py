@@ -142,6 +142,13 @@ def test_an_error_of_many_lines_is_told_in_one(tmp_path: Path) -> None:
     assert failure.reason.endswith("ValueError: one two")
 
 
+def test_a_pool_that_was_closed_loads_and_scores_again(pool: Pool) -> None:
+    for _ in range(2):
+        assert pool.load() is None
+        assert score(pool, ["a"]).values == [1.0, 1.0]
+        pool.close()
+
+
 def test_a_process_that_starts_while_the_pool_is_closed_is_ended(pool: Pool) -> None:
     pool.close()
     worker = pool._begin_worker()
