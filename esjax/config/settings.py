@@ -431,7 +431,12 @@ class Config(Section):
     @property
     def tokens_per_pair(self) -> int:
         """Member-tokens that are scored, or written, for a pair."""
-        return self.es.members_per_pair * self.data.batch_size * self.tokens_per_sequence
+        return self.es.members_per_pair * self.tokens_per_member
+
+    @property
+    def tokens_per_member(self) -> int:
+        """Tokens that a member is scored on, or most tokens that it writes, in a step."""
+        return self.data.batch_size * self.tokens_per_sequence
 
     @property
     def writes(self) -> bool:

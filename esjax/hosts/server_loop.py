@@ -171,7 +171,7 @@ class ServerLoop:
             self._tell(closed.notice)
         if closed.outliers:
             self._coordinator.counters["outlying pairs"] += closed.outliers
-        tokens = closed.population * self._config.data.batch_size * self._config.tokens_per_sequence
+        tokens = closed.population * self._config.tokens_per_member
         self._recorder.member_tokens += tokens
         rate = 0.0 if self._closed_at is None else tokens / max(now - self._closed_at, 1e-9)
         self._closed_at = now

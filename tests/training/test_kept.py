@@ -169,6 +169,12 @@ def test_what_becomes_of_the_state_of_a_host(config: Config, tmp_path: Path, mon
     assert any("the state of step 3 came from a host and was not confirmed" in line for line in lines)
 
 
+def begin_to_store_step_3(server: Any, server_loop: Any) -> None:
+    state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
+    data = to_bytes(state)
+    server_loop._store(Store(Snapshot(3, data, hash_bytes(data)), digest(state), is_confirmed=True))
+
+
 def test_hosts_are_answered_while_a_checkpoint_is_written(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,15 +184,14 @@ def test_hosts_are_answered_while_a_checkpoint_is_written(
     server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None)
     with ExitStack() as stack:
         coordinator, server_loop = server._open(stack, stack.enter_context(server._recording()))
-        state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
-        data, write = to_bytes(state), server_loop._recorder.write
+        write = server_loop._recorder.write
 
         def write_late(*parts: Any, **named: Any) -> None:
             assert has_room.wait(30), "the loop waits for the disk"
             write(*parts, **named)
 
         monkeypatch.setattr(server_loop._recorder, "write", write_late)
-        server_loop._store(Store(Snapshot(3, data, hash_bytes(data)), digest(state), is_confirmed=True))
+        begin_to_store_step_3(server, server_loop)
         with ThreadPoolExecutor() as client:
             status = client.submit(fetch_status, server.address)
             while not status.done():
@@ -203,15 +208,12 @@ def test_a_checkpoint_is_kept_also_if_it_is_not_known_whether_the_ledger_can_be_
 ) -> None:
     run = tmp_path / "run"
     list(train(replace(config, steps=2, ledger_horizon=1), run))
-    server, lines = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lambda _: None), list[str]()
-    monkeypatch.setattr(server, "tell", lines.append)
+    lines = list[str]()
+    server = esjax.resume_serving(run, bind="tcp://127.0.0.1:0", steps=9, tell=lines.append)
     with ExitStack() as stack:
         coordinator, server_loop = server._open(stack, stack.enter_context(server._recording()))
-        server_loop._tell = lines.append
-        state = dataclasses.replace(server._replica.state, step=jnp.int32(3))
         monkeypatch.setattr(recorded_run, "is_cut_due", Mock(side_effect=EsjaxError("cannot read 2")))
-        data = to_bytes(state)
-        server_loop._store(Store(Snapshot(3, data, hash_bytes(data)), digest(state), is_confirmed=True))
+        begin_to_store_step_3(server, server_loop)
     assert lines[-1] == "the ledger keeps updates behind the horizon: cannot read 2"
     assert [one.step for one in coordinator.audits.snapshots] == [2, 3]
     assert kept_steps(run / "checkpoints")[0] == 3

@@ -33,7 +33,7 @@ class HoldUps:
         self._last = ("", 0.0)  # owner of the host that finished last, and its seconds beyond those expected
 
     def finished(self, owner: str, slot: int, seconds: float, expected: float) -> None:
-        """Note that the host in a slot scored all its pairs in some seconds, of `expected` ones at most."""
+        """Note that the host in a slot scored all its pairs in some seconds; it should take `expected` at most."""
         self._last = owner, seconds - TOLERANCE * expected
         if slot not in self._slots:
             self._slots.add(slot)

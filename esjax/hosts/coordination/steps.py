@@ -349,8 +349,7 @@ class Steps:
             )
 
     def _measure_rate(self, members: int, now: float) -> None:
-        tokens = members * self._config.data.batch_size * self._config.tokens_per_sequence
         if self._closed_at is not None:
-            rate = tokens / max(now - self._closed_at, 1e-9)
+            rate = members * self._config.tokens_per_member / max(now - self._closed_at, 1e-9)
             self.rate = self._mean_rate.add(rate, RATE_MEMORY)
         self._closed_at = now
