@@ -29,7 +29,7 @@ from esjax.hosts.server_loop import ServerLoop
 from esjax.hosts.transport.address import is_loopback
 from esjax.hosts.transport.flood_guard import prepare_process
 from esjax.hosts.transport.keys import ServerKeys
-from esjax.hosts.transport.server import ServerTransport
+from esjax.hosts.transport.server import EACH_TOKEN, ServerTransport
 from esjax.hosts.transport.sockets import Limits as Sizes
 from esjax.hosts.transport.sockets import check_curve, new_keypair
 from esjax.inference.loaded_run import complete_custom, load_run_corpus, restore_run
@@ -213,6 +213,7 @@ class Server(RecordedRun):
                 limits=REQUEST_LIMITS,
                 tell=self.tell,
                 plain_text_anywhere=self._listen.plain_text_anywhere,
+                each_token=max(EACH_TOKEN, 2 * config.hosts.hosts_per_token),
             )
         )
         self.address = _for_others(transport.address)

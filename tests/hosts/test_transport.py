@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 from transports import (
@@ -53,6 +53,64 @@ def test_with_keys_a_request_carries_its_key(keys: ServerKeys) -> None:
         for _ in range(2):
             assert round_trip(server, first, [b"1"]).key == one.public_key
             assert round_trip(server, second, [bytes(LIMITS.frame)]).key == two.public_key
+
+
+def test_a_token_has_so_many_connections_at_most_and_the_most_silent_leaves(keys: ServerKeys) -> None:
+    one, two = token_of(keys, "one"), token_of(keys, "two")
+    lines: list[str] = []
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=lines.append, each_token=3)
+        )
+        peers = dict[ClientTransport, bytes]()
+
+        def ask(client: ClientTransport) -> None:
+            peers[client] = round_trip(server, client, [b"hello"]).peer
+
+        others = [stack.enter_context(client_of(server, two)) for _ in range(3)]
+        mine = [stack.enter_context(client_of(server, one)) for _ in range(4)]
+        for client in (*others, *mine[:3], mine[0]):
+            ask(client)
+        assert not lines
+        ask(mine[3])
+        left = set[bytes]()
+
+        def noticed() -> bool:
+            server.check()
+            left.update(server.disconnected())
+            return bool(left)
+
+        until(noticed)
+        assert left == {peers[mine[1]]}
+        ask(mine[1])  # libzmq connects again
+        assert lines == ["the token of one has more than 3 connections to a port: some are closed"]
+
+
+def test_a_token_has_so_many_subscriptions_at_most(keys: ServerKeys) -> None:
+    one, two = token_of(keys, "one"), token_of(keys, "two")
+    lines: list[str] = []
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=lines.append, each_token=2)
+        )
+        honest = stack.enter_context(client_of(server, two))
+        mine = [stack.enter_context(client_of(server, one)) for _ in range(3)]
+        for client in (honest, *mine[:2]):
+            listen(server, client)
+            server.check()
+        assert not lines
+        mine[2].subscribe(server.publish_port)
+
+        def closed() -> bool:
+            server.check()
+            mine[2].poll(0.01)
+            return bool(lines)
+
+        until(closed)
+        assert lines == ["the token of one has more than 2 connections to a port: some are closed"]
+        assert server.cut_off == 0  # the guard saw no limit exceeded
+        server.publish([b"unhindered"])
+        until(lambda: [b"unhindered"] in honest.poll(0.1).broadcasts)
 
 
 @pytest.mark.parametrize("secret", [False, True])

@@ -1,4 +1,4 @@
-"""The coordinator's side of the transport: a ROUTER socket for requests and a PUB socket for broadcasts.
+"""The coordinator's side of the transport: a ROUTER socket for requests and an XPUB socket for broadcasts.
 
 Frames are passed on unread.
 
@@ -6,7 +6,8 @@ Frames are passed on unread.
   numbers broadcasts, so that a host notices a gap.
 - With keys, both sockets are CURVE servers that let in the keys of `ServerKeys.allowed`. While the authenticator does
   not run, ZAP_ENFORCE_DOMAIN makes libzmq refuse all connections.
-- Hosts reach both sockets through the process of a `FloodGuard`, which limits what libzmq does not.
+- Hosts reach both sockets through the process of a `FloodGuard`, which limits what libzmq does not. What the guard
+  cannot see are the keys: connections of a token are counted here, by its requests and subscriptions.
 """
 
 import time
@@ -22,6 +23,10 @@ from esjax.hosts.transport import sockets
 from esjax.hosts.transport.address import parse_address, resolve
 from esjax.hosts.transport.flood_guard import FloodGuard
 from esjax.hosts.transport.keys import ServerKeys
+from esjax.hosts.transport.token_connections import TokenConnections
+
+EACH_TOKEN = 512
+"""Most connections of a token to a port that have sent a request, or have subscribed."""
 
 LOOK_SECONDS = 0.02
 """Least seconds between two looks at the connections, and most while `poll` waits: a look takes as long as three
@@ -54,6 +59,7 @@ class ServerTransport:
         limits: sockets.Limits,
         tell: Callable[[str], None],
         plain_text_anywhere: bool = False,
+        each_token: int = EACH_TOKEN,
     ) -> None:
         """Listen for requests at a port, and publish at the next one.
 
@@ -63,6 +69,7 @@ class ServerTransport:
             limits: Limits of messages from hosts.
             tell: Prints a line for the user.
             plain_text_anywhere: Allow plain text at addresses that other machines reach.
+            each_token: Most connections of a token to a port that have sent a request, or have subscribed.
 
         Raises:
             EsjaxError: The address has another form, is not of this machine, or is in use; or plain text is not allowed
@@ -84,6 +91,9 @@ class ServerTransport:
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._sockets: list[sockets.Watched] = []
+        self._each_token = each_token
+        self._of_tokens: dict[sockets.Watched, TokenConnections] = {}
+        self._crowded: set[str] = set()  # keys that had too many connections
         self._succeeded = 0
         self._peers: dict[int, bytes] = {}  # by file descriptor of the connection
         self._disconnected: set[bytes] = set()
@@ -99,7 +109,9 @@ class ServerTransport:
             # which a host takes for a refusal.
             options: dict[int, int] = {zmq.RCVHWM: 0, zmq.HANDSHAKE_IVL: 10_000}
             self._router = self._bind(zmq.ROUTER, self._guard.endpoints[0], {zmq.SNDHWM: 16, **options})
-            self._publisher = self._bind(zmq.PUB, self._guard.endpoints[1], {zmq.SNDHWM: sockets.QUEUE, **options})
+            # XPUB_VERBOSE: each subscription arrives here as a message, with the key that made it.
+            published = {zmq.SNDHWM: sockets.QUEUE, zmq.XPUB_VERBOSE: 1, **options}
+            self._publisher = self._bind(zmq.XPUB, self._guard.endpoints[1], published)
             self._guard.start()
         except BaseException:
             self.close()
@@ -171,6 +183,7 @@ class ServerTransport:
         opened = sockets.open_socket(self._context, kind, self._limits, options)
         watched = sockets.Watched(opened, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._sockets.append(watched)
+        self._of_tokens[watched] = TokenConnections(self._each_token)
         if self._keys is not None:
             opened.setsockopt(zmq.CURVE_SERVER, 1)
             opened.setsockopt_string(zmq.CURVE_SECRETKEY, self._keys.secret_key)
@@ -214,18 +227,44 @@ class ServerTransport:
             if self._peers.get(source) != peer:
                 self._look()  # an earlier connection with this descriptor has ended
                 self._peers[source] = peer
-            key = None if self._keys is None else str(frames[0].get("User-Id"))
+            key = self._note_key(self._router, frames[0], source)
             requests.append(Request(peer, frames[1].bytes, key, [frame.bytes for frame in frames[3:]]))
         return requests
+
+    def _note_key(self, opened: sockets.Watched, frame: zmq.Frame, source: int) -> str | None:
+        """Return the key that sent a frame; close a connection of it if it has too many."""
+        if self._keys is None:
+            return None
+        key = str(frame.get("User-Id"))
+        leaves = self._of_tokens[opened].use(key, source)
+        if leaves is not None:
+            self._of_tokens[opened].close(leaves)
+            sockets.shut_down(leaves)
+            if key not in self._crowded:
+                self._crowded.add(key)
+                name = self._keys.allowed.get(key, "a revoked key")
+                self._tell(
+                    f"the token of {name} has more than {self._each_token} connections to a port: some are closed"
+                )
+        return key
 
     def _look(self) -> None:
         """Note what has become of connections."""
         self._look_at = time.monotonic() + LOOK_SECONDS
+        for _ in range(sockets.EVENTS):
+            subscription = sockets.take_message(self._publisher.socket, 1)
+            if subscription is None:
+                break
+            source = sockets.source_of(subscription[0])
+            if source is not None:
+                self._note_key(self._publisher, subscription[0], source)
         for opened in self._sockets:
             for event, value in opened.events():
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self._succeeded += 1
-                elif opened is self._router and value in self._peers:
+                    continue
+                self._of_tokens[opened].close(value)
+                if opened is self._router and value in self._peers:
                     self._disconnected.add(self._peers.pop(value))
         self._guard.look()
 

@@ -3,6 +3,8 @@
 Only this file, `client.py` and `server.py` import zmq.
 """
 
+import os
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -104,13 +106,20 @@ def source_of(frame: zmq.Frame) -> int | None:
         return None
 
 
+def shut_down(connection: int) -> None:
+    """End a connection of a socket that is bound to a path, by its file descriptor; libzmq then closes it."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection)) as end:
+        if end.family == socket.AF_UNIX:  # else it has ended, and something else has its number
+            end.shutdown(socket.SHUT_RDWR)
+
+
 class Watched:
     """A socket, and the one that receives the events of its connections."""
 
-    def __init__(self, socket: zmq.SyncSocket, events: int) -> None:
+    def __init__(self, opened: zmq.SyncSocket, events: int) -> None:
         """Watch a socket before it is bound or connected."""
-        self.socket = socket
-        self.monitor = socket.get_monitor_socket(events, f"inproc://{uuid.uuid4()}")
+        self.socket = opened
+        self.monitor = opened.get_monitor_socket(events, f"inproc://{uuid.uuid4()}")
 
     def events(self) -> Iterator[tuple[int, int]]:
         """Return the events that have arrived, with their values; at most `EVENTS`."""
