@@ -94,8 +94,8 @@ class DataConfig(Section):
         check_range(self, 0, 1, "held_out")
         check_range(self, 0, math.inf, "burn_in")
         check(
-            self.block_tokens is None or self.block_tokens >= self.window + self.burn_in,
-            f"block_tokens must be at least window + burn_in = {self.window + self.burn_in}, got {self.block_tokens}",
+            self.block_tokens is None or self.block_tokens >= self.window_length,
+            f"block_tokens must be at least window + burn_in = {self.window_length}, got {self.block_tokens}",
         )
         check(self.vocab_size is None or self.vocab_size >= 3, f"vocab_size must be at least 3, got {self.vocab_size}")
         check_vocabulary(self.vocabulary)
@@ -116,6 +116,11 @@ class DataConfig(Section):
     def tokens_before(self) -> int:
         """Tokens before the window that prepare the state."""
         return 0 if self.carry else self.burn_in
+
+    @property
+    def window_length(self) -> int:
+        """Tokens of a window, those before it included."""
+        return self.tokens_before + self.window
 
 
 GATED_WINDOWS = 128

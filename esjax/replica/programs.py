@@ -145,15 +145,14 @@ def make_programs(
 def _make_draw(config: Config) -> Draw:
     """Make the function that draws the windows of some pairs."""
     data = config.data
-    window_length = data.tokens_before + data.window
 
     def draw(tokens: Array, streams: Streams, step: Array, pairs: UInt32[Array, " pairs"]) -> Array:
         if data.carry:
             places = pair_seeds(streams.windows, 0, pairs)
-            return follow_windows(tokens, places, data.batch_size, window_length, step)
+            return follow_windows(tokens, places, data.batch_size, data.window_length, step)
         groups = pairs // config.es.pairs_a_window
         window_seeds = pair_seeds(streams.windows, step // data.new_tokens_interval, groups)
-        return draw_windows(tokens, window_seeds, data.batch_size, window_length)
+        return draw_windows(tokens, window_seeds, data.batch_size, data.window_length)
 
     return draw
 

@@ -85,7 +85,7 @@ class Replica:
         self.reads_tokens = False
         self.halves = () if config.es.weights_per_pair == 1 else (config.es.weights_per_pair,)
         self._mesh = mesh
-        self._window_length = config.data.tokens_before + config.data.window
+        self._window_length = config.data.window_length
         self._texts: TextLosses | None = None
         if isinstance(estimator, LossEstimator):
             self._no_totals = self._on_every_device(estimator.zeros)

@@ -411,6 +411,19 @@ def test_a_gate_leaves_the_folder_for_the_next_one_if_it_fails(
     assert (tmp_path / "sockets").exists() == fails
 
 
+def test_a_gate_whose_coordinator_has_gone_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    control, far = socket.socketpair()
+    with closing(control), socket.create_server(("127.0.0.1", 0)) as listener:
+        door = (listener.detach(), str(tmp_path / "gone"), True, 1, 1)
+        numbers = dict.fromkeys(("frame", "parts", "handshake", "half_open", "each", "most"), 1)
+        plan = {"control": far.detach(), "folder": str(tmp_path), "doors": [door]}
+        with pytest.raises(SystemExit, match="1"):
+            gate.main(json.dumps(plan | numbers))
+
+
 def test_a_peer_that_leaves_is_disconnected(server: ServerTransport) -> None:
     with client_of(server) as stays, client_of(server) as leaves:
         staying, leaving = round_trip(server, stays, [b"1"]), round_trip(server, leaves, [b"2"])

@@ -189,7 +189,7 @@ def _logit_bytes(config: Config, model: Model, params: Params) -> int:
     if config.writes or (model.logits is None and model.states is None):
         return 0
     one = jax.eval_shape(lambda params: model.predict(params, model.initial_state(params)), params)
-    return 2 * config.data.batch_size * (config.data.tokens_before + config.data.window) * 4 * one.size
+    return 2 * config.data.batch_size * config.data.window_length * 4 * one.size
 
 
 def stacked_of(model: Model) -> Callable[[str, Any], bool]:
