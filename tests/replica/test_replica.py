@@ -337,4 +337,10 @@ def test_a_chunk_has_room_for_its_logits_where_windows_are_read_at_once(model: A
     estimator = make_estimator(config, built, params, built.units(params), None, packed=False)
     assert isinstance(estimator, LossEstimator)
     logits = 0 if isinstance(model, GruConfig) else 2 * 3 * 6 * 11 * 4
+    assert estimator.logit_bytes == logits
     assert estimator.pair_bytes == estimator.noise_bytes + logits
+
+
+def test_the_logits_of_a_chunk_fit_a_core_where_windows_are_read_at_once() -> None:
+    """By hand: the logits of both members, of windows of 33 tokens, 4 bytes each, in 256 KiB."""
+    assert make(1, config=Config(model=MinGruConfig())).chunk_pairs == 2**18 // (2 * 33 * VOCAB * 4)

@@ -39,6 +39,7 @@ class LossEstimator(NamedTuple):
         embeddings: Paths of the parameters whose rows a pair reads by token, see `Model.embeddings`.
         is_output_exact: Whether the output layer has no noise and gets its exact gradient.
         bounds: What honest losses can be.
+        logit_bytes: Bytes of the logits of a pair; 0 for a model that is scored token by token.
     """
 
     noise: Noise
@@ -49,6 +50,7 @@ class LossEstimator(NamedTuple):
     embeddings: tuple[str, ...]
     is_output_exact: bool
     bounds: Bounds
+    logit_bytes: int = 0
 
     @property
     def vector_length(self) -> int:
@@ -79,6 +81,7 @@ class SumEstimator(NamedTuple):
         pair_bytes: Bytes that the noise of a pair and its logits take while it is evaluated.
         bounds: What honest sums can be.
         feedback: Shapes of the matrices of learned feedback; none without it.
+        logit_bytes: Bytes of the logits of a pair; 0 for a model that is scored token by token.
     """
 
     sum_chunk: SumChunk
@@ -90,6 +93,7 @@ class SumEstimator(NamedTuple):
     pair_bytes: int
     bounds: Bounds
     feedback: Sequence[tuple[int, int]] = ()
+    logit_bytes: int = 0
 
 
 CPU_LANES, ACCELERATOR_LANES = 2**9, 2**16
@@ -163,12 +167,13 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
             raise EsjaxError(str(error)) from None  # leaves out the many frames of JAX
     noise_bytes = 4 * layout.numbers
     added_up = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(params)) if layout.adds_up else 0
-    pair_bytes = noise_bytes + added_up + _logit_bytes(config, model, params)
+    logit_bytes = _logit_bytes(config, model, params)
+    pair_bytes = noise_bytes + added_up + logit_bytes
     embeddings = () if is_custom or data.block_tokens is not None else model.embeddings
     bounds = ANYTHING if is_custom else CROSS_ENTROPY
     if not vector_length:
         return LossEstimator(
-            noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact, bounds
+            noise, pair_loss, layout.zeros(), pair_bytes, noise_bytes, embeddings, is_output_exact, bounds, logit_bytes
         )
     is_sign = es.shaping == "sign"
     # An entry of a matrix with low-rank noise is a sum of `rank` products of ±1.
@@ -180,7 +185,15 @@ def _make(config: Config, model: Model, params: Params, units: PyTree, loss: Los
     scale = 1.0 if is_sign else 1 / STEPS_PER_DEVIATION
     most_pairs = min(noise.exact_pairs, MOST_SUMMED_PAIRS)
     return SumEstimator(
-        sum_chunk, layout.gradient, layout.zeros(), vector_length, scale, most_pairs, pair_bytes, bounds
+        sum_chunk,
+        layout.gradient,
+        layout.zeros(),
+        vector_length,
+        scale,
+        most_pairs,
+        pair_bytes,
+        bounds,
+        logit_bytes=logit_bytes,
     )
 
 
