@@ -342,5 +342,6 @@ def test_a_chunk_has_room_for_its_logits_where_windows_are_read_at_once(model: A
 
 
 def test_the_logits_of_a_chunk_fit_a_core_where_windows_are_read_at_once() -> None:
-    """By hand: the logits of both members, of windows of 33 tokens, 4 bytes each, in 256 KiB."""
-    assert make(1, config=Config(model=MinGruConfig())).chunk_pairs == 2**18 // (2 * 33 * VOCAB * 4)
+    """By hand: the logits of both members, of windows of 33 tokens and 11 ids, 4 bytes each, fit 90 times."""
+    assert make(1, config=Config(model=MinGruConfig())).chunk_pairs == 64
+    assert make(1, config=Config(model=GruConfig())).chunk_pairs == 128
