@@ -22,8 +22,9 @@ ACCELERATOR_SEQUENCES = 2**16
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
 """Most bytes for the noise, the added-up weights and the logits of a chunk."""
 
-CPU_LOGIT_BYTES = 2**18
-"""Most bytes for the logits of a chunk on a CPU, so that what a model computes of whole windows fits a core's cache."""
+CPU_LOGIT_BYTES, LEAST_PAIRS = 2**19, 8
+"""Most bytes for the logits of a chunk on a CPU, so that what a model computes of whole windows fits a core's cache, but
+not fewer pairs than these: they would not be faster, and hosts get pairs in multiples of a chunk."""
 
 CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 """Most pairs whose noise a device sums at a time."""
@@ -87,7 +88,7 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
         sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
     )
     if on_cpu and estimator.logit_bytes:
-        fit = max(1, CPU_LOGIT_BYTES // estimator.logit_bytes)
+        fit = max(LEAST_PAIRS, CPU_LOGIT_BYTES // estimator.logit_bytes)
         pairs = min(pairs, 1 << fit.bit_length() - 1)  # powers of 2: 11 pairs take longer than 8, or than 16
     pairs = 2 * pairs // config.es.members_per_pair
     if config.es.space == "activation":

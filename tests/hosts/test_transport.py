@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
@@ -35,7 +36,7 @@ from transports import (
 from esjax.errors import EsjaxError
 from esjax.hosts.transport.client import ClientTransport
 from esjax.hosts.transport.keys import ServerKeys
-from esjax.hosts.transport.server import ServerTransport
+from esjax.hosts.transport.server import Request, ServerTransport
 from esjax.hosts.transport.sockets import BATCH, QUEUE
 
 __all__ = ["keys", "server"]
@@ -55,62 +56,114 @@ def test_with_keys_a_request_carries_its_key(keys: ServerKeys) -> None:
             assert round_trip(server, second, [bytes(LIMITS.frame)]).key == two.public_key
 
 
-def test_a_token_has_so_many_connections_at_most_and_the_most_silent_leaves(keys: ServerKeys) -> None:
-    one, two = token_of(keys, "one"), token_of(keys, "two")
+LINE = "the token of one has more than 3 connections to a port: further ones are closed"
+
+
+@pytest.fixture
+def narrow(keys: ServerKeys) -> Iterator[tuple[ServerTransport, list[str]]]:
+    """A server that lets each token have three connections to a port, and the lines that it prints."""
     lines: list[str] = []
+    with ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=lines.append, each_token=3) as server:
+        yield server, lines
+
+
+def test_a_token_has_so_many_connections_at_most(keys: ServerKeys, narrow: tuple[ServerTransport, list[str]]) -> None:
+    server, lines = narrow
+    one, two = token_of(keys, "one"), token_of(keys, "two")
     with ExitStack() as stack:
-        server = stack.enter_context(
-            ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=lines.append, each_token=3)
-        )
-        peers = dict[ClientTransport, bytes]()
-
-        def ask(client: ClientTransport) -> None:
-            peers[client] = round_trip(server, client, [b"hello"]).peer
-
         others = [stack.enter_context(client_of(server, two)) for _ in range(3)]
         mine = [stack.enter_context(client_of(server, one)) for _ in range(4)]
-        for client in (*others, *mine[:3], mine[0]):
-            ask(client)
+        kept = [round_trip(server, client, [b"hello"]) for client in (*others, *mine[:3])]
         assert not lines
-        ask(mine[3])
-        left = set[bytes]()
+        mine[3].request([b"one too many"])
 
-        def noticed() -> bool:
-            server.check()
-            left.update(server.disconnected())
-            return bool(left)
+        def told() -> bool:
+            mine[3].poll(0.01)
+            assert server.poll(0.01) == []
+            return bool(lines)
 
-        until(noticed)
-        assert left == {peers[mine[1]]}
-        ask(mine[1])  # libzmq connects again
-        assert lines == ["the token of one has more than 3 connections to a port: some are closed"]
+        until(told)
+        for client in (*others, *mine[:3]):
+            round_trip(server, client, [b"unhindered"])
+        assert not {request.peer for request in kept} & server.disconnected()
+        mine[0].close()
+        mine[3].request([b"there is room"])
+        next_request(server, mine[3])  # libzmq connects again and again meanwhile
+        assert lines == [LINE]
 
 
-def test_a_token_has_so_many_subscriptions_at_most(keys: ServerKeys) -> None:
-    one, two = token_of(keys, "one"), token_of(keys, "two")
-    lines: list[str] = []
+def test_requests_that_wait_together_close_no_more_connections_than_are_too_many(
+    keys: ServerKeys, narrow: tuple[ServerTransport, list[str]]
+) -> None:
+    server, lines = narrow
+    token = token_of(keys, "one")
     with ExitStack() as stack:
-        server = stack.enter_context(
-            ServerTransport("tcp://127.0.0.1:0", keys=keys, limits=LIMITS, tell=lines.append, each_token=2)
-        )
+        clients = [stack.enter_context(client_of(server, token)) for _ in range(4)]
+        for client in clients:
+            client.request([b"all at once"])
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:  # until all requests wait
+            for client in clients:
+                client.poll(0.01)
+        requests: list[Request] = []
+
+        def arrived() -> bool:
+            requests.extend(server.poll(0.01))
+            return len(requests) >= 3 and bool(lines)
+
+        until(arrived)
+        assert len({request.peer for request in requests}) == 3
+        assert server._of_tokens[server._router]._counts == {token.public_key: 3}
+
+
+def test_connections_that_have_ended_are_not_counted(
+    keys: ServerKeys, narrow: tuple[ServerTransport, list[str]]
+) -> None:
+    server, lines = narrow
+    token = token_of(keys, "one")
+    for _ in range(2):
+        with ExitStack() as stack:
+            for client in [stack.enter_context(client_of(server, token)) for _ in range(3)]:
+                client.request([b"and away"])
+                client.subscribe(server.publish_port)
+                deadline = time.monotonic() + 0.5
+                while time.monotonic() < deadline:
+                    client.poll(0.01)
+        time.sleep(0.2)  # until the connections have ended; nothing was read so far
+        server.poll(0.1)
+
+        def none_left() -> bool:
+            server.poll(0.01)
+            return not any(connections._counts for connections in server._of_tokens.values())
+
+        until(none_left)
+    assert not lines
+
+
+def test_a_token_has_so_many_subscriptions_at_most(keys: ServerKeys, narrow: tuple[ServerTransport, list[str]]) -> None:
+    server, lines = narrow
+    one, two = token_of(keys, "one"), token_of(keys, "two")
+    with ExitStack() as stack:
         honest = stack.enter_context(client_of(server, two))
-        mine = [stack.enter_context(client_of(server, one)) for _ in range(3)]
-        for client in (honest, *mine[:2]):
+        mine = [stack.enter_context(client_of(server, one)) for _ in range(4)]
+        for client in (honest, *mine[:3]):
             listen(server, client)
             server.check()
         assert not lines
-        mine[2].subscribe(server.publish_port)
+        mine[3].subscribe(server.publish_port)
 
-        def closed() -> bool:
+        def told() -> bool:
             server.check()
-            mine[2].poll(0.01)
+            mine[3].poll(0.01)
             return bool(lines)
 
-        until(closed)
-        assert lines == ["the token of one has more than 2 connections to a port: some are closed"]
-        assert server.cut_off == 0  # the guard saw no limit exceeded
-        server.publish([b"unhindered"])
-        until(lambda: [b"unhindered"] in honest.poll(0.1).broadcasts)
+        until(told)
+        assert lines == [LINE]
+        server.publish([b"to those who stay"])
+        for client in (honest, *mine[:3]):
+            until(lambda client=client: [b"to those who stay"] in client.poll(0.1).broadcasts)
+        counts = server._of_tokens[server._publisher]._counts
+        assert counts == {one.public_key: 3, two.public_key: 1}
 
 
 @pytest.mark.parametrize("secret", [False, True])

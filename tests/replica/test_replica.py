@@ -342,6 +342,7 @@ def test_a_chunk_has_room_for_its_logits_where_windows_are_read_at_once(model: A
 
 
 def test_the_logits_of_a_chunk_fit_a_core_where_windows_are_read_at_once() -> None:
-    """By hand: the logits of both members, of windows of 33 tokens and 11 ids, 4 bytes each, fit 90 times."""
-    assert make(1, config=Config(model=MinGruConfig())).chunk_pairs == 64
-    assert make(1, config=Config(model=GruConfig())).chunk_pairs == 128
+    """By hand: the logits of both members, of windows of 65 tokens and 11 ids, 4 bytes each, fit 91 times."""
+    data = DataConfig(window=64)
+    assert make(1, config=Config(data=data, model=MinGruConfig())).chunk_pairs == 64
+    assert make(1, config=Config(data=data, model=GruConfig())).chunk_pairs == 128

@@ -11,7 +11,7 @@ Frames are passed on unread.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -31,6 +31,10 @@ EACH_TOKEN = 512
 LOOK_SECONDS = 0.02
 """Least seconds between two looks at the connections, and most while `poll` waits: a look takes as long as three
 requests."""
+
+
+EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+"""Events of connections that are looked at."""
 
 
 class Request(NamedTuple):
@@ -181,7 +185,7 @@ class ServerTransport:
 
     def _bind(self, kind: int, endpoint: str, options: Mapping[int, int]) -> sockets.Watched:
         opened = sockets.open_socket(self._context, kind, self._limits, options)
-        watched = sockets.Watched(opened, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        watched = sockets.Watched(opened, EVENTS)
         self._sockets.append(watched)
         self._of_tokens[watched] = TokenConnections(self._each_token)
         if self._keys is not None:
@@ -227,45 +231,57 @@ class ServerTransport:
             if self._peers.get(source) != peer:
                 self._look()  # an earlier connection with this descriptor has ended
                 self._peers[source] = peer
-            key = self._note_key(self._router, frames[0], source)
+            key = self._key_of(frames[0])
+            if key is not None and self._is_beyond(self._router, key, source):
+                continue
             requests.append(Request(peer, frames[1].bytes, key, [frame.bytes for frame in frames[3:]]))
         return requests
 
-    def _note_key(self, opened: sockets.Watched, frame: zmq.Frame, source: int) -> str | None:
-        """Return the key that sent a frame; close a connection of it if it has too many."""
-        if self._keys is None:
-            return None
-        key = str(frame.get("User-Id"))
-        leaves = self._of_tokens[opened].use(key, source)
-        if leaves is not None:
-            self._of_tokens[opened].close(leaves)
-            sockets.shut_down(leaves)
-            if key not in self._crowded:
-                self._crowded.add(key)
-                name = self._keys.allowed.get(key, "a revoked key")
-                self._tell(
-                    f"the token of {name} has more than {self._each_token} connections to a port: some are closed"
-                )
-        return key
+    def _take_subscriptions(self) -> Iterator[tuple[str, int]]:
+        """Return the key and the connection of each new subscription."""
+        for _ in range(sockets.EVENTS):
+            frames = sockets.take_message(self._publisher.socket, 1)
+            if frames is None:
+                return
+            source = sockets.source_of(frames[0])
+            if source is not None and (key := self._key_of(frames[0])) is not None:
+                yield key, source
+
+    def _key_of(self, frame: zmq.Frame) -> str | None:
+        """Return the key that sent a frame; None in plain text."""
+        return None if self._keys is None else str(frame.get("User-Id"))
+
+    def _is_beyond(self, opened: sockets.Watched, key: str, source: int) -> bool:
+        """Count a connection for a key; close it if the key has too many, and return whether it has."""
+        if not self._of_tokens[opened].is_beyond(key, source):
+            return False
+        sockets.shut_down(source)
+        if key not in self._crowded:
+            assert self._keys is not None, "without keys, none is counted"
+            self._crowded.add(key)
+            name = self._keys.allowed.get(key, "a revoked key")
+            what = f"more than {self._each_token} connections to a port"
+            self._tell(f"the token of {name} has {what}: further ones are closed")
+        return True
 
     def _look(self) -> None:
         """Note what has become of connections."""
         self._look_at = time.monotonic() + LOOK_SECONDS
-        for _ in range(sockets.EVENTS):
-            subscription = sockets.take_message(self._publisher.socket, 1)
-            if subscription is None:
-                break
-            source = sockets.source_of(subscription[0])
-            if source is not None:
-                self._note_key(self._publisher, subscription[0], source)
+        subscriptions = [*self._take_subscriptions()]  # before the events: whose connection has ended is known then
         for opened in self._sockets:
+            connections = self._of_tokens[opened]
             for event, value in opened.events():
-                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._succeeded += 1
-                    continue
-                self._of_tokens[opened].close(value)
-                if opened is self._router and value in self._peers:
-                    self._disconnected.add(self._peers.pop(value))
+                match event:
+                    case zmq.EVENT_ACCEPTED:
+                        connections.opened(value)
+                    case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                        self._succeeded += 1
+                    case zmq.EVENT_DISCONNECTED:
+                        connections.closed(value)
+                        if opened is self._router and value in self._peers:
+                            self._disconnected.add(self._peers.pop(value))
+        for key, source in subscriptions:
+            self._is_beyond(self._publisher, key, source)
         self._guard.look()
 
 

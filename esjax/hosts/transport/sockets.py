@@ -3,7 +3,6 @@
 Only this file, `client.py` and `server.py` import zmq.
 """
 
-import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -108,9 +107,8 @@ def source_of(frame: zmq.Frame) -> int | None:
 
 def shut_down(connection: int) -> None:
     """End a connection of a socket that is bound to a path, by its file descriptor; libzmq then closes it."""
-    with suppress(OSError), socket.socket(fileno=os.dup(connection)) as end:
-        if end.family == socket.AF_UNIX:  # else it has ended, and something else has its number
-            end.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError), socket.fromfd(connection, socket.AF_UNIX, socket.SOCK_STREAM) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 class Watched:

@@ -1,29 +1,47 @@
-"""How many connections a token has at a port, from all addresses; a new one takes the place of the most silent."""
+"""How many connections each token has at a port, from all addresses; one beyond the limit has to be closed."""
+
+from collections import Counter
 
 
 class TokenConnections:
-    """The connections of each token's key, by their file descriptors: at most `each` of one key."""
+    """The open connections of a socket, by their file descriptors: at most `each` of one key.
+
+    The newest leaves, so a holder of a token that others hold, too, cannot displace their connections. A connection is
+    counted once its key is known. One that has ended meanwhile is not counted: its number may be that of another one.
+    """
 
     def __init__(self, each: int) -> None:
         """Set up without connections."""
         self._each = each
-        self._of: dict[str, dict[int, None]] = {}  # the one that was silent for longest comes first
+        self._open: set[int] = set()
         self._keys: dict[int, str] = {}
+        self._counts: Counter[str] = Counter()
 
-    def use(self, key: str, connection: int) -> int | None:
-        """Note that a key used a connection; return the one that has to be closed now, or None."""
-        if self._keys.get(connection) != key:
-            self.close(connection)  # the system gave its number to a new connection
-            self._keys[connection] = key
-        mine = self._of.setdefault(key, {})
-        mine.pop(connection, None)
-        mine[connection] = None
-        return next(iter(mine)) if len(mine) > self._each else None
+    def opened(self, connection: int) -> None:
+        """Note that a connection was accepted."""
+        self.closed(connection)
+        self._open.add(connection)
 
-    def close(self, connection: int) -> None:
-        """Forget a connection, if it is known."""
+    def closed(self, connection: int) -> None:
+        """Note that a connection has ended."""
+        self._open.discard(connection)
+        self._forget(connection)
+
+    def is_beyond(self, key: str, connection: int) -> bool:
+        """Count a connection for a key, unless it is; return whether it has to be closed now, and is not counted."""
+        if connection not in self._open or self._keys.get(connection) == key:
+            return False
+        self._forget(connection)
+        if self._counts[key] >= self._each:
+            self._open.remove(connection)
+            return True
+        self._keys[connection] = key
+        self._counts[key] += 1
+        return False
+
+    def _forget(self, connection: int) -> None:
         key = self._keys.pop(connection, None)
         if key is not None:
-            del self._of[key][connection]
-            if not self._of[key]:
-                del self._of[key]
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._counts[key]
