@@ -1,7 +1,12 @@
-"""Texts of other people, shown so that they cannot pass for something else."""
+"""Texts of other people and errors of other code, shown so that they cannot pass for something else."""
 
 PROSE = "\n\t\xa0\u3000\u200c\u200d"
 """Characters of ordinary texts that are not printable by themselves: line breaks, tabs, spaces, joiners of letters."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of what an error says, of at most so many characters; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def legible(text: str, keep: str = "") -> str:

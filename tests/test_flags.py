@@ -148,8 +148,8 @@ def test_devices_are_prepared_before_jax_is_used_or_not_at_all(monkeypatch: pyte
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     assert jax.device_count() == 4
-    monkeypatch.setattr("esjax.devices.mesh._cores", lambda: 4)
+    monkeypatch.setattr("esjax.devices.mesh.available_cores", lambda: [0, 1, 2, 3])
     esjax.prepare_devices()
-    monkeypatch.setattr("esjax.devices.mesh._cores", lambda: 3)
+    monkeypatch.setattr("esjax.devices.mesh.available_cores", lambda: [0, 1, 2])
     with pytest.raises(EsjaxError, match=r"call prepare_devices\(\) before anything else uses JAX"):
         esjax.prepare_devices()

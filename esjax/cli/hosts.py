@@ -27,7 +27,7 @@ from esjax.cli.shared import (
     show,
     teller,
 )
-from esjax.config.settings import Config
+from esjax.config.settings import Config, replace
 from esjax.errors import EsjaxError
 
 if TYPE_CHECKING:
@@ -70,6 +70,11 @@ class Serve:
 
     def run(self, console: Console) -> None:
         """Coordinate until a limit or Ctrl-C."""
+        if self.resume is not None and (self.out or self.config or _without_limits(self.settings) != Config()):
+            raise EsjaxError(
+                "a run that is resumed has its settings and its folder; beside --resume give --steps, --seconds and "
+                "--data.text alone, and custom code"
+            )
         # A coordinator holds no weights, so it leaves accelerators to the hosts.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         prepare()
@@ -104,6 +109,11 @@ class Serve:
 
         server.while_open = announce
         show(server, console)
+
+
+def _without_limits(settings: Config) -> Config:
+    """Return settings without those that a resumed run takes."""
+    return replace(settings, steps=None, seconds=None, data=replace(settings.data, text=Config().data.text))
 
 
 @dataclass(frozen=True)

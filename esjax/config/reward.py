@@ -27,9 +27,8 @@ class RewardConfig(Section):
     """Divides the logits before a token is drawn. 0: the most probable token."""
 
     stop: str = ""
-    r"""Characters that end a completion, in Bash $'
-' for the end of a line. They are left out of it. The end of a
-    document always ends it."""
+    r"""Characters that end a completion, in Bash $'\n' for the end of a line. They are left out of it. The end of
+    a document always ends it."""
 
     weights: dict[str, float] = msgspec.field(default_factory=dict)
     """Weights of rewards by their names, if the function returns a mapping from names to lists: format 0.2 right 1. The

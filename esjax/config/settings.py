@@ -132,7 +132,7 @@ class EsConfig(Section):
 
     space: Literal["full", "low_rank", "activation"] = "low_rank"
     """What is perturbed. full: every weight independently. low_rank: each matrix by a product of thin ones. activation:
-    what the layers compute; every token then gives a reward, and hosts exchange one number for each weight."""
+    what the layers compute; every token's loss then counts by itself, and hosts exchange one number for each weight."""
 
     rank: int = 1
     """space low_rank: rank of the perturbation of a matrix."""
@@ -450,12 +450,12 @@ class Config(Section):
 
     @property
     def tolerance(self) -> float | None:
-        """Largest difference of two hosts' rewards of a member, for a reward in Python; None: there is no such one."""
+        """Largest difference of two hosts' rewards of a member, for a reward in Python; None without such a reward."""
         return self.reward.tolerance if self.writes else None
 
     @property
     def reward_seconds(self) -> float:
-        """Time limit of a call of a reward in Python; 0: there is no such one."""
+        """Time limit of a call of a reward in Python; 0 without such a reward."""
         return self.reward.seconds if self.writes else 0.0
 
     @property

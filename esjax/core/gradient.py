@@ -39,7 +39,7 @@ def weigh(noise: Noise, *, mesh: Mesh | None = None, chunk_pairs: int | None = N
         left out of the sum.
 
     The returned function raises, while it is traced:
-        ValueError: `seeds` or `weights` has the wrong shape.
+        ValueError: `seeds`, `weights` or `rows` has the wrong shape.
     """
     most = min(chunk_pairs or WEIGHED_PAIRS, noise.exact_pairs)
 

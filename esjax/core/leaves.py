@@ -86,6 +86,11 @@ def leaf_names(path: Sequence[Any]) -> tuple[str, ...]:
     return names[:-1] if len(names) > 1 and names[-1] == "value" else names
 
 
+def leaf_path(path: Sequence[Any]) -> str:
+    """Return the path to a leaf as settings name it, such as `layers/0/bias`."""
+    return "/".join(leaf_names(path))
+
+
 def is_below(path: str, prefix: str) -> bool:
     """Return whether a path is that of the named leaf, or of a leaf below it."""
     return path == prefix or path.startswith(prefix + "/")

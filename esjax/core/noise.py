@@ -76,7 +76,7 @@ class Noise:
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ValueError(f"sigma must be above 0 and finite, got {self.sigma}")
         if self.rank < 0:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
 
     @property
     def exact(self) -> bool:

@@ -44,10 +44,10 @@ class NgramModel(NamedTuple):
     vocab_size: int
 
 
-def fit_ngrams(documents: Sequence[ndarray], vocab_size: int, order: int = len(NAMES)) -> NgramModel:
-    """Count the n-grams of documents, up to `order`, with a STOP at the end of each document."""
+def fit_ngrams(documents: Sequence[ndarray], vocab_size: int) -> NgramModel:
+    """Count the n-grams of documents, one model for each of `NAMES`, with a STOP at the end of each document."""
     levels = []
-    for n in range(1, order + 1):
+    for n in range(1, len(NAMES) + 1):
         grams = gram_counts = contexts = context_counts = np.zeros(0, np.int64)
         for part in _parts(documents):
             context, token = _codes(part, vocab_size, n)

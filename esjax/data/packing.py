@@ -37,8 +37,8 @@ def check_stream(length: int, window_length: int) -> None:
         )
     if length < window_length:
         raise EsjaxError(
-            f"the training text holds {length} tokens, fewer than data.window + data.burn_in = {window_length}; "
-            "shorten the window or add text"
+            f"the training text holds {length} tokens, fewer than a window of {window_length} (data.window, and "
+            "data.burn_in before it); shorten the window or add text"
         )
 
 

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esjax.cores import available_cores
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
+from esjax.texts import first_line
 
 if TYPE_CHECKING:
     import jax
@@ -32,9 +34,9 @@ def prepare_devices(cache: Path | None = None) -> None:
     import jax
 
     is_free = "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ
-    if is_free and jax.config.jax_num_cpu_devices != _cores():  # type: ignore[attr-defined]
+    if is_free and jax.config.jax_num_cpu_devices != len(available_cores()):  # type: ignore[attr-defined]
         try:
-            jax.config.update("jax_num_cpu_devices", _cores())
+            jax.config.update("jax_num_cpu_devices", len(available_cores()))
         except RuntimeError as error:
             raise EsjaxError(
                 "JAX has been used already, so its devices are fixed; call prepare_devices() before anything else uses "
@@ -67,13 +69,7 @@ def start_devices() -> None:
 
 def device_failure(error: Exception) -> str:
     """Describe an error of the devices in one line."""
-    return f"the devices failed: {str(error).splitlines()[0][:300]}"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return f"the devices failed: {first_line(error, 300)}"
 
 
 def cpu_mesh() -> "Mesh":

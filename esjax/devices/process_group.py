@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from esjax.errors import EsjaxError
+from esjax.texts import first_line
 
 
 def connect(processes: str) -> None:
@@ -34,8 +35,7 @@ def connect(processes: str) -> None:
         else:
             jax.distributed.initialize(match[1], int(match[2]), int(match[3]))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise EsjaxError(f"cannot reach the processes of {processes!r}: {reason}") from error
+        raise EsjaxError(f"cannot reach the processes of {processes!r}: {first_line(error)}") from error
 
 
 def leads() -> bool:

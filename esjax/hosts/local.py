@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from esjax.cores import available_cores
 from esjax.errors import EsjaxError
 from esjax.texts import legible
 
@@ -191,13 +192,6 @@ class _Worker:
             log.seek(max(self._begin, size - LAST_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
         return [line for line in lines if line.strip()][-LAST_LINES:]
-
-
-def available_cores() -> list[int]:
-    """Return the indices of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def divide(cores: Sequence[int], count: int) -> list[list[int]]:

@@ -84,7 +84,7 @@ class Server(RecordedRun):
     Attributes:
         config: Settings.
         corpus: The text.
-        custom: Custom model, loss, reward and optimizer, which every host needs, too.
+        custom: Custom model, loss, reward, tool and optimizer, which every host needs, too.
         folder: Folder of the run.
         limits: When iteration ends; may be changed.
         baselines: Held-out losses of the n-gram models, in nats per token; empty without held-out documents, and with a
@@ -230,7 +230,7 @@ class Server(RecordedRun):
         data, stream = to_bytes(restored.state), corpus.stream()
         at_a_time = min(len(stream), config.data.block_tokens or len(stream))
         if not config.writes:
-            check_stream(at_a_time, config.data.burn_in + config.data.window)
+            check_stream(at_a_time, config.data.window_length)
         blocks = corpus.blocks(config.seed, config.data.block_tokens)
         coordinator = Coordinator(
             config,

@@ -45,7 +45,7 @@ def make_measure(
         return None
     if objective is None:
         return partial(_nats, language_model, language_model.lanes(documents))
-    stream, length = pack_stream(documents), config.data.burn_in + config.data.window
+    stream, length = pack_stream(documents), config.data.window_length
     if len(stream) < length:
         return None
     seed = stream_seed(config.seed, HELD_OUT)

@@ -36,8 +36,8 @@ class LoadedRun(RunInference):
     Attributes:
         path: The run folder.
         config: Settings of the run.
-        vocabulary: Maps characters or bytes to token ids.
-        custom: Names of the custom model, loss, reward and optimizer of the run, by kind.
+        vocabulary: Maps characters, bytes or subwords to token ids.
+        custom: Names of the custom model, loss, reward, tool and optimizer of the run, by kind.
         step: Steps of training.
         params: The averaged parameters.
         language_model: Compiled functions of the model.

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from esjax.models.layers import BIAS_UNIT, Affine, affine, head_units, init_head, matmul, predict_by_head
+from esjax.core.units import VECTOR_UNIT
+from esjax.models.layers import Affine, affine, head_units, init_head, matmul, predict_by_head
 from esjax.models.model import Logits, Model, Tap, Token, untouched
 
 Hidden = Any
@@ -56,7 +57,7 @@ def gru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int = 1) ->
         n_layers: Number of layers, at least 1.
     """
     later, width = n_layers - 1, n_layers * hidden_size
-    recurrent_unit = Affine(hidden_size**-0.5, BIAS_UNIT)
+    recurrent_unit = Affine(hidden_size**-0.5, VECTOR_UNIT)
     unit = GruParams(
         _one_or_all([1.0] * n_layers),
         1.0,

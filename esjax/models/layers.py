@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from esjax.core.rules import HIGHEST
+from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
 from esjax.models.model import Logits, Tap
-
-BIAS_UNIT = 0.3
-"""Unit of the biases. With 1, their perturbations would outweigh those of the matrices."""
 
 FIRST_LOGITS = 0.1
 """Size of the initial logits: small, so that a run starts near the uniform distribution."""
@@ -51,7 +49,7 @@ def embed_tokens(tables: tuple[Float[Array, "vocabulary width"], ...], tokens: I
 
 def head_units(width: int, head_size: int) -> tuple[Affine, Affine]:
     """Return the units of a head with one hidden layer, see `predict_by_head`."""
-    return Affine(width**-0.5, BIAS_UNIT), Affine(head_size**-0.5, BIAS_UNIT)
+    return Affine(width**-0.5, VECTOR_UNIT), Affine(head_size**-0.5, VECTOR_UNIT)
 
 
 def init_head(

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int, Key
 from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
 from esjax.models.layers import (
-    BIAS_UNIT,
     FIRST_LOGITS,
     Affine,
     Norm,
@@ -101,10 +100,10 @@ def lru(vocab_size: int, hidden_size: int, mlp_size: int, n_layers: int, gate_to
     size, norm_unit = hidden_size**-0.5, Norm(VECTOR_UNIT)
     unit = LruParams(
         embedding=(1.0,) * gate_tokens,
-        layers=(LruLayer(norm_unit, Affine(size, BIAS_UNIT), VECTOR_UNIT, size, norm_unit, size, mlp_size**-0.5),)
+        layers=(LruLayer(norm_unit, Affine(size, VECTOR_UNIT), VECTOR_UNIT, size, norm_unit, size, mlp_size**-0.5),)
         * n_layers,
         norm=norm_unit,
-        head_output=Affine(size, BIAS_UNIT),
+        head_output=Affine(size, VECTOR_UNIT),
     )
 
     def init(key: Key[Array, ""]) -> LruParams:

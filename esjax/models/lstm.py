@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from esjax.models.layers import BIAS_UNIT, Affine, affine, head_units, init_head, matmul, predict_by_head
+from esjax.core.units import VECTOR_UNIT
+from esjax.models.layers import Affine, affine, head_units, init_head, matmul, predict_by_head
 from esjax.models.model import Logits, Model, Tap, Token, untouched
 
 FIRST_FORGET = 1.0
@@ -65,7 +66,7 @@ def lstm(vocab_size: int, hidden_size: int, head_size: int, n_layers: int) -> Mo
     unit = LstmParams(
         (LstmState(1.0, 1.0),) * n_layers,
         1.0,
-        (Affine(size, BIAS_UNIT),) * n_layers,
+        (Affine(size, VECTOR_UNIT),) * n_layers,
         (size,) * later,
         *head_units(width, head_size),
     )

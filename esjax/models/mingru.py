@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from esjax.core.units import VECTOR_UNIT
 from esjax.data.tokens import STOP
 from esjax.models.layers import (
-    BIAS_UNIT,
     Affine,
     affine,
     embed_tokens,
@@ -79,8 +79,8 @@ def mingru(vocab_size: int, hidden_size: int, head_size: int, n_layers: int, gat
     unit = MinGruParams(
         (1.0,) * n_layers,
         (1.0,) * gate_tokens,
-        BIAS_UNIT,
-        (Affine(hidden_size**-0.5, BIAS_UNIT),) * later,
+        VECTOR_UNIT,
+        (Affine(hidden_size**-0.5, VECTOR_UNIT),) * later,
         *head_units(width, head_size),
     )
 

@@ -7,7 +7,7 @@ const STROKES = { solid: "", dash: "6 3", dashdot: "6 2 2 2", dot: "2 2" }; // t
 const N_GRAM_DASHES = ["dot", "dash", "longdash", "dashdot"];
 const UNIT_LINES = /.{1,38}(?: |$)|.{1,38}/g; // breaks a long unit, at spaces if possible
 const EVALUATIONS = ["held_out", "greedy_reward", "pass_at_k"]; // columns that smoothing leaves as they are
-const NAMED_REWARD = "reward_"; // begin of the columns of rewards that have names
+const NAMED_REWARD = "reward_"; // beginning of the columns of rewards that have names
 const CHARTS = [
   { column: "held_out", title: "Held-out loss", loss: true },
   { column: "loss", title: "Training loss, mean of the population", loss: true },

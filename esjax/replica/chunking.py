@@ -23,8 +23,8 @@ CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**31
 """Most bytes for the noise, the added-up weights and the logits of a chunk."""
 
 CPU_LOGIT_BYTES, LEAST_PAIRS = 2**19, 8
-"""Most bytes for the logits of a chunk on a CPU, so that what a model computes of whole windows fits a core's cache, but
-not fewer pairs than these: they would not be faster, and hosts get pairs in multiples of a chunk."""
+"""Most bytes for the logits of a chunk on a CPU: what a model computes of whole windows then fits a core's cache. And
+pairs to which this does not limit it: fewer are not faster, and hosts get pairs in multiples of a chunk."""
 
 CPU_WEIGHED_PAIRS, ACCELERATOR_WEIGHED_PAIRS = 2**9, 2**16
 """Most pairs whose noise a device sums at a time."""

@@ -12,7 +12,7 @@ from flax import struct
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from esjax.core.leaves import leaf_names
+from esjax.core.leaves import leaf_path
 from esjax.core.noise import Totals
 from esjax.core.units import in_units
 from esjax.exchange.gradient_sums import DIFFERENCE_STEPS, TAIL
@@ -105,7 +105,7 @@ def make_apply(
     def apply(state: TrainState, gradient: Params, loss: Float[Array, ""]) -> tuple[TrainState, UpdateInfo]:
         updates, opt_state = scaled.update(gradient, state.opt_state, state.params, value=loss)
         updates = jax.tree_util.tree_map_with_path(
-            lambda path, update: update if is_trained("/".join(leaf_names(path))) else jnp.zeros_like(update), updates
+            lambda path, update: update if is_trained(leaf_path(path)) else jnp.zeros_like(update), updates
         )
         params = jax.tree.map(jnp.add, state.params, updates)
         step = state.step + 1

@@ -4,13 +4,9 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-TextReward = Callable[..., Sequence[float] | Mapping[str, Sequence[float]]]
-"""`(prompts, completions) -> rewards` or `(prompts, completions, answers) -> rewards`: lists of equal length; higher is
-better. Several rewards come as a mapping from their names to such lists. The order of the texts has no meaning."""
 
 Kind = Literal["reward", "tool"]
 """What is called."""

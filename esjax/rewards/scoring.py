@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from esjax.averages import NamedMean, join_means
 from esjax.config.custom_names import Code, name_of
 from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, replace
+from esjax.cores import available_cores
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
 from esjax.models.custom import Custom
@@ -346,7 +346,7 @@ def make_scorer(config: Config, custom: Custom, vocabulary: Vocabulary, tell: Ca
             "a reward in Python is scored by one process; leave --distributed out, and start a host for each process"
         )
     prompts = _same_prompts(settings)
-    processes = _cores() if settings.processes is None else settings.processes
+    processes = len(available_cores()) if settings.processes is None else settings.processes
 
     def caller_of(kind: Kind, function: Callable[..., Any]) -> tuple[str, _Caller]:
         if processes:
@@ -375,9 +375,3 @@ def code_of(custom: Custom, kind: Kind, function: Callable[..., Any]) -> Code:
             "this process"
         )
     return Code(str(Path(file).absolute()), name, hashlib.sha256(Path(file).read_bytes()).hexdigest())
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: the cores that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

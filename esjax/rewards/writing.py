@@ -14,7 +14,7 @@ from esjax.rewards.prompts import PromptTokens
 
 
 class Prompted(NamedTuple):
-    """Texts that a member continues: prompts, or prompts and the begin of what is written after them.
+    """Texts that a member continues: prompts, or prompts and the beginning of what is written after them.
 
     Attributes:
         tokens: Ids, int32 [prompts, longest].

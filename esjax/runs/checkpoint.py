@@ -35,6 +35,7 @@ from esjax.replica.snapshot import leaf_types
 from esjax.replica.update import TrainState
 from esjax.runs.durable import disk_error
 from esjax.runs.seal import STATE, Seal, changed_versions, find_damage, hash_files, read_seal, versions
+from esjax.texts import first_line
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save there
 
@@ -229,7 +230,7 @@ def _comparing(path: Path, seal: Seal) -> Iterator[Callable[[PyTree, str], None]
         raise
     except Exception as error:  # of any kind: they come from orbax and from what it is built on
         raise EsjaxError(
-            f"the checkpoint {str(path)!r} cannot be restored, though its files are whole: {_first_line(error)} "
+            f"the checkpoint {str(path)!r} cannot be restored, though its files are whole: {first_line(error)} "
             f"({changed_versions(seal)}); install the versions of {', '.join(seal.versions) or 'JAX and orbax'} that "
             "wrote it"
         ) from error
@@ -406,8 +407,3 @@ def kept_steps(folder: Path) -> list[int]:
 def _unused(path: Path) -> Path:
     candidates = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]

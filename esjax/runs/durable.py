@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from esjax.errors import DiskError, EsjaxError
+from esjax.texts import first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers for a full disk and for an exceeded quota."""
@@ -142,7 +143,7 @@ def disk_error(what: str, error: OSError | ValueError) -> DiskError:
     """
     found = re.search(r"OS error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    why = os.strerror(number) if number else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    why = os.strerror(number) if number else first_line(error)
     return DiskError(f"{what}: {why}", remedy(number))
 
 

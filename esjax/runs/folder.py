@@ -1,8 +1,8 @@
 """The layout of a run folder.
 
 config.yaml       the settings; with the custom code that run.json names, they start the same run again
-run.json          version of this layout, name of the run, hash of the text; names of a custom model, loss, reward or
-                  optimizer, and for code in a file its path, function and hash
+run.json          version of this layout, name of the run, hash of the text; names of a custom model, loss, reward,
+                  tool or optimizer, and for code in a file its path, function and hash
 vocabulary.json   the symbols, ids 2 and up in order
 text.jsonl        the files that the text was read from, in order: path, bytes, and BLAKE2b-128 of the bytes
 metrics.jsonl     one line for each step
@@ -128,7 +128,7 @@ class RunFolder:
             config: Settings.
             vocabulary: Symbols.
             text_digest: Hash of the text; "" for a run without a text.
-            custom: Names of the custom model, loss, reward and optimizer, by kind.
+            custom: Names of the custom model, loss, reward, tool and optimizer, by kind.
             code: Path, function and hash of custom parts that are code in a file, by kind.
             text_files: The files that the text was read from.
 

@@ -19,7 +19,7 @@ DIGEST: Final = 2
 """Kind of a record of the digest, in ASCII, of the state after `step` steps."""
 
 MAX_PAYLOAD = 2**26
-"""Most bytes of a payload: four for each of 16 million pairs, the most whose sum is exact."""
+"""Most bytes of a payload: more than the weights of 16 million pairs, the most whose sum is exact."""
 
 HEAD = b"esjax ledger 1\n"
 """The first bytes of a file."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from esjax.errors import EsjaxError
 
 NAMED_REWARD = "reward_"
-"""Begin of the name of a metric: the mean of a reward that has a name, see `StepInfo.rewards`."""
+"""Beginning of the name of a metric: the mean of a reward that has a name, see `StepInfo.rewards`."""
 
 
 class Limits(NamedTuple):

@@ -100,7 +100,7 @@ class Trainer(RecordedRun, RunInference):
         if config.data.held_out > 0 and self._measure is None:
             what = "less than a window" if corpus.held_out else "no document"
             self.tell(
-                f"{what} is held out, so nothing is evaluated; give more documents, or cut them smaller "
+                f"{what} is held out, so there is no held-out loss; give more documents, or cut them smaller "
                 "(data.documents line)"
             )
         self._seconds = 0.0
@@ -173,9 +173,8 @@ class Trainer(RecordedRun, RunInference):
             raise EsjaxError(f"{str(self.folder.path)!r} was trained on to step {done} since; resume it from there")
         recorder.start(self.step, self._seconds, self._member_tokens)
         if (recorder.ledger or self.config.init) and not newest:
-            recorder.save(
-                self._replica.state
-            )  # a replay starts from it: the first weights may not follow from the seed
+            # A replay starts from this checkpoint: the first weights may not follow from the seed.
+            recorder.save(self._replica.state)
 
     def _train(self, recorder: Recorder) -> Generator[StepInfo]:
         config = self.config

@@ -79,7 +79,7 @@ def steps_of_estimates(
     gradient = jax.jit(_gradient, static_argnums=(0, 1))
     units = replica.units
     data, of_windows = config.data, stream_seed(config.seed, WINDOWS)
-    length = data.burn_in + data.window
+    length = data.window_length
 
     @default_flags()
     def take(step: int) -> tuple[Params, Params, float]:

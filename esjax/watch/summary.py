@@ -25,7 +25,7 @@ def describe_run(devices: str, config: Config, corpus: Corpus, params: Params, c
     tokens, held_out = corpus.train.tokens, corpus.held_out.tokens
     named = next(name for name, kind in MODELS.items() if isinstance(config.model, kind))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    a_member = data.batch_size * config.tokens_per_sequence
+    a_member = config.tokens_per_member
     population = (
         f"population {es.population:,}, {es.population * a_member:,} tokens a step"
         if es.time_per_step is None

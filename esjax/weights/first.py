@@ -5,6 +5,7 @@ from dataclasses import replace as with_parts
 from pathlib import Path
 from typing import NamedTuple
 
+from esjax.config.custom_names import SHOWN
 from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.vocabulary import Vocabulary
@@ -16,9 +17,6 @@ from esjax.paths import given_path
 from esjax.runs.checkpoint import digest
 from esjax.runs.folder import RunFolder
 from esjax.weights.files import import_weights
-
-SHOWN = 12
-"""Digits of a hash that messages show."""
 
 
 class Start(NamedTuple):
@@ -41,7 +39,7 @@ def start_of(config: Config, custom: Custom) -> Start:
     """Load the weights that the setting `init` names, for a new run.
 
     The averaged weights of a run are taken, with its model and vocabulary; with its text, too, unless the settings name
-    one.
+    another than the default.
 
     Raises:
         EsjaxError: The weights cannot be read, or the settings ask for another model or vocabulary.

@@ -16,6 +16,7 @@ from esjax.config.models import LlamaConfig
 from esjax.data.text_files import read_text
 from esjax.data.tokenizer import TokenizerVocabulary, library, make_vocabulary
 from esjax.errors import EsjaxError
+from esjax.texts import first_line
 from esjax.weights.llama_weights import Kind, Pretrained, Tensors, assemble, make_config, unknown_of
 from esjax.weights.safetensors import safetensors_library
 
@@ -122,8 +123,7 @@ def _open_tensors(folder: Path) -> Tensors:
             opened = safetensors.safe_open(file, "numpy")
             places.update(dict.fromkeys(opened.keys(), opened))
         except (OSError, safetensors.SafetensorError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise EsjaxError(f"cannot read {str(file)!r} as safetensors: {reason}") from error
+            raise EsjaxError(f"cannot read {str(file)!r} as safetensors: {first_line(error)}") from error
 
     def read(name: str) -> ndarray:
         try:

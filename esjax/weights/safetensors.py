@@ -29,6 +29,7 @@ from esjax.flags import default_flags
 from esjax.models.custom.code import load_custom
 from esjax.models.model import ModelFactory, Params
 from esjax.runs.folder import check_custom
+from esjax.texts import first_line
 from esjax.weights.start import begin_with
 
 FORMAT = "1"
@@ -114,7 +115,7 @@ def _read(path: Path) -> _Read:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, TypeError, library.SafetensorError) as error:
-        raise EsjaxError(f"cannot read {str(path)!r} as safetensors: {str(error).splitlines()[0][:200]}") from error
+        raise EsjaxError(f"cannot read {str(path)!r} as safetensors: {first_line(error)}") from error
     if metadata.get("esjax") != FORMAT:
         raise EsjaxError(f"{str(path)!r} was not written by esjax export, or by another version of it")
     config = from_yaml(metadata.get("settings", ""), f"settings in {path}")

@@ -28,9 +28,10 @@ from esjax import cli
 from esjax.cli.shared import announce_to_hosts, open_console
 from esjax.config.models import GruConfig, RnnConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, from_yaml, replace
+from esjax.cores import available_cores
 from esjax.data.corpus import load_corpus
 from esjax.errors import EsjaxError
-from esjax.hosts.local import LocalWorkers, available_cores, check_workers
+from esjax.hosts.local import LocalWorkers, check_workers
 from esjax.runs.checkpoint import digest
 
 RUN_PY = Path(__file__).parents[2] / "experiments" / "run.py"
@@ -576,6 +577,11 @@ MISTAKES = {
     "sweep with two kinds of hosts": (["sweep", "--workers", "2", "--bind", "tcp://127.0.0.1:5555"], "one of them"),
     "sweep with hosts that cannot know where": (["sweep", "--bind", "tcp://127.0.0.1:0"], "port other than 0"),
     "sweep with fewer than no workers": (["sweep", "--workers", "-1"], "workers"),
+    "resume of a coordinator with settings": (
+        ["serve", "--resume", "run", "--es.sigma", "0.1"],
+        "beside --resume give",
+    ),
+    "resume of a coordinator elsewhere": (["serve", "--resume", "run", "--out", "new"], "beside --resume give"),
     "resume of no sweep": (["sweep", "--resume", "run"], "not the folder of a sweep"),
     "resume of a sweep with settings": (["sweep", "--resume", "run", "--seed", "3"], "--resume alone"),
     "export of nothing": (["export", "none"], "none"),

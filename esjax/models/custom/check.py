@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esjax.core.leaves import is_below, leaf_names
+from esjax.core.leaves import is_below, leaf_path
 from esjax.errors import EsjaxError
 from esjax.models.model import Model, Params, untouched
 
@@ -76,7 +76,7 @@ def check_model(name: str, model: object, vocab_size: int) -> Model:
 
 def _check_paths(name: str, model: Model, params: Params) -> None:
     """Check that the paths of a model name parameters, and that stacked ones have an axis of layers before others."""
-    known = {"/".join(leaf_names(path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    known = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     given = {
         "output_layer": [model.output_layer] if model.output_layer else [],
         "embeddings": list(model.embeddings),

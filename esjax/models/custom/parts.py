@@ -47,7 +47,7 @@ class Custom:
     Attributes:
         model: `(vocab_size) -> model`.
         loss: Loss of one member on one sequence.
-        reward: Reward of one member on one sequence; excludes `loss`.
+        reward: Reward of one member on one sequence, or in Python over texts; excludes `loss`.
         tool: Tool that members call while they write for a reward in Python.
         optimizer: Any optax transformation.
         code: By kind, the file and function if PATH.py:FUNCTION was given, see `esjax.models.custom.code`.

@@ -1,15 +1,15 @@
-"""Noise on pre-activations with a reward for every token: node perturbation for language models.
+"""Noise on pre-activations, weighed by the losses of single tokens: node perturbation for language models.
 
 A clean copy of the model and `copies` noisy ones read each window of text. At every position, ±sigma is added to what
-the layers of a noisy copy compute. With d_s = (noisy loss - clean loss) at position s, the reward of noise on a
-prediction at t is d_t; that of noise on the state at t is Σ_{s>t} γ^(s-t-1) d_s, up to the end of the document. The
-mean of (reward * noise / sigma) over the copies estimates the gradient with respect to the pre-activation. Times the
-layer's input, it estimates the gradient with respect to the layer's weights (Widrow & Lehr 1990, section VII, Madaline
-rule III; Hiratani et al. 2022; for how the noise grows with the number of nodes: Werfel, Xie & Seung 2005).
+the layers of a noisy copy compute. With d_s = (noisy loss - clean loss) at position s, noise on a prediction at t is
+weighed by the difference d_t, and noise on the state at t by Σ_{s>t} γ^(s-t-1) d_s, up to the end of the document. The
+mean of (difference * noise / sigma) over the copies estimates the gradient with respect to the pre-activation. Times
+the layer's input, it estimates the gradient with respect to the layer's weights (Widrow & Lehr 1990, section VII,
+Madaline rule III; Hiratani et al. 2022; for how the noise grows with the number of nodes: Werfel, Xie & Seung 2005).
 
 Two choices keep the variance small. Each tap of `predict` has separate noisy copies that start from the clean state, so
-a reward contains no noise of another layer. And all copies share the window, so the outer products, most of the work,
-are computed once for all of them.
+a difference contains no noise of another layer. And all copies share the window, so the outer products, most of the
+work, are computed once for all of them.
 """
 
 import math
@@ -188,15 +188,15 @@ def _pass_token(
     for number, name in enumerate(plan.noisy, start=1):
         noise = plan.family(number, words[:noisy])
         if name == LOGITS:
-            rewards = _rewards_of_logits(plan, before[name][noisy:], noise, others)
+            differences = _differences_of_logits(plan, before[name][noisy:], noise, others)
         else:
             value = _repeat(before[name][noisy:], copies)
             value = value + sigma[name] * noise[:, : plan.taps.predict[name]].reshape(value.shape)
             found = jax.vmap(partial(interpret(partial(loss_from, model, name)), params))(
                 _repeat(clean, copies), value, others
             )
-            rewards = found - clean_losses
-        errors[name] = _by_window(plan, rewards / sigma[name], noise)[:, : plan.taps.predict[name]]
+            differences = found - clean_losses
+        errors[name] = _by_window(plan, differences / sigma[name], noise)[:, : plan.taps.predict[name]]
     if LOGITS in plan.taps.predict and LOGITS not in plan.noisy:
         probabilities = jax.nn.softmax(before[LOGITS][noisy:])
         errors[LOGITS] = probabilities - jax.nn.one_hot(token, probabilities.shape[-1])
@@ -216,15 +216,15 @@ def _errors_of_state(
     """Estimate the gradient with respect to the pre-activations of the state, at every position."""
     if not plan.taps.consume:
         return {}
-    rewards = jnp.where(finite[None, None], losses[:, :-1] - losses[:, -1:], 0.0)
+    differences = jnp.where(finite[None, None], losses[:, :-1] - losses[:, -1:], 0.0)
     discounts = sorted({plan.discount[name] for name in plan.taps.consume})
-    later = [_later(rewards, tokens, discount).reshape(len(tokens), -1) for discount in discounts]
+    later = [_later(differences, tokens, discount).reshape(len(tokens), -1) for discount in discounts]
 
     def weigh(_: None, inputs: tuple[list[Array], _Words]) -> tuple[None, dict[str, Array]]:
         later, halves = inputs
         noise = plan.family(0, jnp.concatenate(halves).T[: later[0].size])
         # Multiply by the noise of all taps, even if one needs only a part: a product is faster than slicing the noise.
-        errors = [_split(_by_window(plan, rewards, noise), plan.taps.consume) for rewards in later]
+        errors = [_split(_by_window(plan, differences, noise), plan.taps.consume) for differences in later]
         which = {name: discounts.index(plan.discount[name]) for name in plan.taps.consume}
         return None, {name: errors[i][name] / plan.sigma[name] for name, i in which.items()}
 
@@ -239,14 +239,14 @@ def _blank(is_void: Bool[Array, " windows"], leaf: Array) -> Array:
     return jnp.where(is_void.reshape(1, -1, *[1] * (leaf.ndim - 2)), 0, leaf)
 
 
-def _by_window(plan: _Plan, rewards: Float[Array, " lanes"], noise: Float[Array, "lanes bits"]) -> Array:
-    """Return the mean of (reward * noise) over the copies of each window, [windows, bits]."""
+def _by_window(plan: _Plan, differences: Float[Array, " lanes"], noise: Float[Array, "lanes bits"]) -> Array:
+    """Return the mean of (difference * noise) over the copies of each window, [windows, bits]."""
     copies = plan.copies
-    rewards = rewards / copies
+    differences = differences / copies
     if plan.packed:
-        return jnp.sum((rewards[:, None] * noise).reshape(copies, -1, noise.shape[1]), axis=0)
-    is_own = _is_own(len(rewards) // copies, copies)  # a product is the fastest sum on CPUs
-    return jnp.matmul(jnp.where(is_own, rewards[None], 0.0), noise, precision=HIGHEST)
+        return jnp.sum((differences[:, None] * noise).reshape(copies, -1, noise.shape[1]), axis=0)
+    is_own = _is_own(len(differences) // copies, copies)  # a product is the fastest sum on CPUs
+    return jnp.matmul(jnp.where(is_own, differences[None], 0.0), noise, precision=HIGHEST)
 
 
 def _is_own(windows: int, copies: int) -> Bool[Array, "windows lanes"]:
@@ -263,7 +263,7 @@ def _split(noise: Float[Array, "*lanes entries"], sizes: Mapping[str, int]) -> d
     return {name: noise[..., end - size : end] for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
-def _rewards_of_logits(
+def _differences_of_logits(
     plan: _Plan, logits: Float[Array, "windows entries"], noise: Float[Array, "lanes bits"], token: Array
 ) -> Float[Array, " lanes"]:
     """Return how much ±sigma on the logits adds to the loss, in closed form and without another exponential.
@@ -293,14 +293,14 @@ def _consume_noisily(plan: _Plan, params: Params, state: State, token: Array, no
 
 
 def _later(
-    rewards: Float[Array, "positions copies windows"], tokens: Int[Array, "positions windows"], discount: float
+    differences: Float[Array, "positions copies windows"], tokens: Int[Array, "positions windows"], discount: float
 ) -> Float[Array, "positions copies windows"]:
-    """Return the discounted sum of the rewards after each position, up to the end of its document."""
+    """Return the discounted sum of the differences after each position, up to the end of its document."""
 
     def add(later: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        reward, token = inputs
+        difference, token = inputs
         # After STOP the state starts anew: noise before it has no effect on later losses.
         same_document = jnp.where(token[None] == STOP, 0.0, later)
-        return reward + discount * same_document, same_document
+        return difference + discount * same_document, same_document
 
-    return jax.lax.scan(add, jnp.zeros_like(rewards[0]), (rewards, tokens), reverse=True)[1]
+    return jax.lax.scan(add, jnp.zeros_like(differences[0]), (differences, tokens), reverse=True)[1]

@@ -78,7 +78,7 @@ class SumEstimator(NamedTuple):
         vector_length: Length of the vectors.
         scale: The estimate is `scale` times the sum of all vectors, over the number of pairs that are not void.
         most_pairs: Most pairs of a chunk.
-        pair_bytes: Bytes that the noise of a pair and its logits take while it is evaluated.
+        pair_bytes: Bytes that the noise of a pair, its added-up weights and its logits take while it is evaluated.
         bounds: What honest sums can be.
         feedback: Shapes of the matrices of learned feedback; none without it.
         logit_bytes: Bytes of the logits of a pair; 0 for a model that is scored token by token.

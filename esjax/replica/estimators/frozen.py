@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 import jax
 
-from esjax.core.leaves import leaf_names
+from esjax.core.leaves import leaf_path
 from esjax.errors import EsjaxError
 from esjax.models.model import Params
 
@@ -25,7 +25,7 @@ def trained_of(frozen: str, params: Params) -> Callable[[str], bool]:
         return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}/*")
 
     named, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = ["/".join(leaf_names(path)) for path, _ in named]
+    paths = [leaf_path(path) for path, _ in named]
     patterns = [pattern.strip() for pattern in frozen.split(",") if pattern.strip()]
     for pattern in patterns:
         if not any(matches(path, pattern) for path in paths):

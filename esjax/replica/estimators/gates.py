@@ -272,14 +272,14 @@ def _score(
         noise = _noise(plan, name, words[:, ends[number] - plan.words(name) : ends[number]])
         noisy = _noisy_losses(plan, params, name, rows, values, plan.sigma[name] * noise)
         finite &= jnp.all(jnp.abs(noisy) < LARGEST_LOSS, axis=0)
-        rewards = (noisy - losses[None]) / plan.sigma[name]
+        differences = (noisy - losses[None]) / plan.sigma[name]
         derivative = derivatives[name].reshape(len(tokens), -1) if name in derivatives else jnp.float32(1)
         expected = jnp.zeros(noise.shape[1:])
         has_guess = number < len(feedback)
         if has_guess:
             expected = guess(guessed[names[number + 1]], feedback[number]) * derivative
-            rewards = rewards - jnp.sum(noise * expected[None], axis=-1)
-        rest = jnp.mean(rewards[..., None] * noise, axis=0)
+            differences = differences - jnp.sum(noise * expected[None], axis=-1)
+        rest = jnp.mean(differences[..., None] * noise, axis=0)
         errors[name], measured[name] = expected + rest, rest * derivative
         guessed[name] = expected if has_guess else errors[name]
     return _Scored(losses, finite, errors, measured, guessed)

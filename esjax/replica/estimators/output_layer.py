@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from esjax.config.settings import DataConfig
-from esjax.core.leaves import is_below, leaf_names
+from esjax.core.leaves import is_below, leaf_path
 from esjax.core.population import deal
 from esjax.models.member import Member
 from esjax.models.model import Model, Params, State
@@ -46,7 +46,7 @@ Chosen = dict[int, Array]
 def output_places(params: Params, output_layer: str) -> list[int]:
     """Return the positions of the output layer's leaves among all leaves."""
     named, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [i for i, (path, _) in enumerate(named) if is_below("/".join(leaf_names(path)), output_layer)]
+    return [i for i, (path, _) in enumerate(named) if is_below(leaf_path(path), output_layer)]
 
 
 def make_output_gradient(

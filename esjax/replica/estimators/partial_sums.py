@@ -83,9 +83,8 @@ def make_sum_of_activations(
 def rows_read(embeddings: Sequence[str], windows: Int[Array, "pairs sequences length"]) -> Rows:
     """Return the tokens of each pair's windows, by path: the rows of the embeddings that its members read."""
     tokens = windows.reshape(len(windows), -1)
-    return dict.fromkeys(
-        embeddings, jnp.pad(tokens, [(0, 0), (0, 1)], constant_values=STOP)
-    )  # a model may begin with it
+    # STOP is added: a model may read its row before the first token.
+    return dict.fromkeys(embeddings, jnp.pad(tokens, [(0, 0), (0, 1)], constant_values=STOP))
 
 
 def make_sum_of_weights(
