@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,22 @@ def load_function(code: Code, source: bytes) -> Callable[..., Any]:
     if not callable(function):
         raise EsjaxError(f"{code} is of type {type(function).__name__}; name a function")
     return function
+
+
+def call_without_arguments(code: Code, function: Callable[..., Any], what: str, returns: str) -> Any:
+    """Call a function of a file that makes something.
+
+    Raises:
+        EsjaxError: It needs arguments; the message says what it makes, and what it returns.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise EsjaxError(
+            f"{code} takes {signature}; a function for {what} takes nothing, and returns {returns}"
+        ) from error
+    return function()
 
 
 def _module(code: Code, source: bytes) -> ModuleType:

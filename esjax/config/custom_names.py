@@ -43,6 +43,11 @@ class Code(msgspec.Struct, frozen=True):
     name: str
     digest: str
 
+    @classmethod
+    def of(cls, path: str, name: str, source: bytes) -> "Code":
+        """Name a function of a file with this content."""
+        return cls(path, name, hashlib.sha256(source).hexdigest())
+
     def __str__(self) -> str:
         """Return PATH.py:FUNCTION, as on the command line."""
         return f"{self.path}:{self.name}"

@@ -19,7 +19,7 @@ from esjax.config.yaml_text import read_yaml
 from esjax.errors import EsjaxError
 
 Precision = Literal["float32", "bfloat16"]
-"""Type to which the operands of matrix products are rounded; sums are float32."""
+"""As in `esjax.core.noise`, which imports JAX; settings do not."""
 
 MOST_SUMMED_PAIRS = 2**17
 """Most pairs of a step for which gradient sums are sure to fit into 32 bits."""

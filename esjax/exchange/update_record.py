@@ -1,7 +1,7 @@
 """An update as bytes: hosts receive the same bytes that the ledger holds."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import msgspec
@@ -105,7 +105,7 @@ def unpack_update(data: bytes) -> Update:
                 f"an update has {len(data) - end} bytes for {header.vector_length} numbers of type {header.dtype}"
             )
         return Update(header, sums[0])
-    pairs = sum(count for _, count in header.spans) if header.applied else 0
+    pairs = pair_count(header.spans) if header.applied else 0
     if len(data) - end != pairs * header.halves:
         raise UpdateError(f"an update has {len(data) - end} weights for {pairs} pairs, {header.halves} each")
     weights = np.frombuffer(data, np.int8, offset=end)
@@ -118,6 +118,11 @@ def is_update(data: bytes, step: int) -> bool:
         return unpack_update(data).header.step == step
     except UpdateError:
         return False
+
+
+def pair_count(spans: Iterable[Span]) -> int:
+    """Return the number of pairs of all spans."""
+    return sum(count for _, count in spans)
 
 
 def pairs_of(spans: Sequence[Span]) -> UInt32[np.ndarray, " pairs"]:

@@ -18,6 +18,7 @@ from esjax.exchange.update_record import (
     UpdateHeader,
     pack_sums,
     pack_update,
+    pair_count,
     pairs_of,
     sums_of,
 )
@@ -159,7 +160,7 @@ class LossExchange:
 
     def unpack(self, spans: Sequence[Span], dtype: str, body: bytes) -> Losses | None:
         """See `Exchange.unpack`."""
-        pairs = sum(count for _, count in spans)
+        pairs = pair_count(spans)
         if dtype != "<f4" or len(body) != 8 * pairs:
             return None
         return np.frombuffer(body, "<f4").reshape(pairs, 2)
@@ -283,7 +284,7 @@ class SumExchange:
         usual = self._usual.take(values)
         kept = values if usual.all() else values[usual]
         total = np.clip(kept.sum(axis=0, dtype=np.int64), -LARGEST, LARGEST)
-        pairs, outliers = sum(count for _, count in spans), int(values[~usual, -TAIL].sum())
+        pairs, outliers = pair_count(spans), int(values[~usual, -TAIL].sum())
         counted, losses = int(total[-TAIL]), int(total[-TAIL + 1])
         loss = losses / LOSS_STEPS / counted if counted else None
         void_pairs = pairs - counted

@@ -19,7 +19,7 @@ from esjax.data.delivery import hash_bytes, pack_text
 from esjax.data.packing import check_stream
 from esjax.devices.mesh import cpu_mesh
 from esjax.errors import EsjaxError
-from esjax.exchange.update_record import unpack_update
+from esjax.exchange.update_record import pair_count, unpack_update
 from esjax.exchange.values import MAX_REQUEST, make_exchange
 from esjax.hosts.coordination.coordinator import Coordinator
 from esjax.hosts.known_answers import known_answers
@@ -220,7 +220,7 @@ class Server(RecordedRun):
         stack.enter_context(folder.keep_address(self.address, self.token))
         run = read_run(folder.path)
         updates = (record.payload for record in read(folder.ledger, first) if record.kind == UPDATE)
-        pairs = sum(count for payload in updates for _, count in unpack_update(payload).header.spans)
+        pairs = sum(pair_count(unpack_update(payload).header.spans) for payload in updates)
         recorder.start(
             step,
             # Ledgers of older versions have no clock, but the metrics have.

@@ -15,7 +15,7 @@ from esjax.data.tokens import STOP
 from esjax.data.vocabulary import FIRST, Vocabulary
 from esjax.errors import EsjaxError
 from esjax.paths import given_path
-from esjax.python_files import load_function
+from esjax.python_files import call_without_arguments, load_function
 
 SHOWN = 5
 """Unknown characters that an error message names."""
@@ -101,12 +101,11 @@ def _from_json(where: str, line: str) -> Prompt:
 def _from_function(source: str) -> list[Prompt]:
     named, _, name = source.rpartition(":")
     path = given_path(named)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    function = load_function(Code(str(path), name, hashlib.sha256(content).hexdigest()), content)
-    prompts, values = [], function()
+    if not path.is_file():
+        raise EsjaxError(f"there is no file {str(path)!r}; reward.prompts takes FILE or PATH.py:FUNCTION")
+    content = path.read_bytes()
+    code = Code.of(str(path), name, content)
+    prompts, values = [], call_without_arguments(code, load_function(code, content), "prompts", "strings")
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise EsjaxError(f"{source} returns a {type(values).__name__}; return a list of strings or (string, answer)")
     for value in values:

@@ -1,6 +1,5 @@
 """From tokens that members wrote to the losses of their pairs: call tool and reward, collect, count failures."""
 
-import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -374,4 +373,4 @@ def code_of(custom: Custom, kind: Kind, function: Callable[..., Any]) -> Code:
             "cannot load it; put it into a file and give PATH.py:FUNCTION, or set reward.processes 0 to call it in "
             "this process"
         )
-    return Code(str(Path(file).absolute()), name, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+    return Code.of(str(Path(file).absolute()), name, Path(file).read_bytes())

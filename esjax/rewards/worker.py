@@ -1,6 +1,5 @@
 """The program of a worker process: loads a function from its file, and calls it on texts that come through a socket."""
 
-import hashlib
 import json
 import os
 import sys
@@ -36,10 +35,10 @@ def main(words: Sequence[str]) -> None:
     path, name, known, kind, weights = words[1:]
     try:
         source = Path(path).read_bytes()
-        digest = hashlib.sha256(source).hexdigest()
-        if known not in ("", digest):
+        code = Code.of(path, name, source)
+        if known not in ("", code.digest):
             raise EsjaxError("the file has changed since the run was started; start it anew, or put the file back")
-        function = load_function(Code(path, name, digest), source)
+        function = load_function(code, source)
     except BaseException as error:
         connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
         return

@@ -13,7 +13,7 @@ from esjax.data.delivery import Blocks
 from esjax.devices.mesh import device_failure
 from esjax.devices.process_group import share_number
 from esjax.errors import EsjaxError
-from esjax.exchange.update_record import Span
+from esjax.exchange.update_record import Span, pair_count
 from esjax.exchange.values import SLOT_PAIRS, Conclusion, Values, make_exchange, pack_conclusion
 from esjax.replica.notices import Notices
 from esjax.replica.replica import Replica
@@ -79,7 +79,7 @@ class LocalSteps:
         try:
             self._use_block(step)
             spans, values = self._score_for(es.time_per_step) if es.time_per_step else self._score(es.pairs)
-            pairs = sum(count for _, count in spans)
+            pairs = pair_count(spans)
             concluded = self._exchange.conclude(values, spans, es)
             payload = pack_conclusion(step, spans, concluded, self._exchange.vector_length, es.weights_per_pair)
             self._record(step, payload)

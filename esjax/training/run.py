@@ -14,7 +14,7 @@ from esjax.data.corpus import Corpus, load_corpus, locate_text
 from esjax.devices.mesh import local_mesh, whole_mesh
 from esjax.devices.process_group import any_of, here, leads
 from esjax.errors import EsjaxError
-from esjax.exchange.update_record import unpack_update
+from esjax.exchange.update_record import pair_count, unpack_update
 from esjax.flags import changed_flags
 from esjax.inference.held_out import make_measure
 from esjax.inference.language_model import LanguageModel
@@ -235,7 +235,7 @@ class Trainer(RecordedRun, RunInference):
             return
         for record in read(self.folder.ledger, self.step):
             if record.kind == UPDATE:
-                pairs = sum(count for _, count in unpack_update(record.payload).header.spans)
+                pairs = pair_count(unpack_update(record.payload).header.spans)
                 self._replica.update(record.payload)
                 self._seconds = max(self._seconds, record.seconds or 0.0)
                 self._member_tokens += self.config.tokens_per_pair * pairs

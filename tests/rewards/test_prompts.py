@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "json.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": ""}\n')
     (tmp_path / "made.py").write_text(
         "def make():\n    return ['x', ('y', 5)]\n\ndef wrong():\n    return [3]\n\ndef none():\n    return []\n\n"
-        "def nothing():\n    pass\n\ndef sets():\n    return [('x', {'yes', 'no'})]\n"
+        "def of(number):\n    pass\n\ndef nothing():\n    pass\n\ndef sets():\n    return [('x', {'yes', 'no'})]\n"
     )
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
     (tmp_path / "broken.jsonl").write_text("prompt\n")
@@ -56,10 +56,11 @@ def test_prompts_come_from_lines_json_lines_or_a_function(folder: Path, name: st
     ("name", "message"),
     [
         ("missing.txt", "cannot read .*missing.txt.*No such file"),
-        ("missing.py:make", "cannot read .*missing.py.*No such file"),
+        ("missing.py:make", r"there is no file .*missing.py.*PATH.py:FUNCTION"),
         ("made.py:other", "has no other"),
         ("made.py:wrong", "returns 3 among its prompts"),
         ("made.py:none", "holds no prompt"),
+        ("made.py:of", r"takes \(number\); a function for prompts takes nothing, and returns strings"),
         ("made.py:nothing", "returns a NoneType; return a list"),
         ("made.py:sets", "returns the answer {.*}, which JSON does not hold"),
         ("deep.jsonl", "line 1 is not JSON"),

@@ -14,6 +14,7 @@ import numpy as np
 from esjax.config.settings import Config, to_yaml
 from esjax.data.delivery import PackedText
 from esjax.exchange import update_record
+from esjax.exchange.update_record import pair_count
 from esjax.hosts.coordination.admission import Admission
 from esjax.hosts.coordination.audits import GRACE, NOTHING_ELSE, Audits
 from esjax.hosts.coordination.inspector import Inspector
@@ -306,7 +307,7 @@ class Coordinator:
             return self._rejected("a message to an earlier start of the coordinator", rejoin=True)
         if message.step > self.step:
             return self._strike(host, f"losses for step {message.step}, which has not begun")
-        pairs = sum(count for _, count in message.spans)
+        pairs = pair_count(message.spans)
         values = self.terms.exchange.unpack(message.spans, message.dtype, body)
         if values is None:
             return self._strike(

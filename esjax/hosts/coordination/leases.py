@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from esjax.exchange.update_record import Span
+from esjax.exchange.update_record import Span, pair_count
 from esjax.exchange.values import Exchange, Values
 
 PART = 1.5
@@ -46,7 +46,7 @@ class Unit(NamedTuple):
     @property
     def pairs(self) -> int:
         """Number of pairs."""
-        return sum(count for _, count in self.spans)
+        return pair_count(self.spans)
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from esjax.exchange.update_record import Span, without
+from esjax.exchange.update_record import Span, pair_count, without
 from esjax.exchange.values import Exchange, Values, cut
 from esjax.hosts.coordination.leases import NO_DELAYS, Lease, Leases, Unit
 
@@ -102,7 +102,7 @@ class CheckedLeases(Leases):
 
     def open_pairs(self, slot: int) -> int:
         """Return the number of a host's open pairs."""
-        return sum(count for _, count in self.open_spans(slot))
+        return pair_count(self.open_spans(slot))
 
     def count(self, slot: int) -> int:
         """See `Leases.count`."""

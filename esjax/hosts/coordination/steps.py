@@ -9,7 +9,7 @@ import numpy as np
 from esjax.averages import Average, NamedMean, join_means
 from esjax.config.settings import Config
 from esjax.core.shaping import LARGEST_LOSS
-from esjax.exchange.update_record import SPAN_LIMIT, Span
+from esjax.exchange.update_record import SPAN_LIMIT, Span, pair_count
 from esjax.exchange.values import Values, pack_conclusion
 from esjax.hosts.coordination.audits import NOTHING_ELSE, Audits, Plan
 from esjax.hosts.coordination.inspector import Inspector
@@ -303,7 +303,7 @@ class Steps:
     def _close(self, now: float) -> None:
         """Make the update from all values, and open the next step."""
         spans, result = self.leases.result()
-        pairs = sum(count for _, count in spans)
+        pairs = pair_count(spans)
         for host in self._registry:
             host.share = self.leases.count(host.slot) / pairs
             host.slowness, host.has_failed = None, False

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from esjax.averages import running_speed
+from esjax.exchange.update_record import pair_count
 from esjax.exchange.values import make_exchange
 from esjax.hosts.protocol import scoring, tasks, wire
 from esjax.hosts.protocol.request_channel import Joining, RequestChannel
@@ -230,7 +231,7 @@ class Worker:
         self._backlog.drop_before(self.step)
 
     def _take_losses(self, task: tasks.Score, result: tasks.Scored, now: float) -> None:
-        self._speed = running_speed(self._speed, sum(count for _, count in task.spans), result.seconds)
+        self._speed = running_speed(self._speed, pair_count(task.spans), result.seconds)
         if self._scored_for is self._scoring:  # else the step was closed in the meantime
             scored = scoring.Scored(task.spans, result.values, result.seconds, result.means)
             self._scoring.take(scored, self._speed, now)

@@ -4,8 +4,6 @@ The code is trusted: loading a file runs it, as importing a module does, see `es
 file alone, not its imports.
 """
 
-import hashlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -18,7 +16,7 @@ from esjax.models.custom.parts import Custom, Reward, Tool, check_given
 from esjax.models.member import Loss
 from esjax.models.model import ModelFactory
 from esjax.paths import given_path
-from esjax.python_files import load_function
+from esjax.python_files import call_without_arguments, load_function
 
 
 def refuse(line: str) -> NoReturn:
@@ -95,21 +93,11 @@ class _File(NamedTuple):
                 )
             raise EsjaxError(f"there is no file {str(path)!r}; {OPTIONS[kind]} takes PATH.py:FUNCTION")
         source = path.read_bytes()
-        return cls(Code(str(path), name, hashlib.sha256(source).hexdigest()), source)
+        return cls(Code.of(str(path), name, source), source)
 
     def load(self, kind: str) -> Any:
         """Return the function, or the optimizer that it makes."""
         function = load_function(self.code, self.source)
-        return _transformation(self.code, function) if kind == "optimizer" else function
-
-
-def _transformation(code: Code, function: Callable[..., Any]) -> Any:
-    """Call a function without arguments to make the optimizer."""
-    signature = inspect.signature(function)
-    try:
-        signature.bind()
-    except TypeError as error:
-        raise EsjaxError(
-            f"{code} takes {signature}; a function for the optimizer takes nothing, and returns an optax transformation"
-        ) from error
-    return function()
+        if kind != "optimizer":
+            return function
+        return call_without_arguments(self.code, function, "the optimizer", "an optax transformation")

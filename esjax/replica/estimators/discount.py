@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from esjax.config.settings import Precision
 from esjax.core.interpreter import interpret
-from esjax.core.noise import round_products
+from esjax.core.noise import Precision, round_products
 from esjax.core.rules import HIGHEST
 from esjax.core.seeds import fold
 from esjax.core.shaping import LARGEST_LOSS

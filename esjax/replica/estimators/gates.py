@@ -24,9 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
-from esjax.config.settings import Precision
 from esjax.core.interpreter import interpret
-from esjax.core.noise import round_products
+from esjax.core.noise import Precision, round_products
 from esjax.core.rules import HIGHEST
 from esjax.core.seeds import fold
 from esjax.core.shaping import LARGEST_LOSS
@@ -100,8 +99,8 @@ def check_elementwise(model: Model, taps: Taps, params: Params) -> None:
             for i, leaf in enumerate(leaves)
         ]
         state, token = _replace(model.initial_state(params), moved), jnp.int32(STOP)
-        each = _kept(plan, params, state, token)
-        together = _kept(plan, params, state, token, signs)
+        each = _gates(plan, params, state, token)
+        together = _gates(plan, params, state, token, signs)
         return [(one * sign.ravel(), other) for one, sign, other in zip(each, signs, together, strict=True)]
 
     # The derivative along signs is that along ones, times the signs, if and only if no entry depends on another.
@@ -216,10 +215,10 @@ def _give_credit(
     Returns:
         The error of each leaf of the initial state.
     """
-    kept = jax.vmap(partial(_kept, plan, params))(states, tokens)
+    gates = jax.vmap(partial(_gates, plan, params))(states, tokens)
     is_last = (tokens == STOP)[:, None]
     starts = []
-    for name, gate in zip(plan.taps.state, kept, strict=True):
+    for name, gate in zip(plan.taps.state, gates, strict=True):
         credit = _credit(errors[name], jnp.where(is_last, 0.0, gate), count)
         # A token makes the next state, so its tap gets that state's credit. After STOP that is the initial state.
         after = jnp.concatenate([credit[count:], jnp.zeros_like(credit[:count])])
@@ -322,10 +321,10 @@ def _loss_reading(
     return token_loss(plan.model.predict(params, moved), token)
 
 
-def _kept(
+def _gates(
     plan: _Plan, params: Params, state: State, token: Array, along: Sequence[Array] | None = None
 ) -> list[Float[Array, " entries"]]:
-    """Return how much of each entry of the state is kept: the derivative of the new entry, by the old one alone.
+    """Return the gate of each entry of the state: the derivative of the new entry by the old one alone.
 
     `along` is a direction for each leaf in place of ones.
     """
