@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Integer, PyTree
 
 from esjax.config.settings import Config, replace
+from esjax.core.leaves import leaf_path
 from esjax.core.seeds import pair_seeds, stream_seed
 from esjax.data.packing import draw_windows
 from esjax.flags import default_flags
@@ -34,7 +35,7 @@ class GradientCosine(NamedTuple):
 
     Attributes:
         cosine: Cosine over all parameters.
-        leaves: Cosine of each leaf, by name; NaN if either is 0.
+        leaves: Cosine of each leaf, by path; NaN if either is 0.
         dispersion: Mean squared norm of the gradients of single windows, divided by the squared norm of their mean:
             roughly the number of windows after which the mean gradient exceeds its noise.
     """
@@ -119,17 +120,12 @@ def _gradient(
 
 
 def _compare(estimate: Params, exact: Params, squares: float) -> GradientCosine:
-    names = leaf_names(exact)
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(exact)[0]]
     ours = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(estimate)]
     theirs = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(exact)]
-    leaves = {name: _cosine(one, two) for name, one, two in zip(names, ours, theirs, strict=True)}
+    leaves = {path: _cosine(one, two) for path, one, two in zip(paths, ours, theirs, strict=True)}
     whole = np.concatenate(theirs)
     return GradientCosine(_cosine(np.concatenate(ours), whole), leaves, squares / max(float(whole @ whole), 1e-300))
-
-
-def leaf_names(params: Params) -> list[str]:
-    """Name each leaf, such as `recurrent.matrix`."""
-    return [jax.tree_util.keystr(path).lstrip(".") for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:

@@ -35,7 +35,7 @@ class Tried(NamedTuple):
         discount: Discount; None for noise on weights, and for credit by gates.
         cosines: Cosine of the estimate with the exact gradient in each repeat. A repeat has the same windows and the
             same signs of the noise for all settings.
-        leaves: Mean cosine of each leaf, by name.
+        leaves: Mean cosine of each leaf, by path.
         current: Whether these are the settings of the run.
     """
 

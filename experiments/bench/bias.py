@@ -15,12 +15,13 @@ from bench.report import Report, Row
 from bench.settings import Bias
 from esjax.config.models import MODELS
 from esjax.config.settings import Config, DataConfig, EsConfig, replace
+from esjax.core.leaves import leaf_path
 from esjax.data.corpus import load_corpus
 from esjax.devices.mesh import local_mesh
 from esjax.models import build_model
 from esjax.models.custom import Custom
 from esjax.training.run import Trainer
-from esjax.tuning.gradient_cosine import leaf_names, steps_of_estimates
+from esjax.tuning.gradient_cosine import steps_of_estimates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +57,8 @@ def run(settings: Bias) -> Report:
         chosen = replace(config, data=data, es=replace(es, population_size=settings.windows * es.members_per_pair))
         pairs = steps_of_estimates(chosen, model, params, corpus.stream(), local_mesh(), settings.estimates)
         estimates, gradients, _ = zip(*pairs, strict=True)
-        names = leaf_names(gradients[0])
         for leaf, *drawn, exact in zip(
-            names,
+            [leaf_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(gradients[0])[0]],
             *(map(_flat, jax.tree.leaves(estimate)) for estimate in estimates),
             map(_flat, jax.tree.leaves(gradients[0])),
             strict=True,
