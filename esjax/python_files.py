@@ -43,7 +43,10 @@ def call_without_arguments(code: Code, function: Callable[..., Any], what: str, 
     Raises:
         EsjaxError: It needs arguments; the message says what it makes, and what it returns.
     """
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:  # a builtin does not say
+        return function()
     try:
         signature.bind()
     except TypeError as error:

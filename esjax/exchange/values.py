@@ -294,7 +294,7 @@ class SumExchange:
         if 2 * void_pairs > pairs:
             trouble = note
         elif not total[:-TAIL].any():
-            trouble = "the gradient sum is 0: noise changed no loss"
+            trouble = "the gradient sum is 0"
         if trouble:
             return Conclusion(total[:0], 0.0, loss, void_pairs, trouble, 0.0, outliers, note)
         return Conclusion(total, self._scale / counted, loss, void_pairs, "", 0.0, outliers, note)

@@ -88,8 +88,8 @@ def chunk_pairs(config: Config, estimator: Estimator, mesh: Mesh) -> int:
         sequences // config.data.batch_size, (CPU_BYTES if on_cpu else ACCELERATOR_BYTES) // estimator.pair_bytes
     )
     if on_cpu and estimator.logit_bytes:
-        fit = max(LEAST_PAIRS, CPU_LOGIT_BYTES // estimator.logit_bytes)
-        pairs = min(pairs, 1 << fit.bit_length() - 1)  # powers of 2: 11 pairs take longer than 8, or than 16
+        pairs = max(1, min(pairs, max(LEAST_PAIRS, CPU_LOGIT_BYTES // estimator.logit_bytes)))
+        pairs = 1 << pairs.bit_length() - 1  # a power of 2: 11 pairs take longer than 8, or than 16
     pairs = 2 * pairs // config.es.members_per_pair
     if config.es.space == "activation":
         pairs //= ACTIVATION_ROOM

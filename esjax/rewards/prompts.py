@@ -103,9 +103,15 @@ def _from_function(source: str) -> list[Prompt]:
     path = given_path(named)
     if not path.is_file():
         raise EsjaxError(f"there is no file {str(path)!r}; reward.prompts takes FILE or PATH.py:FUNCTION")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EsjaxError(f"cannot read {str(path)!r}: {error.strerror}") from error
     code = Code.of(str(path), name, content)
-    prompts, values = [], call_without_arguments(code, load_function(code, content), "prompts", "strings")
+    prompts, values = (
+        [],
+        call_without_arguments(code, load_function(code, content), "prompts", "strings or (string, answer)"),
+    )
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise EsjaxError(f"{source} returns a {type(values).__name__}; return a list of strings or (string, answer)")
     for value in values:

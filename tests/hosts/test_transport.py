@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
+import zmq
 from transports import (
     LIMITS,
     PATIENCE,
@@ -87,8 +88,15 @@ def test_a_token_has_so_many_connections_at_most(keys: ServerKeys, narrow: tuple
             round_trip(server, client, [b"unhindered"])
         assert not {request.peer for request in kept} & server.disconnected()
         mine[0].close()
+        counts = server._of_tokens[server._router]._counts
+
+        def has_room() -> bool:
+            server.check()
+            return counts[one.public_key] == 2
+
+        until(has_room)
         mine[3].request([b"there is room"])
-        next_request(server, mine[3])  # libzmq connects again and again meanwhile
+        next_request(server, mine[3])
         assert lines == [LINE]
 
 
@@ -108,12 +116,39 @@ def test_requests_that_wait_together_close_no_more_connections_than_are_too_many
         requests: list[Request] = []
 
         def arrived() -> bool:
+            for client in clients:
+                client.poll(0)
             requests.extend(server.poll(0.01))
             return len(requests) >= 3 and bool(lines)
 
         until(arrived)
         assert len({request.peer for request in requests}) == 3
         assert server._of_tokens[server._router]._counts == {token.public_key: 3}
+
+
+def test_of_a_connection_beyond_the_limit_no_request_is_taken(
+    keys: ServerKeys, narrow: tuple[ServerTransport, list[str]]
+) -> None:
+    server, lines = narrow
+    token = token_of(keys, "one")
+    with ExitStack() as stack:
+        for _ in range(3):
+            round_trip(server, stack.enter_context(client_of(server, token)), [b"hello"])
+        context = stack.enter_context(zmq.Context())
+        dealer = stack.enter_context(context.socket(zmq.DEALER))
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt_string(zmq.CURVE_SERVERKEY, token.server_key)
+        dealer.setsockopt_string(zmq.CURVE_PUBLICKEY, token.public_key)
+        dealer.setsockopt_string(zmq.CURVE_SECRETKEY, token.secret_key)
+        dealer.setsockopt(zmq.RECONNECT_IVL, -1)
+        dealer.connect(server.address)
+        for number in range(10):
+            dealer.send_multipart([struct.pack(">I", number), b"", b"again"])
+        until(lambda: server.poll(0.01) == [] and bool(lines))
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            assert server.poll(0.01) == []
+        assert lines == [LINE]
 
 
 def test_connections_that_have_ended_are_not_counted(
@@ -130,7 +165,7 @@ def test_connections_that_have_ended_are_not_counted(
                 while time.monotonic() < deadline:
                     client.poll(0.01)
         time.sleep(0.2)  # until the connections have ended; nothing was read so far
-        server.poll(0.1)
+        assert server.poll(PATIENCE)
 
         def none_left() -> bool:
             server.poll(0.01)

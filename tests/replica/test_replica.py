@@ -346,3 +346,5 @@ def test_the_logits_of_a_chunk_fit_a_core_where_windows_are_read_at_once() -> No
     data = DataConfig(window=64)
     assert make(1, config=Config(data=data, model=MinGruConfig())).chunk_pairs == 64
     assert make(1, config=Config(data=data, model=GruConfig())).chunk_pairs == 128
+    many = build_model(MinGruConfig(), 2000)  # 1 MB for a pair
+    assert Replica(Config(model=MinGruConfig()), many, STREAM, mesh_of(1)).chunk_pairs == 8

@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "json.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": ""}\n')
     (tmp_path / "made.py").write_text(
         "def make():\n    return ['x', ('y', 5)]\n\ndef wrong():\n    return [3]\n\ndef none():\n    return []\n\n"
-        "def of(number):\n    pass\n\ndef nothing():\n    pass\n\ndef sets():\n    return [('x', {'yes', 'no'})]\n"
+        "def of(number):\n    pass\n\n"
+        "import functools\n\n@functools.wraps(of)\ndef wrapped():\n    return ['z']\n\n"
+        "def nothing():\n    pass\n\ndef sets():\n    return [('x', {'yes', 'no'})]\n"
     )
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
     (tmp_path / "broken.jsonl").write_text("prompt\n")
@@ -46,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
         ("lines.txt", [Prompt("one"), Prompt("  two ")]),
         ("json.jsonl", [Prompt("1+1=", "2"), Prompt("")]),
         ("made.py:make", [Prompt("x"), Prompt("y", 5)]),
+        ("made.py:wrapped", [Prompt("z")]),
     ],
 )
 def test_prompts_come_from_lines_json_lines_or_a_function(folder: Path, name: str, prompts: list[Prompt]) -> None:
@@ -60,7 +63,7 @@ def test_prompts_come_from_lines_json_lines_or_a_function(folder: Path, name: st
         ("made.py:other", "has no other"),
         ("made.py:wrong", "returns 3 among its prompts"),
         ("made.py:none", "holds no prompt"),
-        ("made.py:of", r"takes \(number\); a function for prompts takes nothing, and returns strings"),
+        ("made.py:of", r"takes \(number\); a function for prompts takes nothing, and returns strings or "),
         ("made.py:nothing", "returns a NoneType; return a list"),
         ("made.py:sets", "returns the answer {.*}, which JSON does not hold"),
         ("deep.jsonl", "line 1 is not JSON"),

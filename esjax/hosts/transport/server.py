@@ -228,12 +228,12 @@ class ServerTransport:
             if source is None or not enveloped:
                 self.rejected += 1
                 continue
-            if self._peers.get(source) != peer:
-                self._look()  # an earlier connection with this descriptor has ended
-                self._peers[source] = peer
             key = self._key_of(frames[0])
-            if key is not None and self._is_beyond(self._router, key, source):
-                continue
+            # Look whether an earlier connection with this descriptor has ended: the request may be from that one.
+            if self._peers.get(source) == peer or source not in self._look():
+                self._peers[source] = peer
+                if key is not None and not self._admits(self._router, key, source):
+                    continue
             requests.append(Request(peer, frames[1].bytes, key, [frame.bytes for frame in frames[3:]]))
         return requests
 
@@ -251,10 +251,13 @@ class ServerTransport:
         """Return the key that sent a frame; None in plain text."""
         return None if self._keys is None else str(frame.get("User-Id"))
 
-    def _is_beyond(self, opened: sockets.Watched, key: str, source: int) -> bool:
-        """Count a connection for a key; close it if the key has too many, and return whether it has."""
-        if not self._of_tokens[opened].is_beyond(key, source):
+    def _admits(self, opened: sockets.Watched, key: str, source: int) -> bool:
+        """Count a connection for a key; if the key has too many, close it, and return False."""
+        connections = self._of_tokens[opened]
+        if source in connections.leaving:
             return False
+        if connections.admits(key, source):
+            return True
         sockets.shut_down(source)
         if key not in self._crowded:
             assert self._keys is not None, "without keys, none is counted"
@@ -262,10 +265,11 @@ class ServerTransport:
             name = self._keys.allowed.get(key, "a revoked key")
             what = f"more than {self._each_token} connections to a port"
             self._tell(f"the token of {name} has {what}: further ones are closed")
-        return True
+        return False
 
-    def _look(self) -> None:
-        """Note what has become of connections."""
+    def _look(self) -> set[int]:
+        """Note what has become of connections; return the descriptors of connections for requests that have ended."""
+        ended = set[int]()
         self._look_at = time.monotonic() + LOOK_SECONDS
         subscriptions = [*self._take_subscriptions()]  # before the events: whose connection has ended is known then
         for opened in self._sockets:
@@ -278,11 +282,14 @@ class ServerTransport:
                         self._succeeded += 1
                     case zmq.EVENT_DISCONNECTED:
                         connections.closed(value)
-                        if opened is self._router and value in self._peers:
-                            self._disconnected.add(self._peers.pop(value))
+                        if opened is self._router:
+                            ended.add(value)
+                            if value in self._peers:
+                                self._disconnected.add(self._peers.pop(value))
         for key, source in subscriptions:
-            self._is_beyond(self._publisher, key, source)
+            self._admits(self._publisher, key, source)
         self._guard.look()
+        return ended
 
 
 class _KeyCheck:

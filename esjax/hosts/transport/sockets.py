@@ -107,8 +107,13 @@ def source_of(frame: zmq.Frame) -> int | None:
 
 def shut_down(connection: int) -> None:
     """End a connection of a socket that is bound to a path, by its file descriptor; libzmq then closes it."""
-    with suppress(OSError), socket.fromfd(connection, socket.AF_UNIX, socket.SOCK_STREAM) as end:
-        end.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        end = socket.socket(fileno=connection)
+        try:
+            if end.family == socket.AF_UNIX:  # else it has ended, and something else has its number
+                end.shutdown(socket.SHUT_RDWR)
+        finally:
+            end.detach()
 
 
 class Watched:
