@@ -236,10 +236,14 @@ def test_row_18_what_is_no_coordinator_is_refused(keys: ServerKeys, secret: bool
         address = f"tcp://127.0.0.1:{place.getsockname()[1]}"
 
         def answer_all() -> None:
+            """Answer and hang up in order: with words unread, the connection would be reset, which is no refusal."""
             with suppress(OSError):
                 while True:
-                    with closing(place.accept()[0]) as connection:
+                    with closing(place.accept()[0]) as connection, suppress(ConnectionError):
                         connection.sendall(answer)
+                        connection.shutdown(socket.SHUT_WR)
+                        while connection.recv(1000):
+                            pass
 
         threading.Thread(target=answer_all, daemon=True).start()
         with ClientTransport(address, token=token_of(keys) if secret else None, limits=LIMITS) as client:
