@@ -32,7 +32,6 @@ LOOK_SECONDS = 0.02
 """Least seconds between two looks at the connections, and most while `poll` waits: a look takes as long as three
 requests."""
 
-
 EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 """Events of connections that are looked at."""
 
