@@ -79,7 +79,7 @@ start = esjax.train(
         steps=TEXT_STEPS,
         data=esjax.DataConfig(text=str(folder / "text.txt"), documents="line"),
         es=esjax.EsConfig(space="activation"),
-        model=esjax.MinGruConfig(hidden_size=24, head_size=24),
+        model=esjax.MinGruConfig(hidden_size=24, head_size=24, gate_tokens=3),
         evaluate_time=60.0,
     ),
     folder / "start",

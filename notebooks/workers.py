@@ -34,7 +34,7 @@ from esjax.hosts.status import fetch_status
 # %% tags=["parameters"]
 SECONDS = 20.0
 TEXT = "builtin:shakespeare"
-SETTINGS = ["--es.population-size", "1024", "--es.chunk-pairs", "64"]
+SETTINGS = ["--es.population-size", "1024", "--es.chunk-pairs", "16"]
 
 # %%
 folder = Path(tempfile.mkdtemp(prefix="esjax-workers-"))

@@ -95,14 +95,14 @@ class MinGruConfig(_Architecture, tag="mingru"):
     hidden_size: int = 32
     """Width of the state of a layer."""
 
-    head_size: int = 64
+    head_size: int = 96
     """Width of the hidden layer between the states and the prediction."""
 
     n_layers: int = 1
     """Number of gated layers; each reads the new state of the layer below."""
 
-    gate_tokens: int = 3
-    """Number of tokens that the gates of the first layer see."""
+    gate_tokens: int = 2
+    """Number of tokens that the gates of the first layer see; 3 learn more with noise on activations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

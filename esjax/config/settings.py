@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from esjax.config.errors import explain
-from esjax.config.models import MODELS, GruConfig, ModelConfig
+from esjax.config.models import MODELS, MinGruConfig, ModelConfig
 from esjax.config.reward import RewardConfig
 from esjax.config.section import Section, check, check_positive, check_range
 from esjax.config.yaml_text import read_yaml
@@ -431,7 +431,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     reward: RewardConfig = RewardConfig()
     hosts: HostsConfig = HostsConfig()
-    model: ModelConfig = GruConfig()
+    model: ModelConfig = MinGruConfig()
 
     @property
     def tokens_per_pair(self) -> int:

@@ -179,7 +179,7 @@ class Executor:
             if measure_rewards:
                 self._measure_rewards = lambda: measure_rewards(here(replica.state.average))
         if start is not None:
-            replica.start_with(start)
+            replica.begin(start)
         return tasks.Built(replica.device_batch, -1 if start is None else 0)
 
     def _start(self, config: Config) -> Params | None:

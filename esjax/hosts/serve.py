@@ -194,7 +194,7 @@ class Server(RecordedRun):
         if restored.state is replica.state and not folder.is_new:
             params = first_params(config, self.custom)
             if params is not None:
-                replica.start_with(params)
+                replica.begin(params)
                 restored = restored._replace(state=replica.state)
         recorder.open_files()
         ledger = recorder.ledger
@@ -401,7 +401,7 @@ def serve_with(
     config = begin(config, custom)
     replica = _make_replica(config, corpus, custom)  # errors come before a folder is made
     if params is not None:
-        replica.start_with(params)
+        replica.begin(params)
     listen = _Listen.at(bind, keys, plain_text_anywhere)
     _has_keys(listen)
     folder = RunFolder.create(out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files)

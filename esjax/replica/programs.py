@@ -49,8 +49,10 @@ class LossPrograms(NamedTuple):
 
     Attributes:
         score: `(params, tokens, streams, step, pairs, count) -> losses`.
-        weigh: `(state, tokens, streams, totals, count, pairs, weights) -> totals`: the weighted noise is added.
-        weigh_and_apply: `(state, tokens, streams, totals, scale, slope, loss, count, pairs, weights) -> (state, info)`.
+        weigh: `(state, tokens, streams, totals, count, pairs, weights) -> totals`: the weighted noise is added to
+            `totals`, whose arrays are given up; None: 0.
+        weigh_and_apply: `(state, tokens, streams, totals, scale, slope, loss, count, pairs, weights) -> (state, info)`,
+            see `_or_skip`.
         weighed_at_once: Shape of the pairs of a call of these two, see `chunking.shape_of_call`.
     """
 
@@ -65,7 +67,7 @@ class SumPrograms(NamedTuple):
 
     Attributes:
         add: `(count, pairs, state, tokens, streams, left) -> vector`: the sum of `left` of these pairs.
-        apply: `(state, total, scale, loss) -> (state, info)`.
+        apply: `(state, total, scale, loss) -> (state, info)`, see `_or_skip`.
     """
 
     add: Callable[..., Array]
@@ -124,12 +126,12 @@ def make_programs(
 
     if isinstance(estimator, LossEstimator):
         exchanged: LossPrograms | SumPrograms = _for_losses(
-            config, model, units, estimator, draw, apply, mesh, chunk_pairs
+            config, model, units, estimator, draw, apply, skip, mesh, chunk_pairs
         )
     else:
         exchanged = SumPrograms(
             jax.jit(_make_add(estimator.sum_chunk, draw, estimator.vector_length, mesh)),
-            jax.jit(make_apply_sum(apply, estimator.gradient, estimator.zeros)),
+            _or_skip(make_apply_sum(apply, estimator.gradient, estimator.zeros), skip),
         )
     return Programs(
         estimator=estimator,
@@ -164,6 +166,7 @@ def _for_losses(
     estimator: LossEstimator,
     draw: Draw,
     apply: Apply,
+    skip: Callable[[TrainState], TrainState],
     mesh: Mesh,
     chunk_pairs: int,
 ) -> LossPrograms:
@@ -210,7 +213,7 @@ def _for_losses(
         state: TrainState,
         tokens: Tokens,
         streams: Streams,
-        totals: Totals,
+        totals: Totals | None,
         count: Array,
         pairs: Array,
         weights: Array,
@@ -223,7 +226,7 @@ def _for_losses(
         state: TrainState,
         tokens: Tokens,
         streams: Streams,
-        totals: Totals,
+        totals: Totals | None,
         scale: Array,
         slope: Array,
         loss: Array,
@@ -239,7 +242,25 @@ def _for_losses(
             found = output_gradient(found, state.params, slope, tokens, streams, state.step)
         return apply(state, found, loss)
 
-    return LossPrograms(jax.jit(score), jax.jit(weigh_pairs), jax.jit(weigh_and_apply), weighed_at_once)
+    weigh_in_place = jax.jit(weigh_pairs, donate_argnames="totals")
+    return LossPrograms(jax.jit(score), weigh_in_place, _or_skip(weigh_and_apply, skip), weighed_at_once)
+
+
+def _or_skip(
+    apply: Callable[..., tuple[TrainState, UpdateInfo]], skip: Callable[[TrainState], TrainState]
+) -> Callable[..., tuple[TrainState, UpdateInfo]]:
+    """Jit an update that is skipped if it is not finite.
+
+    The new state takes the place of the old one in memory, so the arrays of the old one are given up. Both come first,
+    so that each array takes the place of the one of its name.
+    """
+
+    def apply_or_skip(state: TrainState, *arguments: Any) -> tuple[TrainState, UpdateInfo]:
+        applied, info = apply(state, *arguments)
+        is_finite = jnp.isfinite(info.update_norm)
+        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), applied, skip(state)), info
+
+    return jax.jit(apply_or_skip, donate_argnums=0, keep_unused=True)
 
 
 def _make_add(sum_chunk: SumChunk, draw: Draw, vector_length: int, mesh: Mesh) -> Callable[..., Array]:

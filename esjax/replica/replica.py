@@ -34,7 +34,8 @@ class Replica:
     Attributes:
         model: The architecture.
         units: Unit of each leaf.
-        state: Everything that a later step depends on.
+        state: Everything that a later step depends on. An update takes its place in memory: copy the arrays that you
+            keep.
         chunk_pairs: Pairs that a device evaluates at a time. A pair has the same losses to the last bit on any devices
             and in any call, as long as its chunk holds the same pairs.
         device_batch: Pairs that all devices together evaluate at a time; with fewer, some devices are idle.
@@ -71,7 +72,10 @@ class Replica:
             EsjaxError: The text is shorter than a window, a parameter is not float32, or the estimator or the optimizer
                 cannot be used, see `make_estimator` and `fit_optimizer`.
         """
-        params = model.init(jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32"))
+        self._first_params = lambda: model.init(
+            jax.random.wrap_key_data(stream_seed(config.seed, INIT), impl="threefry2x32")
+        )
+        params = self._first_params()
         check_float32(params)
         self._programs = programs = make_programs(config, model, params, mesh, loss, optimizer)
         estimator = programs.estimator
@@ -87,18 +91,28 @@ class Replica:
         self._mesh = mesh
         self._window_length = config.data.window_length
         self._texts: TextLosses | None = None
+        if isinstance(programs.exchanged, LossPrograms):
+            # Pairs of more than one call go through other programs; a time budget may come to either number.
+            one_call, budget = math.prod(programs.exchanged.weighed_at_once), config.es.time_per_step
+            is_more = budget is not None or config.es.pairs > one_call
+            few, many = [self.device_batch], [2 * one_call + 1]
+            self._counts_to_apply = (few if budget is not None or not is_more else []) + (many if is_more else [])
         if isinstance(estimator, LossEstimator):
-            self._no_totals = self._on_every_device(estimator.zeros)
             self.reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
             if scorer is not None:
                 self._texts = TextLosses(config, model, estimator.noise, scorer, mesh, programs.chunk_pairs)
-        self.state: TrainState = self._on_every_device(programs.first(params))
+        self.begin(params)
         # Seeds are arguments, not constants: a run with another seed finds its programs in the compilation cache.
         streams = Streams(stream_seed(config.seed, PERTURBATIONS), stream_seed(config.seed, WINDOWS))
         self._streams = self._on_every_device(streams)
         self._tokens: Array | None = None
         if stream is not None:
             self.use_tokens(stream)
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the devices failed in an update, so that the state is gone from their memory."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -120,9 +134,10 @@ class Replica:
         self._tokens = self._on_every_device(stream)
 
     @default_flags()
-    def start_with(self, params: Params) -> None:
-        """Make the state of step 0 from these parameters in place of random ones."""
-        self.state = self._on_every_device(self._programs.first(params))
+    def begin(self, params: Params | None = None) -> None:
+        """Make the state of step 0 from these parameters; None: the random ones."""
+        first = self._programs.first(self._first_params() if params is None else params)
+        self.state: TrainState = self._on_every_device(first)
 
     @default_flags()
     def use_params(self, params: Params) -> None:
@@ -169,8 +184,7 @@ class Replica:
         return float(info.gradient_norm), float(info.update_norm)
 
     def warm_up(self) -> None:
-        """Run every function once to compile it; the state stays unchanged."""
-        first = self.state
+        """Run every function once to compile it, and make the state of step 0 again."""
         pairs = np.arange(self.device_batch, dtype=np.uint32)
         if self.vector_length:
             self.apply_sum(self.sums(pairs), 0.0)
@@ -179,8 +193,10 @@ class Replica:
                 self._texts.warm_up(self.state.params, self._streams, self.state.step, pairs)
             else:
                 self.losses(pairs)
-            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
-        self.state = first
+            for count in self._counts_to_apply:
+                pairs = np.arange(count, dtype=np.uint32)
+                self.apply(pairs, np.zeros((count, *self.halves), np.int8), 0.0, 0.0)
+        self.begin()
 
     @default_flags()
     def losses(self, pairs: Integer[np.ndarray, " pairs"]) -> Float[np.ndarray, "pairs 2"]:
@@ -222,7 +238,8 @@ class Replica:
     def apply_sum(self, total: Int32[np.ndarray, " vector_length"], scale: float, loss: float = math.nan) -> UpdateInfo:
         """Update with the gradient sum over all pairs of the step; see `apply`."""
         assert isinstance(self._programs.exchanged, SumPrograms)
-        return self._take(*self._programs.exchanged.apply(self.state, total, np.float32(scale), np.float32(loss)))
+        apply = self._programs.exchanged.apply
+        return self._take(*apply(self.state, total, np.float32(scale), np.float32(loss)))
 
     @default_flags()
     def apply(
@@ -244,7 +261,7 @@ class Replica:
             slope: Shaped value for each unit of difference, see `esjax.core.Shaped`, for an exact output layer.
             loss: Mean loss of the step, for optimizers that take a `value`.
         """
-        tokens, totals = self._tokens if self.reads_tokens else (), self._no_totals
+        tokens, totals = self._tokens if self.reads_tokens else (), None
         assert tokens is not None, "there is no text before use_tokens"
         assert isinstance(self._programs.exchanged, LossPrograms)
         _, weigh, weigh_and_apply, at_once = self._programs.exchanged
@@ -256,10 +273,8 @@ class Replica:
         return self._take(*weigh_and_apply(self.state, tokens, self._streams, totals, *scalars, *last))
 
     def _take(self, state: TrainState, info: UpdateInfo) -> UpdateInfo:
-        if np.isfinite(info.update_norm):
-            self.state = state
-        else:
-            self.skip()
+        jax.block_until_ready(info)  # devices that fail do so here, while the state is the lost one
+        self.state = state
         return info
 
     @default_flags()

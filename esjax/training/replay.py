@@ -118,7 +118,7 @@ def replay_with(
     kept = {} if newest is None else {int(newest.state.step): digest(newest.state)}
     first = _begin(folder, replica, max(kept, default=0), tell)
     if not first and (params := first_params(config, custom)) is not None:
-        replica.start_with(params)
+        replica.begin(params)
     kept = {step: one for step, one in kept.items() if step > first or not first}
     compared, compared_step, differs_at = 0, 0, None
 

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,6 +29,7 @@ from esjax.models.model import ModelFactory, Params
 from esjax.paths import given_path
 from esjax.replica.replica import Replica
 from esjax.replica.streams import HELD_OUT
+from esjax.replica.update import TrainState
 from esjax.rewards.held_out import HeldOutRewards, MeasureRewards, make_measure_rewards
 from esjax.rewards.scoring import begin, make_scorer, move_prompts
 from esjax.runs.folder import RunFolder
@@ -49,12 +52,13 @@ SAMPLE_TOKENS = 200
 
 
 class Trainer(RecordedRun, RunInference):
-    """A run on this machine: iterate over it to train; generate and evaluate at any time.
+    """A run on this machine: iterate over it to train; generate and evaluate between steps.
 
     Iteration ends at the limits, after the step in which Ctrl-C or SIGTERM came, or after `stop`. Iterating again
     continues. With a run folder, every end of the iteration leaves a checkpoint: errors, `break` and the end of the
-    program included. If an error comes before the first step is done, a new folder is removed. Between two steps,
-    signals are the program's own, see `handling_signals`.
+    program included. If an error comes before the first step is done, a new folder is removed. If the devices fail in
+    an update, the state is lost from their memory, and `resume` goes on from the last checkpoint and the ledger.
+    Between two steps, signals are the program's own, see `handling_signals`.
 
     Attributes:
         config: Settings.
@@ -112,21 +116,39 @@ class Trainer(RecordedRun, RunInference):
         """Show the settings and the progress in one line."""
         where = f" in {str(self.folder.path)!r}" if self.folder else ""
         loss = f", loss {self.last.loss:.3f}" if self.last else ""
-        return f"<esjax run{where}: {self.summary()}; {self.step:,} steps, {self._member_tokens:,} member-tokens{loss}>"
+        done = "state lost" if self._replica.is_lost else f"{self.step:,} steps"
+        return f"<esjax run{where}: {self.summary()}; {done}, {self._member_tokens:,} member-tokens{loss}>"
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return int(self._replica.state.step)
+        return int(self._state.step)
 
     @property
     def params(self) -> Params:
-        """The averaged parameters, for evaluation and generation."""
-        return here(self._replica.state.average)
+        """A copy of the averaged parameters, for evaluation and generation."""
+        return jax.tree.map(jnp.copy, self._average)
+
+    @property
+    def _average(self) -> Params:
+        return here(self._state.average)
+
+    @property
+    def _state(self) -> TrainState:
+        """Return the state.
+
+        Raises:
+            EsjaxError: The devices failed in an update, and the state is gone from their memory.
+        """
+        if self._replica.is_lost:
+            raise EsjaxError(
+                "the devices failed in a step, and the state is lost; resume the run from its folder, or start anew"
+            )
+        return self._replica.state
 
     def measure_rewards(self) -> HeldOutRewards | None:
         """Measure rewards on held-out prompts now; None without a reward in Python or held-out prompts."""
-        return None if self._measure_rewards is None else self._measure_rewards(self.params)
+        return None if self._measure_rewards is None else self._measure_rewards(self._average)
 
     def sample(self) -> str:
         """Generate four documents, separated by lines of dashes; the step is the seed."""
@@ -134,7 +156,7 @@ class Trainer(RecordedRun, RunInference):
         return "\n---\n".join(written.text for written in texts)
 
     def _now(self) -> tuple[LanguageModel, Params]:
-        return self._language_model, self.params
+        return self._language_model, self._average
 
     def _text(self, text: str | None) -> Corpus:
         if text is None:
@@ -161,7 +183,8 @@ class Trainer(RecordedRun, RunInference):
             finally:
                 if self._scorer is not None:
                     self._scorer.close()
-                recorder.save(self._replica.state)
+                if not self._replica.is_lost:
+                    recorder.save(self._replica.state)
 
     def _open(self, recorder: Recorder) -> None:
         """Open the files, and check that no other process has trained the run on."""
@@ -217,7 +240,7 @@ class Trainer(RecordedRun, RunInference):
     def _evaluated(self, info: StepInfo) -> StepInfo:
         """Add what is measured on held-out documents and prompts."""
         if self._measure is not None:
-            info = info._replace(held_out=self._measure(self.params))
+            info = info._replace(held_out=self._measure(self._average))
         if (rewards := self.measure_rewards()) is not None:
             info = info._replace(**rewards._asdict())
         return info
@@ -328,7 +351,7 @@ def train_with(
     config = begin(config, custom)
     trainer = Trainer(config, corpus, custom=custom, trackers=trackers, tell=tell)
     if params is not None:
-        trainer._replica.start_with(params)
+        trainer._replica.begin(params)
     if out is not None and leads():
         trainer.folder = RunFolder.create(
             out, config, corpus.vocabulary, corpus.digest, custom.names(), custom.code, corpus.files
@@ -407,7 +430,7 @@ def resume_with(
     restored = restore_run(folder, first, trainer.tell)
     trainer._replica.state = restored.state
     if restored.state is first and (params := first_params(folder.config, custom)) is not None:
-        trainer._replica.start_with(params)
+        trainer._replica.begin(params)
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()
     # Older ledgers do not record the training time; the metrics do.

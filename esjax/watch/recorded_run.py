@@ -123,7 +123,8 @@ class RecordedRun:
         try:
             yield
         except Exception:
-            if folder is not None and is_fresh and not int(self._replica.state.step):
+            lost = self._replica.is_lost
+            if folder is not None and is_fresh and (self.last is None if lost else not int(self._replica.state.step)):
                 folder.remove()
             raise
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esjax.config.custom_names import SHOWN
-from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, replace
 from esjax.data.vocabulary import Vocabulary
 from esjax.errors import EsjaxError
@@ -49,7 +48,7 @@ def start_of(config: Config, custom: Custom) -> Start:
     path = given_path(config.init)
     found, loaded = _load(path, custom)
     name = str(path)
-    if found.model is None and config.model not in (GruConfig(), loaded.config.model):
+    if found.model is None and config.model not in (Config().model, loaded.config.model):
         raise EsjaxError(
             f"init {name!r} holds the model {loaded.config.model}, and the settings ask for {config.model}; leave the "
             "settings of the model out"

@@ -10,6 +10,7 @@ from bench.learners import Learner, arranged, ours, scorer, train_for_tokens
 from bench.measure import spread
 from bench.report import Report, Row
 from bench.settings import Ablation
+from esjax.config.models import GruConfig
 from esjax.config.settings import Config, DataConfig, EsConfig, replace
 from esjax.data.corpus import Corpus, load_corpus
 
@@ -65,6 +66,7 @@ def run(settings: Ablation) -> Report:
     base = Config(
         data=DataConfig(text=settings.text),
         es=EsConfig(population_size=settings.population),
+        model=GruConfig(),
     )
     corpus = load_corpus(base.data)
     held_out = scorer(base, corpus)

@@ -77,7 +77,8 @@ def run(settings: Learning) -> Report:
 
 def methods(settings: Learning, config: Config, corpus: Corpus) -> dict[str, Method]:
     """Name every method."""
-    elementwise = replace(config, model=MinGruConfig(hidden_size=settings.hidden, head_size=settings.head))
+    model = MinGruConfig(hidden_size=settings.hidden, head_size=settings.head, gate_tokens=3)
+    elementwise = replace(config, model=model)
     of_elementwise = scorer(elementwise, corpus)
 
     def weights(**changes: Any) -> Method:

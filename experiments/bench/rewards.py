@@ -16,6 +16,7 @@ import numpy as np
 from bench.measure import Candidate, alternate, spread
 from bench.report import Report, Row, print_row
 from bench.settings import Rewards
+from esjax.config.models import GruConfig
 from esjax.config.reward import RewardConfig
 from esjax.config.settings import Config, DataConfig, EsConfig
 from esjax.data.vocabulary import FIRST, Vocabulary
@@ -108,6 +109,7 @@ def at_once(settings: Rewards, folder: Path) -> Row:
 def scorer_of(settings: Rewards, folder: Path, name: str, population: int) -> tuple[Config, Scorer]:
     """Make the settings of a population that writes, and its scorer."""
     config = Config(
+        model=GruConfig(),
         data=DataConfig(batch_size=1),
         es=EsConfig(population_size=population),
         reward=RewardConfig(prompts=str(folder / "prompts.txt"), length=settings.length),

@@ -33,7 +33,7 @@ def axes(settings: Scaling) -> dict[str, dict[int, tuple[Config, int]]]:
     All exchange losses. With `auto`, large populations would exchange gradient sums, and a curve would mix the two.
     """
     es = EsConfig(population_size=settings.population, exchange="losses")
-    base = Config(es=es)
+    base = Config(es=es, model=GruConfig())
     everywhere = len(jax.local_devices())
     counts = [count for count in (2**power for power in range(10)) if count < everywhere] + [everywhere]
     return {

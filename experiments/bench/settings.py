@@ -22,7 +22,7 @@ class Models(Section):
     """Hidden size, layers, sequences a member, and population, of each rnn."""
 
     grus: tuple[tuple[int, int, int, int], ...] = ((32, 64, 1, 4096),)
-    """Hidden size, head, sequences a member, and population, of each gru: the defaults of a run."""
+    """Hidden size, head, sequences a member, and population, of each gru: the defaults of this model."""
 
     scale: int | None = None
     """Multiplies the populations. None: 1 on CPUs, 16 on an accelerator."""
@@ -400,7 +400,7 @@ class Liars(Section):
 
 
 class Rewards(Section):
-    """What a reward in Python costs beside writing. Model: the default gru."""
+    """What a reward in Python costs beside writing. Model: a gru."""
 
     population: int = 4096
     """Members that write, one completion each."""

@@ -110,7 +110,7 @@ def test_a_line_says_what_is_trained_before_the_first_step(trained: tuple[Path, 
     weights = sum(leaf.size for leaf in jax.tree.leaves(esjax.load(folder / "run").params))
     assert called.err.splitlines()[0] == (
         f"{len(jax.devices())} x cpu; text text.txt: {train:,} tokens, {held_out:,} held out, {corpus.vocabulary.size} "
-        f"token ids; model gru: {weights:,} parameters; population 8, 32 tokens a step"
+        f"token ids; model mingru: {weights:,} parameters; population 8, 32 tokens a step"
     )
 
 
@@ -356,8 +356,8 @@ def test_plot_says_what_of_a_run_cannot_be_read(work: Path) -> None:
         (["train", "--populaton", "64"], "did you mean --es.population-size?"),
         (["train", "--vocab", "64"], "did you mean --data.vocab-size?"),
         (["train", "--es", "3"], "--es is a group of settings; name one of them"),
-        (["train", "--model.gate-tokens", "2"], "--model.gate-tokens is a setting of the model mingru; choose that"),
-        (["train", "--gate-token", "2"], "--model.gate-tokens is a setting of the model mingru; choose that"),
+        (["train", "--model.gate-size", "2"], "--model.gate-size is a setting of the model rwkv7; choose that"),
+        (["train", "--gate-siz", "2"], "--model.gate-size is a setting of the model rwkv7; choose that"),
         (["train", "rnn", "--n-layer", "2"], "did you mean --model.n-layers?"),
         (["generate", "."], "/work' is not a run folder: it has no run.json; there is /"),
         (["train", *TINY, "--config", "wrong.yaml"], "wrong.yaml: there is no setting es.sigm; did you mean es.sigma?"),

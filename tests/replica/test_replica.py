@@ -1,5 +1,6 @@
 """The seam for hosts: any pairs of a step, the same bits whoever scores them, and nothing compiled twice."""
 
+import dataclasses
 import logging
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from esjax.models.member import Member, cross_entropy, over_sequences
 from esjax.replica import chunking
 from esjax.replica.estimators.carried_state import STEPS
 from esjax.replica.estimators.estimator import LossEstimator, make_estimator
+from esjax.replica.programs import LossPrograms
 from esjax.replica.replica import Replica
 from esjax.replica.snapshot import from_bytes, to_bytes
 from esjax.replica.streams import WINDOWS
@@ -118,7 +120,7 @@ def test_a_pairs_losses_are_the_same_bits_in_any_lease_on_any_devices(devices: i
 
 def test_a_lease_changes_no_bit_at_the_size_of_the_defaults() -> None:
     """Larger products are split and summed in ways that small ones are not."""
-    config = Config()
+    config = Config(model=GruConfig())
     whole = make(1, config=config).losses(np.arange(512))
     host = make(4, config=config)
     assert host.chunk_pairs == 128
@@ -197,7 +199,7 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
 def test_an_update_that_is_not_finite_only_counts() -> None:
     config = replace(CONFIG, optim=OptimConfig(optimizer="sgd", learning_rate=3e38, schedule="constant"))
     host = make(config=config)
-    before = host.state
+    before = jax.tree.map(np.array, host.state)
     info = host.apply(np.arange(32), WEIGHTS, 1.0)
     assert not np.isfinite(info.update_norm)
     assert int(host.state.step) == 1
@@ -234,6 +236,79 @@ def test_sums_come_to_the_same_in_any_leases_on_any_devices(es: EsConfig, device
     assert (host.sums(np.arange(30)) != whole).any()  # of the next step
 
 
+@pytest.mark.parametrize("es", [CONFIG.es, *SUMS.values()], ids=["losses", *SUMS])
+def test_an_update_takes_the_place_of_the_old_state_in_memory(es: EsConfig) -> None:
+    """Reference: JAX deletes the arrays whose memory a program takes over."""
+    data = replace(CONFIG.data, new_tokens_interval=1, carry=es.space == "activation")
+
+    def update(host: Replica) -> None:
+        pairs = np.arange(32)
+        if host.vector_length:
+            host.apply_sum(host.sums(pairs), host.scale / 32)
+        else:
+            host.apply(pairs, WEIGHTS, 0.01)
+
+    host = make(config=replace(CONFIG, data=data, es=es))
+    for _ in range(2):
+        before = jax.tree.leaves(host.state)
+        assert not host.is_lost
+        update(host)
+        assert all(leaf.is_deleted() for leaf in before)
+    assert int(host.state.step) == 2
+
+
+@pytest.mark.parametrize("es", [CONFIG.es, *SUMS.values()], ids=["losses", *SUMS])
+def test_an_update_that_is_not_finite_is_a_void_step(es: EsConfig) -> None:
+    data = replace(CONFIG.data, new_tokens_interval=1, carry=es.space == "activation")
+    one, two = (make(2, config=replace(CONFIG, data=data, es=es)) for _ in range(2))
+    for host in (one, two):
+        if host.vector_length:
+            total = host.sums(np.arange(32))
+            host.apply_sum(total, host.scale / 32)
+        else:
+            host.apply(np.arange(32), WEIGHTS, 0.01)
+    info = one.apply_sum(total, np.inf) if one.vector_length else one.apply(np.arange(32), WEIGHTS, np.inf)
+    two.skip()
+    assert not np.isfinite(info.update_norm)
+    assert digest(one.state) == digest(two.state)
+
+
+def test_devices_that_fail_while_they_compute_lose_the_state() -> None:
+    """The update is on its way when the program that makes it returns."""
+    host = make()
+    programs = host._programs.exchanged
+    assert isinstance(programs, LossPrograms)
+
+    def fail(info: Any) -> Any:
+        raise ValueError("out of memory")
+
+    def apply(*arguments: Any) -> Any:
+        state, info = programs.weigh_and_apply(*arguments)
+        return state, jax.jit(lambda info: jax.pure_callback(fail, info, info))(info)
+
+    host._programs = dataclasses.replace(host._programs, exchanged=programs._replace(weigh_and_apply=apply))
+    assert not host.is_lost
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        host.apply(np.arange(32), WEIGHTS, 0.01)
+    assert host.is_lost
+
+
+@pytest.mark.parametrize("es", [{}, {"population_size": None, "time_per_step": 0.1}], ids=["pairs", "seconds"])
+@pytest.mark.usefixtures("short_calls")
+def test_nothing_is_compiled_after_the_first_calls_were_made(
+    es: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps of more than one call and, if the number of pairs is not fixed, of one call; the state is the first."""
+    host, reference = make(2, **es), make(2)
+    host.warm_up()
+    assert digest(host.state) == digest(reference.state)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for count in (32, 8 if es else 31):
+            host.losses(np.arange(count))
+            host.apply(np.arange(count), WEIGHTS[:count], 0.01)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
 def test_sums_of_weights_are_those_of_the_losses() -> None:
     """Reference: the losses of the same pairs, and what their signs weigh."""
     host, reference = make(2, config=replace(CONFIG, es=SUMS["weights"])), make(2, output_layer="noise")
@@ -261,7 +336,7 @@ def test_carried_states_are_those_of_reading_on() -> None:
     optim = OptimConfig(optimizer="sgd", learning_rate=1e-30)
     config = replace(CONFIG, data=data, es=es, optim=optim)
     host = make(2, config=config)
-    params = host.state.params
+    params = jax.tree.map(jnp.array, host.state.params)
     whole, steps = [], 4
     for step in range(steps):
         seeds = pair_seeds(stream_seed(4, WINDOWS), 0, jnp.arange(6))
@@ -324,8 +399,9 @@ def test_nothing_is_compiled_for_another_number_of_summed_pairs(es: EsConfig, ca
 
 
 def test_many_cores_share_a_population() -> None:
-    """The defaults cut it into 16 chunks whatever the number of devices, so that 16 cores have work."""
-    assert {make(devices, config=Config()).chunk_pairs for devices in (1, 2, 4)} == {2048 // 16}
+    """A population is cut into 16 chunks whatever the number of devices, so that 16 cores have work."""
+    config = Config(model=GruConfig())
+    assert {make(devices, config=config).chunk_pairs for devices in (1, 2, 4)} == {2048 // 16}
 
 
 @pytest.mark.parametrize("model", [TransformerConfig(context=6), MinGruConfig(), GruConfig()])

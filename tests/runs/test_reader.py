@@ -39,7 +39,7 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert (run.name, run.state, run.step, run.notes) == ("run", "stopped", 3, [])
     assert run.settings["es.sigma"] == 0.3
-    assert run.settings["model.name"] == "gru"
+    assert run.settings["model.name"] == "mingru"
     assert run.settings["steps"] is None
     assert run.metrics["loss"].tolist() == [4.0, 3.0, 2.0]
     np.testing.assert_array_equal(run.metrics["held_out"], [math.nan, 2.0, math.nan])

@@ -632,6 +632,43 @@ def test_an_update_that_is_not_finite_is_not_made(config: Config, tmp_path: Path
     assert [row["update_norm"] for row in rows(tmp_path / "run")] == [None] * 3
 
 
+def test_the_params_of_a_run_stay_as_they_are(config: Config) -> None:
+    run = train(config)
+    first, kept = run.params, jax.tree.map(np.array, run.params)
+    assert len(list(run)) == 6
+    jax.tree.map(np.testing.assert_array_equal, first, kept)
+    assert any(jax.tree.leaves(jax.tree.map(lambda one, two: (one != two).any(), first, run.params)))
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_what_the_devices_lose_is_in_the_run_folder(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """Reference: a run without failure. The devices fail after they took the memory of the state."""
+    config = replace(config, ledger=True, checkpoint_time=1e9)
+    run = train(config, tmp_path / "run")
+    update, replica = run._replica.update, run._replica
+
+    def fail(payload: bytes) -> tuple[float | None, float | None]:
+        if run.step == done:
+            jax.tree.map(lambda leaf: leaf.delete(), replica.state)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return update(payload)
+
+    monkeypatch.setattr(replica, "update", fail)
+    with pytest.raises(EsjaxError, match="memory"):
+        list(run)
+    with pytest.raises(EsjaxError, match="resume the run from its folder"):
+        list(run)
+    if done == 0:
+        assert not (tmp_path / "run").exists()
+        return
+    resumed, whole = resume(tmp_path / "run"), train(config)
+    assert resumed.step == done + 1  # its update was recorded before it was made
+    assert (len(list(resumed)), len(list(whole))) == (3, 6)
+    assert state_digest(resumed) == state_digest(whole)
+
+
 def test_limits_may_be_changed_on_the_way(config: Config) -> None:
     run = train(config)
     for info in run:
