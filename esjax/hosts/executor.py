@@ -137,7 +137,7 @@ class Executor:
                 for payload in task.updates:
                     norms = replica.update(payload)
             case tasks.Load():
-                replica.state = from_bytes(task.snapshot, replica.state)
+                replica.resume_from(from_bytes(task.snapshot, replica.state))
             case tasks.UseBlock():
                 replica.use_tokens(unpack_block(task.tokens, self._vocab_size))
         return tasks.Done(int(replica.state.step), *norms)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -88,6 +89,7 @@ class Replica:
         self.bounds = estimator.bounds
         self.reads_tokens = False
         self.halves = () if config.es.weights_per_pair == 1 else (config.es.weights_per_pair,)
+        self.state: TrainState
         self._mesh = mesh
         self._window_length = config.data.window_length
         self._texts: TextLosses | None = None
@@ -137,7 +139,13 @@ class Replica:
     def begin(self, params: Params | None = None) -> None:
         """Make the state of step 0 from these parameters; None: the random ones."""
         first = self._programs.first(self._first_params() if params is None else params)
-        self.state: TrainState = self._on_every_device(first)
+        self.state = self._on_every_device(first)  # the state of before is freed here
+        self.resume_from(self.state)
+
+    @default_flags()
+    def resume_from(self, state: TrainState) -> None:
+        """Go on from a copy of this state: an update cannot take over memory that belongs to numpy, as of a file."""
+        self.state = jax.tree.map(jnp.copy, state)
 
     @default_flags()
     def use_params(self, params: Params) -> None:

@@ -156,7 +156,7 @@ class Checkpoints:
             try:
                 _see_room(partial, state)
                 with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
-                    checkpointer.save(plain / partial.name / STATE, arrays)
+                    checkpointer.save(plain / partial.name / STATE, _shared(arrays))
                 Seal(
                     seconds,
                     member_tokens,
@@ -313,6 +313,15 @@ def digest(state: PyTree) -> str:
         summary.update(f"{array.dtype}{array.shape}".encode())
         summary.update(np.ascontiguousarray(array).tobytes())
     return summary.hexdigest()
+
+
+def _shared(arrays: PyTree) -> PyTree:
+    """Give numpy arrays to JAX where both can share the memory: orbax copies those of numpy before it writes them.
+
+    In a process group orbax waits for the other processes before it writes arrays of JAX.
+    """
+    device = jax.local_devices()[0]
+    return jax.device_put(arrays, device) if device.platform == "cpu" and jax.process_count() == 1 else arrays
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:

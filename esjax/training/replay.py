@@ -158,7 +158,7 @@ def _begin(folder: RunFolder, replica: Replica, newest: int, tell: Callable[[str
         return 0
     restored = find_oldest(folder.checkpoints, replica.state, begins, lambda line: None)
     assert restored is not None  # the newest one is late enough
-    replica.state = restored.state
+    replica.resume_from(restored.state)
     first = int(restored.state.step)
     if doubt := restored.doubt():
         tell(doubt)

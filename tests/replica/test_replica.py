@@ -273,6 +273,31 @@ def test_an_update_that_is_not_finite_is_a_void_step(es: EsConfig) -> None:
     assert digest(one.state) == digest(two.state)
 
 
+@pytest.mark.parametrize("how", ["begin", "snapshot"])
+def test_an_update_makes_no_second_state_also_after_one_was_read(how: str) -> None:
+    """Reference: the addresses of the arrays. JAX shares memory with numpy where it is aligned to 64 bytes."""
+    model = GruConfig(hidden_size=64, head_size=64)
+    host = make(config=replace(CONFIG, model=model))
+    if how == "begin":
+        host.begin(jax.tree.map(aligned, host.state.params))
+    else:
+        host.resume_from(jax.tree.map(lambda leaf: jax.device_put(aligned(leaf), leaf.sharding), host.state))
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((host.state.params, host.state.opt_state))]
+    host.apply(np.arange(32), WEIGHTS, 0.01)
+    after = jax.tree.leaves((host.state.params, host.state.opt_state))
+    assert [leaf.unsafe_buffer_pointer() for leaf in after] == before
+
+
+def aligned(leaf: Any) -> np.ndarray:
+    """Copy an array to an address that 64 divides."""
+    values = np.asarray(leaf)
+    room = np.empty(values.nbytes + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    copy = room[first : first + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
 def test_devices_that_fail_while_they_compute_lose_the_state() -> None:
     """The update is on its way when the program that makes it returns."""
     host = make()
