@@ -49,8 +49,7 @@ class LossPrograms(NamedTuple):
 
     Attributes:
         score: `(params, tokens, streams, step, pairs, count) -> losses`.
-        weigh: `(state, tokens, streams, totals, count, pairs, weights) -> totals`: the weighted noise is added to
-            `totals`, whose arrays are given up; None: 0.
+        weigh: `(state, tokens, streams, totals, count, pairs, weights) -> totals`: the weighted noise is added.
         weigh_and_apply: `(state, tokens, streams, totals, scale, slope, loss, count, pairs, weights) -> (state, info)`,
             see `_or_skip`.
         weighed_at_once: Shape of the pairs of a call of these two, see `chunking.shape_of_call`.
@@ -213,7 +212,7 @@ def _for_losses(
         state: TrainState,
         tokens: Tokens,
         streams: Streams,
-        totals: Totals | None,
+        totals: Totals,
         count: Array,
         pairs: Array,
         weights: Array,
@@ -226,7 +225,7 @@ def _for_losses(
         state: TrainState,
         tokens: Tokens,
         streams: Streams,
-        totals: Totals | None,
+        totals: Totals,
         scale: Array,
         slope: Array,
         loss: Array,
@@ -242,8 +241,7 @@ def _for_losses(
             found = output_gradient(found, state.params, slope, tokens, streams, state.step)
         return apply(state, found, loss)
 
-    weigh_in_place = jax.jit(weigh_pairs, donate_argnames="totals")
-    return LossPrograms(jax.jit(score), weigh_in_place, _or_skip(weigh_and_apply, skip), weighed_at_once)
+    return LossPrograms(jax.jit(score), jax.jit(weigh_pairs), _or_skip(weigh_and_apply, skip), weighed_at_once)
 
 
 def _or_skip(
@@ -258,7 +256,8 @@ def _or_skip(
     def apply_or_skip(state: TrainState, *arguments: Any) -> tuple[TrainState, UpdateInfo]:
         applied, info = apply(state, *arguments)
         is_finite = jnp.isfinite(info.update_norm)
-        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), applied, skip(state)), info
+        # A condition, not `where`, with which XLA would fuse the arithmetic of the update, and round it differently.
+        return jax.lax.cond(is_finite, lambda new, old: new, lambda new, old: old, applied, skip(state)), info
 
     return jax.jit(apply_or_skip, donate_argnums=0, keep_unused=True)
 

@@ -93,13 +93,8 @@ class Replica:
         self._mesh = mesh
         self._window_length = config.data.window_length
         self._texts: TextLosses | None = None
-        if isinstance(programs.exchanged, LossPrograms):
-            # Pairs of more than one call go through other programs; a time budget may come to either number.
-            one_call, budget = math.prod(programs.exchanged.weighed_at_once), config.es.time_per_step
-            is_more = budget is not None or config.es.pairs > one_call
-            few, many = [self.device_batch], [2 * one_call + 1]
-            self._counts_to_apply = (few if budget is not None or not is_more else []) + (many if is_more else [])
         if isinstance(estimator, LossEstimator):
+            self._no_totals = self._on_every_device(estimator.zeros)
             self.reads_tokens = bool(estimator.embeddings) or estimator.is_output_exact
             if scorer is not None:
                 self._texts = TextLosses(config, model, estimator.noise, scorer, mesh, programs.chunk_pairs)
@@ -201,9 +196,7 @@ class Replica:
                 self._texts.warm_up(self.state.params, self._streams, self.state.step, pairs)
             else:
                 self.losses(pairs)
-            for count in self._counts_to_apply:
-                pairs = np.arange(count, dtype=np.uint32)
-                self.apply(pairs, np.zeros((count, *self.halves), np.int8), 0.0, 0.0)
+            self.apply(pairs, np.ones((len(pairs), *self.halves), np.int8), 0.0, 0.0)
         self.begin()
 
     @default_flags()
@@ -269,7 +262,7 @@ class Replica:
             slope: Shaped value for each unit of difference, see `esjax.core.Shaped`, for an exact output layer.
             loss: Mean loss of the step, for optimizers that take a `value`.
         """
-        tokens, totals = self._tokens if self.reads_tokens else (), None
+        tokens, totals = self._tokens if self.reads_tokens else (), self._no_totals
         assert tokens is not None, "there is no text before use_tokens"
         assert isinstance(self._programs.exchanged, LossPrograms)
         _, weigh, weigh_and_apply, at_once = self._programs.exchanged

@@ -318,20 +318,10 @@ def test_devices_that_fail_while_they_compute_lose_the_state() -> None:
     assert host.is_lost
 
 
-@pytest.mark.parametrize("es", [{}, {"population_size": None, "time_per_step": 0.1}], ids=["pairs", "seconds"])
-@pytest.mark.usefixtures("short_calls")
-def test_nothing_is_compiled_after_the_first_calls_were_made(
-    es: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Steps of more than one call and, if the number of pairs is not fixed, of one call; the state is the first."""
-    host, reference = make(2, **es), make(2)
+def test_to_compile_leaves_the_first_state() -> None:
+    host, reference = make(2), make(2)
     host.warm_up()
     assert digest(host.state) == digest(reference.state)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for count in (32, 8 if es else 31):
-            host.losses(np.arange(count))
-            host.apply(np.arange(count), WEIGHTS[:count], 0.01)
-    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
 
 
 def test_sums_of_weights_are_those_of_the_losses() -> None:
