@@ -428,8 +428,9 @@ def resume_with(
     trainer = Trainer(folder.config, corpus, folder, custom=custom, trackers=trackers, tell=tell)
     first = trainer._replica.state
     restored = restore_run(folder, first, trainer.tell)
-    trainer._replica.resume_from(restored.state)
-    if restored.state is first and (params := first_params(folder.config, custom)) is not None:
+    if restored.state is not first:
+        trainer._replica.resume_from(restored.state)
+    elif (params := first_params(folder.config, custom)) is not None:
         trainer._replica.begin(params)
     trainer._seconds, trainer._member_tokens = restored.seconds, restored.member_tokens
     trainer._catch_up()

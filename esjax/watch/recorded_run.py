@@ -123,8 +123,9 @@ class RecordedRun:
         try:
             yield
         except Exception:
-            lost = self._replica.is_lost
-            if folder is not None and is_fresh and (self.last is None if lost else not int(self._replica.state.step)):
+            replica = self._replica
+            has_begun = self.last is not None if replica.is_lost else int(replica.state.step) > 0
+            if folder is not None and is_fresh and not has_begun:
                 folder.remove()
             raise
 

@@ -44,12 +44,12 @@ def run(settings: Growth) -> Report:
 def model_of(name: str, width: int) -> ModelConfig:
     """Make the settings of a model of a width: a head or MLP twice as wide, and gates that see 3 tokens."""
     usual = msgspec.to_builtins(MODELS[name]())
-    doubled: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         field: 2 * width for field in ("head_size", "mlp_size") if usual.get(field, 0) > usual["hidden_size"]
     }
     if "gate_tokens" in usual:
-        doubled["gate_tokens"] = 3
-    return MODELS[name](hidden_size=width, **doubled)
+        sizes["gate_tokens"] = 3
+    return MODELS[name](hidden_size=width, **sizes)
 
 
 def measure(settings: Growth, config: Config, corpus: Corpus, width: int) -> Iterator[Row]:
