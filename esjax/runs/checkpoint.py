@@ -168,7 +168,7 @@ class Checkpoints:
                     is_unconfirmed=msgspec.UNSET if is_confirmed else True,
                 ).write(partial)
                 if not self._is_read_back:
-                    _restore(partial, arrays)
+                    _read_back(partial, arrays)
                 os.replace(partial, path)
             except (OSError, ValueError) as error:
                 raise disk_error(f"cannot write the checkpoint {str(path)!r}", error) from error
@@ -206,10 +206,27 @@ def restore(path: Path, like: TrainState) -> Restored:
 def _restore(path: Path, like: TrainState) -> Restored:
     """Read a checkpoint whose files are whole, and compare the state with the one that was saved."""
     seal = read_seal(path)
-    with _comparing(path, seal) as compare, _plain_path(path) as plain, _checkpointer() as checkpointer:
-        state = checkpointer.restore(plain / STATE, like)
+    with _comparing(path, seal) as compare:
+        state = TrainState(**_restore_fields(path, vars(like)))
         compare(state, seal.digest)
     return Restored(state, seal.seconds, seal.member_tokens, seal.is_unconfirmed is not True)
+
+
+def _read_back(path: Path, arrays: TrainState) -> None:
+    """Compare a checkpoint that was just written with its state, field by field: a second state would take memory."""
+    with _comparing(path, read_seal(path)) as compare:
+        for name, field in vars(arrays).items():
+            compare(_restore_fields(path, {name: field}), digest(field))
+
+
+def _restore_fields(path: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Read some fields of the state of a checkpoint, with the dtypes, shapes and shardings of those given."""
+    found = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with _plain_path(path) as plain, ocp.Checkpointer(handler) as checkpointer:
+        return dict(checkpointer.restore(plain / STATE, args=found))
 
 
 @contextmanager
@@ -255,17 +272,8 @@ def restore_weights(folder: Path, like: Params, tell: Callable[[str], None]) -> 
     sharding = jax.tree.leaves(like)[0].sharding
     wanted = Weights(jax.ShapeDtypeStruct((), np.int32, sharding=sharding), like, like)
     _check_leaves(path, wanted, lambda name: name.startswith(tuple(f".{part}" for part in Weights._fields)))
-    found = ocp.args.PyTreeRestore(
-        wanted._asdict(),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted._asdict()),
-        partial_restore=True,
-    )
-    with (
-        _comparing(path, seal) as compare,
-        _plain_path(path) as plain,
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())) as checkpointer,
-    ):
-        weights = Weights(**checkpointer.restore(plain / STATE, args=found))
+    with _comparing(path, seal) as compare:
+        weights = Weights(**_restore_fields(path, wanted._asdict()))
         compare(weights, seal.weights or "")
     return weights
 
@@ -311,7 +319,7 @@ def digest(state: PyTree) -> str:
     for leaf in jax.tree.leaves(state):
         array = np.asarray(leaf)
         summary.update(f"{array.dtype}{array.shape}".encode())
-        summary.update(np.ascontiguousarray(array).tobytes())
+        summary.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return summary.hexdigest()
 
 
