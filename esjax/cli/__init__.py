@@ -136,7 +136,7 @@ def _parse_settings(command: Any, name: str, words: Sequence[str]) -> Any:
     known = [*own, *setting_names(settings)]
     for option in options:
         if option.name not in known:
-            raise EsjaxError(wrong_name(option.name, known, VARIANTS, "option", _typed))
+            raise EsjaxError(wrong_name(option.name, known, VARIANTS, "option", _typed, name))
         if option.value == {}:
             raise EsjaxError(f"{option.typed} needs a name and a number")
     values = {option.name: option.value for option in options if option.name not in own}

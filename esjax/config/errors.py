@@ -40,6 +40,7 @@ def wrong_name(
     variants: Sequence[msgspec.Struct],
     kind: str = "setting",
     spell: Callable[[str], str] = str,
+    command: str = "train",
 ) -> str:
     """Make the error message for an unknown name, with the most similar known name.
 
@@ -49,6 +50,7 @@ def wrong_name(
         variants: Valid settings of every form, such as one for each model; some have settings that others lack.
         kind: What a name stands for, in the message: "setting" or "option".
         spell: Turns a dotted name into the form that the user writes, such as `--es.sigma`.
+        command: The command whose help lists the known names.
     """
     if any(other.startswith(f"{name}.") for other in known):
         return f"{spell(name)} is a group of settings; name one of them"
@@ -58,7 +60,7 @@ def wrong_name(
         section = near.rpartition(".")[0]
         form = next(_tag(settings, section) for settings in variants if near in setting_names(settings))
         return f"{spell(near)} is a setting of the {section} {form}; choose that {section}, or leave it out"
-    hint = f"did you mean {spell(near)}?" if near else "esjax train --help lists them"
+    hint = f"did you mean {spell(near)}?" if near else f"esjax {command} --help lists them"
     return f"there is no {kind} {spell(name)}; {hint}"
 
 

@@ -650,6 +650,7 @@ def test_a_taken_port_and_a_missing_package_are_one_line(work: Path, monkeypatch
     ("words", "said"),
     [
         (["train", "--no-such-option", "1"], "there is no option --no-such-option; esjax train --help lists them"),
+        (["serve", "--workers", "2"], "there is no option --workers; esjax serve --help lists them"),
         (["train", "--steps", "two"], "steps must be a whole number or None, not 'two'"),
         (["train", "--steps=1.5"], "steps must be a whole number or None, not '1.5'"),
         (["train", "--steps", "0"], "steps must be above 0 and finite, got 0"),
