@@ -224,8 +224,9 @@ def _restore_fields(path: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
     found = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    with _plain_path(path) as plain, ocp.Checkpointer(handler) as checkpointer:
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with _plain_path(path) as plain, ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         return dict(checkpointer.restore(plain / STATE, args=found))
 
 
