@@ -155,7 +155,8 @@ class Checkpoints:
             undo.callback(shutil.rmtree, partial, ignore_errors=True)
             try:
                 _see_room(partial, state)
-                with _plain_path(self._folder) as plain, _checkpointer() as checkpointer:
+                writer = ocp.StandardCheckpointer(multiprocessing_options=_alone())
+                with _plain_path(self._folder) as plain, writer as checkpointer:
                     checkpointer.save(plain / partial.name / STATE, _shared(arrays))
                 Seal(
                     seconds,
@@ -333,12 +334,8 @@ def _shared(arrays: PyTree) -> PyTree:
     return jax.device_put(arrays, device) if device.platform == "cpu" and jax.process_count() == 1 else arrays
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Open orbax for this process only: in a process group, only the first process writes."""
-    return ocp.StandardCheckpointer(multiprocessing_options=_alone())
-
-
 def _alone() -> ocp.options.MultiprocessingOptions:
+    """Let orbax not wait for other processes: in a process group, only the first one writes and reads back."""
     this = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this}, barrier_sync_key_prefix="one")
 
